@@ -21,6 +21,12 @@ generate_models() {  # further arguments go to the generator
         --use-schema-description --use-field-description --use-double-quotes "$@"
 }
 
+needs_generator() {
+    python -c "import datamodel_code_generator" 2>/dev/null && return
+    echo 'build.sh: this Python has no datamodel-code-generator: run pip install -e ./openapi/client_libs/python -e ".[dev]"' >&2
+    exit 2
+}
+
 check_models() {
     if generate_models --check; then
         echo "$models is in step with $spec"
@@ -39,6 +45,7 @@ install_wheel() {
     python -m pip install "$wheels"/ez_diffusion_client-*.whl  # brings what it needs, if that is missing
 }
 
+needs_generator
 case "${1:-}" in
     "") generate_models; python -m pip install -e "./$client" ;;
     generate) generate_models ;;

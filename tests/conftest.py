@@ -1,0 +1,20 @@
+"""The command line options of the test run."""
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("diffusion_workers")
+    group.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    group.addoption(
+        "--nb-flags", default="", metavar="FLAGS",
+        help='run the notebook cells with these flags too, separated by spaces: slow, gpu, network (such as --nb-flags "slow gpu")',
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
