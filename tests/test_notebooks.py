@@ -50,6 +50,7 @@ def run_notebook(path: Path, wanted: set[str]) -> None:
         if cell.cell_type == "code" and is_skipped(cell.source, wanted):
             cell.metadata.setdefault("tags", []).append(SKIP_TAG)
     at = {"index": 0}
+    failure = None
     client = NotebookClient(
         nb, timeout=CELL_TIMEOUT_S, kernel_name="python3", skip_cells_with_tag=SKIP_TAG,
         resources={"metadata": {"path": str(path.parent)}},
@@ -58,7 +59,9 @@ def run_notebook(path: Path, wanted: set[str]) -> None:
     try:
         client.execute(env=kernel_env(wanted))
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        pytest.fail(report(path, at["index"], nb.cells[at["index"]], error), pytrace=False)
+        failure = report(path, at["index"], nb.cells[at["index"]], error)
+    if failure:  # outside of the except, so that the report is not told twice
+        pytest.fail(failure, pytrace=False)
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=name)

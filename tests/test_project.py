@@ -144,10 +144,11 @@ def test_forbidden_imports(source: str, wrong: list[str]) -> None:
 
 
 def heavy_after(statement: str) -> str:
-    "Which of the heavy packages a fresh Python has read after `statement`; or its error."
+    "Which of the heavy packages a fresh Python has read after `statement`."
     check = f"\nimport sys\nprint('read:', *[m for m in {HEAVY} if m in sys.modules])"
     done = run(sys.executable, "-c", statement + check)
-    return done.stdout.splitlines()[-1].removeprefix("read:").strip() if done.returncode == 0 else done.stderr
+    assert done.returncode == 0, f"a fresh Python fails at:\n{statement}\n{done.stderr}"
+    return done.stdout.splitlines()[-1].removeprefix("read:").strip()
 
 
 @pytest.mark.parametrize("module", ["diffusion_workers", *(f"diffusion_workers.{m}" for m in LIGHT_MODULES), "ez_diffusion_client"])
