@@ -1,6 +1,6 @@
 # The image in which diffusion_workers runs on a CUDA machine.
 # Not yet built or run anywhere: the tag of the base and the steps below are written from their documentation.
-FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
+FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04
 
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-venv \

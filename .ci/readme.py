@@ -5,6 +5,7 @@
     python .ci/readme.py --check   write nothing; exit 1 and show a diff where README.md is stale
 """
 import argparse
+import base64
 import difflib
 import posixpath
 import re
@@ -22,6 +23,7 @@ HEADER = f"<!-- made from {INDEX} by .ci/readme.py: edit the notebook -->\n\n"
 DIRECTIVE = re.compile(r"^#\s*\|\s*(.+?)\s*$\n?", re.MULTILINE)
 PRIORITY = ["image/png", "image/jpeg", "image/svg+xml", "text/markdown", "text/html", "text/latex", "text/plain"]
 HIDING = {"hide", "include: false"}
+EMBEDDED = re.compile(r"data:image/([a-z]+);base64,([A-Za-z0-9+/=]+)")
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s]+)\)")
 
 
@@ -47,13 +49,24 @@ def visible(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return nb
 
 
+def embedded_to_files(text: str, files: dict[str, bytes]) -> str:
+    "The text with pictures in `files` where it held them as data URIs, which code hosts do not show."
+    def to_file(match: re.Match) -> str:
+        path = f"{PICTURES}/readme_embedded_{len(files)}.{match[1]}"
+        files[path] = base64.b64decode(match[2])
+        return path
+    return EMBEDDED.sub(to_file, text)
+
+
 def readme_files() -> dict[str, bytes]:
     "What the notebook makes: README.md and its pictures, by their path."
     nb = visible(nbformat.read(ROOT / INDEX, as_version=4))
     exporter = MarkdownExporter(config=Config({"NbConvertBase": {"display_data_priority": PRIORITY}}))
     text, resources = exporter.from_notebook_node(nb, resources={"output_files_dir": PICTURES, "unique_key": "readme"})
-    text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-    return {"README.md": (HEADER + text).encode(), **resources["outputs"]}
+    files = dict(resources["outputs"])
+    text = embedded_to_files(text, files)
+    text = re.sub(r"\n[ \n]*\n", "\n\n", text).strip() + "\n"
+    return {"README.md": (HEADER + text).encode(), **files}
 
 
 def present_files() -> dict[str, bytes]:
