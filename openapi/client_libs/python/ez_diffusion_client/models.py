@@ -771,6 +771,10 @@ class GenerationPlan(BaseModel):
     """
     One for each image
     """
+    image_index: Annotated[StrictInt | None, Field(ge=0)] = None
+    """
+    In the receipt inside an image: which of seeds it was made from
+    """
     scheduler: PlannedScheduler
     clip_skip: StrictInt | None = None
     max_sequence_length: StrictInt | None = None
