@@ -56,8 +56,16 @@ def _scalar(value: Any) -> Any:  # the same value, or an error
         raise PydanticCustomError("manifest", "text, a finite number, true or false is needed")
     return value
 
-# %% ../nbs/02_manifest.ipynb #481e245b
-Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+# %% ../nbs/02_manifest.ipynb #b94e414e
+_NAME, _REPOSITORY = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+_REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$"
+_PATTERNS = {  # for error messages
+    _NAME: "a name of up to 64 letters, digits, '.', '_' and '-'",
+    _REPOSITORY: "owner/name, such as Lykon/dreamshaper-8",
+    _REVISION: "the name of a branch or tag, or a commit",
+}
+
+Name = Annotated[str, Field(strict=True, pattern=_NAME)]
 Text = Annotated[str, Field(strict=True, min_length=1, max_length=2000)]
 Pixels = Annotated[int, Field(strict=True, ge=64, le=8192, multiple_of=8)]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -65,7 +73,7 @@ Subfolder = Annotated[str, Field(strict=True, min_length=1, max_length=256), Aft
 WeightsFile = Annotated[str, Field(strict=True, min_length=1, max_length=1024), AfterValidator(_safetensors)]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]  # auto: float16 on CUDA, float32 on the CPU
 
-# %% ../nbs/02_manifest.ipynb #323ce823
+# %% ../nbs/02_manifest.ipynb #fe38dda8
 def package_folder(
     name: str,  # "model_loading" or "builtin_models"
 ) -> Path:  # which may not exist
@@ -77,8 +85,8 @@ def builtin_path(
     name: str,  # of a model in `diffusion_workers/builtin_models/`, such as "shapes-sd15"
 ) -> Path:  # a folder in the layout of diffusers
     "Where the weights of a built-in model lie."
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise ValueError(f"{name!r} cannot be a built-in model: a name has letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(_NAME, name):
+        raise ValueError(f"{name!r} cannot be a built-in model; allowed: {_PATTERNS[_NAME]}")
     return package_folder("builtin_models") / name
 
 # %% ../nbs/02_manifest.ipynb #33c0bbd1
@@ -127,12 +135,12 @@ class FolderSource(_Source):
         name = (self._folder / self.folder).resolve().name
         return "/".join(filter(None, [f"folder:{name}", self.subfolder]))
 
-# %% ../nbs/02_manifest.ipynb #043414e2
+# %% ../nbs/02_manifest.ipynb #c4b601e1
 class HubSource(_Source):
     "A repository on the Hugging Face Hub."
     kind: ClassVar[str] = "hub"
-    hub: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
-    revision: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")] | None = None  # branch, tag or commit
+    hub: Annotated[str, Field(strict=True, pattern=_REPOSITORY)]  # owner/name
+    revision: Annotated[str, Field(strict=True, pattern=_REVISION)] | None = None  # branch, tag or commit
     subfolder: Subfolder | None = None  # of the repository
 
     def location(self) -> str:
@@ -221,11 +229,11 @@ class ControlNetEntry(_Section):
     union_table: Literal["sdxl_union", "sdxl_union_promax", "flux_union_pro", "flux_union_pro_2"] | None = None
     union_modes: tuple[UnionModeName, ...] | None = None  # kinds that the net has learnt; absent is the whole table
 
-# %% ../nbs/02_manifest.ipynb #af6d4089
+# %% ../nbs/02_manifest.ipynb #6f18a569
 class LoraEntry(_Section):
     "A LoRA that the model offers."
     source: Source
-    weight_name: WeightsFile | None = None  # file in the folder or repository; absent is pytorch_lora_weights.safetensors
+    weight_name: Annotated[WeightsFile, AfterValidator(_inside)] | None = None  # file in the folder or repository; absent is pytorch_lora_weights.safetensors
     scale: Annotated[float, Field(strict=True, ge=-10, le=10)] = 1.0  # usual strength
     trigger_words: tuple[Text, ...] = ()  # words in a prompt that the LoRA was trained with
     sha256: Annotated[str, Field(strict=True, pattern="^[0-9a-f]{64}$")] | None = None  # of the file, checked before it is read
@@ -307,7 +315,7 @@ def _component_complaints(family: ModelFamily, components: Mapping[str, Componen
         if component.source is None and (slot != "scheduler" or not component.class_name):
             yield at, "a source is needed" + (", or a class" if slot == "scheduler" else "")
 
-# %% ../nbs/02_manifest.ipynb #1661e824
+# %% ../nbs/02_manifest.ipynb #787d489e
 def _entry_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     tables = UNION_TABLES.get(manifest.family, ())
     for name, net in manifest.controlnets.items():
@@ -323,13 +331,18 @@ def _entry_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
             yield ("loras", name, "weight_name"), "a file needs no weight_name; it is for a folder or a repository"
 
 
-def _source_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
+def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     if isinstance(manifest.source, HubSource) and manifest.source.subfolder:
         yield ("source", "subfolder"), "a pipeline lies at the top of its repository; a subfolder is for components"
     if isinstance(manifest.source, FileSource) and manifest.variant:
         yield ("variant",), "a single file has no variants; leave it out"
+    if not manifest.tasks:
+        yield ("tasks",), f"at least one is needed; allowed: {', '.join(Task)}"
+    scheduler = manifest.defaults.scheduler
+    if scheduler and (scheduler == SchedulerName.flow_match_euler) != (manifest.family == ModelFamily.flux):
+        yield ("defaults", "scheduler"), f"given {scheduler}, which does not fit {manifest.family}; leave it out for the model's own"
 
-# %% ../nbs/02_manifest.ipynb #721976c8
+# %% ../nbs/02_manifest.ipynb #546db931
 class ModelManifest(_Section):
     "Everything that the operator decides about one model."
     name: Name  # of the file, without its ending
@@ -340,7 +353,7 @@ class ModelManifest(_Section):
     license: Text | None = None
     dtype: Dtype = "auto"  # of the weights in memory
     variant: Name | None = None  # of the files, such as fp16
-    tasks: Annotated[tuple[Task, ...], Field(min_length=1)] = tuple(Task)
+    tasks: tuple[Task, ...] = tuple(Task)  # at least one
     components: dict[Name, Component] = {}  # slot -> replacement
     controlnets: dict[Name, ControlNetEntry] = {}  # name in a request -> net
     loras: dict[Name, LoraEntry] = {}  # name in a request -> LoRA
@@ -360,7 +373,7 @@ class ModelManifest(_Section):
     @model_validator(mode="after")
     def _check_together(self) -> "ModelManifest":
         found = [
-            *_source_complaints(self), *_component_complaints(self.family, self.components),
+            *_model_complaints(self), *_component_complaints(self.family, self.components),
             *_entry_complaints(self), *_size_complaints(self.defaults, self.limits),
         ]
         if found:
@@ -499,7 +512,7 @@ def _read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:  # (value
     except RecursionError as exc:
         raise ManifestError([ManifestProblem(str(path), 0, "", "nested too deeply for a manifest")]) from exc
 
-# %% ../nbs/02_manifest.ipynb #98254e34
+# %% ../nbs/02_manifest.ipynb #68febfbb
 _TAGS = {f"<{source.kind}>": source for source in _KINDS}
 _SECTIONS = {"defaults": Defaults, "limits": Limits, "components": Component, "controlnets": ControlNetEntry, "loras": LoraEntry}
 
@@ -525,6 +538,8 @@ def _sentence(error: Mapping[str, Any]) -> str:  # what was given, what is allow
     allowed = describe_field(owner, (key,)) if key in names else ""
     if kind == "missing":
         return "missing; needed is " + (allowed if allowed and not allowed.startswith("an object") else "a value")
+    for pattern, words in _PATTERNS.items():
+        allowed = words if pattern in (error.get("ctx") or {}).values() else allowed.replace(f"text that matches {pattern}", words)
     near = nearest_name(str(given), allowed.removeprefix("one of ").split(", ")) if allowed.startswith("one of ") else None
     hint = f"; did you mean {near}?" if near else ""
     if kind == "string_type" and given is not None and not isinstance(given, (dict, list)):
