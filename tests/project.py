@@ -8,7 +8,7 @@ PACKAGE = ROOT / "diffusion_workers"
 # The order of the modules: each may import those above it, and no other.
 MODULE_ORDER = (
     "results", "guarded_fetch", "images", "image_metadata", "manifest", "planning", "controlnet", "pipeline_factory",
-    "lora", "acceleration", "diffusion_service", "shapes", "shapes_training", "benchmark", "server", "handler", "widgets", "cli",
+    "lora", "acceleration", "diffusion_service", "shapes", "shapes_training", "shapes_evaluation", "benchmark", "server", "handler", "widgets", "cli",
 )
 
 # What may stand at the top level.
