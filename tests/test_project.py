@@ -42,7 +42,7 @@ def test_modules_are_exported_from_notebooks(tmp_path: Path) -> None:
     (tmp_path / "diffusion_workers").mkdir()
     shutil.copy(PACKAGE / "__init__.py", tmp_path / "diffusion_workers")
     done = run(sys.executable, "-c", "import nbdev; nbdev.nbdev_export()", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 0, f"nbdev_export fails:\n{done.stdout}{done.stderr}"
     copied = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.glob("diffusion_workers/**/*.py")}
     present = {name(path): path.read_text() for path in modules()}
     stale = sorted(key for key in copied if copied[key] != present.get(key))
