@@ -7,7 +7,7 @@ PACKAGE = ROOT / "diffusion_workers"
 
 # The order of the modules: each may import those above it, and no other.
 MODULE_ORDER = (
-    "results", "guarded_fetch", "images", "image_metadata", "manifest", "planning", "controlnet", "pipeline_factory",
+    "results", "guarded_fetch", "images", "image_metadata", "manifest", "manifest_files", "model_store", "planning", "controlnet", "pipeline_factory",
     "lora", "acceleration", "diffusion_service", "shapes", "shapes_training", "shapes_evaluation", "benchmark", "server", "handler", "widgets", "cli",
 )
 
