@@ -18,7 +18,7 @@ generate_models() {  # further arguments go to the generator
         --disable-timestamp --use-annotated --enum-field-as-literal one --use-default-kwarg --formatters builtin \
         --deserialize-default-values enum --strict-nullable --strict-types int float bool str \
         --collapse-root-models --output-datetime-class datetime --type-mappings uri=string \
-        --use-schema-description --use-field-description --use-double-quotes "$@"
+        --use-schema-description --use-double-quotes "$@"
 }
 
 needs_generator() {

@@ -113,7 +113,7 @@ def metadata_texts(
     index: int = 0,  # which image of the generation
 ) -> dict[str, str]:  # for `encode_image`
     "What an image says about itself: its plan as JSON, and its line of parameters."
-    own = plan.model_copy(update={"seeds": [plan.seeds[index]]})
+    own = plan.model_copy(update={"image_index": index})
     text = json.dumps(own.model_dump(mode="json", exclude_none=True), ensure_ascii=True, separators=(",", ":"))
     return {PLAN_KEY: text, PARAMETERS_KEY: parameters_line(plan, index)}
 

@@ -188,7 +188,8 @@ def _simple(image: Image.Image, field: str) -> tuple[Image.Image, list[str]]:  #
         return image.convert("RGB"), [*notes, "converted from CMYK without a colour profile, so its colours may shift"]
     if image.has_transparency_data:
         opaque = image.convert("RGBA")
-        return (opaque.convert("RGB"), notes) if opaque.getextrema()[3] == (255, 255) else (opaque, notes)
+        gray = image.mode in ("LA", "La")
+        return (opaque.convert("L" if gray else "RGB"), notes) if opaque.getextrema()[3] == (255, 255) else (opaque, notes)
     try:
         return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"), notes
     except ValueError:

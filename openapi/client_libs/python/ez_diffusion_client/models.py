@@ -20,10 +20,14 @@ from pydantic import (
 
 
 class Seed(RootModel[StrictInt]):
-    root: Annotated[StrictInt, Field(ge=0, le=9007199254740991)]
-    """
-    Starts the random numbers of one image; at most 2**53 - 1, so that JSON readers keep it
-    """
+    root: Annotated[
+        StrictInt,
+        Field(
+            description="Starts the random numbers of one image; at most 2**53 - 1, so that JSON readers keep it",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
 
 
 class ModelFamily(StrEnum):
@@ -202,52 +206,40 @@ class ErrorDetail(BaseModel):
         extra="forbid",
     )
     code: ErrorCode
-    field: StrictStr | None = None
-    """
-    Path of the field in the request, such as controlnets[0].image
-    """
-    message: StrictStr
-    """
-    One sentence: what is wrong
-    """
-    given: StrictStr | None = None
-    """
-    What was given, shortened
-    """
-    allowed: StrictStr | None = None
-    """
-    What would be accepted
-    """
-    hint: StrictStr | None = None
-    """
-    What to do about it
-    """
-    retryable: StrictBool = False
-    """
-    Whether the very same request may succeed later
-    """
+    field: Annotated[
+        StrictStr | None,
+        Field(
+            description="Path of the field in the request, such as controlnets[0].image"
+        ),
+    ] = None
+    message: Annotated[StrictStr, Field(description="One sentence: what is wrong")]
+    given: Annotated[
+        StrictStr | None, Field(description="What was given, shortened")
+    ] = None
+    allowed: Annotated[
+        StrictStr | None, Field(description="What would be accepted")
+    ] = None
+    hint: Annotated[StrictStr | None, Field(description="What to do about it")] = None
+    retryable: Annotated[
+        StrictBool, Field(description="Whether the very same request may succeed later")
+    ] = False
 
 
 class RequestWarning(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    field: StrictStr | None = None
-    """
-    Path of the field concerned
-    """
-    message: StrictStr
-    """
-    One sentence: what was changed, rounded, ignored or cut off
-    """
-    given: StrictStr | None = None
-    """
-    What was asked for
-    """
-    used: StrictStr | None = None
-    """
-    What was used
-    """
+    field: Annotated[
+        StrictStr | None, Field(description="Path of the field concerned")
+    ] = None
+    message: Annotated[
+        StrictStr,
+        Field(
+            description="One sentence: what was changed, rounded, ignored or cut off"
+        ),
+    ]
+    given: Annotated[StrictStr | None, Field(description="What was asked for")] = None
+    used: Annotated[StrictStr | None, Field(description="What was used")] = None
 
 
 class InpaintOptions(BaseModel):
@@ -258,40 +250,59 @@ class InpaintOptions(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    mask_blur: Annotated[StrictInt, Field(ge=0, le=256)] = 4
-    """
-    Radius in pixels over which the edge of the mask is softened
-    """
-    only_masked: StrictBool = False
-    """
-    Work on the region around the mask at the full size of the generation, then paste it back
-    """
-    padding: Annotated[StrictInt, Field(ge=0, le=1024)] = 32
-    """
-    Pixels of surroundings kept around the mask when only_masked is on
-    """
-    invert: StrictBool = False
-    """
-    Repaint where the mask is black instead of where it is white
-    """
+    mask_blur: Annotated[
+        StrictInt,
+        Field(
+            description="Radius in pixels over which the edge of the mask is softened",
+            ge=0,
+            le=256,
+        ),
+    ] = 4
+    only_masked: Annotated[
+        StrictBool,
+        Field(
+            description="Work on the region around the mask at the full size of the generation, then paste it back"
+        ),
+    ] = False
+    padding: Annotated[
+        StrictInt,
+        Field(
+            description="Pixels of surroundings kept around the mask when only_masked is on",
+            ge=0,
+            le=1024,
+        ),
+    ] = 32
+    invert: Annotated[
+        StrictBool,
+        Field(
+            description="Repaint where the mask is black instead of where it is white"
+        ),
+    ] = False
 
 
 class Lora(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    name: Annotated[StrictStr, Field(max_length=256, min_length=1)]
-    """
-    A LoRA that the manifest of the model offers
-    """
-    scale: Annotated[StrictFloat, Field(ge=-10.0, le=10.0)] = 1.0
-    """
-    Strength of the LoRA
-    """
-    text_encoder_scale: Annotated[StrictFloat | None, Field(ge=-10.0, le=10.0)] = None
-    """
-    Strength for the text encoders where it differs from scale
-    """
+    name: Annotated[
+        StrictStr,
+        Field(
+            description="A LoRA that the manifest of the model offers",
+            max_length=256,
+            min_length=1,
+        ),
+    ]
+    scale: Annotated[
+        StrictFloat, Field(description="Strength of the LoRA", ge=-10.0, le=10.0)
+    ] = 1.0
+    text_encoder_scale: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Strength for the text encoders where it differs from scale",
+            ge=-10.0,
+            le=10.0,
+        ),
+    ] = None
 
 
 class Preprocessing(BaseModel):
@@ -302,28 +313,33 @@ class Preprocessing(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    name: Annotated[StrictStr, Field(max_length=64, min_length=1)]
-    """
-    A preprocessor, such as canny
-    """
+    name: Annotated[
+        StrictStr,
+        Field(description="A preprocessor, such as canny", max_length=64, min_length=1),
+    ]
     parameters: Annotated[
         dict[str, StrictBool | StrictInt | StrictFloat | StrictStr] | None,
-        Field(max_length=32),
+        Field(description="Parameters of that preprocessor by name", max_length=32),
     ] = None
-    """
-    Parameters of that preprocessor by name
-    """
-    resolution: Annotated[StrictInt | None, Field(ge=64, le=4096)] = None
-    """
-    Short side in pixels at which the detector works; absent, the size of the generation (pixel perfect)
-    """
+    resolution: Annotated[
+        StrictInt | None,
+        Field(
+            description="Short side in pixels at which the detector works; absent, the size of the generation (pixel perfect)",
+            ge=64,
+            le=4096,
+        ),
+    ] = None
 
 
 class UnionMode(RootModel[StrictInt | None]):
-    root: Annotated[StrictInt | None, Field(ge=0, le=15)] = None
-    """
-    Kind of the map for a union net, by name or by number
-    """
+    root: Annotated[
+        StrictInt | None,
+        Field(
+            description="Kind of the map for a union net, by name or by number",
+            ge=0,
+            le=15,
+        ),
+    ] = None
 
 
 class ControlNetUnit(BaseModel):
@@ -334,50 +350,65 @@ class ControlNetUnit(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    enabled: StrictBool = True
-    """
-    A unit that is not enabled is left out
-    """
-    model: Annotated[StrictStr | None, Field(max_length=256, min_length=1)] = None
-    """
-    A ControlNet that the manifest of the model offers; absent when it offers one that fits
-    """
-    image: Annotated[StrictStr, Field(max_length=134217728, min_length=1)]
-    """
-    A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.
-    """
-    mask_image: Annotated[
-        StrictStr | None, Field(max_length=134217728, min_length=1)
+    enabled: Annotated[
+        StrictBool, Field(description="A unit that is not enabled is left out")
+    ] = True
+    model: Annotated[
+        StrictStr | None,
+        Field(
+            description="A ControlNet that the manifest of the model offers; absent when it offers one that fits",
+            max_length=256,
+            min_length=1,
+        ),
     ] = None
-    """
-    Where the control holds (white); everywhere when absent
-    """
-    preprocessing: Preprocessing | None = None
-    """
-    Absent when image already is a control map
-    """
-    conditioning_scale: Annotated[StrictFloat, Field(ge=0.0, le=10.0)] = 1.0
-    """
-    Weight of the control
-    """
-    guidance_start: Annotated[StrictFloat, Field(ge=0.0, le=1.0)] = 0.0
-    """
-    Share of the steps after which the control begins
-    """
-    guidance_end: Annotated[StrictFloat, Field(ge=0.0, le=1.0)] = 1.0
-    """
-    Share of the steps after which the control ends
-    """
+    image: Annotated[
+        StrictStr,
+        Field(
+            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            max_length=134217728,
+            min_length=1,
+        ),
+    ]
+    mask_image: Annotated[
+        StrictStr | None,
+        Field(
+            description="Where the control holds (white); everywhere when absent",
+            max_length=134217728,
+            min_length=1,
+        ),
+    ] = None
+    preprocessing: Annotated[
+        Preprocessing | None,
+        Field(description="Absent when image already is a control map"),
+    ] = None
+    conditioning_scale: Annotated[
+        StrictFloat, Field(description="Weight of the control", ge=0.0, le=10.0)
+    ] = 1.0
+    guidance_start: Annotated[
+        StrictFloat,
+        Field(
+            description="Share of the steps after which the control begins",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = 0.0
+    guidance_end: Annotated[
+        StrictFloat,
+        Field(
+            description="Share of the steps after which the control ends",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = 1.0
     control_mode: ControlMode = ControlMode.balanced
     resize_mode: ResizeMode = ResizeMode.just_resize
-    union_mode: UnionModeName | UnionMode | None = None
-    """
-    Kind of the map for a union net, by name or by number
-    """
-    return_map: StrictBool = False
-    """
-    Send the control map back with the images
-    """
+    union_mode: Annotated[
+        UnionModeName | UnionMode | None,
+        Field(description="Kind of the map for a union net, by name or by number"),
+    ] = None
+    return_map: Annotated[
+        StrictBool, Field(description="Send the control map back with the images")
+    ] = False
 
 
 class DeepCacheOptions(BaseModel):
@@ -388,14 +419,22 @@ class DeepCacheOptions(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    cache_interval: Annotated[StrictInt, Field(ge=1, le=100)] = 3
-    """
-    Every how many steps the whole network runs; 1 is off
-    """
-    cache_branch_id: Annotated[StrictInt, Field(ge=0, le=32)] = 0
-    """
-    The skip branch at which the cached features enter
-    """
+    cache_interval: Annotated[
+        StrictInt,
+        Field(
+            description="Every how many steps the whole network runs; 1 is off",
+            ge=1,
+            le=100,
+        ),
+    ] = 3
+    cache_branch_id: Annotated[
+        StrictInt,
+        Field(
+            description="The skip branch at which the cached features enter",
+            ge=0,
+            le=32,
+        ),
+    ] = 0
 
 
 class StepCacheName(StrEnum):
@@ -426,23 +465,31 @@ class AccelerationOptions(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    torch_compile: StrictBool | None = None
-    """
-    Compile the denoiser; absent follows the installation
-    """
-    guidance_end: Annotated[StrictFloat | None, Field(ge=0.0, le=1.0)] = None
-    """
-    Share of the steps after which classifier-free guidance is dropped
-    """
+    torch_compile: Annotated[
+        StrictBool | None,
+        Field(description="Compile the denoiser; absent follows the installation"),
+    ] = None
+    guidance_end: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Share of the steps after which classifier-free guidance is dropped",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = None
     step_cache: StepCacheName | None = None
-    step_cache_threshold: Annotated[StrictFloat | None, Field(ge=0.0, le=1.0)] = None
-    """
-    Relative change below which a step is reused
-    """
-    reuse_control_residuals: StrictBool = False
-    """
-    Reuse the output of ControlNets on the steps that DeepCache skips
-    """
+    step_cache_threshold: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Relative change below which a step is reused", ge=0.0, le=1.0
+        ),
+    ] = None
+    reuse_control_residuals: Annotated[
+        StrictBool,
+        Field(
+            description="Reuse the output of ControlNets on the steps that DeepCache skips"
+        ),
+    ] = False
     vae_precision: VaePrecision = VaePrecision.full
 
 
@@ -454,14 +501,18 @@ class RefinerOptions(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    switch_at: Annotated[StrictFloat, Field(ge=0.0, le=1.0)] = 0.8
-    """
-    Share of the steps after which the refiner takes over
-    """
-    num_inference_steps: Annotated[StrictInt | None, Field(ge=1, le=1000)] = None
-    """
-    Steps of the refiner where they differ
-    """
+    switch_at: Annotated[
+        StrictFloat,
+        Field(
+            description="Share of the steps after which the refiner takes over",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = 0.8
+    num_inference_steps: Annotated[
+        StrictInt | None,
+        Field(description="Steps of the refiner where they differ", ge=1, le=1000),
+    ] = None
 
 
 class SizeConditioning(BaseModel):
@@ -472,30 +523,20 @@ class SizeConditioning(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    original_width: Annotated[StrictInt | None, Field(ge=1, le=8192)] = None
-    """
-    Pixels
-    """
-    original_height: Annotated[StrictInt | None, Field(ge=1, le=8192)] = None
-    """
-    Pixels
-    """
-    crop_left: Annotated[StrictInt, Field(ge=0, le=8192)] = 0
-    """
-    Pixels
-    """
-    crop_top: Annotated[StrictInt, Field(ge=0, le=8192)] = 0
-    """
-    Pixels
-    """
-    target_width: Annotated[StrictInt | None, Field(ge=1, le=8192)] = None
-    """
-    Pixels
-    """
-    target_height: Annotated[StrictInt | None, Field(ge=1, le=8192)] = None
-    """
-    Pixels
-    """
+    original_width: Annotated[
+        StrictInt | None, Field(description="Pixels", ge=1, le=8192)
+    ] = None
+    original_height: Annotated[
+        StrictInt | None, Field(description="Pixels", ge=1, le=8192)
+    ] = None
+    crop_left: Annotated[StrictInt, Field(description="Pixels", ge=0, le=8192)] = 0
+    crop_top: Annotated[StrictInt, Field(description="Pixels", ge=0, le=8192)] = 0
+    target_width: Annotated[
+        StrictInt | None, Field(description="Pixels", ge=1, le=8192)
+    ] = None
+    target_height: Annotated[
+        StrictInt | None, Field(description="Pixels", ge=1, le=8192)
+    ] = None
 
 
 class OutputOptions(BaseModel):
@@ -507,14 +548,13 @@ class OutputOptions(BaseModel):
         extra="forbid",
     )
     format: OutputFormat = OutputFormat.png
-    quality: Annotated[StrictInt, Field(ge=1, le=100)] = 95
-    """
-    Of JPEG and WebP; 100 is lossless for WebP
-    """
-    embed_metadata: StrictBool = True
-    """
-    Write the plan into each image
-    """
+    quality: Annotated[
+        StrictInt,
+        Field(description="Of JPEG and WebP; 100 is lossless for WebP", ge=1, le=100),
+    ] = 95
+    embed_metadata: Annotated[
+        StrictBool, Field(description="Write the plan into each image")
+    ] = True
 
 
 class GenerationRequest(BaseModel):
@@ -525,140 +565,200 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    model: Annotated[StrictStr | None, Field(max_length=256, min_length=1)] = None
-    """
-    Name of a manifest; absent takes the default model
-    """
-    prompt: Annotated[StrictStr, Field(max_length=10000, min_length=1)]
-    """
-    What the picture shows
-    """
-    prompt_2: Annotated[StrictStr | None, Field(max_length=10000)] = None
-    """
-    For the second text encoder (SDXL, Flux); absent repeats prompt
-    """
-    negative_prompt: Annotated[StrictStr | None, Field(max_length=10000)] = None
-    """
-    What the picture should not show
-    """
-    negative_prompt_2: Annotated[StrictStr | None, Field(max_length=10000)] = None
-    """
-    For the second text encoder
-    """
-    width: Annotated[StrictInt | None, Field(ge=64, le=8192, multiple_of=8)] = None
-    """
-    Pixels; absent takes the size of image or of the model
-    """
-    height: Annotated[StrictInt | None, Field(ge=64, le=8192, multiple_of=8)] = None
-    """
-    Pixels; absent takes the size of image or of the model
-    """
-    num_inference_steps: Annotated[StrictInt | None, Field(ge=1, le=1000)] = None
-    """
-    Denoising steps; absent takes those of the model
-    """
-    guidance_scale: Annotated[StrictFloat | None, Field(ge=0.0, le=100.0)] = None
-    """
-    Weight of classifier-free guidance, 1 or less is none; for Flux the distilled guidance
-    """
-    true_cfg_scale: Annotated[StrictFloat | None, Field(ge=0.0, le=100.0)] = None
-    """
-    Classifier-free guidance of Flux
-    """
-    guidance_rescale: Annotated[StrictFloat | None, Field(ge=0.0, le=1.0)] = None
-    """
-    Share of the rescaling that keeps guided pictures from being overexposed (Lin et al. 2023, arXiv:2305.08891)
-    """
-    num_images: Annotated[StrictInt | None, Field(ge=1, le=64)] = None
-    """
-    How many images; absent is one, or one for each of seeds
-    """
-    seed: Annotated[StrictInt | None, Field(ge=0, le=9007199254740991)] = None
-    """
-    Seed of the first image, image i takes seed + i; absent draws one
-    """
-    seeds: Annotated[list[Seed] | None, Field(max_length=64, min_length=1)] = None
-    """
-    One seed for each image
-    """
-    scheduler: SchedulerName | None = None
-    """
-    Absent takes the one of the model
-    """
-    use_karras_sigmas: StrictBool | None = None
-    """
-    Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can
-    """
-    clip_skip: Annotated[StrictInt | None, Field(ge=0, le=24)] = None
-    """
-    How many of the last CLIP layers are left out; absent and 0 are none
-    """
-    max_sequence_length: Annotated[StrictInt | None, Field(ge=1, le=512)] = None
-    """
-    Tokens for T5
-    """
+    model: Annotated[
+        StrictStr | None,
+        Field(
+            description="Name of a manifest; absent takes the default model",
+            max_length=256,
+            min_length=1,
+        ),
+    ] = None
+    prompt: Annotated[
+        StrictStr,
+        Field(description="What the picture shows", max_length=10000, min_length=1),
+    ]
+    prompt_2: Annotated[
+        StrictStr | None,
+        Field(
+            description="For the second text encoder (SDXL, Flux); absent repeats prompt",
+            max_length=10000,
+        ),
+    ] = None
+    negative_prompt: Annotated[
+        StrictStr | None,
+        Field(description="What the picture should not show", max_length=10000),
+    ] = None
+    negative_prompt_2: Annotated[
+        StrictStr | None,
+        Field(description="For the second text encoder", max_length=10000),
+    ] = None
+    width: Annotated[
+        StrictInt | None,
+        Field(
+            description="Pixels; absent takes the size of image or of the model",
+            ge=64,
+            le=8192,
+            multiple_of=8,
+        ),
+    ] = None
+    height: Annotated[
+        StrictInt | None,
+        Field(
+            description="Pixels; absent takes the size of image or of the model",
+            ge=64,
+            le=8192,
+            multiple_of=8,
+        ),
+    ] = None
+    num_inference_steps: Annotated[
+        StrictInt | None,
+        Field(
+            description="Denoising steps; absent takes those of the model",
+            ge=1,
+            le=1000,
+        ),
+    ] = None
+    guidance_scale: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Weight of classifier-free guidance, 1 or less is none; for Flux the distilled guidance",
+            ge=0.0,
+            le=100.0,
+        ),
+    ] = None
+    true_cfg_scale: Annotated[
+        StrictFloat | None,
+        Field(description="Classifier-free guidance of Flux", ge=0.0, le=100.0),
+    ] = None
+    guidance_rescale: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Share of the rescaling that keeps guided pictures from being overexposed (Lin et al. 2023, arXiv:2305.08891)",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = None
+    num_images: Annotated[
+        StrictInt | None,
+        Field(
+            description="How many images; absent is one, or one for each of seeds",
+            ge=1,
+            le=64,
+        ),
+    ] = None
+    seed: Annotated[
+        StrictInt | None,
+        Field(
+            description="Seed of the first image, image i takes seed + i; absent draws one",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ] = None
+    seeds: Annotated[
+        list[Seed] | None,
+        Field(description="One seed for each image", max_length=64, min_length=1),
+    ] = None
+    scheduler: Annotated[
+        SchedulerName | None, Field(description="Absent takes the one of the model")
+    ] = None
+    use_karras_sigmas: Annotated[
+        StrictBool | None,
+        Field(
+            description="Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"
+        ),
+    ] = None
+    clip_skip: Annotated[
+        StrictInt | None,
+        Field(
+            description="How many of the last CLIP layers are left out; absent and 0 are none",
+            ge=0,
+            le=24,
+        ),
+    ] = None
+    max_sequence_length: Annotated[
+        StrictInt | None, Field(description="Tokens for T5", ge=1, le=512)
+    ] = None
     size_conditioning: SizeConditioning | None = None
     refiner: RefinerOptions | None = None
-    image: Annotated[StrictStr | None, Field(max_length=134217728, min_length=1)] = None
-    """
-    The picture to start from
-    """
-    strength: Annotated[StrictFloat | None, Field(gt=0.0, le=1.0)] = None
-    """
-    How far the result may leave image; needs image
-    """
+    image: Annotated[
+        StrictStr | None,
+        Field(
+            description="The picture to start from", max_length=134217728, min_length=1
+        ),
+    ] = None
+    strength: Annotated[
+        StrictFloat | None,
+        Field(
+            description="How far the result may leave image; needs image",
+            gt=0.0,
+            le=1.0,
+        ),
+    ] = None
     resize_mode: ResizeMode = ResizeMode.just_resize
     mask_image: Annotated[
-        StrictStr | None, Field(max_length=134217728, min_length=1)
+        StrictStr | None,
+        Field(
+            description="White where image is repainted, black where it stays; needs image",
+            max_length=134217728,
+            min_length=1,
+        ),
     ] = None
-    """
-    White where image is repainted, black where it stays; needs image
-    """
     inpaint: InpaintOptions | None = None
-    loras: Annotated[list[Lora] | None, Field(max_length=16)] = None
-    """
-    LoRAs put on for this request alone
-    """
-    controlnets: Annotated[list[ControlNetUnit] | None, Field(max_length=8)] = None
-    """
-    Controls of this request
-    """
+    loras: Annotated[
+        list[Lora] | None,
+        Field(description="LoRAs put on for this request alone", max_length=16),
+    ] = None
+    controlnets: Annotated[
+        list[ControlNetUnit] | None,
+        Field(description="Controls of this request", max_length=8),
+    ] = None
     deepcache: DeepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
     output: OutputOptions | None = None
-    preview_interval: Annotated[StrictInt, Field(ge=0, le=1000)] = 0
-    """
-    Steps between two previews in the progress events; 0 is none
-    """
-    timeout_seconds: Annotated[StrictFloat | None, Field(gt=0.0, le=86400.0)] = None
-    """
-    Seconds after which the work is stopped, time in the queue included
-    """
+    preview_interval: Annotated[
+        StrictInt,
+        Field(
+            description="Steps between two previews in the progress events; 0 is none",
+            ge=0,
+            le=1000,
+        ),
+    ] = 0
+    timeout_seconds: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Seconds after which the work is stopped, time in the queue included",
+            gt=0.0,
+            le=86400.0,
+        ),
+    ] = None
     request_id: Annotated[
         StrictStr | None,
-        Field(max_length=128, min_length=1, pattern="^[A-Za-z0-9._:-]+$"),
+        Field(
+            description="A name that comes back with the result and stands in the log",
+            max_length=128,
+            min_length=1,
+            pattern="^[A-Za-z0-9._:-]+$",
+        ),
     ] = None
-    """
-    A name that comes back with the result and stands in the log
-    """
 
 
 class PlannedScheduler(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    name: SchedulerName | None = None
-    """
-    Absent when the model keeps its own
-    """
-    class_name: StrictStr
-    """
-    The diffusers class; "model default" when the model keeps its own
-    """
-    options: dict[str, StrictBool | StrictInt | StrictFloat | StrictStr] | None = None
-    """
-    What is set on top of the configuration of the model
-    """
+    name: Annotated[
+        SchedulerName | None, Field(description="Absent when the model keeps its own")
+    ] = None
+    class_name: Annotated[
+        StrictStr,
+        Field(
+            description='The diffusers class; "model default" when the model keeps its own'
+        ),
+    ]
+    options: Annotated[
+        dict[str, StrictBool | StrictInt | StrictFloat | StrictStr] | None,
+        Field(description="What is set on top of the configuration of the model"),
+    ] = None
 
 
 class PlannedImage(BaseModel):
@@ -669,18 +769,14 @@ class PlannedImage(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    sha256: Annotated[StrictStr, Field(pattern="^[0-9a-f]{64}$")]
-    """
-    Of the decoded RGB (or gray) pixels
-    """
-    width: Annotated[StrictInt, Field(ge=1)]
-    """
-    Pixels as given
-    """
-    height: Annotated[StrictInt, Field(ge=1)]
-    """
-    Pixels as given
-    """
+    sha256: Annotated[
+        StrictStr,
+        Field(
+            description="Of the decoded RGB (or gray) pixels", pattern="^[0-9a-f]{64}$"
+        ),
+    ]
+    width: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
+    height: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
 
 
 class PlannedControl(BaseModel):
@@ -696,10 +792,9 @@ class PlannedControl(BaseModel):
     guidance_end: StrictFloat
     control_mode: ControlMode = ControlMode.balanced
     resize_mode: ResizeMode = ResizeMode.just_resize
-    union_mode: StrictInt | None = None
-    """
-    Number of the mode for this net
-    """
+    union_mode: Annotated[
+        StrictInt | None, Field(description="Number of the mode for this net")
+    ] = None
     return_map: StrictBool = False
 
 
@@ -713,10 +808,10 @@ class Environment(BaseModel):
     )
     device: StrictStr | None = None
     dtype: StrictStr | None = None
-    versions: dict[str, StrictStr] | None = None
-    """
-    Of the packages that decide pixels
-    """
+    versions: Annotated[
+        dict[str, StrictStr] | None,
+        Field(description="Of the packages that decide pixels"),
+    ] = None
 
 
 class GenerationPlan(BaseModel):
@@ -727,54 +822,45 @@ class GenerationPlan(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    plan_version: Annotated[StrictInt, Field(ge=1)]
-    """
-    Version of this schema
-    """
+    plan_version: Annotated[
+        StrictInt, Field(description="Version of this schema", ge=1)
+    ]
     model: StrictStr
-    model_source: StrictStr
-    """
-    Where the weights come from, such as hub:Lykon/dreamshaper-8
-    """
-    manifest_sha256: StrictStr | None = None
-    """
-    Of the manifest that was in force
-    """
+    model_source: Annotated[
+        StrictStr,
+        Field(
+            description="Where the weights come from, such as hub:Lykon/dreamshaper-8"
+        ),
+    ]
+    manifest_sha256: Annotated[
+        StrictStr | None, Field(description="Of the manifest that was in force")
+    ] = None
     family: ModelFamily
     task: Task
     control_kind: ControlKind
-    pipeline_class: StrictStr
-    """
-    The diffusers class
-    """
+    pipeline_class: Annotated[StrictStr, Field(description="The diffusers class")]
     prompt: StrictStr
     prompt_2: StrictStr | None = None
     negative_prompt: StrictStr | None = None
     negative_prompt_2: StrictStr | None = None
-    width: StrictInt
-    """
-    Pixels
-    """
-    height: StrictInt
-    """
-    Pixels
-    """
+    width: Annotated[StrictInt, Field(description="Pixels")]
+    height: Annotated[StrictInt, Field(description="Pixels")]
     num_inference_steps: StrictInt
-    denoising_steps: StrictInt
-    """
-    Steps that are really made after strength is applied
-    """
+    denoising_steps: Annotated[
+        StrictInt,
+        Field(description="Steps that are really made after strength is applied"),
+    ]
     guidance_scale: StrictFloat
     true_cfg_scale: StrictFloat | None = None
     guidance_rescale: StrictFloat | None = None
-    seeds: list[StrictInt]
-    """
-    One for each image
-    """
-    image_index: Annotated[StrictInt | None, Field(ge=0)] = None
-    """
-    In the receipt inside an image: which of seeds it was made from
-    """
+    seeds: Annotated[list[StrictInt], Field(description="One for each image")]
+    image_index: Annotated[
+        StrictInt | None,
+        Field(
+            description="In the receipt inside an image: which of seeds it was made from",
+            ge=0,
+        ),
+    ] = None
     scheduler: PlannedScheduler
     clip_skip: StrictInt | None = None
     max_sequence_length: StrictInt | None = None
@@ -790,10 +876,10 @@ class GenerationPlan(BaseModel):
     deepcache: DeepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
     output: OutputOptions | None = None
-    warnings: list[RequestWarning] | None = None
-    """
-    What was rounded, ignored, converted or cut off
-    """
+    warnings: Annotated[
+        list[RequestWarning] | None,
+        Field(description="What was rounded, ignored, converted or cut off"),
+    ] = None
     environment: Environment | None = None
 
 
@@ -801,19 +887,17 @@ class GeneratedImage(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    image: Annotated[StrictStr, Field(max_length=134217728, min_length=1)]
-    """
-    A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.
-    """
+    image: Annotated[
+        StrictStr,
+        Field(
+            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            max_length=134217728,
+            min_length=1,
+        ),
+    ]
     format: OutputFormat
-    width: StrictInt
-    """
-    Pixels
-    """
-    height: StrictInt
-    """
-    Pixels
-    """
+    width: Annotated[StrictInt, Field(description="Pixels")]
+    height: Annotated[StrictInt, Field(description="Pixels")]
     seed: StrictInt
 
 
@@ -821,23 +905,20 @@ class ControlMap(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    image: Annotated[StrictStr, Field(max_length=134217728, min_length=1)]
-    """
-    A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.
-    """
-    unit: StrictInt | None = None
-    """
-    Index of the unit in the request
-    """
+    image: Annotated[
+        StrictStr,
+        Field(
+            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            max_length=134217728,
+            min_length=1,
+        ),
+    ]
+    unit: Annotated[
+        StrictInt | None, Field(description="Index of the unit in the request")
+    ] = None
     preprocessor: StrictStr | None = None
-    width: StrictInt
-    """
-    Pixels
-    """
-    height: StrictInt
-    """
-    Pixels
-    """
+    width: Annotated[StrictInt, Field(description="Pixels")]
+    height: Annotated[StrictInt, Field(description="Pixels")]
 
 
 class Timings(BaseModel):
@@ -850,10 +931,9 @@ class Timings(BaseModel):
     )
     queue_seconds: StrictFloat = 0.0
     load_seconds: StrictFloat = 0.0
-    encode_seconds: StrictFloat = 0.0
-    """
-    Text encoding, init image and control maps
-    """
+    encode_seconds: Annotated[
+        StrictFloat, Field(description="Text encoding, init image and control maps")
+    ] = 0.0
     denoise_seconds: StrictFloat = 0.0
     decode_seconds: StrictFloat = 0.0
     total_seconds: StrictFloat = 0.0
@@ -874,19 +954,23 @@ class PreprocessRequest(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    image: Annotated[StrictStr, Field(max_length=134217728, min_length=1)]
-    """
-    A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.
-    """
+    image: Annotated[
+        StrictStr,
+        Field(
+            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            max_length=134217728,
+            min_length=1,
+        ),
+    ]
     preprocessing: Preprocessing
-    width: Annotated[StrictInt | None, Field(ge=64, le=8192, multiple_of=8)] = None
-    """
-    Pixels of the map
-    """
-    height: Annotated[StrictInt | None, Field(ge=64, le=8192, multiple_of=8)] = None
-    """
-    Pixels of the map
-    """
+    width: Annotated[
+        StrictInt | None,
+        Field(description="Pixels of the map", ge=64, le=8192, multiple_of=8),
+    ] = None
+    height: Annotated[
+        StrictInt | None,
+        Field(description="Pixels of the map", ge=64, le=8192, multiple_of=8),
+    ] = None
     resize_mode: ResizeMode = ResizeMode.just_resize
     request_id: Annotated[
         StrictStr | None,
@@ -898,10 +982,7 @@ class DeviceMemory(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    device: StrictStr
-    """
-    Such as cuda:0 or cpu
-    """
+    device: Annotated[StrictStr, Field(description="Such as cuda:0 or cpu")]
     name: StrictStr | None = None
     total_bytes: StrictInt | None = None
     free_bytes: StrictInt | None = None
@@ -915,16 +996,14 @@ class ModelMemory(BaseModel):
         extra="forbid",
     )
     model: StrictStr
-    bytes: StrictInt
-    """
-    Of its weights, shared ones counted once
-    """
+    bytes: Annotated[
+        StrictInt, Field(description="Of its weights, shared ones counted once")
+    ]
     device: StrictStr | None = None
     dtype: StrictStr | None = None
-    components: dict[str, StrictInt] | None = None
-    """
-    Bytes of each component
-    """
+    components: Annotated[
+        dict[str, StrictInt] | None, Field(description="Bytes of each component")
+    ] = None
 
 
 class MemoryReport(BaseModel):
@@ -933,14 +1012,12 @@ class MemoryReport(BaseModel):
     )
     host_total_bytes: StrictInt
     host_available_bytes: StrictInt
-    process_bytes: StrictInt
-    """
-    Resident memory of this process
-    """
-    process_peak_bytes: StrictInt | None = None
-    """
-    Highest resident memory of this process
-    """
+    process_bytes: Annotated[
+        StrictInt, Field(description="Resident memory of this process")
+    ]
+    process_peak_bytes: Annotated[
+        StrictInt | None, Field(description="Highest resident memory of this process")
+    ] = None
     devices: list[DeviceMemory]
     models: list[ModelMemory]
 
@@ -965,18 +1042,14 @@ class Health(BaseModel):
         extra="forbid",
     )
     state: HealthState
-    version: StrictStr
-    """
-    Of diffusion_workers
-    """
+    version: Annotated[StrictStr, Field(description="Of diffusion_workers")]
     uptime_seconds: StrictFloat = 0.0
     device: StrictStr | None = None
     loaded_models: list[StrictStr] | None = None
     queue_length: Annotated[StrictInt, Field(ge=0)] = 0
-    startup: list[PhaseTime] | None = None
-    """
-    Where the time of the start went
-    """
+    startup: Annotated[
+        list[PhaseTime] | None, Field(description="Where the time of the start went")
+    ] = None
     message: StrictStr | None = None
 
 
@@ -1023,14 +1096,8 @@ class ModelInfo(BaseModel):
     source: StrictStr
     loaded: StrictBool
     tasks: list[Task] | None = None
-    width: StrictInt | None = None
-    """
-    Default
-    """
-    height: StrictInt | None = None
-    """
-    Default
-    """
+    width: Annotated[StrictInt | None, Field(description="Default")] = None
+    height: Annotated[StrictInt | None, Field(description="Default")] = None
     num_inference_steps: StrictInt | None = None
     guidance_scale: StrictFloat | None = None
     loras: list[StrictStr] | None = None
@@ -1041,10 +1108,9 @@ class ModelList(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    default: StrictStr
-    """
-    The model of a request that names none
-    """
+    default: Annotated[
+        StrictStr, Field(description="The model of a request that names none")
+    ]
     models: list[ModelInfo]
 
 
@@ -1057,17 +1123,18 @@ class OpResult(BaseModel):
         extra="forbid",
     )
     status: OpStatus
-    message: StrictStr | None = None
-    """
-    One line for a person
-    """
+    message: Annotated[StrictStr | None, Field(description="One line for a person")] = (
+        None
+    )
     errors: list[ErrorDetail] | None = None
     warnings: list[RequestWarning] | None = None
     generation: GenerationResponse | None = None
-    plan: GenerationPlan | None = None
-    """
-    Of a dry run, and of a generation that failed after it was planned
-    """
+    plan: Annotated[
+        GenerationPlan | None,
+        Field(
+            description="Of a dry run, and of a generation that failed after it was planned"
+        ),
+    ] = None
     control_map: ControlMap | None = None
     memory: MemoryReport | None = None
     health: Health | None = None
@@ -1080,28 +1147,25 @@ class ProgressEvent(BaseModel):
     )
     phase: Phase
     job_id: StrictStr | None = None
-    queue_position: Annotated[StrictInt | None, Field(ge=0)] = None
-    """
-    How many are before this one
-    """
-    step: Annotated[StrictInt | None, Field(ge=0)] = None
-    """
-    Steps that are done
-    """
+    queue_position: Annotated[
+        StrictInt | None, Field(description="How many are before this one", ge=0)
+    ] = None
+    step: Annotated[
+        StrictInt | None, Field(description="Steps that are done", ge=0)
+    ] = None
     total_steps: Annotated[StrictInt | None, Field(ge=0)] = None
     seconds_per_step: StrictFloat | None = None
     seconds_left: StrictFloat | None = None
-    preview: Annotated[StrictStr | None, Field(max_length=134217728, min_length=1)] = (
-        None
-    )
-    """
-    A small JPEG of the emerging picture
-    """
+    preview: Annotated[
+        StrictStr | None,
+        Field(
+            description="A small JPEG of the emerging picture",
+            max_length=134217728,
+            min_length=1,
+        ),
+    ] = None
     message: StrictStr | None = None
-    result: OpResult | None = None
-    """
-    In the last event
-    """
+    result: Annotated[OpResult | None, Field(description="In the last event")] = None
 
 
 class Job(BaseModel):
