@@ -7,6 +7,7 @@ __all__ = ['Generation', 'DiffusionService', 'as_request']
 
 # %% ../nbs/08_diffusion_service.ipynb #c0080944
 import secrets
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -18,6 +19,11 @@ from typing import Any
 import psutil
 import torch
 from fastcore.basics import patch
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None
 
 from .images import ImagePolicy, image_facts, to_image_string
 from .manifest import ModelManifest
@@ -116,6 +122,10 @@ class DiffusionService:
         self._guard, self._closed = threading.Lock(), False
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="diffusion")
         self._started, self._pictures_made = time.monotonic(), 0
+        for note in (*self.models.notes, *map(str, self.models.errors.values())):
+            logger.warning(note)
+        if self.settings.torch_compile:
+            logger.warning("DO_TORCH_COMPILE is set, and this version does not compile")
 
     def __enter__(self) -> "DiffusionService":
         return self
@@ -154,16 +164,29 @@ def close(self: DiffusionService) -> None:
 _PICTURES = ("image", "mask_image")
 
 
+def _picture_text(name: str, value: Any) -> Any:  # text for the request, where it is a picture from this process
+    if value is None or isinstance(value, str):
+        return value
+    try:
+        return to_image_string(value)
+    except TypeError as exc:
+        raise request_error(ErrorCode.wrong_type, str(exc), field=name, given=type(value).__name__) from None
+    except OSError as exc:
+        raise request_error(ErrorCode.not_an_image, f"the file cannot be read ({exc.strerror})", field=name, hint="name a picture on this machine") from None
+
+
 def as_request(
     request: GenerationRequest | dict | str | bytes | None,  # as an object, a dict or JSON
     fields: dict[str, Any],  # set or override single fields
 ) -> GenerationRequest:
     "A checked request from whatever a caller in this process has."
-    if not fields:
-        return parse(GenerationRequest, request if request is not None else {})
-    local = {name: to_image_string(fields[name]) for name in _PICTURES if fields.get(name) is not None}
-    given = {} if request is None else parse(GenerationRequest, request).model_dump(exclude_unset=True)
-    return parse(GenerationRequest, given | fields | local)
+    if isinstance(request, (str, bytes)) or (request is not None and not isinstance(request, dict)):
+        request = parse(GenerationRequest, request)
+        if not fields:
+            return request
+        request = request.model_dump(exclude_unset=True)
+    merged = (request or {}) | fields
+    return parse(GenerationRequest, merged | {name: _picture_text(name, merged[name]) for name in _PICTURES if name in merged})
 
 
 @patch
@@ -187,6 +210,15 @@ def plan(self: DiffusionService, request: GenerationRequest | dict | str | bytes
 
 # %% ../nbs/08_diffusion_service.ipynb #612f5c47
 @patch
+def _enqueue(self: DiffusionService, generation: Generation) -> int:  # how many are before it
+    with self._guard:
+        if self._closed:
+            raise request_error(ErrorCode.internal_error, "the service is closed", hint="make a new DiffusionService")
+        self._waiting.append(generation)
+        return len(self._waiting) - 1
+
+
+@patch
 def submit(
     self: DiffusionService,
     request: GenerationRequest | dict | str | bytes | None = None,  # as an object, a dict or JSON
@@ -195,25 +227,14 @@ def submit(
     **fields,  # of the request
 ) -> Generation:
     "Queue a request; the handle is there at once."
+    generation = Generation(None, on_progress)
     try:
         request = as_request(request, fields)
-    except Exception as exc:
-        generation = Generation(None, on_progress)
-        generation.finish(failure(exc))
-        return generation
-    generation = Generation(request, on_progress)
-    try:
+        generation = Generation(request, on_progress)
         plan, inputs = self.prepare(request)
+        position = self._enqueue(generation)
     except Exception as exc:
-        generation.finish(failure(exc, request.request_id))
-        return generation
-    with self._guard:
-        closed, position = self._closed, len(self._waiting)
-        if not closed:
-            self._waiting.append(generation)
-    if closed:
-        error = request_error(ErrorCode.internal_error, "the service is closed", hint="make a new DiffusionService")
-        generation.finish(failure(error, request.request_id))
+        generation.finish(failure(exc, generation.request and generation.request.request_id))
         return generation
     generation.report(ProgressEvent(phase=Phase.queued, queue_position=position))
     self._worker.submit(self._run, generation, plan, inputs)
@@ -247,6 +268,8 @@ def _run(self: DiffusionService, generation: Generation, plan: GenerationPlan, i
             result = self._carry_out(generation, plan, inputs)
     except BaseException as exc:
         result = failure(exc, request_id).model_copy(update={"plan": plan})
+        if result.status == OpStatus.out_of_memory and self.device.type == "cuda":
+            torch.cuda.empty_cache()
     with self._guard:
         self._waiting.remove(generation)
         behind = list(enumerate(self._waiting))
@@ -300,9 +323,10 @@ def memory_report(self: DiffusionService) -> MemoryReport:
     for name, factory in self._factories.items():
         if parts := factory.component_bytes():
             models.append(ModelMemory(model=name, bytes=sum(parts.values()), device=str(factory.device), dtype=str(factory.dtype), components=parts))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else None
     return MemoryReport(
         host_total_bytes=host.total, host_available_bytes=host.available, process_bytes=process.rss,
-        process_peak_bytes=getattr(process, "peak_wset", None), devices=[_device_memory(self.device)], models=models,
+        process_peak_bytes=peak, devices=[_device_memory(self.device)], models=models,
     )  # fmt: skip
 
 

@@ -235,13 +235,19 @@ def parse(
         raise RequestError(list({(e.field, e.code): e for e in found}.values())) from None
 
 # %% ../nbs/00_results.ipynb #c6797d55
+def _is_out_of_memory(exc: BaseException) -> bool:
+    if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(exc, RuntimeError) and any(text in str(exc) for text in ("out of memory", "can't allocate memory"))
+
+
 def failure(
     exc: BaseException,  # what went wrong
     request_id: str | None = None,  # comes back with the result
 ) -> OpResult:
     "The `OpResult` for an exception; unexpected ones are logged with their traceback."
     if not isinstance(exc, RequestError):
-        if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
+        if _is_out_of_memory(exc):
             hint = "ask for fewer images or a smaller size"
             exc = request_error(ErrorCode.out_of_memory, "the memory of the device was not enough", hint=hint)
         else:
