@@ -306,7 +306,8 @@ def command_train_shapes(arguments: argparse.Namespace) -> int:  # the exit code
     "Train the built-in model again."
     from diffusion_workers.shapes_training import train_shapes
 
-    train_shapes(Path(arguments.out))
+    repository = train_shapes(Path(arguments.out), seed=arguments.seed, minutes=arguments.minutes, resume=arguments.resume)
+    print(repository)
     return 0
 
 # %% ../nbs/14_cli.ipynb #86f5d794
@@ -343,6 +344,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_common(replay)
     train = commands.add_parser("train-shapes", help="train the built-in model again")
     train.add_argument("--out", required=True, metavar="FOLDER", help="gets checkpoints, the log and the model; a second call resumes")
+    train.add_argument("--minutes", type=float, help="time for the denoiser, the longest stage; absent, the number of steps that the shipped weights had")
+    train.add_argument("--seed", type=int, help="absent, the one of the shipped weights")
+    train.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from checkpoints; --no-resume deletes them")
     return parser
 
 # %% ../nbs/14_cli.ipynb #de92b4ad
