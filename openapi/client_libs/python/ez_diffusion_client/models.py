@@ -1096,8 +1096,8 @@ class ModelInfo(BaseModel):
     source: StrictStr
     loaded: StrictBool
     tasks: list[Task] | None = None
-    width: Annotated[StrictInt | None, Field(description="Default")] = None
-    height: Annotated[StrictInt | None, Field(description="Default")] = None
+    width: Annotated[StrictInt | None, Field(description="Default, in pixels")] = None
+    height: Annotated[StrictInt | None, Field(description="Default, in pixels")] = None
     num_inference_steps: StrictInt | None = None
     guidance_scale: StrictFloat | None = None
     loras: list[StrictStr] | None = None
