@@ -1,0 +1,301 @@
+"""Whatever comes in, an answer comes out: an `OpResult` that says what is wrong, and a service that goes on as before."""
+import base64
+import io
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ez_diffusion_client import models as wire
+from PIL import Image
+
+from diffusion_workers.diffusion_service import DiffusionService
+from diffusion_workers.images import ImagePolicy
+from diffusion_workers.model_store import Settings
+from diffusion_workers.planning import KARRAS_SCHEDULERS
+from diffusion_workers.results import error_line
+from project import ROOT
+
+REFERENCE = {"prompt": "a red circle left of a blue square", "seed": 11, "num_inference_steps": 3, "scheduler": "ddim", "width": 64, "height": 64}
+SMALL = {"num_inference_steps": 2, "width": 64, "height": 64}
+PRIVATE = [text for text in (str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir(), os.getcwd()) if len(text) > 1]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of schedulers beside a newer numpy
+FIELDS = list(wire.GenerationRequest.model_fields)
+
+
+# --- what an answer has to be -----------------------------------------------
+
+def faults(answer: Any, request: Any) -> list[str]:
+    "What is wrong with an answer to a request; nothing, as a rule."
+    if not isinstance(answer, wire.OpResult):
+        return [f"the answer is a {type(answer).__name__}"]
+    assert wire.OpResult.model_validate(json.loads(answer.model_dump_json())).status == answer.status
+    said = [part for told in (*(answer.errors or []), *(answer.warnings or [])) for name, part in told if name in ("message", "allowed", "hint") and part]
+    found = [f"it names {path}" for path in PRIVATE for part in said if path in part]
+    if answer.status == "internal_error":
+        found.append(f"internal error: {answer.message}")
+    if answer.status != "success" and not answer.errors:
+        found.append("it fails without an error")
+    for error in answer.errors or []:
+        if not error.message.strip():
+            found.append(f"{error.code} has no message")
+        if not error.field and error.code != "malformed_json" and isinstance(request, dict):
+            found.append(f"{error.code} names no field: {error_line(error)}")
+        if max(len(part or "") for part in (error.field, error.given, error.message)) > 1000:
+            found.append(f"{error.code} repeats a long request")
+    return found
+
+
+def shown(request: Any) -> str:
+    "A request in one line of an assertion, whatever it is."
+    try:
+        return ascii(request)[:400]
+    except (ValueError, RecursionError) as error:
+        return f"<{type(request).__name__} that cannot be shown: {error}>"
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[DiffusionService]:
+    "The built-in model on the CPU; no URL is followed, so nothing here reaches for a network."
+    with DiffusionService(Settings(), device="cpu", image_policy=ImagePolicy(allow_urls=False)) as service:
+        yield service
+
+
+def reference_pixels(service: DiffusionService) -> np.ndarray:
+    return np.asarray(service.generate(REFERENCE).image)
+
+
+# --- nonsense ---------------------------------------------------------------
+
+def picture(chance: random.Random) -> bytes:
+    "A small picture of random pixels, in a random format and mode."
+    size = chance.choice([(1, 1), (3, 200), (64, 64), (90, 70)])
+    mode = chance.choice(["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "I;16"])
+    format = chance.choice({"CMYK": ["JPEG", "TIFF"], "I;16": ["PNG", "TIFF"]}.get(mode, ["PNG", "TIFF"]))
+    width = {"RGB": 3, "RGBA": 4, "LA": 2, "CMYK": 4, "I;16": 2}.get(mode, 1)
+    data = chance.randbytes(size[0] * size[1] * width)
+    made = Image.frombytes("L" if mode in ("1", "P") else mode, size, data)
+    buffer = io.BytesIO()
+    (made.convert(mode) if mode in ("1", "P") else made).save(buffer, format)
+    return buffer.getvalue()
+
+
+def image_text(chance: random.Random) -> str:
+    "A picture as text: whole, cut off, with broken bytes, or none at all."
+    data = picture(chance)
+    kind = chance.randrange(6)
+    if kind == 0:
+        data = data[: chance.randrange(len(data))]
+    elif kind == 1:
+        data = bytes(byte ^ (chance.random() < 0.02) * chance.randrange(256) for byte in data)
+    elif kind == 2:
+        data = chance.choice([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b"II*\0", b"%PDF-1.7", b""]) + chance.randbytes(chance.randrange(200))
+    text = base64.b64encode(data).decode()
+    return chance.choice([text, text, "data:image/png;base64," + text, "data:text/plain," + text, text.replace("A", "\n"), text + "=", text + "é"])
+
+
+def unicode_text(chance: random.Random) -> str:
+    "Letters of all kinds: control characters, halves of pairs, marks that pile up, directions, emoji."
+    ranges = [(0, 32), (32, 127), (0x80, 0x2FF), (0x300, 0x36F), (0x590, 0x6FF), (0x2000, 0x206F), (0x4E00, 0x9FFF), (0xD800, 0xDFFF), (0xFFF0, 0xFFFF), (0x1F300, 0x1FAFF)]
+    return "".join(chr(chance.randint(*chance.choice(ranges))) for _ in range(chance.choice([0, 1, 5, 60, 3000])))
+
+
+def nested(chance: random.Random, depth: int) -> Any:
+    "Lists and objects in each other."
+    if not depth:
+        return junk(chance)
+    inner = nested(chance, depth - 1)
+    return chance.choice([[inner], {"prompt": inner}, {unicode_text(chance)[:20]: inner}, [inner, inner]])
+
+
+def number(chance: random.Random) -> Any:
+    "Numbers at the edges of what numbers are."
+    edges = [0, -1, 1, 7, 8, 63, 64, 65, 2**31, 2**53 - 1, 2**53, 2**63, 2**64, -(2**63), 10**30, 10**400, True, False]
+    return chance.choice([*edges, 0.0, -0.0, 5e-324, 1e-300, 1e308, float("inf"), float("-inf"), float("nan"), 0.5, 1.5, 64.0])
+
+
+def junk(chance: random.Random) -> Any:
+    "A value that some field may not expect."
+    kind = chance.randrange(12)
+    if kind < 4:
+        return number(chance)
+    if kind < 7:
+        return unicode_text(chance)
+    words = ["", " ", "null", "/etc/passwd", "../../x.png", "C:\\x.png", "file:///etc/passwd", "http://localhost/", "https://a.example/x.png", "a" * 20_000, "a.safetensors"]
+    return chance.choice([
+        lambda: chance.choice(words), lambda: None, list, dict, lambda: image_text(chance),
+        lambda: [number(chance) for _ in range(chance.choice([1, 3, 65, 5000]))],
+        lambda: nested(chance, chance.randrange(1, 6)), lambda: [{} for _ in range(chance.choice([1, 9, 17]))], lambda: b"bytes", lambda: {1, 2}, object,
+    ])()  # fmt: skip
+
+
+def sensible(chance: random.Random) -> dict[str, Any]:
+    "A request that could be carried out."
+    request = {"prompt": chance.choice(["a red circle", "x" * 500, "\0\t\u202e", "円"]), **SMALL}
+    if chance.random() < 0.5:
+        request["image"] = base64.b64encode(picture(chance)).decode()
+        if chance.random() < 0.5:
+            request["mask_image"] = base64.b64encode(picture(chance)).decode()
+    options = {
+        "seed": 2**53 - 3, "guidance_scale": 0, "scheduler": chance.choice(list(wire.SchedulerName)).value, "use_karras_sigmas": chance.random() < 0.5,
+        "clip_skip": 2, "num_images": 2, "negative_prompt": "", "resize_mode": chance.choice(list(wire.ResizeMode)).value, "strength": 0.6,
+        "inpaint": {"only_masked": True, "padding": 3, "mask_blur": 9}, "output": {"format": chance.choice(["png", "jpeg", "webp"]), "quality": 1}, "guidance_rescale": 0.5,
+    }  # fmt: skip
+    return request | {name: options[name] for name in chance.sample(list(options), chance.randrange(4))}
+
+
+def mangled(chance: random.Random) -> dict[str, Any]:
+    "A sensible request after one to three accidents."
+    request = sensible(chance)
+    for _ in range(chance.randrange(1, 4)):
+        accident = chance.randrange(8)
+        if accident < 5:
+            request[chance.choice(FIELDS)] = junk(chance)
+        elif accident == 5:
+            request[chance.choice(["Prompt", "num-images", "", "stepz", "[0]", "__class__", unicode_text(chance)[:30]])] = junk(chance)
+        elif accident == 6:
+            request.pop(chance.choice(list(request)), None)
+        else:
+            request[chance.choice(["output", "inpaint", "deepcache", "refiner", "size_conditioning"])] = {chance.choice(["format", "quality", "mask_blur", "Padding", "x"]): junk(chance)}
+    return request
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_mangled_requests_are_answered(service: DiffusionService, seed: int) -> None:
+    "Fifty mangled requests: each is answered, what still makes sense makes a picture, and then all is as it was."
+    chance = random.Random(seed)
+    before, wrong = reference_pixels(service), []
+    for _ in range(50):
+        request = mangled(chance)
+        answers = [service.plan(request)]
+        plan = answers[0].plan
+        if plan is not None and plan.width * plan.height <= 128 * 128 and plan.num_inference_steps <= 2 and len(plan.seeds) <= 2:
+            answers.append(service.generate(request))
+        wrong += [f"{fault}\n    {shown(request)}" for answer in answers for fault in faults(answer, request)]
+    assert not wrong, f"{len(wrong)} faults:\n" + "\n".join(wrong[:10])
+    np.testing.assert_array_equal(reference_pixels(service), before)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mangled_text_is_answered(service: DiffusionService, seed: int) -> None:
+    "JSON with bytes cut off, changed, doubled or put in is refused in words, or is a request."
+    chance, wrong = random.Random(1000 + seed), []
+    for _ in range(50):
+        data = bytearray(json.dumps(sensible(chance)).encode())
+        for _ in range(chance.randrange(1, 5)):
+            at = chance.randrange(len(data))
+            data[at : at + chance.choice([0, 1, 9])] = chance.choice([b"", b"\0", b"\xff", b"{", b"]", b"1e999", b"NaN", b'"', b"\\ud800", chance.randbytes(3)])
+        for request in (bytes(data), bytes(data[: len(data) // 2]), data.decode(errors="replace")):
+            wrong += [f"{fault}\n    {shown(request)}" for fault in faults(service.plan(request), request)]
+    assert not wrong, f"{len(wrong)} faults:\n" + "\n".join(wrong[:10])
+
+
+# --- known traps ------------------------------------------------------------
+
+def deep(depth: int) -> list:
+    "A list in a list in a list."
+    inner: list = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
+PIXEL = base64.b64encode(picture(random.Random(0))).decode()
+TRAPS = {
+    "capital field": {"prompt": "x", "Prompt": "y"},
+    "dashed field": {"prompt": "x", "num-images": 2},
+    "empty field": {"prompt": "x", "": 2},
+    "half a pair as a field": {"prompt": "x", "\ud800": 2},
+    "number as a field": {"prompt": "x", 3: 2},
+    "dashed field inside": {"prompt": "x", "output": {"jpeg-quality": 2}},
+    "half a pair as the prompt": {"prompt": "\ud800"},
+    "a prompt of control characters": {"prompt": "\0\x01\x1b[2J", **SMALL},
+    "the least strength": {"prompt": "x", "image": PIXEL, "strength": 5e-324},
+    "a number of 5000 digits": {"prompt": "x", "seed": 10**5000},
+    "a number of 5000 digits as text": '{"prompt": "x", "seed": ' + "9" * 5000 + "}",
+    "numbers that are none": '{"prompt": "x", "guidance_scale": NaN, "strength": 1e999}',
+    "deep lists": {"prompt": deep(100_000)},
+    "deep text": '{"prompt": ' + "[" * 100_000,
+    "deep text that closes": '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "text of lists": "[" * 900 + "]" * 900,
+    "bytes that are no text": b"\xff\xfe{",
+    "no object": [1, 2, 3],
+    "nothing": None,
+    "a class": wire.GenerationRequest,
+    "hundreds of unknown fields": {"prompt": "x", **{f"field_{i}": i for i in range(300)}},
+    "many wrong entries": {"prompt": "x", "seeds": ["1"] * 64, "loras": [{"name": "", "scale": "1"}] * 16, "controlnets": [{"image": 1, "modle": 2}] * 8},
+    "many steps of the LCM scheduler": {"prompt": "x", "scheduler": "lcm", "num_inference_steps": 51, "width": 64, "height": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_traps(service: DiffusionService, name: str) -> None:
+    "Requests that are wrong in a way that is easy to overlook: what is wrong with them is said."
+    request = TRAPS[name]
+    wrong = [fault for answer in (service.plan(request), service.generate(request)) for fault in faults(answer, request)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("depth", range(700, 1000, 20))
+def test_nesting_near_the_limit(service: DiffusionService, depth: int) -> None:
+    "Where exactly nesting becomes too deep for the reader of JSON does not matter to the answer."
+    for request in ('{"prompt": ' + "[" * depth + "]" * depth + "}", '{"prompt": ' + '{"a":' * depth + "1" + "}" * depth + "}"):
+        assert not faults(service.plan(request), request)
+
+
+# --- words that are one of a few --------------------------------------------
+
+def enum_fields() -> Iterator[tuple[tuple, list[str]]]:
+    "Where in a request one of a few words is needed, and which ones they are; of a list, the first entry."
+    schema = wire.GenerationRequest.model_json_schema()
+
+    def walk(node: dict, path: tuple) -> Iterator[tuple[tuple, list[str]]]:
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        if "enum" in node:
+            yield path, node["enum"]
+        for choice in node.get("anyOf", []):
+            yield from walk(choice, path)
+        for name, inner in node.get("properties", {}).items():
+            yield from walk(inner, (*path, name))
+        if "items" in node:
+            yield from walk(node["items"], (*path, 0))
+
+    yield from walk(schema, ())
+
+
+def placed(path: tuple, value: Any) -> Any:
+    "The value inside of objects and lists, so that it lies at `path`."
+    for key in reversed(path):
+        value = [value] if key == 0 else {key: value}
+    return value
+
+
+@pytest.mark.parametrize("path, words", enum_fields(), ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "")
+def test_misspelt_words_are_recognised(service: DiffusionService, path: tuple, words: list[str]) -> None:
+    "A misspelt word is refused where it stands, with the word that was probably meant."
+    field = "".join(f"[{key}]" if key == 0 else f".{key}" for key in path)[1:]
+    for word in words:
+        for misspelt in (word[:-1] + word[-1] * 2, word.upper(), word + " "):
+            answer = service.plan({"prompt": "x", **placed(path, misspelt)})
+            error = next(error for error in answer.errors if error.field == field)
+            assert (answer.status, error.code) == ("invalid_request", "unknown_scheduler" if field == "scheduler" else "not_one_of")
+            assert word in error.allowed and not faults(answer, {})
+            assert error.hint == f"did you mean {word}?", error_line(error)
+
+
+# --- what is valid ----------------------------------------------------------
+
+@pytest.mark.parametrize("scheduler, karras", [(name.value, karras) for name in wire.SchedulerName if name != "flow_match_euler" for karras in (False, True) if not karras or name in KARRAS_SCHEDULERS])
+def test_every_scheduler_makes_a_picture_of_few_steps(service: DiffusionService, scheduler: str, karras: bool) -> None:
+    "One and two steps are few, but they are allowed; from a picture, a part of them is left out."
+    for steps, more in ((1, {}), (2, {"image": PIXEL, "strength": 0.5})):
+        request = SMALL | {"prompt": "x", "seed": 1, "scheduler": scheduler, "use_karras_sigmas": karras, "num_inference_steps": steps} | more
+        answer = service.generate(request)
+        assert answer.status == "success", f"{answer} for {shown(request)}"

@@ -1,0 +1,115 @@
+"""A checkpoint in one file, as the original implementation writes it, is the same model as the folder that it was made from."""
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from ez_diffusion_client.models import ErrorCode, OpStatus
+
+from diffusion_workers.diffusion_service import DiffusionService
+from diffusion_workers.manifest import builtin_path
+from diffusion_workers.model_store import Settings
+from original_layout import original_weights, save_original
+
+REQUEST = {"prompt": "a red circle left of a blue square", "seed": 5, "num_inference_steps": 3, "width": 64, "height": 64}
+MANIFEST = "family: sd15\nsource: {source}\ndefaults: {{width: 64, height: 64, scheduler: ddim}}\n"
+MODELS = ("builtin", "other")
+BROKEN = ("cut-off", "no-weights", "empty", "pointer", "of-a-lora", "without-vae", "without-text-encoder", "half-a-unet", "not-there")
+
+
+def other_sizes(folder: Path) -> None:
+    "A model of other depth and widths than the built-in one, with attention in the VAE, saved as a folder."
+    torch.manual_seed(0)
+    base = StableDiffusionPipeline.from_pretrained(builtin_path("shapes-sd15"), variant="fp16", dtype=torch.float32)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(16, 32), layers_per_block=2, norm_num_groups=4, attention_head_dim=4,
+        cross_attention_dim=base.text_encoder.config.hidden_size,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16), layers_per_block=2, norm_num_groups=4, latent_channels=4, sample_size=128,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    parts = base.components | {"unet": unet, "vae": vae}
+    StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder, safe_serialization=True)
+
+
+def write_broken(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    "Files with the ending .safetensors that hold no whole model; not-there.safetensors is not written."
+    whole = (folder / "builtin.safetensors").read_bytes()
+    (folder / "cut-off.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "no-weights.safetensors").write_bytes(bytes(range(256)) * 40)
+    (folder / "empty.safetensors").write_bytes(b"")
+    (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 4265380512\n")
+    save_original({"lora_unet_mid_block.lora_down.weight": torch.zeros(4, 4)}, folder / "of-a-lora.safetensors")
+    for name, prefix in (("without-vae", "first_stage_model."), ("without-text-encoder", "cond_stage_model."), ("half-a-unet", "model.diffusion_model.output_blocks.")):
+        save_original({key: value for key, value in weights.items() if not key.startswith(prefix)}, folder / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionService]:
+    "A service with two models, each as a folder and as a single file, and with files that are broken."
+    folder = tmp_path_factory.mktemp("models")
+    other_sizes(folder / "other")
+    sources = {"builtin-folder": "{builtin: shapes-sd15}", "other-folder": "{folder: other}"}
+    sources |= {"builtin-file": "{file: builtin.safetensors, config: {builtin: shapes-sd15}}"}
+    sources |= {"other-file": "{file: other.safetensors, config: {folder: other}}"}
+    sources |= {name: f"{{file: {name}.safetensors, config: {{builtin: shapes-sd15}}}}" for name in BROKEN}
+    sources |= {"no-config": "{file: builtin.safetensors}"}
+    for name, source in sources.items():
+        variant = "variant: fp16\n" if name == "builtin-folder" else ""
+        (folder / f"{name}.yaml").write_text(MANIFEST.format(source=source) + variant)
+    with DiffusionService(Settings(model_folders=(folder,)), device="cpu") as service:
+        for name in MODELS:
+            weights = original_weights(service.factory(service.manifest(f"{name}-folder")).load())
+            save_original(weights, folder / f"{name}.safetensors")
+            if name == "builtin":
+                write_broken(folder, weights)
+        yield service
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_is_the_same(service: DiffusionService, name: str) -> None:
+    "No weight is lost, transposed or put in another's place on the way through a single file."
+    folder, file = (service.factory(service.manifest(f"{name}-{kind}")).load() for kind in ("folder", "file"))
+    for part in ("unet", "vae", "text_encoder"):
+        expected, found = getattr(folder, part).state_dict(), getattr(file, part).state_dict()
+        assert expected.keys() == found.keys()
+        wrong = [key for key in expected if not torch.equal(expected[key], found[key])]
+        assert not wrong, f"{part}: {len(wrong)} of {len(expected)} differ, such as {wrong[0]}"
+    assert dict(folder.scheduler.config) == dict(file.scheduler.config)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pixels_are_the_same(service: DiffusionService, name: str) -> None:
+    "The same request makes the same picture, whichever way the weights came in."
+    pictures = [service.generate(REQUEST, model=f"{name}-{kind}").image for kind in ("folder", "file")]
+    np.testing.assert_array_equal(*map(np.asarray, pictures))
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named_without_its_path(service: DiffusionService, name: str) -> None:
+    "What cannot be loaded is `model_unavailable`; the answer holds the name of the file and no folder."
+    result = service.generate(REQUEST, model=name)
+    assert (result.status, [error.code for error in result.errors]) == (OpStatus.model_unavailable, [ErrorCode.model_unavailable])
+    assert f"{name}.safetensors" in result.message
+    folder = service.settings.model_folders[0]
+    assert not [part for part in (str(folder), str(folder.parent), os.path.expanduser("~")) if part in result.model_dump_json()]
+
+
+def test_a_broken_file_can_be_repaired(service: DiffusionService) -> None:
+    "Once the file is whole, the very same service loads it, and a broken one has not disturbed the other models."
+    folder = service.settings.model_folders[0]
+    before = service.generate(REQUEST, model="builtin-folder").image
+    assert service.generate(REQUEST, model="not-there").status == OpStatus.model_unavailable
+    os.link(folder / "builtin.safetensors", folder / "not-there.safetensors")
+    after = [service.generate(REQUEST, model=name).image for name in ("builtin-folder", "not-there")]
+    for picture in after:
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(before))
+
+
+def test_a_file_without_a_configuration_needs_the_hub(service: DiffusionService, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Without `config` the configuration comes from the Hub; where there is none, the answer is `model_unavailable`."
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert service.generate(REQUEST, model="no-config").status == OpStatus.model_unavailable
