@@ -277,7 +277,7 @@ def placed(path: tuple, value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("path, words", enum_fields(), ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize("path, words", list(enum_fields()), ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "")
 def test_misspelt_words_are_recognised(service: DiffusionService, path: tuple, words: list[str]) -> None:
     "A misspelt word is refused where it stands, with the word that was probably meant."
     field = "".join(f"[{key}]" if key == 0 else f".{key}" for key in path)[1:]
