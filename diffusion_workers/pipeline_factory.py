@@ -36,6 +36,7 @@ class FamilySpec:
     denoiser: str  # name of the component that is called at each step
     gpu_dtype: torch.dtype  # number format on a GPU
     load_arguments: dict[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained
+    text_encoders: dict[str, str] = field(default_factory=dict)  # component -> class in transformers
 
 
 FAMILIES = {
@@ -44,6 +45,7 @@ FAMILIES = {
         denoiser="unet",
         gpu_dtype=torch.float16,
         load_arguments={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+        text_encoders={"text_encoder": "CLIPTextModel"},
     ),
 }
 
@@ -137,6 +139,19 @@ def _load_component(name: str, component: Component, manifest: ModelManifest, dt
     made = _read(cls, component.source, component.variant, {} if weightless else {"dtype": dtype})
     return cls.from_config(made.config, **component.options) if component.options else made
 
+# %% ../nbs/05_pipeline_factory.ipynb #97ff226a
+def _load_text_encoders(manifest: ModelManifest, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    spec, loaded = FAMILIES[manifest.family], {}
+    if isinstance(manifest.source, FileSource):
+        return loaded
+    for name in spec.text_encoders.keys() - manifest.components.keys():
+        arguments = {"subfolder": name, "dtype": dtype, "output_loading_info": True}
+        cls = getattr(transformers, spec.text_encoders[name])
+        loaded[name], report = _from_repository(cls, manifest.source, manifest.variant, arguments)
+        if report["missing_keys"]:
+            raise ValueError(f"{len(report['missing_keys'])} tensors of {name} are not in its file")
+    return loaded
+
 
 def load_pipeline(
     manifest: ModelManifest,
@@ -144,19 +159,22 @@ def load_pipeline(
     dtype: torch.dtype,
 ) -> DiffusionPipeline:  # the family's base pipeline, in evaluation mode, on `device`
     "Read the weights of a model; a `RequestError` (model_unavailable) says what is missing."
-    spec, variant = FAMILIES[manifest.family], manifest.variant
+    spec = FAMILIES[manifest.family]
     try:
         sourced = {name: part for name, part in manifest.components.items() if part.source is not None}
         parts = {name: _load_component(name, part, manifest, dtype) for name, part in sourced.items()}
+        parts |= _load_text_encoders(manifest, dtype)
         arguments = {"dtype": dtype} | spec.load_arguments | parts
-        pipe = _read(getattr(diffusers, spec.base_class), manifest.source, variant, arguments)
+        pipe = _read(getattr(diffusers, spec.base_class), manifest.source, manifest.variant, arguments)
         for name in manifest.components.keys() - parts.keys():
             part = manifest.components[name]
             pipe.scheduler = _component_class(name, part, manifest).from_config(pipe.scheduler.config, **part.options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as exc:
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(device)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as exc:  # whatever the loaders of three libraries raise for a damaged file
         raise _unavailable(manifest, exc) from exc
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 # %% ../nbs/05_pipeline_factory.ipynb #8ffb6f35
 def _unavailable(manifest: ModelManifest, exc: Exception) -> RequestError:
@@ -165,6 +183,8 @@ def _unavailable(manifest: ModelManifest, exc: Exception) -> RequestError:
         hint = "check the network, HF_HUB_OFFLINE and HF_TOKEN, or download the repository and name it as a folder"
     else:
         hint = "check that the files are there and complete; the log has the details"
+        if isinstance(manifest.source, FileSource) and manifest.source.config is None:
+            hint = "name a configuration with config: in the manifest, or check the network; the log has the details"
     message = f"the weights of {manifest.source.describe()} cannot be loaded ({type(exc).__name__})"
     return request_error(ErrorCode.model_unavailable, message, field="model", given=manifest.name, hint=hint)
 
@@ -254,6 +274,8 @@ class PipelineFactory:
 
     def unload(self) -> None:
         "Forget the weights and give their memory back."
+        if not self.loaded:
+            return
         with self._lock:
             self._pipes.clear()
         gc.collect()

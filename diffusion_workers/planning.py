@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIPELINE_CLASSES', 'NOT_IN_FAMILY', 'PROVIDED_FAMILIES', 'NOT_PROVIDED_YET', 'SCHEDULERS', 'KARRAS_SCHEDULERS',
-           'FLOW_SCHEDULERS', 'LARGEST_SEED', 'PLAN_VERSION', 'plan_scheduler', 'check_scheduler', 'plan_size',
-           'check_size', 'size_warnings', 'plan_seeds', 'check_seeds', 'plan_task', 'plan_strength',
+           'FLOW_SCHEDULERS', 'LCM_MAX_STEPS', 'LARGEST_SEED', 'PLAN_VERSION', 'plan_scheduler', 'check_scheduler',
+           'plan_size', 'check_size', 'size_warnings', 'plan_seeds', 'check_seeds', 'plan_task', 'plan_strength',
            'count_denoising_steps', 'check_task', 'check_prompt', 'check_offers', 'takes_guidance_rescale',
            'check_support', 'text_warnings', 'make_plan', 'request_from_plan', 'batch_key']
 
@@ -86,6 +86,7 @@ _SCHEDULER_ROWS = [  # name, class, options, Karras
 SCHEDULERS = {name: (class_name, options, karras) for name, class_name, options, karras in _SCHEDULER_ROWS}
 KARRAS_SCHEDULERS = tuple(name for name, (_, _, karras) in SCHEDULERS.items() if karras)
 FLOW_SCHEDULERS = (SchedulerName.flow_match_euler,)
+LCM_MAX_STEPS = 50  # original_inference_steps of diffusers' LCMScheduler
 
 # %% ../nbs/03_planning.ipynb #2f8fb1e3
 def plan_scheduler(
@@ -112,6 +113,9 @@ def check_scheduler(request: GenerationRequest, manifest: ModelManifest) -> Iter
     if name is not None and name.value not in suited:
         message = f"this scheduler does not fit the family {manifest.family.value}"
         yield error_detail(ErrorCode.unsupported_combination, message, field="scheduler", given=name.value, allowed=", ".join(suited))
+    steps = request.num_inference_steps or manifest.defaults.num_inference_steps
+    if name == SchedulerName.lcm and steps > LCM_MAX_STEPS:
+        yield error_detail(ErrorCode.out_of_range, "lcm makes fewer steps", field="num_inference_steps", given=steps, allowed=f"1 to {LCM_MAX_STEPS} with lcm")
     if request.use_karras_sigmas and name not in KARRAS_SCHEDULERS:
         message = f"{name.value} has no Karras noise levels" if name else "Karras noise levels need a named scheduler"
         allowed = "schedulers " + ", ".join(n.value for n in KARRAS_SCHEDULERS)
@@ -231,7 +235,7 @@ def check_task(request: GenerationRequest, manifest: ModelManifest, steps: int, 
     if steps > most:
         yield error_detail(ErrorCode.out_of_range, "that is more steps than the model allows", field="num_inference_steps", given=steps, allowed=f"1 to {most}")
     if strength is not None and count_denoising_steps(steps, strength) < 1:
-        allowed = f"at least {math.ceil(1 / strength)} steps at this strength"
+        allowed = f"a strength of at least {1 / steps:.3g} with {steps} steps"
         yield error_detail(ErrorCode.out_of_range, "no step is left at this strength", field="strength", given=strength, allowed=allowed)
 
 # %% ../nbs/03_planning.ipynb #31b2392b
