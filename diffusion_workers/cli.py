@@ -11,6 +11,7 @@ __all__ = ['EXIT_CODES', 'COMMANDS', 'request_fields', 'add_request_options', 'b
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -163,10 +164,15 @@ def output_paths(
 
 
 def check_output(output: str) -> None:
-    "Refuse, before any work, a file name whose ending says no format."
+    "Refuse, before any work, a name whose ending says no format or where nothing can be written."
     if Path(output).suffix.lower() not in _FORMAT_OF_SUFFIX:
         allowed = "a name that ends in " + ", ".join(_FORMAT_OF_SUFFIX)
         raise request_error(ErrorCode.not_one_of, "the ending of the file says no image format", field="-o", given=output, allowed=allowed)
+    path = Path(output).absolute()
+    nearest = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir() or not nearest.is_dir() or not os.access(path if path.exists() else nearest, os.W_OK):
+        hint = "a folder has this name, a file stands where the folder should be, or writing is not allowed there"
+        raise request_error(ErrorCode.wrong_type, "no file can be written there", field="-o", given=output, hint=hint)
 
 
 def write_images(result: OpResult, output: str) -> list[Path]:

@@ -24,7 +24,7 @@ from PIL import Image
 from .image_metadata import embed
 from .images import DecodedImage, ImagePolicy, decode_image, decode_mask
 from .images import crop_region, paste_back, prepare_mask, resize_image
-from .pipeline_factory import PipelineFactory
+from .pipeline_factory import PipelineFactory, quiet_libraries
 from .results import request_error, warning
 from ez_diffusion_client.models import (
     Environment,
@@ -263,7 +263,7 @@ def render(
 ) -> tuple[list[Image.Image], list[RequestWarning]]:  # one image for each seed, and what had to be said
     "Carry out a plan."
     pictures = []
-    with factory.configured(plan) as pipe:
+    with factory.configured(plan) as pipe, quiet_libraries():
         notes = text_notes(pipe, plan)
         for first in range(0, len(plan.seeds), MAX_BATCH):
             arguments = pipeline_arguments(plan, plan.seeds[first : first + MAX_BATCH], prepared)
