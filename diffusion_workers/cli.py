@@ -320,6 +320,7 @@ def command_train_shapes(arguments: argparse.Namespace) -> int:  # the exit code
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", action="append", metavar="FOLDER", help="a folder with manifests of your own; may be given again")
     parser.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the log, with the tracebacks of what went wrong")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
 
 
@@ -366,8 +367,9 @@ def main(
     argv: Sequence[str] | None = None,  # None takes those of the process
 ) -> int:  # the exit code
     "The `diffusion-workers` command."
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
     arguments = make_parser().parse_args(argv)
+    level = logging.INFO if getattr(arguments, "verbose", False) else logging.CRITICAL
+    logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     if getattr(arguments, "prompt", None) is None and not getattr(arguments, "request", True):
         return fail(failure(request_error(ErrorCode.missing_field, "a prompt is needed", field="PROMPT", hint="say what the picture shows, or give --request")))
     try:
