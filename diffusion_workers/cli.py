@@ -278,7 +278,7 @@ def _same_pictures(plan, replanned) -> None:  # the pictures handed in must be t
         if before is not None and before.sha256 != now.sha256:
             raise request_error(ErrorCode.not_found, "this is not the picture that was used", field=f"--{field.replace('_', '-')}", hint="hand in the very same pixels")
 
-
+# %% ../nbs/14_cli.ipynb #f749c70e
 def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
     "Make an image again from its receipt, and say whether the pixels are the same."
     import numpy as np
@@ -330,7 +330,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
     add_request_options(parser)
 
-
+# %% ../nbs/14_cli.ipynb #39903042
 def make_parser() -> argparse.ArgumentParser:
     "All commands and options."
     parser = argparse.ArgumentParser(prog="diffusion-workers", description="Images from diffusion models, by one request object.")

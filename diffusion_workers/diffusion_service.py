@@ -30,18 +30,8 @@ from .manifest import ModelManifest
 from .model_store import Settings, load_manifests, model_list
 from .pipeline_factory import PipelineFactory, pick_device
 from .planning import make_plan
-from diffusion_workers.rendering import (
-    MAX_BATCH,
-    Inputs,
-    OnProgress,
-    StepWatch,
-    StopSignal,
-    decode_inputs,
-    generated_image,
-    prepare_inputs,
-    render,
-    with_environment,
-)
+from .rendering import MAX_BATCH, Inputs, OnProgress, StepWatch, StopSignal
+from .rendering import decode_inputs, generated_image, prepare_inputs, render, with_environment
 from .results import failure, logger, parse, request_error
 from ez_diffusion_client.models import (
     DeviceMemory,
@@ -188,7 +178,7 @@ def as_request(
     merged = (request or {}) | fields
     return parse(GenerationRequest, merged | {name: _picture_text(name, merged[name]) for name in _PICTURES if name in merged})
 
-
+# %% ../nbs/08_diffusion_service.ipynb #468762d7
 @patch
 def prepare(self: DiffusionService, request: GenerationRequest) -> tuple[GenerationPlan, Inputs]:
     "Decode and plan; every mistake in a request that can be found without the model is found here."
@@ -240,7 +230,7 @@ def submit(
     self._worker.submit(self._run, generation, plan, inputs)
     return generation
 
-
+# %% ../nbs/08_diffusion_service.ipynb #04e69873
 @patch
 def generate(
     self: DiffusionService,

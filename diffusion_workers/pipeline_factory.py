@@ -21,6 +21,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
+from fastcore.basics import patch
 
 from .manifest import COMPONENT_CLASSES, Component, FileSource, HubSource, ModelManifest, Source
 from .planning import PIPELINE_CLASSES
@@ -251,43 +252,51 @@ class PipelineFactory:
                 self.load_seconds = time.perf_counter() - started
             return self._pipes[self.spec.base_class]
 
-    def variant(
-        self,
-        task: Task,
-        control_kind: ControlKind = ControlKind.none,
-    ) -> DiffusionPipeline:  # shares every weight with its siblings
-        "The pipeline for a task."
-        base, name = self.load(), PIPELINE_CLASSES[self.manifest.family, task, control_kind]
-        if name not in self._pipes:
-            with quiet_libraries():
-                sibling = getattr(diffusers, name).from_pipe(base, dtype=self.dtype)
-            sibling.set_progress_bar_config(disable=True)
-            self._pipes[name] = sibling
-        return self._pipes[name]
+# %% ../nbs/05_pipeline_factory.ipynb #f23c077c
+@patch
+def variant(
+    self: PipelineFactory,
+    task: Task,
+    control_kind: ControlKind = ControlKind.none,
+) -> DiffusionPipeline:  # shares every weight with its siblings
+    "The pipeline for a task."
+    base, name = self.load(), PIPELINE_CLASSES[self.manifest.family, task, control_kind]
+    if name not in self._pipes:
+        with quiet_libraries():
+            sibling = getattr(diffusers, name).from_pipe(base, dtype=self.dtype)
+        sibling.set_progress_bar_config(disable=True)
+        self._pipes[name] = sibling
+    return self._pipes[name]
 
-    @contextmanager
-    def configured(self, plan: GenerationPlan) -> Iterator[DiffusionPipeline]:
-        "The pipeline of a plan, with its scheduler on; the caller makes sure that one plan runs at a time."
-        pipe = self.variant(plan.task, plan.control_kind)
-        with use_scheduler(pipe, plan.scheduler):
-            yield pipe
 
-    def unload(self) -> None:
-        "Forget the weights and give their memory back."
-        if not self.loaded:
-            return
-        with self._lock:
-            self._pipes.clear()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+@patch
+@contextmanager
+def configured(self: PipelineFactory, plan: GenerationPlan) -> Iterator[DiffusionPipeline]:
+    "The pipeline of a plan, with its scheduler on; the caller makes sure that one plan runs at a time."
+    pipe = self.variant(plan.task, plan.control_kind)
+    with use_scheduler(pipe, plan.scheduler):
+        yield pipe
 
-    def component_bytes(self) -> dict[str, int]:
-        "Bytes of the weights of each component, shared ones counted once; empty before loading."
-        if not self.loaded:
-            return {}
-        parts = self._pipes[self.spec.base_class].components.items()
-        return {name: module_bytes(part) for name, part in parts if isinstance(part, torch.nn.Module)}
+# %% ../nbs/05_pipeline_factory.ipynb #9f120937
+@patch
+def unload(self: PipelineFactory) -> None:
+    "Forget the weights and give their memory back."
+    if not self.loaded:
+        return
+    with self._lock:
+        self._pipes.clear()
+    gc.collect()
+    if self.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@patch
+def component_bytes(self: PipelineFactory) -> dict[str, int]:
+    "Bytes of the weights of each component, shared ones counted once; empty before loading."
+    if not self.loaded:
+        return {}
+    parts = self._pipes[self.spec.base_class].components.items()
+    return {name: module_bytes(part) for name, part in parts if isinstance(part, torch.nn.Module)}
 
 
 def module_bytes(module: torch.nn.Module) -> int:
