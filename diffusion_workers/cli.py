@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .results import RequestError, describe_field, error_detail, error_line, failure, parse, request_error
+from .results import RequestError, describe_field, error_line, failure, nearest_name, parse, request_error
 from ez_diffusion_client.models import ErrorCode, GenerationRequest, OpResult, OpStatus, OutputFormat, Phase, ProgressEvent
 
 # %% ../nbs/14_cli.ipynb #05f8560b
@@ -363,11 +363,20 @@ COMMANDS = {
 }  # fmt: skip
 
 
+def _unknown_option(unknown: list[str]) -> RequestError:  # what argparse could not place
+    option = next((text for text in unknown if text.startswith("-")), unknown[0])
+    near = nearest_name(option.split("=")[0], ["--" + "-".join(path).replace("_", "-") for path, *_ in request_fields()])
+    hint = f"did you mean {near}?" if near else "diffusion-workers COMMAND --help lists the options; quote a prompt of several words"
+    return request_error(ErrorCode.unknown_field, "there is no such option", field=option, hint=hint)
+
+
 def main(
     argv: Sequence[str] | None = None,  # None takes those of the process
 ) -> int:  # the exit code
     "The `diffusion-workers` command."
-    arguments = make_parser().parse_args(argv)
+    arguments, unknown = make_parser().parse_known_args(argv)
+    if unknown:
+        return fail(failure(_unknown_option(unknown)))
     level = logging.INFO if getattr(arguments, "verbose", False) else logging.CRITICAL
     logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     if getattr(arguments, "prompt", None) is None and not getattr(arguments, "request", True):
