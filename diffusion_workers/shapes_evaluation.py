@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['GUIDANCE_SCALE', 'IMAGE_TO_IMAGE_TASKS', 'generate', 'Evaluation', 'evaluate_pictures', 'evaluate_text_to_image',
-           'ImageToImageTask', 'mixed_prompts', 'evaluate_image_to_image', 'composite', 'inpainting_task',
-           'evaluate_inpainting']
+           'ImageToImageTask', 'mixed_prompts', 'evaluate_image_to_image', 'inpainting_task', 'evaluate_inpainting']
 
 # %% ../nbs/09b_shapes_evaluation.ipynb #0f43762e
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image
 
+from .images import paste_back
 from .shapes import IMAGE_SIZE, Scene, compare, describe, held_out_prompts, random_scene, read_scene, render
 
 # %% ../nbs/09b_shapes_evaluation.ipynb #e2f1acb2
@@ -136,15 +136,6 @@ def evaluate_image_to_image(
     return evaluate_pictures(f"image to image at {asked.strength}, {task}", images, list(zip(wanted, captions)))
 
 # %% ../nbs/09b_shapes_evaluation.ipynb #55f9d0e8
-def composite(
-    original: Image.Image,  # kept where the mask is black
-    generated: Image.Image,  # shown where the mask is white
-    mask: Image.Image,  # mode "L", the same size
-) -> Image.Image:
-    "Put the original pixels back outside the mask."
-    return Image.composite(generated, original, mask)
-
-
 def inpainting_task(
     rng: np.random.Generator,  # the source of chance
 ) -> tuple[Image.Image, Image.Image, Scene, str]:  # picture, mask of one half, scene that is asked for, its caption
@@ -171,5 +162,5 @@ def evaluate_inpainting(
     change = float(np.mean([
         np.abs(np.asarray(r, float) - np.asarray(p, float))[np.asarray(m) == 0].mean() for r, p, m in zip(raw, pictures, masks)
     ]))
-    images = [composite(p, r, m) for p, r, m in zip(pictures, raw, masks)]
+    images = [paste_back(p, r, m) for p, r, m in zip(pictures, raw, masks)]
     return evaluate_pictures("inpainting", images, list(zip(wanted, captions))), change
