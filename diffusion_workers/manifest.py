@@ -6,7 +6,7 @@
 __all__ = ['PATTERN_WORDS', 'Name', 'Text', 'Pixels', 'Count', 'Subfolder', 'WeightsFile', 'Dtype', 'SOURCE_KINDS', 'Source',
            'SCHEDULER_CLASSES', 'COMPONENT_CLASSES', 'UNION_TABLES', 'FAMILY_DEFAULTS', 'Share', 'Complaint',
            'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource', 'HubSource', 'FileSource', 'Component',
-           'ControlNetEntry', 'LoraEntry', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
+           'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
 
 # %% ../nbs/02_manifest.ipynb #e7db61b6
 import hashlib
@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from ez_diffusion_client.models import ModelFamily, SchedulerName, Task, UnionModeName
+from ez_diffusion_client.models import ModelFamily, ModelKind, SchedulerName, Task, UnionModeName
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -229,6 +229,13 @@ class LoraEntry(_Section):
     trigger_words: tuple[Text, ...] = ()  # words in a prompt that the LoRA was trained with
     sha256: Annotated[str, Field(strict=True, pattern="^[0-9a-f]{64}$")] | None = None  # of the file, checked before it is read
 
+# %% ../nbs/02_manifest.ipynb #be5bbbb7
+class RefinerEntry(_Section):
+    "The SDXL model that takes over the last steps of a request that asks for it."
+    source: Source
+    variant: Name | None = None  # such as fp16
+    dtype: Dtype | None = None  # absent follows the model
+
 # %% ../nbs/02_manifest.ipynb #ed4f0a23
 FAMILY_DEFAULTS = {
     ModelFamily.sd15: {"width": 512, "height": 512, "num_inference_steps": 25, "guidance_scale": 7.5},
@@ -326,6 +333,20 @@ def _entry_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
             yield ("loras", name, "weight_name"), "a file needs no weight_name; it is for a folder or a repository"
 
 
+def _kind_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
+    kind = manifest.kind
+    if kind != ModelKind.standard and manifest.family != ModelFamily.flux:
+        yield ("kind",), f"given {kind}; only flux has models of this kind"
+    if kind == ModelKind.fill and manifest.tasks != (Task.inpainting,):
+        yield ("tasks",), "a model of the kind fill is for inpainting alone; write tasks: [inpainting]"
+    if kind != ModelKind.standard and manifest.controlnets:
+        yield ("controlnets",), f"a model of the kind {kind} takes no ControlNets"
+    if kind != ModelKind.control and manifest.control_preprocessors:
+        yield ("control_preprocessors",), "only a model of the kind control has these; a ControlNet has preprocessors of its own"
+    if manifest.refiner and manifest.family != ModelFamily.sdxl:
+        yield ("refiner",), f"{manifest.family} has no refiner; only sdxl has"
+
+
 def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     if isinstance(manifest.source, HubSource) and manifest.source.subfolder:
         yield ("source", "subfolder"), "a pipeline lies at the top of its repository; a subfolder is for components"
@@ -343,6 +364,7 @@ class ModelManifest(_Section):
     name: Name  # of the file, without its ending
     source: Source  # where the pipeline comes from
     family: ModelFamily
+    kind: ModelKind = ModelKind.standard  # fill and control: Flux models whose denoiser takes further input channels
     title: Text | None = None  # for people
     description: Text | None = None
     license: Text | None = None
@@ -351,7 +373,12 @@ class ModelManifest(_Section):
     tasks: tuple[Task, ...] = tuple(Task)  # at least one
     components: dict[Name, Component] = {}  # slot -> replacement
     controlnets: dict[Name, ControlNetEntry] = {}  # name in a request -> net
+    control_preprocessors: tuple[Name, ...] = ()  # of a model of the kind control, the usual one first
     loras: dict[Name, LoraEntry] = {}  # name in a request -> LoRA
+    lora_folders: tuple[FolderSource, ...] = ()  # whose .safetensors files a request may name
+    hub_loras: Annotated[bool, Field(strict=True)] = False  # whether a request may name a LoRA on the Hub
+    refiner: RefinerEntry | None = None  # SDXL only
+    memory_budget_gb: Annotated[float, Field(strict=True, gt=0, le=100000)] | None = None  # of weights in memory while this model is used, all models together
     defaults: Defaults
     limits: Limits = Limits()
 
@@ -368,7 +395,7 @@ class ModelManifest(_Section):
     @model_validator(mode="after")
     def _check_together(self) -> "ModelManifest":
         found = [
-            *_model_complaints(self), *_component_complaints(self.family, self.components),
+            *_model_complaints(self), *_kind_complaints(self), *_component_complaints(self.family, self.components),
             *_entry_complaints(self), *_size_complaints(self.defaults, self.limits),
         ]
         if found:
@@ -393,12 +420,13 @@ def _shown(section: BaseModel) -> str:  # its values in one line
 def _manifest_table(manifest: ModelManifest) -> str:  # Markdown
     rows = {
         "source": f"`{manifest.source.describe()}`",
-        "family": f"{manifest.family}, dtype {manifest.dtype}" + (f", variant {manifest.variant}" if manifest.variant else ""),
+        "family": f"{manifest.family}{'' if manifest.kind == ModelKind.standard else f' ({manifest.kind})'}, dtype {manifest.dtype}" + (f", variant {manifest.variant}" if manifest.variant else ""),
         "about": manifest.description,
         "license": manifest.license,
         "components": ", ".join(f"{slot}: {part.class_name or part.source.describe()}" for slot, part in manifest.components.items()),
         "ControlNets": ", ".join(manifest.controlnets),
-        "LoRAs": ", ".join(manifest.loras),
+        "LoRAs": ", ".join([*manifest.loras, *(f"any in {f.describe()}" for f in manifest.lora_folders), *["any on the Hub"] * manifest.hub_loras]),
+        "refiner": manifest.refiner and manifest.refiner.source.describe(),
         "defaults": _shown(manifest.defaults),
         "limits": _shown(manifest.limits),
         "sha256": f"`{manifest.sha256[:12]}`",

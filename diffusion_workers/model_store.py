@@ -15,7 +15,7 @@ from typing import Any
 
 from ez_diffusion_client.models import ControlNetInfo, ErrorCode, ModelInfo, ModelList
 
-from .manifest import ModelManifest, package_folder
+from .manifest import FolderSource, ModelManifest, package_folder
 from .manifest_files import ManifestError, load_manifest
 from .results import nearest_name, request_error, shorten
 
@@ -32,6 +32,16 @@ def _read_flag(text: str) -> bool:
 
 def _read_folders(text: str) -> tuple[Path, ...]:
     return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _read_bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", text.upper())
+    if not found or found[2] not in _UNITS or not float(found[1]):
+        raise ValueError("a number of bytes above 0, such as 20GB, 800MB or 16GiB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def _matching(pattern: str, allowed: str) -> Callable[[str], str]:  # a reader that accepts what matches
@@ -59,6 +69,12 @@ class Settings:
     dtype: str = _setting(
         "DIFFUSION_WORKERS_DTYPE", "auto", _matching("auto|float16|bfloat16|float32", "auto, float16, bfloat16 or float32"),
         "for manifests that say auto")
+    memory_budget: int | None = _setting(
+        "DIFFUSION_WORKERS_MEMORY_BUDGET", None, _read_bytes, "weights of all models in memory, such as 20GB; the model that was used longest ago leaves")
+    annotator_folders: tuple[Path, ...] = _setting(
+        "DIFFUSION_WORKERS_ANNOTATORS", (), _read_folders, "folders with the weights of control map detectors, searched before the Hub")
+    lora_folders: tuple[Path, ...] = _setting(
+        "DIFFUSION_WORKERS_LORAS", (), _read_folders, "folders whose LoRA files a request may name, for every model")
     torch_compile: bool = _setting(
         "DO_TORCH_COMPILE", False, _read_flag, "compile the denoiser of requests that do not say; the first picture takes minutes")
 
@@ -142,15 +158,18 @@ def _winners(folders: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:  # (
 def load_manifests(
     folders: str | os.PathLike | Sequence[str | os.PathLike] | None = None,  # absent: DIFFUSION_WORKERS_MODELS; () for none
     default_model: str | None = None,  # absent: DIFFUSION_WORKERS_DEFAULT_MODEL, else shapes-sd15
+    lora_folders: Sequence[str | os.PathLike] | None = None,  # absent: DIFFUSION_WORKERS_LORAS; every model offers the LoRAs in these
 ) -> ManifestStore:
     "The manifests of the package and of these folders; a `SettingsError` where a folder or the default model is not there."
     settings = Settings.from_environment()
     folders = settings.model_folders if folders is None else [folders] if isinstance(folders, (str, os.PathLike)) else folders
     found, notes = _winners((package_folder("model_loading"), *map(Path, folders)))
     manifests, errors = {}, {}
+    shared = tuple(FolderSource(folder=str(folder)) for folder in (settings.lora_folders if lora_folders is None else lora_folders))
     for name, path in found.items():
         try:
-            manifests[name] = load_manifest(path)
+            manifest = load_manifest(path)
+            manifests[name] = manifest.model_copy(update={"lora_folders": (*manifest.lora_folders, *shared)})
         except ManifestError as exc:
             errors[name] = exc
     default = default_model or settings.default_model
@@ -171,11 +190,11 @@ def model_info(
     loaded: bool,  # whether its weights are in memory
 ) -> ModelInfo:
     "What a client learns about a model."
-    nets = [ControlNetInfo(name=name, union=net.union, preprocessors=list(net.preprocessors)) for name, net in manifest.controlnets.items()]
+    nets = [ControlNetInfo(name=name, union=net.union, union_modes=net.union_modes and list(net.union_modes), preprocessors=list(net.preprocessors)) for name, net in manifest.controlnets.items()]
     defaults = manifest.defaults
     return ModelInfo(
         name=manifest.name, title=manifest.title, description=manifest.description, family=manifest.family,
-        source=manifest.source.describe(), loaded=loaded, tasks=list(manifest.tasks), width=defaults.width,
+        kind=manifest.kind, source=manifest.source.describe(), loaded=loaded, tasks=list(manifest.tasks), width=defaults.width,
         height=defaults.height, num_inference_steps=defaults.num_inference_steps,
         guidance_scale=float(defaults.guidance_scale), loras=list(manifest.loras), controlnets=nets,
     )

@@ -17,6 +17,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
 )
+from typing_extensions import TypeAliasType
 
 
 class Seed(RootModel[StrictInt]):
@@ -38,6 +39,16 @@ class ModelFamily(StrEnum):
     sd15 = "sd15"
     sdxl = "sdxl"
     flux = "flux"
+
+
+class ModelKind(StrEnum):
+    """
+    Whether a model is an ordinary one, or one whose denoiser takes a masked picture (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+    """
+
+    standard = "standard"
+    fill = "fill"
+    control = "control"
 
 
 class Task(StrEnum):
@@ -280,6 +291,11 @@ class InpaintOptions(BaseModel):
     ] = False
 
 
+BlockScalesAdditionalProperty = TypeAliasType(
+    "BlockScalesAdditionalProperty", Annotated[StrictFloat, Field(ge=-10.0, le=10.0)]
+)
+
+
 class Lora(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -287,7 +303,7 @@ class Lora(BaseModel):
     name: Annotated[
         StrictStr,
         Field(
-            description="A LoRA that the manifest of the model offers",
+            description="A LoRA that the manifest of the model offers; where it allows them, a file in one of its LoRA folders (style.safetensors) or a repository on the Hub (owner/name, owner/name/file.safetensors)",
             max_length=256,
             min_length=1,
         ),
@@ -301,6 +317,13 @@ class Lora(BaseModel):
             description="Strength for the text encoders where it differs from scale",
             ge=-10.0,
             le=10.0,
+        ),
+    ] = None
+    block_scales: Annotated[
+        dict[str, BlockScalesAdditionalProperty] | None,
+        Field(
+            description="Strength for single blocks of a UNet, in place of scale: down, mid, up, a block (up.0) or a layer of one (up.0.1)",
+            max_length=64,
         ),
     ] = None
 
@@ -971,6 +994,14 @@ class PreprocessRequest(BaseModel):
         StrictInt | None,
         Field(description="Pixels of the map", ge=64, le=8192, multiple_of=8),
     ] = None
+    mask_image: Annotated[
+        StrictStr | None,
+        Field(
+            description="For preprocessors that take a mask (inpaint_mask)",
+            max_length=134217728,
+            min_length=1,
+        ),
+    ] = None
     resize_mode: ResizeMode = ResizeMode.just_resize
     request_id: Annotated[
         StrictStr | None,
@@ -1082,6 +1113,10 @@ class ControlNetInfo(BaseModel):
     )
     name: StrictStr
     union: StrictBool
+    union_modes: Annotated[
+        list[UnionModeName] | None,
+        Field(description="Kinds of maps that a union net takes"),
+    ] = None
     preprocessors: list[StrictStr] | None = None
 
 
@@ -1093,6 +1128,7 @@ class ModelInfo(BaseModel):
     title: StrictStr | None = None
     description: StrictStr | None = None
     family: ModelFamily
+    kind: ModelKind = ModelKind.standard
     source: StrictStr
     loaded: StrictBool
     tasks: list[Task] | None = None
