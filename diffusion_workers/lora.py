@@ -20,6 +20,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate.utils import align_module_device
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -29,7 +30,7 @@ from torch import nn
 from diffusion_workers.lora_files import (
     FAMILY_WORDS, LoraHeader, LoraModule, LoraName, check_family, config_beside, fits, inspect_lora, read_lora,
 )
-from .lora_keys import DENOISER, Place
+from .lora_keys import Place, component_of
 from .manifest import FileSource, HubSource, LoraEntry
 from .results import request_error, warning
 from ez_diffusion_client.models import ErrorCode, Lora, ModelFamily, RequestWarning
@@ -187,7 +188,11 @@ class _Piece:
         up = up * self.weights.scaling
         if self.weights.magnitude is None:
             return down, up * self.scale, None
-        weight = module.weight.detach().to(device, torch.float32).flatten(1)
+        if not module.weight.is_floating_point():
+            hint = "use a LoRA without DoRA, or the model in its full precision"
+            raise request_error(ErrorCode.unsupported_combination, "a DoRA needs the weights of the model, and these are quantised", field="loras", hint=hint)
+        with align_module_device(module):  # brings weights that are offloaded
+            weight = module.weight.detach().to(device, torch.float32).flatten(1)
         length = (weight + up @ down.flatten(1)).norm(dim=1).clamp_min(1e-12)
         ratio = self.weights.magnitude.to(device, torch.float32) / length
         return down, up * ratio[:, None] * self.scale, (ratio - 1) * self.scale
@@ -205,12 +210,15 @@ class LoraLayer(nn.Module):
         self.base_layer = base_layer
         downs, ups, rows = zip(*(piece.matrices(base_layer) for piece in pieces))
         self.is_convolution = hasattr(base_layer, "kernel_size")
-        dtype = base_layer.weight.dtype if base_layer.weight.is_floating_point() else torch.float32
+        weight = base_layer.weight
+        dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.float32  # not that of 8 bits
         down, up = torch.cat(downs), torch.cat(ups, dim=1)
         if self.is_convolution and down.ndim == 2:
             down = down[:, :, None, None]
         change = sum(row for row in rows if row is not None) if any(row is not None for row in rows) else None
-        for name, tensor in {"down": down, "up": up, "change": change}.items():
+        with align_module_device(base_layer):
+            shift = None if change is None or base_layer.bias is None else -change * base_layer.bias.detach().to(change)
+        for name, tensor in {"down": down, "up": up, "change": change, "shift": shift}.items():
             self.register_buffer(name, None if tensor is None else tensor.to(dtype), persistent=False)
         self.train(base_layer.training)
 
@@ -230,8 +238,8 @@ class LoraLayer(nn.Module):
         else:
             added, shape = nn.functional.linear(nn.functional.linear(x, down), up), (-1,)
         if self.change is not None:
-            product = base if self.base_layer.bias is None else base - self.base_layer.bias.view(shape)
-            added = added + self.change.to(x).view(shape) * product
+            added = added + self.change.to(x).view(shape) * base  # the bias in base is no part of W
+            added = added if self.shift is None else added + self.shift.to(x).view(shape)
         return base + added
 
 # %% ../nbs/06a_lora.ipynb #c7f15e79
@@ -247,7 +255,7 @@ def block_names(
 
 
 def _check_blocks(pipe: DiffusionPipeline, asked: Mapping[str, float], field: str) -> None:  # raises for unknown names
-    unet = getattr(pipe, "unet", None)
+    unet = component_of(pipe, "unet")
     if unet is None:
         hint = "leave it out; scale works"
         raise request_error(ErrorCode.unsupported_combination, "block_scales are for models with a UNet, and this one has none", field=field, hint=hint)
@@ -281,9 +289,9 @@ def _rows(weights: LoraWeights, place: Place) -> LoraWeights:  # those of one mo
 
 def pipeline_family(pipe: DiffusionPipeline) -> ModelFamily | None:  # None for what is none of ours
     "The family of a pipeline, whatever its task."
-    if getattr(pipe, "transformer", None) is not None:
-        return ModelFamily.flux if "Flux" in type(pipe.transformer).__name__ else None
-    unet = getattr(pipe, "unet", None)
+    transformer, unet = component_of(pipe, "transformer"), component_of(pipe, "unet")
+    if transformer is not None:
+        return ModelFamily.flux if type(transformer).__name__ == "FluxTransformer2DModel" else None
     return None if unet is None else ModelFamily.sdxl if unet.config.addition_embed_type == "text_time" else ModelFamily.sd15
 
 
@@ -334,9 +342,8 @@ def _is_fused(attention: nn.Module) -> bool:  # whether query, key and value are
 
 
 def _parent(pipe: DiffusionPipeline, component: str, path: str) -> tuple[nn.Module, str]:  # (module, name of its child)
-    root = getattr(pipe, component)
     above, _, child = path.rpartition(".")
-    parent = getattr(root, "_orig_mod", root).get_submodule(above)
+    parent = component_of(pipe, component).get_submodule(above)
     if _is_fused(parent) and re.match(r"to_[qkv]$|add_[qkv]_proj$", child):
         hint = "call unfuse_qkv_projections on the pipeline"
         raise request_error(ErrorCode.unsupported_combination, "the attention of this model is fused, a LoRA would have no effect on it", field="loras", hint=hint)
