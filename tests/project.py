@@ -8,7 +8,8 @@ PACKAGE = ROOT / "diffusion_workers"
 # The order of the modules: each may import those above it, and no other.
 MODULE_ORDER = (
     "results", "guarded_fetch", "images", "image_metadata", "manifest", "manifest_files", "model_store",
-    "controlnet", "control_detectors", "addon_planning", "planning", "pipeline_factory", "lora_files", "lora", "acceleration",
+    "controlnet", "control_detectors", "addon_planning", "planning",
+    "component_loading", "control_nets", "pipeline_factory", "lora_keys", "lora_files", "lora", "acceleration",
     "rendering", "diffusion_service",
     "shapes", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_controls", "shapes_loras",
     "shapes_evaluation", "benchmark", "server", "handler", "widgets", "cli",
