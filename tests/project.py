@@ -9,7 +9,7 @@ PACKAGE = ROOT / "diffusion_workers"
 MODULE_ORDER = (
     "results", "guarded_fetch", "images", "image_metadata", "manifest", "manifest_files", "model_store",
     "controlnet", "control_detectors", "addon_planning", "planning",
-    "component_loading", "control_nets", "pipeline_factory", "lora_keys", "lora_files", "lora", "acceleration",
+    "component_loading", "control_nets", "tiny_models", "pipeline_factory", "lora_keys", "lora_files", "lora", "acceleration",
     "rendering", "diffusion_service",
     "shapes", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_controls", "shapes_loras",
     "shapes_evaluation", "benchmark", "server", "handler", "widgets", "cli",
