@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['MAX_BATCH', 'OnProgress', 'PIXEL_PACKAGES', 'StopSignal', 'Inputs', 'decode_inputs', 'Prepared', 'prepare_inputs',
-           'largest_difference', 'pipeline_arguments', 'StepWatch', 'decode_latents', 'render_chunk', 'cut_off_text',
-           'text_notes', 'render', 'with_environment', 'generated_image']
+           'prepare_controls', 'largest_difference', 'size_arguments', 'pipeline_arguments', 'StepWatch',
+           'spatial_latents', 'decode_latents', 'render_chunk', 'cut_off_text', 'text_notes', 'request_loras', 'render',
+           'with_environment', 'generated_image']
 
 # %% ../nbs/07a_rendering.ipynb #5740eba1
 import base64
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -22,19 +23,29 @@ import torch
 from PIL import Image
 
 from .image_metadata import embed
-from .images import DecodedImage, ImagePolicy, decode_image, decode_mask
+from .images import DecodedImage, ImagePolicy, decode_image, decode_mask, image_facts
 from .images import crop_region, paste_back, prepare_mask, resize_image
-from .pipeline_factory import PipelineFactory, quiet_libraries
+from .component_loading import quiet_libraries
+from .control_detectors import PreprocessorStore
+from .control_nets import PreparedControl, control_arguments
+from .controlnet import fit_map
+from .lora import LoadedLora, LoraStore, use_loras
+from .addon_planning import ControlFacts, enabled_units, resolve_lora
+from .pipeline_factory import PipelineFactory, use_scheduler
 from .results import request_error, warning
 from ez_diffusion_client.models import (
     Environment,
+    ControlKind,
     ErrorCode,
     GeneratedImage,
     GenerationPlan,
     GenerationRequest,
+    Lora,
+    ModelFamily,
     Phase,
     ProgressEvent,
     RequestWarning,
+    SizeConditioning,
     Task,
     Timings,
 )
@@ -70,11 +81,25 @@ class Inputs:
 
     image: DecodedImage | None = None  # RGB
     mask_image: DecodedImage | None = None  # L, white is repainted
+    controls: Mapping[int, DecodedImage] = field(default_factory=dict)  # of enabled units, by their index in the request; RGB
+    control_masks: Mapping[int, DecodedImage] = field(default_factory=dict)  # L, white is where the control holds
+
+    @property
+    def decoded(self) -> tuple[DecodedImage, ...]:
+        "All of them."
+        single = tuple(decoded for decoded in (self.image, self.mask_image) if decoded)
+        return (*single, *self.controls.values(), *self.control_masks.values())
 
     @property
     def warnings(self) -> tuple[RequestWarning, ...]:
         "What was converted while decoding."
-        return tuple(note for decoded in (self.image, self.mask_image) if decoded for note in decoded.warnings)
+        return tuple(note for decoded in self.decoded for note in decoded.warnings)
+
+    @property
+    def control_facts(self) -> ControlFacts:
+        "What a plan notes down about the pictures of the controls."
+        facts = lambda pictures: {i: image_facts(decoded) for i, decoded in pictures.items()}
+        return ControlFacts(facts(self.controls), facts(self.control_masks))
 
 
 def decode_inputs(
@@ -84,7 +109,10 @@ def decode_inputs(
     "Decode what a request brings along; a picture that is none is a `RequestError` with its field."
     image = None if request.image is None else decode_image(request.image, policy=policy)
     mask = None if request.mask_image is None else decode_mask(request.mask_image, policy=policy)
-    return Inputs(image, mask)
+    units = enabled_units(request)
+    controls = {i: decode_image(unit.image, field=f"controlnets[{i}].image", policy=policy) for i, unit in units.items()}
+    masks = {i: decode_mask(unit.mask_image, field=f"controlnets[{i}].mask_image", policy=policy) for i, unit in units.items() if unit.mask_image}
+    return Inputs(image, mask, controls, masks)
 
 
 @dataclass(frozen=True)
@@ -96,13 +124,22 @@ class Prepared:
     canvas: Image.Image | None = None  # RGB, the picture that a painted region is pasted into
     canvas_mask: Image.Image | None = None  # L, the size of the canvas, soft at the edge
     box: tuple[int, int, int, int] | None = None  # where the region lies in the canvas; None is all of it
+    controls: tuple[PreparedControl, ...] = ()  # one for each of plan.controlnets
 
 # %% ../nbs/07a_rendering.ipynb #8f769f60
 def prepare_inputs(
     plan: GenerationPlan,
     inputs: Inputs,
+    preprocessors: PreprocessorStore | None = None,  # makes the maps of controls; None makes one without folders
 ) -> Prepared:
-    "Bring the pictures of a request to the size of the generation."
+    "Bring the pictures of a request to the size of the generation, and make the maps of its controls."
+    prepared = _prepare_pictures(plan, inputs)
+    if not plan.controlnets:
+        return prepared
+    return replace(prepared, controls=tuple(prepare_controls(plan, inputs, prepared, preprocessors or PreprocessorStore())))
+
+
+def _prepare_pictures(plan: GenerationPlan, inputs: Inputs) -> Prepared:
     if inputs.image is None:
         return Prepared()
     size = (plan.width, plan.height)
@@ -118,6 +155,26 @@ def prepare_inputs(
     region, region_mask = (p.crop(box).resize(size, Image.Resampling.LANCZOS) if box else p for p in (canvas, hard))
     return Prepared(image=region, mask=region_mask, canvas=canvas, canvas_mask=soft, box=box)
 
+# %% ../nbs/07a_rendering.ipynb #c290f78b
+def prepare_controls(
+    plan: GenerationPlan,
+    inputs: Inputs,
+    prepared: Prepared,  # with the other pictures
+    preprocessors: PreprocessorStore,
+) -> Iterator[PreparedControl]:  # in the order of the plan
+    "The map and the mask of each control, at the size of the generation."
+    for (i, decoded), control in zip(inputs.controls.items(), plan.controlnets, strict=True):
+        at, mask = f"controlnets[{i}]", inputs.control_masks.get(i)
+        picture, mask = decoded.image, mask and mask.image
+        if prepared.box is not None:
+            whole = lambda p: p and resize_image(p, *prepared.canvas.size, control.resize_mode).crop(prepared.box)
+            picture, mask = whole(picture), whole(mask)
+        if control.preprocessing is None:
+            made = fit_map(picture, plan.width, plan.height, control.resize_mode)
+        else:
+            made = preprocessors.run(control.preprocessing, picture, plan.width, plan.height, control.resize_mode, mask or prepared.mask, field=f"{at}.preprocessing")
+        yield PreparedControl(control, made, mask and resize_image(mask, plan.width, plan.height, control.resize_mode))
+
 # %% ../nbs/07a_rendering.ipynb #374880e9
 def largest_difference(
     a: Image.Image,
@@ -131,6 +188,17 @@ MAX_BATCH = 8  # images that go through the network together
 OnProgress = Callable[[ProgressEvent], None]
 
 
+_OPTIONAL = ("prompt_2", "negative_prompt", "negative_prompt_2", "true_cfg_scale", "guidance_rescale", "clip_skip", "max_sequence_length")
+
+
+def size_arguments(asked: SizeConditioning | None) -> dict[str, tuple[int, int]]:
+    "What SDXL is told about sizes, as (height, width) and (top, left); a size of which one side is missing stays the pipeline's own."
+    if asked is None:
+        return {}
+    sizes = {f"{name}_size": (getattr(asked, f"{name}_height"), getattr(asked, f"{name}_width")) for name in ("original", "target")}
+    return {name: size for name, size in sizes.items() if None not in size} | {"crops_coords_top_left": (asked.crop_top, asked.crop_left)}
+
+
 def pipeline_arguments(
     plan: GenerationPlan,
     seeds: list[int],  # of this chunk
@@ -138,19 +206,20 @@ def pipeline_arguments(
 ) -> dict[str, Any]:
     "What the diffusers pipeline of a plan is called with."
     arguments = {
-        "prompt": plan.prompt, "negative_prompt": plan.negative_prompt, "num_inference_steps": plan.num_inference_steps,
-        "guidance_scale": plan.guidance_scale, "clip_skip": plan.clip_skip, "num_images_per_prompt": len(seeds),
-        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds], "output_type": "latent",
+        "prompt": plan.prompt, "num_inference_steps": plan.num_inference_steps, "guidance_scale": plan.guidance_scale,
+        "num_images_per_prompt": len(seeds), "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds], "output_type": "latent",
     }  # fmt: skip
-    if plan.guidance_rescale is not None:
-        arguments["guidance_rescale"] = plan.guidance_rescale
-    if plan.task != Task.image_to_image:
+    arguments |= {name: value for name in _OPTIONAL if (value := getattr(plan, name)) is not None}
+    arguments |= size_arguments(plan.size_conditioning)
+    if plan.task != Task.image_to_image or plan.control_kind != ControlKind.none or plan.family == ModelFamily.flux:
         arguments |= {"width": plan.width, "height": plan.height}
     if plan.task != Task.text_to_image:
         arguments |= {"image": prepared.image, "strength": plan.strength}
     if plan.task == Task.inpainting:
         arguments["mask_image"] = prepared.mask
-    return arguments
+    if plan.pipeline_class.startswith("FluxControl") and "ControlNet" not in plan.pipeline_class:
+        return arguments | {"control_image": prepared.controls[0].map}
+    return arguments | (control_arguments(plan, prepared.controls) if prepared.controls else {})
 
 # %% ../nbs/07a_rendering.ipynb #8ff17dd7
 class StepWatch:
@@ -198,13 +267,24 @@ class StepWatch:
         return tensors
 
 # %% ../nbs/07a_rendering.ipynb #6c6ad3f1
+def spatial_latents(
+    pipe,
+    latents: torch.Tensor,  # of a Flux pipeline (B, H/16 * W/16, 4 C), of others (B, C, H/8, W/8)
+    plan: GenerationPlan,
+) -> torch.Tensor:  # (B, C, H/8, W/8)
+    "Latents as a picture; Flux has them as a row of patches."
+    return pipe._unpack_latents(latents, plan.height, plan.width, pipe.vae_scale_factor) if plan.family == ModelFamily.flux else latents
+
+
 def decode_latents(
     pipe,
-    latents: torch.Tensor,  # (B, 4, H/8, W/8), scaled by vae.config.scaling_factor
+    latents: torch.Tensor,  # (B, C, H/8, W/8), scaled by vae.config.scaling_factor after vae.config.shift_factor is taken off
 ) -> list[Image.Image]:  # B images, RGB
     "Latents to pictures; refuses to pass off broken numbers as a black picture."
+    config = pipe.vae.config
+    latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
     with torch.no_grad():
-        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
     if not torch.isfinite(decoded).all():
         hint = "half precision overflows in some VAEs: set dtype to bfloat16 or float32 in the manifest, or name another VAE"
         raise request_error(ErrorCode.internal_error, "the picture holds numbers that are not finite", hint=hint)
@@ -215,17 +295,20 @@ def render_chunk(
     pipe,
     denoiser: torch.nn.Module,
     arguments: dict[str, Any],  # of the pipeline
+    plan: GenerationPlan,
     watch: StepWatch,
     timings: Timings,  # is added to
+    refine: Callable[[torch.Tensor], torch.Tensor] | None = None,  # latents to latents, the last steps
 ) -> list[Image.Image]:
     "Run the pipeline once and decode what it gives."
     started = time.perf_counter()
     with watch.watching(denoiser):
         latents = pipe(**arguments, callback_on_step_end=watch).images
+        latents = latents if refine is None else refine(latents)
     denoised = time.perf_counter()
     watch.stop.check()
     watch.on_progress(ProgressEvent(phase=Phase.decode, step=watch.step))
-    pictures = decode_latents(pipe, latents)
+    pictures = decode_latents(pipe, spatial_latents(pipe, latents, plan))
     timings.encode_seconds += watch.began - started
     timings.denoise_seconds += denoised - watch.began
     timings.decode_seconds += time.perf_counter() - denoised
@@ -235,39 +318,81 @@ def render_chunk(
 def cut_off_text(
     tokenizer,
     text: str,
+    room: int,  # tokens that the encoder takes, without the special ones
 ) -> str | None:  # the end of the text that the encoder will not see
-    "The words that do not fit into the text encoder."
-    room = tokenizer.model_max_length - 2
+    "The words that do not fit into a text encoder."
     tokens = tokenizer(text, truncation=False, add_special_tokens=False, verbose=False).input_ids
     return tokenizer.decode(tokens[room:]) if len(tokens) > room else None
 
 
+def _texts(pipe, plan: GenerationPlan) -> Iterator[tuple[str, Any, str, int]]:  # field, tokenizer, text, tokens that it takes
+    second, room_2 = getattr(pipe, "tokenizer_2", None), plan.max_sequence_length or 512
+    room_2 = room_2 if plan.family == ModelFamily.flux else second and second.model_max_length
+    for field in ("prompt", "negative_prompt"):
+        if (text := getattr(plan, field)) and not (plan.family == ModelFamily.flux and getattr(plan, f"{field}_2")):
+            first = plan.family != ModelFamily.flux  # Flux draws from T5, which takes more; CLIP gives it a summary
+            yield (field, pipe.tokenizer, text, pipe.tokenizer.model_max_length) if first else (field, second, text, room_2)
+        if second is not None and (text := getattr(plan, f"{field}_2")):
+            yield f"{field}_2", second, text, room_2
+
+
 def text_notes(pipe, plan: GenerationPlan) -> list[RequestWarning]:
-    "What the text encoder cannot take; raises a `RequestError` when more layers are skipped than there are."
+    "What the text encoders cannot take; raises a `RequestError` when more layers are skipped than there are."
     layers = pipe.text_encoder.config.num_hidden_layers
     if plan.clip_skip and plan.clip_skip >= layers:
         allowed = f"0 to {layers - 1} for this model"
         raise request_error(ErrorCode.out_of_range, "the text encoder has fewer layers", field="clip_skip", given=plan.clip_skip, allowed=allowed)
-    texts = {"prompt": plan.prompt, "negative_prompt": plan.negative_prompt}
-    cut = {name: end for name, text in texts.items() if text and (end := cut_off_text(pipe.tokenizer, text))}
-    message = f"the text encoder takes {pipe.tokenizer.model_max_length - 2} tokens; the rest was cut off"
-    return [warning(message, field=name, given=end) for name, end in cut.items()]
+    notes = []
+    for field, tokenizer, text, tokens in _texts(pipe, plan):
+        special = tokenizer.num_special_tokens_to_add()
+        if end := cut_off_text(tokenizer, text, tokens - special):
+            notes.append(warning(f"the text encoder takes {tokens - special} tokens; the rest was cut off", field=field, given=end))
+    return notes
 
 # %% ../nbs/07a_rendering.ipynb #0d3111ad
+def _refining(factory: PipelineFactory, plan: GenerationPlan, arguments: dict[str, Any], watch: StepWatch) -> Callable[[torch.Tensor], torch.Tensor]:
+    "A function that lets the refiner make the last steps."
+    refiner, options = factory.refiner(), plan.refiner
+    shared = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "guidance_scale", "num_images_per_prompt", "generator", "output_type")
+    call = {name: arguments[name] for name in shared if name in arguments}
+    call |= {"num_inference_steps": options.num_inference_steps or plan.num_inference_steps, "denoising_start": float(options.switch_at)}
+
+    def refine(latents: torch.Tensor) -> torch.Tensor:
+        with use_scheduler(refiner, plan.scheduler):
+            return refiner(image=latents, **call, callback_on_step_end=watch).images
+
+    return refine
+
+
+def request_loras(plan: GenerationPlan, factory: PipelineFactory, store: LoraStore) -> list[tuple[LoadedLora, Lora]]:
+    "The LoRAs of a plan, from memory or from their files; a `RequestError` names the one that cannot be used."
+    entries = [(f"loras[{i}].name", lora, resolve_lora(lora.name, factory.manifest)) for i, lora in enumerate(plan.loras or [])]
+    for field, lora, entry in entries:
+        if entry is None:
+            raise request_error(ErrorCode.unknown_lora, "the file of this LoRA is gone", field=field, given=lora.name)
+    return [(store.get(lora.name, entry, plan.family, field=field), lora) for field, lora, entry in entries]
+
+
 def render(
     factory: PipelineFactory,
     plan: GenerationPlan,
     prepared: Prepared,
     watch: StepWatch,
     timings: Timings,  # is added to
+    lora_store: LoraStore | None = None,  # keeps the LoRAs of earlier requests
 ) -> tuple[list[Image.Image], list[RequestWarning]]:  # one image for each seed, and what had to be said
     "Carry out a plan."
-    pictures = []
-    with factory.configured(plan) as pipe, quiet_libraries():
-        notes = text_notes(pipe, plan)
+    pictures, loras = [], request_loras(plan, factory, lora_store or LoraStore())
+    pipe = factory.variant(plan.task, plan.control_kind)
+    with quiet_libraries(), use_loras(pipe, loras) as lora_notes:
+        notes = [*text_notes(pipe, plan), *lora_notes]
         for first in range(0, len(plan.seeds), MAX_BATCH):
-            arguments = pipeline_arguments(plan, plan.seeds[first : first + MAX_BATCH], prepared)
-            pictures += render_chunk(pipe, getattr(pipe, factory.spec.denoiser), arguments, watch, timings)
+            arguments, refine = pipeline_arguments(plan, plan.seeds[first : first + MAX_BATCH], prepared), None
+            if plan.refiner is not None and plan.refiner.switch_at < 1:
+                refine = _refining(factory, plan, arguments, watch)
+                arguments["denoising_end"] = float(plan.refiner.switch_at)
+            with factory.configured(plan, prepared.controls):
+                pictures += render_chunk(pipe, getattr(pipe, factory.spec.denoiser), arguments, plan, watch, timings, refine)
     if prepared.canvas is not None:
         pictures = [paste_back(prepared.canvas, picture, prepared.canvas_mask, prepared.box) for picture in pictures]
     timings.seconds_per_step = watch.seconds_per_step

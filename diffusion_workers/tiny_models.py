@@ -123,7 +123,8 @@ def write_tiny_model(
     changes: dict | None = None,  # to the manifest
 ) -> ModelManifest:
     "Write a tiny model with two plain ControlNets and, where the family has such, a union net."
-    folder, name = Path(folder), name or family.value
+    folder, family = Path(folder), ModelFamily(family)
+    name = name or family.value
     manifest = dict(family=family.value, source={"folder": name}, defaults=dict(width=64, height=64, num_inference_steps=4, guidance_scale=2.0),
                     limits=dict(max_width=256, max_height=256, multiple_of=16))
     with quiet_libraries():
