@@ -172,7 +172,11 @@ def plan_size(
         scale = min(1, limits.max_width / image.width, limits.max_height / image.height, most)
         scale = max(scale, limits.min_width / image.width, limits.min_height / image.height)
         width, height = min(image.width * scale, limits.max_width), min(image.height * scale, limits.max_height)
-    return round_to_multiple(width, size_multiple(manifest)), round_to_multiple(height, size_multiple(manifest))
+    multiple = size_multiple(manifest)
+    width, height = round_to_multiple(width, multiple), round_to_multiple(height, multiple)
+    if (request.width, request.height) == (None, None) and width * height > limits.max_pixels:  # rounded up beyond what fits
+        width, height = (width - multiple, height) if width >= height else (width, height - multiple)
+    return width, height
 
 # %% ../nbs/03_planning.ipynb #a8ad5c23
 def check_size(width: int, height: int, manifest: ModelManifest) -> Iterator[ErrorDetail]:  # what is beyond the model

@@ -1,0 +1,47 @@
+"""Every manifest that ships is read, offers only what there is, and plans every task with every control that it names."""
+from itertools import product
+
+import pytest
+
+from diffusion_workers.addon_planning import ControlFacts, learnt_modes
+from diffusion_workers.controlnet import PREPROCESSORS
+from diffusion_workers.manifest import ModelManifest
+from diffusion_workers.model_store import load_manifests
+from diffusion_workers.planning import make_plan
+from ez_diffusion_client.models import GenerationRequest, PlannedImage, Task
+
+STORE = load_manifests(folders=())
+FACT = PlannedImage(sha256="0" * 64, width=1024, height=1024)
+PICTURE = "aGVsbG8="
+
+
+def offers(manifest: ModelManifest) -> list[list[dict]]:
+    "Lists of units: none, each net alone with each of its modes, and two maps of each union net."
+    if manifest.kind == "control":
+        return [[{}], *([{"preprocessing": {"name": name}}] for name in manifest.control_preprocessors)]
+    found = [[]]
+    for name, net in manifest.controlnets.items():
+        modes = list(learnt_modes(net, manifest.family)) if net.union else []
+        units = [{"model": name, "union_mode": mode} for mode in modes] or [{"model": name}]
+        found += [[unit] for unit in units] + ([units[:2]] if len(units) > 1 else [])
+        found += [[{"model": name, "preprocessing": {"name": preprocessor}}] for preprocessor in net.preprocessors]
+    return found
+
+
+def test_all_are_read() -> None:
+    assert not STORE.errors, STORE.errors
+    assert {"shapes-sd15", "sdxl-base-1.0", "flux1-schnell", "flux1-dev", "stable-diffusion-v1-5"} <= set(STORE)
+
+
+@pytest.mark.parametrize("name", list(STORE))
+def test_every_offer_is_planned(name: str) -> None:
+    manifest = STORE[name]
+    for entry in manifest.controlnets.values():
+        assert set(entry.preprocessors) <= set(PREPROCESSORS)
+    for task, units in product(manifest.tasks, offers(manifest)):
+        pictures = {"image": FACT} if task != Task.text_to_image else {}
+        pictures |= {"mask_image": FACT} if task == Task.inpainting else {}
+        request = GenerationRequest(prompt="a", controlnets=[unit | {"image": PICTURE} for unit in units], **dict.fromkeys(pictures, PICTURE))
+        plan = make_plan(request, manifest, **pictures, controls=ControlFacts({i: FACT for i in range(len(units))}))
+        assert plan.task == task and len(plan.controlnets or []) == len(units)
+        assert plan.width % 8 == 0 and (manifest.family != "flux" or plan.width % 16 == 0)
