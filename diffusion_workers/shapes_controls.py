@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ControlNetModel, ControlNetUnionModel
+from diffusers import ControlNetModel, ControlNetUnionModel, FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image, ImageDraw
 from scipy import ndimage
@@ -19,6 +19,7 @@ from .shapes import (
     BACKGROUNDS, COLORS, IMAGE_SIZE, PLACES, SHAPES, SUPERSAMPLE, ShapeObject, draw_shape, nearest, object_phrase, place_phrase,
     polygon_corners,
 )
+from .shapes_flux import flux_conditioning, pack
 from .shapes_sdxl import CLEAN, encode_pictures, sdxl_conditioning
 from .shapes_training import LOG_NAME, Checkpoint, TrainingLog, new_scheduler, one_cycle, token_ids, update, update_ema
 
@@ -404,3 +405,81 @@ def save_controlnet(
     copy.deepcopy(net).half().save_pretrained(folder, variant="fp16")
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)
+
+
+# %%
+SDXL_UNION = {"openpose": 0, "depth": 1, "softedge": 2, "canny": 3, "normal": 4, "segment": 5}  # kind -> mode
+FLUX_UNION = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "openpose": 4, "gray": 5, "low_quality": 6}  # kind -> mode
+
+
+def borrow(
+    net: torch.nn.Module,  # changed in place
+    trained: torch.nn.Module,  # another net that knows part of the task
+) -> torch.nn.Module:  # the same as `net`
+    "Take over every weight that has the same name and shape."
+    own = net.state_dict()
+    net.load_state_dict({k: v for k, v in trained.state_dict().items() if k in own and own[k].shape == v.shape}, strict=False)
+    return net
+
+
+def new_union(
+    unet,  # UNet2DConditionModel that it will steer
+    config: ControlTrainingConfig,
+) -> ControlNetUnionModel:
+    "One net for six kinds of maps."
+    width = unet.config.block_out_channels[0]
+    settings = {k: v for k, v in unet.config.items() if k in ControlNetUnionModel._get_init_keys(ControlNetUnionModel)}
+    net = ControlNetUnionModel(**settings | dict(
+        conditioning_embedding_out_channels=config.widths, num_control_type=6, num_trans_channel=width, num_trans_head=4,
+        num_trans_layer=1, num_proj_channel=width,
+    ))
+    net.set_attn_processor(AttnProcessor())
+    borrow(net, unet)
+    torch.nn.init.zeros_(net.control_add_embedding.linear_2.weight)
+    torch.nn.init.zeros_(net.control_add_embedding.linear_2.bias)
+    return wake(net, config.seed)
+
+
+# %%
+def new_flux_controlnet(
+    transformer: FluxTransformer2DModel,  # that it will steer
+    config: ControlTrainingConfig,
+    num_mode: int | None = None,  # kinds of maps of a union net
+) -> FluxControlNetModel:
+    "A copy of the transformer's double blocks that sees a map through convolutions, as the nets of XLabs do."
+    double = len(transformer.transformer_blocks)
+    settings = dict(transformer.config) | dict(
+        num_layers=double, num_single_layers=0, num_mode=num_mode, conditioning_embedding_channels=4, patch_size=2,
+    )
+    names = FluxControlNetModel._get_init_keys(FluxControlNetModel)
+    net = FluxControlNetModel(**{name: value for name, value in settings.items() if name in names})
+    borrow(net, transformer)
+    generator = torch.Generator().manual_seed(config.seed)
+    hint = net.input_hint_block
+    for module in [hint.conv_in, *hint.blocks, hint.conv_out]:
+        module.weight.data.normal_(0, (2 / module.weight[0].numel()) ** 0.5, generator=generator)
+        module.bias.data.zero_()
+    return net
+
+
+def flux_control_loss(
+    pipeline: FluxPipeline,  # frozen
+    union_modes: dict[str, int] | None = None,  # kind -> number, for a union net
+) -> Callable[[torch.nn.Module, ControlBatch], torch.Tensor]:  # for `train_controlnet`
+    "Squared error of the velocity that a steered transformer predicts."
+    transformer = pipeline.transformer.requires_grad_(False)
+
+    def loss_of(net: FluxControlNetModel, batch: ControlBatch) -> torch.Tensor:
+        tokens, noise, sigma = pack(batch.latents), pack(batch.noise), batch.moments[:, None, None]
+        inputs = flux_conditioning(pipeline, batch.captions, pipeline.tokenizer_2.model_max_length) | dict(
+            hidden_states=(1 - sigma) * tokens + sigma * noise, timestep=batch.moments, guidance=torch.ones(len(tokens)),
+        )
+        mode = None if union_modes is None else torch.full((len(tokens), 1), union_modes[batch.kinds[0]])
+        steered = net(controlnet_cond=batch.maps[0] * 2 - 1, controlnet_mode=mode, **inputs)
+        predicted = transformer(
+            **inputs, controlnet_block_samples=steered.controlnet_block_samples, controlnet_blocks_repeat=True,
+            controlnet_single_block_samples=steered.controlnet_single_block_samples,
+        ).sample
+        return F.mse_loss(predicted, noise - tokens)
+
+    return loss_of
