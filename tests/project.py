@@ -10,7 +10,7 @@ MODULE_ORDER = (
     "results", "guarded_fetch", "images", "image_metadata", "manifest", "manifest_files", "model_store",
     "controlnet", "control_detectors", "planning", "pipeline_factory", "lora_files", "lora", "acceleration",
     "rendering", "diffusion_service",
-    "shapes", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_controls", "shapes_loras",
+    "shapes", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_controls", "shapes_control_training", "shapes_loras",
     "shapes_evaluation", "benchmark", "server", "handler", "widgets", "cli",
 )
 
