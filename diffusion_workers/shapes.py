@@ -7,7 +7,8 @@ __all__ = ['COLORS', 'BACKGROUNDS', 'SHAPES', 'SIZES', 'PLACES', 'RELATIONS', 'O
            'SUPERSAMPLE', 'SCORED_PARTS', 'ShapeObject', 'Scene', 'canonical', 'scene_key', 'is_held_out',
            'random_scene', 'polygon_corners', 'draw_shape', 'placements', 'render', 'contact_sheet', 'object_phrase',
            'place_phrase', 'describe', 'ObjectReading', 'SceneReading', 'nearest', 'shape_templates', 'read_shape',
-           'read_object', 'read_scene', 'compare', 'matches', 'held_out_prompts', 'load_builtin_pipeline']
+           'read_object', 'read_scene', 'compare', 'matches', 'held_out_prompts', 'missing_parts',
+           'load_builtin_pipeline']
 
 # %% ../nbs/09_shapes.ipynb #0709efa7
 import hashlib
