@@ -7,12 +7,15 @@ __all__ = ['COLORS', 'BACKGROUNDS', 'SHAPES', 'SIZES', 'PLACES', 'RELATIONS', 'O
            'SUPERSAMPLE', 'SCORED_PARTS', 'ShapeObject', 'Scene', 'canonical', 'scene_key', 'is_held_out',
            'random_scene', 'polygon_corners', 'draw_shape', 'placements', 'render', 'contact_sheet', 'object_phrase',
            'place_phrase', 'describe', 'ObjectReading', 'SceneReading', 'nearest', 'shape_templates', 'read_shape',
-           'read_object', 'read_scene', 'compare', 'matches', 'held_out_prompts', 'load_builtin_pipeline']
+           'read_object', 'read_scene', 'compare', 'matches', 'held_out_prompts', 'missing_parts',
+           'load_builtin_pipeline']
 
 # %% ../nbs/09_shapes.ipynb #0709efa7
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -374,17 +377,33 @@ def held_out_prompts(
     return [(scene, caption) for caption, scene in found.items()]
 
 # %% ../nbs/09_shapes.ipynb #16d353a1
+def missing_parts(
+    folder: Path,  # of a built-in model
+) -> dict[str, Path]:  # component -> folder of the first model that holds it
+    "Parts that a built-in model has in common with the first one, which alone carries them."
+    index = json.loads((folder / "model_index.json").read_text())
+    named = [name for name, value in index.items() if isinstance(value, list) and value[1] and not (folder / name).exists()]
+    return {name: builtin_path("shapes-sd15") / name for name in named}
+
+
 def load_builtin_pipeline(
     name: str = "shapes-sd15",  # a folder of `diffusion_workers/builtin_models`
-):  # -> diffusers.StableDiffusionPipeline, float32, on the CPU
+):  # -> a text-to-image pipeline of diffusers, float32, on the CPU
     "Load a built-in model with diffusers alone, without the network. Raises ValueError for a name that does not exist."
     folder = builtin_path(name)
     if not (folder / "model_index.json").exists():
         known = sorted(path.parent.name for path in folder.parent.glob("*/model_index.json"))
         raise ValueError(f"there is no built-in model {name!r}: choose one of {known}")
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, variant="fp16", torch_dtype=torch.float32, local_files_only=True)
+    options = dict(torch_dtype=torch.float32, local_files_only=True)
+    classes = {"vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
+    shared = {}
+    for part, source in missing_parts(folder).items():
+        half = {} if part == "tokenizer" else options | {"variant": "fp16"}
+        shared[part] = classes[part].from_pretrained(source, **half)
+    pipeline = DiffusionPipeline.from_pretrained(folder, variant="fp16", **options, **shared)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -168,7 +168,7 @@ def new_vae(
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     return AutoencoderKL(
         block_out_channels=config.vae_widths, layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=128,
-        down_block_types=down, up_block_types=up, mid_block_add_attention=False, scaling_factor=1.0,
+        down_block_types=down, up_block_types=up, mid_block_add_attention=False, scaling_factor=1.0, shift_factor=0.0,
     )
 
 # %% ../nbs/09a_shapes_training.ipynb #dd90421c
