@@ -235,12 +235,19 @@ def load_pipeline(
             cls = _find_class(part.class_name or COMPONENT_CLASSES[manifest.family][name][0])
             pipe.scheduler = cls.from_config(pipe.scheduler.config, **part.options)
         _complete_vae(pipe.vae)
+        _complete_text_encoder(pipe.text_encoder)
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(device)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as exc:  # whatever the loaders of three libraries raise for a damaged file
         raise _unavailable(manifest.source, manifest.name, "model", exc) from exc
+
+
+def _complete_text_encoder(encoder: torch.nn.Module) -> None:
+    "The SD 1.5 pipelines of diffusers 0.42 ask for `text_model` when they skip layers; in transformers 5 it is the encoder itself."
+    if not hasattr(encoder, "text_model"):
+        vars(encoder)["text_model"] = encoder  # an attribute, not a child: a module cannot contain itself
 
 
 def _complete_vae(vae: torch.nn.Module) -> None:

@@ -107,7 +107,7 @@ def tiny_pipeline(family: ModelFamily, kind: ModelKind = ModelKind.standard, in_
                       transformer=diffusers.FluxTransformer2DModel(in_channels=channels, out_channels=64, **_FLUX))
         name = {ModelKind.standard: "FluxPipeline", ModelKind.control: "FluxControlPipeline", ModelKind.fill: "FluxFillPipeline"}[kind]
         return getattr(diffusers, name)(**parts)
-    parts |= dict(vae=tiny_vae(), unet=tiny_unet(family, in_channels), scheduler=diffusers.DDIMScheduler(clip_sample=False))
+    parts |= dict(vae=tiny_vae(), unet=tiny_unet(family, in_channels), scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1))
     if family == ModelFamily.sdxl:
         second = dict(text_encoder_2=clip_encoder(tokenizer, projected=True), tokenizer_2=tokenizer)
         return diffusers.StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)

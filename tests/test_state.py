@@ -1,0 +1,135 @@
+"""State never leaks: whatever ran before, cancelled, failed or was thrown out of memory, a fixed request draws the same pixels.
+
+Random sequences of requests over the three families, every task and kind of control, LoRAs, schedulers, errors and cancels go
+through one service whose memory budget holds two of the three models. After each sequence the fixed request of a family is
+compared with what a fresh service drew. The models are tiny and untrained, the classes are the real ones.
+"""
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffusion_workers.component_loading import FAMILIES, load_pipeline, pick_device, quiet_libraries
+from diffusion_workers.diffusion_service import DiffusionService
+from diffusion_workers.model_store import Settings
+from diffusion_workers.planning import FLOW_SCHEDULERS, SCHEDULERS
+from diffusion_workers.tiny_models import write_tiny_model
+
+SEQUENCES, MANY_SEQUENCES = 200, 2000
+FAMILY_NAMES = ("sd15", "sdxl", "flux")
+
+
+def write_lora(path: Path, pipe, denoiser: str, seed: int) -> None:
+    "A LoRA of rank 2 on the query and value projections of the denoiser, in the layout of peft."
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for name, module in getattr(pipe, denoiser).named_modules():
+        if name.endswith((".to_q", ".to_v")):
+            tensors[f"{denoiser}.{name}.lora_A.weight"] = torch.randn(2, module.in_features, generator=generator)
+            tensors[f"{denoiser}.{name}.lora_B.weight"] = torch.randn(module.out_features, 2, generator=generator)
+    save_file(tensors, path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A folder with a tiny model of each family, and two LoRAs for each."
+    folder = tmp_path_factory.mktemp("models")
+    for family in FAMILY_NAMES:
+        loras = {name: {"source": {"file": f"{family}-{name}.safetensors"}} for name in ("one", "two")}
+        wrong = {"wrong": {"source": {"file": f"{'sdxl' if family == 'flux' else 'flux'}-one.safetensors"}}}
+        manifest = write_tiny_model(folder, family, changes={"loras": loras | wrong})
+        with quiet_libraries():
+            pipe = load_pipeline(manifest, pick_device("cpu"), torch.float32)
+        for seed, name in enumerate(loras):
+            write_lora(folder / f"{family}-{name}.safetensors", pipe, FAMILIES[manifest.family].denoiser, seed)
+    return folder
+
+
+def picture(seed: int) -> Image.Image:
+    "Coloured squares."
+    rng = random.Random(seed)
+    small = Image.new("RGB", (4, 4))
+    small.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(16)])
+    return small.resize((64, 64), Image.Resampling.NEAREST)
+
+
+def random_request(rng: random.Random, family: str) -> dict:
+    "Any request that the family takes."
+    flux = family == "flux"
+    kind = rng.choice(["none", "none", "single", "multiple", *["union"] * (family != "sd15")])
+    window = lambda: {"conditioning_scale": rng.choice([0.0, 0.5, 1.0, 2.0]), "guidance_start": rng.choice([0.0, 0.3]), "guidance_end": rng.choice([0.6, 1.0])}
+    nets = {"none": [], "single": ["canny"], "multiple": ["canny", "tile"], "union": ["all"] * rng.choice([1, 2])}[kind]
+    mode = "balanced" if flux else rng.choice(["balanced", "prompt", "control"])
+    units = [{"model": net, "image": picture(i), "control_mode": mode, **window(), **({"union_mode": "canny" if i else "depth"} if net == "all" else {})} for i, net in enumerate(nets)]
+    names = [name.value for name in SCHEDULERS if (name in FLOW_SCHEDULERS) == flux and name.value != "lcm"]
+    request = {"model": family, "prompt": rng.choice(["a cat", "a dog, in the rain"]), "num_inference_steps": rng.choice([2, 3]), "seed": rng.randrange(99),
+               "num_images": rng.choice([1, 1, 2]), "scheduler": rng.choice([None, *names]), "controlnets": units, "width": rng.choice([64, 96])}
+    request |= rng.choice([{}, {"image": picture(7)}, {"image": picture(7), "mask_image": picture(8).convert("L")}])
+    request["loras"] = [{"name": rng.choice(["one", "two"]), "scale": rng.choice([-1.0, 0.0, 0.5, 1.0])} for _ in range(rng.choice([0, 0, 1, 3]))]
+    if not flux:
+        request |= {"guidance_scale": rng.choice([1.0, 3.0]), "clip_skip": rng.choice([0, 1])}
+    return request
+
+
+def disturb(rng: random.Random, request: dict) -> dict:
+    "What goes wrong with some requests, before anything is loaded, while it is prepared or in the middle."
+    return request | rng.choice([
+        {"loras": [{"name": "wrong"}]}, {"loras": [{"name": "nowhere"}]}, {"image": "no picture"}, {"timeout_seconds": 0.001},
+        {"controlnets": [{"model": "nowhere", "image": picture(1)}]}, {"clip_skip": 24}, {"width": 100000},
+        {"controlnets": [{"model": "canny", "image": picture(1), "preprocessing": {"name": "midas"}}]},
+    ])
+
+
+def base_request(family: str) -> dict:
+    "The request whose pixels must not change."
+    return {"model": family, "prompt": "a cat", "seed": 5, "num_inference_steps": 2}
+
+
+def base_pixels(service: DiffusionService, family: str) -> bytes:
+    "What the fixed request draws."
+    result = service.generate(base_request(family))
+    assert result.status == "success", result.message
+    return result.images[0].tobytes()
+
+
+def run_random(service: DiffusionService, rng: random.Random) -> str:
+    "One random request, sometimes disturbed, sometimes cancelled after its first step; how it ended."
+    request = random_request(rng, rng.choice(FAMILY_NAMES))
+    fate = rng.random()
+    request = disturb(rng, request) if fate < 0.25 else request
+    handles = []
+    cancel = lambda event: handles and event.step and handles[0].cancel()
+    handle = service.submit(request, on_progress=cancel if fate > 0.75 else None)
+    handles.append(handle)
+    return handle.result(timeout=120).status.value
+
+
+def check_sequences(models: Path, count: int, seed: int) -> dict[str, int]:
+    "Runs the sequences; how the requests ended."
+    with DiffusionService(Settings(model_folders=(models,)), device="cpu") as fresh:
+        wanted = {family: base_pixels(fresh, family) for family in FAMILY_NAMES}
+        budget = sum(sum(factory.component_bytes().values()) for factory in fresh._factories.values()) * 4 // 5
+    rng, ends = random.Random(seed), {}
+    with DiffusionService(Settings(model_folders=(models,), memory_budget=budget), device="cpu") as service:
+        for number in range(count):
+            for _ in range(rng.choice([1, 2, 3])):
+                end = run_random(service, rng)
+                ends[end] = ends.get(end, 0) + 1
+            family = rng.choice(FAMILY_NAMES)
+            assert base_pixels(service, family) == wanted[family], f"{family} has changed in sequence {number} of seed {seed}"
+    return ends
+
+
+def test_a_fixed_request_never_changes(models: Path) -> None:
+    ends = check_sequences(models, SEQUENCES, seed=0)
+    print(ends)
+    assert "internal_error" not in ends
+    assert ends["success"] > SEQUENCES / 2  # the sequences did something
+    assert {"cancelled", "timed_out", "unsupported_combination", "lora_not_found", "bad_image", "controlnet_not_found"} <= set(ends)
+
+
+@pytest.mark.slow
+def test_a_fixed_request_never_changes_in_many_sequences(models: Path) -> None:
+    check_sequences(models, MANY_SEQUENCES, seed=1)
