@@ -90,6 +90,96 @@ def test_a_request_on_standard_input_is_the_same_request(written, folder: Path) 
     assert second.shape == first.shape
 
 
+# --- controls and LoRAs -----------------------------------------------------
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A folder with a tiny SDXL model that has plain nets and a union net."
+    from diffusion_workers.tiny_models import write_tiny_model
+
+    path = tmp_path_factory.mktemp("models")
+    write_tiny_model(path, "sdxl")
+    return path
+
+
+@pytest.fixture
+def tiny(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    "The folder that the test works in, with a photo, while the tiny model is offered and taken."
+    picture = Image.new("RGB", (96, 64), "white")
+    picture.paste("red", (20, 10, 70, 50))
+    picture.save(tmp_path / "photo, red.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_WORKERS_MODELS", str(models))
+    monkeypatch.setenv("DIFFUSION_WORKERS_DEFAULT_MODEL", "sdxl")
+    monkeypatch.setenv("DIFFUSION_WORKERS_DEVICE", "cpu")
+    return tmp_path
+
+
+def test_a_control_from_a_photo_to_a_replay(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    "The map that comes back is the one that preprocess draws, and a replay takes the photo again and no other picture."
+    control = "model=canny,image=photo, red.png,preprocessor=canny,param.low_threshold=50,scale=0.8,end=0.75,return_map=true"
+    assert main(["generate", "a red circle", "--seed", "1", "--controlnet", control, "--control", "tile:photo, red.png", "-o", "out.png"]) == 0
+    shown = capsys.readouterr().out
+    assert "out-map0.png  64 x 64, the map of control 0" in shown and not Path("out-map1.png").exists()
+    drawing = ["--preprocessor", "canny", "--parameter", "low_threshold=50", "--width", "64", "--height", "64"]
+    assert main(["preprocess", "photo, red.png", *drawing]) == 0
+    np.testing.assert_array_equal(*(np.asarray(Image.open(name)) for name in ("out-map0.png", "map.png")))
+    assert main(["replay", "out.png"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1] for line in said] == [" --control-image 0=FILE", " --control-image 1=FILE"]
+    assert main(["replay", "out.png", "--control-image", "0=photo, red.png", "--control-image", "1=photo, red.png"]) == 0
+    assert main(["replay", "out.png", "--control-image", "0=map.png", "--control-image", "1=photo, red.png"]) == 13
+    assert "--control-image 0=FILE: this is not the picture that was used" in capsys.readouterr().err
+
+
+def test_lists_name_nets_and_preprocessors(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    "Nets stand under their model, a union net with its kinds of maps, and a preprocessor with the bounds of its parameters."
+    assert main(["models"]) == 0
+    assert "ControlNets: all (union: openpose, depth, " in capsys.readouterr().out
+    assert main(["preprocessors", "--json"]) == 0
+    canny = json.loads(capsys.readouterr().out)[0]
+    assert (canny["name"], canny["union_modes"], canny["needs_weights"]) == ("canny", ["canny"], False)
+    assert canny["parameters"][0] == {"name": "low_threshold", "default": 100, "allowed": "an integer from 0 to 255", "low": 0, "high": 255,
+                                      "meaning": "gradient above which an edge goes on"}
+
+
+PHOTO = "photo, red.png"
+
+
+@pytest.mark.parametrize("arguments, code, said", [
+    (["plan", "x", "--controlnet", "scael=0.8"], 2, ["--controlnet: there is no such key", "did you mean scale?"]),
+    (["plan", "x", "--controlnet", "scale=1,scale=2"], 2, ["--controlnet: scale is given twice"]),
+    (["plan", "x", "--control", "photo.png"], 2, ["--control", "NET:FILE"]),
+    (["plan", "x", "--control", "canny:missing.png"], 5, ["controlnets[0].image: cannot be read", "missing.png"]),
+    (["plan", "x", "--control", f"cany:{PHOTO}"], 7, ["controlnets[0].model", "did you mean canny?"]),
+    (["plan", "x", "--controlnet", f"model=canny,image={PHOTO},scale=much"], 2, ["controlnets[0].conditioning_scale", "'much'"]),
+    (["plan", "x", "--controlnet", f"model=canny,image={PHOTO},preprocessor=canny,param.low_threshold=999"], 2,
+     ["controlnets[0].preprocessing.parameters.low_threshold", "an integer from 0 to 255"]),
+    (["plan", "x", "--controlnet", f"model=all,image={PHOTO}"], 2, ["controlnets[0].union_mode", "depth (1)"]),
+    (["plan", "x", "--controlnets", "[{}", "--control", f"canny:{PHOTO}"], 2, ["controlnets", "a list"]),
+    (["plan", "x", "--lora", "nobody:0.8"], 6, ["loras[0].name: the model offers no such LoRA"]),
+    (["plan", "x", "--lora", "nobody:much"], 2, ["loras[0].scale", "'much'"]),
+    (["plan", "x", "--lora", "nobody,blocks=1"], 2, ["--lora: there is no such key", "'blocks'"]),
+    (["plan", "x", "--refiner"], 4, ["refiner: the manifest of this model names no refiner"]),
+    (["plan", "x", "--max-sequence-length", "64"], 4, ["max_sequence_length"]),
+    (["plan", "x", "--loar", "style"], 2, ["did you mean --lora?"]),
+    (["preprocess", PHOTO], 2, ["preprocessing.name"]),
+    (["preprocess", "text.png", "--preprocessor", "canny"], 5, ["image: this file is no picture", "text.png"]),
+    (["preprocess", "missing.png", "--preprocessor", "canny"], 5, ["image: cannot be read", "missing.png"]),
+    (["preprocess", PHOTO, "--preprocessor", "cany"], 2, ["preprocessing.name", "did you mean canny?"]),
+    (["preprocess", PHOTO, "--preprocessor", "canny", "--parameter", "low_threshold=many"], 2, ["preprocessing.parameters.low_threshold", "'many'"]),
+    (["preprocess", PHOTO, "--preprocessor", "canny", "--parameter", "low_threshold"], 2, ["--parameter", "NAME=VALUE"]),
+    (["preprocess", PHOTO, "--preprocessor", "canny", "--width", "60"], 2, ["width", "a multiple of 8"]),
+    (["preprocess", PHOTO, "--preprocessor", "inpaint_mask"], 2, ["mask_image"]),
+    (["preprocess", PHOTO, "--preprocessor", "canny", "-o", "map.jpg"], 2, ["-o", "a name that ends in .png"]),
+])  # fmt: skip
+def test_a_mistake_in_a_control_or_a_lora(arguments: list[str], code: int, said: list[str], tiny: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    "It is told with the name of the field, before a model is loaded, and no file is written."
+    Path("text.png").write_text("no picture")
+    assert_fails(call(arguments, "", capsys, monkeypatch), code, *said)
+    assert {path.name for path in tiny.iterdir()} == {PHOTO, "text.png"}
+
+
 # --- interrupting -----------------------------------------------------------
 
 def read_terminal(terminal: int, until: str | None = None) -> str:
@@ -184,7 +274,7 @@ def test_each_kind_of_mistake_has_its_exit_code(
     assert_fails(call(arguments, stdin, capsys, monkeypatch), code, *said)
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["plan"], ["models"], ["replay"], ["train-shapes"]], ids=lambda command: command[0] if command else "all")
+@pytest.mark.parametrize("command", [[], ["generate"], ["plan"], ["preprocess"], ["preprocessors"], ["models"], ["replay"], ["train-shapes"]], ids=lambda command: command[0] if command else "all")
 def test_help(command: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     "Help goes to standard output and is no mistake."
     done = call([*command, "--help"], "", capsys, monkeypatch)
