@@ -398,7 +398,7 @@ _SAM = [Parameter("points_per_side", 32, "points of the grid that is asked what 
         Parameter("pred_iou_thresh", 0.88, "confidence below which a region is dropped", 0, 1),
         Parameter("stability_score_thresh", 0.95, "stability below which a region is dropped", 0, 1)]
 _annotator("sam", "regions in colours without a meaning (Segment Anything)", "segmentation mode of union nets", UnionModeName.segmentation, "SamDetector",
-           {"filename": "sam_vit_h_4b8939.pth"}, _SAM, "ybelkada/segment-anything", (ModelFamily.sdxl,), MapScaling.labels, model_type="vit_h")
+           {"filename": "checkpoints/sam_vit_h_4b8939.pth"}, _SAM, "ybelkada/segment-anything", (ModelFamily.sdxl,), MapScaling.labels, model_type="vit_h")
 _annotator("mobile_sam", "regions in colours without a meaning (MobileSAM, small)", "segmentation mode of union nets", UnionModeName.segmentation, "SamDetector",
            {"filename": "mobile_sam.pt"}, _SAM, "dhkim2810/MobileSAM", (ModelFamily.sdxl,), MapScaling.labels, model_type="vit_t")
 
