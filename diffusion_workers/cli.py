@@ -418,11 +418,11 @@ def _preprocessor_facts(row, weights: str) -> dict:  # one row of the table, as 
 
 def command_preprocessors(arguments: argparse.Namespace) -> int:  # the exit code
     "List what can draw control maps."
-    from diffusion_workers.control_detectors import PreprocessorStore
+    from diffusion_workers.control_detectors import weights_at_hand
     from diffusion_workers.controlnet import PREPROCESSORS
     from diffusion_workers.model_store import Settings
 
-    weights = PreprocessorStore(Settings.from_environment().annotator_folders).available()
+    weights = weights_at_hand(Settings.from_environment().annotator_folders)
     facts = [_preprocessor_facts(row, weights[name]) for name, row in PREPROCESSORS.items()]
     if arguments.json:
         print(json.dumps(facts, indent=2))

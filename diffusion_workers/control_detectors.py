@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'MAX_DETECTOR_SIDE', 'SPECIAL', 'detector_class', 'local_file', 'hub_file', 'find_weights', 'tamed_loading',
            'load_detector', 'detector_size', 'ask', 'straight_lines', 'paint_regions', 'regions', 'screen', 'any_lines',
-           'detect', 'PreprocessorStore']
+           'detect', 'weights_at_hand', 'PreprocessorStore']
 
 # %% ../nbs/02d_control_detectors.ipynb #c27b1eea
 import contextlib
@@ -277,6 +277,21 @@ def detect(
     return made if made.ndim == 3 else np.repeat(made[..., None], 3, axis=2)
 
 # %% ../nbs/02d_control_detectors.ipynb #72749c8c
+def _key(row: ControlnetGuideImagePreprocessor) -> tuple:  # rows with the same key share a detector
+    return row.detector, row.repository, row.files, row.options
+
+
+def weights_at_hand(
+    folders: Sequence[Path] = (),  # of the operator
+) -> dict[str, str]:  # preprocessor -> "not needed", "on the disk", or what is not here
+    "What is known of the weights of each preprocessor without loading them or asking the network."
+    states = {}
+    for row in PREPROCESSORS.values():
+        missing = [file for _, file in row.files if not (local_file(row.repository, file, folders) or hub_file(row.repository, file, download=False))]
+        states[row.name] = "not needed" if not row.files else f"not here: {', '.join(missing)} of {row.repository}" if missing else "on the disk"
+    return states
+
+# %% ../nbs/02d_control_detectors.ipynb #7e3be12e
 class PreprocessorStore:
     "Makes control maps; loads detectors when they are needed and keeps a few."
 
@@ -292,6 +307,33 @@ class PreprocessorStore:
         self._detectors: OrderedDict[tuple, Any] = OrderedDict()  # the one used last at the end
         self._lock = threading.RLock()
 
+    def run(
+        self,
+        preprocessing: Preprocessing,
+        image: Image.Image,  # any mode and size
+        width: int,  # pixels of the map
+        height: int,
+        resize_mode: ResizeMode = ResizeMode.just_resize,  # what gives where the shapes differ
+        mask: Image.Image | None = None,  # white is repainted; for inpaint_mask
+        *,
+        field: str = "preprocessing",  # where it stands in the request, for errors
+    ) -> Image.Image:  # RGB, (width, height)
+        "The control map of a picture; a RequestError says what is wrong, or missing on this machine."
+        def with_network(row: ControlnetGuideImagePreprocessor, pixels: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
+            with self._lock:
+                return detect(self._detector(row, field), row, pixels, parameters)
+
+        return make_map(preprocessing, image, width, height, resize_mode, mask, detect=with_network, field=field)
+
+    def _detector(self, row: ControlnetGuideImagePreprocessor, field: str) -> Any:
+        key = _key(row)
+        if key not in self._detectors:
+            while len(self._detectors) >= self.max_loaded:  # room first, so that no more than that are ever in memory
+                self._detectors.popitem(last=False)
+            self._detectors[key] = load_detector(row, self.folders, self.device, field)
+        self._detectors.move_to_end(key)
+        return self._detectors[key]
+
     @property
     def loaded(self) -> tuple[str, ...]:
         "Preprocessors whose weights are in memory."
@@ -301,54 +343,9 @@ class PreprocessorStore:
         "Forget every detector, and give its memory back."
         with self._lock:
             self._detectors.clear()
-            if torch := sys.modules.get("torch"):
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+            if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def _repr_markdown_(self) -> str:
-        lines = [f"| `{name}` | {'loaded' if name in self.loaded else state} |" for name, state in self.available().items()]
+        lines = [f"| `{name}` | {'loaded' if name in self.loaded else state} |" for name, state in weights_at_hand(self.folders).items()]
         return "\n".join(["| preprocessor | weights |", "|---|---|", *lines])
-
-
-def _key(row: ControlnetGuideImagePreprocessor) -> tuple:  # rows with the same key share a detector
-    return row.detector, row.repository, row.files, row.options
-
-# %% ../nbs/02d_control_detectors.ipynb #7e3be12e
-def _available(self: PreprocessorStore) -> dict[str, str]:
-    "What is known of each preprocessor without loading it or asking the network."
-    states = {}
-    for row in PREPROCESSORS.values():
-        missing = [file for _, file in row.files if not (local_file(row.repository, file, self.folders) or hub_file(row.repository, file, download=False))]
-        states[row.name] = "not needed" if not row.files else f"not here: {', '.join(missing)} of {row.repository}" if missing else "on the disk"
-    return states
-
-
-def _run(
-    self: PreprocessorStore,
-    preprocessing: Preprocessing,
-    image: Image.Image,  # any mode and size
-    width: int,  # pixels of the map
-    height: int,
-    resize_mode: ResizeMode = ResizeMode.just_resize,  # what gives where the shapes differ
-    mask: Image.Image | None = None,  # white is repainted; for inpaint_mask
-    *,
-    field: str = "preprocessing",  # where it stands in the request, for errors
-) -> Image.Image:  # RGB, (width, height)
-    "The control map of a picture; a RequestError says what is wrong, or missing on this machine."
-    def with_network(row: ControlnetGuideImagePreprocessor, pixels: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
-        with self._lock:
-            return detect(self._detector(row, field), row, pixels, parameters)
-
-    return make_map(preprocessing, image, width, height, resize_mode, mask, detect=with_network, field=field)
-
-
-def _detector(self: PreprocessorStore, row: ControlnetGuideImagePreprocessor, field: str) -> Any:
-    if _key(row) not in self._detectors:
-        while len(self._detectors) >= self.max_loaded:  # room first, so that no more than that are ever in memory
-            self._detectors.popitem(last=False)
-        self._detectors[_key(row)] = load_detector(row, self.folders, self.device, field)
-    self._detectors.move_to_end(_key(row))
-    return self._detectors[_key(row)]
-
-
-PreprocessorStore.available, PreprocessorStore.run, PreprocessorStore._detector = _available, _run, _detector

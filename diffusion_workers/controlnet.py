@@ -357,10 +357,10 @@ _SCRIBBLE = Parameter("scribble", False, "strokes of one width, as for a doodle"
 _TWO_NETS = "softedge (and, with scribble, scribble) nets"
 
 
-def _annotator(name: str, title: str, nets: str, mode: UnionModeName, detector: str, files: dict[str, str], parameters: Iterable[Parameter] = (),
+def _annotator(name: str, title: str, nets: str, mode: UnionModeName | None, detector: str, files: dict[str, str], parameters: Iterable[Parameter] = (),
                repository: str = "lllyasviel/Annotators", families: tuple = STABLE_DIFFUSION, scaling: MapScaling = MapScaling.smooth, **options: Any) -> None:
     PREPROCESSORS.add(ControlnetGuideImagePreprocessor(
-        name, title, nets, families, tuple(parameters), (mode,), scaling,
+        name, title, nets, families, tuple(parameters), (mode,) if mode else (), scaling,
         detector=detector, repository=repository, files=tuple(files.items()), options=tuple(options.items())))
 
 
@@ -382,7 +382,7 @@ _annotator("lineart_anime", "lines of a drawing or an anime", "anime lineart net
 _annotator("normal_bae", "where surfaces face, as colours", "normalbae nets", UnionModeName.normal, "NormalBaeDetector", {"filename": "scannet.pt"})
 _MIDAS = {"filename": "dpt_hybrid-midas-501f0c75.pt"}
 _annotator("midas", "depth (MiDaS), near is white", "depth nets", UnionModeName.depth, "MidasDetector", _MIDAS, families=ALL_FAMILIES)
-_annotator("midas_normal", "where surfaces face, by the slope of MiDaS' depth", "the older normal nets", UnionModeName.normal, "MidasDetector", _MIDAS,
+_annotator("midas_normal", "where surfaces face, by the slope of MiDaS' depth", "the older normal nets, which read the axes in another order", None, "MidasDetector", _MIDAS,
            [Parameter("a", 2 * math.pi, "larger is flatter", 0.1, 50), Parameter("bg_th", 0.1, "depth below which all is background", 0, 1)])
 _LERES = [Parameter("thr_a", 0, "percent of the nearest that is cut off", 0, 100), Parameter("thr_b", 0, "percent of the farthest that is cut off", 0, 100)]
 _annotator("leres", "depth (LeReS), near is white", "depth nets", UnionModeName.depth, "LeresDetector", {"filename": "res101.pth"}, _LERES, families=ALL_FAMILIES)
