@@ -105,7 +105,7 @@ def asked_mode(unit: ControlNetUnit) -> UnionModeName | int | None:  # None wher
     "The union mode of a unit, without the wrapper that the generated class puts around a number."
     return getattr(unit.union_mode, "root", unit.union_mode)
 
-
+# %% ../nbs/02e_addon_planning.ipynb #a8f1a64b
 def takes(
     net: ControlNetEntry,
     unit: ControlNetUnit,
@@ -234,7 +234,7 @@ def _check_mixture(units: dict[int, ControlNetUnit], names: dict[int, str], mani
 
 _CONTROL_KIND_ONLY = {"conditioning_scale": 1.0, "guidance_start": 0.0, "guidance_end": 1.0, "control_mode": ControlMode.balanced, "mask_image": None, "union_mode": None}
 
-
+# %% ../nbs/02e_addon_planning.ipynb #9e440321
 def _check_control_model(units: dict[int, ControlNetUnit], manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "A model of the kind control takes exactly one map, as it is."
     if len(units) != 1:
@@ -248,7 +248,7 @@ def _check_control_model(units: dict[int, ControlNetUnit], manifest: ModelManife
                 given = "a mask" if name == "mask_image" else getattr(unit, name)
                 yield error_detail(ErrorCode.unsupported_combination, f"a map that is part of the input has no {name}", field=f"controlnets[{i}].{name}", given=given, hint="leave it out")
 
-
+# %% ../nbs/02e_addon_planning.ipynb #f6cae24b
 def check_controls(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "Everything that speaks against the ControlNet units of a request."
     units = enabled_units(request)
@@ -283,7 +283,7 @@ class ControlFacts:
     images: Mapping[int, PlannedImage] = field(default_factory=dict)
     masks: Mapping[int, PlannedImage] = field(default_factory=dict)
 
-
+# %% ../nbs/02e_addon_planning.ipynb #fed63542
 def plan_controls(
     request: GenerationRequest,
     manifest: ModelManifest,
@@ -302,7 +302,7 @@ def plan_controls(
         ))
     return planned
 
-
+# %% ../nbs/02e_addon_planning.ipynb #ef860d43
 def control_warnings(request: GenerationRequest, steps: int) -> Iterator[RequestWarning]:  # of steps really made
     "Controls that are taken, but do nothing."
     for i, unit in enabled_units(request).items():

@@ -130,7 +130,7 @@ def _load_leres(cls: type, files: dict[str, Path]) -> Any:  # without the second
     model.load_state_dict(strip_prefix_if_present(torch.load(files["filename"])["depth_model"], "module."))
     return cls(model, None)
 
-
+# %% ../nbs/02d_control_detectors.ipynb #bc2ecb50
 def load_detector(
     row: ControlnetGuideImagePreprocessor,
     folders: Sequence[Path] = (),  # of the operator

@@ -162,8 +162,9 @@ class PreparedControl:
     control: PlannedControl
     map: Image.Image  # RGB, plan.width x plan.height
     mask: Image.Image | None = None  # L, the same size, white where the control holds
+    condition: np.ndarray | None = None  # (1, 3, H, W), what the net is given where a picture cannot say it
 
-
+# %% ../nbs/04a_control_nets.ipynb #d9e64c0a
 def check_net(
     net: torch.nn.Module,
     control: PlannedControl,
@@ -176,7 +177,7 @@ def check_net(
         hint = "the manifest's union_table or union_modes does not fit these weights"
         raise request_error(ErrorCode.unsupported_combination, "the net has no such mode", field=f"controlnets[{index}].union_mode", given=control.union_mode, allowed=allowed, hint=hint)
 
-
+# %% ../nbs/04a_control_nets.ipynb #ce25a290
 def control_object(
     plan: GenerationPlan,
     nets: Sequence[torch.nn.Module],  # one for each control of the plan, as loaded
@@ -193,13 +194,14 @@ def control_object(
     views = [unet_view(net, p.control, guided, p.mask) for net, p in zip(nets, prepared)]
     return MultiControlNetUnionModel(views) if plan.control_kind == ControlKind.union else MultiControlNetModel(views)
 
-
+# %% ../nbs/04a_control_nets.ipynb #e68bbfae
 def control_arguments(
     plan: GenerationPlan,
     prepared: Sequence[PreparedControl],
 ) -> dict[str, Any]:
     "What a ControlNet pipeline is called with, besides what every pipeline is."
-    controls, maps = [p.control for p in prepared], [p.map for p in prepared]
+    controls = [p.control for p in prepared]
+    maps = [p.map if p.condition is None else torch.from_numpy(p.condition) for p in prepared]
     name = "image" if plan.pipeline_class in ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline") else "control_image"
     arguments = {
         name: maps, "controlnet_conditioning_scale": [float(c.conditioning_scale) for c in controls],

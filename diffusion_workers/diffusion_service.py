@@ -364,7 +364,7 @@ def _run(self: DiffusionService, generation: Generation, plan: GenerationPlan, i
     for position, other in behind[1:]:
         other.report(ProgressEvent(phase=Phase.queued, queue_position=position))
 
-
+# %% ../nbs/08_diffusion_service.ipynb #afd2229d
 @patch
 def _carry_out(self: DiffusionService, generation: Generation, plan: GenerationPlan, inputs: Inputs) -> OpResult:
     "From a plan to a successful result; raises what goes wrong."

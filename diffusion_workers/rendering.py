@@ -28,7 +28,7 @@ from .images import crop_region, paste_back, prepare_mask, resize_image
 from .component_loading import quiet_libraries
 from .control_detectors import PreprocessorStore
 from .control_nets import PreparedControl, control_arguments
-from .controlnet import fit_map
+from .controlnet import PREPROCESSORS, fit_map, inpaint_condition
 from .lora import LoadedLora, LoraStore, use_loras
 from .addon_planning import ControlFacts, enabled_units, resolve_lora
 from .pipeline_factory import PipelineFactory, use_scheduler
@@ -101,7 +101,7 @@ class Inputs:
         facts = lambda pictures: {i: image_facts(decoded) for i, decoded in pictures.items()}
         return ControlFacts(facts(self.controls), facts(self.control_masks))
 
-
+# %% ../nbs/07a_rendering.ipynb #37142e0f
 def decode_inputs(
     request: GenerationRequest,
     policy: ImagePolicy = ImagePolicy(),  # what may be read
@@ -114,7 +114,7 @@ def decode_inputs(
     masks = {i: decode_mask(unit.mask_image, field=f"controlnets[{i}].mask_image", policy=policy) for i, unit in units.items() if unit.mask_image}
     return Inputs(image, mask, controls, masks)
 
-
+# %% ../nbs/07a_rendering.ipynb #e345a482
 @dataclass(frozen=True)
 class Prepared:
     "Pictures at the size at which the pipeline works, and where its result belongs."
@@ -169,11 +169,14 @@ def prepare_controls(
         if prepared.box is not None:
             whole = lambda p: p and resize_image(p, *prepared.canvas.size, control.resize_mode).crop(prepared.box)
             picture, mask = whole(picture), whole(mask)
+        fitted = lambda p: p and resize_image(p, plan.width, plan.height, control.resize_mode)
         if control.preprocessing is None:
-            made = fit_map(picture, plan.width, plan.height, control.resize_mode)
-        else:
-            made = preprocessors.run(control.preprocessing, picture, plan.width, plan.height, control.resize_mode, mask or prepared.mask, field=f"{at}.preprocessing")
-        yield PreparedControl(control, made, mask and resize_image(mask, plan.width, plan.height, control.resize_mode))
+            yield PreparedControl(control, fit_map(picture, plan.width, plan.height, control.resize_mode), fitted(mask))
+            continue
+        hole = mask or prepared.mask if PREPROCESSORS[control.preprocessing.name].needs_mask else None
+        made = preprocessors.run(control.preprocessing, picture, plan.width, plan.height, control.resize_mode, hole, field=f"{at}.preprocessing")
+        condition = inpaint_condition(fitted(picture), fitted(hole)) if hole and plan.family == ModelFamily.sd15 else None
+        yield PreparedControl(control, made, None if hole else fitted(mask), condition)
 
 # %% ../nbs/07a_rendering.ipynb #374880e9
 def largest_difference(
@@ -210,6 +213,8 @@ def pipeline_arguments(
         "num_images_per_prompt": len(seeds), "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds], "output_type": "latent",
     }  # fmt: skip
     arguments |= {name: value for name in _OPTIONAL if (value := getattr(plan, name)) is not None}
+    if plan.negative_prompt_2 and plan.negative_prompt is None:
+        arguments["negative_prompt"] = ""  # without one, diffusers does not look at the second
     arguments |= size_arguments(plan.size_conditioning)
     if plan.task != Task.image_to_image or plan.control_kind != ControlKind.none or plan.family == ModelFamily.flux:
         arguments |= {"width": plan.width, "height": plan.height}
@@ -290,7 +295,7 @@ def decode_latents(
         raise request_error(ErrorCode.internal_error, "the picture holds numbers that are not finite", hint=hint)
     return pipe.image_processor.postprocess(decoded, output_type="pil")
 
-
+# %% ../nbs/07a_rendering.ipynb #72d73a33
 def render_chunk(
     pipe,
     denoiser: torch.nn.Module,
@@ -363,7 +368,7 @@ def _refining(factory: PipelineFactory, plan: GenerationPlan, arguments: dict[st
 
     return refine
 
-
+# %% ../nbs/07a_rendering.ipynb #3f2e2b3f
 def request_loras(plan: GenerationPlan, factory: PipelineFactory, store: LoraStore) -> list[tuple[LoadedLora, Lora]]:
     "The LoRAs of a plan, from memory or from their files; a `RequestError` names the one that cannot be used."
     entries = [(f"loras[{i}].name", lora, resolve_lora(lora.name, factory.manifest)) for i, lora in enumerate(plan.loras or [])]
@@ -372,7 +377,7 @@ def request_loras(plan: GenerationPlan, factory: PipelineFactory, store: LoraSto
             raise request_error(ErrorCode.unknown_lora, "the file of this LoRA is gone", field=field, given=lora.name)
     return [(store.get(lora.name, entry, plan.family, field=field), lora) for field, lora, entry in entries]
 
-
+# %% ../nbs/07a_rendering.ipynb #aa037def
 def render(
     factory: PipelineFactory,
     plan: GenerationPlan,

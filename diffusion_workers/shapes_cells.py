@@ -52,7 +52,7 @@ UNITS = {  # kind -> (net, map, union mode) of each unit
     ControlKind.union: [("union", "canny", "canny"), ("union", "depth", "depth")],
 }
 
-
+# %% ../nbs/09h_cells.ipynb #2f3eed3c
 def controlled_example(task: Task, kind: ControlKind, rng: np.random.Generator, scale: float = 1.0) -> Example:
     "An example with a control; two units share the scale."
     scene = random_free_scene(rng, 1)
@@ -106,7 +106,7 @@ def score_cell(
         rows.append(example.judge(pictures[-1]))
     return CellScore(model, task, kind, tuple(pictures), {name: float(np.mean([row[name] for row in rows])) for name in rows[0]})
 
-
+# %% ../nbs/09h_cells.ipynb #ec7bdefa
 def offered_cells(service: DiffusionService, models: tuple[str, ...]) -> list[tuple[str, Task, ControlKind]]:
     "The cells that built-in models have weights for."
     cells = []

@@ -185,7 +185,7 @@ def new_sdxl_unet(
     captions = [describe(random_scene(scenes, 1 + i % 2, held_out=False), scenes) for i in range(64)]
     with torch.no_grad():
         states = deeper(encoder, CLIPTextModel)(token_ids(tokenizer, captions), output_hidden_states=True).hidden_states[-2]
-    settings = dict(base.config) | {
+    settings = {name: value for name, value in base.config.items() if not name.startswith("_")} | {
         "cross_attention_dim": 2 * width, "addition_embed_type": "text_time", "addition_time_embed_dim": config.time_width,
         "projection_class_embeddings_input_dim": 6 * config.time_width + width,
     }

@@ -75,11 +75,17 @@ def tiny_unet(
     further = _SDXL if family == ModelFamily.sdxl else dict(cross_attention_dim=16)
     return diffusers.UNet2DConditionModel(sample_size=8, in_channels=in_channels, up_block_types=up, **_UNET, **further)
 
+# %% ../nbs/04b_tiny_models.ipynb #56323ccb
+_ZERO_IN_NEW_NETS = (
+    "controlnet_cond_embedding.conv_out", "spatial_ch_projs", "controlnet_down_blocks", "controlnet_mid_block",
+    "controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks",
+)  # fmt: skip
+
 
 def _awake(net: torch.nn.Module) -> torch.nn.Module:
-    "A ControlNet whose output layers, zero in a new one, hold small numbers: it changes pictures."
+    "A ControlNet whose first and last layers, zero in a new one, hold numbers: it sees its map, and it changes pictures."
     for name, parameter in net.named_parameters():
-        if name.startswith(("controlnet_down_blocks", "controlnet_mid_block", "controlnet_blocks", "controlnet_single_blocks", "controlnet_x_embedder")):
+        if name.startswith(_ZERO_IN_NEW_NETS):
             torch.nn.init.normal_(parameter, std=0.5)
     return net
 
@@ -95,9 +101,9 @@ def tiny_controlnet(family: ModelFamily, union: bool = False) -> torch.nn.Module
     return _awake(diffusers.ControlNetUnionModel(num_control_type=8, num_trans_channel=8, num_trans_head=2, num_proj_channel=8, **sizes))
 
 # %% ../nbs/04b_tiny_models.ipynb #99c233fe
-def tiny_pipeline(family: ModelFamily, kind: ModelKind = ModelKind.standard, in_channels: int = 4) -> diffusers.DiffusionPipeline:
-    "A pipeline of the family with random weights, always the same ones."
-    torch.manual_seed(0)
+def tiny_pipeline(family: ModelFamily, kind: ModelKind = ModelKind.standard, in_channels: int = 4, seed: int = 0) -> diffusers.DiffusionPipeline:
+    "A pipeline of the family with random weights, the same ones for the same seed."
+    torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
     parts = dict(text_encoder=clip_encoder(tokenizer), tokenizer=tokenizer)
     if family == ModelFamily.flux:
@@ -113,7 +119,7 @@ def tiny_pipeline(family: ModelFamily, kind: ModelKind = ModelKind.standard, in_
         return diffusers.StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
     return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
-
+# %% ../nbs/04b_tiny_models.ipynb #947b6860
 def write_tiny_model(
     folder: Path | str,  # gets the repository, the nets and the manifest
     family: ModelFamily,
@@ -121,6 +127,7 @@ def write_tiny_model(
     kind: ModelKind = ModelKind.standard,
     in_channels: int = 4,  # of the UNet
     changes: dict | None = None,  # to the manifest
+    seed: int = 0,  # of the weights
 ) -> ModelManifest:
     "Write a tiny model with two plain ControlNets and, where the family has such, a union net."
     folder, family = Path(folder), ModelFamily(family)
@@ -128,7 +135,7 @@ def write_tiny_model(
     manifest = dict(family=family.value, source={"folder": name}, defaults=dict(width=64, height=64, num_inference_steps=4, guidance_scale=2.0),
                     limits=dict(max_width=256, max_height=256, multiple_of=16))
     with quiet_libraries():
-        tiny_pipeline(family, kind, in_channels).save_pretrained(folder / name)
+        tiny_pipeline(family, kind, in_channels, seed).save_pretrained(folder / name)
         if kind == ModelKind.standard:
             nets = {"canny": dict(preprocessors=["canny"]), "tile": dict(preprocessors=["tile"]), "all": dict(union=True)}
             nets = {net: entry for net, entry in nets.items() if net != "all" or family != ModelFamily.sd15}

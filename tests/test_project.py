@@ -2,6 +2,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -190,3 +191,10 @@ def test_nothing_unknown_at_the_top_level() -> None:
 
 def test_nbdev_reads_one_quarto_file() -> None:
     assert (NBS / "_quarto.yml").is_symlink(), "nbs/_quarto.yml must be a symlink: ln -sfn ../_quarto.yml nbs/_quarto.yml"
+
+
+def test_no_data_names_a_folder_of_one_machine() -> None:
+    files = [path for path in PACKAGE.rglob("*") if path.suffix in (".json", ".jsonl", ".yaml", ".txt")]
+    assert files
+    found = [path.name for path in files if re.search(r'"(/[A-Za-z][^"/]*){2,}"', path.read_text(encoding="utf-8"))]
+    assert not found, f"absolute paths in {found}"

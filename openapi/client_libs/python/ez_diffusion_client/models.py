@@ -395,7 +395,7 @@ class ControlNetUnit(BaseModel):
     mask_image: Annotated[
         StrictStr | None,
         Field(
-            description="Where the control holds (white); everywhere when absent",
+            description="Where the control holds (white), everywhere when absent; for a preprocessor that takes a mask (inpaint_mask), the part that is repainted, that of the request when absent",
             max_length=134217728,
             min_length=1,
         ),
