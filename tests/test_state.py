@@ -64,7 +64,7 @@ def random_request(rng: random.Random, family: str) -> dict:
     mode = "balanced" if flux else rng.choice(["balanced", "prompt", "control"])
     units = [{"model": net, "image": picture(i), "control_mode": mode, **window(), **({"union_mode": "canny" if i else "depth"} if net == "all" else {})} for i, net in enumerate(nets)]
     names = [name.value for name in SCHEDULERS if (name in FLOW_SCHEDULERS) == flux and name.value != "lcm"]
-    request = {"model": family, "prompt": rng.choice(["a cat", "a dog, in the rain"]), "num_inference_steps": rng.choice([2, 3]), "seed": rng.randrange(99),
+    request = {"model": family, "prompt": rng.choice(["a cat", "a dog, in the rain"]), "num_inference_steps": 2, "seed": rng.randrange(99),
                "num_images": rng.choice([1, 1, 2]), "scheduler": rng.choice([None, *names]), "controlnets": units, "width": rng.choice([64, 96])}
     request |= rng.choice([{}, {"image": picture(7)}, {"image": picture(7), "mask_image": picture(8).convert("L")}])
     request["loras"] = [{"name": rng.choice(["one", "two"]), "scale": rng.choice([-1.0, 0.0, 0.5, 1.0])} for _ in range(rng.choice([0, 0, 1, 3]))]
