@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['FluxTrainingConfig', 'build_t5_tokenizer', 't5_ids', 'train_t5', 'new_transformer', 'new_flow_scheduler', 'pack',
-           'image_ids', 'flux_conditioning', 'FluxBatch', 'flux_batch', 'orthogonal', 'Muon', 'train_transformer',
-           'guided_steps', 'assemble_flux']
+           'image_ids', 'flux_conditioning', 'FluxBatch', 'flux_batch', 'orthogonal', 'has_quick_bfloat16',
+           'quick_arithmetic', 'Muon', 'train_transformer', 'guided_steps', 'assemble_flux']
 
 # %% ../nbs/09d_shapes_flux.ipynb #860460d8
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from .shapes import describe, load_builtin_pipeline, random_scene
@@ -186,21 +189,34 @@ def flux_batch(
 
 # %% ../nbs/09d_shapes_flux.ipynb #54535593
 def orthogonal(
-    matrix: torch.Tensor,  # (rows, columns)
+    matrices: torch.Tensor,  # (..., rows, columns)
     iterations: int = 5,
 ) -> torch.Tensor:  # the same shape, singular values near 1
-    "The Newton-Schulz iteration of Muon, in float32: the bfloat16 of `torch.optim.Muon` is slow on processors without it."
+    "The Newton-Schulz iteration of Muon, in the matrices' own precision."
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
 
 # %% ../nbs/09d_shapes_flux.ipynb #64300b25
+def has_quick_bfloat16() -> bool:
+    "Whether this processor multiplies bfloat16 faster than float32; others emulate it, ten times slower."
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@contextmanager
+def quick_arithmetic() -> Iterator[None]:
+    "What trains these small models fastest on a CPU: bfloat16 where it is quick, and attention as plain matrix products."
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_quick_bfloat16()), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+# %% ../nbs/09d_shapes_flux.ipynb #10d07f5c
 class Muon(torch.optim.Optimizer):
-    "Momentum, made orthogonal, for the matrices of a transformer (Jordan and others, 2024)."
+    "Momentum, made orthogonal, for the matrices of a transformer (Jordan and others, 2024); all of one shape at once."
 
     def __init__(
         self,
@@ -213,22 +229,26 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         "One step, longer for matrices that are higher than wide."
+        dtype = torch.bfloat16 if has_quick_bfloat16() else torch.float32
         for group in self.param_groups:
+            shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for p in group["params"]:
-                state = self.state[p]
-                average = state.setdefault("momentum", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group["momentum"])
-                direction = orthogonal(p.grad.lerp(average, group["momentum"]))
-                p.add_(direction, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+                shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), alike in shapes.items():
+                averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in alike]
+                torch._foreach_lerp_(averages, [p.grad for p in alike], 1 - group["momentum"])
+                ahead = torch._foreach_lerp([p.grad for p in alike], averages, group["momentum"])
+                directions = orthogonal(torch.stack(ahead).to(dtype)).float().unbind()
+                torch._foreach_add_(alike, directions, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
-# %% ../nbs/09d_shapes_flux.ipynb #d578ecec
+# %% ../nbs/09d_shapes_flux.ipynb #888b9586
 def train_transformer(
     out_dir: Path,  # keeps `flux.pt` and the log
     config: FluxTrainingConfig,
     parts,  # has tokenizer, text_encoder, tokenizer_2, text_encoder_2
     data: SceneData,
     stop_after: int | None = None,  # end early, after so many steps, as if interrupted
-    on_checkpoint=None,  # called with the steps done and the averaged weights
+    on_checkpoint: Callable[[int, FluxTransformer2DModel], None] | None = None,  # gets the steps done and the averaged weights
     minutes: float | None = None,  # spread the schedule over this time instead of `config.steps`
 ) -> FluxTransformer2DModel:  # the averaged weights
     "Train the transformer, continuing from its checkpoint: Muon for the matrices of the blocks, AdamW for the rest."
@@ -247,11 +267,12 @@ def train_transformer(
         if done >= 1:
             break
         batch = flux_batch(tokens, data, config, step, config.batch)
-        predicted = transformer(
-            batch.noisy, timestep=batch.moments, guidance=torch.ones(config.batch),
-            **flux_conditioning(parts, batch.captions, config.text_length),
-        ).sample
-        loss = F.mse_loss(predicted, batch.noise - batch.tokens)
+        with quick_arithmetic():
+            predicted = transformer(
+                batch.noisy, timestep=batch.moments, guidance=torch.ones(config.batch),
+                **flux_conditioning(parts, batch.captions, config.text_length),
+            ).sample
+        loss = F.mse_loss(predicted.float(), batch.noise - batch.tokens)
         muon.param_groups[0]["lr"] = config.matrix_learning_rate * one_cycle(done + 1e-4)
         muon.zero_grad()
         update(adam, loss, config.learning_rate * one_cycle(done + 1e-4))
