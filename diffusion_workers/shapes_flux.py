@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['FluxTrainingConfig', 'build_t5_tokenizer', 't5_ids', 'train_t5', 'new_transformer', 'new_flow_scheduler', 'pack',
-           'image_ids', 'flux_conditioning', 'FluxBatch', 'flux_batch', 'orthogonal', 'has_quick_bfloat16',
-           'quick_arithmetic', 'Muon', 'train_transformer', 'guided_steps', 'assemble_flux']
+           'image_ids', 'flux_conditioning', 'FluxBatch', 'flux_batch', 'orthogonal', 'Muon', 'train_transformer',
+           'guided_steps', 'assemble_flux']
 
 # %% ../nbs/09d_shapes_flux.ipynb #860460d8
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +17,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from .shapes import describe, load_builtin_pipeline, random_scene
 from .shapes_sdxl import SceneData
-from diffusion_workers.shapes_training import (
-    LOG_NAME, PARSE_CLASSES, WORDS, Checkpoint, TrainingLog, one_cycle, parse_loss, parse_targets, token_ids, update, update_ema,
+from .shapes_text import PARSE_CLASSES, WORDS, parse_loss, parse_targets, token_ids
+from diffusion_workers.training_loop import (
+    LOG_NAME, Checkpoint, TrainingLog, has_quick_bfloat16, one_cycle, quick_arithmetic, update, update_ema,
 )
 
 # %% ../nbs/09d_shapes_flux.ipynb #9c41f567
@@ -200,19 +199,6 @@ def orthogonal(
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
-
-# %% ../nbs/09d_shapes_flux.ipynb #64300b25
-def has_quick_bfloat16() -> bool:
-    "Whether this processor multiplies bfloat16 faster than float32; others emulate it, ten times slower."
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-@contextmanager
-def quick_arithmetic() -> Iterator[None]:
-    "What trains these small models fastest on a CPU: bfloat16 where it is quick, and attention as plain matrix products."
-    with torch.autocast("cpu", torch.bfloat16, enabled=has_quick_bfloat16()), sdpa_kernel(SDPBackend.MATH):
-        yield
 
 # %% ../nbs/09d_shapes_flux.ipynb #10d07f5c
 class Muon(torch.optim.Optimizer):

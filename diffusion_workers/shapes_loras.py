@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STROKE', 'HUE_SHIFT', 'EFFECTS', 'UNET_LAYERS', 'FLUX_LAYERS', 'TEXT_LAYERS', 'heart_corners', 'draw_heart',
            'outline_of', 'render_effect', 'effect_example', 'drawn_regions', 'outline_measure', 'hue_measure',
-           'heart_measure', 'Effect', 'LoraTrainingConfig', 'lora_loss', 'train_lora', 'save_lora']
+           'heart_measure', 'Effect', 'LoraTrainingConfig', 'add_adapters', 'train_lora', 'save_lora']
 
 # %% ../nbs/09f_shapes_loras.ipynb #8f46ef84
 from collections.abc import Callable
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, inject_adapter_in_model
@@ -25,9 +24,9 @@ from scipy import ndimage
 from diffusion_workers.shapes import (
     BACKGROUNDS, COLORS, IMAGE_SIZE, JITTER, SUPERSAMPLE, Scene, describe, draw_shape, placements, random_scene, read_scene, shape_templates,
 )
-from .shapes_flux import flux_conditioning, pack
-from .shapes_sdxl import CLEAN, encode_pictures, sdxl_conditioning
-from .shapes_training import LOG_NAME, Checkpoint, TrainingLog, new_scheduler, one_cycle, token_ids, update
+from .shapes_denoising import add_noise, denoiser_of, denoising_loss
+from .shapes_sdxl import encode_pictures
+from .training_loop import LOG_NAME, TrainingLog, one_cycle, update
 
 # %% ../nbs/09f_shapes_loras.ipynb #1586bcda
 STROKE = 3  # pixels of an outline
@@ -172,11 +171,12 @@ class LoraTrainingConfig:
     "Everything that decides what a LoRA learns."
 
     seed: int = 0  # of scenes, first weights and batches
-    scenes: int = 480
-    steps: int = 90
-    batch: int = 20  # latents
-    learning_rate: float = 4e-3  # peak
+    scenes: int = 2000
+    steps: int = 300
+    batch: int = 32  # latents
+    learning_rate: float = 2e-3  # peak
     rank: int = 8
+    toward_noise: float = 0.7  # exponent: moments are an even spread to this power
     caption_dropout: float = 0.1  # share of captions replaced by ""
 
 # %% ../nbs/09f_shapes_loras.ipynb #3c92798a
@@ -188,32 +188,24 @@ FLUX_LAYERS = "to_q to_k to_v to_out.0 proj_mlp proj_out x_embedder ff.net.0.pro
 
 TEXT_LAYERS = "q_proj k_proj v_proj out_proj fc1 fc2".split()
 
-
-def lora_loss(
-    pipeline,  # of any of the three families
-    latents: torch.Tensor,  # (B, 4, 16, 16)
-    captions: list[str],  # B of them
-    noise: torch.Tensor,  # like the latents
-    moments: torch.Tensor,  # (B,), 0 is the picture and 1 is noise
-) -> torch.Tensor:  # scalar
-    "The loss that the model itself was trained with."
-    if hasattr(pipeline, "transformer"):
-        tokens, noise, sigma = pack(latents), pack(noise), moments[:, None, None]
-        conditioning = flux_conditioning(pipeline, captions, pipeline.tokenizer_2.model_max_length)
-        predicted = pipeline.transformer(
-            (1 - sigma) * tokens + sigma * noise, timestep=moments, guidance=torch.ones(len(tokens)), **conditioning
-        ).sample
-        return F.mse_loss(predicted, noise - tokens)
-    scheduler, timesteps, added = new_scheduler(), (moments * 1000).long().clamp(max=999), None
-    if hasattr(pipeline, "text_encoder_2"):
-        states, pooled = sdxl_conditioning((pipeline.text_encoder, pipeline.text_encoder_2), pipeline.tokenizer, captions)
-        added = {"text_embeds": pooled, "time_ids": torch.tensor([CLEAN] * len(latents), dtype=torch.float32)}
-    else:
-        states = pipeline.text_encoder(token_ids(pipeline.tokenizer, captions)).last_hidden_state
-    predicted = pipeline.unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states, added_cond_kwargs=added).sample
-    return F.mse_loss(predicted, scheduler.get_velocity(latents, noise, timesteps))
-
 # %% ../nbs/09f_shapes_loras.ipynb #88f0fcd1
+def add_adapters(
+    pipeline,  # of any of the three families
+    effect: str,  # a key of `EFFECTS`: says whether the text encoder learns too
+    rank: int,
+) -> list[torch.nn.Module]:  # what has adapters now; nothing else learns
+    "Put an adapter on the denoiser, and on the text encoder where a word is new."
+    adapter = dict(r=rank, lora_alpha=rank, init_lora_weights="gaussian")
+    denoiser, flux = denoiser_of(pipeline).requires_grad_(False), hasattr(pipeline, "transformer")
+    if not flux:
+        denoiser.set_attn_processor(AttnProcessor())
+    denoiser.add_adapter(LoraConfig(target_modules=FLUX_LAYERS if flux else UNET_LAYERS, **adapter))
+    if not EFFECTS[effect].text_encoder:
+        return [denoiser]
+    inject_adapter_in_model(LoraConfig(target_modules=TEXT_LAYERS, **adapter), pipeline.text_encoder.requires_grad_(False))
+    return [denoiser, pipeline.text_encoder]
+
+
 def train_lora(
     out_dir: Path,  # keeps the log
     name: str,  # of the stage, such as "sd15 outline"
@@ -221,29 +213,19 @@ def train_lora(
     effect: str,  # a key of `EFFECTS`
     config: LoraTrainingConfig,
 ) -> None:
-    "Teach the pipeline an effect through an adapter on its denoiser, and on its text encoder where a word is new."
+    "Teach the pipeline an effect."
     torch.manual_seed(config.seed)
     rng = np.random.default_rng((config.seed, 40))
     examples = [effect_example(effect, rng) for _ in range(config.scenes)]
     latents, captions = encode_pictures(pipeline.vae, [p for p, _, _ in examples]), [c for _, c, _ in examples]
-    adapter = dict(r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian")
-    flux = hasattr(pipeline, "transformer")
-    trained = [pipeline.transformer if flux else pipeline.unet]
-    if not flux:
-        pipeline.unet.set_attn_processor(AttnProcessor())
-    trained[0].requires_grad_(False).add_adapter(LoraConfig(target_modules=FLUX_LAYERS if flux else UNET_LAYERS, **adapter))
-    if EFFECTS[effect].text_encoder:
-        inject_adapter_in_model(LoraConfig(target_modules=TEXT_LAYERS, **adapter), pipeline.text_encoder.requires_grad_(False))
-        trained.append(pipeline.text_encoder)
-    optimizer = torch.optim.AdamW([p for m in trained for p in m.parameters() if p.requires_grad], weight_decay=0.01, fused=True)
-    log = TrainingLog(out_dir / LOG_NAME, name, every=15)
+    weights = [p for module in add_adapters(pipeline, effect, config.rank) for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.01, fused=True)
+    log = TrainingLog(out_dir / LOG_NAME, name, every=20)
     for step in range(config.steps):
         rng = np.random.default_rng((config.seed, 41, step))
         chosen = rng.integers(len(latents), size=config.batch)
-        told = ["" if rng.random() < config.caption_dropout else captions[i] for i in chosen]
-        moments = torch.from_numpy(((np.arange(config.batch) + rng.random(config.batch)) / config.batch) ** 0.7).float()
-        noise = torch.from_numpy(rng.standard_normal((config.batch, *latents.shape[1:]), dtype=np.float32))
-        loss = lora_loss(pipeline, latents[chosen], told, noise, moments)
+        batch = add_noise(latents[chosen], [captions[i] for i in chosen], rng, config.toward_noise, config.caption_dropout)
+        loss = denoising_loss(pipeline, batch)
         update(optimizer, loss, config.learning_rate * one_cycle((step + 1) / config.steps))
         log.add(step + 1, {"loss": loss})
 
@@ -257,9 +239,7 @@ def save_lora(
     def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {k: v.half().contiguous() for k, v in convert_state_dict_to_diffusers(get_peft_model_state_dict(module)).items()}
 
-    layers = {f"{'transformer' if hasattr(pipeline, 'transformer') else 'unet'}_lora_layers": half(
-        pipeline.transformer if hasattr(pipeline, "transformer") else pipeline.unet
-    )}
+    layers = {f"{'transformer' if hasattr(pipeline, 'transformer') else 'unet'}_lora_layers": half(denoiser_of(pipeline))}
     if EFFECTS[effect].text_encoder:
         layers["text_encoder_lora_layers"] = half(pipeline.text_encoder)
     pipeline.save_lora_weights(folder, weight_name=f"{effect}.safetensors", **layers)
