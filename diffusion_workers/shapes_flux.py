@@ -33,24 +33,25 @@ class FluxTrainingConfig:
 
     seed: int = 0  # of scenes, first weights and batches
     text_width: int = 128  # channels of the T5 encoder
-    text_layers: int = 2
+    text_layers: int = 3
     text_length: int = 24  # T5 tokens, padding included
-    text_steps: int = 500
-    text_batch: int = 64  # captions
-    text_learning_rate: float = 3e-3  # peak
+    text_steps: int = 2400
+    text_batch: int = 96  # captions
+    text_learning_rate: float = 2e-3  # peak
     heads: int = 4  # of 32 channels each
     double_blocks: int = 2  # text and picture with weights of their own
     single_blocks: int = 4  # with the same weights
-    steps: int = 1000
-    batch: int = 32  # latents
+    steps: int = 5500
+    batch: int = 64  # latents
     matrix_learning_rate: float = 0.02  # peak, Muon
     learning_rate: float = 3e-3  # peak, AdamW, for what is not a hidden matrix
     caption_dropout: float = 0.1  # share of captions replaced by "" for both encoders
     single_share: float = 0.7  # of scenes with one object
     toward_noise: float = 0.5  # mean of the normal distribution behind the logit of the moments
-    ema_decay: float = 0.99  # of the averaged weights
-    guided_steps: int = 80  # of guidance distillation
-    guided_batch: int = 16  # latents
+    ema_decay: float = 0.998  # of the averaged weights
+    guided_steps: int = 300  # of guidance distillation
+    guided_batch: int = 32  # latents
+    guided_learning_rate: float = 5e-4  # peak
     largest_guidance: float = 4.0
 
 # %% ../nbs/09d_shapes_flux.ipynb #5345b35a
@@ -290,11 +291,13 @@ def guided_steps(
         guidance = 1 + (config.largest_guidance - 1) * torch.rand(b, generator=torch.Generator().manual_seed(step))
         inputs = dict(hidden_states=batch.noisy, timestep=batch.moments)
         told, untold = (flux_conditioning(parts, captions, config.text_length) for captions in (batch.captions, [""] * b))
-        with torch.no_grad():
-            with_text, without = (transformer(**inputs, **c, guidance=torch.ones(b)).sample for c in (told, untold))
-            wanted = without + guidance[:, None, None] * (with_text - without)
-        loss = F.mse_loss(student(**inputs, **told, guidance=guidance).sample, wanted)
-        update(optimizer, loss, 1e-3 * one_cycle((step + 1) / config.guided_steps))
+        with quick_arithmetic():
+            with torch.no_grad():
+                with_text, without = (transformer(**inputs, **c, guidance=torch.ones(b)).sample.float() for c in (told, untold))
+                wanted = without + guidance[:, None, None] * (with_text - without)
+            predicted = student(**inputs, **told, guidance=guidance).sample
+        loss = F.mse_loss(predicted.float(), wanted)
+        update(optimizer, loss, config.guided_learning_rate * one_cycle((step + 1) / config.guided_steps))
         log.add(step + 1, {"loss": loss})
     return student.eval().requires_grad_(False)
 
