@@ -41,7 +41,9 @@ class FluxTrainingConfig:
     heads: int = 4  # of 32 channels each
     double_blocks: int = 2  # text and picture with weights of their own
     single_blocks: int = 4  # with the same weights
-    steps: int = 5500
+    singles: int = 14000  # scenes with one object
+    pairs: int = 16000  # scenes with two
+    steps: int = 5580
     batch: int = 64  # latents
     matrix_learning_rate: float = 0.02  # peak, Muon
     learning_rate: float = 3e-3  # peak, AdamW, for what is not a hidden matrix
@@ -49,10 +51,10 @@ class FluxTrainingConfig:
     single_share: float = 0.7  # of scenes with one object
     toward_noise: float = 0.5  # mean of the normal distribution behind the logit of the moments
     ema_decay: float = 0.998  # of the averaged weights
-    guided_steps: int = 300  # of guidance distillation
-    guided_batch: int = 32  # latents
+    guided_steps: int = 450  # of guidance distillation
+    guided_batch: int = 40  # latents
     guided_learning_rate: float = 5e-4  # peak
-    largest_guidance: float = 4.0
+    largest_guidance: float = 2.5
 
 # %% ../nbs/09d_shapes_flux.ipynb #5345b35a
 def build_t5_tokenizer(

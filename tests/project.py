@@ -12,7 +12,7 @@ MODULE_ORDER = (
     "component_loading", "control_nets", "tiny_models", "pipeline_factory", "lora_keys", "lora_files", "lora", "acceleration",
     "rendering", "diffusion_service",
     "shapes", "shapes_text", "training_loop", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_denoising",
-    "shapes_controls", "shapes_control_training", "shapes_loras",
+    "shapes_controls", "shapes_control_training", "shapes_loras", "shapes_family",
     "shapes_evaluation", "shapes_cells", "benchmark", "server", "handler", "widgets", "cli",
 )
 
