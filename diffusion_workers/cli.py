@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from .results import RequestError, describe_field, error_detail, error_line, failure, nearest_name, parse, request_error
+from .remote_cli import add_remote_options, is_remote, remote_generate
+from .serving import add_serve_options, command_serve
 from ez_diffusion_client.models import ControlNetUnit, ErrorCode, GenerationRequest, Lora, OpResult, OpStatus, Phase, PreprocessRequest, ProgressEvent
 
 # %% ../nbs/14_cli.ipynb #05f8560b
@@ -340,12 +342,19 @@ def _notes(result: OpResult) -> None:
         print(f"note: {note.field}: {note.message}{shown}", file=sys.stderr)
 
 
+def _carried_out(arguments: argparse.Namespace, request: GenerationRequest) -> OpResult:  # here or elsewhere
+    shown = sys.stderr.isatty() and not arguments.quiet
+    if is_remote(arguments):
+        return remote_generate(arguments, request, ProgressBar(True) if shown else None)
+    with _service(arguments) as service:
+        return service.generate(request, on_progress=ProgressBar(shown))
+
+
 def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
     "Make images and write them."
     check_output(arguments.output)
     request = build_request(arguments)
-    with _service(arguments) as service:
-        result = service.generate(request, on_progress=ProgressBar(sys.stderr.isatty() and not arguments.quiet))
+    result = _carried_out(arguments, request)
     if not result.ok:
         return fail(result)
     paths, maps = write_images(result, arguments.output), write_maps(result, arguments.output)
@@ -676,6 +685,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="make images", description="Make images and write them to files.")
     generate.add_argument("-o", dest="output", default="out.png", metavar="FILE", help="out.png by default; several images are numbered")
     _add_request(generate)
+    add_remote_options(generate)
     _add_request(commands.add_parser("plan", help="say what a request would do, without doing it"))
     models = commands.add_parser("models", help="list the models, with their ControlNets and LoRAs")
     models.add_argument("--json", action="store_true", help="as JSON")
@@ -685,13 +695,14 @@ def make_parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="as JSON")
     _add_replay(commands.add_parser("replay", help="make an image again from what it says about itself"))
     _add_train(commands.add_parser("train-shapes", help="train a built-in model, ControlNet or LoRA again"))
+    add_serve_options(commands.add_parser("serve", help="run the local server"))
     return parser
 
 # %% ../nbs/14_cli.ipynb #44c596a7
 COMMANDS = {
     "generate": command_generate, "plan": command_plan, "models": command_models,
     "preprocess": command_preprocess, "preprocessors": command_preprocessors,
-    "replay": command_replay, "train-shapes": command_train_shapes,
+    "replay": command_replay, "train-shapes": command_train_shapes, "serve": command_serve,
 }  # fmt: skip
 
 
