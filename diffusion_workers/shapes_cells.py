@@ -19,7 +19,7 @@ from .images import contact_sheet
 from .shapes import held_out_prompts, matches, random_scene, read_scene, render
 from .shapes_controls import colors_right, control_map, describe_free, edge_f1, random_free_scene, render_free
 from .shapes_evaluation import inpainting_task
-from ez_diffusion_client.models import ControlKind, Task
+from ez_diffusion_client.models import ControlKind, ModelFamily, Task
 
 # %% ../nbs/09h_cells.ipynb #9e70ed43
 STEPS = 10  # the built-in models score alike from six steps on
@@ -53,11 +53,11 @@ UNITS = {  # kind -> (net, map, union mode) of each unit
 }
 
 # %% ../nbs/09h_cells.ipynb #2f3eed3c
-def controlled_example(task: Task, kind: ControlKind, rng: np.random.Generator, scale: float = 1.0) -> Example:
-    "An example with a control; two units share the scale."
+def controlled_example(task: Task, kind: ControlKind, rng: np.random.Generator, scale: float = 1.0, summed: bool = False) -> Example:
+    "An example with a control; units whose effects are summed, as those of several nets and of Flux are, share the scale."
     scene = random_free_scene(rng, 1)
     picture, units = render_free(scene), UNITS[kind]
-    weight = scale / len(units) if kind == ControlKind.multiple else scale
+    weight = scale / len(units) if summed or kind == ControlKind.multiple else scale
     controls = [{"model": net, "image": control_map(made, scene, picture), "union_mode": mode, "conditioning_scale": weight} for net, made, mode in units]
     request = {"prompt": describe_free(scene, rng), "seed": int(rng.integers(10**6)), "controlnets": controls, "num_inference_steps": STEPS}
     if task == Task.image_to_image:
@@ -97,8 +97,9 @@ def score_cell(
 ) -> CellScore:
     "Draw and judge examples of one cell. Raises RuntimeError when a picture cannot be made."
     rng, pictures, rows = np.random.default_rng((seed, list(Task).index(task))), [], []
+    summed = service.manifest(model).family == ModelFamily.flux
     for _ in range(count):
-        example = plain_example(task, rng) if kind == ControlKind.none else controlled_example(task, kind, rng, scale)
+        example = plain_example(task, rng) if kind == ControlKind.none else controlled_example(task, kind, rng, scale, summed)
         result = service.generate(model=model, **example.request)
         if result.status != "success":
             raise RuntimeError(f"{model}, {task.value}, {kind.value}: {result.message}")
