@@ -19,6 +19,7 @@ from ez_diffusion_client.models import ErrorCode
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -93,7 +94,8 @@ def add_pages(app: FastAPI, settings: ServerSettings, web: Path = WEB) -> None:
         return Response(specification(), media_type="application/yaml")
 
     app.mount("/docs-assets", StaticFiles(directory=swagger_ui_bundle.swagger_ui_path))
-    app.mount("/assets", StaticFiles(directory=web / "assets", check_dir=False))
+    if (web / "assets").is_dir():
+        app.mount("/assets", StaticFiles(directory=web / "assets"))
 
 # %% ../nbs/11d_server.ipynb #77357ea0
 class Counted:
@@ -128,12 +130,19 @@ async def _on_error(request: Request, exc: Exception) -> Response:
     return response
 
 
+def _methods(request: Request) -> str:  # that the path knows; a route of the framework only knows its own
+    path, known = request.scope["path"], [route for route in request.app.routes if isinstance(route, APIRoute)]
+    return ", ".join(sorted({method for route in known if route.path_regex.match(path) for method in route.methods}))
+
+
 async def _on_http_error(request: Request, exc: HTTPException) -> Response:  # of the framework: no such route, no such method
-    code = ErrorCode.not_found if exc.status_code == 404 else ErrorCode.not_one_of
-    message = "there is nothing here" if exc.status_code == 404 else f"this cannot be done: {exc.detail}"
-    hint = "/docs lists what there is"
-    error = request_error(code, message, field="URL", given=f"{request.method} {request.url.path}", allowed=(exc.headers or {}).get("Allow"), hint=hint)
-    return answer_error(HttpError(exc.status_code, error, exc.headers), getattr(request.state, "request_id", None))
+    given = f"{request.method} {request.url.path}"
+    if exc.status_code != 405:
+        error = request_error(ErrorCode.not_found, "there is nothing here", field="URL", given=given, hint="/docs lists what there is")
+        return answer_error(HttpError(exc.status_code, error, exc.headers), request.state.request_id)
+    allowed = _methods(request)
+    error = request_error(ErrorCode.not_one_of, "this cannot be done here", field="URL", given=given, allowed=allowed, hint="/docs lists what there is")
+    return answer_error(HttpError(405, error, {"Allow": allowed}), request.state.request_id)
 
 
 async def _on_disconnect(request: Request, exc: ClientDisconnect) -> Response:  # in the middle of a body
