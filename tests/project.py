@@ -14,7 +14,7 @@ MODULE_ORDER = (
     "shapes", "shapes_text", "training_loop", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_denoising",
     "shapes_controls", "shapes_control_training", "shapes_loras", "shapes_family",
     "shapes_evaluation", "shapes_cells", "benchmark",
-    "server_settings", "jobs", "server_gate", "server_metrics", "server", "serving", "handler", "widgets", "remote_cli", "cli",
+    "server_settings", "jobs", "server_gate", "server_metrics", "server_routes", "server", "serving", "handler", "widgets", "remote_cli", "cli",
 )
 
 # What may stand at the top level.
