@@ -10,7 +10,7 @@ const DRY_RUN_DELAY_MS = 500;
 const LOOK_AGAIN_MS = 15_000;
 
 async function askSchema(): Promise<Schema> {
-  const headers = token.value ? { Authorization: `Bearer ${token.value}` } : {};
+  const headers: HeadersInit = token.value ? { Authorization: `Bearer ${token.value}` } : {};
   const response = await fetch(`${serverUrl}/openapi.json`, { headers });
   if (!response.ok) throw new Error(`the server answered ${response.status} to openapi.json`);
   return new Schema((await response.json()) as Json);
