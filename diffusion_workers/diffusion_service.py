@@ -36,7 +36,7 @@ from .component_loading import pick_device
 from .pipeline_factory import PipelineFactory, module_bytes
 from .planning import make_plan
 from .rendering import MAX_BATCH, Inputs, OnProgress, StepWatch, StopSignal
-from .rendering import decode_inputs, generated_image, prepare_inputs, render, with_environment
+from .rendering import decode_inputs, generated_image, prepare_inputs, previewer_for, render, with_environment
 from .results import failure, logger, parse, request_error
 from ez_diffusion_client.models import (
     ControlMap,
@@ -378,7 +378,8 @@ def _carry_out(self: DiffusionService, generation: Generation, plan: GenerationP
         timings.load_seconds = factory.load_seconds
         generation.stop.check()
     generation.report(ProgressEvent(phase=Phase.encode, step=0))
-    watch = StepWatch(generation.stop, generation.report, chunks=-(-len(plan.seeds) // MAX_BATCH))
+    previewer = previewer_for(factory, plan, generation.request.preview_interval)
+    watch = StepWatch(generation.stop, generation.report, chunks=-(-len(plan.seeds) // MAX_BATCH), previewer=previewer)
     prepared = prepare_inputs(plan, inputs, self.preprocessors)
     pictures, notes = render(factory, plan, prepared, watch, timings, self.loras)
     self._make_room(factory)
