@@ -4,6 +4,7 @@
 #   ./build.sh                      generate both clients, build the page, then install the Python client editable
 #   ./build.sh generate [PART]      generate only; PART is python, typescript or page, all three when it is absent
 #   ./build.sh check [PART]         exit 1 and show what differs where something generated is stale; changes and installs nothing in Python
+#   ./build.sh packages PART        fetch the npm packages of typescript or page, where they are not those of the lock already
 #   ./build.sh install_openapi_lib  generate the Python client, build its wheel and install that
 #
 # python needs datamodel-code-generator; typescript and page need Node (20.19 or newer) and fetch their packages with `npm ci`.
@@ -107,6 +108,7 @@ case "${1:-}" in
     "") generate python; python -m pip install -e "./$client"; generate typescript; generate page ;;
     generate) each generate "${2:-}" ;;
     check | --check) each check "${2:-}" ;;
+    packages) case "${2:-}" in typescript) needs_packages "$typescript" ;; *) needs_packages "$page" ;; esac ;;
     install_openapi_lib) generate python; install_wheel ;;
-    *) echo "build.sh: unknown mode '$1'; use no mode, generate, check or install_openapi_lib" >&2; exit 2 ;;
+    *) echo "build.sh: unknown mode '$1'; use no mode, generate, check, packages or install_openapi_lib" >&2; exit 2 ;;
 esac

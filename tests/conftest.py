@@ -1,5 +1,9 @@
-"""The command line options of the test run."""
+"""The command line options of the test run, and the server that several tests share."""
+from collections.abc import Iterator
+
 import pytest
+
+from live_server import running_server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,3 +22,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    "The address of a running server."
+    with running_server() as url:
+        yield url

@@ -14,7 +14,7 @@ export default defineConfig({
     target: 'es2022',
     modulePreload: { polyfill: false },
     assetsInlineLimit: 8192,
-    rollupOptions: { output: { entryFileNames: 'page.js', assetFileNames: 'page[extname]', codeSplitting: false } },
+    rollupOptions: { output: { entryFileNames: 'assets/page-[hash].js', assetFileNames: 'assets/page-[hash][extname]', codeSplitting: false } },
   },
   server: { proxy: Object.fromEntries(api.map((path) => [path, server])) },
 });

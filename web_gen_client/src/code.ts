@@ -14,18 +14,21 @@ function python(value: Json): string {
 }
 
 function asPython(body: JsonObject): string {
-  const options = token.value ? ', token="..."' : '';
+  const format = isObject(body['output']) && typeof body['output']['format'] === 'string' ? body['output']['format'] : 'png';
   const fields = Object.entries(body).map(([name, value]) => `    ${name}=${python(value)},\n`).join('');
   return [
-    'from pathlib import Path', '', 'from ez_diffusion_client import Client', '',
-    `with Client(${JSON.stringify(serverUrl)}${options}) as client:`,
-    `    result = client.generate(\n${fields.replaceAll(/^/gm, '    ').trimEnd()}\n    )`,
-    '', '',
+    'from pathlib import Path', '', 'from ez_diffusion_client import Client, image_bytes', '',
+    ...(token.value ? ['# the token is read from DIFFUSION_WORKERS_TOKEN'] : []),
+    `with Client(${JSON.stringify(serverUrl)}) as client:`,
+    `    result = client.generate(\n${fields.replaceAll(/^(?=.)/gm, '    ')}    )`,
+    'for index, data in enumerate(image_bytes(result)):',
+    `    Path(f"image-{index}.${format}").write_bytes(data)`,
+    '',
   ].join('\n');
 }
 
 function asCurl(body: JsonObject): string {
-  const authorization = token.value ? " -H 'Authorization: Bearer ...'" : '';
+  const authorization = token.value ? ' -H "Authorization: Bearer $DIFFUSION_WORKERS_TOKEN"' : '';
   const command = `curl -X POST ${serverUrl}/generate -H 'Content-Type: application/json'${authorization}`;
   const text = JSON.stringify(body);
   if (text.length > LONGEST_ARGUMENT) return `${command} --data-binary @- <<'JSON'\n${text}\nJSON\n`;

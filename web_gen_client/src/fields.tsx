@@ -2,10 +2,9 @@
 import type { ComponentChildren } from 'preact';
 import { useEffect, useId, useLayoutEffect, useRef } from 'preact/hooks';
 import { errorsAt, errorsBelow, register, sentence } from './errors';
-import { isObject, type Json } from './paths';
+import { get, isObject, type Json, type JsonObject } from './paths';
 import { allowed, label, type Field } from './schema';
 import { dryRun, edit, value } from './state';
-import { get, type JsonObject } from './paths';
 
 export interface InputProps {
   field: Field;
@@ -67,6 +66,7 @@ export function Wrap({ path, title, description, wide, inline, extra, children }
 /** What the request would use where the form says nothing. */
 function planned({ path, initial }: Field): string {
   const plan = dryRun.value as unknown as JsonObject | null;
+  if (path === 'num_images' && plan && Array.isArray(plan['seeds'])) return String(plan['seeds'].length);
   const found = plan && get(plan, path);
   if (isObject(found) && typeof found['name'] === 'string') return found['name'];
   if (found !== null && found !== undefined && !isObject(found) && !Array.isArray(found)) return String(found);
@@ -126,8 +126,8 @@ function ChoiceInput({ field, title, choices, placeholder, wide }: InputProps) {
   return (
     <Wrap path={field.path} title={title ?? label(field.name)} description={field.description} wide={wide}>
       {(attributes) => (
-        <select {...attributes} value={chosen} onChange={(event) => edit(field.path, event.currentTarget.value || undefined)}>
-          <option value="">{hint ? `${hint.replaceAll('_', ' ')} (default)` : 'default'}</option>
+        <select {...attributes} class={chosen ? '' : 'idle'} value={chosen} onChange={(event) => edit(field.path, event.currentTarget.value || undefined)}>
+          <option value="">{hint ? `(${hint.replaceAll('_', ' ')})` : '(default)'}</option>
           {known.map((choice) => <option key={choice} value={choice}>{choice.replaceAll('_', ' ')}</option>)}
         </select>
       )}
@@ -142,7 +142,7 @@ function BooleanInput({ field, title }: InputProps) {
       <Wrap path={field.path} title={title ?? label(field.name)} description={field.description}>
         {(attributes) => (
           <select {...attributes} value={typeof stored === 'boolean' ? String(stored) : ''} onChange={(event) => edit(field.path, event.currentTarget.value === '' ? undefined : event.currentTarget.value === 'true')}>
-            <option value="">default</option>
+            <option value="">(default)</option>
             <option value="true">on</option>
             <option value="false">off</option>
           </select>

@@ -21,7 +21,7 @@ export async function meetServer(): Promise<void> {
   try {
     const [found, offered] = await Promise.all([schema.value ?? askSchema(), orThrow(listModels({ client: client.value }))]);
     schema.value = found;
-    models.value = offered;
+    if (JSON.stringify(offered) !== JSON.stringify(models.value)) models.value = offered; // what depends on it is asked anew
     health.value = await orThrow(askHealth({ client: client.value }));
     connectionError.value = null;
   } catch (error) {
