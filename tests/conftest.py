@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from live_server import running_server
+from server_process import running_server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

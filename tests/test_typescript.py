@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from live_server import needs
+from server_process import needs
 from project import ROOT
 
 CLIENT = ROOT / "openapi" / "client_libs" / "typescript"
