@@ -12,6 +12,7 @@ export default defineConfig({
     outDir: process.env['WEB_OUTPUT'] ?? '../diffusion_workers/web',
     emptyOutDir: true,
     target: 'es2022',
+    cssTarget: ['chrome123', 'firefox120', 'safari17.5'],
     modulePreload: { polyfill: false },
     assetsInlineLimit: 8192,
     rollupOptions: { output: { entryFileNames: 'assets/page-[hash].js', assetFileNames: 'assets/page-[hash][extname]', codeSplitting: false } },

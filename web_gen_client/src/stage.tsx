@@ -179,9 +179,8 @@ export function Stage() {
   const cells = jobs.value.filter((job) => job.cell);
   return (
     <section class="stage" aria-label="Stage">
-      <Tabs />
+      <div class="stage-head"><Tabs /><p class="status" role="status">{status.value}</p></div>
       {[...own, ...(gridRunning.value && view.value.kind !== 'grid' ? cells : [])].map((job) => <Progress key={job.key} job={job} />)}
-      <p class="status" role="status">{status.value}</p>
       <Shown />
     </section>
   );

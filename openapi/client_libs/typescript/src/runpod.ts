@@ -1,4 +1,4 @@
-import type { GenerationRequest, Job, JobState, OpResult, OpStatus, ProgressEvent } from './generated/index.js';
+import type { ErrorCode, Job, JobState, OpResult, OpStatus, ProgressEvent } from './generated/index.js';
 import { isOpResult } from './errors.js';
 
 export interface RunpodEndpoint {
@@ -26,21 +26,24 @@ function json(body: unknown, status = 200): Response {
   return new Response(JSON.stringify(body), { status, headers: { 'Content-Type': 'application/json' } });
 }
 
-function failed(status: OpStatus, message: string, field: string | null = null): OpResult {
-  const code = status === 'success' ? 'internal_error' : status === 'bad_image' || status === 'invalid_request' ? 'internal_error' : status;
-  const known = code === 'lora_not_found' ? 'unknown_lora' : code === 'controlnet_not_found' ? 'unknown_controlnet' : code;
-  return { status, message, errors: [{ code: known, message, field }] };
+/** What has the same name as a status and as the code of an error. */
+type Failing = Extract<OpStatus, ErrorCode>;
+
+function failed(status: Failing, message: string): OpResult {
+  return { status, message, errors: [{ code: status, message }] };
 }
 
 function isEvent(value: unknown): value is ProgressEvent {
   return typeof value === 'object' && value !== null && typeof (value as ProgressEvent).phase === 'string';
 }
 
-/** The result in what a worker returned: a result, a last event, or a list that ends with one of them. */
+/** The result in what a worker returned: a result, an event that carries one, or a list that ends with one of them. */
 function resultIn(output: unknown): OpResult | undefined {
-  const last: unknown = Array.isArray(output) ? output.at(-1) : output;
-  if (isEvent(last)) return last.result ?? undefined;
-  return isOpResult(last) ? last : undefined;
+  for (const item of [output].flat().reverse()) {
+    if (isEvent(item) && item.result) return item.result;
+    if (isOpResult(item)) return item;
+  }
+  return undefined;
 }
 
 function resultOf(job: RunpodJob): OpResult | undefined {
@@ -83,9 +86,7 @@ class Endpoint {
   }
 
   start(input: unknown, signal?: AbortSignal): Promise<RunpodJob> {
-    const { timeout_seconds: seconds } = input as GenerationRequest;
-    const policy = typeof seconds === 'number' ? { policy: { executionTimeout: Math.max(5000, Math.ceil(seconds * 1000)) } } : {};
-    return this.call('POST', '/run', { input, ...policy }, signal);
+    return this.call('POST', '/run', { input }, signal);
   }
 
   status(id: string, signal?: AbortSignal): Promise<RunpodJob> {
@@ -123,7 +124,7 @@ class Endpoint {
 
 /** What RunPod itself refused, before a worker saw it. */
 class Refusal extends Error {
-  constructor(readonly status: OpStatus, message: string) {
+  constructor(readonly status: Failing, message: string) {
     super(message);
   }
 }
