@@ -1,18 +1,17 @@
 /** LoRAs and ControlNet units of the request. */
 import { useEffect, useState } from 'preact/hooks';
-import { OperationError, type ControlMap, type ControlNetInfo, type PreprocessRequest } from 'ez-diffusion-client';
+import { OperationError, type ControlMap, type ControlNetInfo, type PreprocessorInfo, type PreprocessRequest } from 'ez-diffusion-client';
 import { sentence } from './errors';
-import { FieldInput, Section } from './fields';
+import { FieldInput, Section, Wrap } from './fields';
 import { MaskEditor } from './mask_editor';
 import { isObject, type Json, type JsonObject } from './paths';
 import { PictureInput } from './picture_input';
 import { addPicture, pictureAt, reference } from './pictures';
 import type { Field, Schema } from './schema';
 import { controlMap } from './server';
-import { dryRun, edit, model, value } from './state';
+import { dryRun, edit, model, models, value } from './state';
 
 const MAP_DELAY_MS = 400;
-const COMMON_PREPROCESSORS = ['canny', 'lineart_standard', 'scribble_xdog', 'binary', 'invert', 'tile', 'blur', 'gray', 'inpaint_mask'];
 
 function list(path: string): Json[] {
   const found = value(path);
@@ -94,9 +93,40 @@ function useMap(unit: JsonObject, size: { width: number; height: number } | null
   return { map, problem, busy };
 }
 
-function preprocessorsOf(net: ControlNetInfo | undefined): string[] {
+/** The inputs of a preprocessor, from what the server says of its parameters. */
+function parameterFields(info: PreprocessorInfo | undefined, path: string): Field[] {
+  return (info?.parameters ?? []).map(({ name, kind, default: initial, minimum, maximum, description }) => ({
+    name, path: `${path}.parameters.${name}`, kind, description: description ?? '', choices: [], minimum: minimum ?? undefined, maximum: maximum ?? undefined,
+    step: kind === 'integer' ? 1 : undefined, initial: kind === 'boolean' ? initial === 1 : initial, fields: [],
+  }));
+}
+
+/** What draws the map: those that the net names, those that work as they are, and those that need weights on the server. */
+function PreprocessorChoice({ path, name, net, description }: { path: string; name: string; net: ControlNetInfo | undefined; description: string }) {
+  const all = models.value?.preprocessors ?? [];
   const own = net?.preprocessors ?? [];
-  return [...own, ...COMMON_PREPROCESSORS.filter((name) => !own.includes(name))];
+  const others = all.filter((info) => !own.includes(info.name));
+  const groups: [string, string[]][] = [
+    ['for this net', own], ['others', others.filter((info) => !info.weights).map((info) => info.name)], ['with weights', others.filter((info) => info.weights).map((info) => info.name)],
+  ];
+  const known = groups.some(([, names]) => names.includes(name));
+  return (
+    <Wrap path={`${path}.name`} title="Preprocessor" description={all.find((info) => info.name === name)?.title ?? description}>
+      {(attributes) => (
+        <select {...attributes} value={name} onChange={(event) => edit(path, event.currentTarget.value ? { name: event.currentTarget.value } : undefined)}>
+          <option value="">none, it is a map</option>
+          {name && !known && <option value={name}>{name}</option>}
+          {groups.filter(([, names]) => names.length).map(([title, names]) => (
+            <optgroup key={title} label={title}>{names.map((choice) => <option key={choice} value={choice}>{choice.replaceAll('_', ' ')}</option>)}</optgroup>
+          ))}
+        </select>
+      )}
+    </Wrap>
+  );
+}
+
+function mapUri(map: ControlMap): string {
+  return map.image.startsWith('data:') ? map.image : `data:image/png;base64,${map.image}`;
 }
 
 function plannedSize(): { width: number; height: number } | null {
@@ -115,12 +145,12 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
   const net = nets.find((offered) => offered.name === unit['model']) ?? (nets.length === 1 ? nets[0] : undefined);
   const preprocessing = named(fields, 'preprocessing');
   const name = isObject(unit['preprocessing']) ? String(unit['preprocessing']['name'] ?? '') : '';
+  const info = models.value?.preprocessors?.find((offered) => offered.name === name);
   const { map, problem, busy } = useMap(unit, plannedSize());
   const picture = pictureAt(unit['image']);
-  const choose = (chosen: string) => edit(`${path}.preprocessing`, chosen ? { name: chosen } : undefined);
   const beside = name && (map || busy) ? (
     <figure class="map" aria-busy={busy}>
-      {map ? <img src={map.image.startsWith('data:') ? map.image : `data:image/png;base64,${map.image}`} alt={`Control map by ${map.preprocessor ?? name}`} /> : <div class="empty">…</div>}
+      {map ? <img src={mapUri(map)} alt={`Control map by ${map.preprocessor ?? name}`} /> : <div class="empty">…</div>}
     </figure>
   ) : undefined;
   return (
@@ -129,7 +159,7 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
       <div class="fields">
         <FieldInput field={named(fields, 'enabled')} />
         <FieldInput field={named(fields, 'model')} title="Net" choices={nets.map((offered) => offered.name)} placeholder={dryRun.value?.controlnets?.[index]?.model ?? ''} />
-        <FieldInput field={{ ...named(preprocessing.fields, 'name'), path: `${path}.preprocessing.name` }} title="Preprocessor" choices={preprocessorsOf(net)} placeholder="none, it is a map" />
+        <PreprocessorChoice path={preprocessing.path} name={name} net={net} description={preprocessing.description} />
         <PictureInput path={`${path}.image`} title={name ? 'Picture and its map' : 'Control map'} description="What the control is read from" beside={beside}
           actions={<button type="button" disabled={!picture} onClick={() => setPainting(true)}>{unit['mask_image'] ? 'Change mask' : 'Mask'}</button>} />
         {problem && <ul class="errors wide" role="alert"><li>{problem}</li></ul>}
@@ -139,13 +169,13 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
         <FieldInput field={named(fields, 'control_mode')} />
         <FieldInput field={named(fields, 'guidance_start')} slider={[0, 1]} />
         <FieldInput field={named(fields, 'guidance_end')} slider={[0, 1]} />
-        {name && <FieldInput field={named(preprocessing.fields, 'parameters')} placeholder="low_threshold=50, …" wide />}
+        {info ? parameterFields(info, preprocessing.path).map((field) => <FieldInput key={field.path} field={field} />) : name && <FieldInput field={named(preprocessing.fields, 'parameters')} wide />}
         {name && <FieldInput field={named(preprocessing.fields, 'resolution')} placeholder="pixel perfect" />}
         <FieldInput field={named(fields, 'resize_mode')} />
         <FieldInput field={named(fields, 'return_map')} />
       </div>
       <div class="actions">
-        {name && map && <button type="button" onClick={async () => (edit(`${path}.image`, reference(await addPicture(map.image.startsWith('data:') ? map.image : `data:image/png;base64,${map.image}`))), choose(''))}>Keep the map</button>}
+        {name && map && <button type="button" onClick={async () => (edit(`${path}.image`, reference(await addPicture(mapUri(map)))), edit(`${path}.preprocessing`, undefined))}>Keep the map</button>}
         <button type="button" onClick={() => removeFrom('controlnets', index)} aria-label={`Remove control ${index + 1}`}>Remove</button>
       </div>
       {painting && picture && <MaskEditor picture={picture} mask={pictureAt(unit['mask_image'])} path={`${path}.mask_image`} onClose={() => setPainting(false)} />}

@@ -5,7 +5,7 @@ import { clearErrors, showErrors } from './errors';
 import type { JsonObject } from './paths';
 import { asBlob, bringBack, newId } from './pictures';
 import { client, form, items, requestOf, seedLocked, status, view } from './state';
-import { loadSetting, saveItem, saveSetting, type GalleryItem } from './storage';
+import { saveItem, type GalleryItem } from './storage';
 
 export interface RunningJob {
   key: string;
@@ -18,6 +18,8 @@ export interface RunningJob {
   cancelling: Signal<boolean>;
 }
 
+/** In the storage of this tab alone, so that two tabs do not follow each other's jobs. */
+const RUNNING = 'running';
 export const jobs = signal<readonly RunningJob[]>([]);
 
 function asUri(image: string, format: string): string {
@@ -28,6 +30,7 @@ async function keep(result: OpResult, source: JsonObject): Promise<GalleryItem[]
   const made = result.generation;
   if (!made) throw new Error('the server sent no images');
   const now = Date.now();
+  void navigator.storage?.persist?.(); // not to be cleared when the disk is short of room
   const found = made.images.map((image, index): GalleryItem => ({
     id: newId(), created: now - index, blob: asBlob(asUri(image.image, image.format)), width: image.width, height: image.height, seed: image.seed,
     seconds: made.timings?.total_seconds ?? null, plan: { ...made.plan, image_index: index }, form: source,
@@ -38,7 +41,7 @@ async function keep(result: OpResult, source: JsonObject): Promise<GalleryItem[]
 }
 
 function remember(): void {
-  void saveSetting('running', jobs.value.filter((job) => job.id).map((job) => ({ id: job.id, form: job.form })));
+  sessionStorage.setItem(RUNNING, JSON.stringify(jobs.value.filter((job) => job.id).map((job) => ({ id: job.id, form: job.form }))));
 }
 
 async function follow(job: RunningJob): Promise<GalleryItem[]> {
@@ -109,7 +112,8 @@ export async function cancel(job: RunningJob): Promise<void> {
 
 /** Jobs that ran when the page was left: their images come into the gallery all the same. */
 export async function findRunning(): Promise<void> {
-  for (const { id, form: source } of (await loadSetting<{ id: string; form: JsonObject }[]>('running')) ?? []) {
+  const running = JSON.parse(sessionStorage.getItem(RUNNING) ?? '[]') as { id: string; form: JsonObject }[];
+  for (const { id, form: source } of running) {
     const job = newJob(await bringBack(source), false, id);
     void through(job, () => show(follow(job)));
   }

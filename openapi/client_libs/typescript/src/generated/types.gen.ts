@@ -1048,12 +1048,55 @@ export type ModelInfo = {
     controlnets?: Array<ControlNetInfo> | null;
 };
 
+export const ParameterKind = {
+    BOOLEAN: 'boolean',
+    INTEGER: 'integer',
+    NUMBER: 'number'
+} as const;
+
+export type ParameterKind = typeof ParameterKind[keyof typeof ParameterKind];
+
+export type PreprocessorParameter = {
+    name: string;
+    kind: ParameterKind;
+    /**
+     * 1 and 0 stand for true and false
+     */
+    default: number;
+    minimum?: number | null;
+    maximum?: number | null;
+    description?: string | null;
+};
+
+export type PreprocessorInfo = {
+    name: string;
+    /**
+     * What the map shows
+     */
+    title: string;
+    /**
+     * The ControlNets that expect such a map
+     */
+    nets?: string | null;
+    needs_mask?: boolean;
+    /**
+     * Where its weights come from; absent where it needs none
+     */
+    weights?: string | null;
+    union_modes?: Array<UnionModeName> | null;
+    parameters?: Array<PreprocessorParameter> | null;
+};
+
 export type ModelList = {
     /**
      * The model of a request that names none
      */
     default: string;
     models: Array<ModelInfo>;
+    /**
+     * What can turn a picture into a control map
+     */
+    preprocessors?: Array<PreprocessorInfo> | null;
 };
 
 /**
