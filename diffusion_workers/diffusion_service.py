@@ -28,6 +28,7 @@ except ImportError:  # Windows has no such module
 
 from .control_detectors import PreprocessorStore
 from .control_nets import PreparedControl
+from .controlnet import preprocessor_list
 from .images import ImagePolicy, decode_image, decode_mask, image_facts, round_to_multiple, to_image_string
 from .lora import LoraStore
 from .manifest import COMPONENT_CLASSES, HubSource, ModelManifest
@@ -394,8 +395,9 @@ def _carry_out(self: DiffusionService, generation: Generation, plan: GenerationP
 # %% ../nbs/08_diffusion_service.ipynb #aee01567
 @patch
 def list_models(self: DiffusionService) -> ModelList:
-    "The models that this service offers."
-    return model_list(self.models, [name for name, factory in list(self._factories.items()) if factory.loaded])
+    "The models that this service offers, and what draws control maps for them."
+    found = model_list(self.models, [name for name, factory in list(self._factories.items()) if factory.loaded])
+    return found.model_copy(update={"preprocessors": preprocessor_list()})
 
 
 def _device_memory(device: torch.device) -> DeviceMemory:
