@@ -18,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--nb-flags", default="", metavar="FLAGS",
         help='run the notebook cells with these flags too, separated by spaces: slow, gpu, network (such as --nb-flags "slow gpu")',
     )
+    group.addoption("--server", metavar="URL", help="where a test wants a server of its own process, use this one, which runs already")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -30,7 +31,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[str]:
+def server(request: pytest.FixtureRequest) -> Iterator[str]:
     "The address of a running server."
+    if given := request.config.getoption("--server"):
+        yield given
+        return
     with running_server() as url:
         yield url

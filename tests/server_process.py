@@ -17,7 +17,7 @@ from project import ROOT
 
 NO_SKIPS = "DIFFUSION_WORKERS_NO_SKIPS"
 SERVE = "import sys; from diffusion_workers.cli import main; sys.exit(main(sys.argv[1:]))"
-PATIENCE = 300  # seconds; a busy machine may need them
+PATIENCE = 600  # seconds until something counts as stuck; never a measure of speed
 
 
 def needs(found: object, what: str) -> None:

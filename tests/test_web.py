@@ -59,7 +59,9 @@ def open_page(page: Page, server: str) -> None:
 
 def fill(page: Page, **fields: object) -> None:
     for name, value in fields.items():
-        page.fill(f'[data-path="{name}"]', str(value))
+        field = page.locator(f'[data-path="{name}"]')
+        field.evaluate("field => { const section = field.closest('details'); if (section) section.open = true }")
+        field.fill(str(value))
 
 
 def unfold(page: Page, title: str) -> None:
@@ -127,14 +129,14 @@ def test_make(page: Page, server: str) -> None:
 
 
 def test_cancel(page: Page) -> None:
-    fill(page, prompt=PROMPT, num_inference_steps=1000)
+    fill(page, prompt=PROMPT, num_inference_steps=150, num_images=8)
     page.keyboard.press("Control+Enter")
-    expect(page.locator(".progress .state")).to_have_text(re.compile(r"Step \d+ of 1000"))
+    expect(page.locator(".progress .state")).to_have_text(re.compile(r"Step \d+ of 150"))
     page.keyboard.press("Escape")
     expect(page.locator(".status")).to_have_text("Cancelled.")
     expect(page.locator(".progress")).to_have_count(0)
     expect(page.locator(".thumbs li")).to_have_count(0)
-    fill(page, num_inference_steps=2)
+    fill(page, num_inference_steps=2, num_images=1)
     assert read_metadata(generate(page)).plan.num_inference_steps == 2
 
 

@@ -11,7 +11,7 @@ const url = process.env['DIFFUSION_WORKERS_URL'];
 if (!url) throw new Error('DIFFUSION_WORKERS_URL must hold the address of a running server');
 
 const body: GenerationRequest = { model: 'shapes-sd15', prompt: 'a red circle on a white background', num_inference_steps: 4, seed: 7 };
-const long: GenerationRequest = { ...body, num_inference_steps: 1000 };
+const long: GenerationRequest = { ...body, num_inference_steps: 150, num_images: 8 };
 const PNG = 'iVBORw0KGgo';
 const server = connect({ baseUrl: url });
 let endpoint: EndpointDouble;
