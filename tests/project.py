@@ -10,10 +10,11 @@ MODULE_ORDER = (
     "results", "guarded_fetch", "images", "image_metadata", "manifest", "manifest_files", "model_store",
     "controlnet", "control_detectors", "addon_planning", "planning",
     "component_loading", "control_nets", "tiny_models", "pipeline_factory", "lora_keys", "lora_files", "lora", "acceleration",
-    "previews", "rendering", "diffusion_service",
+    "previews", "rendering", "batching", "diffusion_service",
     "shapes", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_controls", "shapes_control_training", "shapes_loras",
     "shapes_evaluation", "shapes_cells", "benchmark",
-    "server_settings", "jobs", "server_gate", "server", "handler", "widgets", "serving_cli", "cli",
+    "server_settings", "jobs", "server_gate", "server",
+    "worker_settings", "delivery", "worker_sdxl", "startup", "handler", "worker_command", "widgets", "serving_cli", "cli",
 )
 
 # What may stand at the top level.
