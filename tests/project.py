@@ -13,8 +13,8 @@ MODULE_ORDER = (
     "previews", "rendering", "batching", "diffusion_service",
     "shapes", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_controls", "shapes_control_training", "shapes_loras",
     "shapes_evaluation", "shapes_cells", "benchmark",
-    "server_settings", "jobs", "server_gate", "server",
-    "worker_settings", "delivery", "worker_sdxl", "startup", "handler", "worker_command", "widgets", "serving_cli", "cli",
+    "server_settings", "jobs", "server_gate", "server_metrics", "server", "serving",
+    "worker_settings", "delivery", "worker_sdxl", "startup", "handler", "worker_command", "widgets", "remote_cli", "cli",
 )
 
 # What may stand at the top level.

@@ -1,0 +1,51 @@
+"""A server on a free port of this machine, in a thread of the test's own process."""
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from diffusion_workers.server import create_app
+from diffusion_workers.server_settings import ServerSettings
+from diffusion_workers.serving import address_of, listening_socket
+
+PATIENCE = 300  # seconds until something counts as stuck; never a measure of speed
+INPUTS = sorted((Path(__file__).resolve().parent.parent / "diffusion_workers" / "test_inputs").glob("*.json"))
+
+
+class KeptOpen:
+    "A service that several applications in a row use: closing the application leaves it open."
+
+    def __init__(self, service):
+        self._service = service
+
+    def __getattr__(self, name: str):
+        return getattr(self._service, name)
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:  # the address
+    "An ASGI application behind a real socket."
+    with listening_socket("127.0.0.1", 0) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=60))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            yield address_of(listening)
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), "the server does not end"
+
+
+@contextmanager
+def live_server(service, **settings) -> Iterator[tuple[str, FastAPI]]:  # the address, and the application for a look inside
+    "The server over a service, with these settings."
+    app = create_app(KeptOpen(service), ServerSettings(**{"warm_up": False} | settings))
+    with serving(app) as url:
+        yield url, app

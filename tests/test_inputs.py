@@ -1,0 +1,64 @@
+"""The sample requests of the package, one for every mode: the server and the command line carry out each of them."""
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from diffusion_workers.cli import main
+from diffusion_workers.diffusion_service import DiffusionService
+from diffusion_workers.image_metadata import read_metadata
+from diffusion_workers.model_store import load_manifests
+from ez_diffusion_client.models import GenerationRequest, OpResult, Task
+from live_server import INPUTS, PATIENCE, live_server
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with DiffusionService(device="cpu") as service, live_server(service) as (address, _):
+        yield address
+
+
+def expected(request: GenerationRequest) -> Task:
+    "What a request does, by what it brings along."
+    return Task.inpainting if request.mask_image else Task.image_to_image if request.image else Task.text_to_image
+
+
+def test_there_is_a_sample_for_every_mode() -> None:
+    "Each task of each built-in model, one and several controls, a union net, and each file format."
+    requests = [GenerationRequest.model_validate_json(path.read_text()) for path in INPUTS]
+    built_in = [name for name in load_manifests(()) if name.startswith("shapes-")]
+    modes = {(request.model or "shapes-sd15", expected(request)) for request in requests}
+    assert {(model, task) for model in built_in if model != "shapes-flux" for task in Task} <= modes
+    assert {1, 2} <= {len(request.controlnets or []) for request in requests}
+    assert {"png", "jpeg", "webp"} == {request.output.format.value if request.output else "png" for request in requests}
+
+
+@pytest.mark.parametrize("path", INPUTS, ids=lambda path: path.stem)
+def test_sample(path: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "The server makes the images that were asked for; the command line makes the same ones from the same file."
+    request = GenerationRequest.model_validate_json(path.read_text())
+    response = httpx.post(f"{url}/generate", content=path.read_bytes(), headers={"Content-Type": "application/json"}, timeout=PATIENCE)
+    result = OpResult.model_validate_json(response.text)
+    assert (response.status_code, result.status) == (200, "success"), result.message
+    made = result.generation
+    assert made.plan.task == expected(request)
+    assert len(made.images) == (request.num_images or len(request.seeds or [1]))
+    assert len(made.plan.controlnets or []) == len(request.controlnets or [])
+    assert len(made.control_maps or []) == sum(unit.return_map for unit in request.controlnets or [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_WORKERS_DEVICE", "cpu")
+    assert main(["generate", "--request", str(path), "--quiet", "-o", f"out.{made.images[0].format.value}"]) == 0
+    written = sorted(file for file in tmp_path.iterdir() if "map" not in file.name)
+    receipts = [read_metadata(file).plan for file in written]
+    assert [plan.seeds[plan.image_index] for plan in receipts] == [image.seed for image in made.images]
+    assert [file.read_bytes() for file in written] == [base64.b64decode(image.image) for image in made.images]
+
+
+def test_the_readme_line_works(url: str) -> None:
+    "curl with -d @file sends the file without its line ends; it is the same request."
+    text = (INPUTS[0].parent / "test_data.json").read_text().replace("\n", "")
+    response = httpx.post(f"{url}/generate", content=text, headers={"Content-Type": "application/json"}, timeout=PATIENCE)
+    assert json.loads(response.text)["status"] == "success"

@@ -1,0 +1,368 @@
+"""The server behind a real socket: it keeps its contract, survives what it is sent, and stops work that nobody waits for."""
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, settings
+from prometheus_client.parser import text_string_to_metric_families
+
+from diffusion_workers.diffusion_service import DiffusionService
+from diffusion_workers.model_store import Settings
+from diffusion_workers.tiny_models import write_tiny_model
+from ez_diffusion_client.models import Job, OpResult, ProgressEvent
+from live_server import PATIENCE, live_server
+from project import ROOT
+
+SMALL = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2}
+ENDLESS = {"prompt": "a red circle", "num_inference_steps": 150, "num_images": 32, "width": 256, "height": 256}
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionService]:
+    "A service with a tiny untrained model, which an operator has bounded, and one that may take long."
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder, "sd15", "tiny", changes={"limits": {"max_width": 64, "max_height": 64, "max_num_images": 2, "max_num_inference_steps": 2},
+                                                      "defaults": {"width": 64, "height": 64, "num_inference_steps": 1, "guidance_scale": 1.0}})
+    write_tiny_model(folder, "sd15", "patient")
+    with DiffusionService(Settings(model_folders=(folder,), default_model="tiny"), device="cpu") as made:
+        assert made.generate(prompt="x").status == "success"
+        yield made
+
+
+@pytest.fixture(scope="module")
+def url(service: DiffusionService) -> Iterator[str]:
+    with live_server(service) as (address, _):
+        yield address
+
+
+def picture(url: str, **headers: str) -> str:
+    "The picture that a small request makes, which must succeed."
+    response = httpx.post(f"{url}/generate", json=SMALL, headers=headers, timeout=PATIENCE)
+    assert response.status_code == 200, response.text
+    return OpResult.model_validate_json(response.text).generation.images[0].image
+
+
+def wait_until(true: Callable[[], bool], what: str) -> None:
+    "Look until something holds."
+    give_up = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < give_up, f"waited in vain until {what}"
+        time.sleep(0.01)
+
+
+# --- the contract -----------------------------------------------------------
+
+contract = schemathesis.openapi.from_path(ROOT / "openapi" / "ez_diffusion_api.yaml")
+contract.config.update(base_url="http://127.0.0.1")  # each call names the real one
+LEFT_OUT = [
+    schemathesis.checks.not_a_server_error,  # a 503 or 504 is an answer here; what none may be is a 500, see below
+    schemathesis.specs.openapi.checks.positive_data_acceptance,  # a well-formed request may name a model that is not there
+]
+
+
+@contract.parametrize()
+@settings(max_examples=100, deadline=None, database=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
+def test_every_operation_keeps_the_contract(case: schemathesis.Case, url: str) -> None:
+    "A hundred requests for each operation, fitting and unfitting ones: the answers are those that the specification promises."
+    response = case.call(base_url=url, timeout=PATIENCE)
+    case.validate_response(response, excluded_checks=LEFT_OUT)
+    assert response.status_code not in (500, 502), response.text
+    if response.status_code >= 400 and "json" in response.headers.get("content-type", "") and not case.path == "/ready":
+        OpResult.model_validate_json(response.text)
+
+
+def test_the_server_still_makes_pictures(url: str) -> None:
+    "After all of that."
+    assert picture(url) == picture(url)
+    assert httpx.get(f"{url}/ready").status_code == 200
+
+
+# --- hostile bodies ---------------------------------------------------------
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+HUGE_PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")).decode()
+BODIES = {
+    "nothing": b"", "null": b"null", "a list": b"[]", "a word": b'"prompt"', "a number": b"1", "half an object": b'{"prompt": "x"',
+    "deep lists": b'{"prompt": ' + b"[" * 100_000, "deep objects": b'{"a":' * 100_000, "closed deep lists": b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    "a huge integer": b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "an endless float": b'{"prompt": "x", "guidance_scale": 1e999}',
+    "NaN": b'{"prompt": "x", "guidance_scale": NaN}', "minus infinity": b'{"prompt": "x", "strength": -Infinity}',
+    "invalid UTF-8": b'{"prompt": "\xff\xfe"}', "half a pair": b'{"prompt": "\\ud800"}', "a zero byte": b'{"prompt": "\0"}', "UTF-16": '{"prompt": "x"}'.encode("utf-16"),
+    "a name twice": b'{"prompt": "x", "prompt": 1}', "many unknown names": json.dumps({f"field{i}": i for i in range(20_000)}).encode(),
+    "many seeds": json.dumps({"prompt": "x", "seeds": [1] * 100_000}).encode(), "many controls": json.dumps({"prompt": "x", "controlnets": [{"image": "AAAA"}] * 10_000}).encode(),
+    "50 MB of prompt": b'{"prompt": "' + b"x" * 50_000_000 + b'"}', "50 MB of image": b'{"prompt": "x", "image": "' + b"A" * 50_000_000 + b'"}',
+    "a picture of 30,000 x 30,000": json.dumps({"prompt": "x", "image": HUGE_PNG}).encode(), "a file path": b'{"prompt": "x", "image": "/etc/passwd"}',
+    "a private address": b'{"prompt": "x", "image": "http://127.0.0.1:1/a.png"}', "a class name": b'{"prompt": "x", "scheduler": "os.system"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/generate", "/jobs", "/plan", "/preprocess"])
+def test_hostile_bodies_are_refused_in_words(url: str, path: str) -> None:
+    "Each gets a 4xx and an OpResult that says why; none disturbs the server."
+    before, wrong = picture(url), []
+    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
+        for name, body in BODIES.items():
+            if path != "/generate" and name.startswith("50 MB"):
+                continue
+            response = client.post(path, content=body, headers=JSON)
+            result = OpResult.model_validate_json(response.text)
+            if not 400 <= response.status_code < 500 or not result.errors or not result.errors[0].message:
+                wrong.append(f"{name}: {response.status_code} {response.text[:200]}")
+            if len(response.content) > 100_000:
+                wrong.append(f"{name}: the answer has {len(response.content)} bytes")
+    assert not wrong, "\n".join(wrong)
+    assert picture(url) == before
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "image/png", "json"])
+def test_other_content_types_are_refused(url: str, kind: str) -> None:
+    "JSON that does not say that it is JSON could come from a web page of anyone."
+    response = httpx.post(f"{url}/generate", content=json.dumps(SMALL).encode(), headers={"Content-Type": kind}, timeout=PATIENCE)
+    assert response.status_code == 415
+    assert OpResult.model_validate_json(response.text).errors[0].field == "Content-Type"
+
+
+def raw(url: str, data: bytes, wait: bool = True) -> bytes:
+    "What a socket answers to some bytes."
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        connection.sendall(data)
+        return connection.recv(65536) if wait else b""
+
+
+def test_broken_http_does_not_disturb(url: str) -> None:
+    "Garbage, a body that is cut off, a wrong length, an endless header."
+    head = b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    assert b"400" in raw(url, b"\x00\x01\x02 nonsense\r\n\r\n").split(b"\r\n")[0]
+    assert b"400" in raw(url, head + b"Content-Length: many\r\n\r\n").split(b"\r\n")[0]
+    assert b"400" in raw(url, head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n").split(b"\r\n")[0]
+    assert raw(url, head + b"X-Long: " + b"x" * 200_000 + b"\r\n\r\n").startswith(b"HTTP/1.1 4")
+    for cut in (head, head + b"Content-Length: 100\r\n\r\n", head + b"Content-Length: 100\r\n\r\n{"):
+        raw(url, cut, wait=False)
+    assert picture(url) == picture(url)
+
+
+def test_a_slow_sender_is_sent_away(service: DiffusionService) -> None:
+    "One that stops in the middle of its body gets a 408; others are answered meanwhile."
+    with live_server(service, receive_timeout=0.3) as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=PATIENCE) as slow:
+            slow.sendall(b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
+            assert picture(url)
+            answer = slow.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"nothing came for 0.3 seconds" in answer + b""
+
+
+# --- going away, cancelling, watching ---------------------------------------
+
+@pytest.fixture
+def recorded(service: DiffusionService, monkeypatch: pytest.MonkeyPatch) -> list[ProgressEvent]:
+    "Every event that the service reports."
+    events, submit = [], service.submit
+
+    def recording(request, *, on_progress):
+        def both(event: ProgressEvent) -> None:
+            events.append(event)
+            on_progress(event)
+
+        return submit(request, on_progress=both)
+
+    monkeypatch.setattr(service, "submit", recording, raising=False)
+    return events
+
+
+def steps(events: list[ProgressEvent]) -> int:
+    return max((event.step or 0 for event in list(events)), default=0)
+
+
+def test_a_client_that_goes_away_stops_its_work(service: DiffusionService, recorded: list[ProgressEvent]) -> None:
+    "After the server has noticed, at most the step that is under way is finished."
+    with live_server(service) as (url, app):
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps(ENDLESS | {"model": "patient"}).encode()
+        connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
+        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        wait_until(lambda: steps(recorded) >= 2, "it runs")
+        job = app.state.server.queue.open[0]
+        connection.close()
+        wait_until(lambda: job.cancel_asked, "the server notices")
+        noticed = steps(recorded)
+        wait_until(lambda: job.result is not None, "the work stops")
+        assert job.result.status == "cancelled"
+        assert steps(recorded) <= noticed + 1
+        assert picture(url)
+
+
+def test_a_job_is_watched_and_cancelled(service: DiffusionService, recorded: list[ProgressEvent]) -> None:
+    "One runs, one waits and sees its place; both are cancelled, and both watchers get a last event."
+    with live_server(service) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as client:
+        jobs = [Job.model_validate_json(client.post("/jobs", json=ENDLESS | {"model": "patient"}).text) for _ in range(2)]
+        assert [job.state for job in jobs] == ["queued"] * 2
+        seen: dict[str, list[ProgressEvent]] = {job.id: [] for job in jobs}
+
+        def follow(job_id: str) -> None:
+            with httpx.stream("GET", f"{url}/jobs/{job_id}/events", timeout=PATIENCE) as stream:
+                assert stream.headers["content-type"].startswith("text/event-stream")
+                for line in stream.iter_lines():
+                    if line.startswith("data: "):
+                        seen[job_id].append(ProgressEvent.model_validate_json(line[6:]))
+
+        watchers = [threading.Thread(target=follow, args=(job.id,)) for job in jobs]
+        for watcher in watchers:
+            watcher.start()
+        wait_until(lambda: steps(seen[jobs[0].id]) >= 2 and bool(seen[jobs[1].id]), "both are watched")
+        assert seen[jobs[1].id][0].queue_position == 1
+        assert Job.model_validate_json(client.delete(f"/jobs/{jobs[1].id}").text).state == "cancelled"
+        client.delete(f"/jobs/{jobs[0].id}")
+        asked = steps(recorded)
+        for watcher in watchers:
+            watcher.join(PATIENCE)
+        assert [seen[job.id][-1].phase for job in jobs] == ["cancelled"] * 2
+        assert steps(recorded) <= asked + 1
+        assert [Job.model_validate_json(client.get(f"/jobs/{job.id}").text).state for job in jobs] == ["cancelled"] * 2
+        assert picture(url)
+
+
+def test_a_full_queue_says_when_to_come_back(service: DiffusionService) -> None:
+    "One runs, one waits, the third is told 429 with Retry-After; when they are gone there is place again."
+    with live_server(service, max_queue=1) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as client:
+        jobs = [client.post("/jobs", json=ENDLESS | {"model": "patient"}).json()["id"] for _ in range(2)]
+        refused = client.post("/generate", json=SMALL)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        error = OpResult.model_validate_json(refused.text).errors[0]
+        assert (error.code, error.retryable, error.allowed) == ("queue_full", True, "1 waiting")
+        for job_id in jobs:
+            client.delete(f"/jobs/{job_id}")
+        wait_until(lambda: client.post("/generate", json=SMALL).status_code == 200, "there is place again")
+
+
+def test_the_operators_deadline_holds(service: DiffusionService) -> None:
+    "A request that asks for more time than the server gives is stopped, running or waiting."
+    with live_server(service, deadline=1.0) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as client:
+        jobs = [client.post("/jobs", json=ENDLESS | {"model": "patient", "timeout_seconds": 600}).json()["id"] for _ in range(2)]
+        ends = lambda: [Job.model_validate_json(client.get(f"/jobs/{job_id}").text).result for job_id in jobs]
+        wait_until(lambda: all(ends()), "both are stopped")
+        assert [result.status for result in ends()] == ["timed_out"] * 2
+
+
+def test_metrics_count_what_happened(service: DiffusionService) -> None:
+    "In the text format that Prometheus reads."
+    with live_server(service) as (url, _):
+        picture(url)
+        httpx.post(f"{url}/generate", json={"prompt": ""})
+        text = httpx.get(f"{url}/metrics").text
+    samples = {(sample.name, *sorted(sample.labels.values())): sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+    assert samples["diffusion_workers_generations_total", "success"] == 1
+    assert samples["diffusion_workers_images_total", "tiny"] == 1
+    assert samples["diffusion_workers_http_requests_total", "200", "generate"] == 1
+    assert samples["diffusion_workers_http_requests_total", "422", "generate"] == 1
+    assert samples["diffusion_workers_phase_seconds_count", "denoise"] == 1
+    assert samples["diffusion_workers_model_memory_bytes", "tiny"] > 0
+
+
+def test_the_page_is_served_where_it_is_built(service: DiffusionService, tmp_path: Path) -> None:
+    "With its assets; where it is not built, a note says so and the API works."
+    from diffusion_workers.server import create_app
+    from diffusion_workers.server_settings import ServerSettings
+    from live_server import KeptOpen, serving
+
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "index.html").write_text("<title>the page</title>")
+    (tmp_path / "assets" / "page.js").write_text("1")
+    for folder, expected in ((tmp_path, [(200, "the page"), (200, "1")]), (tmp_path / "not there", [(404, "npm run build"), (404, "not_found")])):
+        with serving(create_app(KeptOpen(service), ServerSettings(warm_up=False, token="correct-horse"), web=folder)) as url:
+            for path, (status, text) in zip(("/", "/assets/page.js"), expected):
+                response = httpx.get(url + path)
+                assert (response.status_code, text in response.text) == (status, True), response.text
+            assert httpx.get(f"{url}/models").status_code == 401
+
+
+# --- the process ------------------------------------------------------------
+
+def start(port: int, stderr, **variables: str) -> subprocess.Popen:
+    "run_server.sh as a process of its own."
+    own = {key: value for key, value in os.environ.items() if not key.startswith("DIFFUSION_WORKERS_")}
+    env = own | {"HF_HUB_OFFLINE": "1", "PYTHON": sys.executable} | {f"DIFFUSION_WORKERS_{name}": value for name, value in variables.items()}
+    return subprocess.Popen([ROOT / "run_server.sh", "--port", str(port), "--device", "cpu"], cwd="/", env=env, stdout=subprocess.PIPE, stderr=stderr)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+def is_ready(url: str, process: subprocess.Popen) -> bool:
+    assert process.poll() is None, "the server has ended"
+    try:
+        return httpx.get(f"{url}/ready", timeout=PATIENCE).status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
+def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
+    "run_server.sh warms up, makes a picture, refuses a second one on its port; SIGTERM answers what runs and what waits, and it exits with 0."
+    port, log = free_port(), tmp_path / "log"
+    url = f"http://127.0.0.1:{port}"
+    with log.open("wb") as stderr:
+        process = start(port, stderr, JSON_LOGS="1", GRACE="0.2")
+        try:
+            wait_until(lambda: is_ready(url, process), "the server is ready")
+            assert picture(url, **{"X-Request-ID": "my-picture"})
+            second = start(port, subprocess.PIPE)
+            said = second.communicate(timeout=PATIENCE)[1].decode()
+            assert second.returncode == 2 and f"cannot listen on 127.0.0.1 port {port}" in said, said
+            answers: list[httpx.Response] = []
+            long = {"prompt": "a red circle", "num_inference_steps": 150, "num_images": 32}
+            clients = [threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/generate", json=long, timeout=PATIENCE))) for _ in range(3)]
+            for client in clients:
+                client.start()
+            wait_until(lambda: httpx.get(f"{url}/health").json()["queue_length"] == 2, "one runs and two wait")
+            process.send_signal(signal.SIGTERM)
+            for client in clients:
+                client.join(PATIENCE)
+            assert process.wait(timeout=PATIENCE) == 0
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+    results = [OpResult.model_validate_json(answer.text) for answer in answers]
+    assert [result.status for result in results] == ["cancelled"] * 3
+    assert sorted(error.retryable for result in results for error in result.errors) == [False, True, True]
+    assert {answer.status_code for answer in answers} == {503}
+    first, *lines = log.read_text().splitlines()
+    assert first == f"diffusion-workers: starting on {url}, documentation at {url}/docs"
+    logged = [json.loads(line) for line in lines]
+    made = [line for line in logged if line.get("request_id") == "my-picture"]
+    assert [(line["path"], line["status"], line["outcome"]) for line in made] == [("/generate", 200, "success")]
+    assert all(re.fullmatch(r"\d{4}-.*\+00:00", line["time"]) and line["level"] and line["logger"] for line in logged)
+
+
+@pytest.mark.parametrize("variables, said", [
+    ({"PORT": "many"}, "DIFFUSION_WORKERS_PORT"), ({"TOKEN": "short"}, "DIFFUSION_WORKERS_TOKEN"), ({"DEFAULT_MODEL": "nobody"}, "nobody"),
+])
+def test_wrong_settings_end_in_one_line(variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    "The variable is named, and the exit code says that the settings are wrong."
+    from diffusion_workers.cli import main
+
+    for name, value in variables.items():
+        monkeypatch.setenv(f"DIFFUSION_WORKERS_{name}", value)
+    assert main(["serve", "--port", "0"] if "PORT" not in variables else ["serve"]) == 2
+    assert said in capsys.readouterr().err
