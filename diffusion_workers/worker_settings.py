@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from pydantic import BaseModel, PrivateAttr
 
 from .manifest import HubSource
@@ -64,6 +65,7 @@ class WorkerSettings(Settings):
         "BUCKET_PREFIX", "diffusion-workers", matching(r"[A-Za-z0-9!_.*'()/-]{1,256}", "a key prefix such as team/pictures"), "what the keys of uploads begin with")
     bucket_expiry: int = setting("BUCKET_EXPIRY_SECONDS", 86400, number(60, 604800, int), "seconds for which the address of an upload works")
     upload_all: bool = setting("DIFFUSION_WORKERS_UPLOAD_ALL", False, read_flag, "upload every image, not only those of answers that are too large")
+    ready_file: Path | None = setting("DIFFUSION_WORKERS_READY_FILE", None, Path, "is there while the worker makes pictures; the image's health check looks for it")
     log_level: str = setting(
         "DIFFUSION_WORKERS_LOG_LEVEL", "INFO", matching("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR"), "what is logged; tracebacks at DEBUG alone")
 
@@ -157,6 +159,7 @@ def config_lines(
         text = os.pathsep.join(map(str, value)) if isinstance(value, tuple) else "-" if value is None else str(value)
         shown = text if item.repr else "set" if value else "-"
         rows.append(f"{variable:34} {shown or '-':40} {'environment' if environ.get(variable, '').strip() else 'default'}")
+    rows.append(f"{'HF_HUB_CACHE':34} {HF_HUB_CACHE:40} {'environment' if environ.get('HF_HUB_CACHE') else 'default'}")
     models = placed_models(load_manifests(settings.model_folders, settings.default_model), settings.hub_folders)
     manifest = models.find()
     parts = {"weights": manifest.source} | {name: part.source for name, part in manifest.components.items() if part.source}

@@ -18,7 +18,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from ez_diffusion_client.models import GenerationRequest, OpResult
+from ez_diffusion_client import Client, RunPod
+from ez_diffusion_client.errors import NotFound
+from ez_diffusion_client.models import OpResult
 from project import ROOT
 from runpod_queue import ENDPOINT, PATIENCE, QueuedJob, QueueServer, running_worker, worker_environment
 
@@ -146,6 +148,22 @@ def test_requests_of_worker_sdxl_get_their_answer(queue: QueueServer, worker) ->
     assert refused.status == "FAILED" and refused.error.startswith("image_url:")
 
 
+def test_the_python_client_speaks_to_the_endpoint(queue: QueueServer, worker) -> None:
+    "The same call as for a server: a picture, a typed failure, a job that is asked for, one that is cancelled."
+    with Client(RunPod(ENDPOINT, api_key="stand-in", url=queue.url)) as client:
+        made = client.generate(QUICK)
+        assert made.status.value == "success" and made.generation.plan.seeds == [1]
+        refused = client.generate(prompt="a", model="nothing")
+        assert (refused.status.value, refused.errors[0].field) == ("unknown_model", "model")
+        job = client.submit(QUICK)
+        assert [event.result.status.value for event in client.events(job.id) if event.result] == ["success"]
+        endless = client.submit({**LONG, "num_images": 32, "num_inference_steps": 1000})
+        queue.until(lambda: queue.jobs[endless.id].updates, "the first update")
+        assert client.cancel(endless.id).state.value == "cancelled"
+        with pytest.raises(NotFound):
+            client.job("nobody")
+
+
 def noise_png(side: int) -> str:
     "A picture that no format can shrink much, as base64."
     buffer = io.BytesIO()
@@ -270,6 +288,15 @@ def test_streaming_with_a_bucket(streaming) -> None:
     assert "hidden-key" not in log.read_text() + json.dumps(job.output)
 
 
+def test_the_python_client_follows_a_stream(streaming) -> None:
+    queue, _ = streaming
+    events = []
+    with Client(RunPod(ENDPOINT, api_key="stand-in", url=queue.url)) as client:
+        result = client.generate({**LONG, "num_images": 1, "num_inference_steps": 60}, on_progress=events.append)
+    assert result.status.value == "success" and result.generation.images[0].image.startswith("http://127.0.0.1")
+    assert [event.step for event in events if event.phase.value == "denoise"] and any(event.preview for event in events)
+
+
 def test_a_stream_that_fails_is_a_failed_job(streaming) -> None:
     queue, _ = streaming
     assert failure_of(queue.answers({"prompt": ""})[0]).errors[0].code.value == "empty_prompt"
@@ -345,6 +372,17 @@ def test_serve_api_answers_every_sample(local_api: str, path: Path) -> None:
         told = json.loads(answer.read())
     assert told["status"] == "COMPLETED", told
     assert pictures(told["output"])
+
+
+HUB_TESTS = json.loads((ROOT / ".runpod" / "tests.json").read_text())["tests"]
+
+
+@pytest.mark.parametrize("test", HUB_TESTS, ids=lambda test: test["name"])
+def test_the_tests_of_runpod_hub_pass(local_api: str, test: dict) -> None:
+    body = json.dumps({"input": test["input"]}).encode()
+    asked = urllib.request.Request(f"{local_api}/runsync", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=PATIENCE) as answer:
+        assert json.loads(answer.read())["status"] == "COMPLETED"
 
 
 def local_run(path: Path, cwd: Path, as_file: bool) -> None:
