@@ -47,10 +47,11 @@ def together(
     policy: BatchPolicy,
 ) -> list[Member]:  # the first, and those that fit into its batch
     "Choose what is made next."
-    group, images = list(waiting[:1]), len(waiting[0].plan.seeds) if waiting else 0
+    group, images = list(waiting[:1]), sum(len(first.plan.seeds) for first in waiting[:1])
+    key = sharing_key(waiting[0].plan) if waiting else None
     for other in waiting[1:]:
         count = len(other.plan.seeds)
-        if images + count <= min(policy.max_images, MAX_BATCH) and sharing_key(other.plan) == sharing_key(group[0].plan):
+        if images + count <= min(policy.max_images, MAX_BATCH) and sharing_key(other.plan) == key:
             group.append(other)
             images += count
     return group

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -402,7 +403,8 @@ def _run(self: DiffusionService, group: list[Generation]) -> None:
     except BaseException as exc:
         left = [generation for generation in group if not generation.done]
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # of a context that is broken
+                torch.cuda.empty_cache()
         if len(group) > 1:
             logger.warning("a shared batch failed (%s); its %d requests are made alone", type(exc).__name__, len(left))
         for generation in left:

@@ -225,9 +225,9 @@ def pipeline_arguments(
     if plan.task != Task.image_to_image or plan.control_kind != ControlKind.none or plan.family == ModelFamily.flux:
         arguments |= {"width": plan.width, "height": plan.height}
     if plan.task != Task.text_to_image:
-        arguments |= {"image": prepared.image, "strength": plan.strength}
+        arguments |= {"image": [prepared.image] * len(seeds), "strength": plan.strength}  # one each, so that each is encoded with numbers of its own seed
     if plan.task == Task.inpainting:
-        arguments["mask_image"] = prepared.mask
+        arguments["mask_image"] = [prepared.mask] * len(seeds)
     if plan.pipeline_class.startswith("FluxControl") and "ControlNet" not in plan.pipeline_class:
         return arguments | {"control_image": prepared.controls[0].map}
     return arguments | (control_arguments(plan, prepared.controls) if prepared.controls else {})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from .manifest import FileSource, HubSource, ModelManifest
+from .manifest import COMPONENT_CLASSES, HubSource, ModelManifest
 from .model_store import load_manifests
 from .results import RequestError, logger
 from .worker_settings import PlacedSource, WorkerSettings, placed_models
@@ -56,13 +56,22 @@ class StartupClock:
         return sum(phase.seconds for phase in self.phases)
 
 # %% ../nbs/12c_startup.ipynb #d1c98945
+def _weights_in(folder: Path, names: Iterable[str], variant: str | None) -> list[Path]:
+    found = [file for name in names for file in (folder / name).glob("*.safetensors")]
+    return [file for file in found if variant and f".{variant}." in file.name] or found
+
+
 def weight_paths(manifest: ModelManifest) -> list[Path]:  # on this machine; none for what is downloaded
     "The files that loading a model will read."
-    sources = [manifest.source, *(part.source for part in manifest.components.values() if part.source)]
-    local = [Path(source.location()) for source in sources if not isinstance(source, HubSource) or isinstance(source, PlacedSource)]
-    folders = [path for path in local if path.is_dir()]
-    files = [Path(source.location()) for source in sources if isinstance(source, FileSource)]
-    return sorted({*files, *(file for folder in folders for file in folder.glob("*/*.safetensors")), *(file for folder in folders for file in folder.glob("*.safetensors"))})
+    sources = {(): (manifest.source, manifest.variant)} | {(name,): (part.source, part.variant) for name, part in manifest.components.items() if part.source}
+    found = []
+    for name, (source, variant) in sources.items():
+        if isinstance(source, HubSource) and not isinstance(source, PlacedSource):
+            continue
+        place = Path(source.location())
+        own = [slot for slot in COMPONENT_CLASSES[manifest.family] if (slot,) not in sources] if not name else ["", *name]
+        found += [place] if place.is_file() else _weights_in(place, own, variant)
+    return found
 
 
 def read_ahead(paths: Iterable[Path]) -> int:  # bytes that were asked for

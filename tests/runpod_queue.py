@@ -232,9 +232,9 @@ class QueueServer:
             app.router.add_get(at + "/status/{job}", self._status)
             app.router.add_get(at + "/stream/{job}", self._fetch)
             app.router.add_post(at + "/cancel/{job}", self._cancel)
-            self._runner = web.AppRunner(app, access_log=None)
+            self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
             await self._runner.setup()
-            site = web.TCPSite(self._runner, "127.0.0.1", 0, shutdown_timeout=1)
+            site = web.TCPSite(self._runner, "127.0.0.1", 0)
             await site.start()
             self.port = site._server.sockets[0].getsockname()[1]
             started.set()

@@ -21,6 +21,7 @@ from PIL import Image
 from ez_diffusion_client import Client, RunPod
 from ez_diffusion_client.errors import NotFound
 from ez_diffusion_client.models import OpResult
+import diffusion_workers.results  # gives OpResult its images
 from project import ROOT
 from runpod_queue import ENDPOINT, PATIENCE, QueuedJob, QueueServer, running_worker, worker_environment
 
