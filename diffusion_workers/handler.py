@@ -10,6 +10,7 @@ __all__ = ['OPERATIONS', 'PREVIEW_BUDGET', 'SendProgress', 'split_operation', 'T
 import asyncio
 import json
 import logging
+import os
 import re
 import sys
 import threading
@@ -269,15 +270,16 @@ def set_up_logging(level: str) -> None:
 
 def main() -> int:  # the exit code
     "Run the worker; RunPod's SDK reads the further arguments (`--test_input`, `--rp_serve_api`)."
-    clock = StartupClock.since_process_start()
     try:
         settings = WorkerSettings.from_environment()
     except SettingsError as error:
         print(f"diffusion-workers: {error}", file=sys.stderr)
         return 2
+    set_up_logging(settings.log_level)
+    clock = StartupClock.since_process_start()
+    os.environ.setdefault("RUNPOD_LOG_LEVEL", settings.log_level.replace("WARNING", "WARN"))  # the SDK's own default logs every answer
     with clock.phase("runpod"):
         import runpod
-    set_up_logging(settings.log_level)
     worker = Worker(settings, clock, send_progress=runpod.serverless.progress_update)
     runpod.serverless.register_fitness_check(worker.ready)
     try:
