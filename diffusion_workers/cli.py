@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import RequestError, describe_field, error_detail, error_line, failure, nearest_name, parse, request_error
+from .remote_cli import add_remote_options, is_remote, remote_generate
 from .serving import add_serve_options, command_serve
 from .worker_command import add_worker_options, command_worker
 from ez_diffusion_client.models import ControlNetUnit, ErrorCode, GenerationRequest, Lora, OpResult, OpStatus, Phase, PreprocessRequest, ProgressEvent
@@ -342,12 +343,19 @@ def _notes(result: OpResult) -> None:
         print(f"note: {note.field}: {note.message}{shown}", file=sys.stderr)
 
 
+def _carried_out(arguments: argparse.Namespace, request: GenerationRequest) -> OpResult:  # here or elsewhere
+    shown = sys.stderr.isatty() and not arguments.quiet
+    if is_remote(arguments):
+        return remote_generate(arguments, request, ProgressBar(True) if shown else None)
+    with _service(arguments) as service:
+        return service.generate(request, on_progress=ProgressBar(shown))
+
+
 def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
     "Make images and write them."
     check_output(arguments.output)
     request = build_request(arguments)
-    with _service(arguments) as service:
-        result = service.generate(request, on_progress=ProgressBar(sys.stderr.isatty() and not arguments.quiet))
+    result = _carried_out(arguments, request)
     if not result.ok:
         return fail(result)
     paths, maps = write_images(result, arguments.output), write_maps(result, arguments.output)
@@ -589,11 +597,23 @@ def _compare(arguments: argparse.Namespace, index: int, result: OpResult) -> int
 
 # %% ../nbs/14_cli.ipynb #d6eb8448
 def command_train_shapes(arguments: argparse.Namespace) -> int:  # the exit code
-    "Train the built-in model again."
+    "Train a built-in model, ControlNet or LoRA again."
+    from diffusion_workers.shapes_family import PARTS, train_part
     from diffusion_workers.shapes_training import train_shapes
 
-    repository = train_shapes(Path(arguments.out), seed=arguments.seed, minutes=arguments.minutes, resume=arguments.resume)
-    print(repository)
+    if arguments.part == "list":
+        print("\n".join(PARTS))
+    elif arguments.part == "shapes-sd15":
+        print(train_shapes(Path(arguments.out), seed=arguments.seed, minutes=arguments.minutes, resume=arguments.resume))
+    elif arguments.minutes is not None or not arguments.resume:
+        raise request_error(ErrorCode.unsupported_combination, "--minutes and --no-resume belong to shapes-sd15", field="--part", given=arguments.part,
+                            hint="leave them out, and delete the folder of the part to begin anew")
+    elif arguments.part not in PARTS:
+        near = nearest_name(arguments.part, list(PARTS))
+        raise request_error(ErrorCode.not_one_of, "there is no such part", field="--part", given=arguments.part, allowed=", ".join(PARTS),
+                            hint=f"did you mean {near}?" if near else "--part list lists them")
+    else:
+        print(train_part(arguments.part, arguments.out, {} if arguments.seed is None else {"seed": arguments.seed}))
     return 0
 
 # %% ../nbs/14_cli.ipynb #86f5d794
@@ -651,7 +671,8 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="gets checkpoints, the log and the model; a second call resumes")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="gets checkpoints, the log and what was trained; a second call resumes")
+    parser.add_argument("--part", default="shapes-sd15", metavar="NAME", help="such as shapes-flux, shapes-sdxl/canny or shapes-sd15/outline; list shows all")
     parser.add_argument("--minutes", type=float, help="time for the denoiser, the longest stage; absent, the number of steps that the shipped weights had")
     parser.add_argument("--seed", type=int, help="absent, the one of the shipped weights")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from checkpoints; --no-resume deletes them")
@@ -665,6 +686,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="make images", description="Make images and write them to files.")
     generate.add_argument("-o", dest="output", default="out.png", metavar="FILE", help="out.png by default; several images are numbered")
     _add_request(generate)
+    add_remote_options(generate)
     _add_request(commands.add_parser("plan", help="say what a request would do, without doing it"))
     models = commands.add_parser("models", help="list the models, with their ControlNets and LoRAs")
     models.add_argument("--json", action="store_true", help="as JSON")
@@ -673,7 +695,7 @@ def make_parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("preprocessors", help="list what can draw control maps")
     listing.add_argument("--json", action="store_true", help="as JSON")
     _add_replay(commands.add_parser("replay", help="make an image again from what it says about itself"))
-    _add_train(commands.add_parser("train-shapes", help="train the built-in model again"))
+    _add_train(commands.add_parser("train-shapes", help="train a built-in model, ControlNet or LoRA again"))
     add_serve_options(commands.add_parser("serve", help="run the local server"))
     add_worker_options(commands.add_parser("worker", help="run the RunPod worker, or check how it is configured"))
     return parser

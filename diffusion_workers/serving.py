@@ -54,7 +54,7 @@ def run_app(app, listening: socket.socket, grace: float) -> None:
                 loop.call_soon_threadsafe(app.state.server.begin_stop)
             super().handle_exit(sig, frame)
 
-    options = dict(log_config=None, access_log=False, server_header=False, lifespan="on", timeout_keep_alive=30)
+    options = dict(http="h11", log_config=None, access_log=False, server_header=False, lifespan="on", timeout_keep_alive=30)
     server = Server(uvicorn.Config(app, timeout_graceful_shutdown=int(grace) + 30, **options))
     before = {sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGINT, signal.SIGTERM)}  # uvicorn raises the signal again when it is done
     try:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SDXL_UNION', 'FLUX_UNION', 'ControlTrainingConfig', 'ControlBatch', 'control_batch', 'train_controlnet', 'wake',
-           'denoiser_loss', 'new_controlnet', 'save_controlnet', 'borrow', 'new_union', 'new_flux_controlnet',
-           'flux_control_loss']
+           'unet_steer', 'flux_steer', 'control_loss', 'new_controlnet', 'save_controlnet', 'borrow', 'new_union',
+           'new_flux_controlnet']
 
 # %% ../nbs/09g_shapes_control_training.ipynb #9f79a4df
 import copy
@@ -15,14 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import ControlNetModel, ControlNetUnionModel, FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
+from diffusers import ControlNetModel, ControlNetUnionModel, FluxControlNetModel, FluxTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 
 from .shapes_controls import FreeData, control_map, map_tensor
-from .shapes_flux import flux_conditioning, pack
-from .shapes_sdxl import CLEAN, sdxl_conditioning
-from .shapes_training import LOG_NAME, Checkpoint, TrainingLog, new_scheduler, one_cycle, token_ids, update, update_ema
+from .shapes_denoising import NoisyBatch, Steer, add_noise, denoiser_of, denoising_loss
+from .training_loop import LOG_NAME, Checkpoint, TrainingLog, one_cycle, update, update_ema
 
 # %% ../nbs/09g_shapes_control_training.ipynb #31de3454
 @dataclass(frozen=True)
@@ -41,15 +39,11 @@ class ControlTrainingConfig:
 
 # %% ../nbs/09g_shapes_control_training.ipynb #bff846a2
 @dataclass(frozen=True)
-class ControlBatch:
-    "What one step learns from."
+class ControlBatch(NoisyBatch):
+    "What one step learns from, with the maps of its pictures."
 
-    latents: torch.Tensor  # (B, 4, 16, 16)
-    captions: list[str]
     kinds: tuple[str, ...]  # of the maps, the same for the whole batch
     maps: list[torch.Tensor]  # for each kind (B, 3, 128, 128), 0 to 1
-    moments: torch.Tensor  # (B,), 0 is the picture and 1 is noise
-    noise: torch.Tensor  # like the latents
 
 # %% ../nbs/09g_shapes_control_training.ipynb #92be45e1
 def control_batch(
@@ -65,10 +59,9 @@ def control_batch(
     together = 2 if len(kinds) > 1 and rng.random() < two_at_times else 1
     names = tuple(kinds[i] for i in sorted(rng.permutation(len(kinds))[:together]))
     maps = [map_tensor([control_map(name, data.scenes[i], data.pictures[i]) for i in chosen]) for name in names]
-    captions = ["" if rng.random() < config.caption_dropout else data.captions[i] for i in chosen]
-    moments = torch.from_numpy(((np.arange(b) + rng.random(b)) / b) ** config.toward_noise).float()
-    noise = torch.from_numpy(rng.standard_normal((b, *data.latents.shape[1:]), dtype=np.float32))
-    return ControlBatch(data.latents[chosen], captions, names, maps, moments, noise)
+    captions = [data.captions[i] for i in chosen]
+    noisy = add_noise(data.latents[chosen], captions, rng, config.toward_noise, config.caption_dropout)
+    return ControlBatch(**vars(noisy), kinds=names, maps=maps)
 
 # %% ../nbs/09g_shapes_control_training.ipynb #f6b64fdb
 def train_controlnet(
@@ -114,38 +107,54 @@ def wake(
     return net
 
 # %% ../nbs/09g_shapes_control_training.ipynb #7b618fba
-def denoiser_loss(
-    pipeline,  # StableDiffusionPipeline or StableDiffusionXLPipeline, frozen
+def unet_steer(
+    net: ControlNetModel | ControlNetUnionModel,
+    batch: ControlBatch,
+    union_modes: dict[str, int] | None,  # kind -> number, for a union net
+) -> Steer:
+    "What a ControlNet of SD1.5 or SDXL adds to the arguments of its U-Net."
+    def steer(inputs: dict) -> dict:
+        maps = dict(controlnet_cond=batch.maps[0])
+        if union_modes is not None:
+            numbers = [union_modes[kind] for kind in batch.kinds]
+            types = torch.zeros(len(batch.latents), 6)
+            types[:, numbers] = 1
+            maps = dict(controlnet_cond=batch.maps, control_type=types, control_type_idx=numbers)
+        steered = net(**inputs, **maps)
+        return dict(
+            down_block_additional_residuals=steered.down_block_res_samples, mid_block_additional_residual=steered.mid_block_res_sample,
+        )
+
+    return steer
+
+
+def flux_steer(
+    net: FluxControlNetModel,
+    batch: ControlBatch,
+    union_modes: dict[str, int] | None,  # kind -> number, for a union net
+) -> Steer:
+    "What a ControlNet of Flux adds to the arguments of its transformer."
+    def steer(inputs: dict) -> dict:
+        mode = None if union_modes is None else torch.full((len(batch.latents), 1), union_modes[batch.kinds[0]])
+        steered = net(**inputs, controlnet_cond=batch.maps[0] * 2 - 1, controlnet_mode=mode)
+        return dict(
+            controlnet_block_samples=steered.controlnet_block_samples, controlnet_blocks_repeat=True,
+            controlnet_single_block_samples=steered.controlnet_single_block_samples,
+        )
+
+    return steer
+
+
+def control_loss(
+    pipeline,  # of any of the three families, frozen here
     union_modes: dict[str, int] | None = None,  # kind -> number, for a union net
 ) -> Callable[[torch.nn.Module, ControlBatch], torch.Tensor]:  # for `train_controlnet`
-    "Squared error of the velocity that a steered U-Net predicts."
-    unet, scheduler, xl = pipeline.unet.requires_grad_(False), new_scheduler(), hasattr(pipeline, "text_encoder_2")
-    unet.set_attn_processor(AttnProcessor())
-
-    def loss_of(net: torch.nn.Module, batch: ControlBatch) -> torch.Tensor:
-        timesteps = (batch.moments * 1000).long().clamp(max=999)
-        noisy = scheduler.add_noise(batch.latents, batch.noise, timesteps)
-        wanted = scheduler.get_velocity(batch.latents, batch.noise, timesteps)
-        if xl:
-            states, pooled = sdxl_conditioning((pipeline.text_encoder, pipeline.text_encoder_2), pipeline.tokenizer, batch.captions)
-            added = {"text_embeds": pooled, "time_ids": torch.tensor([CLEAN] * len(noisy), dtype=torch.float32)}
-        else:
-            with torch.no_grad():
-                states, added = pipeline.text_encoder(token_ids(pipeline.tokenizer, batch.captions)).last_hidden_state, None
-        if union_modes is None:
-            steered = net(noisy, timesteps, states, batch.maps[0], added_cond_kwargs=added)
-        else:
-            numbers = [union_modes[kind] for kind in batch.kinds]
-            types = torch.zeros(len(noisy), 6)
-            types[:, numbers] = 1
-            steered = net(noisy, timesteps, states, batch.maps, types, numbers, added_cond_kwargs=added)
-        predicted = unet(
-            noisy, timesteps, states, added_cond_kwargs=added, down_block_additional_residuals=steered.down_block_res_samples,
-            mid_block_additional_residual=steered.mid_block_res_sample,
-        ).sample
-        return F.mse_loss(predicted, wanted)
-
-    return loss_of
+    "The model's own loss, with a net that steers it."
+    denoiser, flux = denoiser_of(pipeline).requires_grad_(False), hasattr(pipeline, "transformer")
+    if not flux:
+        denoiser.set_attn_processor(AttnProcessor())
+    steer_of = flux_steer if flux else unet_steer
+    return lambda net, batch: denoising_loss(pipeline, batch, steer_of(net, batch, union_modes))
 
 # %% ../nbs/09g_shapes_control_training.ipynb #04aa6180
 def new_controlnet(
@@ -221,26 +230,3 @@ def new_flux_controlnet(
         module.weight.data.normal_(0, (2 / module.weight[0].numel()) ** 0.5, generator=generator)
         module.bias.data.zero_()
     return net
-
-# %% ../nbs/09g_shapes_control_training.ipynb #67231620
-def flux_control_loss(
-    pipeline: FluxPipeline,  # frozen
-    union_modes: dict[str, int] | None = None,  # kind -> number, for a union net
-) -> Callable[[torch.nn.Module, ControlBatch], torch.Tensor]:  # for `train_controlnet`
-    "Squared error of the velocity that a steered transformer predicts."
-    transformer = pipeline.transformer.requires_grad_(False)
-
-    def loss_of(net: FluxControlNetModel, batch: ControlBatch) -> torch.Tensor:
-        tokens, noise, sigma = pack(batch.latents), pack(batch.noise), batch.moments[:, None, None]
-        inputs = flux_conditioning(pipeline, batch.captions, pipeline.tokenizer_2.model_max_length) | dict(
-            hidden_states=(1 - sigma) * tokens + sigma * noise, timestep=batch.moments, guidance=torch.ones(len(tokens)),
-        )
-        mode = None if union_modes is None else torch.full((len(tokens), 1), union_modes[batch.kinds[0]])
-        steered = net(controlnet_cond=batch.maps[0] * 2 - 1, controlnet_mode=mode, **inputs)
-        predicted = transformer(
-            **inputs, controlnet_block_samples=steered.controlnet_block_samples, controlnet_blocks_repeat=True,
-            controlnet_single_block_samples=steered.controlnet_single_block_samples,
-        ).sample
-        return F.mse_loss(predicted, noise - tokens)
-
-    return loss_of

@@ -9,6 +9,7 @@ __all__ = ['FluxTrainingConfig', 'build_t5_tokenizer', 't5_ids', 'train_t5', 'ne
 
 # %% ../nbs/09d_shapes_flux.ipynb #860460d8
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from .shapes import describe, load_builtin_pipeline, random_scene
 from .shapes_sdxl import SceneData
-from diffusion_workers.shapes_training import (
-    LOG_NAME, PARSE_CLASSES, WORDS, Checkpoint, TrainingLog, one_cycle, parse_loss, parse_targets, token_ids, update, update_ema,
+from .shapes_text import PARSE_CLASSES, WORDS, parse_loss, parse_targets, token_ids
+from diffusion_workers.training_loop import (
+    LOG_NAME, Checkpoint, TrainingLog, has_quick_bfloat16, one_cycle, quick_arithmetic, update, update_ema,
 )
 
 # %% ../nbs/09d_shapes_flux.ipynb #9c41f567
@@ -31,25 +33,28 @@ class FluxTrainingConfig:
 
     seed: int = 0  # of scenes, first weights and batches
     text_width: int = 128  # channels of the T5 encoder
-    text_layers: int = 2
+    text_layers: int = 3
     text_length: int = 24  # T5 tokens, padding included
-    text_steps: int = 500
-    text_batch: int = 64  # captions
-    text_learning_rate: float = 3e-3  # peak
+    text_steps: int = 2400
+    text_batch: int = 96  # captions
+    text_learning_rate: float = 2e-3  # peak
     heads: int = 4  # of 32 channels each
     double_blocks: int = 2  # text and picture with weights of their own
     single_blocks: int = 4  # with the same weights
-    steps: int = 1000
-    batch: int = 32  # latents
+    singles: int = 14000  # scenes with one object
+    pairs: int = 16000  # scenes with two
+    steps: int = 5580
+    batch: int = 64  # latents
     matrix_learning_rate: float = 0.02  # peak, Muon
     learning_rate: float = 3e-3  # peak, AdamW, for what is not a hidden matrix
     caption_dropout: float = 0.1  # share of captions replaced by "" for both encoders
     single_share: float = 0.7  # of scenes with one object
     toward_noise: float = 0.5  # mean of the normal distribution behind the logit of the moments
-    ema_decay: float = 0.99  # of the averaged weights
-    guided_steps: int = 80  # of guidance distillation
-    guided_batch: int = 16  # latents
-    largest_guidance: float = 4.0
+    ema_decay: float = 0.998  # of the averaged weights
+    guided_steps: int = 450  # of guidance distillation
+    guided_batch: int = 40  # latents
+    guided_learning_rate: float = 5e-4  # peak
+    largest_guidance: float = 2.5
 
 # %% ../nbs/09d_shapes_flux.ipynb #5345b35a
 def build_t5_tokenizer(
@@ -186,21 +191,21 @@ def flux_batch(
 
 # %% ../nbs/09d_shapes_flux.ipynb #54535593
 def orthogonal(
-    matrix: torch.Tensor,  # (rows, columns)
+    matrices: torch.Tensor,  # (..., rows, columns)
     iterations: int = 5,
 ) -> torch.Tensor:  # the same shape, singular values near 1
-    "The Newton-Schulz iteration of Muon, in float32: the bfloat16 of `torch.optim.Muon` is slow on processors without it."
+    "The Newton-Schulz iteration of Muon, in the matrices' own precision."
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(iterations):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
 
-# %% ../nbs/09d_shapes_flux.ipynb #64300b25
+# %% ../nbs/09d_shapes_flux.ipynb #10d07f5c
 class Muon(torch.optim.Optimizer):
-    "Momentum, made orthogonal, for the matrices of a transformer (Jordan and others, 2024)."
+    "Momentum, made orthogonal, for the matrices of a transformer (Jordan and others, 2024); all of one shape at once."
 
     def __init__(
         self,
@@ -213,22 +218,26 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         "One step, longer for matrices that are higher than wide."
+        dtype = torch.bfloat16 if has_quick_bfloat16() else torch.float32
         for group in self.param_groups:
+            shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for p in group["params"]:
-                state = self.state[p]
-                average = state.setdefault("momentum", torch.zeros_like(p))
-                average.lerp_(p.grad, 1 - group["momentum"])
-                direction = orthogonal(p.grad.lerp(average, group["momentum"]))
-                p.add_(direction, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+                shapes.setdefault(p.shape, []).append(p)
+            for (rows, columns), alike in shapes.items():
+                averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in alike]
+                torch._foreach_lerp_(averages, [p.grad for p in alike], 1 - group["momentum"])
+                ahead = torch._foreach_lerp([p.grad for p in alike], averages, group["momentum"])
+                directions = orthogonal(torch.stack(ahead).to(dtype)).float().unbind()
+                torch._foreach_add_(alike, directions, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
-# %% ../nbs/09d_shapes_flux.ipynb #d578ecec
+# %% ../nbs/09d_shapes_flux.ipynb #888b9586
 def train_transformer(
     out_dir: Path,  # keeps `flux.pt` and the log
     config: FluxTrainingConfig,
     parts,  # has tokenizer, text_encoder, tokenizer_2, text_encoder_2
     data: SceneData,
     stop_after: int | None = None,  # end early, after so many steps, as if interrupted
-    on_checkpoint=None,  # called with the steps done and the averaged weights
+    on_checkpoint: Callable[[int, FluxTransformer2DModel], None] | None = None,  # gets the steps done and the averaged weights
     minutes: float | None = None,  # spread the schedule over this time instead of `config.steps`
 ) -> FluxTransformer2DModel:  # the averaged weights
     "Train the transformer, continuing from its checkpoint: Muon for the matrices of the blocks, AdamW for the rest."
@@ -247,11 +256,12 @@ def train_transformer(
         if done >= 1:
             break
         batch = flux_batch(tokens, data, config, step, config.batch)
-        predicted = transformer(
-            batch.noisy, timestep=batch.moments, guidance=torch.ones(config.batch),
-            **flux_conditioning(parts, batch.captions, config.text_length),
-        ).sample
-        loss = F.mse_loss(predicted, batch.noise - batch.tokens)
+        with quick_arithmetic():
+            predicted = transformer(
+                batch.noisy, timestep=batch.moments, guidance=torch.ones(config.batch),
+                **flux_conditioning(parts, batch.captions, config.text_length),
+            ).sample
+        loss = F.mse_loss(predicted.float(), batch.noise - batch.tokens)
         muon.param_groups[0]["lr"] = config.matrix_learning_rate * one_cycle(done + 1e-4)
         muon.zero_grad()
         update(adam, loss, config.learning_rate * one_cycle(done + 1e-4))
@@ -283,11 +293,13 @@ def guided_steps(
         guidance = 1 + (config.largest_guidance - 1) * torch.rand(b, generator=torch.Generator().manual_seed(step))
         inputs = dict(hidden_states=batch.noisy, timestep=batch.moments)
         told, untold = (flux_conditioning(parts, captions, config.text_length) for captions in (batch.captions, [""] * b))
-        with torch.no_grad():
-            with_text, without = (transformer(**inputs, **c, guidance=torch.ones(b)).sample for c in (told, untold))
-            wanted = without + guidance[:, None, None] * (with_text - without)
-        loss = F.mse_loss(student(**inputs, **told, guidance=guidance).sample, wanted)
-        update(optimizer, loss, 1e-3 * one_cycle((step + 1) / config.guided_steps))
+        with quick_arithmetic():
+            with torch.no_grad():
+                with_text, without = (transformer(**inputs, **c, guidance=torch.ones(b)).sample.float() for c in (told, untold))
+                wanted = without + guidance[:, None, None] * (with_text - without)
+            predicted = student(**inputs, **told, guidance=guidance).sample
+        loss = F.mse_loss(predicted.float(), wanted)
+        update(optimizer, loss, config.guided_learning_rate * one_cycle((step + 1) / config.guided_steps))
         log.add(step + 1, {"loss": loss})
     return student.eval().requires_grad_(False)
 

@@ -23,7 +23,9 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .shapes import BACKGROUNDS, IMAGE_SIZE, Scene, describe, load_builtin_pipeline, random_scene, render
-from .shapes_training import LOG_NAME, Checkpoint, TrainingLog, new_scheduler, one_cycle, picture_tensor, token_ids, update, update_ema
+from .shapes_text import token_ids
+from .shapes_training import new_scheduler, picture_tensor
+from .training_loop import LOG_NAME, Checkpoint, TrainingLog, one_cycle, quick_arithmetic, update, update_ema
 
 # %% ../nbs/09c_shapes_sdxl.ipynb #4e64d37d
 @dataclass(frozen=True)
@@ -240,7 +242,9 @@ def train_sdxl_unet(
         states, pooled = sdxl_conditioning((parts.text_encoder, parts.text_encoder_2), parts.tokenizer, captions)
         noisy, wanted = scheduler.add_noise(latents, noise, timesteps), scheduler.get_velocity(latents, noise, timesteps)
         added = {"text_embeds": pooled, "time_ids": times}
-        loss = F.mse_loss(unet(noisy, timesteps, states, added_cond_kwargs=added).sample, wanted)
+        with quick_arithmetic():
+            predicted = unet(noisy, timesteps, states, added_cond_kwargs=added).sample
+        loss = F.mse_loss(predicted.float(), wanted)
         update(optimizer, loss, config.learning_rate * one_cycle((step + 1) / config.steps))
         step += 1
         update_ema(averaged, unet, step, config.ema_decay)

@@ -1,5 +1,11 @@
-"""The command line options of the test run."""
+"""The command line options of the test run, and its share of the processors."""
+import os
+
 import pytest
+
+# Workers that run side by side share the processors: more threads than processors slow each other down many times over.
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(THREADS)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -32,7 +32,7 @@ class KeptOpen:
 def serving(app: FastAPI) -> Iterator[str]:  # the address
     "An ASGI application behind a real socket."
     with listening_socket("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=60))
+        server = uvicorn.Server(uvicorn.Config(app, http="h11", log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=60))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:

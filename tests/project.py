@@ -11,9 +11,10 @@ MODULE_ORDER = (
     "controlnet", "control_detectors", "addon_planning", "planning",
     "component_loading", "control_nets", "tiny_models", "pipeline_factory", "lora_keys", "lora_files", "lora", "acceleration",
     "previews", "rendering", "batching", "diffusion_service",
-    "shapes", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_controls", "shapes_control_training", "shapes_loras",
+    "shapes", "shapes_text", "training_loop", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_denoising",
+    "shapes_controls", "shapes_control_training", "shapes_loras", "shapes_family",
     "shapes_evaluation", "shapes_cells", "benchmark",
-    "server_settings", "jobs", "server_gate", "server_metrics", "server", "serving",
+    "server_settings", "jobs", "server_gate", "server_metrics", "server_routes", "server", "serving",
     "worker_settings", "delivery", "worker_sdxl", "startup", "handler", "worker_command", "widgets", "remote_cli", "cli",
 )
 

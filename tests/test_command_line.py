@@ -205,7 +205,10 @@ def test_an_interrupt_ends_a_long_generation(folder: Path) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
     arguments = ["generate", "a red circle", "--num-inference-steps", "150", "--num-images", "32", "-o", "never.png"]
-    process = subprocess.Popen([COMMAND, *arguments], cwd=folder, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background of a shell ignores interrupts
+    process = subprocess.Popen(
+        [COMMAND, *arguments], cwd=folder, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs, preexec_fn=heard,
+    )
     try:
         os.close(theirs)
         assert "denoise" in read_terminal(ours, until="denoise")

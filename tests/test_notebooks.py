@@ -29,8 +29,8 @@ def is_skipped(source: str, wanted: set[str]) -> bool:
 
 
 def kernel_env(wanted: set[str]) -> dict[str, str]:
-    "The environment of the kernel: nbdev_export() does nothing, two threads, no network unless asked for."
-    env = {**os.environ, "IN_TEST": "1", "OMP_NUM_THREADS": "2"}
+    "The environment of the kernel: nbdev_export() does nothing, no network unless asked for."
+    env = {**os.environ, "IN_TEST": "1"}
     if "network" not in wanted:
         env["HF_HUB_OFFLINE"] = "1"
     return env

@@ -179,7 +179,8 @@ class Client(_Base):
         body, deadline = request_body(request, fields), _deadline(timeout)
         if on_progress is not None:
             return self._watched(body, on_progress, deadline)
-        job, looks = self._do(self.target.run(body), timeout), 0
+        alone = timeout is None or isinstance(self.target, Server)  # a server notices when the connection is closed; RunPod has to be told, by the job's id
+        job, looks = self._do(self.target.run(body) if alone else self.target.submit(body), timeout), 0
         while job.result is None:
             self._wait_or_cancel(job.id, self._poll(looks), deadline)
             job, looks = self._do(self.target.job(job.id)), looks + 1
@@ -345,7 +346,8 @@ class AsyncClient(_Base):
             raise WaitTimeout("the time for this request is up") from None
 
     async def _run(self, body: dict[str, Any]) -> OpResult:
-        job, looks = await self._do(self.target.run(body)), 0
+        by_id = isinstance(self.target, RunPod)  # a server notices when the connection is closed; RunPod has to be told, by the job's id
+        job, looks = await self._do(self.target.submit(body) if by_id else self.target.run(body)), 0
         try:
             while job.result is None:
                 await asyncio.sleep(self._poll(looks))

@@ -191,7 +191,7 @@ class RunPod:
 
     endpoint_id: str
     api_key: str | None = field(default_factory=lambda: os.environ.get("RUNPOD_API_KEY"), repr=False)
-    url: str = "https://api.runpod.ai/v2"
+    url: str = field(default_factory=lambda: os.environ.get("RUNPOD_ENDPOINT_BASE_URL") or "https://api.runpod.ai/v2")
 
     @property
     def base(self) -> str:

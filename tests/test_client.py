@@ -1,0 +1,288 @@
+"""The Python client against a live server and against a RunPod endpoint: the same calls, in step and with await."""
+import asyncio
+import io
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from diffusion_workers.cli import main
+from diffusion_workers.diffusion_service import DiffusionService
+from diffusion_workers.image_metadata import read_metadata
+from diffusion_workers.model_store import Settings
+from diffusion_workers.tiny_models import write_tiny_model
+from ez_diffusion_client import AsyncClient, Client, Retries, RunPod, Server, image_bytes, pil_images, raise_for_status
+from ez_diffusion_client.errors import FAILURES, ConnectionLost, NotOffered, QueueFull, ServerUnreachable, Unauthorized, UnexpectedAnswer, UnknownModel, WaitTimeout
+from ez_diffusion_client.models import OpResult, OpStatus, ProgressEvent
+from live_server import live_server, serving
+from runpod_endpoint import API_KEY, Endpoint, endpoint_app
+
+SMALL = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2}
+ENDLESS = {"prompt": "a red circle", "num_inference_steps": 150, "num_images": 16, "width": 256, "height": 256}
+QUICK = Retries(attempts=3, first_pause=0.001, longest_pause=0.01)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionService]:
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder, "sd15", "tiny")
+    with DiffusionService(Settings(model_folders=(folder,), default_model="tiny"), device="cpu") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def url(service: DiffusionService) -> Iterator[str]:
+    with live_server(service, token="correct-horse") as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def endpoint(service: DiffusionService) -> Iterator[tuple[str, Endpoint]]:
+    made = Endpoint(service)
+    with serving(endpoint_app(made)) as address:
+        yield f"{address}/v2", made
+
+
+@pytest.fixture(params=["server", "runpod"])
+def target(request: pytest.FixtureRequest) -> Server | RunPod:
+    "Both of them; each test below holds for both."
+    if request.param == "server":
+        return Server(request.getfixturevalue("url"), token="correct-horse")
+    return RunPod("tested", api_key=API_KEY, url=request.getfixturevalue("endpoint")[0])
+
+
+# --- the same calls for both ------------------------------------------------
+
+def test_generate(target: Server | RunPod) -> None:
+    "The picture that the service makes, as bytes and as PIL; alone, watched, and with await."
+    with Client(target) as client:
+        alone = client.generate(SMALL)
+        events: list[ProgressEvent] = []
+        watched = client.generate(**SMALL, on_progress=events.append)
+
+    async def awaited() -> tuple[OpResult, OpResult, list[ProgressEvent]]:
+        told: list[ProgressEvent] = []
+
+        async def tell(event: ProgressEvent) -> None:
+            told.append(event)
+
+        async with AsyncClient(target) as client:
+            return await client.generate(SMALL), await client.generate(SMALL, on_progress=tell), told
+
+    first, second, told = asyncio.run(awaited())
+    assert {image_bytes(result)[0] for result in (alone, watched, first, second)} == {image_bytes(alone)[0]}
+    assert pil_images(alone)[0].size == (64, 64)
+    for seen in (events, told):
+        assert seen[-1].phase == "done" and seen[-1].result is not None
+
+
+def test_a_request_that_fails_is_a_result(target: Server | RunPod) -> None:
+    "It names the field, and `raise_for_status` makes an exception of it that says what it is."
+    with Client(target) as client:
+        for result in (client.generate(SMALL, model="nobody"), client.generate(SMALL, model="nobody", on_progress=lambda event: None)):
+            assert (result.status, result.errors[0].field) == ("unknown_model", "model")
+            with pytest.raises(UnknownModel) as caught:
+                raise_for_status(result)
+            assert caught.value.errors[0].given == "'nobody'"
+
+
+def test_submit_look_cancel(target: Server | RunPod, service: DiffusionService) -> None:
+    "A job by its id, until it is cancelled; the service is free again afterwards."
+    with Client(target) as client:
+        job = client.submit(ENDLESS)
+        assert client.job(job.id).result is None
+        assert client.cancel(job.id).id == job.id
+        last = list(client.events(job.id))[-1]
+        assert (last.phase, last.result.status) == ("cancelled", "cancelled")
+        assert client.generate(SMALL).status == "success"
+
+
+def test_time_that_is_up_stops_the_work(target: Server | RunPod) -> None:
+    "Whether somebody watches or not, in step or with await; what was asked for does not go on."
+    with Client(target) as client:
+        with pytest.raises(WaitTimeout):
+            client.generate(ENDLESS, timeout=0.5)
+        with pytest.raises(WaitTimeout):
+            client.generate(ENDLESS, timeout=0.5, on_progress=lambda event: None)
+
+    async def awaited() -> None:
+        async with AsyncClient(target) as client:
+            for on_progress in (None, lambda event: None):
+                with pytest.raises(WaitTimeout):
+                    await client.generate(ENDLESS, timeout=0.5, on_progress=on_progress)
+            assert (await client.generate(SMALL)).status == "success"  # would wait for minutes behind work that goes on
+
+    asyncio.run(awaited())
+
+
+def test_a_callback_that_raises_and_a_task_that_is_cancelled_stop_the_work(target: Server | RunPod) -> None:
+    "Both take the job with them."
+    def broken(event: ProgressEvent) -> None:
+        if event.step:
+            raise KeyboardInterrupt
+
+    with Client(target) as client:
+        with pytest.raises(KeyboardInterrupt):
+            client.generate(ENDLESS, on_progress=broken)
+        assert client.generate(SMALL).status == "success"
+
+    async def cancelled() -> None:
+        async with AsyncClient(target) as client:
+            running = asyncio.Event()
+            task = asyncio.ensure_future(client.generate(ENDLESS, on_progress=lambda event: running.set() if event.step else None))
+            await running.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await client.generate(SMALL)).status == "success"
+
+    asyncio.run(cancelled())
+
+
+def test_a_wrong_key_is_told(target: Server | RunPod) -> None:
+    wrong = Server(target.url, token="battery-staple") if isinstance(target, Server) else RunPod("tested", api_key="wrong", url=target.url)
+    with Client(wrong) as client, pytest.raises(Unauthorized):
+        client.submit(SMALL)
+
+
+def test_the_command_line_sends_elsewhere(target: Server | RunPod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    "The file holds the picture, with its receipt; a mistake has its exit code."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_WORKERS_TOKEN", "correct-horse")
+    monkeypatch.setenv("RUNPOD_API_KEY", API_KEY)
+    monkeypatch.setenv("RUNPOD_ENDPOINT_BASE_URL", target.url)
+    where = ["--url", target.url] if isinstance(target, Server) else ["--runpod", target.endpoint_id]
+    assert main(["generate", "a red circle", "--seed", "1", "--num-inference-steps", "2", *where, "-o", "out.png"]) == 0
+    assert read_metadata(tmp_path / "out.png").plan.seeds == [1]
+    assert main(["generate", "a red circle", "--model", "nobody", *where]) == 3
+    assert "there is no such model" in capsys.readouterr().err
+
+
+# --- of a server alone ------------------------------------------------------
+
+def test_what_else_a_server_is_asked(url: str) -> None:
+    "Plan, control map, models, memory, health; pictures as bytes, as files and as PIL images."
+    with Client(Server(url, "correct-horse")) as client:
+        picture = Image.new("RGB", (64, 64), "red")
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        hashes = {client.plan(SMALL, image=given).plan.image.sha256 for given in (picture, buffer.getvalue())}
+        assert len(hashes) == 1
+        assert client.preprocess(image=picture, preprocessing={"name": "canny"}).control_map.width == 64
+        assert client.models().default == "tiny"
+        assert client.memory_info().process_bytes > 0
+        assert client.health().state == "ready"
+    with Client(RunPod("tested", api_key=API_KEY)) as client, pytest.raises(NotOffered):
+        client.models()
+
+
+def test_events_are_taken_up_again(service: DiffusionService) -> None:
+    "A stream that breaks in the middle is opened again, and the result arrives."
+    with live_server(service) as (url, app), Client(url, retries=QUICK) as client:
+        job = client.submit(SMALL | {"num_inference_steps": 40})
+        broken, send = [], client._http._transport.handle_request
+
+        def breaking(request: httpx.Request) -> httpx.Response:
+            response = send(request)
+            if request.url.path.endswith("/events") and not broken:
+                broken.append(request)
+                response.close()
+                raise httpx.ReadError("the cable was pulled", request=request)
+            return response
+
+        client._http._transport.handle_request = breaking
+        events = list(client.events(job.id))
+        assert broken and events[-1].result.status == "success"
+
+
+# --- what is sent again, and what is not ------------------------------------
+
+def answering(*answers: httpx.Response | Exception) -> tuple[httpx.MockTransport, list[httpx.Request]]:
+    "A transport that gives these answers in turn, and the requests that it got."
+    left, got = list(answers), []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        got.append(request)
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return httpx.MockTransport(handle), got
+
+
+def refusal(http_status: int, status: str, retryable: bool = False) -> httpx.Response:
+    result = {"status": status, "errors": [{"code": status, "message": "so it is", "retryable": retryable}]}
+    return httpx.Response(http_status, json=result, headers={"Retry-After": "0"})
+
+
+DONE = {"status": "success"}
+HEALTHY = {"state": "ready", "version": "0"}
+generate: Callable[[Client], object] = lambda client: client.generate(SMALL)
+health: Callable[[Client], object] = lambda client: client.health()
+
+
+@pytest.mark.parametrize("call, first, last, sent", [
+    (generate, httpx.ConnectError("refused"), DONE, 2),  # was never sent
+    (generate, refusal(429, "queue_full", True), DONE, 2),  # was never begun
+    (generate, refusal(503, "cancelled", True), DONE, 2),  # waited while the server stopped
+    (health, httpx.ReadError("broke"), HEALTHY, 2),
+    (health, httpx.Response(502, text="bad gateway"), HEALTHY, 2),
+])
+def test_what_is_safe_is_sent_again(call, first, last, sent: int) -> None:
+    transport, got = answering(first, httpx.Response(200, json=last))
+    with Client(retries=QUICK, transport=transport) as client:
+        call(client)
+    assert len(got) == sent
+
+
+@pytest.mark.parametrize("call, first, error", [
+    (generate, httpx.ReadError("broke"), ConnectionLost),  # may have been carried out
+    (generate, httpx.ReadTimeout("slow"), WaitTimeout),
+    (generate, httpx.Response(502, text="bad gateway"), UnexpectedAnswer),
+    (health, httpx.Response(200, text="<html>another program</html>"), UnexpectedAnswer),
+    (health, httpx.ReadTimeout("slow"), WaitTimeout),
+])
+def test_what_is_not_safe_is_sent_once(call, first, error: type[Exception]) -> None:
+    transport, got = answering(first)
+    with Client(retries=QUICK, transport=transport) as client, pytest.raises(error):
+        call(client)
+    assert len(got) == 1
+
+
+def test_an_answer_that_is_final_is_returned_at_once() -> None:
+    "Nothing is tried again where trying again cannot help."
+    for answer in (refusal(503, "cancelled"), refusal(422, "invalid_request"), refusal(503, "out_of_memory", True), refusal(500, "internal_error")):
+        transport, got = answering(answer)
+        with Client(retries=QUICK, transport=transport) as client:
+            assert client.generate(SMALL).status != "success"
+        assert len(got) == 1
+
+
+def test_patience_ends() -> None:
+    "After the last attempt the error says what was tried."
+    transport, got = answering(*[httpx.ConnectError("refused")] * 3)
+    with Client("http://127.0.0.1:9", retries=QUICK, transport=transport) as client, pytest.raises(ServerUnreachable, match="http://127.0.0.1:9"):
+        client.generate(SMALL)
+    assert len(got) == 3
+    transport, got = answering(*[refusal(429, "queue_full", True)] * 3)
+    with Client(retries=QUICK, transport=transport) as client, pytest.raises(QueueFull):
+        client.submit(SMALL)
+
+
+def test_every_failure_has_an_exception() -> None:
+    assert set(FAILURES) == set(OpStatus) - {OpStatus.success}
+
+
+def test_many_threads_share_a_client(url: str) -> None:
+    results: list[OpResult] = []
+    with Client(Server(url, "correct-horse")) as client:
+        threads = [threading.Thread(target=lambda seed=seed: results.append(client.generate(SMALL, seed=seed))) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(result.generation.images[0].seed for result in results) == [0, 1, 2, 3]
