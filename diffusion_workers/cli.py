@@ -23,6 +23,7 @@ from typing import Any
 from .results import RequestError, describe_field, error_detail, error_line, failure, nearest_name, parse, request_error
 from .remote_cli import add_remote_options, is_remote, remote_generate
 from .serving import add_serve_options, command_serve
+from .worker_command import add_worker_options, command_worker
 from ez_diffusion_client.models import ControlNetUnit, ErrorCode, GenerationRequest, Lora, OpResult, OpStatus, Phase, PreprocessRequest, ProgressEvent
 
 # %% ../nbs/14_cli.ipynb #05f8560b
@@ -696,6 +697,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_replay(commands.add_parser("replay", help="make an image again from what it says about itself"))
     _add_train(commands.add_parser("train-shapes", help="train a built-in model, ControlNet or LoRA again"))
     add_serve_options(commands.add_parser("serve", help="run the local server"))
+    add_worker_options(commands.add_parser("worker", help="run the RunPod worker, or check how it is configured"))
     return parser
 
 # %% ../nbs/14_cli.ipynb #44c596a7
@@ -703,6 +705,7 @@ COMMANDS = {
     "generate": command_generate, "plan": command_plan, "models": command_models,
     "preprocess": command_preprocess, "preprocessors": command_preprocessors,
     "replay": command_replay, "train-shapes": command_train_shapes, "serve": command_serve,
+    "worker": command_worker,
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -26,6 +27,7 @@ try:
 except ImportError:  # Windows has no such module
     resource = None
 
+from .batching import BatchPolicy, SharedStop, SharedWatch, render_together, together
 from .control_detectors import PreprocessorStore
 from .control_nets import PreparedControl
 from .controlnet import preprocessor_list
@@ -36,8 +38,8 @@ from .model_store import Settings, load_manifests, model_list
 from .component_loading import pick_device
 from .pipeline_factory import PipelineFactory, module_bytes
 from .planning import make_plan
-from .rendering import MAX_BATCH, Inputs, OnProgress, StepWatch, StopSignal
-from .rendering import decode_inputs, generated_image, prepare_inputs, previewer_for, render, with_environment
+from .rendering import Inputs, OnProgress, Prepared, StopSignal
+from .rendering import decode_inputs, generated_image, prepare_inputs, previewer_for, with_environment
 from .results import failure, logger, parse, request_error
 from ez_diffusion_client.models import (
     ControlMap,
@@ -56,6 +58,7 @@ from ez_diffusion_client.models import (
     Phase,
     PreprocessRequest,
     ProgressEvent,
+    RequestWarning,
     Timings,
 )
 
@@ -66,6 +69,9 @@ class Generation:
     def __init__(self, request: GenerationRequest | None, on_progress: OnProgress | None = None):
         self.request, self.stop = request, StopSignal(request.timeout_seconds if request else None)
         self._on_progress, self._future = on_progress, Future()
+        self.plan: GenerationPlan | None = None  # once it is queued, as the pictures that it needs
+        self.inputs: Inputs | None = None
+        self.taken = False  # whether its work has begun, or is about to
         self.event = ProgressEvent(phase=Phase.queued)
         self.submitted = time.perf_counter()
 
@@ -111,11 +117,12 @@ class DiffusionService:
         *,
         device: str | None = None,  # overrides the settings
         image_policy: ImagePolicy = ImagePolicy(),  # which pictures a request may bring along
+        batching: BatchPolicy | None = None,  # which requests may be made together; None makes each alone
     ):
         self.settings = settings or Settings.from_environment()
         self.device = pick_device(device or self.settings.device)
         self.models = load_manifests(self.settings.model_folders, self.settings.default_model)
-        self.image_policy = image_policy
+        self.image_policy, self.batching = image_policy, batching
         self.preprocessors = PreprocessorStore(self.settings.annotator_folders, str(self.device))
         self.loras = LoraStore()
         self._factories: OrderedDict[str, PipelineFactory] = OrderedDict()  # the one used last at the end
@@ -319,13 +326,13 @@ def submit(
     try:
         request = as_request(request, fields)
         generation = Generation(request, on_progress)
-        plan, inputs = self.prepare(request)
+        generation.plan, generation.inputs = self.prepare(request)
         position = self._enqueue(generation)
     except Exception as exc:
         generation.finish(failure(exc, generation.request and generation.request.request_id))
         return generation
     generation.report(ProgressEvent(phase=Phase.queued, queue_position=position))
-    self._worker.submit(self._run, generation, plan, inputs)
+    self._worker.submit(self._run_next)
     return generation
 
 # %% ../nbs/08_diffusion_service.ipynb #04e69873
@@ -348,43 +355,103 @@ def generate(
 
 # %% ../nbs/08_diffusion_service.ipynb #45e8d5f4
 @patch
-def _run(self: DiffusionService, generation: Generation, plan: GenerationPlan, inputs: Inputs) -> None:
-    "Carry out a generation on the worker's thread; whatever happens, it gets a result."
-    request_id = generation.request.request_id
-    try:
-        with _device_locks[str(self.device)]:
-            result = self._carry_out(generation, plan, inputs)
-    except BaseException as exc:
-        result = failure(exc, request_id).model_copy(update={"plan": plan})
-        if result.status == OpStatus.out_of_memory and self.device.type == "cuda":
-            torch.cuda.empty_cache()
+def _finish(self: DiffusionService, generation: Generation, result: OpResult) -> None:
+    "Hand out a result, and tell those behind how far they have come."
+    if generation.done:
+        return
     with self._guard:
         self._waiting.remove(generation)
-        behind = list(enumerate(self._waiting))
-    generation.finish(result.model_copy(update={"request_id": request_id}))
-    for position, other in behind[1:]:
+        behind = [(position, other) for position, other in enumerate(self._waiting) if position and not other.taken]
+    generation.inputs = None
+    generation.finish(result.model_copy(update={"request_id": generation.request.request_id}))
+    for position, other in behind:
         other.report(ProgressEvent(phase=Phase.queued, queue_position=position))
+
+
+@patch
+def _fail(self: DiffusionService, generation: Generation, exc: BaseException) -> None:
+    self._finish(generation, failure(exc).model_copy(update={"plan": generation.plan}))
+
+# %% ../nbs/08_diffusion_service.ipynb #85c18090
+@patch
+def _next_group(self: DiffusionService) -> list[Generation]:  # empty when others have taken it along
+    "The request that has waited longest, with those that may share its batch."
+    waiting = lambda: [generation for generation in self._waiting if not generation.taken]
+    with self._guard:
+        oldest = next(iter(waiting()), None)
+    if oldest is not None and self.batching is not None:
+        time.sleep(max(0.0, oldest.submitted + self.batching.max_wait_seconds - time.perf_counter()))
+    with self._guard:
+        group = waiting()[:1] if self.batching is None else together(waiting(), self.batching)
+        for generation in group:
+            generation.taken = True
+    return group
+
+
+@patch
+def _run_next(self: DiffusionService) -> None:
+    "Carry out what is next, on the worker's thread."
+    if group := self._next_group():
+        self._run(group)
+
+# %% ../nbs/08_diffusion_service.ipynb #7b4b601d
+@patch
+def _run(self: DiffusionService, group: list[Generation]) -> None:
+    "Carry out generations that share a batch; whatever happens, each gets a result."
+    try:
+        with _device_locks[str(self.device)]:
+            self._carry_out(group)
+    except BaseException as exc:
+        left = [generation for generation in group if not generation.done]
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):  # of a context that is broken
+                torch.cuda.empty_cache()
+        if len(group) > 1:
+            logger.warning("a shared batch failed (%s); its %d requests are made alone", type(exc).__name__, len(left))
+        for generation in left:
+            self._fail(generation, exc) if len(group) == 1 else self._run([generation])
 
 # %% ../nbs/08_diffusion_service.ipynb #afd2229d
 @patch
-def _carry_out(self: DiffusionService, generation: Generation, plan: GenerationPlan, inputs: Inputs) -> OpResult:
-    "From a plan to a successful result; raises what goes wrong."
-    timings = Timings(queue_seconds=time.perf_counter() - generation.submitted)
-    generation.stop.check()
-    factory = self.factory(self.manifest(plan.model))
+def _loaded(self: DiffusionService, generation: Generation, timings: Timings) -> PipelineFactory:
+    "The pipelines of a plan, with their weights in memory."
+    factory = self.factory(self.manifest(generation.plan.model))
     if not factory.loaded:
         generation.report(ProgressEvent(phase=Phase.load))
         self._make_room(factory)
         factory.load()
         timings.load_seconds = factory.load_seconds
-        generation.stop.check()
-    generation.report(ProgressEvent(phase=Phase.encode, step=0))
-    previewer = previewer_for(factory, plan, generation.request.preview_interval)
-    watch = StepWatch(generation.stop, generation.report, chunks=-(-len(plan.seeds) // MAX_BATCH), previewer=previewer)
-    prepared = prepare_inputs(plan, inputs, self.preprocessors)
-    pictures, notes = render(factory, plan, prepared, watch, timings, self.loras)
+    return factory
+
+
+@patch
+def _carry_out(self: DiffusionService, group: list[Generation]) -> None:
+    "From plans to successful results; raises what goes wrong."
+    stop, began, timings = SharedStop(group, self._fail), time.perf_counter(), Timings()
+    stop.check()
+    factory = self._loaded(stop.live[0], timings)
+    stop.check()
+    members = list(stop.live)
+    for generation in members:
+        generation.report(ProgressEvent(phase=Phase.encode, step=0))
+    plans = [generation.plan for generation in members]
+    watch = SharedWatch(stop, [(g.report, len(g.plan.seeds), previewer_for(factory, g.plan, g.request.preview_interval)) for g in members])
+    prepared = prepare_inputs(plans[0], members[0].inputs, self.preprocessors)
+    made = render_together(factory, plans, prepared, watch, timings, self.loras)
     self._make_room(factory)
-    receipt = with_environment(plan, factory, notes)
+    for generation, (pictures, notes) in zip(members, made):
+        if not generation.done:
+            own = timings.model_copy(update={"queue_seconds": began - generation.submitted})
+            self._finish(generation, self._answer(generation, factory, prepared, pictures, notes, own))
+
+
+@patch
+def _answer(
+    self: DiffusionService, generation: Generation, factory: PipelineFactory, prepared: Prepared, pictures: list[Image.Image],
+    notes: list[RequestWarning], timings: Timings,
+) -> OpResult:  # fmt: skip
+    "Pictures as they go over the wire, with their receipt."
+    receipt = with_environment(generation.plan, factory, notes)
     images = [generated_image(picture, receipt, index) for index, picture in enumerate(pictures)]
     timings.total_seconds = time.perf_counter() - generation.submitted
     self._pictures_made += len(images)

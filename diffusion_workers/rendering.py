@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -207,6 +208,7 @@ def pipeline_arguments(
     plan: GenerationPlan,
     seeds: list[int],  # of this chunk
     prepared: Prepared,
+    texts: Mapping[str, list[str]] = MappingProxyType({}),  # field -> one text for each seed, where the images have texts of their own
 ) -> dict[str, Any]:
     "What the diffusers pipeline of a plan is called with."
     arguments = {
@@ -216,13 +218,16 @@ def pipeline_arguments(
     arguments |= {name: value for name in _OPTIONAL if (value := getattr(plan, name)) is not None}
     if plan.negative_prompt_2 and plan.negative_prompt is None:
         arguments["negative_prompt"] = ""  # without one, diffusers does not look at the second
+    if texts:
+        arguments |= {**texts, "num_images_per_prompt": 1}
+        arguments |= {"negative_prompt": [""] * len(seeds)} if arguments.get("negative_prompt") == "" else {}
     arguments |= size_arguments(plan.size_conditioning)
     if plan.task != Task.image_to_image or plan.control_kind != ControlKind.none or plan.family == ModelFamily.flux:
         arguments |= {"width": plan.width, "height": plan.height}
     if plan.task != Task.text_to_image:
-        arguments |= {"image": prepared.image, "strength": plan.strength}
+        arguments |= {"image": [prepared.image] * len(seeds), "strength": plan.strength}  # one each, so that each is encoded with numbers of its own seed
     if plan.task == Task.inpainting:
-        arguments["mask_image"] = prepared.mask
+        arguments["mask_image"] = [prepared.mask] * len(seeds)
     if plan.pipeline_class.startswith("FluxControl") and "ControlNet" not in plan.pipeline_class:
         return arguments | {"control_image": prepared.controls[0].map}
     return arguments | (control_arguments(plan, prepared.controls) if prepared.controls else {})
@@ -400,14 +405,15 @@ def render(
     watch: StepWatch,
     timings: Timings,  # is added to
     lora_store: LoraStore | None = None,  # keeps the LoRAs of earlier requests
+    texts: Mapping[str, list[str]] = MappingProxyType({}),  # field -> one text for each of at most MAX_BATCH seeds, where they differ
 ) -> tuple[list[Image.Image], list[RequestWarning]]:  # one image for each seed, and what had to be said
     "Carry out a plan."
     pictures, loras = [], request_loras(plan, factory, lora_store or LoraStore())
     pipe = factory.variant(plan.task, plan.control_kind)
     with quiet_libraries(), use_loras(pipe, loras) as lora_notes:
-        notes = [*text_notes(pipe, plan), *lora_notes]
+        notes = [*([] if texts else text_notes(pipe, plan)), *lora_notes]
         for first in range(0, len(plan.seeds), MAX_BATCH):
-            arguments, refine = pipeline_arguments(plan, plan.seeds[first : first + MAX_BATCH], prepared), None
+            arguments, refine = pipeline_arguments(plan, plan.seeds[first : first + MAX_BATCH], prepared, texts), None
             if plan.refiner is not None and plan.refiner.switch_at < 1:
                 refine = _refining(factory, plan, arguments, watch)
                 arguments["denoising_end"] = float(plan.refiner.switch_at)

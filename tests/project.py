@@ -10,11 +10,12 @@ MODULE_ORDER = (
     "results", "guarded_fetch", "images", "image_metadata", "manifest", "manifest_files", "model_store",
     "controlnet", "control_detectors", "addon_planning", "planning",
     "component_loading", "control_nets", "tiny_models", "pipeline_factory", "lora_keys", "lora_files", "lora", "acceleration",
-    "previews", "rendering", "diffusion_service",
+    "previews", "rendering", "batching", "diffusion_service",
     "shapes", "shapes_text", "training_loop", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_denoising",
     "shapes_controls", "shapes_control_training", "shapes_loras", "shapes_family",
     "shapes_evaluation", "shapes_cells", "benchmark",
-    "server_settings", "jobs", "server_gate", "server_metrics", "server_routes", "server", "serving", "handler", "widgets", "remote_cli", "cli",
+    "server_settings", "jobs", "server_gate", "server_metrics", "server_routes", "server", "serving",
+    "worker_settings", "delivery", "worker_sdxl", "startup", "handler", "worker_command", "widgets", "remote_cli", "cli",
 )
 
 # What may stand at the top level.

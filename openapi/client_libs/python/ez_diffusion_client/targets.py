@@ -138,6 +138,14 @@ def output_result(output: Any) -> OpResult | None:
     return None
 
 
+def error_result(error: Any) -> OpResult | None:
+    """The result that a failed job keeps as JSON text in its error; None where the error is something else."""
+    try:
+        return OpResult.model_validate_json(error) if isinstance(error, str) else None
+    except ValidationError:
+        return None
+
+
 def runpod_job(response: httpx.Response) -> Job:
     """A job in RunPod's words, as one of ours."""
     if response.status_code in (401, 403):
@@ -150,7 +158,7 @@ def runpod_job(response: httpx.Response) -> Job:
     status = told.get("status")
     if not isinstance(told.get("id"), str) or status not in _RUNPOD_STATES:
         raise UnexpectedAnswer(f"{response.request.url} answered {response.status_code} and no job: {response.text[:200]!r}")
-    result = output_result(told.get("output"))
+    result = output_result(told.get("output")) or (error_result(told.get("error")) if status == "FAILED" else None)
     if result is None and status in _RUNPOD_FAILURES:
         result = failed_result(_RUNPOD_FAILURES[status], str(told.get("error") or f"RunPod says {status}")[:1000])
     if result is None and status == "COMPLETED":
