@@ -13,7 +13,9 @@ MODULE_ORDER = (
     "rendering", "diffusion_service",
     "shapes", "shapes_text", "training_loop", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_denoising",
     "shapes_controls", "shapes_control_training", "shapes_loras",
-    "shapes_evaluation", "shapes_cells", "benchmark", "server", "handler", "widgets", "cli",
+    "shapes_evaluation", "shapes_cells", "benchmark", "server", "handler",
+    "mask_canvas", "picture_elements", "panel_runs", "picture_history", "reuse", "request_form", "addon_forms", "grids", "rich_display",
+    "control_panel", "widgets", "cli",
 )
 
 # What may stand at the top level.
