@@ -41,7 +41,7 @@ setup(
     ],
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["diffusion_workers", "diffusion_workers.*"]),
-    package_data={"diffusion_workers": ["model_loading/*.yaml", "builtin_models/**", "elements/*"]},
+    package_data={"diffusion_workers": ["model_loading/*.yaml", "builtin_models/**", "test_inputs/*.json", "web/**", "elements/*"]},
     install_requires=lines(settings["requirements"]),
     extras_require={extra: lines(settings[f"{extra}_requirements"]) for extra in ("controlnet", "notebook", "dev")},
     entry_points={

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import RequestError, describe_field, error_detail, error_line, failure, nearest_name, parse, request_error
+from .serving import add_serve_options, command_serve
 from ez_diffusion_client.models import ControlNetUnit, ErrorCode, GenerationRequest, Lora, OpResult, OpStatus, Phase, PreprocessRequest, ProgressEvent
 
 # %% ../nbs/14_cli.ipynb #05f8560b
@@ -672,13 +673,14 @@ def make_parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="as JSON")
     _add_replay(commands.add_parser("replay", help="make an image again from what it says about itself"))
     _add_train(commands.add_parser("train-shapes", help="train the built-in model again"))
+    add_serve_options(commands.add_parser("serve", help="run the local server"))
     return parser
 
 # %% ../nbs/14_cli.ipynb #44c596a7
 COMMANDS = {
     "generate": command_generate, "plan": command_plan, "models": command_models,
     "preprocess": command_preprocess, "preprocessors": command_preprocessors,
-    "replay": command_replay, "train-shapes": command_train_shapes,
+    "replay": command_replay, "train-shapes": command_train_shapes, "serve": command_serve,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ __all__ = ['PREPROCESSORS', 'ALL_FAMILIES', 'STABLE_DIFFUSION', 'MAX_WORKING_SID
            'tile_map', 'blur_map', 'gray_map', 'color_palette_map', 'low_quality_map', 'content_shuffle_map',
            'inpaint_mask_map', 'inpaint_condition', 'pass_through', 'check_preprocessing', 'preprocessing_parameters',
            'working_size', 'to_rgb', 'resize_map', 'make_map', 'fit_map', 'union_modes', 'union_mode_number', 'shown',
-           'infer_union_mode']
+           'infer_union_mode', 'preprocessor_list']
 
 # %% ../nbs/02c_controlnet.ipynb #3a00643c
 import math
@@ -19,7 +19,9 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from ez_diffusion_client.models import ErrorCode, ErrorDetail, ModelFamily, Preprocessing, ResizeMode, UnionModeName
+from ez_diffusion_client.models import (
+    ErrorCode, ErrorDetail, ModelFamily, ParameterKind, Preprocessing, PreprocessorInfo, PreprocessorParameter, ResizeMode, UnionModeName,
+)
 from PIL import Image, ImageFilter
 
 from .images import decode_image, resize_image, to_image_string
@@ -589,3 +591,20 @@ def infer_union_mode(
     "The mode that a preprocessor feeds; None when the net has learnt none for such maps."
     row, modes = PREPROCESSORS.get(preprocessing_name), union_modes(table)
     return next((mode for mode in row.union_modes if mode in modes), None) if row else None
+
+# %% ../nbs/02c_controlnet.ipynb #8f6f02e6
+def _parameter_info(parameter: Parameter) -> PreprocessorParameter:
+    kinds = {bool: ParameterKind.boolean, int: ParameterKind.integer, float: ParameterKind.number}
+    return PreprocessorParameter(
+        name=parameter.name, kind=kinds[type(parameter.default)], default=float(parameter.default),
+        minimum=parameter.low, maximum=parameter.high, description=parameter.meaning)
+
+
+def preprocessor_list() -> list[PreprocessorInfo]:
+    "What a client learns about the preprocessors: their maps, their parameters with bounds, and whether they need weights."
+    return [
+        PreprocessorInfo(
+            name=row.name, title=row.title, nets=row.nets, needs_mask=row.needs_mask, weights=row.weights if row.files else None,
+            union_modes=list(row.union_modes) or None, parameters=[_parameter_info(parameter) for parameter in row.parameters] or None)
+        for row in PREPROCESSORS.values()
+    ]

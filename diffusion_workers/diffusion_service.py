@@ -28,6 +28,7 @@ except ImportError:  # Windows has no such module
 
 from .control_detectors import PreprocessorStore
 from .control_nets import PreparedControl
+from .controlnet import preprocessor_list
 from .images import ImagePolicy, decode_image, decode_mask, image_facts, round_to_multiple, to_image_string
 from .lora import LoraStore
 from .manifest import COMPONENT_CLASSES, HubSource, ModelManifest
@@ -36,7 +37,7 @@ from .component_loading import pick_device
 from .pipeline_factory import PipelineFactory, module_bytes
 from .planning import make_plan
 from .rendering import MAX_BATCH, Inputs, OnProgress, StepWatch, StopSignal
-from .rendering import decode_inputs, generated_image, prepare_inputs, render, with_environment
+from .rendering import decode_inputs, generated_image, prepare_inputs, previewer_for, render, with_environment
 from .results import failure, logger, parse, request_error
 from ez_diffusion_client.models import (
     ControlMap,
@@ -378,7 +379,8 @@ def _carry_out(self: DiffusionService, generation: Generation, plan: GenerationP
         timings.load_seconds = factory.load_seconds
         generation.stop.check()
     generation.report(ProgressEvent(phase=Phase.encode, step=0))
-    watch = StepWatch(generation.stop, generation.report, chunks=-(-len(plan.seeds) // MAX_BATCH))
+    previewer = previewer_for(factory, plan, generation.request.preview_interval)
+    watch = StepWatch(generation.stop, generation.report, chunks=-(-len(plan.seeds) // MAX_BATCH), previewer=previewer)
     prepared = prepare_inputs(plan, inputs, self.preprocessors)
     pictures, notes = render(factory, plan, prepared, watch, timings, self.loras)
     self._make_room(factory)
@@ -393,8 +395,9 @@ def _carry_out(self: DiffusionService, generation: Generation, plan: GenerationP
 # %% ../nbs/08_diffusion_service.ipynb #aee01567
 @patch
 def list_models(self: DiffusionService) -> ModelList:
-    "The models that this service offers."
-    return model_list(self.models, [name for name, factory in list(self._factories.items()) if factory.loaded])
+    "The models that this service offers, and what draws control maps for them."
+    found = model_list(self.models, [name for name, factory in list(self._factories.items()) if factory.loaded])
+    return found.model_copy(update={"preprocessors": preprocessor_list()})
 
 
 def _device_memory(device: torch.device) -> DeviceMemory:

@@ -318,8 +318,6 @@ def text_warnings(request: GenerationRequest, manifest: ModelManifest, guidance:
     for field in ("negative_prompt", "negative_prompt_2"):
         if getattr(request, field) and scale <= 1:
             yield warning(f"a negative prompt does nothing while {name} is not above 1", field=field, given=f"{name} {scale:g}")
-    if request.preview_interval:
-        yield warning("this version sends no previews", field="preview_interval", given=request.preview_interval)
     for i, lora in enumerate(request.loras or []):
         words = resolve_lora(lora.name, manifest).trigger_words
         if words and not any(word.lower() in request.prompt.lower() for word in words):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_BATCH', 'OnProgress', 'PIXEL_PACKAGES', 'StopSignal', 'Inputs', 'decode_inputs', 'Prepared', 'prepare_inputs',
            'prepare_controls', 'largest_difference', 'size_arguments', 'pipeline_arguments', 'StepWatch',
-           'spatial_latents', 'decode_latents', 'render_chunk', 'cut_off_text', 'text_notes', 'request_loras', 'render',
-           'with_environment', 'generated_image']
+           'spatial_latents', 'previewer_for', 'decode_latents', 'render_chunk', 'cut_off_text', 'text_notes',
+           'request_loras', 'render', 'with_environment', 'generated_image']
 
 # %% ../nbs/07a_rendering.ipynb #5740eba1
 import base64
@@ -32,6 +32,7 @@ from .controlnet import PREPROCESSORS, fit_map, inpaint_condition
 from .lora import LoadedLora, LoraStore, use_loras
 from .addon_planning import ControlFacts, enabled_units, resolve_lora
 from .pipeline_factory import PipelineFactory, use_scheduler
+from .previews import Previewer, preview_maker
 from .results import request_error, warning
 from ez_diffusion_client.models import (
     Environment,
@@ -235,8 +236,9 @@ class StepWatch:
         stop: StopSignal,
         on_progress: OnProgress,
         chunks: int = 1,  # how many times the pipeline will run
+        previewer: Previewer | None = None,  # makes the previews in the events
     ):
-        self.stop, self.on_progress, self.chunks = stop, on_progress, chunks
+        self.stop, self.on_progress, self.chunks, self.previewer = stop, on_progress, chunks, previewer
         self.step, self.durations = 0, []
         self.began = self._last = 0.0
 
@@ -268,7 +270,8 @@ class StepWatch:
         self.stop.check()
         total, pace = pipe.num_timesteps * self.chunks, self.seconds_per_step
         left = pace * max(0, total - self.step)
-        self.on_progress(ProgressEvent(phase=Phase.denoise, step=self.step, total_steps=total, seconds_per_step=pace, seconds_left=left))
+        preview = self.previewer and self.previewer(self.step, sum(self.durations), tensors["latents"])
+        self.on_progress(ProgressEvent(phase=Phase.denoise, step=self.step, total_steps=total, seconds_per_step=pace, seconds_left=left, preview=preview))
         return tensors
 
 # %% ../nbs/07a_rendering.ipynb #6c6ad3f1
@@ -279,6 +282,18 @@ def spatial_latents(
 ) -> torch.Tensor:  # (B, C, H/8, W/8)
     "Latents as a picture; Flux has them as a row of patches."
     return pipe._unpack_latents(latents, plan.height, plan.width, pipe.vae_scale_factor) if plan.family == ModelFamily.flux else latents
+
+
+def previewer_for(
+    factory: PipelineFactory,
+    plan: GenerationPlan,
+    interval: int,  # steps between two previews; 0 is none
+) -> Previewer | None:
+    "What makes the previews of a plan."
+    if not interval:
+        return None
+    pipe = factory.variant(plan.task, plan.control_kind)
+    return Previewer(interval, preview_maker(pipe.vae), (plan.width, plan.height), lambda latents: spatial_latents(pipe, latents[:1], plan))
 
 
 def decode_latents(

@@ -1,7 +1,10 @@
-"""The command line options of the test run, and its share of the processors."""
+"""The command line options of the test run, its share of the processors, and the server that several tests share."""
 import os
+from collections.abc import Iterator
 
 import pytest
+
+from server_process import running_server
 
 # Workers that run side by side share the processors: more threads than processors slow each other down many times over.
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
@@ -24,3 +27,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    "The address of a running server."
+    with running_server() as url:
+        yield url

@@ -10,12 +10,13 @@ MODULE_ORDER = (
     "results", "guarded_fetch", "images", "image_metadata", "manifest", "manifest_files", "model_store",
     "controlnet", "control_detectors", "addon_planning", "planning",
     "component_loading", "control_nets", "tiny_models", "pipeline_factory", "lora_keys", "lora_files", "lora", "acceleration",
-    "rendering", "diffusion_service",
+    "previews", "rendering", "diffusion_service",
     "shapes", "shapes_text", "training_loop", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_denoising",
     "shapes_controls", "shapes_control_training", "shapes_loras",
-    "shapes_evaluation", "shapes_cells", "benchmark", "server", "handler",
-    "mask_canvas", "picture_elements", "panel_runs", "picture_history", "reuse", "request_form", "addon_forms", "grids", "rich_display",
-    "control_panel", "widgets", "cli",
+    "shapes_evaluation", "shapes_cells", "benchmark",
+    "server_settings", "jobs", "server_gate", "server_metrics", "server", "serving", "handler",
+    "mask_canvas", "picture_elements", "panel_runs", "reuse", "picture_history", "request_form", "addon_forms", "panel_stage", "grids",
+    "control_panel", "widgets", "remote_cli", "cli",
 )
 
 # What may stand at the top level.

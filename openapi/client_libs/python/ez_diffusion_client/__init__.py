@@ -1,5 +1,25 @@
-"""The requests and responses of diffusion_workers, generated from openapi/ez_diffusion_api.yaml."""
+"""The requests and responses of diffusion_workers, and a client for its local server and its RunPod worker."""
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import models
 from ._version import __version__
 
-__all__ = ["__version__", "models"]
+if TYPE_CHECKING:
+    from .client import AsyncClient, Client, Retries
+    from .errors import ClientError, RequestFailed, raise_for_status
+    from .pictures import image_bytes, pil_images
+    from .targets import RunPod, Server
+
+# A program that only builds requests does not read httpx: these come when they are first asked for.
+_HOMES = {
+    "AsyncClient": "client", "Client": "client", "Retries": "client", "ClientError": "errors", "RequestFailed": "errors",
+    "raise_for_status": "errors", "image_bytes": "pictures", "pil_images": "pictures", "RunPod": "targets", "Server": "targets",
+}
+__all__ = ["__version__", "models", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1140,6 +1140,44 @@ class ModelInfo(BaseModel):
     controlnets: list[ControlNetInfo] | None = None
 
 
+class ParameterKind(StrEnum):
+    boolean = "boolean"
+    integer = "integer"
+    number = "number"
+
+
+class PreprocessorParameter(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    name: StrictStr
+    kind: ParameterKind
+    default: Annotated[
+        StrictFloat, Field(description="1 and 0 stand for true and false")
+    ]
+    minimum: StrictFloat | None = None
+    maximum: StrictFloat | None = None
+    description: StrictStr | None = None
+
+
+class PreprocessorInfo(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    name: StrictStr
+    title: Annotated[StrictStr, Field(description="What the map shows")]
+    nets: Annotated[
+        StrictStr | None, Field(description="The ControlNets that expect such a map")
+    ] = None
+    needs_mask: StrictBool = False
+    weights: Annotated[
+        StrictStr | None,
+        Field(description="Where its weights come from; absent where it needs none"),
+    ] = None
+    union_modes: list[UnionModeName] | None = None
+    parameters: list[PreprocessorParameter] | None = None
+
+
 class ModelList(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -1148,6 +1186,10 @@ class ModelList(BaseModel):
         StrictStr, Field(description="The model of a request that names none")
     ]
     models: list[ModelInfo]
+    preprocessors: Annotated[
+        list[PreprocessorInfo] | None,
+        Field(description="What can turn a picture into a control map"),
+    ] = None
 
 
 class OpResult(BaseModel):

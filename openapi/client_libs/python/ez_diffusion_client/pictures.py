@@ -1,0 +1,71 @@
+"""Pictures on their way in and out: bytes, files, and PIL images where Pillow is installed."""
+import base64
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from .models import GenerationRequest, OpResult
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_FIELDS = ("image", "mask_image")
+
+
+def picture_text(
+    value: Any,  # text of the API as it is; bytes of a file, a pathlib.Path or a PIL image
+) -> Any:
+    """The picture as base64 text; what is no picture is left for the server to judge."""
+    if isinstance(value, Path):
+        value = value.read_bytes()
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return base64.b64encode(value).decode()
+    if hasattr(value, "save") and hasattr(value, "getbands"):  # a PIL image, without importing Pillow
+        buffer = io.BytesIO()
+        value.save(buffer, "PNG")
+        return base64.b64encode(buffer.getvalue()).decode()
+    return value
+
+
+def _with_text(body: dict[str, Any]) -> dict[str, Any]:
+    body = body | {name: picture_text(body[name]) for name in _FIELDS if name in body}
+    if isinstance(body.get("controlnets"), (list, tuple)):
+        body["controlnets"] = [_with_text(plain(unit)) if isinstance(unit, (dict, BaseModel)) else unit for unit in body["controlnets"]]
+    return body
+
+
+def plain(value: Any) -> Any:
+    """A model as what JSON has; anything else as it is."""
+    return value.model_dump(mode="json", exclude_unset=True) if isinstance(value, BaseModel) else value
+
+
+def request_body(
+    request: GenerationRequest | dict[str, Any] | str | bytes | None,  # as an object, a dict or JSON
+    fields: dict[str, Any],  # set or override single fields
+) -> dict[str, Any]:
+    """What is sent for a request; the server checks it."""
+    given = json.loads(request) if isinstance(request, (str, bytes)) else plain(request)
+    if not isinstance(given, dict | None):
+        raise TypeError(f"a request is an object with named fields, not a {type(given).__name__}")
+    merged = (given or {}) | {name: plain(value) for name, value in fields.items()}
+    return _with_text(merged)
+
+
+def image_bytes(
+    result: OpResult,  # of a generation
+) -> list[bytes]:
+    """The files of the images, in the format that was asked for; a `RequestFailed` where there are none because it failed."""
+    from .errors import raise_for_status
+
+    made = raise_for_status(result).generation
+    return [base64.b64decode(image.image) for image in made.images] if made else []
+
+
+def pil_images(result: OpResult) -> "list[Image.Image]":
+    """The images for Pillow, which has to be installed."""
+    from PIL import Image
+
+    return [Image.open(io.BytesIO(data)) for data in image_bytes(result)]

@@ -1,0 +1,44 @@
+import type { ErrorDetail, OpResult } from './generated/index.js';
+
+/** What an operation of this package resolves to. */
+export type Answer<Data> = { data?: Data | undefined; error?: unknown; response?: Response | undefined };
+
+/** An operation that did not succeed; `result` says why, field by field. */
+export class OperationError extends Error {
+  override readonly name = 'OperationError';
+  readonly result: OpResult;
+  /** The HTTP status, absent when no answer came */
+  readonly httpStatus: number | undefined;
+
+  constructor(result: OpResult, httpStatus?: number, options?: ErrorOptions) {
+    super(result.errors?.map(errorLine).join('; ') || result.message || result.status, options);
+    this.result = result;
+    this.httpStatus = httpStatus;
+  }
+}
+
+function errorLine(error: ErrorDetail): string {
+  return error.field ? `${error.field}: ${error.message}` : error.message;
+}
+
+/** The answer of a server that is none of ours, or none at all, as an OpResult. */
+function strangeResult(answer: Answer<unknown>): OpResult {
+  const said = answer.error instanceof Error ? answer.error.message : String(answer.error);
+  const message = answer.response ? `the server answered ${answer.response.status} and no OpResult` : `the server cannot be reached: ${said}`;
+  return { status: 'internal_error', message, errors: [{ code: 'internal_error', message, retryable: !answer.response }] };
+}
+
+export function isOpResult(value: unknown): value is OpResult {
+  return typeof value === 'object' && value !== null && typeof (value as OpResult).status === 'string' && !('phase' in value);
+}
+
+/** The data of an answer; an OperationError where it has none, or where it is an OpResult that tells of a failure. */
+export async function orThrow<Data>(asked: Answer<Data> | Promise<Answer<Data>>): Promise<NonNullable<Data>> {
+  const answer = await asked;
+  const failed = isOpResult(answer.error) ? answer.error : isOpResult(answer.data) && answer.data.status !== 'success' ? answer.data : undefined;
+  if (failed) throw new OperationError(failed, answer.response?.status);
+  if (answer.data === undefined || answer.data === null) {
+    throw new OperationError(strangeResult(answer), answer.response?.status, { cause: answer.error });
+  }
+  return answer.data;
+}

@@ -1,0 +1,164 @@
+/** The client against a live server, whose address is in DIFFUSION_WORKERS_URL; nothing here is a stand-in for the server. */
+import assert from 'node:assert/strict';
+import { after, before, test } from 'node:test';
+import {
+  cancelJob, connect, createJob, generate, getJob, health, isLast, listModels, OperationError, orThrow, plan, preprocess, runJob, watchJob,
+  type Client, type GenerationRequest, type OpResult, type ProgressEvent,
+} from 'ez-diffusion-client';
+import { startEndpoint, type EndpointDouble } from './runpod_endpoint.js';
+
+const url = process.env['DIFFUSION_WORKERS_URL'];
+if (!url) throw new Error('DIFFUSION_WORKERS_URL must hold the address of a running server');
+
+const body: GenerationRequest = { model: 'shapes-sd15', prompt: 'a red circle on a white background', num_inference_steps: 4, seed: 7 };
+const long: GenerationRequest = { ...body, num_inference_steps: 1000 };
+const PNG = 'iVBORw0KGgo';
+const server = connect({ baseUrl: url });
+let endpoint: EndpointDouble;
+let runpod: Client;
+
+before(async () => {
+  endpoint = await startEndpoint(url);
+  runpod = connect({ runpod: { endpointId: 'shapes', apiKey: endpoint.apiKey, baseUrl: endpoint.baseUrl, pollInterval: 50 } });
+});
+after(() => endpoint.close());
+
+function onlyImage(result: OpResult): string {
+  assert.equal(result.status, 'success');
+  assert.equal(result.generation?.images.length, 1);
+  return result.generation?.images[0]?.image ?? '';
+}
+
+/** The compressed pixels of a PNG, without the receipt beside them. */
+function pixels(image: string): string {
+  const file = Buffer.from(image, 'base64');
+  const parts: Buffer[] = [];
+  for (let at = 8; at < file.length; at += 12 + file.readUInt32BE(at)) {
+    if (file.toString('latin1', at + 4, at + 8) === 'IDAT') parts.push(file.subarray(at + 8, at + 8 + file.readUInt32BE(at)));
+  }
+  assert.ok(parts.length > 0);
+  return Buffer.concat(parts).toString('base64');
+}
+
+async function failure(work: Promise<unknown>): Promise<OpResult> {
+  const error = await work.then(() => assert.fail('it succeeded'), (reason: unknown) => reason);
+  assert.ok(error instanceof OperationError, String(error));
+  return error.result;
+}
+
+async function eventsOf(client: Client, request: GenerationRequest): Promise<ProgressEvent[]> {
+  const job = await orThrow(createJob({ client, body: request }));
+  const events: ProgressEvent[] = [];
+  for await (const event of watchJob({ client, jobId: job.id })) events.push(event);
+  return events;
+}
+
+test('the server says what it offers', async () => {
+  const models = await orThrow(listModels({ client: server }));
+  assert.ok(models.models.some((model) => model.name === 'shapes-sd15'));
+  assert.ok((await orThrow(health({ client: server }))).version);
+});
+
+test('a dry run says what would be done', async () => {
+  const result = await orThrow(plan({ client: server, body }));
+  assert.deepEqual([result.plan?.task, result.plan?.seeds, result.plan?.num_inference_steps], ['text_to_image', [7], 4]);
+});
+
+test('a picture becomes a control map', async () => {
+  const image = onlyImage(await orThrow(generate({ client: server, body })));
+  const result = await orThrow(preprocess({ client: server, body: { image, preprocessing: { name: 'canny', parameters: { low_threshold: 50, high_threshold: 100 } } } }));
+  assert.ok(result.control_map?.image.startsWith(PNG));
+  assert.deepEqual([result.control_map?.width, result.control_map?.height], [128, 128]);
+});
+
+test('server-sent events tell of every step, and the last one has the result', async () => {
+  const events = await eventsOf(server, { ...body, preview_interval: 1 });
+  const found = events.filter((event) => event.phase === 'denoise').map((event) => event.step ?? 0);
+  assert.ok(found.length >= 1, JSON.stringify(events.map((event) => [event.phase, event.step])));
+  assert.deepEqual(found, [...found].sort((a, b) => a - b));
+  const last = events.at(-1);
+  assert.equal(last?.phase, 'done');
+  assert.ok(last?.result && onlyImage(last.result).startsWith(PNG));
+});
+
+test('a job that is not there is an error, and is asked for once', async () => {
+  let asked = 0;
+  const counting = connect({ baseUrl: url, fetch: (input, init) => (asked++, fetch(input, init)) });
+  const watch = async () => {
+    for await (const event of watchJob({ client: counting, jobId: 'nobody' })) assert.fail(event.phase);
+  };
+  assert.equal((await failure(watch())).status, 'not_found');
+  assert.equal(asked, 2, 'its events, then itself');
+});
+
+test('events go on after the connection broke', async () => {
+  let streams = 0;
+  const breaking = connect({
+    baseUrl: url,
+    fetch: async (input, init) => {
+      const request = new Request(input, init);
+      if (request.url.endsWith('/events') && streams++ === 0) throw new TypeError('the connection broke');
+      return fetch(request);
+    },
+  });
+  const events = await eventsOf(breaking, body);
+  assert.equal(streams, 2);
+  assert.equal(events.at(-1)?.phase, 'done');
+});
+
+test('a server that is not there is an error, too', async () => {
+  const nowhere = connect({ baseUrl: 'http://127.0.0.1:9' });
+  const result = await failure(orThrow(health({ client: nowhere })));
+  assert.match(result.message ?? '', /cannot be reached/);
+});
+
+for (const [name, client] of [['the server', () => server], ['a RunPod endpoint', () => runpod]] as const) {
+  test(`${name}: a picture, and the same one again`, async () => {
+    const [first, second] = [await orThrow(generate({ client: client(), body })), await runJob({ client: client(), body })];
+    assert.ok(onlyImage(first).startsWith(PNG));
+    assert.equal(second.generation?.images[0]?.seed, 7);
+    assert.deepEqual(pixels(onlyImage(second)), pixels(onlyImage(first)));
+  });
+
+  test(`${name}: mistakes name their fields`, async () => {
+    const result = await failure(orThrow(generate({ client: client(), body: { ...body, width: 100, strength: 0.5 } })));
+    assert.ok(result.errors?.some((error) => error.field === 'width' && error.code === 'not_a_multiple'), JSON.stringify(result));
+    assert.equal((await failure(runJob({ client: client(), body: { ...body, model: 'nobody' } }))).status, 'unknown_model');
+  });
+
+  test(`${name}: an abort cancels the job`, async () => {
+    const stopping = new AbortController();
+    const phases = new Set<string>();
+    const running = runJob({
+      client: client(), body: long, signal: stopping.signal,
+      onProgress: (event) => (phases.add(event.phase), event.phase === 'denoise' && stopping.abort()),
+    });
+    assert.equal((await failure(running)).status, 'cancelled');
+    assert.ok(phases.has('denoise') && !phases.has('done'));
+  });
+
+  test(`${name}: a job can be looked at and cancelled by its id`, async () => {
+    const job = await orThrow(createJob({ client: client(), body: long }));
+    const path = { job_id: job.id };
+    assert.ok(['queued', 'running'].includes((await orThrow(getJob({ client: client(), path }))).state));
+    await orThrow(cancelJob({ client: client(), path }));
+    let last: ProgressEvent | undefined;
+    for await (const event of watchJob({ client: client(), jobId: job.id })) last = event;
+    assert.ok(last && isLast(last));
+    assert.equal(last.phase, 'cancelled');
+    assert.equal((await orThrow(getJob({ client: client(), path }))).state, 'cancelled');
+  });
+}
+
+test('RunPod: a wrong key is unauthorized, and what an endpoint does not offer is said', async () => {
+  const stranger = connect({ runpod: { endpointId: 'shapes', apiKey: 'wrong', baseUrl: endpoint.baseUrl } });
+  assert.equal((await failure(orThrow(generate({ client: stranger, body })))).status, 'unauthorized');
+  assert.match((await failure(orThrow(listModels({ client: runpod })))).message ?? '', /no GET \/models/);
+});
+
+test('RunPod: steps come through the stream', async () => {
+  const events = await eventsOf(runpod, body);
+  assert.ok(events.some((event) => event.phase === 'denoise'), JSON.stringify(events.map((event) => event.phase)));
+  assert.equal(events.filter(isLast).length, 1);
+  assert.deepEqual([...new Set(endpoint.paths())].sort(), ['cancel', 'run', 'status', 'stream']);
+});

@@ -1,0 +1,62 @@
+"""The real server as a process of its own, for the tests that need one."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from project import ROOT
+
+NO_SKIPS = "DIFFUSION_WORKERS_NO_SKIPS"
+SERVE = "import sys; from diffusion_workers.cli import main; sys.exit(main(sys.argv[1:]))"
+PATIENCE = 300  # seconds; a busy machine may need them
+
+
+def needs(found: object, what: str) -> None:
+    "Skip the test where something it needs is not installed; fail it where nothing may be skipped."
+    if found:
+        return
+    if os.environ.get(NO_SKIPS):
+        pytest.fail(f"{what}, and {NO_SKIPS} is set")
+    pytest.skip(what)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=30) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+@contextmanager
+def running_server() -> Iterator[str]:
+    "Start the server with the built-in models on a free port, and give its address once it has made a picture."
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen([sys.executable, "-c", SERVE, "serve", "--port", "0"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline, url = time.monotonic() + PATIENCE, None
+            while not (url and is_ready(url)):
+                log.seek(0)
+                said = log.read()
+                assert process.poll() is None, f"the server ended at once:\n{said}"
+                assert time.monotonic() < deadline, f"the server is not ready after {PATIENCE} s:\n{said}"
+                found = re.search(r"starting on (http://\S+?),", said)
+                url = found and found[1]
+                time.sleep(0.2)
+            yield url
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -1,0 +1,282 @@
+"""The page in a real Chromium, on the real server with the built-in model."""
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from ez_diffusion_client import Client, image_bytes
+from PIL import Image, ImageChops, ImageDraw
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from diffusion_workers.image_metadata import read_metadata
+from server_process import PATIENCE, needs
+
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]
+PROMPT = "a red circle left of a blue square on a white background"
+
+
+# --- a browser, and hands to use it -----------------------------------------
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    needs(CHROMIUM, "Chromium is not installed: apt-get install -y chromium")
+    expect.set_options(timeout=PATIENCE * 1000)
+    with sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Browser, server: str) -> Iterator[Page]:
+    "The page with nothing in its storage; what it writes to the console as an error fails the test."
+    context = browser.new_context(viewport={"width": 1280, "height": 860}, permissions=["clipboard-read", "clipboard-write"])
+    context.set_default_timeout(PATIENCE * 1000)
+    shown, complaints = context.new_page(), []
+    shown.on("pageerror", lambda error: complaints.append(str(error)))
+    open_page(shown, server)
+    yield shown
+    context.close()
+    assert not complaints
+
+
+def open_page(page: Page, server: str) -> None:
+    page.goto(server)
+    page.wait_for_selector("html[data-ready]", state="attached")
+
+
+def fill(page: Page, **fields: object) -> None:
+    for name, value in fields.items():
+        page.fill(f'[data-path="{name}"]', str(value))
+
+
+def unfold(page: Page, title: str) -> None:
+    page.locator("details.section", has_text=title).evaluate("section => { section.open = true }")
+
+
+def choose_picture(page: Page, path: str, picture: Image.Image) -> None:
+    page.set_input_files(f'[data-picture="{path}"]', {"name": "picture.png", "mimeType": "image/png", "buffer": png(picture)})
+
+
+def generate(page: Page, count: int = 1) -> bytes:
+    "Press the button, wait until the gallery has `count` pictures, and give the file that is shown."
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".thumbs li")).to_have_count(count)
+    return shown_file(page)
+
+
+def shown_file(page: Page) -> bytes:
+    "The file of the picture on the stage."
+    expect(page.locator(".frame > img[src^='blob:']")).to_be_visible()
+    read = """async image => {
+        const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
+        return btoa(String.fromCharCode(...bytes));
+    }"""
+    return base64.b64decode(page.locator(".frame > img").evaluate(read))
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pixels(file: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), dtype=int)
+
+
+def scene() -> Image.Image:
+    "A red circle on white, left of the middle."
+    picture = Image.new("RGB", (128, 128), (245, 245, 245))
+    ImageDraw.Draw(picture).ellipse((20, 48, 52, 80), fill=(220, 30, 30))
+    return picture
+
+
+# --- what the issue asks of the page ----------------------------------------
+
+def test_make(page: Page, server: str) -> None:
+    "From a prompt to a picture, with a live preview on the way; the picture is as it was told, and still there after a reload."
+    fill(page, prompt=PROMPT, num_inference_steps=150, seed=3, preview_interval=1)
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".frame img[alt^='Preview']")).to_be_visible()
+    expect(page.locator(".progress .state")).to_have_text(re.compile(r"Step \d+ of 150"))
+    expect(page.locator(".thumbs li")).to_have_count(1)
+    plan = read_metadata(shown_file(page)).plan
+    assert (plan.prompt, plan.seeds, plan.num_inference_steps) == (PROMPT, [3], 150)
+    made = pixels(shown_file(page))
+    red, blue = [(made[..., own] > made[..., other] + 60).nonzero()[1] for own, other in ((0, 2), (2, 0))]
+    assert red.size > 100 and blue.size > 100 and red.mean() < blue.mean(), "no red thing left of a blue one"
+
+    page.reload()
+    expect(page.locator(".thumbs li")).to_have_count(1)
+    expect(page.locator("[data-path=prompt]")).to_have_value(PROMPT)
+    page.locator(".thumbs button").click()
+    assert read_metadata(shown_file(page)).plan == plan
+
+
+def test_cancel(page: Page) -> None:
+    fill(page, prompt=PROMPT, num_inference_steps=1000)
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".progress .state")).to_have_text(re.compile(r"Step \d+ of 1000"))
+    page.keyboard.press("Escape")
+    expect(page.locator(".status")).to_have_text("Cancelled.")
+    expect(page.locator(".progress")).to_have_count(0)
+    expect(page.locator(".thumbs li")).to_have_count(0)
+    fill(page, num_inference_steps=2)
+    assert read_metadata(generate(page)).plan.num_inference_steps == 2
+
+
+def test_inpaint_with_a_painted_mask(page: Page) -> None:
+    fill(page, prompt=PROMPT, num_inference_steps=20, seed=1)
+    unfold(page, "Image and mask")
+    choose_picture(page, "image", scene())
+    page.get_by_role("button", name="Paint mask").click()
+    box = page.locator(".mask-picture canvas").bounding_box()
+    page.locator(".brush input").fill("30")
+    across = [box["x"] + box["width"] * part for part in (0.7, 0.75, 0.8)]
+    page.mouse.move(across[0], box["y"] + box["height"] * 0.35)
+    page.mouse.down()
+    for x in across:
+        page.mouse.move(x, box["y"] + box["height"] * 0.65, steps=4)
+        page.mouse.move(x, box["y"] + box["height"] * 0.35, steps=4)
+    page.mouse.up()
+    page.get_by_role("button", name="Done").click()
+    mask = page.locator("img[alt^='Mask']")
+    painted = np.asarray(Image.open(io.BytesIO(base64.b64decode(mask.get_attribute("src").split(",")[1]))).convert("L"))
+    assert painted.shape == (128, 128) and painted[64, 96] == 255 and painted[64, 30] == 0
+    fill(page, **{"inpaint.mask_blur": 0})
+    file = generate(page)
+    assert read_metadata(file).plan.task == "inpainting"
+    changed = np.abs(pixels(file) - np.asarray(scene(), dtype=int)).max(axis=2)
+    assert changed[painted == 0].max() == 0, "what was not painted has changed"
+    assert changed[painted == 255].mean() > 20, "what was painted has not changed"
+
+
+def test_control(page: Page) -> None:
+    "The map is shown before anything is made, it is the one that the server draws, and it guides the picture."
+    fill(page, prompt="a red circle on a white background", num_inference_steps=20, seed=1)
+    unfold(page, "ControlNet")
+    page.get_by_role("button", name="Add a control").click()
+    choose_picture(page, "controlnets[0].image", scene())
+    shown = page.get_by_alt_text("Control map by canny")
+    expect(shown).to_be_visible()
+    edges = pixels(base64.b64decode(shown.get_attribute("src").split(",")[1]))
+    assert set(np.unique(edges)) == {0, 255} and 50 < (edges[..., 0] > 0).sum() < 1000
+    plan = read_metadata(generate(page)).plan
+    assert (plan.control_kind, plan.controlnets[0].preprocessing.name) == ("single", "canny")
+    made = pixels(shown_file(page))
+    red = (made[..., 0] > made[..., 2] + 60) & (made[..., 0] > made[..., 1] + 60)
+    wanted = np.asarray(scene(), dtype=int)[..., 1] < 100
+    assert (red & wanted).sum() / max((red | wanted).sum(), 1) > 0.5, "the circle is not where the map has it"
+
+
+def test_restore_from_png(page: Page, server: str) -> None:
+    "A picture that was made elsewhere is dropped on the page, which then makes the very same pixels again."
+    with Client(server) as client:
+        original = image_bytes(client.generate(prompt="a green star on a navy background", seed=11, num_inference_steps=7, guidance_scale=2.5, scheduler="euler"))[0]
+    drop = """([page, data]) => {
+        const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
+        const carried = new DataTransfer();
+        carried.items.add(new File([bytes], 'star.png', { type: 'image/png' }));
+        document.querySelector(page).dispatchEvent(new DragEvent('drop', { dataTransfer: carried, bubbles: true, cancelable: true }));
+    }"""
+    page.evaluate(drop, [".stage", base64.b64encode(original).decode()])
+    expect(page.locator(".status")).to_have_text("Settings restored.")
+    for name, value in {"prompt": "a green star on a navy background", "seed": "11", "num_inference_steps": "7", "guidance_scale": "2.5", "scheduler": "euler"}.items():
+        expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
+    assert (pixels(generate(page)) == pixels(original)).all()
+
+
+def test_error_at_the_field(page: Page) -> None:
+    "An error stands at the field that caused it, is told to screen readers, takes the focus, and leaves when the field is mended."
+    fill(page, prompt=PROMPT, num_inference_steps=2, width=100)
+    unfold(page, "Image and mask")
+    page.get_by_role("button", name="Generate").click()
+    width = page.locator("[data-path=width]")
+    expect(width).to_have_attribute("aria-invalid", "true")
+    expect(width).to_be_focused()
+    told = [page.locator(f"id={name}").inner_text() for name in width.get_attribute("aria-describedby").split()]
+    assert any("multiple of 8" in text for text in told), told
+    expect(page.locator("[aria-invalid=true]")).to_have_count(1)
+    fill(page, width=96)
+    expect(width).to_have_attribute("aria-invalid", "false")
+    assert Image.open(io.BytesIO(generate(page))).size == (96, 128)
+
+
+def test_grid_and_comparison(page: Page) -> None:
+    "A grid of two parameters with one seed; two of its pictures under a slider, with what differs."
+    fill(page, prompt=PROMPT)
+    page.get_by_role("button", name="X/Y grid").click()
+    page.get_by_label("Values of the X axis").fill("2:4:2")
+    page.get_by_label("Values of the Y axis").fill("1, 3")
+    page.get_by_role("button", name="Make the grid").click()
+    expect(page.locator("button.cell")).to_have_count(4)
+    expect(page.locator(".status")).to_have_text("The grid is complete.")
+    page.locator("button.cell").first.click()
+    first = read_metadata(shown_file(page)).plan
+    assert (first.num_inference_steps, first.guidance_scale) == (2, 1)
+    page.get_by_role("button", name="Compare").click()
+    page.locator(".thumbs button:not([aria-pressed=true])").first.click()
+    rows = page.locator(".differences tbody th").all_inner_texts()
+    assert "seed" not in rows and set(rows) <= {"num_inference_steps", "denoising_steps", "guidance_scale"} and rows
+    slider = page.get_by_label("How much of the left picture is shown")
+    slider.fill("25")
+    clip = page.locator(".pair .over").evaluate("image => getComputedStyle(image).clipPath")
+    assert "75%" in clip, clip
+    before = page.locator(".frame.compare").screenshot()
+    slider.fill("100")
+    assert ImageChops.difference(Image.open(io.BytesIO(before)).convert("RGB"), Image.open(io.BytesIO(page.locator(".frame.compare").screenshot())).convert("RGB")).getbbox()
+
+
+def test_copied_requests_run(page: Page, server: str, tmp_path) -> None:
+    "What is copied as JSON, as curl and as Python makes the picture that the page makes."
+    fill(page, prompt='a "red" circle, it\'s on a white background', num_inference_steps=3, seed=5)
+    wanted = pixels(generate(page))
+    copied = {}
+    for name in ("JSON", "curl", "Python"):
+        page.get_by_role("form").get_by_role("button", name=f"Copy as {name}").click()
+        expect(page.locator(".status")).to_have_text(f"Copied as {name}.")
+        copied[name] = page.evaluate("navigator.clipboard.readText()")
+    with Client(server) as client:
+        assert (pixels(image_bytes(client.generate(json.loads(copied["JSON"])))[0]) == wanted).all()
+    needs(shutil.which("curl"), "curl is not installed")
+    answer = subprocess.run(["bash", "-c", copied["curl"]], capture_output=True, check=True).stdout
+    assert (pixels(base64.b64decode(json.loads(answer)["generation"]["images"][0]["image"])) == wanted).all()
+    subprocess.run([sys.executable, "-c", copied["Python"]], cwd=tmp_path, check=True)
+    assert (pixels((tmp_path / "image-0.png").read_bytes()) == wanted).all()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_narrow_screen(browser: Browser, server: str, scheme: str) -> None:
+    "At 400 pixels nothing sticks out, the button is in sight, and text has contrast enough in both colour schemes."
+    context = browser.new_context(viewport={"width": 400, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    open_page(page, server)
+    page.evaluate("document.querySelectorAll('details').forEach(section => { section.open = true })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert page.get_by_role("button", name="Generate").bounding_box()["y"] < 800
+    unnamed = page.locator("input, select, textarea, button").evaluate_all(
+        "all => all.filter(one => !one.labels?.length && !one.ariaLabel && !one.textContent.trim()).map(one => one.outerHTML)")
+    assert not unnamed, f"no name for screen readers: {unnamed}"
+    colours = page.evaluate("['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name].match(/[0-9.]+/g).slice(0, 3).map(Number))")
+    assert contrast(*colours) >= 7, colours
+    context.close()
+
+
+def contrast(first: list[float], second: list[float]) -> float:
+    "The contrast ratio of WCAG 2 of two sRGB colours."
+    linear = [[part / 255 / 12.92 if part / 255 <= 0.04045 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour] for colour in (first, second)]
+    light, dark = sorted((0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in linear), reverse=True)
+    return (light + 0.05) / (dark + 0.05)

@@ -1,0 +1,20 @@
+/** Buttons that put the request on the clipboard. */
+import { codeOf, copy, type Language } from './code';
+import { status } from './state';
+import type { JsonObject } from './paths';
+
+const LANGUAGES: [Language, string][] = [['python', 'Python'], ['curl', 'curl'], ['json', 'JSON']];
+
+export function copyMenu(source: () => { form: JsonObject; lockSeed: boolean }) {
+  const put = async (language: Language, name: string) => {
+    const { form, lockSeed } = source();
+    await copy(codeOf(form, language, lockSeed));
+    status.value = `Copied as ${name}.`;
+  };
+  return (
+    <span class="copy" role="group" aria-label="Copy the request">
+      <span class="note">Copy as</span>
+      {LANGUAGES.map(([language, name]) => <button type="button" key={language} onClick={() => void put(language, name)} aria-label={`Copy as ${name}`}>{name}</button>)}
+    </span>
+  );
+}

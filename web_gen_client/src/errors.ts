@@ -1,0 +1,73 @@
+/** Errors stand at the field that caused them; what belongs to no field that is on the page stands above the button. */
+import { computed, signal } from '@preact/signals';
+import { OperationError, type ErrorDetail, type RequestWarning } from 'ez-diffusion-client';
+
+export const errors = signal<readonly ErrorDetail[]>([]);
+export const warnings = signal<readonly RequestWarning[]>([]);
+const places = signal<ReadonlyMap<string, HTMLElement>>(new Map());
+
+/** Called by each field as it comes and goes. */
+export function register(path: string, element: HTMLElement | null): void {
+  const known = new Map(places.peek());
+  if (element) known.set(path, element);
+  else known.delete(path);
+  places.value = known;
+}
+
+/** The field on the page that is nearest to a path; '' where there is none. */
+function placeOf(path: string | null | undefined, known: ReadonlyMap<string, HTMLElement>): string {
+  let place = path ?? '';
+  while (place && !known.has(place)) place = place.replace(/(^|\.|\[)[^.[]*$/, '');
+  return place;
+}
+
+const placed = computed(() => {
+  const found = new Map<string, ErrorDetail[]>();
+  for (const error of errors.value) {
+    const place = placeOf(error.field, places.value);
+    found.set(place, [...(found.get(place) ?? []), error]);
+  }
+  return found;
+});
+
+/** The errors of a field; '' gives those that belong to none. */
+export function errorsAt(path: string): readonly ErrorDetail[] {
+  return placed.value.get(path) ?? [];
+}
+
+/** Whether one of the fields below a path has an error. */
+export function errorsBelow(path: string): number {
+  return [...placed.value].filter(([place]) => place === path || place.startsWith(`${path}.`) || place.startsWith(`${path}[`)).reduce((sum, [, list]) => sum + list.length, 0);
+}
+
+/** An error in full: what is wrong, what is allowed, what to do. */
+export function sentence(error: ErrorDetail): string {
+  const parts = [error.message, error.allowed && `allowed: ${error.allowed}`, error.hint];
+  return parts.filter(Boolean).join('; ');
+}
+
+export function clearErrors(path?: string): void {
+  if (!errors.peek().length) return;
+  errors.value = path === undefined ? [] : errors.peek().filter((error) => placeOf(error.field, places.peek()) !== path);
+}
+
+/** Show what went wrong, and bring the first field that is concerned into view. */
+export function showErrors(reason: unknown, reveal: boolean): void {
+  errors.value = detailsOf(reason);
+  if (!reveal) return;
+  const place = errors.value.map((error) => placeOf(error.field, places.peek())).find(Boolean);
+  const element = place === undefined ? undefined : places.peek().get(place);
+  if (!element) return;
+  for (let above = element.parentElement; above; above = above.parentElement) if (above instanceof HTMLDetailsElement) above.open = true;
+  element.scrollIntoView({ block: 'center', behavior: 'instant' });
+  element.querySelector<HTMLElement>('input, select, textarea, button')?.focus({ preventScroll: true });
+}
+
+function detailsOf(reason: unknown): ErrorDetail[] {
+  if (reason instanceof OperationError) {
+    const { result } = reason;
+    if (result.errors?.length) return result.errors;
+    return [{ code: 'internal_error', message: result.message ?? `the server says ${result.status}` }];
+  }
+  return [{ code: 'internal_error', message: reason instanceof Error ? reason.message : String(reason) }];
+}

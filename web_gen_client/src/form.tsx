@@ -1,0 +1,157 @@
+/** The form: what to make. */
+import { useEffect, useState } from 'preact/hooks';
+import { Controls, Loras } from './addons';
+import { copyMenu } from './copy_menu';
+import { Errors, FieldInput, Section, Wrap } from './fields';
+import { generate } from './jobs';
+import { MaskEditor } from './mask_editor';
+import { PictureInput } from './picture_input';
+import { pictureAt } from './pictures';
+import { label, type Schema } from './schema';
+import { dryRun, edit, form, model, models, replaceForm, schema, seedLocked, shownItem, items, value } from './state';
+import { warnings } from './errors';
+
+/** Shown in places of their own; what else the schema has comes under "More". */
+const OWN_PLACE = new Set([
+  'model', 'prompt', 'negative_prompt', 'width', 'height', 'num_inference_steps', 'guidance_scale', 'scheduler', 'num_images', 'seed',
+  'image', 'mask_image', 'strength', 'resize_mode', 'inpaint', 'loras', 'controlnets', 'request_id',
+]);
+const MAIN = ['width', 'height', 'num_inference_steps', 'guidance_scale', 'scheduler', 'num_images'];
+
+function Prompt({ name, rows, known }: { name: 'prompt' | 'negative_prompt'; rows: number; known: Schema }) {
+  const stored = value(name);
+  return (
+    <Wrap path={name} title={label(name)} description={known.field('GenerationRequest', name).description} wide>
+      {(attributes) => (
+        <textarea {...attributes} rows={rows} value={typeof stored === 'string' ? stored : ''} placeholder={name === 'prompt' ? 'a red circle left of a blue square on a white background' : dryRun.value?.negative_prompt ?? ''}
+          onInput={(event) => edit(name, name === 'prompt' ? event.currentTarget.value : event.currentTarget.value || undefined)} />
+      )}
+    </Wrap>
+  );
+}
+
+function ModelChoice() {
+  const chosen = value('model');
+  const found = model.value;
+  return (
+    <Wrap path="model" title="Model" description={found?.description ?? 'The model that makes the pictures'} wide
+      extra={found && <span class="note">{found.family}{found.loaded ? ', loaded' : ''}</span>}>
+      {(attributes) => (
+        <select {...attributes} value={typeof chosen === 'string' ? chosen : ''} onChange={(event) => edit('model', event.currentTarget.value || undefined)}>
+          <option value="">{models.value ? `${models.value.default} (default)` : '…'}</option>
+          {typeof chosen === 'string' && !models.value?.models.some((offered) => offered.name === chosen) && <option value={chosen}>{chosen} (not offered)</option>}
+          {models.value?.models.map((offered) => <option key={offered.name} value={offered.name}>{offered.title ? `${offered.name} – ${offered.title}` : offered.name}</option>)}
+        </select>
+      )}
+    </Wrap>
+  );
+}
+
+function Seed({ known }: { known: Schema }) {
+  const stored = value('seed');
+  const locked = seedLocked.value;
+  const last = shownItem.value ?? items.value[0];
+  return (
+    <Wrap path="seed" title="Seed" description={known.field('GenerationRequest', 'seed').description} wide>
+      {(attributes) => (
+        <div class="joined">
+          <input {...attributes} type="number" min="0" step="1" inputMode="numeric" placeholder="a new one each time" class={locked ? '' : 'idle'} value={typeof stored === 'number' ? stored : ''}
+            onInput={(event) => edit('seed', event.currentTarget.value === '' ? undefined : Number(event.currentTarget.value))} />
+          <button type="button" aria-pressed={locked} title="Keep this seed for the next pictures" onClick={() => {
+            if (!locked && typeof stored !== 'number') edit('seed', last?.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]);
+            seedLocked.value = !locked;
+          }}>{locked ? 'Locked' : 'Lock'}</button>
+          <button type="button" disabled={!last} title="Take the seed of the picture that is shown" onClick={() => last && edit('seed', last.seed)}>Reuse</button>
+        </div>
+      )}
+    </Wrap>
+  );
+}
+
+function StartImage({ known }: { known: Schema }) {
+  const [painting, setPainting] = useState(false);
+  const [picture, mask] = [pictureAt(value('image')), pictureAt(value('mask_image'))];
+  const field = (name: string) => known.field('GenerationRequest', name);
+  return (
+    <Section title="Image and mask" note={mask ? 'inpainting' : picture ? 'image to image' : 'text to image'} paths={['image', 'mask_image', 'strength', 'inpaint', 'resize_mode']} open={picture !== undefined}>
+      <div class="fields">
+        <PictureInput path="image" title="Start image" description={field('image').description} actions={<button type="button" onClick={() => setPainting(true)}>{mask ? 'Change mask' : 'Paint mask'}</button>} />
+        {(mask || picture) && <PictureInput path="mask_image" title="Mask" description={field('mask_image').description} />}
+        {picture && <FieldInput field={field('strength')} slider={[0, 1]} />}
+        {picture && <FieldInput field={field('resize_mode')} />}
+        {mask && field('inpaint').fields.map((inner) => <FieldInput key={inner.path} field={inner} />)}
+      </div>
+      {painting && picture && <MaskEditor picture={picture} mask={mask} path="mask_image" onClose={() => setPainting(false)} />}
+    </Section>
+  );
+}
+
+function More({ known }: { known: Schema }) {
+  const rest = known.fieldsOf('GenerationRequest').filter((field) => !OWN_PLACE.has(field.name) && field.kind !== 'other');
+  const simple = rest.filter((field) => field.kind !== 'object');
+  return (
+    <Section title="All parameters" paths={rest.map((field) => field.path)}>
+      <div class="fields">{simple.map((field) => <FieldInput key={field.path} field={field} wide={field.kind === 'text'} />)}</div>
+      {rest.filter((field) => field.kind === 'object').map((field) => <FieldInput key={field.path} field={field} />)}
+    </Section>
+  );
+}
+
+/** What the server would do, and what it would change. */
+function DryRun() {
+  const plan = dryRun.value;
+  const facts = plan && [plan.task.replaceAll('_', ' '), plan.control_kind === 'none' ? '' : `${plan.control_kind} control`, `${plan.width} × ${plan.height}`,
+    plan.denoising_steps === plan.num_inference_steps ? `${plan.num_inference_steps} steps` : `${plan.denoising_steps} of ${plan.num_inference_steps} steps`, plan.scheduler.name ?? plan.scheduler.class_name];
+  return (
+    <div class="dry-run">
+      <span class="note" title={plan?.pipeline_class ?? ''}>{facts ? facts.filter(Boolean).join(' · ') : ' '}</span>
+      {warnings.value.length > 0 && <ul class="warnings">{warnings.value.map((warning) => <li key={warning.message}>{warning.field ? `${warning.field}: ` : ''}{warning.message}</li>)}</ul>}
+    </div>
+  );
+}
+
+export function Form() {
+  const known = schema.value;
+  useEffect(() => {
+    const key = (event: KeyboardEvent) => {
+      if (event.key !== 'Enter' || !(event.ctrlKey || event.metaKey) || document.querySelector('dialog[open]')) return;
+      event.preventDefault();
+      void generate();
+    };
+    addEventListener('keydown', key);
+    return () => removeEventListener('keydown', key);
+  }, []);
+  if (!known) return <form class="form" aria-label="What to make" aria-busy="true"><p class="note">Waiting for the server …</p></form>;
+  return (
+    <form class="form" aria-label="What to make" onSubmit={(event) => (event.preventDefault(), void generate())}>
+      <div class="form-body">
+        <div class="fields top">
+          <ModelChoice />
+          <Prompt name="prompt" rows={3} known={known} />
+          <Prompt name="negative_prompt" rows={1} known={known} />
+          {MAIN.map((name) => <FieldInput key={name} field={known.field('GenerationRequest', name)} placeholder={placeholderOf(name)} />)}
+          <Seed known={known} />
+        </div>
+        <StartImage known={known} />
+        <Controls known={known} />
+        <Loras known={known} />
+        <More known={known} />
+        <div class="actions form-actions">
+          {copyMenu(() => ({ form: form.value, lockSeed: seedLocked.value }))}
+          <button type="button" onClick={() => replaceForm({}, false)}>Clear the form</button>
+        </div>
+      </div>
+      <div class="send">
+        <div class="general"><Errors path="" /></div>
+        <DryRun />
+        <button type="submit" class="primary big">Generate <kbd>Ctrl Enter</kbd></button>
+      </div>
+    </form>
+  );
+}
+
+function placeholderOf(name: string): string | undefined {
+  if (dryRun.value || !model.value) return undefined;
+  const own = { width: model.value.width, height: model.value.height, num_inference_steps: model.value.num_inference_steps, guidance_scale: model.value.guidance_scale, num_images: 1 }[name];
+  return own === null || own === undefined ? undefined : String(own);
+}

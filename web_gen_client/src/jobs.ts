@@ -1,0 +1,127 @@
+/** Generations on their way. Each is a job of the server; a reload finds the running ones again. */
+import { signal, type Signal } from '@preact/signals';
+import { cancelJob, createJob, isLast, OperationError, orThrow, watchJob, type OpResult, type ProgressEvent } from 'ez-diffusion-client';
+import { clearErrors, showErrors } from './errors';
+import type { JsonObject } from './paths';
+import { asBlob, bringBack, newId } from './pictures';
+import { client, form, items, requestOf, seedLocked, status, view } from './state';
+import { saveItem, type GalleryItem } from './storage';
+
+export interface RunningJob {
+  key: string;
+  id: string | null;
+  form: JsonObject;
+  /** Of the cell of a grid; absent for a generation of its own */
+  cell: boolean;
+  event: Signal<ProgressEvent>;
+  preview: Signal<string | null>;
+  cancelling: Signal<boolean>;
+}
+
+/** In the storage of this tab alone, so that two tabs do not follow each other's jobs. */
+const RUNNING = 'running';
+export const jobs = signal<readonly RunningJob[]>([]);
+
+function asUri(image: string, format: string): string {
+  return image.startsWith('data:') ? image : `data:image/${format};base64,${image}`;
+}
+
+async function keep(result: OpResult, source: JsonObject): Promise<GalleryItem[]> {
+  const made = result.generation;
+  if (!made) throw new Error('the server sent no images');
+  const now = Date.now();
+  void navigator.storage?.persist?.(); // not to be cleared when the disk is short of room
+  const found = made.images.map((image, index): GalleryItem => ({
+    id: newId(), created: now - index, blob: asBlob(asUri(image.image, image.format)), width: image.width, height: image.height, seed: image.seed,
+    seconds: made.timings?.total_seconds ?? null, plan: { ...made.plan, image_index: index }, form: source,
+  }));
+  items.value = [...found, ...items.value];
+  for (const item of found) await saveItem(item).catch(() => (status.value = 'The browser has no room for this image: it is gone after a reload.'));
+  return found;
+}
+
+function remember(): void {
+  sessionStorage.setItem(RUNNING, JSON.stringify(jobs.value.filter((job) => job.id).map((job) => ({ id: job.id, form: job.form }))));
+}
+
+async function follow(job: RunningJob): Promise<GalleryItem[]> {
+  for await (const event of watchJob({ client: client.value, jobId: job.id ?? '' })) {
+    job.event.value = event;
+    if (event.preview) job.preview.value = asUri(event.preview, 'jpeg');
+    if (!isLast(event)) continue;
+    if (event.result?.status === 'success') return keep(event.result, job.form);
+    throw new OperationError(event.result ?? { status: event.phase === 'cancelled' ? 'cancelled' : 'internal_error', message: event.message ?? null });
+  }
+  throw new Error('the job ended without a result');
+}
+
+function newJob(source: JsonObject, cell: boolean, id: string | null = null): RunningJob {
+  return { key: newId(), id, form: source, cell, event: signal({ phase: 'queued' }), preview: signal(null), cancelling: signal(false) };
+}
+
+async function through<Result>(job: RunningJob, work: () => Promise<Result>): Promise<Result> {
+  jobs.value = [...jobs.value, job];
+  try {
+    return await work();
+  } finally {
+    jobs.value = jobs.value.filter((other) => other !== job);
+    remember();
+  }
+}
+
+/** Send a form and wait for its images; an OperationError where there are none. */
+export function submit(source: JsonObject, { cell = false, lockSeed = seedLocked.value } = {}): Promise<GalleryItem[]> {
+  const job = newJob(source, cell);
+  return through(job, async () => {
+    const made = await orThrow(createJob({ client: client.value, body: requestOf(source, lockSeed) }));
+    job.id = made.id;
+    remember();
+    if (job.cancelling.value) void cancel(job);
+    return follow(job);
+  });
+}
+
+function isCancelled(error: unknown): boolean {
+  return error instanceof OperationError && error.result.status === 'cancelled';
+}
+
+async function show(made: Promise<GalleryItem[]>): Promise<void> {
+  const began = performance.now();
+  try {
+    const [first] = await made;
+    if (first && view.value.kind === 'live') view.value = { kind: 'item', id: first.id };
+    status.value = `Made in ${((performance.now() - began) / 1000).toFixed(1)} s.`;
+  } catch (error) {
+    status.value = isCancelled(error) ? 'Cancelled.' : 'Not made.';
+    if (!isCancelled(error)) showErrors(error, true);
+  }
+}
+
+/** Make what the form asks for; several may wait in the queue of the server. */
+export function generate(): Promise<void> {
+  clearErrors();
+  status.value = '';
+  view.value = { kind: 'live' };
+  return show(submit(form.value));
+}
+
+export async function cancel(job: RunningJob): Promise<void> {
+  job.cancelling.value = true;
+  if (job.id) await cancelJob({ client: client.value, path: { job_id: job.id } });
+}
+
+/** Jobs that ran when the page was left: their images come into the gallery all the same. */
+export async function findRunning(): Promise<void> {
+  const running = JSON.parse(sessionStorage.getItem(RUNNING) ?? '[]') as { id: string; form: JsonObject }[];
+  for (const { id, form: source } of running) {
+    const job = newJob(await bringBack(source), false, id);
+    void through(job, () => show(follow(job)));
+  }
+}
+
+/** Seconds that a job still takes; `null` where nobody knows. */
+export function secondsLeft(event: ProgressEvent): number | null {
+  if (typeof event.seconds_left === 'number') return event.seconds_left;
+  if (event.seconds_per_step && event.total_steps && typeof event.step === 'number') return (event.total_steps - event.step) * event.seconds_per_step;
+  return null;
+}

@@ -1,0 +1,108 @@
+import { render } from 'preact';
+import { useEffect, useState } from 'preact/hooks';
+import { Form } from './form';
+import { Gallery } from './gallery';
+import { gridRunning, restoreGrid, stopGrid } from './grid';
+import { cancel, findRunning, jobs } from './jobs';
+import { blobIn } from './picture_input';
+import { addPicture, reference } from './pictures';
+import { restoreFile } from './restore';
+import { keepMeeting, keepPlanning, meetServer } from './server';
+import { Stage } from './stage';
+import { connectionError, edit, health, items, restoreSettings, schema, status, theme, token, type Theme } from './state';
+import { loadItems } from './storage';
+import './style.css';
+
+const THEMES: Theme[] = ['auto', 'light', 'dark'];
+
+function Token() {
+  const [typed, setTyped] = useState(token.value);
+  return (
+    <form class="token" onSubmit={(event) => (event.preventDefault(), (token.value = typed), void meetServer())}>
+      <label>Token <input type="password" autoComplete="off" value={typed} onInput={(event) => setTyped(event.currentTarget.value)} /></label>
+      <button type="submit">Connect</button>
+    </form>
+  );
+}
+
+function Header() {
+  const next = THEMES[(THEMES.indexOf(theme.value) + 1) % THEMES.length] ?? 'auto';
+  const now = health.value;
+  return (
+    <header class="bar">
+      <h1>diffusion workers</h1>
+      <span class={`server${connectionError.value ? ' lost' : ''}`} role="status">
+        {connectionError.value ?? (now ? [now.state, now.device, `version ${now.version}`].filter(Boolean).join(' · ') : 'connecting …')}
+      </span>
+      {connectionError.value && /token/.test(connectionError.value) && <Token />}
+      <span class="spring" />
+      <a href="docs" target="_blank" rel="noreferrer">API</a>
+      <button type="button" onClick={() => (theme.value = next)} aria-label={`Colours: ${theme.value}, change to ${next}`}>{theme.value === 'auto' ? 'Auto' : theme.value === 'light' ? 'Light' : 'Dark'}</button>
+    </header>
+  );
+}
+
+/** A picture that is dropped or pasted beside the places for pictures: its settings come back, or it becomes the start image. */
+async function takeLoose(blob: Blob): Promise<void> {
+  try {
+    if (await restoreFile(blob)) return;
+    edit('image', reference(await addPicture(blob)));
+    status.value = 'The picture says nothing about itself: it is the start image now.';
+  } catch (error) {
+    status.value = error instanceof Error ? error.message : String(error);
+  }
+}
+
+function cancelFirst(): boolean {
+  if (gridRunning.value) stopGrid();
+  const job = jobs.value.find((other) => !other.cell && !other.cancelling.value);
+  if (job) void cancel(job);
+  return job !== undefined || gridRunning.value;
+}
+
+function Page() {
+  const [over, setOver] = useState(false);
+  useEffect(() => {
+    const key = (event: KeyboardEvent) => {
+      if (event.key === 'Escape' && !document.querySelector('dialog[open]') && cancelFirst()) event.preventDefault();
+    };
+    const paste = (event: ClipboardEvent) => {
+      const blob = blobIn(event.clipboardData);
+      if (blob && !event.defaultPrevented) void takeLoose(blob);
+    };
+    addEventListener('keydown', key);
+    addEventListener('paste', paste);
+    return () => (removeEventListener('keydown', key), removeEventListener('paste', paste));
+  }, []);
+  const drop = (event: DragEvent) => {
+    event.preventDefault();
+    setOver(false);
+    const blob = blobIn(event.dataTransfer);
+    if (blob) void takeLoose(blob);
+  };
+  return (
+    <div class={`page${over ? ' over' : ''}`} onDrop={drop} onDragOver={(event) => (event.preventDefault(), setOver(true))} onDragLeave={(event) => event.relatedTarget === null && setOver(false)}>
+      <Header />
+      <main>
+        <Form />
+        <Stage />
+        <Gallery />
+      </main>
+    </div>
+  );
+}
+
+async function start(): Promise<void> {
+  await restoreSettings();
+  items.value = await loadItems();
+  await restoreGrid();
+  const place = document.getElementById('page');
+  if (!place) throw new Error('the page has no place');
+  render(<Page />, place);
+  keepMeeting();
+  keepPlanning();
+  schema.subscribe((known) => known && document.documentElement.setAttribute('data-ready', ''));
+  void findRunning();
+}
+
+void start();

@@ -1,0 +1,74 @@
+/** Questions to the server that are not a generation: what it can do, what a request would do, what a control map looks like. */
+import { effect } from '@preact/signals';
+import { health as askHealth, listModels, OperationError, orThrow, plan, preprocess, type ControlMap, type PreprocessRequest } from 'ez-diffusion-client';
+import { clearErrors, showErrors, warnings } from './errors';
+import type { Json } from './paths';
+import { Schema } from './schema';
+import { client, connectionError, dryRun, form, health, models, request, schema, serverUrl, token } from './state';
+
+const DRY_RUN_DELAY_MS = 500;
+const LOOK_AGAIN_MS = 15_000;
+
+async function askSchema(): Promise<Schema> {
+  const headers: HeadersInit = token.value ? { Authorization: `Bearer ${token.value}` } : {};
+  const response = await fetch(`${serverUrl}/openapi.json`, { headers });
+  if (!response.ok) throw new Error(`the server answered ${response.status} to openapi.json`);
+  return new Schema((await response.json()) as Json);
+}
+
+/** Read what the server offers. */
+export async function meetServer(): Promise<void> {
+  try {
+    const [found, offered] = await Promise.all([schema.value ?? askSchema(), orThrow(listModels({ client: client.value }))]);
+    schema.value = found;
+    if (JSON.stringify(offered) !== JSON.stringify(models.value)) models.value = offered; // what depends on it is asked anew
+    health.value = await orThrow(askHealth({ client: client.value }));
+    connectionError.value = null;
+  } catch (error) {
+    const unauthorized = error instanceof OperationError && error.httpStatus === 401;
+    connectionError.value = unauthorized ? 'The server asks for a token.' : error instanceof Error ? error.message : String(error);
+  }
+}
+
+/** Look at the server now and then, so that the page says when it is gone and goes on when it is back. */
+export function keepMeeting(): void {
+  void meetServer();
+  setInterval(() => document.visibilityState === 'visible' && void meetServer(), LOOK_AGAIN_MS);
+}
+
+/** While nothing is typed for a moment, ask what the request would do. */
+export function keepPlanning(): void {
+  let timer: ReturnType<typeof setTimeout> | undefined;
+  let asking: AbortController | undefined;
+  effect(() => {
+    const body = request.value;
+    const ready = models.value !== null && String(form.value['prompt'] ?? '').trim() !== '';
+    clearTimeout(timer);
+    asking?.abort();
+    if (!ready) {
+      dryRun.value = null;
+      return;
+    }
+    timer = setTimeout(async () => {
+      asking = new AbortController();
+      const { signal } = asking;
+      try {
+        const result = await orThrow(plan({ client: client.value, body, signal }));
+        dryRun.value = result.plan ?? null;
+        warnings.value = result.warnings ?? [];
+        clearErrors();
+      } catch (error) {
+        if (signal.aborted) return;
+        dryRun.value = null;
+        warnings.value = [];
+        if (error instanceof OperationError && error.httpStatus !== undefined) showErrors(error, false);
+      }
+    }, DRY_RUN_DELAY_MS);
+  });
+}
+
+export async function controlMap(body: PreprocessRequest, signal: AbortSignal): Promise<ControlMap> {
+  const result = await orThrow(preprocess({ client: client.value, body, signal }));
+  if (!result.control_map) throw new Error('the server sent no map');
+  return result.control_map;
+}

@@ -1,0 +1,86 @@
+/** What survives a reload, in IndexedDB. Where the browser offers none (a private window), everything works and nothing stays. */
+import type { GenerationPlan } from 'ez-diffusion-client';
+import type { JsonObject } from './paths';
+import type { Picture } from './pictures';
+
+export interface GalleryItem {
+  id: string;
+  created: number;
+  blob: Blob;
+  width: number;
+  height: number;
+  seed: number;
+  seconds: number | null;
+  /** Absent where the image came without */
+  plan: GenerationPlan | null;
+  /** The form it was made from, with names in place of pictures */
+  form: JsonObject;
+}
+
+const STORES = { images: 'id', pictures: 'id', settings: 'key' } as const;
+type Store = keyof typeof STORES;
+let opened: Promise<IDBDatabase | null> | undefined;
+
+function open(): Promise<IDBDatabase | null> {
+  opened ??= new Promise((resolve) => {
+    try {
+      const request = indexedDB.open('diffusion-workers', 1);
+      request.onupgradeneeded = () => {
+        for (const [name, keyPath] of Object.entries(STORES)) request.result.createObjectStore(name, { keyPath });
+      };
+      request.onsuccess = () => resolve(request.result);
+      request.onerror = () => resolve(null);
+    } catch {
+      resolve(null);
+    }
+  });
+  return opened;
+}
+
+async function act<Result>(store: Store, mode: IDBTransactionMode, action: (store: IDBObjectStore) => IDBRequest<Result>): Promise<Result | undefined> {
+  const database = await open();
+  if (!database) return undefined;
+  return new Promise((resolve, reject) => {
+    const transaction = database.transaction(store, mode);
+    const request = action(transaction.objectStore(store));
+    transaction.oncomplete = () => resolve(request.result);
+    transaction.onabort = () => reject(transaction.error ?? new Error('the browser did not store it'));
+  });
+}
+
+export async function loadItems(): Promise<GalleryItem[]> {
+  const items = ((await act('images', 'readonly', (store) => store.getAll())) ?? []) as GalleryItem[];
+  return items.sort((a, b) => b.created - a.created);
+}
+
+export async function saveItem(item: GalleryItem): Promise<void> {
+  await act('images', 'readwrite', (store) => store.put(item));
+}
+
+export async function deleteItem(id: string): Promise<void> {
+  await act('images', 'readwrite', (store) => store.delete(id));
+}
+
+export async function savePicture(picture: Picture): Promise<void> {
+  await act('pictures', 'readwrite', (store) => store.put(picture));
+}
+
+export async function loadPictures(ids: string[]): Promise<Picture[]> {
+  const found = await Promise.all(ids.map((id) => act('pictures', 'readonly', (store) => store.get(id) as IDBRequest<Picture | undefined>)));
+  return found.filter((picture) => picture !== undefined);
+}
+
+/** Forget the pictures that nothing refers to any more. */
+export async function keepPictures(used: ReadonlySet<string>): Promise<void> {
+  const keys = (await act('pictures', 'readonly', (store) => store.getAllKeys())) ?? [];
+  for (const key of keys) if (!used.has(String(key))) await act('pictures', 'readwrite', (store) => store.delete(key));
+}
+
+export async function loadSetting<Value>(key: string): Promise<Value | undefined> {
+  const found = (await act('settings', 'readonly', (store) => store.get(key))) as { value: Value } | undefined;
+  return found?.value;
+}
+
+export async function saveSetting(key: string, value: unknown): Promise<void> {
+  await act('settings', 'readwrite', (store) => store.put({ key, value }));
+}
