@@ -1,0 +1,68 @@
+/**
+ * Two pictures under one slider, or what differs between them as a heat map.
+ *
+ * `createComparison(root)` needs nothing but a browser; the default export fits it to anywidget.
+ */
+
+export function createComparison(root) {
+  root.classList.add("dw-compare");
+  root.dataset.lmSuppressShortcuts = "true";
+  const stage = document.createElement("div");
+  stage.className = "dw-compare-stage";
+  const names = ["left", "right", "difference"];
+  const pictures = Object.fromEntries(names.map((name) => [name, Object.assign(document.createElement("img"), { className: `dw-compare-${name}`, draggable: false })]));
+  const line = Object.assign(document.createElement("div"), { className: "dw-compare-line" });
+  stage.append(pictures.right, pictures.left, pictures.difference, line);
+  const slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 100, value: 50, step: 1 });
+  slider.setAttribute("aria-label", "How much of the left picture is shown");
+  const heat = Object.assign(document.createElement("input"), { type: "checkbox" });
+  const label = document.createElement("label");
+  label.append(heat, " difference");
+  const bar = Object.assign(document.createElement("div"), { className: "dw-bar" });
+  bar.append(slider, label);
+  root.append(stage, bar);
+  const urls = {};
+
+  const show = () => {
+    pictures.left.style.clipPath = `inset(0 ${100 - slider.value}% 0 0)`;
+    line.style.left = `${slider.value}%`;
+    line.hidden = heat.checked;
+    pictures.difference.hidden = !heat.checked;
+    slider.disabled = heat.checked;
+  };
+  slider.addEventListener("input", show);
+  heat.addEventListener("change", show);
+  const slide = (event) => {
+    if (!event.buttons || heat.checked) return;
+    const box = stage.getBoundingClientRect();
+    slider.value = (100 * (event.clientX - box.left)) / box.width;
+    show();
+  };
+  stage.addEventListener("pointerdown", slide);
+  stage.addEventListener("pointermove", slide);
+  show();
+
+  return {
+    setPicture(name, data, caption) {
+      if (urls[name]) URL.revokeObjectURL(urls[name]);
+      urls[name] = data?.byteLength ? URL.createObjectURL(new Blob([data])) : "";
+      pictures[name].src = urls[name];
+      pictures[name].alt = caption;
+    },
+    setWidth(width) { stage.style.setProperty("--dw-width", `${Math.max(256, Math.min(width, 640))}px`); },
+    destroy() { for (const url of Object.values(urls)) if (url) URL.revokeObjectURL(url); },
+  };
+}
+
+export default {
+  render({ model, el }) {
+    const comparison = createComparison(el);
+    const show = () => {
+      comparison.setWidth(model.get("width"));
+      for (const name of ["left", "right", "difference"]) comparison.setPicture(name, model.get(`_${name}`), name);
+    };
+    model.on("change:_difference", show);
+    show();
+    return () => { model.off("change:_difference", show); comparison.destroy(); };
+  },
+};

@@ -1,0 +1,264 @@
+/**
+ * A mask that is painted over a picture, at the resolution of the picture.
+ *
+ * `createMaskEditor(root, callbacks)` needs nothing but a browser; the default export fits it to anywidget.
+ * A mask is a PNG: white where the picture is repainted, black where it stays.
+ */
+
+const PAINT = [255, 64, 129];
+const UNDO_BYTES = 128 * 2 ** 20;
+
+const button = (label, title, key) => {
+  const element = document.createElement("button");
+  Object.assign(element, { type: "button", textContent: label, title: key ? `${title} (${key})` : title });
+  return element;
+};
+
+const pictureFrom = async (data) => createImageBitmap(new Blob([data]));
+
+/** Paint where a mask is light; `invert` paints where it is dark. */
+function fillFromMask(pen, bitmap) {
+  const { width, height } = pen.canvas;
+  pen.clearRect(0, 0, width, height);
+  pen.drawImage(bitmap, 0, 0, width, height);
+  const pixels = pen.getImageData(0, 0, width, height);
+  for (let i = 0; i < pixels.data.length; i += 4) {
+    const on = pixels.data[i] * (pixels.data[i + 3] / 255) > 127;
+    pixels.data.set([...PAINT, on ? 255 : 0], i);
+  }
+  pen.putImageData(pixels, 0, 0);
+}
+
+function maskBlob(layer) {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [layer.width, layer.height];
+  const pen = canvas.getContext("2d");
+  const pixels = layer.getContext("2d").getImageData(0, 0, layer.width, layer.height);
+  for (let i = 0; i < pixels.data.length; i += 4) {
+    const value = pixels.data[i + 3] > 127 ? 255 : 0;
+    pixels.data.set([value, value, value, 255], i);
+  }
+  pen.putImageData(pixels, 0, 0);
+  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+}
+
+export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
+  root.classList.add("dw-mask");
+  root.dataset.lmSuppressShortcuts = "true";
+  const bar = document.createElement("div");
+  bar.className = "dw-bar";
+  bar.setAttribute("role", "toolbar");
+  bar.setAttribute("aria-label", "Mask");
+  const stage = document.createElement("div");
+  stage.className = "dw-mask-stage";
+  const back = document.createElement("canvas");
+  const layer = document.createElement("canvas");
+  layer.tabIndex = 0;
+  layer.className = "dw-mask-layer";
+  layer.setAttribute("role", "application");
+  layer.setAttribute("aria-label", "Mask: drag to paint; arrow keys move the brush, space paints, E erases, Z undoes, I inverts, [ and ] size the brush");
+  const ring = document.createElement("div");
+  ring.className = "dw-mask-ring";
+  stage.append(back, layer, ring);
+  const pen = layer.getContext("2d", { willReadFrequently: true });
+  const state = { erase: false, brush: 24, undo: [], last: null, at: null };
+
+  const paint = button("Paint", "Paint what is made anew", "B");
+  const erase = button("Erase", "Take paint away", "E");
+  const undo = button("Undo", "Take the last change back", "Z");
+  const invert = button("Invert", "Paint what is not painted", "I");
+  const clear = button("Clear", "Take all paint away");
+  const upload = button("Load…", "Take a mask from a file: white is painted");
+  const file = Object.assign(document.createElement("input"), { type: "file", accept: "image/*", hidden: true });
+  const size = Object.assign(document.createElement("input"), { type: "range", min: 1, max: 256, value: state.brush });
+  const feather = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 64, value: 4 });
+  const labelled = (text, input) => {
+    const label = document.createElement("label");
+    const output = document.createElement("output");
+    const show = () => { output.textContent = `${input.value} px`; };
+    input.addEventListener("input", show);
+    show();
+    label.append(text, input, output);
+    return { label, show };
+  };
+  const sizeLabel = labelled("Brush", size);
+  const featherLabel = labelled("Feather", feather);
+  bar.append(paint, erase, undo, invert, clear, upload, file, sizeLabel.label, featherLabel.label);
+  root.append(bar, stage);
+
+  const scale = () => layer.getBoundingClientRect().width / layer.width || 1;
+  const showRing = () => {
+    ring.hidden = !state.at;
+    if (!state.at) return;
+    const factor = scale();
+    const diameter = state.brush * factor;
+    Object.assign(ring.style, { width: `${diameter}px`, height: `${diameter}px`, left: `${state.at.x * factor - diameter / 2}px`, top: `${state.at.y * factor - diameter / 2}px` });
+  };
+  const showTools = () => {
+    paint.setAttribute("aria-pressed", String(!state.erase));
+    erase.setAttribute("aria-pressed", String(state.erase));
+    undo.disabled = !state.undo.length;
+    layer.style.filter = Number(feather.value) ? `blur(${(Number(feather.value) * scale()) / 2}px)` : "";
+    showRing();
+  };
+  const remember = () => {
+    state.undo.push(pen.getImageData(0, 0, layer.width, layer.height));
+    while (state.undo.length > 1 && state.undo.length * layer.width * layer.height * 4 > UNDO_BYTES) state.undo.shift();
+  };
+  const changed = async () => {
+    showTools();
+    onMask(new Uint8Array(await (await maskBlob(layer)).arrayBuffer()));
+  };
+  const change = (work) => { remember(); work(); changed(); };
+  const dab = (from, to) => {
+    pen.globalCompositeOperation = state.erase ? "destination-out" : "source-over";
+    pen.strokeStyle = pen.fillStyle = `rgb(${PAINT})`;
+    pen.lineCap = pen.lineJoin = "round";
+    pen.lineWidth = state.brush;
+    pen.beginPath();
+    pen.moveTo(from.x, from.y);
+    pen.lineTo(to.x + 0.01, to.y);
+    pen.stroke();
+    pen.globalCompositeOperation = "source-over";
+  };
+  const point = (event) => {
+    const box = layer.getBoundingClientRect();
+    return { x: ((event.clientX - box.left) * layer.width) / box.width, y: ((event.clientY - box.top) * layer.height) / box.height };
+  };
+  layer.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
+    layer.setPointerCapture(event.pointerId);
+    remember();
+    state.last = state.at = point(event);
+    dab(state.last, state.last);
+    showRing();
+  });
+  layer.addEventListener("pointermove", (event) => {
+    state.at = point(event);
+    showRing();
+    if (!state.last) return;
+    dab(state.last, state.at);
+    state.last = state.at;
+  });
+  const end = () => {
+    if (!state.last) return;
+    state.last = null;
+    changed();
+  };
+  layer.addEventListener("pointerup", end);
+  layer.addEventListener("pointercancel", end);
+  layer.addEventListener("pointerleave", () => { if (!state.last) { state.at = null; showRing(); } });
+
+  const setErase = (on) => { state.erase = on; showTools(); };
+  const setBrush = (value) => {
+    state.brush = Math.min(256, Math.max(1, value));
+    size.value = state.brush;
+    sizeLabel.show();
+    showRing();
+  };
+  const takeBack = () => {
+    const before = state.undo.pop();
+    if (!before) return;
+    pen.putImageData(before, 0, 0);
+    changed();
+  };
+  const invertAll = () => change(() => {
+    const pixels = pen.getImageData(0, 0, layer.width, layer.height);
+    for (let i = 0; i < pixels.data.length; i += 4) pixels.data.set([...PAINT, pixels.data[i + 3] > 127 ? 0 : 255], i);
+    pen.putImageData(pixels, 0, 0);
+  });
+  const clearAll = () => change(() => pen.clearRect(0, 0, layer.width, layer.height));
+  const move = (dx, dy, event) => {
+    const step = event.shiftKey ? 1 : Math.max(1, Math.round(state.brush / 3));
+    const from = state.at || { x: layer.width / 2, y: layer.height / 2 };
+    state.at = { x: Math.min(layer.width, Math.max(0, from.x + dx * step)), y: Math.min(layer.height, Math.max(0, from.y + dy * step)) };
+    showRing();
+  };
+  const keys = {
+    ArrowLeft: (event) => move(-1, 0, event), ArrowRight: (event) => move(1, 0, event),
+    ArrowUp: (event) => move(0, -1, event), ArrowDown: (event) => move(0, 1, event),
+    " ": () => { state.at ||= { x: layer.width / 2, y: layer.height / 2 }; change(() => dab(state.at, state.at)); },
+    b: () => setErase(false), e: () => setErase(true), z: takeBack, i: invertAll,
+    "[": () => setBrush(state.brush - 4), "]": () => setBrush(state.brush + 4),
+  };
+  layer.addEventListener("keydown", (event) => {
+    const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    if (!act || event.altKey || (event.ctrlKey && event.key !== "z") || event.metaKey) return;
+    event.preventDefault();
+    event.stopPropagation();
+    act(event);
+  });
+  paint.onclick = () => setErase(false);
+  erase.onclick = () => setErase(true);
+  undo.onclick = takeBack;
+  invert.onclick = invertAll;
+  clear.onclick = clearAll;
+  upload.onclick = () => file.click();
+  file.onchange = async () => {
+    const [chosen] = file.files;
+    file.value = "";
+    if (!chosen) return;
+    try {
+      const bitmap = await pictureFrom(chosen);
+      change(() => fillFromMask(pen, bitmap));
+      onProblem("");
+    } catch {
+      onProblem(`${chosen.name} is no picture that the browser can read; take a PNG, JPEG or WebP`);
+    }
+  };
+  size.addEventListener("input", () => setBrush(Number(size.value)));
+  feather.addEventListener("input", () => { showTools(); onFeather(Number(feather.value)); });
+  showTools();
+
+  return {
+    /** Show another picture; the paint goes, for it belonged to the other one. */
+    async setPicture(data, width, height) {
+      for (const canvas of [back, layer]) [canvas.width, canvas.height] = [width || 1, height || 1];
+      stage.style.setProperty("--dw-width", `${Math.max(256, Math.min(width, 640))}px`);
+      stage.hidden = bar.hidden = !data?.byteLength;
+      state.undo = [];
+      setBrush(Math.max(4, Math.round(Math.min(width, height) / 6)));
+      if (data?.byteLength) back.getContext("2d").drawImage(await pictureFrom(data), 0, 0, width, height);
+      showTools();
+    },
+    async setMask(data) {
+      if (data?.byteLength) fillFromMask(pen, await pictureFrom(data));
+      else pen.clearRect(0, 0, layer.width, layer.height);
+      showTools();
+    },
+    setFeather(value) { feather.value = value; featherLabel.show(); showTools(); },
+  };
+}
+
+export default {
+  async render({ model, el }) {
+    let own = null;
+    const editor = createMaskEditor(el, {
+      onMask(bytes) {
+        own = new DataView(bytes.buffer);
+        model.set("_mask", own);
+        model.save_changes();
+      },
+      onFeather(value) { model.set("feather", value); model.save_changes(); },
+      onProblem(text) { model.set("problem", text); model.save_changes(); },
+    });
+    let turn = Promise.resolve();
+    const inTurn = (work) => { turn = turn.then(work, work); return turn; };
+    const show = () => inTurn(async () => {
+      await editor.setPicture(model.get("_picture"), model.get("width"), model.get("height"));
+      await editor.setMask(model.get("_mask"));
+    });
+    const showMask = () => { if (model.get("_mask") !== own) inTurn(() => editor.setMask(model.get("_mask"))); };
+    const showFeather = () => editor.setFeather(model.get("feather"));
+    model.on("change:_picture", show);
+    model.on("change:_mask", showMask);
+    model.on("change:feather", showFeather);
+    showFeather();
+    await show();
+    return () => {
+      model.off("change:_picture", show);
+      model.off("change:_mask", showMask);
+      model.off("change:feather", showFeather);
+    };
+  },
+};

@@ -1,0 +1,93 @@
+"""A real JupyterLab as a process of its own, and hands to use a notebook in it."""
+import json
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+from playwright.sync_api import Page
+
+from server_process import PATIENCE
+
+QUIET = {"fetchNews": "false", "checkForUpdates": False}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+@contextmanager
+def running(command: list[str], folder: Path, url: str) -> Iterator[None]:
+    "Start a server in a folder; it is up when `url` answers."
+    with (folder / "server.log").open("w+") as log:
+        process = subprocess.Popen([sys.executable, "-m", *command], cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while not answers(url):
+                said = (folder / "server.log").read_text()
+                assert process.poll() is None, f"{command[0]} ended at once:\n{said}"
+                assert time.monotonic() < deadline, f"{command[0]} is not up after {PATIENCE} s:\n{said}"
+                time.sleep(0.3)
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def running_lab(folder: Path) -> Iterator[str]:  # a pattern of addresses, with {} for the notebook
+    "JupyterLab in a folder, without its news."
+    settings = folder / ".settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text(json.dumps(QUIET))
+    port, token = free_port(), secrets.token_hex(16)
+    command = [
+        "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}", f"--LabApp.user_settings_dir={folder / '.settings'}", f"--LabApp.workspaces_dir={folder / '.workspaces'}",
+        "--LabApp.expose_app_in_browser=True",
+    ]
+    base = f"http://127.0.0.1:{port}"
+    with running(command, folder, f"{base}/api/status?token={token}"):
+        yield f"{base}/doc/tree/{{}}?token={token}"
+
+
+def write_notebook(path: Path, *cells: str) -> None:
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nb, path)
+
+
+def open_notebook(page: Page, address: str) -> None:
+    "Show a notebook and wait until its kernel is there."
+    page.goto(address)
+    page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
+    page.evaluate("""async () => {
+        const {context, sessionContext} = window.jupyterapp.shell.currentWidget;
+        await context.ready;
+        await sessionContext.ready;
+    }""")
+
+
+def run_all(page: Page) -> None:
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")

@@ -1,0 +1,152 @@
+"""The panels in a real JupyterLab in a real Chromium, with the built-in model: one session, as a user goes through it."""
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_workers.image_metadata import read_metadata
+from diffusion_workers.shapes import read_scene
+from jupyter_lab import open_notebook, run_all, running_lab, write_notebook
+from server_process import PATIENCE, needs
+
+playwright = pytest.importorskip("playwright.sync_api")
+expect = playwright.expect
+
+PROMPT = "a red circle on a white background"
+SETUP = """\
+from diffusion_workers.diffusion_service import DiffusionService
+from diffusion_workers.widgets import GenerationPanel
+service = DiffusionService()
+panel = GenerationPanel(service)
+panel
+"""
+GRID = """\
+from diffusion_workers.grids import grid
+pictures = grid({"prompt": "a red circle on a white background", "seed": 1, "num_inference_steps": 4},
+                x=("guidance_scale", [1.0, 1.5, 3.0]), y=("scheduler", ["ddim", "euler", "dpmpp_2m"]), generate=service)
+pictures
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from test_web import CHROMIUM, FLAGS
+
+    needs(CHROMIUM, "Chromium is not installed: apt-get install -y chromium")
+    expect.set_options(timeout=PATIENCE * 1000)
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path_factory.mktemp("lab")
+    with running_lab(folder) as address:
+        yield address, folder
+
+
+@pytest.fixture
+def page(browser):
+    context = browser.new_context(viewport={"width": 1200, "height": 1000})
+    context.set_default_timeout(PATIENCE * 1000)
+    yield context.new_page()
+    context.close()
+
+
+def kept(folder: Path) -> list[Path]:
+    "The pictures of the session on the disk, the oldest first."
+    return sorted((folder / "generated").glob("*.png"))
+
+
+def field(page, name: str):
+    return page.locator(f".dw-field-{name}").locator("input, textarea, select").first
+
+
+def choose_file(page, place: str, name: str, data: bytes) -> None:
+    with page.expect_file_chooser() as chooser:
+        page.locator(f"{place} .dw-drop-zone").first.click()
+    chooser.value.set_files({"name": name, "mimeType": "image/png", "buffer": data})
+
+
+def unfold(page, title: str) -> None:
+    page.locator(".widget-accordion .lm-AccordionPanel-title, .jupyter-widget-Collapse-header", has_text=title).first.click()
+
+
+def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
+    address, folder = lab
+    write_notebook(folder / "session.ipynb", SETUP, GRID)
+    open_notebook(page, address.format("session.ipynb"))
+    run_all(page)
+    panel = page.locator(".dw-panel").first
+    expect(panel).to_be_visible()
+
+    # a grid of 3 x 3 fills in below
+    expect(page.locator(".jp-OutputArea td img")).to_have_count(9)
+
+    # a wrong width is told at the width
+    field(page, "prompt").fill(PROMPT)
+    field(page, "width").fill("130")
+    expect(page.locator(".dw-error", has_text="multiple of 8")).to_be_visible()
+    field(page, "width").fill("")
+    expect(page.locator(".dw-error", has_text="multiple of 8")).to_have_count(0)
+
+    # previews on the way, and a stop in mid-way
+    field(page, "num_inference_steps").fill("150")
+    page.locator("button.dw-generate").click()
+    expect(page.locator("img.dw-emerging")).to_be_visible()
+    expect(page.locator(".dw-status")).to_have_text(re.compile(r"step [1-9]\d* of 150"))
+    page.locator("button.dw-stop").click()
+    expect(page.locator(".dw-status")).to_have_text(re.compile("cancelled"))
+    assert kept(folder) == []
+
+    # the picture is what the prompt says
+    field(page, "num_inference_steps").fill("25")
+    page.locator(".dw-panel .widget-toggle-button", has_text="locked").click()
+    page.locator(".dw-field-seed input").fill("2")
+    page.locator("button.dw-generate").click()
+    expect(page.locator(".dw-gallery li")).to_have_count(1)
+    first = kept(folder)[0]
+    reading = read_scene(Image.open(first))
+    assert (reading.background, [(found.color, found.shape) for found in reading.objects]) == ("white", [("red", "circle")])
+
+    # the page is loaded anew: the panel lives, with its form and its pictures
+    page.reload()
+    open_notebook(page, address.format("session.ipynb"))
+    expect(page.locator(".dw-gallery li")).to_have_count(1)
+    expect(field(page, "prompt")).to_have_value(PROMPT)
+
+    # paint a mask and inpaint: outside of the paint nothing changes
+    page.locator(".dw-gallery .dw-gallery-open").click()
+    page.locator("button.dw-send-to-inpaint").click()
+    layer = page.locator(".dw-mask-layer")
+    expect(layer).to_be_visible()
+    layer.scroll_into_view_if_needed()
+    box = layer.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.8, steps=8)
+    page.mouse.up()
+    field(page, "prompt").fill("a blue square on a white background")
+    page.locator("button.dw-generate").click()
+    expect(page.locator(".dw-gallery li")).to_have_count(2)
+    second = kept(folder)[1]
+    assert read_metadata(second).plan.task.value == "inpainting"
+    before, after = (np.asarray(Image.open(path).convert("RGB"), dtype=int) for path in (first, second))
+    changed = np.abs(before - after).max(axis=-1) > 0
+    assert changed[20:108, 20:44].mean() > 0.1 and not changed[:, 72:].any()
+
+    # drop the first picture to restore what made it
+    unfold(page, "Restore from a picture")
+    choose_file(page, ".dw-restore", "first.png", first.read_bytes())
+    expect(field(page, "prompt")).to_have_value(PROMPT)
+    expect(page.locator(".dw-field-seed input")).to_have_value(str(read_metadata(first).plan.seeds[0]))
+
+    # what is no picture is refused, and the form stays
+    choose_file(page, ".dw-restore", "letter.png", b"a letter")
+    expect(page.locator(".dw-restore .dw-error")).to_contain_text("not a picture")
+    expect(field(page, "prompt")).to_have_value(PROMPT)
