@@ -70,7 +70,7 @@ def readme_files() -> dict[str, bytes]:
 
 
 def present_files() -> dict[str, bytes]:
-    paths = [ROOT / "README.md", *sorted((ROOT / PICTURES).glob("*"))]
+    paths = [ROOT / "README.md", *sorted((ROOT / PICTURES).glob("readme*"))]  # beside them lie pictures of other origin, such as screenshots
     return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths if path.exists()}
 
 

@@ -129,10 +129,12 @@ function mapUri(map: ControlMap): string {
   return map.image.startsWith('data:') ? map.image : `data:image/png;base64,${map.image}`;
 }
 
+/** The size of the generation, so that the map is the one that will be used; a size that is still being typed is rounded. */
 function plannedSize(): { width: number; height: number } | null {
   const plan = dryRun.value;
   const [width, height] = [value('width') ?? plan?.width ?? model.value?.width, value('height') ?? plan?.height ?? model.value?.height];
-  return typeof width === 'number' && typeof height === 'number' ? { width, height } : null;
+  const rounded = (side: number) => Math.min(8192, Math.max(64, Math.round(side / 8) * 8));
+  return typeof width === 'number' && typeof height === 'number' ? { width: rounded(width), height: rounded(height) } : null;
 }
 
 function ControlUnit({ known, index }: { known: Schema; index: number }) {

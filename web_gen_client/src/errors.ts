@@ -40,9 +40,12 @@ export function errorsBelow(path: string): number {
   return [...placed.value].filter(([place]) => place === path || place.startsWith(`${path}.`) || place.startsWith(`${path}[`)).reduce((sum, [, list]) => sum + list.length, 0);
 }
 
-/** An error in full: what is wrong, what is allowed, what to do. */
+const SAID_BY_WHAT_IS_ALLOWED: readonly string[] = ['not_a_multiple', 'out_of_range', 'wrong_type', 'not_one_of'];
+
+/** An error as it stands at its field: what is wrong, unless that follows from what is allowed, and what to do. */
 export function sentence(error: ErrorDetail): string {
-  const parts = [error.message, error.allowed && `allowed: ${error.allowed}`, error.hint];
+  const enough = error.allowed && SAID_BY_WHAT_IS_ALLOWED.includes(error.code);
+  const parts = [!enough && error.message, error.allowed && `allowed: ${error.allowed}`, error.hint];
   return parts.filter(Boolean).join('; ');
 }
 

@@ -141,7 +141,7 @@ function BooleanInput({ field, title }: InputProps) {
     return (
       <Wrap path={field.path} title={title ?? label(field.name)} description={field.description}>
         {(attributes) => (
-          <select {...attributes} value={typeof stored === 'boolean' ? String(stored) : ''} onChange={(event) => edit(field.path, event.currentTarget.value === '' ? undefined : event.currentTarget.value === 'true')}>
+          <select {...attributes} class={typeof stored === 'boolean' ? '' : 'idle'} value={typeof stored === 'boolean' ? String(stored) : ''} onChange={(event) => edit(field.path, event.currentTarget.value === '' ? undefined : event.currentTarget.value === 'true')}>
             <option value="">(default)</option>
             <option value="true">on</option>
             <option value="false">off</option>

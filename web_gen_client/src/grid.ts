@@ -92,7 +92,7 @@ function change(row: number, column: number, cell: Cell): void {
 }
 
 function reasonOf(error: unknown): string {
-  if (error instanceof OperationError) return error.result.errors?.map(sentence).join('; ') || error.message;
+  if (error instanceof OperationError) return error.result.errors?.map((detail) => `${detail.field ?? ''} ${sentence(detail)}`.trim()).join('; ') || error.message;
   return error instanceof Error ? error.message : String(error);
 }
 
