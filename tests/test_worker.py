@@ -21,7 +21,7 @@ from PIL import Image
 from ez_diffusion_client import Client, RunPod
 from ez_diffusion_client.errors import NotFound
 from ez_diffusion_client.models import OpResult
-import diffusion_workers.results  # gives OpResult its images
+import diffusion_workers.results  # noqa: F401, gives OpResult its images
 from project import ROOT
 from runpod_queue import ENDPOINT, PATIENCE, QueuedJob, QueueServer, running_worker, worker_environment
 
@@ -221,15 +221,16 @@ def test_memory_stays_flat_over_200_jobs(queue: QueueServer, worker) -> None:
     assert np.median(resident[100:]) - np.median(resident[:100]) < 8 * 2**20
 
 
-def test_sigterm_loses_nothing(queue: QueueServer, worker) -> None:
-    "The last test of this worker: a running job and one beside it are answered, and then the process ends well."
-    process, log = worker
-    jobs = [queue.submit({**LONG, "num_inference_steps": 100}), queue.submit({**QUICK, "seed": 5})]
-    queue.until(lambda: any(update.get("step") for update in queue.jobs[jobs[0]].updates), "the first step")
-    queue.until(lambda: queue.jobs[jobs[1]].taken, "the second job was taken")
-    process.send_signal(signal.SIGTERM)
-    assert [queue.ended(job).status for job in jobs] == ["COMPLETED"] * 2
-    assert process.wait(PATIENCE) == 0, log.read_text()
+def test_sigterm_loses_nothing(tmp_path: Path) -> None:
+    "A running job and one beside it are answered, and then the process ends well."
+    log, more = tmp_path / "log.txt", {"DIFFUSION_WORKERS_CONCURRENCY": "2", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.1"}
+    with QueueServer() as queue, running_worker(queue, "fourth", log, **more) as process:
+        jobs = [queue.submit({**LONG, "num_inference_steps": 100}), queue.submit({**QUICK, "seed": 5})]
+        queue.until(lambda: any(update.get("step") for update in queue.jobs[jobs[0]].updates), "the first step")
+        queue.until(lambda: queue.jobs[jobs[1]].taken, "the second job was taken")
+        process.send_signal(signal.SIGTERM)
+        assert [queue.ended(job).status for job in jobs] == ["COMPLETED"] * 2
+        assert process.wait(PATIENCE) == 0, log.read_text()
 
 
 # --- a worker that streams, with a bucket -----------------------------------
