@@ -82,10 +82,14 @@ def preview_jpeg(picture: Image.Image) -> str:  # base64
 class PreviewMaker:
     "Draws previews for one VAE, in the way that is quick enough on this machine."
 
-    def __init__(self, vae: torch.nn.Module):
-        self._vae, self.seconds = weakref.ref(vae), 0.0
+    def __init__(
+        self,
+        vae: torch.nn.Module,
+        size: tuple[int, int] = (PREVIEW_SIDE, PREVIEW_SIDE),  # of the previews, width and height
+    ):
+        self._vae, self.size, self.seconds = weakref.ref(vae), size, 0.0
         self.decodes, self.matrix = True, None
-        sample = torch.zeros(vae.config.latent_channels, PREVIEW_SIDE // 8, PREVIEW_SIDE // 8, device=vae.device)
+        sample = torch.zeros(vae.config.latent_channels, max(1, size[1] // 8), max(1, size[0] // 8), device=vae.device)
         self.seconds = self._measure(sample)
         if self.seconds > QUICK_DECODE:
             self.decodes, self.matrix = False, torch.no_grad()(colour_map)(vae)
@@ -95,7 +99,7 @@ class PreviewMaker:
         taken = []
         for _ in range(3):
             started = time.perf_counter()
-            preview_jpeg(self.picture(sample, (PREVIEW_SIDE, PREVIEW_SIDE)))
+            preview_jpeg(self.picture(sample, self.size))
             taken.append(time.perf_counter() - started)
         return min(taken)
 
@@ -112,14 +116,18 @@ class PreviewMaker:
         return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy(), "RGB").resize(size, Image.Resampling.BICUBIC)
 
 # %% ../nbs/07_previews.ipynb #e0ae3660
-_makers: "weakref.WeakKeyDictionary[torch.nn.Module, PreviewMaker]" = weakref.WeakKeyDictionary()
+_makers: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[int, int], PreviewMaker]]" = weakref.WeakKeyDictionary()
 
 
-def preview_maker(vae: torch.nn.Module) -> PreviewMaker:
-    "The maker for a VAE, made once."
-    if vae not in _makers:
-        _makers[vae] = PreviewMaker(vae)
-    return _makers[vae]
+def preview_maker(
+    vae: torch.nn.Module,
+    size: tuple[int, int] = (PREVIEW_SIDE, PREVIEW_SIDE),  # of the previews, width and height
+) -> PreviewMaker:
+    "The maker for a VAE and a size, made once."
+    made = _makers.setdefault(vae, {})
+    if size not in made:
+        made[size] = PreviewMaker(vae, size)
+    return made[size]
 
 # %% ../nbs/07_previews.ipynb #ed2901d1
 PREVIEW_SHARE = 0.05  # of the denoising time that previews may take
@@ -143,12 +151,11 @@ class Previewer:
         self,
         interval: int,  # steps from one preview to the next
         maker: PreviewMaker,
-        size: tuple[int, int],  # of the picture, width and height
         spatial: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents,  # a pipeline's latents to (B, C, h, w)
         share: float = PREVIEW_SHARE,  # of the time that denoising has taken
         pause: float = PREVIEW_PAUSE,  # seconds
     ):
-        self.interval, self.maker, self.size, self.spatial = interval, maker, fitting_size(*size), spatial
+        self.interval, self.maker, self.spatial = interval, maker, spatial
         self.share, self.pause = share, pause
         self.spent, self.made, self.last = 0.0, 0, float("-inf")
 
@@ -169,7 +176,7 @@ class Previewer:
         if latents.is_cuda:
             torch.cuda.synchronize(latents.device)
         began = time.perf_counter()
-        made = preview_jpeg(self.maker.picture(self.spatial(latents)[0], self.size))
+        made = preview_jpeg(self.maker.picture(self.spatial(latents)[0], self.maker.size))
         self.last = time.perf_counter()
         self.spent, self.made = self.spent + self.last - began, self.made + 1
         return made

@@ -33,7 +33,7 @@ from .controlnet import PREPROCESSORS, fit_map, inpaint_condition
 from .lora import LoadedLora, LoraStore, use_loras
 from .addon_planning import ControlFacts, enabled_units, resolve_lora
 from .pipeline_factory import PipelineFactory, use_scheduler
-from .previews import Previewer, preview_maker
+from .previews import Previewer, fitting_size, preview_maker
 from .results import request_error, warning
 from ez_diffusion_client.models import (
     Environment,
@@ -298,7 +298,8 @@ def previewer_for(
     if not interval:
         return None
     pipe = factory.variant(plan.task, plan.control_kind)
-    return Previewer(interval, preview_maker(pipe.vae), (plan.width, plan.height), lambda latents: spatial_latents(pipe, latents[:1], plan))
+    maker = preview_maker(pipe.vae, fitting_size(plan.width, plan.height))
+    return Previewer(interval, maker, lambda latents: spatial_latents(pipe, latents[:1], plan))
 
 
 def decode_latents(

@@ -255,7 +255,7 @@ def test_what_is_not_safe_is_sent_once(call, first, error: type[Exception]) -> N
 
 def test_an_answer_that_is_final_is_returned_at_once() -> None:
     "Nothing is tried again where trying again cannot help."
-    for answer in (refusal(503, "cancelled"), refusal(422, "invalid_request"), refusal(503, "out_of_memory", True), refusal(500, "internal_error")):
+    for answer in (refusal(503, "cancelled"), refusal(422, "unknown_model"), refusal(503, "out_of_memory", True), refusal(500, "internal_error")):
         transport, got = answering(answer)
         with Client(retries=QUICK, transport=transport) as client:
             assert client.generate(SMALL).status != "success"

@@ -2,6 +2,7 @@
 import base64
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
@@ -16,8 +17,14 @@ from live_server import INPUTS, PATIENCE, live_server
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with DiffusionService(device="cpu") as service, live_server(service) as (address, _):
+def service() -> Iterator[DiffusionService]:
+    with DiffusionService(device="cpu") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def url(service: DiffusionService) -> Iterator[str]:
+    with live_server(service) as (address, _):
         yield address
 
 
@@ -37,7 +44,7 @@ def test_there_is_a_sample_for_every_mode() -> None:
 
 
 @pytest.mark.parametrize("path", INPUTS, ids=lambda path: path.stem)
-def test_sample(path: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample(path: Path, url: str, service: DiffusionService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "The server makes the images that were asked for; the command line makes the same ones from the same file."
     request = GenerationRequest.model_validate_json(path.read_text())
     response = httpx.post(f"{url}/generate", content=path.read_bytes(), headers={"Content-Type": "application/json"}, timeout=PATIENCE)
@@ -49,7 +56,7 @@ def test_sample(path: Path, url: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(made.plan.controlnets or []) == len(request.controlnets or [])
     assert len(made.control_maps or []) == sum(unit.return_map for unit in request.controlnets or [])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DIFFUSION_WORKERS_DEVICE", "cpu")
+    monkeypatch.setattr("diffusion_workers.cli._service", lambda arguments: nullcontext(service))  # whose models are read already
     assert main(["generate", "--request", str(path), "--quiet", "-o", f"out.{made.images[0].format.value}"]) == 0
     written = sorted(file for file in tmp_path.iterdir() if "map" not in file.name)
     receipts = [read_metadata(file).plan for file in written]
