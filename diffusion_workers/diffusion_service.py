@@ -30,7 +30,6 @@ except ImportError:  # Windows has no such module
 from .batching import BatchPolicy, SharedStop, SharedWatch, render_together, together
 from .control_detectors import PreprocessorStore
 from .control_nets import PreparedControl
-from .controlnet import preprocessor_list
 from .images import ImagePolicy, decode_image, decode_mask, image_facts, round_to_multiple, to_image_string
 from .lora import LoraStore
 from .manifest import COMPONENT_CLASSES, HubSource, ModelManifest
@@ -462,9 +461,8 @@ def _answer(
 # %% ../nbs/08_diffusion_service.ipynb #aee01567
 @patch
 def list_models(self: DiffusionService) -> ModelList:
-    "The models that this service offers, and what draws control maps for them."
-    found = model_list(self.models, [name for name, factory in list(self._factories.items()) if factory.loaded])
-    return found.model_copy(update={"preprocessors": preprocessor_list()})
+    "The models that this service offers."
+    return model_list(self.models, [name for name, factory in list(self._factories.items()) if factory.loaded])
 
 
 def _device_memory(device: torch.device) -> DeviceMemory:

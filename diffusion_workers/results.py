@@ -245,7 +245,7 @@ def parse(
         return data
     if isinstance(data, (str, bytes)):
         try:
-            data = json.loads(data)
+            data = json.loads(data if isinstance(data, str) else data.decode("utf-8-sig"))  # JSON on the wire is UTF-8 (RFC 8259)
         except RecursionError:
             raise request_error(ErrorCode.malformed_json, "this JSON is nested too deeply", hint="send one JSON object") from None
         except ValueError as exc:
