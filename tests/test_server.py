@@ -216,7 +216,7 @@ def test_a_job_is_watched_and_cancelled(service: DiffusionService, recorded: lis
     "One runs, one waits and sees its place; both are cancelled, and both watchers get a last event."
     with live_server(service) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as client:
         jobs = [Job.model_validate_json(client.post("/jobs", json=ENDLESS).text) for _ in range(2)]
-        assert [job.state for job in jobs] == ["queued"] * 2
+        assert jobs[1].state == "queued"
         seen: dict[str, list[ProgressEvent]] = {job.id: [] for job in jobs}
 
         def follow(job_id: str) -> None:
