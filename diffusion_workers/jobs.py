@@ -282,17 +282,20 @@ async def wait(self: JobQueue, job: Job) -> OpResult:
 
 # %% ../nbs/11a_jobs.ipynb #f6ff330f
 @patch
+def _dismiss(self: JobQueue, jobs: list[Job]) -> None:
+    for job in jobs:
+        self._withdraw(job)
+        self._finish(job, _stopped(ErrorCode.cancelled, "the server is stopping", job, "send it again when the server is up", retryable=True))
+
+
+@patch
 async def stop(self: JobQueue) -> None:
     "Take nothing more, answer what waits, and let the running job finish within the settings' grace."
     self.stopping = True
-    message, hint = "the server is stopping", "send it again when the server is up"
-    for job in [job for job in self.open if job.started_at is None]:
-        self._withdraw(job)
-        self._finish(job, _stopped(ErrorCode.cancelled, message, job, hint, retryable=True))
+    self._dismiss([job for job in self.open if job.started_at is None])
     running = [asyncio.ensure_future(self.wait(job)) for job in self.open]
-    if running and (await asyncio.wait(running, timeout=self.settings.grace))[1]:
-        for job in self.open:
-            self.cancel(job, message)
-        await asyncio.wait(running)
+    if running:
+        await asyncio.wait(running, timeout=self.settings.grace)
+        self._dismiss(list(self.open))
     self._intake.shutdown(wait=False, cancel_futures=True)
     self._fetching.shutdown(wait=False, cancel_futures=True)

@@ -80,11 +80,10 @@ def set_up_logging(as_json: bool, level: int = logging.INFO) -> None:
     "Send the log of this package to standard error."
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    own = logging.getLogger("diffusion_workers")
-    own.handlers, own.propagate = [handler], False
-    own.setLevel(level)
-    logging.getLogger("uvicorn.error").handlers = [handler]
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    for name, least in (("diffusion_workers", level), ("uvicorn.error", logging.WARNING)):
+        own = logging.getLogger(name)
+        own.handlers, own.propagate = [handler], False
+        own.setLevel(least)
 
 # %% ../nbs/11b_server_gate.ipynb #20af677d
 OPEN_PATHS = ("/", "/health", "/ready", "/favicon.ico", "/favicon.svg")  # need no token: the page itself, and what a load balancer asks

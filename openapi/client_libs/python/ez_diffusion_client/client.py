@@ -31,7 +31,7 @@ _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 _PASSING = (429, 502, 503, 504)  # HTTP statuses that may be others a moment later
 
 
-def _not_begun(response: httpx.Response) -> bool:  # whether the answer says that the work was never begun
+def _not_done(response: httpx.Response) -> bool:  # whether the answer says that the request was turned away or dropped
     try:
         told = OpResult.model_validate_json(response.content)
     except ValueError:
@@ -45,13 +45,13 @@ def next_pause(
     outcome: httpx.Response | httpx.TransportError,
     retries: Retries,
 ) -> float | None:  # seconds to wait before it is sent again; None is never
-    """Whether to send a call again: always where it was never sent or never begun, and after other trouble where twice does no harm."""
+    """Whether to send a call again: always where it was never sent or turned away, and after other trouble where twice does no harm."""
     if attempt >= retries.attempts:
         return None
     pause = min(retries.longest_pause, retries.first_pause * 2 ** (attempt - 1))
     if isinstance(outcome, httpx.TransportError):
         return pause if isinstance(outcome, _NEVER_SENT) or call.safe and not isinstance(outcome, httpx.TimeoutException) else None
-    if outcome.status_code not in _PASSING or not (call.safe or _not_begun(outcome)):
+    if outcome.status_code not in _PASSING or not (call.safe or _not_done(outcome)):
         return None
     asked = outcome.headers.get("retry-after", "")
     return min(retries.longest_pause, max(pause, float(asked))) if asked.isdecimal() else pause
