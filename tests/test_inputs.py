@@ -34,11 +34,12 @@ def expected(request: GenerationRequest) -> Task:
 
 
 def test_there_is_a_sample_for_every_mode() -> None:
-    "Each task of each built-in model, one and several controls, a union net, and each file format."
+    "Each task of each built-in model, one and several controls, a union net, LoRAs, and each file format."
     requests = [GenerationRequest.model_validate_json(path.read_text()) for path in INPUTS]
     built_in = [name for name in load_manifests(()) if name.startswith("shapes-")]
     modes = {(request.model or "shapes-sd15", expected(request)) for request in requests}
     assert {(model, task) for model in built_in for task in Task} <= modes
+    assert {1, 2} <= {len(request.loras or []) for request in requests}
     assert {1, 2} <= {len(request.controlnets or []) for request in requests}
     assert {"png", "jpeg", "webp"} == {request.output.format.value if request.output else "png" for request in requests}
 
@@ -54,6 +55,7 @@ def test_sample(path: Path, url: str, service: DiffusionService, tmp_path: Path,
     assert made.plan.task == expected(request)
     assert len(made.images) == (request.num_images or len(request.seeds or [1]))
     assert len(made.plan.controlnets or []) == len(request.controlnets or [])
+    assert [lora.name for lora in made.plan.loras or []] == [lora.name for lora in request.loras or []]
     assert len(made.control_maps or []) == sum(unit.return_map for unit in request.controlnets or [])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("diffusion_workers.cli._service", lambda arguments: nullcontext(service))  # whose models are read already

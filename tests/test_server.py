@@ -58,7 +58,7 @@ def picture(url: str, **headers: str) -> str:
     return OpResult.model_validate_json(response.text).generation.images[0].image
 
 
-def wait_until(true: Callable[[], bool], what: str) -> None:
+def wait_until(true: Callable[[], object], what: str) -> None:
     "Look until something holds."
     give_up = time.monotonic() + PATIENCE
     while not true():
@@ -325,7 +325,7 @@ def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
     with log.open("wb") as stderr:
         process = start(port, stderr, JSON_LOGS="1", GRACE="0.2")
         try:
-            wait_until(lambda: is_ready(url, process), "the server is ready")
+            wait_until(lambda: is_ready(url, process) or time.sleep(0.5), "the server is ready")
             assert picture(url, **{"X-Request-ID": "my-picture"})
             second = start(port, subprocess.PIPE)
             said = second.communicate(timeout=PATIENCE)[1].decode()
@@ -339,14 +339,14 @@ def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
             for client in clients:
                 client.join(PATIENCE)
-            assert process.wait(timeout=PATIENCE) == 0
+            assert process.wait(timeout=PATIENCE) == 0  # after the step that was under way
         finally:
             process.kill()
             process.wait()
             process.stdout.close()
     results = [OpResult.model_validate_json(answer.text) for answer in answers]
     assert [result.status for result in results] == ["cancelled"] * 3
-    assert sorted(error.retryable for result in results for error in result.errors) == [False, True, True]
+    assert all(error.retryable for result in results for error in result.errors)
     assert {answer.status_code for answer in answers} == {503}
     first, *lines = log.read_text().splitlines()
     assert first == f"diffusion-workers: starting on {url}, documentation at {url}/docs"
