@@ -603,6 +603,8 @@ def command_train_shapes(arguments: argparse.Namespace) -> int:  # the exit code
 
     if arguments.part == "list":
         print("\n".join(PARTS))
+    elif arguments.out is None:
+        raise request_error(ErrorCode.missing_field, "a folder is needed", field="--out", hint="say where checkpoints, the log and the result go")
     elif arguments.part == "shapes-sd15":
         print(train_shapes(Path(arguments.out), seed=arguments.seed, minutes=arguments.minutes, resume=arguments.resume))
     elif arguments.minutes is not None or not arguments.resume:
@@ -671,7 +673,7 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="gets checkpoints, the log and what was trained; a second call resumes")
+    parser.add_argument("--out", metavar="FOLDER", help="gets checkpoints, the log and what was trained; a second call resumes")
     parser.add_argument("--part", default="shapes-sd15", metavar="NAME", help="such as shapes-flux, shapes-sdxl/canny or shapes-sd15/outline; list shows all")
     parser.add_argument("--minutes", type=float, help="time for the denoiser, the longest stage; absent, the number of steps that the shipped weights had")
     parser.add_argument("--seed", type=int, help="absent, the one of the shipped weights")

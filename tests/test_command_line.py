@@ -264,6 +264,9 @@ def call(arguments: list[str], stdin: str, capsys: pytest.CaptureFixture, monkey
     (["plan", "--request", "missing.json"], "", 2, ["--request", "missing.json"]),
     (["replay", "missing.png"], "", 5, ["missing.png"]),
     (["models", "--models", "missing"], "", 2, ["missing is no folder"]),
+    (["train-shapes"], "", 2, ["--out", "a folder is needed"]),
+    (["train-shapes", "--part", "shapes-flx", "--out", "x"], "", 2, ["--part", "did you mean shapes-flux?"]),
+    (["train-shapes", "--part", "shapes-flux", "--out", "x", "--minutes", "3"], "", 4, ["--part", "belong to shapes-sd15"]),
 ])  # fmt: skip
 def test_each_kind_of_mistake_has_its_exit_code(
     arguments: list[str], stdin: str, code: int, said: list[str],
