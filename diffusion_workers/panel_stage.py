@@ -28,7 +28,8 @@ class Stage(widgets.VBox):
         on_stop: Callable[[], None] = lambda: None,
         per_second: float = 5,  # previews and steps that are shown
     ):
-        self._guard, self._throttle, self._phase = threading.Lock(), Throttle(per_second), None
+        self._guard, self._phase = threading.Lock(), None
+        self._throttle, self._preview_throttle = Throttle(per_second), Throttle(per_second)  # a preview is not lost to the step before it
         self.events_shown = self.previews_shown = 0
         self.generate = widgets.Button(description="Generate", button_style="primary", icon="play", layout=widgets.Layout(flex="2 1 120px", width="auto"))
         self.stop = widgets.Button(description="Stop", icon="stop", disabled=True, layout=widgets.Layout(flex="1 1 80px", width="auto"))
@@ -59,7 +60,8 @@ def _show_picture(self: Stage, data: bytes, format: str, width: int, preview: bo
 def _show_event(self: Stage, event: ProgressEvent) -> None:
     with self._guard:
         changed = event.phase != self._phase
-        if not (self._throttle.ready() or changed or event.result is not None):
+        emerging = bool(event.preview and self.previews.value and self._preview_throttle.ready())
+        if not (self._throttle.ready() or changed or emerging or event.result is not None):
             return
         self._phase = event.phase
         self.events_shown += 1
@@ -67,7 +69,7 @@ def _show_event(self: Stage, event: ProgressEvent) -> None:
         if event.total_steps:
             with self.bar.hold_sync():
                 self.bar.max, self.bar.value = event.total_steps, min(event.step or 0, event.total_steps)
-        if event.preview and self.previews.value:
+        if emerging:
             self.previews_shown += 1
             self.show_picture(base64.b64decode(event.preview.partition(",")[2] or event.preview), "jpeg", 256, preview=True)
 

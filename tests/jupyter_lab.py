@@ -91,3 +91,8 @@ def open_notebook(page: Page, address: str) -> None:
 
 def run_all(page: Page) -> None:
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+
+
+def save(page: Page) -> None:
+    "Write the notebook to the disk: a page that is loaded anew shows what was saved."
+    page.evaluate("async () => { await window.jupyterapp.commands.execute('docmanager:save'); }")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from diffusion_workers.image_metadata import read_metadata
 from diffusion_workers.shapes import read_scene
-from jupyter_lab import open_notebook, run_all, running_lab, write_notebook
+from jupyter_lab import open_notebook, run_all, running_lab, save, write_notebook
 from server_process import PATIENCE, needs
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -117,6 +117,7 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     assert (reading.background, [(found.color, found.shape) for found in reading.objects]) == ("white", [("red", "circle")])
 
     # the page is loaded anew: the panel lives, with its form and its pictures
+    save(page)
     page.reload()
     open_notebook(page, address.format("session.ipynb"))
     expect(page.locator(".dw-gallery li")).to_have_count(1)
