@@ -77,7 +77,6 @@ def unfold(page, title: str) -> None:
     page.locator(".widget-accordion .lm-AccordionPanel-title, .jupyter-widget-Collapse-header", has_text=title).first.click()
 
 
-@pytest.mark.slow
 def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     address, folder = lab
     write_notebook(folder / "session.ipynb", SETUP, GRID)
