@@ -16,7 +16,7 @@ from .lora import LoraStore
 from .pipeline_factory import PipelineFactory
 from .planning import batch_key
 from .previews import Previewer
-from .rendering import MAX_BATCH, OnProgress, Prepared, StepWatch, StopSignal, render, text_notes
+from .rendering import MAX_BATCH, batch_size, OnProgress, Prepared, StepWatch, StopSignal, render, text_notes
 from .results import RequestError, warning
 from ez_diffusion_client.models import GenerationPlan, Phase, ProgressEvent, RequestWarning, Timings
 
@@ -51,7 +51,7 @@ def together(
     key = sharing_key(waiting[0].plan) if waiting else None
     for other in waiting[1:]:
         count = len(other.plan.seeds)
-        if images + count <= min(policy.max_images, MAX_BATCH) and sharing_key(other.plan) == key:
+        if images + count <= min(policy.max_images, batch_size(other.plan)) and sharing_key(other.plan) == key:
             group.append(other)
             images += count
     return group
@@ -86,9 +86,10 @@ class SharedWatch(StepWatch):
         self,
         stop: SharedStop,
         members: Sequence[tuple[OnProgress, int, Previewer | None]],  # who is told, its number of images, what makes its previews
+        batch_size: int = MAX_BATCH,  # images that go through the network together
     ):
         count = sum(images for _, images, _ in members)
-        super().__init__(stop, self._tell, chunks=-(-count // MAX_BATCH))
+        super().__init__(stop, self._tell, chunks=-(-count // batch_size))
         self.members, self._latents = members, None
 
     def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict) -> dict:

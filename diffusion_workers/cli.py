@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .bench_command import add_bench_options, command_bench
 from .results import RequestError, describe_field, error_detail, error_line, failure, nearest_name, parse, request_error
 from .remote_cli import add_remote_options, is_remote, remote_generate
 from .serving import add_serve_options, command_serve
@@ -698,6 +699,7 @@ def make_parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="as JSON")
     _add_replay(commands.add_parser("replay", help="make an image again from what it says about itself"))
     _add_train(commands.add_parser("train-shapes", help="train a built-in model, ControlNet or LoRA again"))
+    add_bench_options(commands.add_parser("bench", help="time settings of a request, and say what they do to the picture"))
     add_serve_options(commands.add_parser("serve", help="run the local server"))
     add_worker_options(commands.add_parser("worker", help="run the RunPod worker, or check how it is configured"))
     return parser
@@ -706,7 +708,7 @@ def make_parser() -> argparse.ArgumentParser:
 COMMANDS = {
     "generate": command_generate, "plan": command_plan, "models": command_models,
     "preprocess": command_preprocess, "preprocessors": command_preprocessors,
-    "replay": command_replay, "train-shapes": command_train_shapes, "serve": command_serve,
+    "replay": command_replay, "train-shapes": command_train_shapes, "serve": command_serve, "bench": command_bench,
     "worker": command_worker,
 }  # fmt: skip
 

@@ -38,7 +38,7 @@ from .component_loading import pick_device
 from .pipeline_factory import PipelineFactory, module_bytes
 from .planning import make_plan
 from .rendering import Inputs, OnProgress, Prepared, StopSignal
-from .rendering import decode_inputs, generated_image, prepare_inputs, previewer_for, with_environment
+from .rendering import batch_size, decode_inputs, generated_image, prepare_inputs, previewer_for, with_environment
 from .results import failure, logger, parse, request_error
 from ez_diffusion_client.models import (
     ControlMap,
@@ -131,8 +131,6 @@ class DiffusionService:
         self._started, self._pictures_made = time.monotonic(), 0
         for note in (*self.models.notes, *map(str, self.models.errors.values())):
             logger.warning(note)
-        if self.settings.torch_compile:
-            logger.warning("DO_TORCH_COMPILE is set, and this version does not compile")
 
     def __enter__(self) -> "DiffusionService":
         return self
@@ -152,7 +150,7 @@ def factory(self: DiffusionService, manifest: ModelManifest) -> PipelineFactory:
     "The pipelines of a model; its weights are read when they are first needed."
     with self._guard:
         if manifest.name not in self._factories:
-            self._factories[manifest.name] = PipelineFactory(manifest, device=self.device, dtype=self.settings.dtype)
+            self._factories[manifest.name] = PipelineFactory(manifest, device=self.device, dtype=self.settings.dtype, torch_compile=self.settings.torch_compile)
         self._factories.move_to_end(manifest.name)
         return self._factories[manifest.name]
 
@@ -434,7 +432,7 @@ def _carry_out(self: DiffusionService, group: list[Generation]) -> None:
     for generation in members:
         generation.report(ProgressEvent(phase=Phase.encode, step=0))
     plans = [generation.plan for generation in members]
-    watch = SharedWatch(stop, [(g.report, len(g.plan.seeds), previewer_for(factory, g.plan, g.request.preview_interval)) for g in members])
+    watch = SharedWatch(stop, [(g.report, len(g.plan.seeds), previewer_for(factory, g.plan, g.request.preview_interval)) for g in members], batch_size(plans[0]))
     prepared = prepare_inputs(plans[0], members[0].inputs, self.preprocessors)
     made = render_together(factory, plans, prepared, watch, timings, self.loras)
     self._make_room(factory)

@@ -6,7 +6,7 @@
 __all__ = ['PATTERN_WORDS', 'Name', 'Text', 'Pixels', 'Count', 'Subfolder', 'WeightsFile', 'Dtype', 'SOURCE_KINDS', 'Source',
            'SCHEDULER_CLASSES', 'COMPONENT_CLASSES', 'UNION_TABLES', 'FAMILY_DEFAULTS', 'Share', 'Complaint',
            'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource', 'HubSource', 'FileSource', 'Component',
-           'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
+           'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Profile', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
 
 # %% ../nbs/02_manifest.ipynb #e7db61b6
 import hashlib
@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from ez_diffusion_client.models import ModelFamily, ModelKind, SchedulerName, Task, UnionModeName
+from ez_diffusion_client.models import AccelerationOptions, DeepCacheOptions, ModelFamily, ModelKind, SchedulerName, Task, UnionModeName
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -236,6 +236,16 @@ class RefinerEntry(_Section):
     variant: Name | None = None  # such as fp16
     dtype: Dtype | None = None  # absent follows the model
 
+# %% ../nbs/02_manifest.ipynb #8a307b2e
+class Profile(_Section):
+    "Settings that hold where a request that names the profile gives none."
+    description: Text | None = None  # what it does to pixels
+    num_inference_steps: Annotated[Count, Field(le=1000)] | None = None
+    scheduler: SchedulerName | None = None
+    use_karras_sigmas: Annotated[bool, Field(strict=True)] | None = None
+    deepcache: DeepCacheOptions | None = None
+    acceleration: AccelerationOptions | None = None
+
 # %% ../nbs/02_manifest.ipynb #ed4f0a23
 FAMILY_DEFAULTS = {
     ModelFamily.sd15: {"width": 512, "height": 512, "num_inference_steps": 25, "guidance_scale": 7.5},
@@ -259,6 +269,7 @@ class Defaults(_Section):
     max_sequence_length: Annotated[Count, Field(le=512)] | None = None  # tokens for T5, Flux only
     strength: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.8  # of image-to-image
     negative_prompt: Annotated[str, Field(strict=True, max_length=10000)] = ""
+    profile: Name | None = None  # of `profiles`; absent is exact
 
 # %% ../nbs/02_manifest.ipynb #3732feae
 class Limits(_Section):
@@ -354,6 +365,8 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
         yield ("variant",), "a single file has no variants; leave it out"
     if not manifest.tasks:
         yield ("tasks",), f"at least one is needed; allowed: {', '.join(Task)}"
+    if manifest.defaults.profile not in (None, "exact", *manifest.profiles):
+        yield ("defaults", "profile"), f"given {manifest.defaults.profile!r}; {suggest(manifest.defaults.profile, ['exact', *manifest.profiles])}"
     scheduler = manifest.defaults.scheduler
     if scheduler and (scheduler == SchedulerName.flow_match_euler) != (manifest.family == ModelFamily.flux):
         yield ("defaults", "scheduler"), f"given {scheduler}, which does not fit {manifest.family}; leave it out for the model's own"
@@ -378,6 +391,8 @@ class ModelManifest(_Section):
     lora_folders: tuple[FolderSource, ...] = ()  # whose .safetensors files a request may name
     hub_loras: Annotated[bool, Field(strict=True)] = False  # whether a request may name a LoRA on the Hub
     refiner: RefinerEntry | None = None  # SDXL only
+    profiles: dict[Name, Profile] = {}  # name in a request -> settings
+    mag_ratios: tuple[Annotated[float, Field(gt=0)], ...] | None = None  # for the step cache `mag`, Flux only; absent, those of FLUX.1-dev
     memory_budget_gb: Annotated[float, Field(strict=True, gt=0, le=100000)] | None = None  # of weights in memory while this model is used, all models together
     defaults: Defaults
     limits: Limits = Limits()
@@ -427,6 +442,7 @@ def _manifest_table(manifest: ModelManifest) -> str:  # Markdown
         "ControlNets": ", ".join(manifest.controlnets),
         "LoRAs": ", ".join([*manifest.loras, *(f"any in {f.describe()}" for f in manifest.lora_folders), *["any on the Hub"] * manifest.hub_loras]),
         "refiner": manifest.refiner and manifest.refiner.source.describe(),
+        "profiles": ", ".join(name + (f" ({profile.description})" if profile.description else "") for name, profile in manifest.profiles.items()),
         "defaults": _shown(manifest.defaults),
         "limits": _shown(manifest.limits),
         "sha256": f"`{manifest.sha256[:12]}`",

@@ -63,7 +63,9 @@ class PipelineFactory:
         *,
         device: str | torch.device | None = None,  # None takes the best there is
         dtype: str | None = None,  # for a manifest that says auto
+        torch_compile: bool = False,  # whether requests that do not say are compiled
     ):
+        self.torch_compile = torch_compile
         self.manifest = manifest
         self.spec = FAMILIES[manifest.family]
         self.device = device if isinstance(device, torch.device) else pick_device(device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_BATCH', 'OnProgress', 'PIXEL_PACKAGES', 'StopSignal', 'Inputs', 'decode_inputs', 'Prepared', 'prepare_inputs',
-           'prepare_controls', 'largest_difference', 'size_arguments', 'pipeline_arguments', 'StepWatch',
+           'prepare_controls', 'largest_difference', 'batch_size', 'size_arguments', 'pipeline_arguments', 'StepWatch',
            'spatial_latents', 'previewer_for', 'decode_latents', 'render_chunk', 'cut_off_text', 'text_notes',
            'request_loras', 'render', 'with_environment', 'generated_image']
 
@@ -31,6 +31,7 @@ from .control_detectors import PreprocessorStore
 from .control_nets import PreparedControl, control_arguments
 from .controlnet import PREPROCESSORS, fit_map, inpaint_condition
 from .lora import LoadedLora, LoraStore, use_loras
+from .acceleration import accelerated, acceleration_notes, remembering_encoders
 from .addon_planning import ControlFacts, enabled_units, resolve_lora
 from .pipeline_factory import PipelineFactory, use_scheduler
 from .previews import Previewer, fitting_size, preview_maker
@@ -48,6 +49,7 @@ from ez_diffusion_client.models import (
     ProgressEvent,
     RequestWarning,
     SizeConditioning,
+    StepCacheName,
     Task,
     Timings,
 )
@@ -191,6 +193,13 @@ def largest_difference(
 # %% ../nbs/07a_rendering.ipynb #7ee1f6ef
 MAX_BATCH = 8  # images that go through the network together
 OnProgress = Callable[[ProgressEvent], None]
+
+
+def batch_size(plan: GenerationPlan) -> int:
+    "How many images of a plan go through the network together: one where what is left out depends on how the images of a batch look."
+    options = plan.acceleration
+    alone = options is not None and (options.guidance_tolerance or options.step_cache == StepCacheName.first_block)
+    return 1 if alone else MAX_BATCH
 
 
 _OPTIONAL = ("prompt_2", "negative_prompt", "negative_prompt_2", "true_cfg_scale", "guidance_rescale", "clip_skip", "max_sequence_length")
@@ -413,13 +422,15 @@ def render(
     pipe = factory.variant(plan.task, plan.control_kind)
     with quiet_libraries(), use_loras(pipe, loras) as lora_notes:
         notes = [*([] if texts else text_notes(pipe, plan)), *lora_notes]
-        for first in range(0, len(plan.seeds), MAX_BATCH):
-            arguments, refine = pipeline_arguments(plan, plan.seeds[first : first + MAX_BATCH], prepared, texts), None
+        size = batch_size(plan)
+        for first in range(0, len(plan.seeds), size):
+            arguments, refine = pipeline_arguments(plan, plan.seeds[first : first + size], prepared, texts), None
             if plan.refiner is not None and plan.refiner.switch_at < 1:
                 refine = _refining(factory, plan, arguments, watch)
                 arguments["denoising_end"] = float(plan.refiner.switch_at)
-            with factory.configured(plan, prepared.controls):
+            with remembering_encoders(pipe), factory.configured(plan, prepared.controls), accelerated(factory, pipe, plan):
                 pictures += render_chunk(pipe, getattr(pipe, factory.spec.denoiser), arguments, plan, watch, timings, refine)
+        notes += acceleration_notes(pipe, plan, factory)
     if prepared.canvas is not None:
         pictures = [paste_back(prepared.canvas, picture, prepared.canvas_mask, prepared.box) for picture in pictures]
     timings.seconds_per_step = watch.seconds_per_step
@@ -438,8 +449,9 @@ def with_environment(plan: GenerationPlan, factory: PipelineFactory, notes: list
 
 def generated_image(picture: Image.Image, plan: GenerationPlan, index: int) -> GeneratedImage:
     "An image as it goes over the wire, with its receipt inside if that is wanted."
-    first = index - index % MAX_BATCH
-    chunk = plan.model_copy(update={"seeds": plan.seeds[first : first + MAX_BATCH]})
+    size = batch_size(plan)
+    first = index - index % size
+    chunk = plan.model_copy(update={"seeds": plan.seeds[first : first + size]})
     encoded = embed(picture, chunk, index - first)
     text = base64.b64encode(encoded.data).decode()
     return GeneratedImage(image=text, format=plan.output.format, width=picture.width, height=picture.height, seed=plan.seeds[index])

@@ -1,8 +1,8 @@
 """State never leaks: whatever ran before, cancelled, failed or was thrown out of memory, a fixed request draws the same pixels.
 
-Random sequences of requests over the three families, every task and kind of control, LoRAs, schedulers, errors and cancels go
-through one service whose memory budget holds two of the three models. After each sequence the fixed request of a family is
-compared with what a fresh service drew. The models are tiny and untrained, the classes are the real ones.
+Random sequences of requests over the three families, every task and kind of control, LoRAs, schedulers, step caches, windows of
+guidance, number formats, errors and cancels go through one service whose memory budget holds two of the three models. After each
+sequence a fixed request of a family, with or without a cache, is compared with what a fresh service drew. The models are tiny and untrained, the classes are the real ones.
 """
 import random
 from pathlib import Path
@@ -70,26 +70,42 @@ def random_request(rng: random.Random, family: str) -> dict:
     request["loras"] = [{"name": rng.choice(["one", "two"]), "scale": rng.choice([-1.0, 0.0, 0.5, 1.0])} for _ in range(rng.choice([0, 0, 1, 3]))]
     if not flux:
         request |= {"guidance_scale": rng.choice([1.0, 3.0]), "clip_skip": rng.choice([0, 1])}
-    return request
+    return request | (random_acceleration(rng, flux, bool(units)) if rng.random() < 0.5 else {})
+
+
+def random_acceleration(rng: random.Random, flux: bool, controlled: bool) -> dict:
+    "Whatever makes a request of a family faster."
+    start, end = sorted(rng.choice([(0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0)]))
+    options = {"guidance_start": start, "guidance_end": end} | rng.choice([{}, {"compute_dtype": "bfloat16"}, {"vae_precision": "bf16"}, {"vae_tiling": True}, {"guidance_tolerance": 0.5}])
+    if flux:
+        cache = {} if controlled else rng.choice([{}, {"step_cache": "first_block", "step_cache_threshold": 0.5}, {"step_cache": "taylorseer", "step_cache_interval": 2}])
+        return {"num_inference_steps": 5, "acceleration": options | cache}
+    cache = {"method": rng.choice(["deepcache", "step_cache"]), "cache_interval": rng.choice([1, 2, 3]), "cache_branch_id": rng.choice([0, 1, 3]), "end": rng.choice([0.5, 1.0])}
+    return {"num_inference_steps": 4, "acceleration": options | {"reuse_control_residuals": rng.choice([None, True, False])}, "deepcache": rng.choice([None, cache, cache])}
 
 
 def disturb(rng: random.Random, request: dict) -> dict:
     "What goes wrong with some requests, before anything is loaded, while it is prepared or in the middle."
     return request | rng.choice([
         {"loras": [{"name": "wrong"}]}, {"loras": [{"name": "nowhere"}]}, {"image": "no picture"}, {"timeout_seconds": 0.001},
-        {"controlnets": [{"model": "nowhere", "image": picture(1)}]}, {"clip_skip": 24}, {"width": 100000},
+        {"controlnets": [{"model": "nowhere", "image": picture(1)}]}, {"clip_skip": 24}, {"width": 100000}, {"profile": "none"},
+        {"deepcache": {"cache_branch_id": 31}}, {"acceleration": {"compute_dtype": "float16"}}, {"acceleration": {"guidance_start": 0.9, "guidance_end": 0.1}},
         {"controlnets": [{"model": "canny", "image": picture(1), "preprocessing": {"name": "midas"}}]},
     ])
 
 
-def base_request(family: str) -> dict:
-    "The request whose pixels must not change."
-    return {"model": family, "prompt": "a cat", "seed": 5, "num_inference_steps": 2}
+BASES = {  # family -> requests whose pixels must not change
+    family: ({"num_inference_steps": 2}, {"num_inference_steps": 5, **cached})
+    for family, cached in {
+        "sd15": {"deepcache": {"cache_interval": 2}}, "sdxl": {"deepcache": {"method": "step_cache", "cache_interval": 3}, "acceleration": {"guidance_end": 0.5}},
+        "flux": {"acceleration": {"step_cache": "first_block", "step_cache_threshold": 0.5}},
+    }.items()
+}  # fmt: skip
 
 
-def base_pixels(service: DiffusionService, family: str) -> bytes:
-    "What the fixed request draws."
-    result = service.generate(base_request(family))
+def base_pixels(service: DiffusionService, family: str, index: int) -> bytes:
+    "What a fixed request draws."
+    result = service.generate({"model": family, "prompt": "a cat", "seed": 5} | BASES[family][index])
     assert result.status == "success", result.message
     return result.images[0].tobytes()
 
@@ -109,7 +125,8 @@ def run_random(service: DiffusionService, rng: random.Random) -> str:
 def check_sequences(models: Path, count: int, seed: int) -> dict[str, int]:
     "Runs the sequences; how the requests ended."
     with DiffusionService(Settings(model_folders=(models,)), device="cpu") as fresh:
-        wanted = {family: base_pixels(fresh, family) for family in FAMILY_NAMES}
+        wanted = {(family, index): base_pixels(fresh, family, index) for family in FAMILY_NAMES for index in (0, 1)}
+        assert all(wanted[family, 0] != wanted[family, 1] for family in FAMILY_NAMES)
         budget = sum(sum(factory.component_bytes().values()) for factory in fresh._factories.values()) * 4 // 5
     rng, ends = random.Random(seed), {}
     with DiffusionService(Settings(model_folders=(models,), memory_budget=budget), device="cpu") as service:
@@ -117,8 +134,8 @@ def check_sequences(models: Path, count: int, seed: int) -> dict[str, int]:
             for _ in range(rng.choice([1, 2, 3])):
                 end = run_random(service, rng)
                 ends[end] = ends.get(end, 0) + 1
-            family = rng.choice(FAMILY_NAMES)
-            assert base_pixels(service, family) == wanted[family], f"{family} has changed in sequence {number} of seed {seed}"
+            family, index = rng.choice(FAMILY_NAMES), rng.randrange(2)
+            assert base_pixels(service, family, index) == wanted[family, index], f"{family}, request {index}, has changed in sequence {number} of seed {seed}"
     return ends
 
 

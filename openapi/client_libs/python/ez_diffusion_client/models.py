@@ -434,14 +434,24 @@ class ControlNetUnit(BaseModel):
     ] = False
 
 
+class UNetCacheMethod(StrEnum):
+    """
+    deepcache is the package of that name; step_cache is this project's own, which also reuses what ControlNets add
+    """
+
+    deepcache = "deepcache"
+    step_cache = "step_cache"
+
+
 class DeepCacheOptions(BaseModel):
     """
-    Reuse of deep features between steps (Ma, Fang and Wang, CVPR 2024, arXiv:2312.00858)
+    Reuse of the deep features of a U-Net between steps (Ma, Fang and Wang, CVPR 2024, arXiv:2312.00858)
     """
 
     model_config = ConfigDict(
         extra="forbid",
     )
+    method: UNetCacheMethod = UNetCacheMethod.deepcache
     cache_interval: Annotated[
         StrictInt,
         Field(
@@ -453,11 +463,27 @@ class DeepCacheOptions(BaseModel):
     cache_branch_id: Annotated[
         StrictInt,
         Field(
-            description="The skip branch at which the cached features enter",
+            description="The skip branch at which the cached features enter; 0 skips most",
             ge=0,
             le=32,
         ),
     ] = 0
+    start: Annotated[
+        StrictFloat,
+        Field(
+            description="Share of the steps before which the whole network runs",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = 0.0
+    end: Annotated[
+        StrictFloat,
+        Field(
+            description="Share of the steps after which the whole network runs",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = 1.0
 
 
 class StepCacheName(StrEnum):
@@ -470,6 +496,15 @@ class StepCacheName(StrEnum):
     mag = "mag"
 
 
+class ComputeDtype(StrEnum):
+    """
+    Number formats that are faster, and rounder
+    """
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 class VaePrecision(StrEnum):
     """
     How latents are decoded
@@ -477,7 +512,6 @@ class VaePrecision(StrEnum):
 
     full = "full"
     bf16 = "bf16"
-    tiny = "tiny"
 
 
 class AccelerationOptions(BaseModel):
@@ -492,6 +526,15 @@ class AccelerationOptions(BaseModel):
         StrictBool | None,
         Field(description="Compile the denoiser; absent follows the installation"),
     ] = None
+    compute_dtype: ComputeDtype | None = None
+    guidance_start: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Share of the steps before which there is no classifier-free guidance",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = None
     guidance_end: Annotated[
         StrictFloat | None,
         Field(
@@ -500,20 +543,44 @@ class AccelerationOptions(BaseModel):
             le=1.0,
         ),
     ] = None
+    guidance_tolerance: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Drop guidance for the rest of the steps once it changes the prediction by less than this share",
+            gt=0.0,
+            le=1.0,
+        ),
+    ] = None
     step_cache: StepCacheName | None = None
     step_cache_threshold: Annotated[
         StrictFloat | None,
         Field(
-            description="Relative change below which a step is reused", ge=0.0, le=1.0
+            description="Relative change below which first_block and mag reuse a step",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = None
+    step_cache_interval: Annotated[
+        StrictInt | None,
+        Field(
+            description="Every how many steps taylorseer runs the whole network",
+            ge=1,
+            le=100,
         ),
     ] = None
     reuse_control_residuals: Annotated[
-        StrictBool,
+        StrictBool | None,
         Field(
-            description="Reuse the output of ControlNets on the steps that DeepCache skips"
+            description="Reuse the output of ControlNets on the steps that the U-Net cache skips; absent, step_cache does and deepcache does not"
         ),
-    ] = False
+    ] = None
     vae_precision: VaePrecision = VaePrecision.full
+    vae_tiling: Annotated[
+        StrictBool | None,
+        Field(
+            description="Decode in tiles that overlap; needs less memory and changes pixels a little"
+        ),
+    ] = None
 
 
 class RefinerOptions(BaseModel):
@@ -735,6 +802,14 @@ class GenerationRequest(BaseModel):
         list[ControlNetUnit] | None,
         Field(description="Controls of this request", max_length=8),
     ] = None
+    profile: Annotated[
+        StrictStr | None,
+        Field(
+            description="A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or fast",
+            max_length=64,
+            min_length=1,
+        ),
+    ] = None
     deepcache: DeepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
     output: OutputOptions | None = None
@@ -896,6 +971,9 @@ class GenerationPlan(BaseModel):
     inpaint: InpaintOptions | None = None
     loras: list[Lora] | None = None
     controlnets: list[PlannedControl] | None = None
+    profile: Annotated[
+        StrictStr | None, Field(description="The profile that settings were taken from")
+    ] = None
     deepcache: DeepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
     output: OutputOptions | None = None
