@@ -10,6 +10,7 @@ __all__ = ['logger', 'MAX_DETECTOR_SIDE', 'SPECIAL', 'detector_class', 'local_fi
 # %% ../nbs/02d_control_detectors.ipynb #c27b1eea
 import contextlib
 import functools
+import hashlib
 import importlib
 import logging
 import sys
@@ -300,10 +301,12 @@ class PreprocessorStore:
         folders: Sequence[Path] = (),  # of the operator, where weights are looked for before the Hub's cache
         device: str = "cpu",  # where the detectors run
         max_loaded: int = 4,  # detectors that stay in memory, at least 1
+        max_maps: int = 16,  # of networks that are remembered; a map that was asked for before is not computed again
     ):
         if max_loaded < 1:
             raise ValueError(f"max_loaded is {max_loaded}: at least one detector stays in memory while it works")
-        self.folders, self.device, self.max_loaded = tuple(map(Path, folders)), device, max_loaded
+        self.folders, self.device, self.max_loaded, self.max_maps = tuple(map(Path, folders)), device, max_loaded, max_maps
+        self._maps: OrderedDict[tuple, np.ndarray] = OrderedDict()  # the one used last at the end
         self._detectors: OrderedDict[tuple, Any] = OrderedDict()  # the one used last at the end
         self._lock = threading.RLock()
 
@@ -321,7 +324,14 @@ class PreprocessorStore:
         "The control map of a picture; a RequestError says what is wrong, or missing on this machine."
         def with_network(row: ControlnetGuideImagePreprocessor, pixels: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
             with self._lock:
-                return detect(self._detector(row, field), row, pixels, parameters)
+                key = row.name, pixels.shape, hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest(), repr(sorted(parameters.items()))
+                if key not in self._maps:
+                    self._maps[key] = detect(self._detector(row, field), row, pixels, parameters)
+                self._maps.move_to_end(key)
+                made = self._maps[key]
+                while len(self._maps) > self.max_maps:
+                    self._maps.popitem(last=False)
+                return made.copy()
 
         return make_map(preprocessing, image, width, height, resize_mode, mask, detect=with_network, field=field)
 
@@ -343,6 +353,7 @@ class PreprocessorStore:
         "Forget every detector, and give its memory back."
         with self._lock:
             self._detectors.clear()
+            self._maps.clear()
             if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

@@ -32,6 +32,7 @@ from .control_detectors import PreprocessorStore
 from .control_nets import PreparedControl
 from .images import ImagePolicy, decode_image, decode_mask, image_facts, round_to_multiple, to_image_string
 from .lora import LoraStore
+from .memory_relief import Ladder
 from .manifest import COMPONENT_CLASSES, HubSource, ModelManifest
 from .model_store import Settings, load_manifests, model_list
 from .component_loading import pick_device
@@ -39,7 +40,7 @@ from .pipeline_factory import PipelineFactory, module_bytes
 from .planning import make_plan
 from .rendering import Inputs, OnProgress, Prepared, StopSignal
 from .rendering import batch_size, decode_inputs, generated_image, prepare_inputs, previewer_for, with_environment
-from .results import failure, logger, parse, request_error
+from .results import failure, is_out_of_memory, logger, parse, request_error
 from ez_diffusion_client.models import (
     ControlMap,
     ControlNetUnit,
@@ -123,7 +124,7 @@ class DiffusionService:
         self.models = load_manifests(self.settings.model_folders, self.settings.default_model)
         self.image_policy, self.batching = image_policy, batching
         self.preprocessors = PreprocessorStore(self.settings.annotator_folders, str(self.device))
-        self.loras = LoraStore()
+        self.loras, self.ladder = LoraStore(), Ladder()
         self._factories: OrderedDict[str, PipelineFactory] = OrderedDict()  # the one used last at the end
         self._waiting: list[Generation] = []
         self._guard, self._closed = threading.Lock(), False
@@ -393,6 +394,16 @@ def _run_next(self: DiffusionService) -> None:
 
 # %% ../nbs/08_diffusion_service.ipynb #7b4b601d
 @patch
+def _relieve(self: DiffusionService, generation: Generation) -> bool:  # whether it is worth trying again
+    "Take the next rung of the model's ladder, after its memory has run out."
+    factory = self.factory(self.manifest(generation.plan.model))
+    found = self.ladder.step_down([generation.plan], factory)
+    if found:
+        logger.warning("memory ran out with %s, which is tried again with less", generation.plan.model)
+    return found
+
+
+@patch
 def _run(self: DiffusionService, group: list[Generation]) -> None:
     "Carry out generations that share a batch; whatever happens, each gets a result."
     try:
@@ -403,6 +414,8 @@ def _run(self: DiffusionService, group: list[Generation]) -> None:
         if self.device.type == "cuda":
             with suppress(RuntimeError):  # of a context that is broken
                 torch.cuda.empty_cache()
+        if len(group) == 1 and left and is_out_of_memory(exc) and self._relieve(group[0]):
+            return self._run(group)
         if len(group) > 1:
             logger.warning("a shared batch failed (%s); its %d requests are made alone", type(exc).__name__, len(left))
         for generation in left:
@@ -430,6 +443,7 @@ def _carry_out(self: DiffusionService, group: list[Generation]) -> None:
     stop.check()
     members = list(stop.live)
     for generation in members:
+        generation.plan = self.ladder.relieved(generation.plan)
         generation.report(ProgressEvent(phase=Phase.encode, step=0))
     plans = [generation.plan for generation in members]
     watch = SharedWatch(stop, [(g.report, len(g.plan.seeds), previewer_for(factory, g.plan, g.request.preview_interval)) for g in members], batch_size(plans[0]))

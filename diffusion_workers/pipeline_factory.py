@@ -65,7 +65,7 @@ class PipelineFactory:
         dtype: str | None = None,  # for a manifest that says auto
         torch_compile: bool = False,  # whether requests that do not say are compiled
     ):
-        self.torch_compile = torch_compile
+        self.torch_compile, self.offloaded = torch_compile, False
         self.manifest = manifest
         self.spec = FAMILIES[manifest.family]
         self.device = device if isinstance(device, torch.device) else pick_device(device)
@@ -196,10 +196,24 @@ def unload(self: PipelineFactory) -> None:
     with self._lock:
         self._pipes.clear()
         self._controlnets.clear()
-        self._refiner = None
+        self._refiner, self.offloaded = None, False
     gc.collect()
     if self.device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@patch
+def offload(self: PipelineFactory) -> bool:
+    "Keep the denoiser's weights in the host's memory from now on, and bring each layer when its turn comes; False where that saves nothing."
+    if self.device.type != "cuda" or self.offloaded:
+        return False
+    with self._lock, quiet_libraries():
+        denoiser = getattr(self.load(), self.spec.denoiser)
+        denoiser.enable_group_offload(onload_device=self.device, offload_device=torch.device("cpu"), offload_type="leaf_level")
+        self.offloaded = True
+    gc.collect()
+    torch.cuda.empty_cache()
+    return True
 
 
 @patch

@@ -199,7 +199,7 @@ def batch_size(plan: GenerationPlan) -> int:
     "How many images of a plan go through the network together: one where what is left out depends on how the images of a batch look."
     options = plan.acceleration
     alone = options is not None and (options.guidance_tolerance or options.step_cache == StepCacheName.first_block)
-    return 1 if alone else MAX_BATCH
+    return 1 if alone else options and options.batch_size or MAX_BATCH
 
 
 _OPTIONAL = ("prompt_2", "negative_prompt", "negative_prompt_2", "true_cfg_scale", "guidance_rescale", "clip_skip", "max_sequence_length")

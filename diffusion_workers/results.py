@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'STATUS_OF_CODE', 'RETRYABLE_CODES', 'Model', 'MAX_ERRORS', 'RequestError', 'shorten', 'error_line',
-           'error_detail', 'request_error', 'describe_field', 'field_path', 'nearest_name', 'parse', 'failure',
-           'warning']
+           'error_detail', 'request_error', 'describe_field', 'field_path', 'nearest_name', 'parse', 'is_out_of_memory',
+           'failure', 'warning']
 
 # %% ../nbs/00_results.ipynb #da29ae5c
 import base64
@@ -258,7 +258,8 @@ def parse(
         raise RequestError(list({(e.field, e.code): e for e in found}.values())) from None
 
 # %% ../nbs/00_results.ipynb #c6797d55
-def _is_out_of_memory(exc: BaseException) -> bool:
+def is_out_of_memory(exc: BaseException) -> bool:
+    "Whether an exception says that the memory of the host or of a device was not enough."
     if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
         return True
     return isinstance(exc, RuntimeError) and any(text in str(exc) for text in ("out of memory", "can't allocate memory"))
@@ -270,7 +271,7 @@ def failure(
 ) -> OpResult:
     "The `OpResult` for an exception; unexpected ones are logged with their traceback."
     if not isinstance(exc, RequestError):
-        if _is_out_of_memory(exc):
+        if is_out_of_memory(exc):
             hint = "ask for fewer images or a smaller size"
             exc = request_error(ErrorCode.out_of_memory, "the memory of the device was not enough", hint=hint)
         else:

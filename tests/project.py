@@ -10,7 +10,7 @@ MODULE_ORDER = (
     "results", "guarded_fetch", "images", "image_metadata", "manifest", "manifest_files", "model_store",
     "controlnet", "control_detectors", "addon_planning", "acceleration_planning", "planning",
     "component_loading", "control_nets", "tiny_models", "pipeline_factory", "lora_keys", "lora_files", "lora", "step_cache", "encoder_cache", "denoiser_runs", "compilation", "acceleration",
-    "previews", "rendering", "batching", "diffusion_service",
+    "previews", "rendering", "batching", "memory_relief", "diffusion_service",
     "shapes", "shapes_text", "training_loop", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_denoising",
     "shapes_controls", "shapes_control_training", "shapes_loras", "shapes_family",
     "shapes_evaluation", "shapes_cells", "benchmark", "bench_command",

@@ -575,6 +575,14 @@ class AccelerationOptions(BaseModel):
         ),
     ] = None
     vae_precision: VaePrecision = VaePrecision.full
+    batch_size: Annotated[
+        StrictInt | None,
+        Field(
+            description="Images that go through the network together; fewer need less memory",
+            ge=1,
+            le=8,
+        ),
+    ] = None
     vae_tiling: Annotated[
         StrictBool | None,
         Field(

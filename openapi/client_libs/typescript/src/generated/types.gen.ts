@@ -400,17 +400,36 @@ export type ControlNetUnit = {
 };
 
 /**
- * Reuse of deep features between steps (Ma, Fang and Wang, CVPR 2024, arXiv:2312.00858)
+ * deepcache is the package of that name; step_cache is this project's own, which also reuses what ControlNets add
+ */
+export const UNetCacheMethod = { DEEPCACHE: 'deepcache', STEP_CACHE: 'step_cache' } as const;
+
+/**
+ * deepcache is the package of that name; step_cache is this project's own, which also reuses what ControlNets add
+ */
+export type UNetCacheMethod = typeof UNetCacheMethod[keyof typeof UNetCacheMethod];
+
+/**
+ * Reuse of the deep features of a U-Net between steps (Ma, Fang and Wang, CVPR 2024, arXiv:2312.00858)
  */
 export type DeepCacheOptions = {
+    method?: UNetCacheMethod;
     /**
      * Every how many steps the whole network runs; 1 is off
      */
     cache_interval?: number;
     /**
-     * The skip branch at which the cached features enter
+     * The skip branch at which the cached features enter; 0 skips most
      */
     cache_branch_id?: number;
+    /**
+     * Share of the steps before which the whole network runs
+     */
+    start?: number;
+    /**
+     * Share of the steps after which the whole network runs
+     */
+    end?: number;
 };
 
 /**
@@ -428,13 +447,19 @@ export const StepCacheName = {
 export type StepCacheName = typeof StepCacheName[keyof typeof StepCacheName];
 
 /**
+ * Number formats that are faster, and rounder
+ */
+export const ComputeDtype = { BFLOAT16: 'bfloat16', FLOAT16: 'float16' } as const;
+
+/**
+ * Number formats that are faster, and rounder
+ */
+export type ComputeDtype = typeof ComputeDtype[keyof typeof ComputeDtype];
+
+/**
  * How latents are decoded
  */
-export const VaePrecision = {
-    FULL: 'full',
-    BF16: 'bf16',
-    TINY: 'tiny'
-} as const;
+export const VaePrecision = { FULL: 'full', BF16: 'bf16' } as const;
 
 /**
  * How latents are decoded
@@ -449,20 +474,41 @@ export type AccelerationOptions = {
      * Compile the denoiser; absent follows the installation
      */
     torch_compile?: boolean | null;
+    compute_dtype?: ComputeDtype | null;
+    /**
+     * Share of the steps before which there is no classifier-free guidance
+     */
+    guidance_start?: number | null;
     /**
      * Share of the steps after which classifier-free guidance is dropped
      */
     guidance_end?: number | null;
+    /**
+     * Drop guidance for the rest of the steps once it changes the prediction by less than this share
+     */
+    guidance_tolerance?: number | null;
     step_cache?: StepCacheName | null;
     /**
-     * Relative change below which a step is reused
+     * Relative change below which first_block and mag reuse a step
      */
     step_cache_threshold?: number | null;
     /**
-     * Reuse the output of ControlNets on the steps that DeepCache skips
+     * Every how many steps taylorseer runs the whole network
      */
-    reuse_control_residuals?: boolean;
+    step_cache_interval?: number | null;
+    /**
+     * Reuse the output of ControlNets on the steps that the U-Net cache skips; absent, step_cache does and deepcache does not
+     */
+    reuse_control_residuals?: boolean | null;
     vae_precision?: VaePrecision;
+    /**
+     * Images that go through the network together; fewer need less memory
+     */
+    batch_size?: number | null;
+    /**
+     * Decode in tiles that overlap; needs less memory and changes pixels a little
+     */
+    vae_tiling?: boolean | null;
 };
 
 /**
@@ -624,6 +670,10 @@ export type GenerationRequest = {
      * Controls of this request
      */
     controlnets?: Array<ControlNetUnit> | null;
+    /**
+     * A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or fast
+     */
+    profile?: string | null;
     deepcache?: DeepCacheOptions | null;
     acceleration?: AccelerationOptions | null;
     output?: OutputOptions | null;
@@ -771,6 +821,10 @@ export type GenerationPlan = {
     inpaint?: InpaintOptions | null;
     loras?: Array<Lora> | null;
     controlnets?: Array<PlannedControl> | null;
+    /**
+     * The profile that settings were taken from
+     */
+    profile?: string | null;
     deepcache?: DeepCacheOptions | null;
     acceleration?: AccelerationOptions | null;
     output?: OutputOptions;
