@@ -502,6 +502,18 @@ def memory_report(self: DiffusionService) -> MemoryReport:
 
 
 @patch
+def _repr_markdown_(self: MemoryReport) -> str:
+    size = lambda value: "" if value is None else f"{value / 1e6:,.0f} MB"
+    lines = ["| | in use | of | peak |", "|---|---|---|---|",
+             f"| host, this process | {size(self.process_bytes)} | {size(self.host_total_bytes)}, {size(self.host_available_bytes)} free | {size(self.process_peak_bytes)} |"]
+    lines += [f"| {d.name or d.device} | {size(d.allocated_bytes)} | {size(d.total_bytes)} | {size(d.peak_bytes)} |" for d in self.devices if d.total_bytes]
+    for model in self.models:
+        parts = ", ".join(f"{name} {size(used)}" for name, used in (model.components or {}).items())
+        lines.append(f"| {model.model} on {model.device}, {model.dtype} | {size(model.bytes)} | {parts} | |")
+    return "\n".join(lines)
+
+
+@patch
 def health(self: DiffusionService) -> Health:
     "Whether the service has made a picture yet, and how many requests wait."
     loaded = [name for name, factory in list(self._factories.items()) if factory.loaded]

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ez_diffusion_client.models import ControlNetInfo, ErrorCode, ModelInfo, ModelList
+from fastcore.basics import patch
+from ez_diffusion_client.models import ControlNetInfo, ErrorCode, ModelInfo, ModelList, ProfileInfo
 
 from .manifest import FolderSource, ModelManifest, package_folder
 from .manifest_files import ManifestError, load_manifest
@@ -205,12 +206,13 @@ def model_info(
 ) -> ModelInfo:
     "What a client learns about a model."
     nets = [ControlNetInfo(name=name, union=net.union, union_modes=net.union_modes and list(net.union_modes), preprocessors=list(net.preprocessors)) for name, net in manifest.controlnets.items()]
+    profiles = [ProfileInfo(name=name, description=profile.description) for name, profile in manifest.profiles.items()]
     defaults = manifest.defaults
     return ModelInfo(
         name=manifest.name, title=manifest.title, description=manifest.description, family=manifest.family,
         kind=manifest.kind, source=manifest.source.describe(), loaded=loaded, tasks=list(manifest.tasks), width=defaults.width,
         height=defaults.height, num_inference_steps=defaults.num_inference_steps,
-        guidance_scale=float(defaults.guidance_scale), loras=list(manifest.loras), controlnets=nets,
+        guidance_scale=float(defaults.guidance_scale), loras=list(manifest.loras), controlnets=nets, profiles=profiles,
     )
 
 
@@ -220,3 +222,13 @@ def model_list(
 ) -> ModelList:
     "What a client learns about all models that can be used."
     return ModelList(default=store.default, models=[model_info(manifest, name in loaded) for name, manifest in store.items()])
+
+
+@patch
+def _repr_markdown_(self: ModelList) -> str:
+    lines = ["| model | family | size | steps | ControlNets | LoRAs | profiles |", "|---|---|---|---|---|---|---|"]
+    named = lambda items: ", ".join(getattr(item, "name", item) for item in items or ()) or ""
+    for info in self.models:
+        marks = "".join([" (default)"] * (info.name == self.default) + [", loaded"] * info.loaded)
+        lines.append(f"| **{info.name}**{marks} | {info.family.value} | {info.width} x {info.height} | {info.num_inference_steps} | {named(info.controlnets)} | {named(info.loras)} | {named(info.profiles)} |")
+    return "\n".join(lines)

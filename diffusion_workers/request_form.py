@@ -227,7 +227,7 @@ def check(
 SIMPLE = ("prompt", "negative_prompt", "model", "width", "height", "num_inference_steps", "guidance_scale", "scheduler", "num_images")
 SECTIONS = {
     "Image to start from": ("strength", "resize_mode", "inpaint"),
-    "Acceleration": ("deepcache", "acceleration"),
+    "Acceleration": ("profile", "deepcache", "acceleration"),
     "Output": ("output", "timeout_seconds", "request_id"),
 }
 _ELSEWHERE = ("image", "mask_image", "loras", "controlnets", "preview_interval", "seed")

@@ -131,6 +131,7 @@ def _model_changed(self: RequestPanel) -> None:
     for name in ("width", "height", "num_inference_steps", "guidance_scale"):
         value = getattr(info, name)
         self.forms[""].fields[name].control.placeholder = "" if value is None else f"{value:g}"
+    self.forms["Acceleration"].fields["profile"].offer(["exact", *(profile.name for profile in info.profiles or () if profile.name != "exact")])
     self.loras.offer(info.loras or ())
     for unit in self.units:
         unit.offer(info.controlnets or ())
@@ -335,10 +336,11 @@ def stop(self: GenerationPanel) -> None:
 
 @patch
 def wait(self: GenerationPanel, timeout: float | None = None) -> OpResult | None:
-    "Wait for the generation that runs, if one does, and give the last result; an interrupt stops it."
+    "Wait for the generation that runs, if one does, and give the last result; an interrupt stops it. Raises TimeoutError when the time is up."
     if self._run is not None:
         self._run.result(timeout)
-        self._shown.wait(timeout)
+        if not self._shown.wait(timeout):
+            raise TimeoutError(f"the result was not shown within {timeout:g} seconds")
     return self.last
 
 # %% ../nbs/13_widgets.ipynb #3a1e4038

@@ -38,10 +38,10 @@ def is_ready(url: str) -> bool:
 
 
 @contextmanager
-def running_server() -> Iterator[str]:
+def running_server(**environment: str) -> Iterator[str]:  # variables for the server
     "Start the server with the built-in models on a free port, and give its address once it has made a picture."
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([sys.executable, "-c", SERVE, "serve", "--port", "0"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, "-c", SERVE, "serve", "--port", "0"], cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT)
         try:
             deadline, url = time.monotonic() + PATIENCE, None
             while not (url and is_ready(url)):

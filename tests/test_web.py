@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from diffusion_workers.image_metadata import read_metadata
-from server_process import PATIENCE, needs
+from server_process import PATIENCE, needs, running_server
 
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -184,21 +184,50 @@ def test_control(page: Page) -> None:
     assert (red & wanted).sum() / max((red | wanted).sum(), 1) > 0.5, "the circle is not where the map has it"
 
 
-def test_restore_from_png(page: Page, server: str) -> None:
-    "A picture that was made elsewhere is dropped on the page, which then makes the very same pixels again."
+@pytest.mark.parametrize(("kind", "way"), [("png", "drop"), ("jpeg", "paste"), ("webp", "drop")])
+def test_restore_from_a_picture(page: Page, server: str, kind: str, way: str) -> None:
+    "A picture that was made elsewhere is dropped on the page, or pasted, which then makes the very same pixels again."
     with Client(server) as client:
-        original = image_bytes(client.generate(prompt="a green star on a navy background", seed=11, num_inference_steps=7, guidance_scale=2.5, scheduler="euler"))[0]
-    drop = """([page, data]) => {
+        asked = dict(prompt="a green star on a navy background", seed=11, num_inference_steps=7, guidance_scale=2.5, scheduler="euler", output={"format": kind})
+        original = image_bytes(client.generate(**asked))[0]
+    bring = """([way, kind, data]) => {
         const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
         const carried = new DataTransfer();
-        carried.items.add(new File([bytes], 'star.png', { type: 'image/png' }));
-        document.querySelector(page).dispatchEvent(new DragEvent('drop', { dataTransfer: carried, bubbles: true, cancelable: true }));
+        carried.items.add(new File([bytes], 'star.' + kind, { type: 'image/' + kind }));
+        const told = { bubbles: true, cancelable: true };
+        const event = way === 'drop' ? new DragEvent('drop', { dataTransfer: carried, ...told }) : new ClipboardEvent('paste', { clipboardData: carried, ...told });
+        (way === 'drop' ? document.querySelector('.stage') : document.body).dispatchEvent(event);
     }"""
-    page.evaluate(drop, [".stage", base64.b64encode(original).decode()])
+    page.evaluate(bring, [way, kind, base64.b64encode(original).decode()])
     expect(page.locator(".status")).to_have_text("Settings restored.")
     for name, value in {"prompt": "a green star on a navy background", "seed": "11", "num_inference_steps": "7", "guidance_scale": "2.5", "scheduler": "euler"}.items():
         expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
-    assert (pixels(generate(page)) == pixels(original)).all()
+    made = generate(page)
+    assert Image.open(io.BytesIO(made)).format == kind.upper()
+    assert (pixels(made) == pixels(original)).all()
+
+
+def test_token_is_asked_for(browser: Browser) -> None:
+    "A server with a token: the page says so, takes the token, and works; a wrong one is refused."
+    with running_server(DIFFUSION_WORKERS_TOKEN="a-secret-word") as url:
+        shown = browser.new_page()
+        shown.goto(url)
+        expect(shown.locator("[role=status]").first).to_have_text("The server asks for a token.")
+        for word, answer in (("another-word", "The server asks for a token."), ("a-secret-word", re.compile("ready"))):
+            shown.get_by_label("Token").fill(word)
+            shown.get_by_role("button", name="Connect").click()
+            expect(shown.locator("[role=status]").first).to_have_text(answer)
+        fill(shown, prompt=PROMPT, num_inference_steps=2)
+        generate(shown)
+        shown.close()
+
+
+def test_profile(page: Page) -> None:
+    "The profiles of the model are offered, and what one does is in the receipt."
+    fill(page, prompt=PROMPT, num_inference_steps=6)
+    page.locator("[data-path=profile]").select_option("fast")
+    plan = read_metadata(generate(page)).plan
+    assert (plan.profile, plan.deepcache.method.value) == ("fast", "step_cache")
 
 
 def test_error_at_the_field(page: Page) -> None:

@@ -14,7 +14,7 @@ import { warnings } from './errors';
 /** Shown in places of their own; what else the schema has comes under "More". */
 const OWN_PLACE = new Set([
   'model', 'prompt', 'negative_prompt', 'width', 'height', 'num_inference_steps', 'guidance_scale', 'scheduler', 'num_images', 'seed',
-  'image', 'mask_image', 'strength', 'resize_mode', 'inpaint', 'loras', 'controlnets', 'request_id',
+  'image', 'mask_image', 'strength', 'resize_mode', 'inpaint', 'loras', 'controlnets', 'request_id', 'profile',
 ]);
 const MAIN = ['width', 'height', 'num_inference_steps', 'guidance_scale', 'scheduler', 'num_images'];
 
@@ -41,6 +41,24 @@ function ModelChoice() {
           <option value="">{models.value ? `${models.value.default} (default)` : '…'}</option>
           {typeof chosen === 'string' && !models.value?.models.some((offered) => offered.name === chosen) && <option value={chosen}>{chosen} (not offered)</option>}
           {models.value?.models.map((offered) => <option key={offered.name} value={offered.name}>{offered.title ? `${offered.name} – ${offered.title}` : offered.name}</option>)}
+        </select>
+      )}
+    </Wrap>
+  );
+}
+
+function ProfileChoice({ known }: { known: Schema }) {
+  const offered = model.value?.profiles ?? [];
+  const chosen = value('profile');
+  if (offered.length === 0 && typeof chosen !== 'string') return null;
+  const description = offered.find((profile) => profile.name === chosen)?.description ?? known.field('GenerationRequest', 'profile').description;
+  return (
+    <Wrap path="profile" title="Profile" description={description}>
+      {(attributes) => (
+        <select {...attributes} value={typeof chosen === 'string' ? chosen : ''} onChange={(event) => edit('profile', event.currentTarget.value || undefined)}>
+          <option value="">the model's own</option>
+          {['exact', ...offered.map((profile) => profile.name).filter((name) => name !== 'exact')].map((name) => <option key={name} value={name}>{name}</option>)}
+          {typeof chosen === 'string' && chosen !== 'exact' && !offered.some((profile) => profile.name === chosen) && <option value={chosen}>{chosen} (not offered)</option>}
         </select>
       )}
     </Wrap>
@@ -130,6 +148,7 @@ export function Form() {
           <Prompt name="prompt" rows={3} known={known} />
           <Prompt name="negative_prompt" rows={1} known={known} />
           {MAIN.map((name) => <FieldInput key={name} field={known.field('GenerationRequest', name)} placeholder={placeholderOf(name)} />)}
+          <ProfileChoice known={known} />
           <Seed known={known} />
         </div>
         <StartImage known={known} />

@@ -1206,24 +1206,18 @@ class ControlNetInfo(BaseModel):
     preprocessors: list[StrictStr] | None = None
 
 
-class ModelInfo(BaseModel):
+class ProfileInfo(BaseModel):
+    """
+    Settings that trade exactness for time, under a name
+    """
+
     model_config = ConfigDict(
         extra="forbid",
     )
     name: StrictStr
-    title: StrictStr | None = None
-    description: StrictStr | None = None
-    family: ModelFamily
-    kind: ModelKind = ModelKind.standard
-    source: StrictStr
-    loaded: StrictBool
-    tasks: list[Task] | None = None
-    width: Annotated[StrictInt | None, Field(description="Default, in pixels")] = None
-    height: Annotated[StrictInt | None, Field(description="Default, in pixels")] = None
-    num_inference_steps: StrictInt | None = None
-    guidance_scale: StrictFloat | None = None
-    loras: list[StrictStr] | None = None
-    controlnets: list[ControlNetInfo] | None = None
+    description: Annotated[
+        StrictStr | None, Field(description="What it does to pixels")
+    ] = None
 
 
 class ParameterKind(StrEnum):
@@ -1262,20 +1256,6 @@ class PreprocessorInfo(BaseModel):
     ] = None
     union_modes: list[UnionModeName] | None = None
     parameters: list[PreprocessorParameter] | None = None
-
-
-class ModelList(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-    )
-    default: Annotated[
-        StrictStr, Field(description="The model of a request that names none")
-    ]
-    models: list[ModelInfo]
-    preprocessors: Annotated[
-        list[PreprocessorInfo] | None,
-        Field(description="What can turn a picture into a control map"),
-    ] = None
 
 
 class OpResult(BaseModel):
@@ -1343,3 +1323,38 @@ class Job(BaseModel):
     finished_at: datetime | None = None
     progress: ProgressEvent | None = None
     result: OpResult | None = None
+
+
+class ModelInfo(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    name: StrictStr
+    title: StrictStr | None = None
+    description: StrictStr | None = None
+    family: ModelFamily
+    kind: ModelKind = ModelKind.standard
+    source: StrictStr
+    loaded: StrictBool
+    tasks: list[Task] | None = None
+    width: Annotated[StrictInt | None, Field(description="Default, in pixels")] = None
+    height: Annotated[StrictInt | None, Field(description="Default, in pixels")] = None
+    num_inference_steps: StrictInt | None = None
+    guidance_scale: StrictFloat | None = None
+    loras: list[StrictStr] | None = None
+    controlnets: list[ControlNetInfo] | None = None
+    profiles: list[ProfileInfo] | None = None
+
+
+class ModelList(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    default: Annotated[
+        StrictStr, Field(description="The model of a request that names none")
+    ]
+    models: list[ModelInfo]
+    preprocessors: Annotated[
+        list[PreprocessorInfo] | None,
+        Field(description="What can turn a picture into a control map"),
+    ] = None

@@ -1100,6 +1100,18 @@ export type ModelInfo = {
     guidance_scale?: number | null;
     loras?: Array<string> | null;
     controlnets?: Array<ControlNetInfo> | null;
+    profiles?: Array<ProfileInfo> | null;
+};
+
+/**
+ * Settings that trade exactness for time, under a name
+ */
+export type ProfileInfo = {
+    name: string;
+    /**
+     * What it does to pixels
+     */
+    description?: string | null;
 };
 
 export const ParameterKind = {
