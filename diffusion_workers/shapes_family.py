@@ -122,7 +122,7 @@ def _lora(model: str, effect: str, **changes) -> Part:
 
 PARTS = {
     "shapes-sd15": Part(ShapesTrainingConfig(), lambda out_dir, config: train_shapes(out_dir, config=config)),
-    "shapes-sd15/canny": _controlnet("shapes-sd15", "canny", steps=260),
+    "shapes-sd15/canny": _controlnet("shapes-sd15", "canny", steps=800, scenes=8000),
     "shapes-sd15/outline": _lora("shapes-sd15", "outline", steps=600, rank=16),
     "shapes-sd15/night": _lora("shapes-sd15", "night"),
     "shapes-sd15/heart": _lora("shapes-sd15", "heart", steps=450),
@@ -133,7 +133,7 @@ PARTS = {
     "shapes-flux": Part(FluxTrainingConfig(), train_flux),
     "shapes-flux/canny": _controlnet("shapes-flux", "canny", steps=5000, scenes=12000),
     "shapes-flux/union": _controlnet("shapes-flux", "union", steps=1000),
-    "shapes-flux/outline": _lora("shapes-flux", "outline", steps=700, rank=16),
+    "shapes-flux/outline": _lora("shapes-flux", "outline", steps=2200, rank=16),
 }
 
 # %% ../nbs/09ga_shapes_family.ipynb #44498945

@@ -198,8 +198,9 @@ def set_values(self: RequestPanel, values: Mapping[str, Any]) -> None:
 
 @patch
 def show_errors(self: RequestPanel, errors: Iterable[ErrorDetail]) -> list[ErrorDetail]:  # those without a place
-    "Put each error at its field, and unfold the section it is in."
-    rest = list(errors)
+    "Put each error at its field, and unfold the section of the first."
+    errors = list(errors)
+    rest = errors
     for form in self.forms.values():
         rest = form.show_errors(rest)
     self.image.tell("<br>".join(html.escape(error_line(error)) for error in rest if error.field in ("image", "mask_image")))
@@ -207,7 +208,19 @@ def show_errors(self: RequestPanel, errors: Iterable[ErrorDetail]) -> list[Error
     rest = self.loras.show_errors([error for error in rest if error.field not in ("image", "mask_image", "seed")])
     for index, unit in enumerate(self.units):
         rest = unit.show_errors(rest, f"controlnets[{index}]")
+    self._unfold(errors)
     return rest
+
+
+@patch
+def _unfold(self: RequestPanel, errors: Iterable[ErrorDetail]) -> None:
+    "Open the section of the first error, unless one with an error is open."
+    owners = {info.path[0]: title for title, infos in request_sections().items() for info in infos}
+    owners |= {"image": "Image to start from", "mask_image": "Image to start from", "controlnets": "ControlNet", "loras": "LoRA"}
+    titles = self._section_titles()
+    found = [titles.index(title) for error in errors if (title := owners.get((error.field or "").split(".")[0].split("[")[0])) in titles]
+    if found and self.sections.selected_index not in found:
+        self.sections.selected_index = found[0]
 
 # %% ../nbs/13_widgets.ipynb #4b3b0919
 class GenerationPanel(widgets.VBox):
