@@ -15,7 +15,7 @@ from diffusion_workers.image_metadata import read_metadata
 from diffusion_workers.model_store import Settings
 from diffusion_workers.tiny_models import write_tiny_model
 from ez_diffusion_client import AsyncClient, Client, Retries, RunPod, Server, image_bytes, pil_images, raise_for_status
-from ez_diffusion_client.errors import FAILURES, ConnectionLost, NotOffered, QueueFull, ServerUnreachable, Unauthorized, UnexpectedAnswer, UnknownModel, WaitTimeout
+from ez_diffusion_client.errors import FAILURES, ConnectionLost, NotFound, NotOffered, QueueFull, ServerUnreachable, Unauthorized, UnexpectedAnswer, UnknownModel, WaitTimeout
 from ez_diffusion_client.models import OpResult, OpStatus, ProgressEvent
 from live_server import live_server, serving
 from runpod_endpoint import API_KEY, Endpoint, endpoint_app
@@ -98,6 +98,35 @@ def test_submit_look_cancel(target: Server | RunPod, service: DiffusionService) 
         last = list(client.events(job.id))[-1]
         assert (last.phase, last.result.status) == ("cancelled", "cancelled")
         assert client.generate(SMALL).status == "success"
+
+
+def test_a_job_is_taken_up_again_by_its_id(target: Server | RunPod) -> None:
+    "Another client waits for a job that was submitted; one that waits no longer leaves it running."
+    with Client(target) as client:
+        job = client.submit(SMALL | {"num_inference_steps": 10})
+        with pytest.raises(WaitTimeout):
+            client.result(job.id, timeout=0.001)
+    with Client(target) as other:
+        result = other.result(job.id)
+        assert result.status == "success" and len(image_bytes(result)) == 1
+        with pytest.raises(NotFound):
+            other.result("no-such-job")
+
+    async def awaited() -> OpResult:
+        async with AsyncClient(target) as client:
+            job = await client.submit(SMALL | {"num_inference_steps": 150, "num_images": 8})
+            waiting = asyncio.ensure_future(client.result(job.id))
+            await asyncio.sleep(0.3)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert (await client.job(job.id)).result is None
+            with pytest.raises(WaitTimeout):
+                await client.result(job.id, timeout=0.1)
+            await client.cancel(job.id)
+            return await client.result(job.id)
+
+    assert asyncio.run(awaited()).status == "cancelled"
 
 
 def test_time_that_is_up_stops_the_work(target: Server | RunPod) -> None:

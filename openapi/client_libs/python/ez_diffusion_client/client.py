@@ -219,6 +219,20 @@ class Client(_Base):
         """How a job stands, with its result once there is one."""
         return self._do(self.target.job(job_id))
 
+    def result(
+        self,
+        job_id: str,  # of a job that was submitted, by this client or another
+        *,
+        timeout: float | None = None,  # seconds after which `WaitTimeout` is raised
+    ) -> OpResult:
+        """Wait for a job that was submitted before; whoever stops waiting leaves the work as it is."""
+        deadline, looks = _deadline(timeout), 0
+        while (result := self.job(job_id).result) is None:
+            left = self._left(deadline)
+            time.sleep(self._poll(looks) if left is None else min(self._poll(looks), left))
+            looks += 1
+        return result
+
     def cancel(self, job_id: str) -> Job:
         """Stop a job; a running one stops within one step."""
         return self._do(self.target.cancel(job_id))
@@ -384,6 +398,20 @@ class AsyncClient(_Base):
     async def job(self, job_id: str) -> Job:
         """How a job stands, with its result once there is one."""
         return await self._do(self.target.job(job_id))
+
+    async def result(
+        self,
+        job_id: str,  # of a job that was submitted, by this client or another
+        *,
+        timeout: float | None = None,  # seconds after which `WaitTimeout` is raised
+    ) -> OpResult:
+        """Wait for a job that was submitted before; whoever stops waiting, or is cancelled, leaves the work as it is."""
+        deadline, looks = _deadline(timeout), 0
+        while (result := (await self.job(job_id)).result) is None:
+            left = self._left(deadline)
+            await asyncio.sleep(self._poll(looks) if left is None else min(self._poll(looks), left))
+            looks += 1
+        return result
 
     async def cancel(self, job_id: str) -> Job:
         """Stop a job; a running one stops within one step."""
