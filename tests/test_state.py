@@ -4,7 +4,9 @@ Random sequences of requests over the three families, every task and kind of con
 guidance, number formats, errors and cancels go through one service whose memory budget holds two of the three models. After each
 sequence a fixed request of a family, with or without a cache, is compared with what a fresh service drew. The models are tiny and untrained, the classes are the real ones.
 """
+import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,9 +86,9 @@ def random_acceleration(rng: random.Random, flux: bool, controlled: bool) -> dic
     return {"num_inference_steps": 4, "acceleration": options | {"reuse_control_residuals": rng.choice([None, True, False])}, "deepcache": rng.choice([None, cache, cache])}
 
 
-def disturb(rng: random.Random, request: dict) -> dict:
-    "What goes wrong with some requests, before anything is loaded, while it is prepared or in the middle."
-    return request | rng.choice([
+def disturbances() -> Iterator[dict]:
+    "What goes wrong with some requests, before anything is loaded, while it is prepared or in the middle; each kind in turn, without end."
+    return itertools.cycle([
         {"loras": [{"name": "wrong"}]}, {"loras": [{"name": "nowhere"}]}, {"image": "no picture"}, {"timeout_seconds": 0.001},
         {"controlnets": [{"model": "nowhere", "image": picture(1)}]}, {"clip_skip": 24}, {"width": 100000}, {"profile": "none"},
         {"deepcache": {"cache_branch_id": 31}}, {"acceleration": {"compute_dtype": "float16"}}, {"acceleration": {"guidance_start": 0.9, "guidance_end": 0.1}},
@@ -110,11 +112,11 @@ def base_pixels(service: DiffusionService, family: str, index: int) -> bytes:
     return result.images[0].tobytes()
 
 
-def run_random(service: DiffusionService, rng: random.Random) -> str:
+def run_random(service: DiffusionService, rng: random.Random, wrong: Iterator[dict]) -> str:
     "One random request, sometimes disturbed, sometimes cancelled after its first step; how it ended."
     request = random_request(rng, rng.choice(FAMILY_NAMES))
     fate = rng.random()
-    request = disturb(rng, request) if fate < 0.25 else request
+    request = request | next(wrong) if fate < 0.25 else request
     handles = []
     cancel = lambda event: handles and event.step and handles[0].cancel()
     handle = service.submit(request, on_progress=cancel if fate > 0.75 else None)
@@ -128,11 +130,11 @@ def check_sequences(models: Path, count: int, seed: int) -> dict[str, int]:
         wanted = {(family, index): base_pixels(fresh, family, index) for family in FAMILY_NAMES for index in (0, 1)}
         assert all(wanted[family, 0] != wanted[family, 1] for family in FAMILY_NAMES)
         budget = sum(sum(factory.component_bytes().values()) for factory in fresh._factories.values()) * 4 // 5
-    rng, ends = random.Random(seed), {}
+    rng, wrong, ends = random.Random(seed), disturbances(), {}
     with DiffusionService(Settings(model_folders=(models,), memory_budget=budget), device="cpu") as service:
         for number in range(count):
             for _ in range(rng.choice([1, 2, 3])):
-                end = run_random(service, rng)
+                end = run_random(service, rng, wrong)
                 ends[end] = ends.get(end, 0) + 1
             family, index = rng.choice(FAMILY_NAMES), rng.randrange(2)
             assert base_pixels(service, family, index) == wanted[family, index], f"{family}, request {index}, has changed in sequence {number} of seed {seed}"
