@@ -8,7 +8,7 @@ __all__ = ['OnResult', 'Sweep']
 # %% ../nbs/12g_sweep.ipynb #7a6b9e35
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,7 +121,7 @@ async def _not_full(call: Callable, *arguments: Any) -> Any:
         except QueueFull:
             await asyncio.sleep(_PAUSE)
 
-
+# %% ../nbs/12g_sweep.ipynb #5ce4558d
 async def _unbroken(work: Any) -> None:  # to its end, though the one who waits is cancelled
     task = asyncio.ensure_future(work)
     try:
@@ -145,7 +145,7 @@ async def _send(self: Sweep, client: AsyncClient, item: SweepItem) -> None:
 
 # %% ../nbs/12g_sweep.ipynb #63ad15dd
 @patch
-async def _carry_out(self: Sweep, client: AsyncClient, item: SweepItem) -> None:
+async def _by_client(self: Sweep, client: AsyncClient, item: SweepItem) -> None:
     while item.state not in ("done", "failed"):
         try:
             if item.state != "sent" or item.target != client.target.base:
@@ -162,15 +162,42 @@ async def _carry_out(self: Sweep, client: AsyncClient, item: SweepItem) -> None:
         else:
             await _unbroken(self.deliver(item, result))
 
-
-@patch
-async def _work(self: Sweep, client: AsyncClient, left: Iterator[SweepItem], on_result: OnResult | None) -> None:
-    for item in left:  # shared with the other workers
-        await self._carry_out(client, item)
-        if on_result is not None:
-            on_result(self, item)
-
 # %% ../nbs/12g_sweep.ipynb #5ad50e6f
+@patch
+async def carry_out(
+    self: Sweep,
+    one: Callable[[SweepItem], Awaitable[None]],  # brings an item to its result
+    *,
+    concurrency: int = 8,  # requests under way at a time
+    retry_failed: bool = False,  # whether failures of earlier runs are sent again
+    on_result: OnResult | None = None,  # called with the sweep and the item after each result; an exception in it ends the run
+) -> Sweep:
+    "Have what is left carried out by a function; the first exception ends the run."
+    if concurrency < 1:
+        raise ValueError(f"concurrency is {concurrency}: at least 1 is needed")
+
+    async def work() -> None:
+        for item in left:  # shared by all
+            await one(item)
+            if on_result is not None:
+                on_result(self, item)
+
+    with self.writing():
+        left = iter(self.pending(retry_failed))
+        await _together([work() for _ in range(concurrency)])
+    return self
+
+# %% ../nbs/12g_sweep.ipynb #d0aa2491
+async def _together(works: list[Coroutine]) -> None:  # none of them is left running when this ends
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+# %% ../nbs/12g_sweep.ipynb #46dcfc1b
 @patch
 async def run(
     self: Sweep,
@@ -182,19 +209,8 @@ async def run(
     retries: Retries = Retries(attempts=8),  # how long to bear with a connection
 ) -> Sweep:
     "Carry out what is left; a `ClientError` where the target cannot be used, after which another run goes on."
-    if concurrency < 1:
-        raise ValueError(f"concurrency is {concurrency}: at least 1 is needed")
-    with self.writing():
-        left = iter(self.pending(retry_failed))
-        async with AsyncClient(target, retries=retries) as client:
-            workers = [asyncio.create_task(self._work(client, left, on_result)) for _ in range(concurrency)]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-    return self
+    async with AsyncClient(target, retries=retries) as client:
+        return await self.carry_out(lambda item: self._by_client(client, item), concurrency=concurrency, retry_failed=retry_failed, on_result=on_result)
 
 # %% ../nbs/12g_sweep.ipynb #362cbe51
 @patch

@@ -1,0 +1,290 @@
+"""Sweeps: carried out once, whatever happens to the process that sends the requests."""
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import diffusion_workers.sweep as sweep_module
+import diffusion_workers.sweep_folder as folder_module
+from diffusion_workers.diffusion_service import DiffusionService
+from diffusion_workers.image_metadata import read_metadata
+from diffusion_workers.model_store import Settings
+from diffusion_workers.results import RequestError
+from diffusion_workers.sweep import Sweep
+from diffusion_workers.sweep_folder import request_product
+from diffusion_workers.tiny_models import write_tiny_model
+from ez_diffusion_client import Retries, RunPod, Server
+from ez_diffusion_client.errors import ConnectionLost, ServerUnreachable, Unauthorized
+from live_server import live_server
+from runpod_queue import ENDPOINT, PATIENCE, QueueServer, running_worker
+
+PROMPTS = ["a red circle on a white background", "a blue square on a white background", "a green star on a black background", "a yellow ring"]
+TWELVE = request_product({"seed": 1, "num_inference_steps": 4}, prompt=PROMPTS, guidance_scale=[1.0, 3.0, 7.0])
+QUICK = Retries(attempts=2, first_pause=0.01, longest_pause=0.05)
+SWEEPING = "import asyncio, json, sys; from ez_diffusion_client import RunPod; from diffusion_workers.sweep import Sweep; asyncio.run(Sweep(sys.argv[1], json.loads(sys.argv[2])).run(RunPod('endpoint', api_key='stand-in', url=sys.argv[3]), concurrency=4))"
+
+
+def endpoint(queue: QueueServer) -> RunPod:
+    return RunPod(ENDPOINT, api_key="stand-in", url=queue.url)
+
+
+def run(folder: Path, requests: list | None, target: RunPod | Server | str, **more: Any) -> Sweep:
+    return asyncio.run(Sweep(folder, requests).run(target, **more))
+
+
+def times_carried_out(queue: QueueServer) -> Counter:
+    "How often each request was, by the queue's record."
+    return Counter(json.dumps(job.input, sort_keys=True) for job in queue.jobs.values() for _ in job.taken or [None])
+
+
+# --- an endpoint that answers at once ---------------------------------------
+
+@pytest.fixture(scope="module")
+def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    "What a worker returns."
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder, "sd15", "tiny")
+    with DiffusionService(Settings(model_folders=(folder,), default_model="tiny"), device="cpu") as service:
+        return service.generate(prompt="a red circle", seed=1, num_inference_steps=1).model_dump(mode="json", exclude_none=True)
+
+
+class Instant(QueueServer):
+    "A queue whose jobs are done as soon as they are there."
+    answer: dict[str, Any]
+
+    def submit(self, given: Any, sync: bool = False) -> str:
+        job_id = super().submit(given, sync)
+        self.waiting.remove(job_id)
+        job = self.jobs[job_id]
+        job.status, job.output = "COMPLETED", self.answer
+        return job_id
+
+
+@pytest.fixture
+def instant(answer: dict[str, Any]) -> Iterator[Instant]:
+    with Instant() as queue:
+        queue.answer = answer
+        yield queue
+
+
+class PowerCut(BaseException):
+    "The process ends here."
+
+
+def cut_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    "Let the power fail before the write of that number, counted from 1; gives the writes that happened."
+    written: list[str] = []
+
+    def before(what: str) -> None:
+        if len(written) + 1 >= number:
+            raise PowerCut
+        written.append(what)
+
+    append, whole = folder_module.append_lines, folder_module.write_whole
+    monkeypatch.setattr(sweep_module, "append_lines", lambda path, *lines: (before(lines[0]["event"]), append(path, *lines)))
+    monkeypatch.setattr(folder_module, "write_whole", lambda path, data: (before(path.suffix), whole(path, data)))
+    return written
+
+
+ONE_REQUEST = ["sending", "job", ".png", ".json"]  # the writes of one
+
+
+@pytest.mark.parametrize("number", range(1, 2 + 3 * len(ONE_REQUEST)))
+def test_a_cut_before_any_write_loses_nothing(number: int, instant: Instant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Three requests, one at a time, and an end before each of the writes: nothing is made twice but what was on its way when its id came back."
+    with monkeypatch.context() as patched:
+        written = cut_at(number, patched)
+        with pytest.raises(PowerCut):
+            run(tmp_path, TWELVE[:3], endpoint(instant), concurrency=1)
+    assert written == (["request"] + ONE_REQUEST * 3)[: number - 1]
+    sweep = run(tmp_path, None, endpoint(instant)) if written else run(tmp_path, TWELVE[:3], endpoint(instant))
+    assert sweep.counts() == {"done": 3} and all(sweep.images(item) for item in sweep.items)
+    in_the_gap = bool(written) and written[-1] == "sending"
+    assert sorted(times_carried_out(instant).values()) == ([1, 1, 2] if in_the_gap else [1, 1, 1])
+    assert sorted(sweep.table()["sent"]) == sorted(times_carried_out(instant).values())
+
+
+def test_a_line_that_was_cut_off_is_passed_over(instant: Instant, tmp_path: Path) -> None:
+    run(tmp_path, TWELVE[:2], endpoint(instant))
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('{"key": "0123", "event": "jo')
+    sweep = run(tmp_path, TWELVE[:3], endpoint(instant))
+    assert sweep.counts() == {"done": 3} and len(instant.jobs) == 3
+
+
+def test_a_task_that_is_cancelled_has_its_ids(instant: Instant, tmp_path: Path) -> None:
+    "Whoever stops the run while requests are on their way finds their jobs in the folder."
+    async def stopped() -> None:
+        instant.faults["run"].extend([0.5] * 4)
+        task = asyncio.ensure_future(Sweep(tmp_path, TWELVE).run(endpoint(instant), concurrency=4))
+        while instant.met["run"] < 4:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(stopped())
+    assert Sweep(tmp_path).counts() == {"sent": 4, "waiting": 8}
+    assert run(tmp_path, None, endpoint(instant)).counts() == {"done": 12}
+    assert set(times_carried_out(instant).values()) == {1}
+
+
+@pytest.mark.parametrize("route, faults", [("run", [429, 429, 429]), ("status", [500, 502]), ("status", ["drop", 429, 429, 429])], ids=str)
+def test_an_endpoint_in_trouble(route: str, faults: list, instant: Instant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Too many requests, bad gateways and broken connections: at once or with another run, each request is carried out once."
+    monkeypatch.setattr(sweep_module, "_PAUSE", 0.05)
+    instant.faults[route].extend(faults)
+    for _ in range(len(faults) + 1):
+        try:
+            sweep = run(tmp_path, TWELVE[:4], endpoint(instant), concurrency=2, retries=QUICK)
+            break
+        except Exception as exc:
+            assert type(exc).__name__ in ("UnexpectedAnswer", "ConnectionLost"), exc
+    assert sweep.counts() == {"done": 4} and set(sweep.table()["sent"]) == {1}
+    assert set(times_carried_out(instant).values()) == {1}
+
+
+def test_a_connection_that_breaks_while_sending_ends_the_run(instant: Instant, tmp_path: Path) -> None:
+    "Whether the request arrived is not known: the run says so, the journal has it, and the next run sends it again."
+    instant.faults["run"].append("drop")
+    with pytest.raises(ConnectionLost):
+        run(tmp_path, TWELVE[:1], endpoint(instant), retries=QUICK)
+    assert Sweep(tmp_path).counts() == {"sending": 1}
+    assert run(tmp_path, None, endpoint(instant)).items[0].sent == 2
+
+
+def test_a_target_that_cannot_be_used_ends_the_run(tmp_path: Path, instant: Instant) -> None:
+    "Nobody there, or a wrong key: nothing counts as sent or failed, and the next run goes on."
+    with pytest.raises(ServerUnreachable):
+        run(tmp_path, TWELVE[:2], "http://127.0.0.1:9", retries=QUICK)
+    instant.faults["run"].extend([401, 401])
+    with pytest.raises(Unauthorized):
+        run(tmp_path, None, endpoint(instant), concurrency=1)
+    assert Sweep(tmp_path).counts() == {"waiting": 2}
+    instant.faults["run"].clear()
+    sweep = run(tmp_path, None, endpoint(instant))
+    assert sweep.counts() == {"done": 2} and set(sweep.table()["sent"]) == {1}
+
+
+def test_a_job_that_is_forgotten_is_sent_again(instant: Instant, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="enough"):
+        run(tmp_path, TWELVE[:2], endpoint(instant), concurrency=1, on_result=stop)
+    sweep = Sweep(tmp_path)
+    with sweep.writing():
+        sweep.note(sweep.items[1], "sending")
+        sweep.note(sweep.items[1], "job", job="expired", target=endpoint(instant).base)
+    sweep = run(tmp_path, None, endpoint(instant))
+    assert [item.sent for item in sweep.items] == [1, 2] and len(instant.jobs) == 2
+
+
+def stop(sweep: Sweep, item: Any) -> None:
+    raise RuntimeError("enough")
+
+
+def test_a_wrong_request_is_told_before_anything_is_sent(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"requests\[1\]\.width"):
+        Sweep(tmp_path / "new", [TWELVE[0], {**TWELVE[1], "width": 100}])
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="at least 1"):
+        run(tmp_path, TWELVE[:1], "http://127.0.0.1:9", concurrency=0)
+
+
+# --- a server ---------------------------------------------------------------
+
+def test_the_same_call_for_a_server(tmp_path: Path) -> None:
+    "Pictures, a control map and a failure; the failure is sent again on request alone."
+    folder = tmp_path / "models"
+    folder.mkdir()
+    write_tiny_model(folder, "sd15", "tiny")
+    requests = [*request_product({"num_inference_steps": 2, "num_images": 2}, prompt=["a red circle"], seed=[1, 2]), {"prompt": "a red circle", "model": "nobody"}]
+    requests[0]["image"] = Image.new("RGB", (64, 64), "red")
+    with DiffusionService(Settings(model_folders=(folder,), default_model="tiny"), device="cpu") as service, live_server(service) as (url, _):
+        told = []
+        sweep = run(tmp_path / "sweep", requests, url, on_result=lambda sweep, item: told.append(item.state))
+        assert sorted(told) == ["done", "done", "failed"] and sweep.counts() == {"done": 2, "failed": 1}
+        assert [len(sweep.images(item)) for item in sweep.items] == [2, 2, 0]
+        assert "no such model" in sweep.table()["error"].iloc[2]
+        assert read_metadata(tmp_path / "sweep" / sweep.items[1].result.generation.images[0].image).plan.seeds == [2, 3]
+        assert sweep.contact_sheet(side=64).width > 64
+        told.clear()
+        assert run(tmp_path / "sweep", requests, url, retry_failed=True, on_result=lambda sweep, item: told.append(item.state)).items[2].sent == 2
+        assert told == ["failed"]
+
+
+# --- two worker processes, and a sweeping process that is killed ------------
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QueueServer]:
+    "A queue with two workers."
+    logs = tmp_path_factory.mktemp("workers")
+    with ExitStack() as stack:
+        queue = stack.enter_context(QueueServer())
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda name: stack.enter_context(running_worker(queue, name, logs / f"{name}.txt")), ("first", "second")))
+        yield queue
+
+
+def kill_when(queue: QueueServer, folder: Path, requests: list, results: int) -> None:
+    "Kill a sweeping process when it has some results and each of its jobs is in the journal."
+    process = subprocess.Popen([sys.executable, "-c", SWEEPING, str(folder), json.dumps(requests), queue.url])
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline
+            if len(list(folder.glob("results/*.json"))) >= results:
+                process.send_signal(signal.SIGSTOP)  # so that nothing happens between the look and the end
+                ids = {line["job"] for line in folder_module.read_lines(folder / "journal.jsonl") if line["event"] == "job"}
+                time.sleep(0.1)  # what was sent arrives
+                if ids == set(queue.jobs):
+                    return
+                process.send_signal(signal.SIGCONT)
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait(60)
+
+
+def kill_and_resume(queue: QueueServer, folder: Path, requests: list, results: int) -> None:
+    queue.jobs.clear()
+    kill_when(queue, folder, requests, results)
+    left = Sweep(folder)
+    assert results <= left.counts()["done"] < len(requests), left
+    sweep = run(folder, requests, endpoint(queue))
+    assert sweep.counts() == {"done": len(requests)}
+    assert len(times_carried_out(queue)) == len(requests) and set(times_carried_out(queue).values()) == {1}
+    assert {job.status for job in queue.jobs.values()} == {"COMPLETED"} and {job.taken[0] for job in queue.jobs.values()} == {"first", "second"}
+    for item in sweep.items:
+        plan = read_metadata(folder / item.result.generation.images[0].image).plan
+        assert (plan.prompt, plan.guidance_scale) == (item.request["prompt"], item.request["guidance_scale"])
+
+
+def test_a_sweep_that_is_killed_goes_on(workers: QueueServer, tmp_path: Path) -> None:
+    "By the queue's record each request is carried out exactly once, by two workers."
+    kill_and_resume(workers, tmp_path, TWELVE, 3)
+
+
+@pytest.mark.slow
+def test_a_large_sweep_that_is_killed_goes_on(workers: QueueServer, tmp_path: Path) -> None:
+    "200 prompts at three guidance scales."
+    prompts = [f"a {color} {shape} on a {ground} background, number {number}" for number in range(10)
+               for color in ("red", "blue", "green", "yellow", "orange") for shape in ("circle", "square") for ground in ("white", "black")]
+    kill_and_resume(workers, tmp_path, request_product({"seed": 1, "num_inference_steps": 2}, prompt=prompts, guidance_scale=[1.0, 3.0, 7.0]), 200)
+
+
+def test_a_second_run_of_the_same_folder_is_refused(workers: QueueServer, tmp_path: Path) -> None:
+    "And so is one in another process, until the first has ended."
+    sweep = Sweep(tmp_path, TWELVE)
+    with sweep.writing():
+        done = subprocess.run([sys.executable, "-c", SWEEPING, str(tmp_path), json.dumps(TWELVE), workers.url], capture_output=True, text=True)
+    assert done.returncode == 1 and "another run is sweeping" in done.stderr
