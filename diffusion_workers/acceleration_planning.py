@@ -7,6 +7,7 @@ __all__ = ['EXACT', 'find_profile', 'check_profile', 'controlled', 'apply_profil
            'reuses_residuals']
 
 # %% ../nbs/02f_acceleration_planning.ipynb #ec299275
+import math
 from collections.abc import Iterator
 
 from .manifest import ModelManifest, Profile
@@ -50,6 +51,14 @@ def controlled(request: GenerationRequest) -> bool:
     return any(unit.enabled for unit in request.controlnets or ())
 
 
+def _for_strength(steps: int, request: GenerationRequest, manifest: ModelManifest) -> int:
+    "The number of steps of which so many are left when `strength` leaves out the first ones."
+    if request.image is None:
+        return steps
+    strength = request.strength or (manifest.defaults.strength if request.mask_image is None else 1.0)
+    return min(math.ceil(steps / strength), manifest.limits.max_num_inference_steps)
+
+
 def apply_profile(request: GenerationRequest, manifest: ModelManifest) -> GenerationRequest:
     "The request with a profile's settings where it gives none of its own; as it is where there is no such profile."
     profile = find_profile(request.profile, manifest)
@@ -57,6 +66,8 @@ def apply_profile(request: GenerationRequest, manifest: ModelManifest) -> Genera
         return request
     settings = {name: value for name in type(profile).model_fields if name not in ("description", "acceleration") and (value := getattr(profile, name)) is not None}
     chosen = {name: value for name, value in settings.items() if name not in request.model_fields_set or (name != "deepcache" and getattr(request, name) is None)}
+    if "num_inference_steps" in chosen:
+        chosen["num_inference_steps"] = _for_strength(chosen["num_inference_steps"], request, manifest)
     if profile.acceleration is not None:
         left_out = _STEP_CACHE if controlled(request) else ()
         usual = {name: value for name, value in profile.acceleration.model_dump(exclude_unset=True).items() if name not in left_out}

@@ -29,6 +29,7 @@ import psutil
 import torch
 from PIL import Image
 
+from . import step_cache
 from .diffusion_service import DiffusionService, as_request
 
 # %% ../nbs/10_benchmark.ipynb #cb520394
@@ -325,7 +326,7 @@ def adherence(
 def forward_seconds(
     networks: Mapping[str, torch.nn.Module],  # by name
 ) -> Iterator[dict[str, float]]:  # name -> seconds inside of its forward, decode and encode
-    "Add up the time that networks spend in their passes, inside the block."
+    "Add up the time that networks spend in their passes, shallow ones too, inside the block."
     spent = dict.fromkeys(networks, 0.0)
     before = [(module, method, vars(module).get(method)) for module in networks.values() for method in ("forward", "encode", "decode") if hasattr(module, method)]
 
@@ -347,9 +348,12 @@ def forward_seconds(
         for method in ("forward", "encode", "decode"):
             if hasattr(module, method):
                 vars(module)[method] = timed(name, getattr(module, method))
+    shallow, spent["shallow steps"] = step_cache.shallow_step, 0.0  # which call the layers of a U-Net, and not its forward
+    step_cache.shallow_step = timed("shallow steps", shallow)
     try:
         yield spent
     finally:
+        step_cache.shallow_step = shallow
         for module, method, former in before:
             vars(module).pop(method, None)
             if former is not None:

@@ -224,10 +224,10 @@ def test_token_is_asked_for(browser: Browser) -> None:
 
 def test_profile(page: Page) -> None:
     "The profiles of the model are offered, and what one does is in the receipt."
-    fill(page, prompt=PROMPT, num_inference_steps=6)
+    fill(page, prompt=PROMPT)
     page.locator("[data-path=profile]").select_option("fast")
     plan = read_metadata(generate(page)).plan
-    assert (plan.profile, plan.deepcache.method.value) == ("fast", "step_cache")
+    assert (plan.profile, plan.num_inference_steps, plan.acceleration.vae_precision.value) == ("fast", 2, "bf16")
 
 
 def test_error_at_the_field(page: Page) -> None:
