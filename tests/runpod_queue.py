@@ -19,7 +19,7 @@ from aiohttp import web
 HOLD = 0.5  # seconds that a request for jobs is held open when there are none
 PATIENCE = 300  # seconds until something counts as stuck; never a measure of speed
 ENDED = ("COMPLETED", "FAILED", "CANCELLED")
-ENDPOINT, WORKER_FILE = "endpoint", "diffusion_workers.handler"
+ENDPOINT, API_KEY, WORKER_FILE = "endpoint", "stand-in", "diffusion_workers.handler"
 
 
 @dataclass
@@ -57,6 +57,7 @@ class QueueServer:
         self.faults: dict[str, deque] = defaultdict(deque)  # route -> a status, "drop", or seconds to wait
         self.met: dict[str, int] = defaultdict(int)  # route -> how many faults were served
         self.takes: dict[str, int] = defaultdict(int)  # worker -> how often it asked for jobs
+        self.asked: list[str] = []  # the operations that clients asked for, in order
         self._changed = threading.Condition()
 
     # --- the worker's side ---
@@ -124,6 +125,15 @@ class QueueServer:
         return web.json_response({"status": "ok"})
 
     # --- the client's side ---
+
+    @web.middleware
+    async def _guarded(self, request: web.Request, handler: Callable) -> web.StreamResponse:
+        name = request.path.removeprefix(f"/v2/{ENDPOINT}/").split("/")[0]
+        if name in ("run", "runsync", "status", "stream", "cancel"):
+            if request.headers.get("Authorization") != f"Bearer {API_KEY}":
+                return web.Response(status=401)
+            self.asked.append(name)
+        return await handler(request)
 
     async def _run(self, request: web.Request) -> web.Response:
         job_id = self.submit((await request.json())["input"])
@@ -212,7 +222,7 @@ class QueueServer:
         return {
             "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID{tail}", "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID{tail}",
             "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID{tail}", "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
-            "RUNPOD_PING_INTERVAL": "1000", "RUNPOD_AI_API_KEY": "stand-in", "RUNPOD_POD_ID": worker,
+            "RUNPOD_PING_INTERVAL": "1000", "RUNPOD_AI_API_KEY": API_KEY, "RUNPOD_POD_ID": worker,
             "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true", "RUNPOD_SKIP_GPU_CHECK": "true",
         }  # fmt: skip
 
@@ -220,7 +230,7 @@ class QueueServer:
         self._loop, started = asyncio.new_event_loop(), threading.Event()
 
         async def serve() -> None:
-            app, at = web.Application(client_max_size=2**28, middlewares=[self._faulty]), f"/v2/{ENDPOINT}"
+            app, at = web.Application(client_max_size=2**28, middlewares=[self._guarded, self._faulty]), f"/v2/{ENDPOINT}"
             app.router.add_get(at + "/job-take/{worker}", self._take, name="take")
             app.router.add_get(at + "/job-take-batch/{worker}", self._take, name="take_batch")
             app.router.add_get(at + "/job-stop/{worker}", self._stop, name="stop")

@@ -189,6 +189,24 @@ def test_nothing_unknown_at_the_top_level() -> None:
     assert not extra, f"new at the top level: {sorted(extra)}: move it, or add it to TOP_LEVEL in tests/project.py with the reason in the commit"
 
 
+def missing_links(text: str, folder: Path) -> list[str]:
+    "The targets of relative Markdown links that are no file or folder, seen from `folder`."
+    targets = re.findall(r"\]\((?![a-z]+:|#)([^)\s#]+)(?:#[^)\s]*)?\)", text)
+    return [target for target in targets if not (folder / target).exists()]
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=name)
+def test_links_of_notebooks_lead_somewhere(path: Path) -> None:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    assert not missing_links(re.sub(r"`[^`\n]*`", "", text), path.parent)
+
+
+def test_links_of_readme_lead_somewhere() -> None:
+    assert not missing_links((ROOT / "README.md").read_text(encoding="utf-8"), ROOT)
+    assert missing_links("[a](README.md) [b](https://example.org) [c](nothing.md#part)", ROOT) == ["nothing.md"]
+
+
 def test_nbdev_reads_one_quarto_file() -> None:
     assert (NBS / "_quarto.yml").is_symlink(), "nbs/_quarto.yml must be a symlink: ln -sfn ../_quarto.yml nbs/_quarto.yml"
 

@@ -2,11 +2,13 @@
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from server_process import needs
 from project import ROOT
+from runpod_queue import API_KEY, ENDPOINT, QueueServer, running_worker
+from server_process import needs
 
 CLIENT = ROOT / "openapi" / "client_libs" / "typescript"
 
@@ -26,12 +28,16 @@ def test_is_in_step_with_its_sources(part: str) -> None:
     run(str(ROOT / "build.sh"), "check", part)
 
 
-def test_client_works_with_the_server(server: str) -> None:
+def test_client_works_with_a_server_and_a_worker(server: str, tmp_path: Path) -> None:
+    "The same calls for both; the worker is a process with RunPod's SDK in it, behind a queue on this machine."
     run(str(ROOT / "build.sh"), "packages", "typescript")
-    run("npm", "test", "--prefix", str(CLIENT), DIFFUSION_WORKERS_URL=server)
+    settings = {"DIFFUSION_WORKERS_STREAM": "1", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.05"}
+    with QueueServer() as queue, running_worker(queue, "only", tmp_path / "log.txt", **settings):
+        run("npm", "test", "--prefix", str(CLIENT), DIFFUSION_WORKERS_URL=server, RUNPOD_URL=queue.url, RUNPOD_ENDPOINT=ENDPOINT, RUNPOD_KEY=API_KEY)
+        assert set(queue.asked) == {"run", "status", "stream", "cancel"}
 
 
-def test_client_can_be_packed(tmp_path) -> None:
+def test_client_can_be_packed(tmp_path: Path) -> None:
     run(str(ROOT / "build.sh"), "packages", "typescript")
     run("npm", "pack", str(CLIENT), "--pack-destination", str(tmp_path))
     listed = subprocess.run(["tar", "tzf", *map(str, tmp_path.glob("*.tgz"))], capture_output=True, text=True, check=True).stdout.split()
