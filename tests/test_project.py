@@ -93,6 +93,7 @@ def test_notebook_is_clean(path: Path) -> None:
     twice = sorted({cell_id for cell_id in ids if ids.count(cell_id) > 1})
     assert not twice, f"{name(path)}: the cell ids {twice} occur more than once: give each cell its own"
     assert cleaned(text) == text, f"{name(path)} is not clean: run nbdev_clean, then nbdev_export"
+    assert "widgets" not in json.loads(text)["metadata"], f"{name(path)} holds the state of widgets, which no reader sees: run it without storing that"
     failed = [index for index, cell in enumerate(cells) if any(out["output_type"] == "error" for out in cell.get("outputs", []))]
     assert not failed, f"{name(path)}: the outputs of cells {failed} are errors: run the notebook again, or catch the error with test_fail"
     assert len(text.encode()) < MAX_NOTEBOOK_BYTES, (

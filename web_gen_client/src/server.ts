@@ -9,9 +9,14 @@ import { client, connectionError, dryRun, form, health, models, request, schema,
 const DRY_RUN_DELAY_MS = 500;
 const LOOK_AGAIN_MS = 15_000;
 
+function notAllowed(): Error {
+  return new Error(token.value ? 'The server refuses this token.' : 'The server asks for a token.');
+}
+
 async function askSchema(): Promise<Schema> {
   const headers: HeadersInit = token.value ? { Authorization: `Bearer ${token.value}` } : {};
   const response = await fetch(`${serverUrl}/openapi.json`, { headers });
+  if (response.status === 401) throw notAllowed();
   if (!response.ok) throw new Error(`the server answered ${response.status} to openapi.json`);
   return new Schema((await response.json()) as Json);
 }
@@ -25,8 +30,8 @@ export async function meetServer(): Promise<void> {
     health.value = await orThrow(askHealth({ client: client.value }));
     connectionError.value = null;
   } catch (error) {
-    const unauthorized = error instanceof OperationError && error.httpStatus === 401;
-    connectionError.value = unauthorized ? 'The server asks for a token.' : error instanceof Error ? error.message : String(error);
+    const told = error instanceof OperationError && error.httpStatus === 401 ? notAllowed() : error;
+    connectionError.value = told instanceof Error ? told.message : String(told);
   }
 }
 

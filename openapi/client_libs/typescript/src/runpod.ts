@@ -46,8 +46,19 @@ function resultIn(output: unknown): OpResult | undefined {
   return undefined;
 }
 
+/** The result of a failed job: of it RunPod keeps the error alone, in which the worker wrote the result as JSON. */
+function resultInError(error: unknown): OpResult | undefined {
+  if (typeof error !== 'string') return undefined;
+  try {
+    const told: unknown = JSON.parse(error);
+    return isOpResult(told) ? told : undefined;
+  } catch {
+    return undefined; // plain text, of RunPod itself
+  }
+}
+
 function resultOf(job: RunpodJob): OpResult | undefined {
-  const found = resultIn(job.output);
+  const found = resultIn(job.output) ?? resultInError(job.error);
   if (found || STATES[job.status] === 'queued' || STATES[job.status] === 'running') return found;
   if (job.status === 'CANCELLED') return failed('cancelled', 'the job was cancelled');
   if (job.status === 'TIMED_OUT') return failed('timed_out', 'the endpoint stopped the job: its execution timeout is over');

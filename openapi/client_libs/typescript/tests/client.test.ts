@@ -3,7 +3,7 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import {
   cancelJob, connect, createJob, generate, getJob, health, isLast, listModels, OperationError, orThrow, plan, preprocess, runJob, watchJob,
-  type GenerationRequest, type OpResult, type ProgressEvent,
+  type Client, type GenerationRequest, type OpResult, type ProgressEvent,
 } from 'ez-diffusion-client';
 
 function fromEnvironment(name: string, what: string): string {
