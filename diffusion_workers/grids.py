@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from ez_diffusion_client.models import ErrorCode, GenerationRequest, OpResult, OpStatus
+from ez_diffusion_client.models import ErrorCode, GenerationPlan, GenerationRequest, OpResult, OpStatus
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
 
-from .panel_runs import backend_of, start_run, stop_on_interrupt
+from .panel_runs import Pace, backend_of, start_run, stop_on_interrupt
 from .picture_elements import data_uri, thumbnail
 from .results import RequestError, error_detail, logger, parse, request_error
 
@@ -80,6 +80,7 @@ class GridCell:
 
     values: tuple[Any, ...]  # one for each axis
     request: GenerationRequest = field(repr=False)
+    plan: GenerationPlan | None = field(default=None, repr=False)  # None where nobody can plan
     result: OpResult | None = field(default=None, repr=False)
 
     @property
@@ -143,6 +144,8 @@ class Grid:
         results = [self.backend.plan(cell.request) for cell in self.cells]
         if errors := [error for result in results for error in result.errors or []]:
             raise RequestError(list({(error.field, error.given): error for error in errors}.values())[:20])
+        for cell, result in zip(self.cells, results):
+            cell.plan = result.plan
         self.steps = sum(result.plan.denoising_steps * len(result.plan.seeds) for result in results)
 
     steps: int | None = None  # denoising steps of all pictures; None where nobody can plan
@@ -154,14 +157,20 @@ class Grid:
 
     def __str__(self) -> str:
         left = self.seconds_left()
-        time_left = "" if left is None or self.done == len(self.cells) else f", about {left:.0f} s left"
+        time_left = "" if left is None or self.done == len(self.cells) else f", about {max(left, 1):.0f} s left"
         return f"{self.done} of {len(self.cells)} cells" + (f", {self.steps} steps in all" if self.steps and not self.done else "") + time_left
 
 # %% ../nbs/13i_grids.ipynb #09605c8a
 @patch
 def seconds_left(self: Grid) -> float | None:  # None as long as nothing was measured
-    "About how long the rest takes, by the cells that are done."
-    return sum(self._seconds) / len(self._seconds) * (len(self.cells) - self.done) if self._seconds else None
+    "About how long the rest takes: by the cells that are done, and before the first one by what the model took last."
+    left = [cell for cell in self.cells if cell.result is None]
+    if self._seconds and any(cell.plan is None for cell in self.cells):
+        return sum(self._seconds) / len(self._seconds) * len(left)
+    if self._seconds:
+        return sum(self._seconds) / sum(Pace.work(cell.plan) for cell in self.cells if cell.result is not None) * sum(Pace.work(cell.plan) for cell in left)
+    expected = [None if cell.plan is None else self.backend.pace.seconds(cell.plan) for cell in left]
+    return None if None in expected else sum(expected)
 
 
 @patch
@@ -353,7 +362,9 @@ def grid(
             raise request_error(ErrorCode.too_short, "an axis needs a value", field=axis.field)
     stop_on_interrupt()
     made = Grid(parse(GenerationRequest, request), axes, generate, on_cell=_show)
-    print(f"{len(made.cells)} pictures" + (f", {made.steps} steps" if made.steps else "") + "; how long is known after the first one")
+    seconds = made.seconds_left()
+    how_long = "how long is known after the first one" if seconds is None else f"about {max(seconds, 1):.0f} s"
+    print(f"{len(made.cells)} pictures" + (f", {made.steps} steps" if made.steps else "") + f"; {how_long}")
     return made.start() if start else made
 
 
