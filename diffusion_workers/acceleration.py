@@ -198,6 +198,6 @@ def acceleration_notes(pipe: DiffusionPipeline, plan: GenerationPlan, factory: P
     if wants_compilation(plan, factory):
         if problem := model_state(pipe).blocks.problem:
             notes.append(warning("torch.compile failed, so the model ran as it is", field="acceleration.torch_compile", given=problem))
-        elif plan.loras:
+        elif model_state(pipe).blocks.left_out:
             notes.append(warning("with a LoRA the model ran without torch.compile", field="acceleration.torch_compile", given=True, used=False))
     return notes

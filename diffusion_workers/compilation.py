@@ -43,6 +43,7 @@ class CompiledBlocks:
     ):
         self.compiler = compiler
         self.problem: str | None = None  # what the compiler said when it failed
+        self.left_out = False  # whether the last request ran without it, because of layers that a LoRA has put in
         self._compiled: dict[torch.nn.Module, Callable[..., Any]] = {}
 
     def _call_of(self, block: torch.nn.Module) -> Callable[..., Any]:
@@ -71,7 +72,8 @@ class CompiledBlocks:
     ) -> Iterator[None]:
         "Let the blocks run compiled, as long as the block of code lasts."
         blocks = repeated_blocks(denoiser)
-        if self.problem is not None or any(isinstance(module, LoraLayer) for module in denoiser.modules()):
+        self.left_out = any(isinstance(module, LoraLayer) for module in denoiser.modules())
+        if self.problem is not None or self.left_out:
             blocks = []
         for block in blocks:
             block._compiled_call_impl = self._call_of(block)

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_PREPARED', 'LoraWeights', 'LoadedLora', 'load_lora', 'lora_path', 'LoraStore', 'LoraLayer', 'block_names',
-           'module_scale', 'pipeline_family', 'use_loras']
+           'module_scale', 'pipeline_family', 'merged_weight', 'use_loras']
 
 # %% ../nbs/06a_lora.ipynb #dd8ad3e3
 import hashlib
-import io
 import re
 import threading
 import weakref
@@ -29,7 +28,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from diffusion_workers.lora_files import (
-    FAMILY_WORDS, LoraHeader, LoraModule, LoraName, check_family, config_beside, fits, inspect_lora, read_lora,
+    FAMILY_WORDS, LoraHeader, LoraModule, LoraName, check_family, config_beside, fits, read_lora,
 )
 from .lora_keys import Place, component_of
 from .manifest import FileSource, HubSource, LoraEntry
@@ -75,19 +74,23 @@ def load_lora(
     sha256: str | None = None,  # of the file; compared with what is read
 ) -> LoadedLora:
     "Read a LoRA; a `RequestError` that names it for a file that is none, is damaged, or is not the one it should be."
-    inspect_lora(path, lora.name, lora.field)  # so that a checkpoint of gigabytes is refused before it is read
-    data = path.read_bytes()
+    try:
+        with path.open("rb") as file:
+            header = read_lora(file, path.stat().st_size, path.name, lora, config_beside(path))  # so that a checkpoint of gigabytes is refused before it is read
+            file.seek(0)
+            data = file.read()
+    except OSError as exc:
+        raise lora.refusal(f"the file of this LoRA cannot be opened ({type(exc).__name__})", hint="check that it is there", code=ErrorCode.unknown_lora) from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         hint = "get the file that the manifest means, or correct sha256 there"
         raise lora.refusal("the file of this LoRA is not the one that the manifest means: its sha256 differs", hint=hint, code=ErrorCode.model_unavailable)
-    header = read_lora(io.BytesIO(data), len(data), path.name, lora, config_beside(path))
     try:
         tensors = safetensors.torch.load(data)
         weights = tuple(_weights(module, tensors) for module in header.modules)
     except (SafetensorError, KeyError, RuntimeError, ValueError) as exc:
         raise lora.damaged(f"its tensors cannot be read ({type(exc).__name__})") from exc
     numbers = [tensor for each in weights for tensor in (each.down, each.up, each.magnitude) if tensor is not None]
-    if not all(tensor.float().isfinite().all() for tensor in numbers):
+    if not torch.cat([tensor.flatten().float() for tensor in numbers]).isfinite().all():
         raise lora.damaged("it holds numbers that are not finite")
     return LoadedLora(lora.name, header, weights, sum(tensor.nbytes for tensor in numbers))
 
@@ -359,6 +362,7 @@ def _parent(pipe: DiffusionPipeline, component: str, path: str) -> tuple[nn.Modu
 class _Placed:
     "A layer with LoRAs, and where it belongs."
 
+    component: str
     parent: weakref.ref  # of the module above; a strong one would keep the model alive
     child: str
     layer: LoraLayer
@@ -378,7 +382,7 @@ def _place(pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]) ->
     placed = []
     for (component, path), parts in pieces.items():
         parent, child = _parent(pipe, component, path)
-        placed.append(_Placed(weakref.ref(parent), child, LoraLayer(getattr(parent, child), parts)))
+        placed.append(_Placed(component, weakref.ref(parent), child, LoraLayer(getattr(parent, child), parts)))
     return placed, notes
 
 
@@ -397,18 +401,56 @@ def _prepare(pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]) 
             kept.popitem(last=False)
     return found[0], list(found[1])
 
+# %% ../nbs/06a_lora.ipynb #9536eb0c
+def merged_weight(layer: LoraLayer) -> torch.Tensor:  # the shape and number format of the layer's own
+    "The weight with which a plain layer does what a layer with LoRAs does."
+    weight, down, up = layer.base_layer.weight, layer.down.float(), layer.up.float()
+    own = weight.detach().float()
+    if layer.change is not None:
+        own = own * (1 + layer.change.float()).view(-1, *[1] * (own.ndim - 1))
+    return (own + torch.einsum("or,r...->o...", up, down)).to(weight.dtype)
+
+
+def _can_merge(place: _Placed) -> bool:
+    weight = place.layer.base_layer.weight
+    plain = weight.device.type != "meta" and weight.is_floating_point() and weight.itemsize > 1
+    return plain and place.component in ("unet", "transformer") and not hasattr(place.layer.base_layer, "_hf_hook")
+
+
+@contextmanager
+def _merged(placed: Sequence[_Placed]) -> Iterator[None]:
+    weights = [place.layer.base_layer.weight for place in placed]
+    kept = [weight.detach().clone() for weight in weights]
+    try:
+        for place, weight in zip(placed, weights):
+            weight.data.copy_(merged_weight(place.layer))
+        yield
+    finally:
+        for weight, former in zip(weights, kept):
+            weight.data.copy_(former)
+
+
+@contextmanager
+def _replaced(placed: Sequence[_Placed]) -> Iterator[None]:
+    try:
+        for place in placed:
+            setattr(place.parent(), place.child, place.layer)
+        yield
+    finally:
+        for place in reversed(placed):
+            setattr(place.parent(), place.child, place.layer.base_layer)
+
 
 @contextmanager
 def use_loras(
     pipe: DiffusionPipeline,  # of any task; pipelines that share its modules are changed with it
     loras: Sequence[tuple[LoadedLora, Lora]],  # what is put on, and what the request says of it
+    merge: bool = False,  # whether to write into the denoiser's weights, for one that is compiled
 ) -> Iterator[list[RequestWarning]]:  # what was left out
     "Put LoRAs on a pipeline inside the block; a `RequestError` that names the one that does not fit, before anything is changed."
     placed, notes = _prepare(pipe, loras) if loras else ([], [])
-    try:
-        for place in placed:
-            setattr(place.parent(), place.child, place.layer)
+    written, layered = [], []
+    for place in placed:
+        (written if merge and _can_merge(place) else layered).append(place)
+    with _replaced(layered), _merged(written):
         yield notes
-    finally:
-        for place in reversed(placed):
-            setattr(place.parent(), place.child, place.layer.base_layer)

@@ -120,14 +120,16 @@ _NO_LORAS = {
 
 
 def _check_is_lora(shapes: Shapes, lora: LoraName) -> None:  # raises for other things
-    def first(table: Mapping[str, str], keys: list[str]) -> str | None:
-        return next((what for pattern, what in table.items() if any(re.search(pattern, key) for key in keys)), None)
+    keys = "\n".join(shapes)
 
-    if what := first(_OTHER_ADAPTERS, list(shapes)):
+    def first(table: Mapping[str, str]) -> str | None:
+        return next((what for pattern, what in table.items() if re.search(pattern, keys, re.MULTILINE)), None)
+
+    if what := first(_OTHER_ADAPTERS):
         raise lora.refusal(f"this is {what}, which is not supported", allowed="LoRA, LoCon and DoRA", hint="look for a version of it that is a LoRA")
     if any((found := split_key(key)) and found[2] == "down" for key in shapes):
         return
-    what = first(_NO_LORAS, list(shapes)) or "no LoRA: none of its tensors is a pair of low-rank matrices"
+    what = first(_NO_LORAS) or "no LoRA: none of its tensors is a pair of low-rank matrices"
     raise lora.refusal(f"this file is {what}", allowed=_SAFE, hint="name another file")
 
 # %% ../nbs/06_lora_files.ipynb #c8df8d79
@@ -320,7 +322,7 @@ def read_lora(
     shapes, metadata = read_shapes(file, size, filename, lora)
     _check_is_lora(shapes, lora)
     modules, ignored = _modules(shapes, adapter_configs(metadata, beside), lora)
-    layout = next(layout for layout, pattern in _LAYOUTS.items() if any(re.search(pattern, key) for key in shapes))
+    layout = next(layout for layout, pattern in _LAYOUTS.items() if re.search(pattern, "\n".join(shapes), re.MULTILINE))
     family, words = _family(modules, metadata)
     return LoraHeader(lora.name, family, words, layout, tuple(modules), tuple(ignored), len(shapes), size, _words(metadata))
 

@@ -10,7 +10,9 @@ __all__ = ['DENOISER', 'TEXT_ENCODERS', 'Shapes', 'plain', 'split_key', 'Place',
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 # %% ../nbs/05a_lora_keys.ipynb #13b8995e
 _PARTS = {  # part -> how a key ends
@@ -40,6 +42,7 @@ def plain(name: str) -> str:
     return re.sub(r"_processor(?=_)", "", name.replace(".", "_"))
 
 # %% ../nbs/05a_lora_keys.ipynb #1df87a48
+@lru_cache(maxsize=2**15)  # the files of one layout have the same keys
 def split_key(
     key: str,  # of a tensor in a LoRA file
 ) -> tuple[str, str, str] | None:  # (component, name of the module, part), or None for what is no part of a LoRA
@@ -169,14 +172,7 @@ def component_of(
     return getattr(part, "_orig_mod", part)
 
 
-def component_places(
-    pipe: Any,  # a diffusers pipeline
-    component: str,  # attribute of it
-) -> tuple[dict[str, tuple[Place, ...]], Shapes]:  # name in a file (with underscores) -> places; path -> shape
-    "Every name that a layout has for the modules of a component."
-    part = component_of(pipe, component)
-    if part is None:
-        return {}, {}
+def _places_in(part: Any, component: str) -> tuple[dict[str, tuple[Place, ...]], Shapes]:
     shapes = module_shapes(part)
     named: dict[str, tuple[Place, ...]] = {}
     if component == "transformer":
@@ -187,3 +183,20 @@ def component_places(
     else:
         own = ((name, path) for path in shapes for name in _text_encoder_names(path))
     return named | {plain(name): (Place(component, path),) for name, path in own}, shapes
+
+
+_known: WeakKeyDictionary[Any, dict[str, tuple]] = WeakKeyDictionary()
+
+
+def component_places(
+    pipe: Any,  # a diffusers pipeline
+    component: str,  # attribute of it
+) -> tuple[dict[str, tuple[Place, ...]], Shapes]:  # name in a file (with underscores) -> places; path -> shape
+    "Every name that a layout has for the modules of a component, which are looked at once: a network keeps its layers."
+    part = component_of(pipe, component)
+    if part is None:
+        return {}, {}
+    known = _known.setdefault(part, {})
+    if component not in known:
+        known[component] = _places_in(part, component)
+    return known[component]

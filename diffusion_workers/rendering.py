@@ -31,7 +31,7 @@ from .control_detectors import PreprocessorStore
 from .control_nets import PreparedControl, control_arguments
 from .controlnet import PREPROCESSORS, fit_map, inpaint_condition
 from .lora import LoadedLora, LoraStore, use_loras
-from .acceleration import accelerated, acceleration_notes, remembering_encoders
+from .acceleration import accelerated, acceleration_notes, remembering_encoders, wants_compilation
 from .addon_planning import ControlFacts, enabled_units, resolve_lora
 from .pipeline_factory import PipelineFactory, use_scheduler
 from .previews import Previewer, fitting_size, preview_maker
@@ -420,7 +420,7 @@ def render(
     "Carry out a plan."
     pictures, loras = [], request_loras(plan, factory, lora_store or LoraStore())
     pipe = factory.variant(plan.task, plan.control_kind)
-    with quiet_libraries(), use_loras(pipe, loras) as lora_notes:
+    with quiet_libraries(), use_loras(pipe, loras, merge=wants_compilation(plan, factory)) as lora_notes:
         notes = [*([] if texts else text_notes(pipe, plan)), *lora_notes]
         size = batch_size(plan)
         for first in range(0, len(plan.seeds), size):

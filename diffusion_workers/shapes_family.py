@@ -129,7 +129,7 @@ PARTS = {
     "shapes-sdxl": Part(SdxlTrainingConfig(), train_sdxl),
     "shapes-sdxl/canny": _controlnet("shapes-sdxl", "canny", steps=110, batch=24),
     "shapes-sdxl/union": _controlnet("shapes-sdxl", "union", steps=120, batch=24),
-    "shapes-sdxl/outline": _lora("shapes-sdxl", "outline", steps=450, rank=16),
+    "shapes-sdxl/outline": _lora("shapes-sdxl", "outline", steps=900, rank=16),
     "shapes-flux": Part(FluxTrainingConfig(), train_flux),
     "shapes-flux/canny": _controlnet("shapes-flux", "canny", steps=5000, scenes=12000),
     "shapes-flux/union": _controlnet("shapes-flux", "union", steps=1000),

@@ -50,7 +50,7 @@ def page():
     from test_web import CHROMIUM, FLAGS
 
     needs(CHROMIUM, "Chromium is not installed: apt-get install -y chromium")
-    expect.set_options(timeout=PATIENCE / 5 * 1000)
+    expect.set_options(timeout=PATIENCE / 2 * 1000)
     with playwright.sync_playwright() as started:
         opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         shown = opened.new_page(viewport={"width": 1200, "height": 1000})

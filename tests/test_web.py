@@ -32,7 +32,7 @@ PROMPT = "a red circle left of a blue square on a white background"
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     needs(CHROMIUM, "Chromium is not installed: apt-get install -y chromium")
-    expect.set_options(timeout=PATIENCE / 5 * 1000)
+    expect.set_options(timeout=PATIENCE / 2 * 1000)
     with sync_playwright() as started:
         opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield opened

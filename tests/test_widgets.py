@@ -36,7 +36,7 @@ def browser():
     from test_web import CHROMIUM, FLAGS
 
     needs(CHROMIUM, "Chromium is not installed: apt-get install -y chromium")
-    expect.set_options(timeout=PATIENCE / 5 * 1000)
+    expect.set_options(timeout=PATIENCE / 2 * 1000)
     with playwright.sync_playwright() as started:
         opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield opened
