@@ -265,7 +265,7 @@ Offload = Literal["none", "model", "group"]
 StorageDtype = Literal["float8_e4m3fn", "float8_e5m2"]
 QuantizationName = Literal["bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8", "torchao_float8"]
 AttentionBackend = Literal[
-    "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flex", "flash", "_flash_3", "sage", "xformers",
+    "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "_flash_3", "sage", "xformers",
 ]  # fmt: skip
 
 
