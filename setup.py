@@ -43,7 +43,7 @@ setup(
     packages=find_packages(include=["diffusion_workers", "diffusion_workers.*"]),
     package_data={"diffusion_workers": ["model_loading/*.yaml", "builtin_models/**", "test_inputs/*.json", "web/**", "elements/*"]},
     install_requires=lines(settings["requirements"]),
-    extras_require={extra: lines(settings[f"{extra}_requirements"]) for extra in ("controlnet", "notebook", "ray", "voila", "worker", "dev")},
+    extras_require={extra: lines(settings[f"{extra}_requirements"]) for extra in ("controlnet", "notebook", "quantization", "ray", "voila", "worker", "dev")},
     entry_points={
         "console_scripts": lines(settings["console_scripts"]),
         "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],

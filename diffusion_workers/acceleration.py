@@ -23,9 +23,11 @@ from .compilation import CompiledBlocks
 from .control_nets import view_of
 from .denoiser_runs import Arithmetic, FluxRun, UNetRun
 from .encoder_cache import EncoderMemory, use_encoder_memory
+from .manifest import MemorySettings
 from .pipeline_factory import PipelineFactory, use_part
 from .results import request_error, warning
 from .step_cache import CacheSchedule, use_unet_cache
+from .weight_storage import device_of
 from ez_diffusion_client.models import (
     AccelerationOptions,
     ComputeDtype,
@@ -89,12 +91,13 @@ def number_notes(options: AccelerationOptions, device: torch.device) -> list[Req
 def use_decoder(
     pipe: DiffusionPipeline,
     options: AccelerationOptions,
+    memory: MemorySettings = MemorySettings(),  # of the model
 ) -> Iterator[None]:
-    "Decode as a request wants it, as long as the block lasts."
-    vae, tiled = pipe.vae, getattr(pipe.vae, "use_tiling", False)
+    "Decode as a request wants it and the model needs it, as long as the block lasts."
+    vae, tiling = pipe.vae, memory.vae_tiling if options.vae_tiling is None else options.vae_tiling
     with ExitStack() as stack:
         if options.vae_precision == VaePrecision.bf16:
-            view, device = view_of(vae, vae.forward), next(vae.parameters()).device.type
+            view, device = view_of(vae, vae.forward), device_of(vae).type
 
             def decode(latents: torch.Tensor, *args, return_dict: bool = True, **kwargs) -> DecoderOutput | tuple[torch.Tensor]:
                 with torch.autocast(device, torch.bfloat16):
@@ -103,9 +106,10 @@ def use_decoder(
 
             view.decode = decode
             stack.enter_context(use_part(pipe, "vae", view))
-        if options.vae_tiling and hasattr(vae, "use_tiling"):
-            vae.use_tiling = True
-            stack.callback(setattr, vae, "use_tiling", tiled)
+        for name in [*["use_tiling"] * tiling, *["use_slicing"] * memory.vae_slicing]:
+            if hasattr(vae, name):
+                stack.callback(setattr, vae, name, getattr(vae, name))
+                setattr(vae, name, True)
         yield
 
 # %% ../nbs/06f_acceleration.ipynb #f97f6de5
@@ -173,8 +177,8 @@ def accelerated(
     around, arithmetic = number_format(options, factory.device)
     with ExitStack() as stack:
         stack.enter_context(around)
-        stack.enter_context(use_decoder(pipe, options))
-        if wants_compilation(plan, factory):
+        stack.enter_context(use_decoder(pipe, options, factory.manifest.memory))
+        if wants_compilation(plan, factory) and factory.compilable:
             stack.enter_context(state.blocks.use(getattr(pipe, denoiser_name(pipe))))
         flux = plan.family == ModelFamily.flux
         run = _flux_run(stack, pipe, plan, options, arithmetic, factory) if flux else _unet_run(stack, pipe, plan, options, arithmetic)
@@ -198,6 +202,8 @@ def acceleration_notes(pipe: DiffusionPipeline, plan: GenerationPlan, factory: P
     if wants_compilation(plan, factory):
         if problem := model_state(pipe).blocks.problem:
             notes.append(warning("torch.compile failed, so the model ran as it is", field="acceleration.torch_compile", given=problem))
+        elif not factory.compilable:
+            notes.append(warning("with its weights kept as the manifest says, the model ran without torch.compile", field="acceleration.torch_compile", given=True, used=False))
         elif model_state(pipe).blocks.left_out:
             notes.append(warning("with a LoRA the model ran without torch.compile", field="acceleration.torch_compile", given=True, used=False))
     return notes

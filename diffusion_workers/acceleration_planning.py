@@ -103,6 +103,9 @@ def check_acceleration(request: GenerationRequest, manifest: ModelManifest, kind
             message = "the denoiser of a Flux model is no U-Net, and has no skip branches"
             yield error_detail(ErrorCode.unsupported_combination, message, field="deepcache", given=cache.method.value, hint="use acceleration.step_cache: " + ", ".join(StepCacheName))
     yield from _window(options.guidance_start, options.guidance_end, "acceleration.guidance_start")
+    if options.compute_dtype is not None and (manifest.memory.quantization or "").startswith("bitsandbytes"):
+        message = "layers of bitsandbytes would round their biases to this format, for all later requests too"
+        yield error_detail(ErrorCode.unsupported_combination, message, field="acceleration.compute_dtype", given=options.compute_dtype.value, hint="leave it out; set dtype in the manifest")
     if options.step_cache is not None and not flux:
         message = "this step cache is for transformers; the denoiser of this model is a U-Net"
         yield error_detail(ErrorCode.unsupported_combination, message, field="acceleration.step_cache", given=options.step_cache.value, hint="use deepcache, with the method step_cache or deepcache")

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'FamilySpec', 'pick_device', 'pick_dtype', 'has_variant', 'quiet_libraries', 'source_key',
-           'shared_network', 'load_network', 'load_pipeline', 'load_controlnet', 'load_refiner']
+           'shared_network', 'Target', 'load_network', 'load_pipeline', 'load_controlnet', 'load_refiner']
 
 # %% ../nbs/04_component_loading.ipynb #6db56816
+import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -20,8 +21,9 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
-from .manifest import COMPONENT_CLASSES, Component, ControlNetEntry, FileSource, HubSource, ModelManifest, RefinerEntry, Source
+from .manifest import COMPONENT_CLASSES, Component, ControlNetEntry, FileSource, HubSource, MemorySettings, ModelManifest, RefinerEntry, Source
 from .results import RequestError, logger, request_error
+from .weight_storage import Role, gguf_config, quantization_config, settings_of, store, usable_memory
 from ez_diffusion_client.models import ErrorCode, ModelFamily, ModelKind
 
 # %% ../nbs/04_component_loading.ipynb #88d64127
@@ -105,8 +107,9 @@ def _from_repository(cls: type, source: Source, variant: str | None, arguments: 
 def _from_file(cls: type, source: FileSource, arguments: dict) -> Any:
     config = source.config
     local = config is not None and not isinstance(config, HubSource)
-    where = {"config": str(config.location())} if config else {}
-    return cls.from_single_file(str(source.location()), local_files_only=local, **where, **arguments)
+    where = {"config": str(config.location())} | {k: v for k, v in config.load_arguments().items() if k == "subfolder"} if config else {}
+    packed = {"quantization_config": gguf_config(arguments["dtype"])} if source.is_gguf else {}
+    return cls.from_single_file(str(source.location()), local_files_only=local, **where, **packed, **arguments)
 
 
 def _read(cls: type, source: Source, variant: str | None, arguments: dict) -> Any:
@@ -117,16 +120,19 @@ def _read(cls: type, source: Source, variant: str | None, arguments: dict) -> An
 # %% ../nbs/04_component_loading.ipynb #884987be
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    "Without progress bars and remarks of diffusers and transformers inside the block."
-    logs = (diffusers.utils.logging, transformers.utils.logging)
+    "Without progress bars and remarks of diffusers, transformers and bitsandbytes inside the block."
+    logs, remarks = (diffusers.utils.logging, transformers.utils.logging), logging.getLogger("bitsandbytes")
     levels = [log.get_verbosity() for log in logs]
     bars = [diffusers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.is_progress_bar_enabled()]
     for log in logs:
         log.disable_progress_bar()
         log.set_verbosity_error()
+    said = remarks.level
+    remarks.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        remarks.setLevel(said)
         for log, level, bar in zip(logs, levels, bars):
             log.set_verbosity(level)
             if bar:
@@ -169,6 +175,10 @@ def _find_class(class_name: str) -> type:
     return getattr(diffusers, class_name, None) or getattr(transformers, class_name)
 
 
+def _role(name: str) -> Role:  # of a component by its name in a pipeline
+    return {"unet": "denoiser", "transformer": "denoiser", "vae": "vae"}.get(name, "encoder")
+
+
 def _read_network(class_name: str, source: Source, variant: str | None, dtype: torch.dtype, **arguments) -> torch.nn.Module:
     cls = _find_class(class_name)
     if cls.__module__.startswith("diffusers") or isinstance(source, FileSource):
@@ -179,34 +189,56 @@ def _read_network(class_name: str, source: Source, variant: str | None, dtype: t
     return network
 
 
+@dataclass(frozen=True)
+class Target:
+    "What networks are read for: the machine, and how their weights are kept on it."
+
+    device: torch.device
+    dtype: torch.dtype
+    memory: MemorySettings = MemorySettings()  # as this machine can follow them
+
+    def quantised(self, role: Role) -> dict[str, Any]:  # arguments of from_pretrained
+        "How a network of that role is quantised while it is read."
+        if role != "denoiser" or not self.memory.quantization:
+            return {}
+        place = {"device_map": {"": str(self.device)}} if self.device.type == "cuda" else {}  # torchao leaves alone what is mapped to the CPU
+        return {"quantization_config": quantization_config(self.memory.quantization, self.dtype)} | place
+
+
 def load_network(
     class_name: str,
     source: Source,
     variant: str | None,  # of the files, such as fp16
-    dtype: torch.dtype,
-    device: torch.device,
+    target: Target,
     subfolder: str | None = None,  # below the source's own
+    role: Role = "encoder",
 ) -> torch.nn.Module:  # shared with whoever asked for the same
     "A network by its class and source."
-    key = (source_key(source, subfolder), class_name, variant, dtype, str(device))
+    key = (source_key(source, subfolder), class_name, variant, target.dtype, str(target.device), *settings_of(target.memory, role))
     where = {"subfolder": subfolder} if subfolder else {}
-    return shared_network(key, lambda: _read_network(class_name, source, variant, dtype, **where).to(device))
+
+    def read() -> torch.nn.Module:
+        network = _read_network(class_name, source, variant, target.dtype, **where, **target.quantised(role))
+        return store(network, target.memory, role, target.device)
+
+    return shared_network(key, read)
 
 # %% ../nbs/04_component_loading.ipynb #ec448275
-def _component_dtype(component: Component | ControlNetEntry | RefinerEntry, dtype: torch.dtype) -> torch.dtype:
-    return dtype if component.dtype in (None, "auto") else getattr(torch, component.dtype)
+def _for_part(target: Target, part: Component | ControlNetEntry | RefinerEntry) -> Target:  # with the part's own number format
+    return target if part.dtype in (None, "auto") else replace(target, dtype=getattr(torch, part.dtype))
 
 
-def _replacement(name: str, component: Component, manifest: ModelManifest, dtype: torch.dtype, device: torch.device) -> Any:
+def _replacement(name: str, component: Component, manifest: ModelManifest, target: Target) -> Any:
     "A component that the manifest names with a source of its own."
     class_name = component.class_name or COMPONENT_CLASSES[manifest.family][name][0]
-    if _is_network(name):
-        return load_network(class_name, component.source, component.variant, _component_dtype(component, dtype), device)
-    made = _read(_find_class(class_name), component.source, component.variant, {})
-    return _find_class(class_name).from_config(made.config, **component.options) if component.options else made
+    with _explained(component.source, manifest.name, "model"):
+        if _is_network(name):
+            return load_network(class_name, component.source, component.variant, _for_part(target, component), role=_role(name))
+        made = _read(_find_class(class_name), component.source, component.variant, {})
+        return _find_class(class_name).from_config(made.config, **component.options) if component.options else made
 
 
-def _own_networks(manifest: ModelManifest, dtype: torch.dtype, device: torch.device) -> dict[str, torch.nn.Module]:
+def _own_networks(manifest: ModelManifest, target: Target) -> dict[str, torch.nn.Module]:
     "The networks of the model's own repository that the manifest does not replace; none for a single file."
     if isinstance(manifest.source, FileSource):
         return {}
@@ -214,20 +246,27 @@ def _own_networks(manifest: ModelManifest, dtype: torch.dtype, device: torch.dev
     index = DiffusionPipeline.load_config(str(source.location()), local_files_only=not isinstance(source, HubSource), **source.load_arguments())
     named = {name: value[1] for name, value in index.items() if isinstance(value, (list, tuple)) and name in slots and _is_network(name)}
     known = {name: class_name for name, class_name in named.items() if class_name in slots[name] and name not in manifest.components}
-    return {name: load_network(class_name, source, manifest.variant, dtype, device, name) for name, class_name in known.items()}
+    return {name: load_network(class_name, source, manifest.variant, target, name, _role(name)) for name, class_name in known.items()}
+
+
+def _store_rest(pipe: DiffusionPipeline, done: Collection[str], target: Target) -> None:
+    "Keep the networks that came with a pipeline, and not by themselves, as the settings say."
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and name not in done:
+            store(part, target.memory, _role(name), target.device)
 
 # %% ../nbs/04_component_loading.ipynb #3cd450d6
 def load_pipeline(
     manifest: ModelManifest,
     device: torch.device,
     dtype: torch.dtype,
-) -> DiffusionPipeline:  # the family's base pipeline, in evaluation mode, on `device`
-    "Read the weights of a model; a `RequestError` (model_unavailable) says what is missing."
-    spec = FAMILIES[manifest.family]
-    try:
+) -> DiffusionPipeline:  # the family's base pipeline, in evaluation mode, to compute on `device`
+    "Read the weights of a model; a `RequestError` says what is missing, or what this machine cannot do."
+    spec, target = FAMILIES[manifest.family], Target(device, dtype, usable_memory(manifest, device, dtype))
+    with _explained(manifest.source, manifest.name, "model"):
         sourced = {name: part for name, part in manifest.components.items() if part.source is not None}
-        parts = {name: _replacement(name, part, manifest, dtype, device) for name, part in sourced.items()}
-        parts |= _own_networks(manifest, dtype, device)
+        parts = {name: _replacement(name, part, manifest, target) for name, part in sourced.items()}
+        parts |= _own_networks(manifest, target)
         arguments = {"dtype": dtype} | spec.load_arguments | parts
         pipe = _read(getattr(diffusers, spec.base_classes[manifest.kind]), manifest.source, manifest.variant, arguments)
         for name in manifest.components.keys() - parts.keys():
@@ -236,12 +275,9 @@ def load_pipeline(
             pipe.scheduler = cls.from_config(pipe.scheduler.config, **part.options)
         _complete_vae(pipe.vae)
         _complete_text_encoder(pipe.text_encoder)
+        _store_rest(pipe, parts, target)
         pipe.set_progress_bar_config(disable=True)
-        return pipe.to(device)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as exc:  # whatever the loaders of three libraries raise for a damaged file
-        raise _unavailable(manifest.source, manifest.name, "model", exc) from exc
+        return pipe
 
 
 def _complete_text_encoder(encoder: torch.nn.Module) -> None:
@@ -267,6 +303,17 @@ def _unavailable(source: Source, name: str, field: str, exc: Exception) -> Reque
     message = f"the weights of {source.describe()} cannot be loaded ({type(exc).__name__})"
     return request_error(ErrorCode.model_unavailable, message, field=field, given=name, hint=hint)
 
+
+@contextmanager
+def _explained(source: Source, name: str, field: str) -> Iterator[None]:
+    "Turn whatever the loaders of three libraries raise for a damaged file into a `RequestError` that names the source."
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RequestError):
+        raise
+    except Exception as exc:
+        raise _unavailable(source, name, field, exc) from exc
+
 # %% ../nbs/04_component_loading.ipynb #a179ce1c
 def load_controlnet(
     name: str,  # in the manifest
@@ -277,12 +324,9 @@ def load_controlnet(
     "Read a ControlNet; a `RequestError` (model_unavailable) says what is missing."
     net, spec = manifest.controlnets[name], FAMILIES[manifest.family]
     class_name = spec.union_class if net.union else spec.controlnet_class
-    try:
-        return load_network(class_name, net.source, net.variant, _component_dtype(net, dtype), device)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as exc:
-        raise _unavailable(net.source, name, "controlnets", exc) from exc
+    target = _for_part(Target(device, dtype, usable_memory(manifest, device, dtype)), net)
+    with _explained(net.source, name, "controlnets"):
+        return load_network(class_name, net.source, net.variant, target, role="controlnet")
 
 
 _SHARED_WITH_REFINER = ("vae", "text_encoder_2", "tokenizer_2")
@@ -296,13 +340,13 @@ def load_refiner(
 ) -> DiffusionPipeline:  # image-to-image
     "Read the model that takes over the last steps; what it shares with the base is not read again."
     entry = manifest.refiner
-    shared = {name: getattr(base, name) for name in _SHARED_WITH_REFINER}
-    arguments = {"dtype": _component_dtype(entry, dtype), "add_watermarker": False} | shared
-    try:
+    target = _for_part(Target(device, dtype, usable_memory(manifest, device, dtype)), entry)
+    parts = {name: getattr(base, name) for name in _SHARED_WITH_REFINER}
+    with _explained(entry.source, manifest.name, "refiner"):
+        if not isinstance(entry.source, FileSource):
+            parts["unet"] = load_network("UNet2DConditionModel", entry.source, entry.variant, target, "unet", "denoiser")
+        arguments = {"dtype": target.dtype, "add_watermarker": False} | parts
         pipe = _read(diffusers.StableDiffusionXLImg2ImgPipeline, entry.source, entry.variant, arguments)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as exc:
-        raise _unavailable(entry.source, manifest.name, "refiner", exc) from exc
+        _store_rest(pipe, parts, target)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe

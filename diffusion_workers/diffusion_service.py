@@ -36,7 +36,7 @@ from .memory_relief import Ladder
 from .manifest import COMPONENT_CLASSES, HubSource, ModelManifest
 from .model_store import Settings, load_manifests, model_list
 from .component_loading import pick_device
-from .pipeline_factory import PipelineFactory, module_bytes
+from .pipeline_factory import PipelineFactory
 from .planning import make_plan
 from .rendering import Inputs, OnProgress, Prepared, StopSignal
 from .rendering import batch_size, decode_inputs, generated_image, prepare_inputs, previewer_for, with_environment

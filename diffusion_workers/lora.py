@@ -33,6 +33,7 @@ from diffusion_workers.lora_files import (
 from .lora_keys import Place, component_of
 from .manifest import FileSource, HubSource, LoraEntry
 from .results import request_error, warning
+from .weight_storage import is_quantised
 from ez_diffusion_client.models import ErrorCode, Lora, ModelFamily, RequestWarning
 
 # %% ../nbs/06a_lora.ipynb #0856b2e5
@@ -192,7 +193,7 @@ class _Piece:
         up = up * self.weights.scaling
         if self.weights.magnitude is None:
             return down, up * self.scale, None
-        if not module.weight.is_floating_point():
+        if is_quantised(module.weight):
             hint = "use a LoRA without DoRA, or the model in its full precision"
             raise request_error(ErrorCode.unsupported_combination, "a DoRA needs the weights of the model, and these are quantised", field="loras", hint=hint)
         with align_module_device(module):  # brings weights that are offloaded

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from diffusion_workers.manifest import (
-    PATTERN_WORDS, SOURCE_KINDS, Complaint, Component, ControlNetEntry, Defaults, FolderSource, Limits, LoraEntry, ModelManifest, Profile, RefinerEntry, suggest,
+    PATTERN_WORDS, SOURCE_KINDS, Complaint, Component, ControlNetEntry, Defaults, FolderSource, Limits, LoraEntry, MemorySettings, ModelManifest, Profile, RefinerEntry, suggest,
 )
 from .results import describe_field, field_path, nearest_name, shorten
 
@@ -123,7 +123,7 @@ def _read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:  # (value
 
 # %% ../nbs/02a_manifest_files.ipynb #68febfbb
 _TAGS = {f"<{source.kind}>": source for source in SOURCE_KINDS}
-_SECTIONS = {"defaults": Defaults, "limits": Limits, "components": Component, "controlnets": ControlNetEntry, "loras": LoraEntry, "lora_folders": FolderSource, "refiner": RefinerEntry, "profiles": Profile}
+_SECTIONS = {"defaults": Defaults, "limits": Limits, "components": Component, "controlnets": ControlNetEntry, "loras": LoraEntry, "lora_folders": FolderSource, "refiner": RefinerEntry, "profiles": Profile, "memory": MemorySettings}
 
 
 def _owner(location: tuple) -> type[BaseModel]:  # the class that the last step of the location is a field of

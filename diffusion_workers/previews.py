@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 
+from .weight_storage import device_of, takes_turns
+
 # %% ../nbs/07_previews.ipynb #60bc20b8
 def colour_chart(
     patch: int = 32,  # pixels, the side of a colour
@@ -40,7 +42,7 @@ def colour_map(
     "Send the chart through the encoder and fit the map from latents to colours."
     chart = colour_chart()
     pixels = torch.frombuffer(bytearray(chart.tobytes()), dtype=torch.uint8).reshape(chart.height, chart.width, 3)
-    x = (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).to(vae.device, vae.dtype)
+    x = (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).to(device_of(vae), vae.dtype)
     z = vae.encode(x).latent_dist.mode().to("cpu", torch.float64)
     z = (z - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
     if not torch.isfinite(z).all():
@@ -69,7 +71,7 @@ def decoded(
         size = [max(1, round(side * largest)) for side in latents.shape[-2:]]
         latents = torch.nn.functional.interpolate(latents[None], size=size, mode="area")[0]
     z = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-    return vae.decode(z[None].to(vae.device, vae.dtype)).sample[0].to("cpu", torch.float32)
+    return vae.decode(z[None].to(device_of(vae), vae.dtype)).sample[0].to("cpu", torch.float32)
 
 # %% ../nbs/07_previews.ipynb #5b97c359
 def preview_jpeg(picture: Image.Image) -> str:  # base64
@@ -89,9 +91,9 @@ class PreviewMaker:
     ):
         self._vae, self.size, self.seconds = weakref.ref(vae), size, 0.0
         self.decodes, self.matrix = True, None
-        sample = torch.zeros(vae.config.latent_channels, max(1, size[1] // 8), max(1, size[0] // 8), device=vae.device)
+        sample = torch.zeros(vae.config.latent_channels, max(1, size[1] // 8), max(1, size[0] // 8), device=device_of(vae))
         self.seconds = self._measure(sample)
-        if self.seconds > QUICK_DECODE:
+        if self.seconds > QUICK_DECODE or takes_turns(vae):
             self.decodes, self.matrix = False, torch.no_grad()(colour_map)(vae)
             self.seconds = self._measure(sample)
 

@@ -36,6 +36,7 @@ from .addon_planning import ControlFacts, enabled_units, resolve_lora
 from .pipeline_factory import PipelineFactory, use_scheduler
 from .previews import Previewer, fitting_size, preview_maker
 from .results import request_error, warning
+from .weight_storage import storage_packages, stored_format
 from ez_diffusion_client.models import (
     Environment,
     ControlKind,
@@ -420,7 +421,7 @@ def render(
     "Carry out a plan."
     pictures, loras = [], request_loras(plan, factory, lora_store or LoraStore())
     pipe = factory.variant(plan.task, plan.control_kind)
-    with quiet_libraries(), use_loras(pipe, loras, merge=wants_compilation(plan, factory)) as lora_notes:
+    with quiet_libraries(), use_loras(pipe, loras, merge=factory.compilable and wants_compilation(plan, factory)) as lora_notes:
         notes = [*([] if texts else text_notes(pipe, plan)), *lora_notes]
         size = batch_size(plan)
         for first in range(0, len(plan.seeds), size):
@@ -442,8 +443,10 @@ PIXEL_PACKAGES = ("diffusion-workers", "torch", "diffusers", "transformers")
 
 def with_environment(plan: GenerationPlan, factory: PipelineFactory, notes: list[RequestWarning]) -> GenerationPlan:
     "The receipt of a plan that was carried out."
-    versions = {name: version(name) for name in PIXEL_PACKAGES}
-    environment = Environment(device=factory.device.type, dtype=str(factory.dtype).removeprefix("torch."), versions=versions)
+    versions = {name: version(name) for name in (*PIXEL_PACKAGES, *storage_packages(factory.manifest))}
+    stored = stored_format(factory.manifest)
+    dtype = str(factory.dtype).removeprefix("torch.") + (f", weights in {stored}" if stored else "")
+    environment = Environment(device=factory.device.type, dtype=dtype, versions=versions)
     return plan.model_copy(update={"environment": environment, "warnings": [*(plan.warnings or []), *notes] or None})
 
 

@@ -8,7 +8,7 @@ PACKAGE = ROOT / "diffusion_workers"
 # The order of the modules: each may import those above it, and no other.
 MODULE_ORDER = (
     "results", "guarded_fetch", "images", "image_metadata", "manifest", "manifest_files", "model_store",
-    "controlnet", "control_detectors", "addon_planning", "acceleration_planning", "planning",
+    "controlnet", "control_detectors", "addon_planning", "acceleration_planning", "planning", "weight_storage",
     "component_loading", "control_nets", "tiny_models", "pipeline_factory", "lora_keys", "lora_files", "lora", "step_cache", "encoder_cache", "denoiser_runs", "compilation", "acceleration",
     "previews", "rendering", "batching", "memory_relief", "diffusion_service",
     "shapes", "shapes_text", "training_loop", "shapes_training", "shapes_sdxl", "shapes_flux", "shapes_denoising",
