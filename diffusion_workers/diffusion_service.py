@@ -41,6 +41,7 @@ from .planning import make_plan
 from .rendering import Inputs, OnProgress, Prepared, StopSignal
 from .rendering import batch_size, decode_inputs, generated_image, prepare_inputs, previewer_for, with_environment
 from .results import failure, is_out_of_memory, logger, parse, request_error
+from .weight_storage import module_bytes
 from ez_diffusion_client.models import (
     ControlMap,
     ControlNetUnit,
