@@ -27,6 +27,7 @@ try:
 except ImportError:  # Windows has no such module
     resource = None
 
+from .weight_storage import module_bytes  # first: it imports diffusers without the remarks of other packages
 from .batching import BatchPolicy, SharedStop, SharedWatch, render_together, together
 from .control_detectors import PreprocessorStore
 from .control_nets import PreparedControl
@@ -41,7 +42,6 @@ from .planning import make_plan
 from .rendering import Inputs, OnProgress, Prepared, StopSignal
 from .rendering import batch_size, decode_inputs, generated_image, prepare_inputs, previewer_for, with_environment
 from .results import failure, is_out_of_memory, logger, parse, request_error
-from .weight_storage import module_bytes
 from ez_diffusion_client.models import (
     ControlMap,
     ControlNetUnit,

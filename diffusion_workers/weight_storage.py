@@ -10,17 +10,23 @@ __all__ = ['QUANTIZATIONS', 'Role', 'Quantization', 'require_package', 'quantiza
 # %% ../nbs/03a_weight_storage.ipynb #9cbed45e
 import functools
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakSet, ref
 
+# Where the packages for quantisation are installed, diffusers and peft import them now, and each remarks on the others.
+_disabled = logging.root.manager.disable
+logging.disable(logging.WARNING)
 import diffusers
+import diffusers.quantizers
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import send_to_device
 from diffusers.hooks import apply_group_offloading
 from diffusers.models.attention_dispatch import attention_backend
+logging.disable(_disabled)
 
 from .manifest import MemorySettings, ModelManifest
 from .results import logger, request_error
@@ -34,8 +40,6 @@ class Quantization:
     package: str
     configuration: Callable[[torch.dtype], Any]  # (number format to compute in) -> what diffusers calls quantization_config
     needs_cuda: bool = False
-
-
 
 
 def _torchao(name: str) -> Callable[[torch.dtype], diffusers.TorchAoConfig]:  # name of a class in torchao.quantization

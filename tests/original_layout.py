@@ -92,3 +92,47 @@ def original_weights(pipe: StableDiffusionPipeline) -> Weights:
 def save_original(weights: Weights, path: Path) -> None:
     "Write them as one .safetensors file."
     save_file({key: value.contiguous() for key, value in weights.items()}, path)
+
+
+FLUX_TOP = {
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer", "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer", "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer", "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "context_embedder": "txt_in", "x_embedder": "img_in", "proj_out": "final_layer.linear", "norm_out.linear": "final_layer.adaLN_modulation.1",
+}
+FLUX_DOUBLE = {
+    "norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin",
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale", "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale", "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2", "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2",
+}
+FLUX_SINGLE = {
+    "norm.linear": "modulation.lin", "attn.norm_q.weight": "norm.query_norm.scale", "attn.norm_k.weight": "norm.key_norm.scale", "proj_out": "linear2",
+}
+FLUX_TOGETHER = {  # the first of the layers that are one product there -> (all of them, its name)
+    "transformer_blocks": {
+        "attn.to_q": (("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn.qkv"),
+        "attn.add_q_proj": (("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "txt_attn.qkv"),
+    },
+    "single_transformer_blocks": {"attn.to_q": (("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear1")},
+}
+
+
+def original_flux(weights: Mapping[str, torch.Tensor]) -> Weights:
+    "A Flux transformer: query, key and value are one product, and the last modulation has shift and scale in the other order."
+    blocks = {"transformer_blocks": ("double_blocks", FLUX_DOUBLE), "single_transformer_blocks": ("single_blocks", FLUX_SINGLE)}
+    made = {}
+    for key, value in weights.items():
+        found = re.match(r"(\w*transformer_blocks)\.(\d+)\.(.+)", key)
+        if not found:
+            made[renamed(key, FLUX_TOP)] = torch.cat(value.chunk(2)[::-1]) if key.startswith("norm_out.") else value
+            continue
+        (prefix, names), together = blocks[found[1]], FLUX_TOGETHER[found[1]]
+        layer, _, kind = found[3].rpartition(".")
+        if layer in together:
+            parts, name = together[layer]
+            made[f"{prefix}.{found[2]}.{name}.{kind}"] = torch.cat([weights[f"{found[1]}.{found[2]}.{part}.{kind}"] for part in parts])
+        elif not any(layer in parts for parts, _ in together.values()):
+            made[f"{prefix}.{found[2]}.{renamed(found[3], names)}"] = value
+    return made
