@@ -172,7 +172,7 @@ def seconds_left(self: Grid) -> float | None:  # None as long as nothing was mea
     expected = [None if cell.plan is None else self.backend.pace.seconds(cell.plan) for cell in left]
     return None if None in expected else sum(expected)
 
-
+# %% ../nbs/13i_grids.ipynb #000545d9
 @patch
 def start(self: Grid) -> "Grid":
     "Begin, or go on after a stop; what is done stays."
@@ -215,7 +215,7 @@ def _fill(self: Grid, cell: GridCell) -> None:
     except Exception:
         logger.exception("a grid could not show a cell")
 
-
+# %% ../nbs/13i_grids.ipynb #f5535906
 @patch
 def stop(self: Grid) -> None:
     "Stop within a step; `start` goes on."

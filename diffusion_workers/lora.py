@@ -414,7 +414,7 @@ def merged_weight(layer: LoraLayer) -> torch.Tensor:  # the shape and number for
 
 def _can_merge(place: _Placed) -> bool:
     weight = place.layer.base_layer.weight
-    plain = weight.device.type != "meta" and weight.is_floating_point() and weight.itemsize > 1
+    plain = weight.device.type != "meta" and not is_quantised(weight) and weight.itemsize > 1
     return plain and place.component in ("unet", "transformer") and not hasattr(place.layer.base_layer, "_hf_hook")
 
 
