@@ -22,7 +22,7 @@ from .shapes_evaluation import inpainting_task
 from ez_diffusion_client.models import ControlKind, ModelFamily, Task
 
 # %% ../nbs/09h_cells.ipynb #9e70ed43
-STEPS = 10  # the built-in models score alike from six steps on
+STEPS = 6  # the built-in models score as with more
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def score_cell(
     model: str,
     task: Task,
     kind: ControlKind,
-    count: int = 3,  # pictures
+    count: int = 2,  # pictures
     scale: float = 1.0,  # of the control
     seed: int = 0,  # of scenes, wording and noise
 ) -> CellScore:
