@@ -159,7 +159,7 @@ def _flux_run(stack: ExitStack, pipe: DiffusionPipeline, plan: GenerationPlan, o
         stack.enter_context(use_transformer_cache(pipe.transformer, config))
     return FluxRun(pipe, options, arithmetic, contexts=config is not None)
 
-
+# %% ../nbs/06f_acceleration.ipynb #90e90319
 def wants_compilation(plan: GenerationPlan, factory: PipelineFactory) -> bool:
     "Whether the denoiser is to be compiled: the request's word, else the installation's."
     asked = plan.acceleration and plan.acceleration.torch_compile
@@ -188,7 +188,7 @@ def accelerated(
             stack.enter_context(use_part(pipe, "controlnet", view_of(run.net, run.control)))
         yield run
 
-
+# %% ../nbs/06f_acceleration.ipynb #5fc2589b
 @contextmanager
 def remembering_encoders(pipe: DiffusionPipeline) -> Iterator[None]:
     "Let the encoders of a pipeline answer from the memory of its model; to be entered before anything else is put on."

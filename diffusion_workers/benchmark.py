@@ -359,7 +359,7 @@ def forward_seconds(
             if former is not None:
                 vars(module)[method] = former
 
-
+# %% ../nbs/10_benchmark.ipynb #d86b3479
 def overhead(
     service: DiffusionService,
     request: Mapping[str, Any],

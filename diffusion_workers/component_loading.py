@@ -188,7 +188,7 @@ def _read_network(class_name: str, source: Source, variant: str | None, dtype: t
         raise ValueError(f"{len(report['missing_keys'])} tensors of {class_name} are not in its file")
     return network
 
-
+# %% ../nbs/04_component_loading.ipynb #d0bc413d
 @dataclass(frozen=True)
 class Target:
     "What networks are read for: the machine, and how their weights are kept on it."

@@ -84,7 +84,7 @@ ControlPanel.image = property(
     lambda self: picture_from(self.picture.zone.value).image if self.picture.zone.value else None, _set_image, doc="The picture that maps are drawn of."
 )
 
-
+# %% ../nbs/13j_control_panel.ipynb #ec28b8e9
 @patch
 def _draw(self: ControlPanel, *cards: MapCard) -> None:
     with self._guard:

@@ -477,7 +477,7 @@ def list_models(self: DiffusionService) -> ModelList:
     "The models that this service offers."
     return model_list(self.models, [name for name, factory in list(self._factories.items()) if factory.loaded])
 
-
+# %% ../nbs/08_diffusion_service.ipynb #f89da51d
 def _device_memory(device: torch.device) -> DeviceMemory:
     if device.type != "cuda":
         return DeviceMemory(device=str(device), name=device.type)
@@ -513,7 +513,7 @@ def _repr_markdown_(self: MemoryReport) -> str:
         lines.append(f"| {model.model} on {model.device}, {model.dtype} | {size(model.bytes)} | {parts} | |")
     return "\n".join(lines)
 
-
+# %% ../nbs/08_diffusion_service.ipynb #c58f59b3
 @patch
 def health(self: DiffusionService) -> Health:
     "Whether the service has made a picture yet, and how many requests wait."

@@ -124,7 +124,7 @@ def remembering_vae(vae: torch.nn.Module, memory: EncoderMemory) -> torch.nn.Mod
     view.encode = encode
     return view
 
-
+# %% ../nbs/06c_encoder_cache.ipynb #6d1ad328
 @contextmanager
 def use_encoder_memory(
     pipe: DiffusionPipeline,

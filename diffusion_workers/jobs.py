@@ -209,7 +209,7 @@ def _finish(self: JobQueue, job: Job, result: OpResult) -> None:  # the first re
     self.store.clean()
     self._tell_places()
 
-
+# %% ../nbs/11a_jobs.ipynb #ff586f5c
 @patch
 def _expire(self: JobQueue, job: Job) -> None:  # its time is up while it waits; a running one watches the clock itself
     if job.result is None and job.started_at is None:
@@ -231,8 +231,6 @@ def cancel(self: JobQueue, job: Job, message: str = "the generation was cancelle
         self._withdraw(job)
         if job.started_at is None:
             self._finish(job, _stopped(ErrorCode.cancelled, message, job))
-
-
 
 # %% ../nbs/11a_jobs.ipynb #0b71e37b
 @patch

@@ -417,7 +417,7 @@ def _can_merge(place: _Placed) -> bool:
     plain = weight.device.type != "meta" and not is_quantised(weight) and weight.itemsize > 1
     return plain and place.component in ("unet", "transformer") and not hasattr(place.layer.base_layer, "_hf_hook")
 
-
+# %% ../nbs/06a_lora.ipynb #6e991de9
 @contextmanager
 def _merged(placed: Sequence[_Placed]) -> Iterator[None]:
     weights = [place.layer.base_layer.weight for place in placed]

@@ -162,7 +162,7 @@ def _fused(component: str, paths: tuple[str, ...], shapes: Shapes) -> tuple[Plac
         ends += shapes[path][0]
     return tuple(places)
 
-
+# %% ../nbs/05a_lora_keys.ipynb #f423eef5
 def component_of(
     pipe: Any,  # a diffusers pipeline
     component: str,  # attribute of it

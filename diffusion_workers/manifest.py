@@ -375,7 +375,7 @@ def _entry_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
         if lora.weight_name and isinstance(lora.source, FileSource):
             yield ("loras", name, "weight_name"), "a file needs no weight_name; it is for a folder or a repository"
 
-
+# %% ../nbs/02_manifest.ipynb #b85c1c2c
 def _kind_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     kind = manifest.kind
     if kind != ModelKind.standard and manifest.family != ModelFamily.flux:
@@ -389,7 +389,7 @@ def _kind_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     if manifest.refiner and manifest.family != ModelFamily.sdxl:
         yield ("refiner",), f"{manifest.family} has no refiner; only sdxl has"
 
-
+# %% ../nbs/02_manifest.ipynb #144ee5a9
 def _sources(manifest: "ModelManifest") -> Iterator[tuple[tuple[str, ...], _Source]]:  # with their locations
     yield ("source",), manifest.source
     for section in ("components", "controlnets", "loras"):
@@ -418,7 +418,7 @@ def _memory_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     if packed and memory.offload == "group":
         yield ("memory", "offload"), "quantised layers are not moved one by one; allowed: none, model"
 
-
+# %% ../nbs/02_manifest.ipynb #ca8dd7f2
 def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     if isinstance(manifest.source, HubSource) and manifest.source.subfolder:
         yield ("source", "subfolder"), "a pipeline lies at the top of its repository; a subfolder is for components"

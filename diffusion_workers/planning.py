@@ -373,7 +373,7 @@ def find_problems(request: GenerationRequest, manifest: ModelManifest, size: tup
 def _is_guided(manifest: ModelManifest, guidance: dict[str, float | None]) -> bool:  # whether the denoiser looks at the empty prompt too
     return (guidance["true_cfg_scale" if manifest.family == ModelFamily.flux else "guidance_scale"] or 0) > 1
 
-
+# %% ../nbs/03_planning.ipynb #a7632e35
 def make_plan(
     request: GenerationRequest,  # checked against the specification
     manifest: ModelManifest,  # of the model that `request.model` names

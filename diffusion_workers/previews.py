@@ -145,7 +145,7 @@ def fitting_size(
     scale = min(1.0, side / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
-
+# %% ../nbs/07_previews.ipynb #94eef67a
 class Previewer:
     "Makes previews of one generation, when they are wanted and affordable."
 

@@ -205,7 +205,7 @@ def batch_size(plan: GenerationPlan) -> int:
 
 _OPTIONAL = ("prompt_2", "negative_prompt", "negative_prompt_2", "true_cfg_scale", "guidance_rescale", "clip_skip", "max_sequence_length")
 
-
+# %% ../nbs/07a_rendering.ipynb #f938edd4
 def size_arguments(asked: SizeConditioning | None) -> dict[str, tuple[int, int]]:
     "What SDXL is told about sizes, as (height, width) and (top, left); a size of which one side is missing stays the pipeline's own."
     if asked is None:

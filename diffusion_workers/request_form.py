@@ -146,7 +146,7 @@ class FieldWidget(widgets.VBox):
         "What stands below the field, without its markup."
         return html.unescape(self.message.value.partition(">")[2].removesuffix("</div>"))
 
-
+# %% ../nbs/13f_request_form.ipynb #5d300ef9
 def _typed(info: FieldInfo, text: str) -> Any:
     try:
         if info.kind == "array":

@@ -148,7 +148,7 @@ async def _on_http_error(request: Request, exc: HTTPException) -> Response:  # o
 async def _on_disconnect(request: Request, exc: ClientDisconnect) -> Response:  # in the middle of a body
     return Response(status_code=499)
 
-
+# %% ../nbs/11d_server.ipynb #a2c3a2b5
 def create_app(
     service,  # a DiffusionService; the application closes it when it ends
     settings: ServerSettings | None = None,  # absent reads the environment
@@ -180,5 +180,3 @@ def create_app(
         shown = ["X-Request-ID", "X-Seed", "X-Image-Count", "Retry-After"]
         app.add_middleware(CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"], expose_headers=shown, max_age=600)
     return app
-
-

@@ -127,7 +127,7 @@ def unet_steer(
 
     return steer
 
-
+# %% ../nbs/09g_shapes_control_training.ipynb #0427e055
 def flux_steer(
     net: FluxControlNetModel,
     batch: ControlBatch,
@@ -144,7 +144,7 @@ def flux_steer(
 
     return steer
 
-
+# %% ../nbs/09g_shapes_control_training.ipynb #bf9f57f1
 def control_loss(
     pipeline,  # of any of the three families, frozen here
     union_modes: dict[str, int] | None = None,  # kind -> number, for a union net

@@ -459,7 +459,7 @@ def reuse_seed(self: GenerationPanel) -> None:
     "Lock the seed of the chosen picture."
     self.form.seed.lock(self.selected()[-1].seed)
 
-
+# %% ../nbs/13_widgets.ipynb #e5bc80ab
 @patch
 def send_to_image(self: GenerationPanel) -> None:
     "Start from the chosen picture."
