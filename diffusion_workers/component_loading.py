@@ -197,12 +197,12 @@ class Target:
     dtype: torch.dtype
     memory: MemorySettings = MemorySettings()  # as this machine can follow them
 
-    def quantised(self, role: Role) -> dict[str, Any]:  # arguments of from_pretrained
-        "How a network of that role is quantised while it is read."
-        if role != "denoiser" or not self.memory.quantization:
-            return {}
-        place = {"device_map": {"": str(self.device)}} if self.device.type == "cuda" else {}  # torchao leaves alone what is mapped to the CPU
-        return {"quantization_config": quantization_config(self.memory.quantization, self.dtype)} | place
+    def reading(self, role: Role) -> dict[str, Any]:  # arguments of from_pretrained
+        "Where a network of that role is read to, and how it is quantised on the way."
+        packed = role == "denoiser" and self.memory.quantization
+        straight = self.device.type == "cuda" and (packed or self.memory.offload == "none")  # torchao leaves alone what is mapped to the CPU
+        place = {"device_map": {"": str(self.device)}} if straight else {}
+        return place | ({"quantization_config": quantization_config(packed, self.dtype)} if packed else {})
 
 
 def load_network(
@@ -218,7 +218,7 @@ def load_network(
     where = {"subfolder": subfolder} if subfolder else {}
 
     def read() -> torch.nn.Module:
-        network = _read_network(class_name, source, variant, target.dtype, **where, **target.quantised(role))
+        network = _read_network(class_name, source, variant, target.dtype, **where, **({} if isinstance(source, FileSource) else target.reading(role)))
         return store(network, target.memory, role, target.device)
 
     return shared_network(key, read)
