@@ -112,13 +112,18 @@ class FieldWidget(widgets.VBox):
     "A field with its label, its control and the place for its error."
 
     def __init__(self, info: FieldInfo, on_change: Callable[[], None] | None = None):
-        self.info, self.control = info, _control(info)
+        self.info, self._on_change = info, on_change
         self.message = widgets.HTML("")
-        super().__init__([self.control, self.message], layout=widgets.Layout(width="auto", overflow="visible"))
         self.message.layout.display = "none"
-        self.control.add_class("dw-field-" + info.name.replace(".", "-"))
-        if on_change is not None:
-            self.control.observe(lambda change: on_change(), "value")
+        super().__init__(layout=widgets.Layout(width="auto", overflow="visible"))
+        self._put(_control(info))
+
+    def _put(self, control: widgets.DOMWidget) -> None:
+        self.control = control
+        control.add_class("dw-field-" + self.info.name.replace(".", "-"))
+        if self._on_change is not None:
+            control.observe(lambda change: self._on_change(), "value")
+        self.children = (control, self.message)
 
     def read(self) -> Any:
         "The value for the request; None where the field is empty."
@@ -127,14 +132,19 @@ class FieldWidget(widgets.VBox):
 
     def show(self, value: Any) -> None:
         "Set it from a request; None empties it."
-        self.control.value = "" if value is None else _text(self.info, value)
+        text = "" if value is None else _text(value)
+        listed = isinstance(self.control, widgets.Dropdown)
+        self.control.value = text if not listed or text in self.info.choices or self.info.kind == "boolean" else ""
 
-    def offer(self, choices: Iterable[str]) -> None:
-        "Offer other choices; what is chosen stays if it is still among them."
+    def offer(self, choices: Iterable[str], default: str | None = None) -> None:
+        "Offer other choices, and say what none of them stands for; what is chosen stays if it is still there. A text becomes a list with its first choices."
         before = self.control.value
-        self.info = replace(self.info, choices=tuple(choices))
-        self.control.options = _options(self.info)
-        self.control.value = before if before in self.info.choices else ""
+        self.info = replace(self.info, choices=tuple(choices), default=default or self.info.default)
+        if self.info.choices and not isinstance(self.control, widgets.Dropdown):
+            self._put(_control(self.info))
+        if isinstance(self.control, widgets.Dropdown):
+            self.control.options = _options(self.info)
+            self.control.value = before if before in self.info.choices else ""
 
     def tell(self, message: str) -> None:
         "Show what is wrong, as HTML; an empty text takes it away."
@@ -158,13 +168,12 @@ def _typed(info: FieldInfo, text: str) -> Any:
         return text
 
 
-def _text(info: FieldInfo, value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
-    text = str(getattr(value, "value", value))
-    return text if not info.choices or text in info.choices else ""
+    return str(getattr(value, "value", value))
 
 # %% ../nbs/13f_request_form.ipynb #782868d2
 def put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

@@ -98,7 +98,7 @@ def _connect(self: RequestPanel) -> None:
     self.canvas.observe(lambda change: self._on_change(), ["_mask", "feather"])
     if self.models:
         model = self.forms[""].fields["model"]
-        model.offer(self.models)
+        model.offer(self.models, self.default_model)
         model.control.observe(lambda change: self._model_changed(), "value")
         self._model_changed()
 
