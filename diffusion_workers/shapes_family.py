@@ -101,7 +101,7 @@ def train_effect(
     "Train a LoRA for a built-in model."
     pipeline = load_builtin_pipeline(model)
     train_lora(out_dir, f"{model} {effect}", pipeline, effect, config)
-    return save_lora(pipeline, out_dir, effect)
+    return save_lora(pipeline, out_dir, effect, config.strength)
 
 # %% ../nbs/09ga_shapes_family.ipynb #32b30dc0
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ PARTS = {
     "shapes-flux": Part(FluxTrainingConfig(), train_flux),
     "shapes-flux/canny": _controlnet("shapes-flux", "canny", steps=5000, scenes=12000),
     "shapes-flux/union": _controlnet("shapes-flux", "union", steps=1000),
-    "shapes-flux/outline": _lora("shapes-flux", "outline", steps=2200, rank=16),
+    "shapes-flux/heart": _lora("shapes-flux", "heart", steps=1800, scenes=3000, learning_rate=6e-3, strength=1.4),
 }
 
 # %% ../nbs/09ga_shapes_family.ipynb #44498945

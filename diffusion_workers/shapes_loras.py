@@ -156,13 +156,13 @@ class Effect:
 
     measure: Callable[[Image.Image, Scene], float]  # picture and the scene as told
     threshold: float  # at least this much is the effect
-    text_encoder: bool = False  # whether a word is new, so that the text encoder learns too
+    new_word: bool = False  # the text encoder of a U-Net learns too
 
 # %% ../nbs/09f_shapes_loras.ipynb #7ee285ec
 EFFECTS = {
     "outline": Effect(outline_measure, 0.5),
     "night": Effect(night_measure, 0.75),
-    "heart": Effect(heart_measure, 0.0, text_encoder=True),
+    "heart": Effect(heart_measure, 0.05, new_word=True),
 }
 
 # %% ../nbs/09f_shapes_loras.ipynb #beeb9ac1
@@ -176,6 +176,7 @@ class LoraTrainingConfig:
     batch: int = 32  # latents
     learning_rate: float = 2e-3  # peak
     rank: int = 8
+    strength: float = 1.0  # scale of the adapter that is scale 1 of the file
     toward_noise: float = 0.7  # exponent: moments are an even spread to this power
     caption_dropout: float = 0.1  # share of captions replaced by ""
 
@@ -183,7 +184,10 @@ class LoraTrainingConfig:
 UNET_LAYERS = "to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 conv_in conv_out".split()
 
 
-FLUX_LAYERS = "to_q to_k to_v to_out.0 proj_mlp proj_out x_embedder ff.net.0.proj ff.net.2 norm1.linear norm.linear".split()
+FLUX_LAYERS = (
+    "to_q to_k to_v to_out.0 proj_mlp proj_out x_embedder ff.net.0.proj ff.net.2 norm1.linear norm.linear norm_out.linear "  # the picture
+    "add_q_proj add_k_proj add_v_proj to_add_out context_embedder ff_context.net.0.proj ff_context.net.2 norm1_context.linear"  # the text
+).split()
 
 
 TEXT_LAYERS = "q_proj k_proj v_proj out_proj fc1 fc2".split()
@@ -191,7 +195,7 @@ TEXT_LAYERS = "q_proj k_proj v_proj out_proj fc1 fc2".split()
 # %% ../nbs/09f_shapes_loras.ipynb #88f0fcd1
 def add_adapters(
     pipeline,  # of any of the three families
-    effect: str,  # a key of `EFFECTS`: says whether the text encoder learns too
+    effect: str,  # a key of `EFFECTS`: says whether there is a new word
     rank: int,
 ) -> list[torch.nn.Module]:  # what has adapters now; nothing else learns
     "Put an adapter on the denoiser, and on the text encoder where a word is new."
@@ -200,7 +204,7 @@ def add_adapters(
     if not flux:
         denoiser.set_attn_processor(AttnProcessor())
     denoiser.add_adapter(LoraConfig(target_modules=FLUX_LAYERS if flux else UNET_LAYERS, **adapter))
-    if not EFFECTS[effect].text_encoder:
+    if flux or not EFFECTS[effect].new_word:
         return [denoiser]
     inject_adapter_in_model(LoraConfig(target_modules=TEXT_LAYERS, **adapter), pipeline.text_encoder.requires_grad_(False))
     return [denoiser, pipeline.text_encoder]
@@ -234,13 +238,16 @@ def save_lora(
     pipeline,  # with the adapter that was trained
     folder: Path,
     effect: str,  # names the file
+    strength: float = 1.0,  # scale of the adapter that is scale 1 of the file
 ) -> Path:  # of the file
     "Write the adapter in half precision, as diffusers names its keys."
     def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-        return {k: v.half().contiguous() for k, v in convert_state_dict_to_diffusers(get_peft_model_state_dict(module)).items()}
+        scaled = {k: v * strength if "lora_B" in k else v for k, v in get_peft_model_state_dict(module).items()}
+        return {k: v.half().contiguous() for k, v in convert_state_dict_to_diffusers(scaled).items()}
 
-    layers = {f"{'transformer' if hasattr(pipeline, 'transformer') else 'unet'}_lora_layers": half(denoiser_of(pipeline))}
-    if EFFECTS[effect].text_encoder:
+    flux = hasattr(pipeline, "transformer")
+    layers = {f"{'transformer' if flux else 'unet'}_lora_layers": half(denoiser_of(pipeline))}
+    if EFFECTS[effect].new_word and not flux:
         layers["text_encoder_lora_layers"] = half(pipeline.text_encoder)
     pipeline.save_lora_weights(folder, weight_name=f"{effect}.safetensors", **layers)
     (folder / f"{effect}.safetensors").chmod(0o644)

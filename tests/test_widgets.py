@@ -88,6 +88,9 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     # a grid of 3 x 3 fills in below
     expect(page.locator(".jp-OutputArea td img")).to_have_count(9)
 
+    # the service's models are a list
+    page.locator(".dw-field-model select").select_option(label="shapes-sd15")
+
     # a wrong width is told at the width
     field(page, "prompt").fill(PROMPT)
     field(page, "width").fill("130")
