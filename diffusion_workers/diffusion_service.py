@@ -17,6 +17,8 @@ from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
+from .weight_storage import module_bytes  # first: it imports torch and diffusers, undisturbed
+
 import psutil
 import torch
 from PIL import Image
@@ -27,7 +29,6 @@ try:
 except ImportError:  # Windows has no such module
     resource = None
 
-from .weight_storage import module_bytes  # first: it imports diffusers without the remarks of other packages
 from .batching import BatchPolicy, SharedStop, SharedWatch, render_together, together
 from .control_detectors import PreprocessorStore
 from .control_nets import PreparedControl

@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from .delivery import Bucket, as_json, deliver, payload_limit
 from .model_store import SettingsError
 from .results import RequestError, failure, logger, request_error
-from .startup import StartupClock, StartupError, start_service, try_picture
+from .startup import StartupClock, StartupError, import_sdk, start_service, try_picture
 from .worker_sdxl import from_worker_sdxl, is_worker_sdxl, to_worker_sdxl
 from .worker_settings import WorkerSettings
 from ez_diffusion_client.models import ErrorCode, HealthState, OpResult, OpStatus, Phase, ProgressEvent
@@ -278,8 +278,7 @@ def main() -> int:  # the exit code
     set_up_logging(settings.log_level)
     clock = StartupClock.since_process_start()
     os.environ.setdefault("RUNPOD_LOG_LEVEL", settings.log_level.replace("WARNING", "WARN"))  # the SDK's own default logs every answer
-    with clock.phase("runpod"):
-        import runpod
+    runpod = import_sdk(settings, clock)
     worker = Worker(settings, clock, send_progress=runpod.serverless.progress_update)
     runpod.serverless.register_fitness_check(worker.ready)
     try:
