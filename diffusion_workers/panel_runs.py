@@ -14,9 +14,10 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from ez_diffusion_client.errors import ClientError, RequestFailed
+from ez_diffusion_client.errors import ClientError, NotOffered, RequestFailed
 from ez_diffusion_client.models import ErrorCode, GenerationPlan, GenerationRequest, ModelList, OpResult, Phase, PreprocessRequest, ProgressEvent
 
 from fastcore.basics import patch
@@ -96,8 +97,15 @@ class Backend:
     submit: Callable[..., Any] | None = None  # (request, on_progress=...) -> a handle with `result()` and `cancel()`
     plan: Callable[[GenerationRequest], OpResult] | None = None
     preprocess: Callable[[PreprocessRequest], OpResult] | None = None
-    list_models: Callable[[], ModelList] | None = None
+    list_models: Callable[[], ModelList | None] | None = None
     pace: Pace = field(default_factory=Pace, compare=False)
+
+
+def _listed(client: Any) -> ModelList | None:  # None for a RunPod endpoint, which does not say
+    try:
+        return client.models()
+    except NotOffered:
+        return None
 
 
 def backend_of(
@@ -108,7 +116,7 @@ def backend_of(
         return generate
     owner = getattr(generate, "__self__", None) if inspect.ismethod(generate) else generate
     if all(callable(getattr(owner, name, None)) for name in ("submit", "events", "cancel")):
-        return Backend(None, lambda request, on_progress: JobHandle(owner, request, on_progress), owner.plan, owner.preprocess, owner.models, _pace_of(owner))
+        return Backend(None, lambda request, on_progress: JobHandle(owner, request, on_progress), owner.plan, owner.preprocess, partial(_listed, owner), _pace_of(owner))
     found = {name: method for name in ("submit", "plan", "preprocess", "list_models") if callable(method := getattr(owner, name, None))}
     call = generate if inspect.isroutine(generate) or inspect.isclass(generate) else getattr(generate, "generate", None)
     call = call if callable(call) else generate if callable(generate) else None

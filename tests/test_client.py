@@ -2,6 +2,7 @@
 import asyncio
 import io
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from diffusion_workers.tiny_models import write_tiny_model
 from ez_diffusion_client import AsyncClient, Client, Retries, RunPod, Server, image_bytes, pil_images, raise_for_status
 from ez_diffusion_client.errors import FAILURES, ConnectionLost, NotFound, NotOffered, QueueFull, ServerUnreachable, Unauthorized, UnexpectedAnswer, UnknownModel, WaitTimeout
 from ez_diffusion_client.models import OpResult, OpStatus, ProgressEvent
-from live_server import live_server, serving
+from live_server import PATIENCE, live_server, serving
 from runpod_endpoint import API_KEY, Endpoint, endpoint_app
 
 SMALL = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2}
@@ -77,6 +78,28 @@ def test_generate(target: Server | RunPod) -> None:
     assert pil_images(alone)[0].size == (64, 64)
     for seen in (events, told):
         assert seen[-1].phase == "done" and seen[-1].result is not None
+
+
+def test_a_panel(target: Server | RunPod, service: DiffusionService, tmp_path: Path) -> None:
+    "A panel works on both: it draws what the service draws and keeps it, and a stop ends the work at the other end."
+    from diffusion_workers.widgets import GenerationPanel
+
+    with Client(target) as client:
+        panel = GenerationPanel(client, SMALL, history=tmp_path)
+        panel.generate()
+        result = panel.wait(PATIENCE)
+        assert result.status == "success", result.message
+        assert pil_images(result)[0].tobytes() == service.generate(SMALL).images[0].tobytes()
+        assert len(list(tmp_path.glob("*.png"))) == 1
+        panel.request = ENDLESS
+        run, deadline = panel.generate(), time.monotonic() + PATIENCE
+        while not run.event.step:
+            assert time.monotonic() < deadline and not run.done, run.event
+            time.sleep(0.02)
+        panel.stop()
+        assert panel.wait(PATIENCE).status == "cancelled"
+        panel.close()
+        assert service.generate(SMALL).ok  # at once: nothing is left there
 
 
 def test_a_request_that_fails_is_a_result(target: Server | RunPod) -> None:
