@@ -120,17 +120,19 @@ def import_sdk(
 ) -> ModuleType:  # runpod
     "Import all that is heavy, and RunPod's SDK beside it. What is wrong with the settings is left to `start_service`, which has words for it."
     look_up_processor()
-    gc.disable()  # imports make hardly any garbage, and looking for it takes a sixth of their time
+    gc.disable()  # imports make hardly any garbage, and looking for it makes them longer
     try:
         find_models(settings)
         with clock.phase("imports"):
             import diffusion_workers.diffusion_service  # noqa: F401
     except Exception:
         logger.debug("the imports failed", exc_info=True)
-    with clock.phase("runpod"):
-        import runpod
-    gc.freeze()  # what is imported stays
-    gc.enable()
+    try:
+        with clock.phase("runpod"):
+            import runpod
+    finally:
+        gc.freeze()  # what is imported stays
+        gc.enable()
     return runpod
 
 # %% ../nbs/12c_startup.ipynb #a2402c8e
