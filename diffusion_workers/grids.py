@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ipywidgets as widgets
 import pandas as pd
 from ez_diffusion_client.models import ErrorCode, GenerationPlan, GenerationRequest, OpResult, OpStatus
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
 
+from .busy_clicks import hear_while_busy, wait_listening
 from .panel_runs import Pace, backend_of, start_run, stop_on_interrupt
 from .picture_elements import data_uri, thumbnail
 from .results import RequestError, error_detail, logger, parse, request_error
@@ -133,7 +135,7 @@ class Grid:
         self.axes, self.backend, self._on_cell = tuple(axes), backend_of(generate), on_cell
         ordered = make_cells(_with_seed(request), tuple(reversed(self.axes)))
         self.cells = [GridCell(tuple(reversed(cell.values)), cell.request) for cell in ordered]
-        self._guard, self._stopped, self._thread, self._run = threading.Lock(), threading.Event(), None, None
+        self._guard, self._stopped, self._thread, self._run, self._button = threading.Lock(), threading.Event(), None, None, None
         self._idle, self._seconds = threading.Event(), []
         self._idle.set()
         self._check_plans()
@@ -181,6 +183,7 @@ def start(self: Grid) -> "Grid":
             self._stopped.clear()
             self._idle.clear()
             self._thread = threading.Thread(target=self._work, name="grid", daemon=True)
+            self._label_button("Stop", "stop")
             self._thread.start()
     return self
 
@@ -194,6 +197,7 @@ def _work(self: Grid) -> None:
             if cell.result is None:
                 self._fill(cell)
     finally:
+        self._label_button("Go on", "play")
         self._idle.set()
 
 
@@ -231,7 +235,7 @@ def wait(
 ) -> "Grid":
     "Wait until all is done or stopped; an interrupt stops."
     try:
-        if not self._idle.wait(timeout):
+        if not wait_listening(self._idle.wait, timeout):
             raise TimeoutError(f"{self} after {timeout:g} s")
     except KeyboardInterrupt:
         self.stop()
@@ -369,9 +373,32 @@ def grid(
 
 
 @patch
+def toggle(self: Grid) -> None:
+    "Stop it if it runs, else go on: what its button does."
+    if self._idle.is_set():
+        self.start()
+    else:
+        self.stop()
+
+
+@patch
+def _label_button(self: Grid, description: str, icon: str) -> None:
+    if self._button is not None:
+        self._button.description, self._button.icon = description, icon
+        self._button.layout.display = "none" if self.done == len(self.cells) else None
+
+
+@patch
 def _ipython_display_(self: Grid) -> None:
     from IPython.display import HTML, display
 
+    if self.done < len(self.cells):
+        self._button = widgets.Button()
+        self._button.add_class("dw-grid-toggle")
+        self._button.on_click(lambda button: self.toggle())
+        hear_while_busy(self._button)
+        self._label_button(*(("Go on", "play") if self._idle.is_set() else ("Stop", "stop")))
+        display(self._button)
     self._handle = display(HTML(self.to_html()), display_id=True)
 
 

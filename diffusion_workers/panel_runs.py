@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from ez_diffusion_client.models import ErrorCode, GenerationPlan, GenerationRequ
 
 from fastcore.basics import patch
 
+from .busy_clicks import wait_listening
 from .results import RequestError, failure, logger, request_error
 
 # %% ../nbs/13c_panel_runs.ipynb #9fe39445
@@ -152,9 +154,11 @@ class Run:
         return self._future.done()
 
     def result(self, timeout: float | None = None) -> OpResult:
-        "Wait for the result, `timeout` seconds at most (`TimeoutError`); an interrupt stops the generation."
+        "Wait for the result, `timeout` seconds at most (`TimeoutError`); a click on Stop is heard on the way, and an interrupt stops the generation."
         try:
-            return self._future.result(timeout)
+            if not wait_listening(lambda seconds: bool(wait_for([self._future], seconds).done), timeout):
+                raise TimeoutError(f"no result after {timeout:g} seconds")
+            return self._future.result()
         except KeyboardInterrupt:
             self.cancel()
             raise

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import ipywidgets as widgets
 from ez_diffusion_client.models import GeneratedImage, OpResult, OpStatus, Phase, ProgressEvent
 
+from .busy_clicks import hear_while_busy
 from .panel_runs import Throttle, event_text
 from .request_form import alert
 from .results import error_line
@@ -43,6 +44,7 @@ class Stage(widgets.VBox):
         super().__init__([buttons, self.bar, self.status, self.message, self.picture], layout=widgets.Layout(width="auto"))
         self.generate.on_click(lambda button: on_generate())
         self.stop.on_click(lambda button: on_stop())
+        hear_while_busy(self.stop)
 
 
 def _status(text: str) -> str:  # told by a screen reader without interrupting

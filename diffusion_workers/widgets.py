@@ -17,6 +17,7 @@ import ipywidgets as widgets
 from ez_diffusion_client.models import ErrorDetail, GenerationRequest, ModelInfo, OpResult, OpStatus, ProgressEvent
 from fastcore.basics import patch
 
+from .busy_clicks import wait_listening
 from .addon_forms import ControlUnit, LoraList, PictureField, file_of
 from .mask_canvas import MaskCanvas, PictureSource
 from .images import to_image_string
@@ -349,10 +350,10 @@ def stop(self: GenerationPanel) -> None:
 
 @patch
 def wait(self: GenerationPanel, timeout: float | None = None) -> OpResult | None:
-    "Wait for the generation that runs, if one does, and give the last result; an interrupt stops it. Raises TimeoutError when the time is up."
+    "Wait for the generation that runs, if one does, and give the last result; Stop is heard, an interrupt stops it. Raises TimeoutError when the time is up."
     if self._run is not None:
         self._run.result(timeout)
-        if not self._shown.wait(timeout):
+        if not wait_listening(self._shown.wait, timeout):
             raise TimeoutError(f"the result was not shown within {timeout:g} seconds")
     return self.last
 

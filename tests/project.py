@@ -16,7 +16,7 @@ MODULE_ORDER = (
     "shapes_evaluation", "shapes_cells", "benchmark", "bench_command",
     "server_settings", "jobs", "server_gate", "server_metrics", "server_routes", "server", "serving",
     "worker_settings", "delivery", "worker_sdxl", "startup", "handler", "worker_command", "sweep_folder", "sweep", "ray_sweep",
-    "mask_canvas", "picture_elements", "panel_runs", "reuse", "picture_history", "request_form", "addon_forms", "panel_stage", "grids",
+    "mask_canvas", "picture_elements", "busy_clicks", "panel_runs", "reuse", "picture_history", "request_form", "addon_forms", "panel_stage", "grids",
     "control_panel", "widgets", "remote_cli", "cli",
 )
 
