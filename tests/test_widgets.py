@@ -157,3 +157,15 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     choose_file(page, ".dw-restore", "letter.png", b"a letter")
     expect(page.locator(".dw-restore .dw-error")).to_contain_text("not a picture")
     expect(field(page, "prompt")).to_have_value(PROMPT)
+
+
+def test_stop_is_heard_while_a_cell_waits(page, lab: tuple[str, Path]) -> None:
+    address, folder = lab
+    waits = f'panel.request = {{"prompt": "{PROMPT}", "num_inference_steps": 150}}\npanel.generate()\nprint("it was", panel.wait().status.value)'
+    write_notebook(folder / "busy.ipynb", SETUP, waits)
+    open_notebook(page, address.format("busy.ipynb"))
+    run_all(page)
+    expect(page.locator(".dw-status")).to_have_text(re.compile(r"step [1-9]\d* of 150"))
+    page.locator("button.dw-stop").click()
+    expect(page.locator(".dw-status")).to_have_text(re.compile("cancelled"))
+    expect(page.locator(".jp-OutputArea-output", has_text="it was cancelled").first).to_be_visible()
