@@ -246,7 +246,7 @@ class GenerationPanel(widgets.VBox):
         self.gallery = Gallery(self._set_favourite, self._delete)
         self.gallery.observe(lambda change: self._selected(), "selected")
         self.details, self.actions = widgets.VBox([]), _action_buttons(self)
-        outcome = widgets.VBox([self.stage, self.actions, self.details, self.gallery], layout=widgets.Layout(grid_row="span 2", width="auto", overflow="visible"))
+        outcome = widgets.VBox([self.stage, self.actions, self.details, self.gallery], layout=widgets.Layout(grid_area="span 2 / auto", width="auto", overflow="visible"))
         super().__init__([widgets.GridBox([self.form, outcome, self.form.sections], layout=widgets.Layout(**TWO_COLUMNS))])
         self.add_class("dw-panel")
         self._busy = False
