@@ -142,7 +142,7 @@ class ParameterForm(widgets.VBox):
         self.controls: dict[str, widgets.DOMWidget] = {}
         for parameter in preprocessor.parameters if preprocessor else ():
             shared = {"description": parameter.name.replace("_", " "), "tooltip": parameter.meaning, "value": parameter.default,
-                      "layout": widgets.Layout(width="auto"), "style": {"description_width": "118px"}}
+                      "layout": widgets.Layout(width="auto"), "style": {"description_width": "initial"}}
             if isinstance(parameter.default, bool):
                 self.controls[parameter.name] = widgets.Checkbox(**shared)
             elif isinstance(parameter.default, int):

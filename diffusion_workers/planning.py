@@ -22,7 +22,7 @@ from diffusion_workers.addon_planning import (
 )
 from .images import round_to_multiple
 from .manifest import ModelManifest
-from .results import RequestError, error_detail, warning
+from .results import RequestError, error_detail, plan_rows, warning
 from ez_diffusion_client.models import (
     ControlKind,
     ErrorCode,
@@ -408,20 +408,10 @@ def make_plan(
     )
 
 # %% ../nbs/03_planning.ipynb #76baa216
-def _cell(value) -> str:  # one value for a Markdown table
-    if hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json", exclude_none=True)
-    if isinstance(value, dict):
-        value = ", ".join(f"{key} {item}" for key, item in value.items())
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
 @patch
 def _repr_markdown_(self: GenerationPlan) -> str:
-    hidden = ("plan_version", "manifest_sha256", "warnings")
-    rows = [(name, getattr(self, name)) for name in type(self).model_fields if name not in hidden]
-    rows += [("warning", f"{note.field}: {note.message} ({note.given} -> {note.used})") for note in self.warnings or []]
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows if value is not None)
+    rows = [*plan_rows(self), *(("warning", f"{note.field}: {note.message} ({note.given} -> {note.used})") for note in self.warnings or [])]
+    table = "\n".join("| {} | {} |".format(name, value.replace("|", "\\|").replace("\n", " ")) for name, value in rows)
     return f"| | |\n|---|---|\n{table}"
 
 # %% ../nbs/03_planning.ipynb #94bf83b6

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'STATUS_OF_CODE', 'RETRYABLE_CODES', 'Model', 'MAX_ERRORS', 'RequestError', 'shorten', 'error_line',
            'error_detail', 'request_error', 'describe_field', 'field_path', 'nearest_name', 'parse', 'is_out_of_memory',
-           'failure', 'warning']
+           'failure', 'warning', 'plan_rows']
 
 # %% ../nbs/00_results.ipynb #da29ae5c
 import base64
@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from fastcore.basics import patch
@@ -23,7 +24,7 @@ from fastcore.meta import delegates
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from ez_diffusion_client.models import ErrorCode, ErrorDetail, OpResult, OpStatus, RequestWarning
+from ez_diffusion_client.models import ControlMap, ErrorCode, ErrorDetail, GeneratedImage, GenerationPlan, OpResult, OpStatus, RequestWarning
 
 # %% ../nbs/00_results.ipynb #60fbdbb7
 logger = logging.getLogger("diffusion_workers")
@@ -317,27 +318,52 @@ def image(self: OpResult) -> Image.Image:
 _MIME = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
-def _figure(image) -> str:  # HTML of one generated image
-    source = f"data:{_MIME[image.format.value]};base64,{image.image}"
+def _figure(image: GeneratedImage | ControlMap) -> str:  # HTML
+    made = isinstance(image, GeneratedImage)
+    source = f"data:{_MIME[image.format.value] if made else 'image/png'};base64,{image.image.rpartition(',')[2]}"
     width = max(128, min(image.width, 512))
-    caption = f"seed {image.seed}, {image.width} x {image.height}"
+    caption = html.escape(f"{f'seed {image.seed}' if made else image.preprocessor or 'map'}, {image.width} x {image.height}")
     return (
         f'<figure style="margin:0"><img src="{source}" width="{width}" alt="{caption}">'
         f'<figcaption style="font-size:smaller">{caption}</figcaption></figure>'
     )
 
 
+def plan_rows(plan: GenerationPlan) -> list[tuple[str, str]]:  # field, value in words
+    "What a plan decided, for a table; what it leaves open is left out."
+    hidden = ("plan_version", "manifest_sha256", "warnings")
+    values = [(name, getattr(plan, name)) for name in type(plan).model_fields if name not in hidden]
+    return [(name, _in_words(value)) for name, value in values if value is not None]
+
+
+def _in_words(value: Any) -> str:
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json", exclude_none=True)
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(_in_words, value))
+    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(getattr(value, "value", value))
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:  # HTML
+    return f"<table>{''.join(f'<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>' for name, value in rows)}</table>"
+
+
 @patch
 def _repr_html_(self: OpResult) -> str:
     lines = [f"<p><b>{self.status.value}</b> {html.escape(self.message or '')}</p>"] if not self.ok else []
-    if self.generation:
-        figures = "".join(_figure(image) for image in self.generation.images)
+    maps = [self.control_map] if self.control_map else []
+    if self.generation or maps:
+        figures = "".join(map(_figure, [*self.generation.images, *(self.generation.control_maps or [])] if self.generation else maps))
         lines.append(f'<div style="display:flex;flex-wrap:wrap;gap:8px">{figures}</div>')
     for error in (self.errors or [])[0 if len(self.errors or []) > 1 else 1 :]:
         lines.append(f"<li>{html.escape(error_line(error))}</li>")
     for note in self.warnings or []:
         lines.append(f"<li>{html.escape((note.field + ': ') if note.field else '')}{html.escape(note.message)}</li>")
-    return "".join(lines)
+    if self.plan and not self.generation:
+        lines.append(_table(plan_rows(self.plan)))
+    if self.memory:
+        lines.append(_table((name, _in_words(value)) for name, value in self.memory if value is not None))
+    return "".join(lines) or f"<p>{self.status.value}</p>"
 
 
 @patch
