@@ -206,6 +206,8 @@ class _Piece:
 class LoraLayer(nn.Module):
     "A linear or convolution layer with LoRAs on it; its other attributes are those of the layer."
 
+    OWN = ("down", "up", "change", "shift")
+
     def __init__(
         self,
         base_layer: nn.Module,  # left as it is
@@ -220,18 +222,18 @@ class LoraLayer(nn.Module):
         down, up = torch.cat(downs), torch.cat(ups, dim=1)
         if self.is_convolution and down.ndim == 2:
             down = down[:, :, None, None]
-        change = sum(row for row in rows if row is not None) if any(row is not None for row in rows) else None
-        with align_module_device(base_layer):
-            shift = None if change is None or base_layer.bias is None else -change * base_layer.bias.detach().to(change)
-        for name, tensor in {"down": down, "up": up, "change": change, "shift": shift}.items():
+        change, shift = sum(row for row in rows if row is not None) if any(row is not None for row in rows) else None, None
+        if change is not None:
+            with align_module_device(base_layer):
+                shift = None if base_layer.bias is None else -change * base_layer.bias.detach().to(change)
+        for name, tensor in zip(self.OWN, (down, up, change, shift)):
             self.register_buffer(name, None if tensor is None else tensor.to(dtype), persistent=False)
         self.train(base_layer.training)
 
     def __getattr__(self, name: str) -> Any:
-        try:
+        if name in self.OWN or name == "base_layer":
             return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
+        return getattr(super().__getattr__("base_layer"), name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         base = self.base_layer(x)
