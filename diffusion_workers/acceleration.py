@@ -20,12 +20,12 @@ from diffusers import DiffusionPipeline, FirstBlockCacheConfig, MagCacheConfig, 
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
 from diffusers.models.autoencoders.vae import DecoderOutput
 
-from .acceleration_planning import find_profile, reuses_residuals
+from .acceleration_planning import reuses_residuals
 from .compilation import CompiledBlocks
 from .control_nets import view_of
 from .denoiser_runs import Arithmetic, FluxRun, UNetRun
 from .encoder_cache import EncoderMemory, use_encoder_memory
-from .manifest import MemorySettings, ModelManifest
+from .manifest import MemorySettings
 from .pipeline_factory import PipelineFactory, use_part
 from .results import request_error, warning
 from .step_cache import CacheSchedule, use_unet_cache
@@ -84,26 +84,18 @@ def has_quick_bfloat16() -> bool:
 # %% ../nbs/06f_acceleration.ipynb #72416a78
 def options_here(
     plan: GenerationPlan,
-    manifest: ModelManifest,
     device: torch.device,
     quick: bool | None = None,  # whether bfloat16 is quick on the CPU; None looks
 ) -> tuple[AccelerationOptions, list[RequestWarning]]:
     "What is done on this machine of what a plan says about number formats, and what is to be said about it."
-    options = plan.acceleration or AccelerationOptions()
+    options, notes = plan.acceleration or AccelerationOptions(), []
     if device.type != "cpu" or (has_quick_bfloat16() if quick is None else quick):
-        return options, []
-    profile, notes = find_profile(plan.profile, manifest), []
-    usual = (profile and profile.acceleration) or AccelerationOptions()
+        return options, notes
     for name in ("compute_dtype", "vae_precision"):
-        value = getattr(options, name)
-        if value not in (ComputeDtype.bfloat16, VaePrecision.bf16):
-            continue
-        told = {"field": f"acceleration.{name}", "given": value.value}
-        if value == getattr(usual, name):
+        if getattr(options, name) in (ComputeDtype.bfloat16, VaePrecision.bf16):
+            message = "this processor has no instructions for bfloat16, where it is many times slower: float32 was used"
+            notes.append(warning(message, field=f"acceleration.{name}", given=getattr(options, name).value, used="float32"))
             options = options.model_copy(update={name: AccelerationOptions.model_fields[name].default})
-            notes.append(warning("this processor has no instructions for bfloat16, so the profile runs in float32", **told, used="float32"))
-        else:
-            notes.append(warning("this processor has no instructions for bfloat16: it will be slower than float32", **told))
     return options, notes
 
 # %% ../nbs/06f_acceleration.ipynb #eb346f50
@@ -218,7 +210,7 @@ def accelerated(
     plan: GenerationPlan,
 ) -> Iterator[UNetRun | FluxRun]:  # counts what was computed
     "Run a pipeline as fast as its plan allows, inside the block."
-    options, state = options_here(plan, factory.manifest, factory.device)[0], model_state(pipe)
+    options, state = options_here(plan, factory.device)[0], model_state(pipe)
     around, arithmetic = number_format(options, factory.device)
     with ExitStack() as stack:
         stack.enter_context(around)
@@ -243,7 +235,7 @@ def remembering_encoders(pipe: DiffusionPipeline) -> Iterator[None]:
 
 def acceleration_notes(pipe: DiffusionPipeline, plan: GenerationPlan, factory: PipelineFactory) -> list[RequestWarning]:
     "What is to be said after a run: a compiler that failed, a number format that is slow here."
-    _, notes = options_here(plan, factory.manifest, factory.device)
+    _, notes = options_here(plan, factory.device)
     if wants_compilation(plan, factory):
         if problem := model_state(pipe).blocks.problem:
             notes.append(warning("torch.compile failed, so the model ran as it is", field="acceleration.torch_compile", given=problem))
