@@ -281,7 +281,7 @@ def unet_batch(
     if done >= config.wrong_captions_from:
         wrong = (timesteps < config.wrong_captions_below) & (torch.rand(b, generator=g) < 0.5)
         states = torch.where(wrong[:, None, None], states.roll(1, 0), states)
-    return latents, states, noise, timesteps
+    return latents, states.float(), noise, timesteps
 
 
 def unet_loss(
