@@ -25,10 +25,9 @@ def _clicked(kernel: Any, frames: list) -> widgets.Button | None:  # an announce
         if message["header"]["msg_type"] != "comm_msg":
             return None
         content = session.unpack(message["content"])
-        event = content["data"].get("content", {}).get("event")
+        button, event = _buttons.get(content["comm_id"]), content["data"].get("content", {}).get("event")
     except Exception:  # whatever it is, the kernel will say
         return None
-    button = _buttons.get(content["comm_id"])
     if button is None or event != "click":
         return None
     for status in ("busy", "idle"):  # a front end waits for both

@@ -17,8 +17,8 @@ import ipywidgets as widgets
 from ez_diffusion_client.models import ErrorDetail, GenerationRequest, ModelInfo, OpResult, OpStatus, ProgressEvent
 from fastcore.basics import patch
 
-from .busy_clicks import wait_listening
 from .addon_forms import ControlUnit, LoraList, PictureField, file_of
+from .busy_clicks import wait_listening
 from .mask_canvas import MaskCanvas, PictureSource
 from .images import to_image_string
 from .panel_runs import Backend, Run, backend_of, start_run, stop_on_interrupt
