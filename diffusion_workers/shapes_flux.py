@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
+from .acceleration import has_quick_bfloat16
 from .shapes import describe, load_builtin_pipeline, random_scene
 from .shapes_sdxl import SceneData
 from .shapes_text import PARSE_CLASSES, WORDS, parse_loss, parse_targets, token_ids
 from diffusion_workers.training_loop import (
-    LOG_NAME, Checkpoint, TrainingLog, has_quick_bfloat16, one_cycle, quick_arithmetic, update, update_ema,
+    LOG_NAME, Checkpoint, TrainingLog, one_cycle, quick_arithmetic, update, update_ema,
 )
 
 # %% ../nbs/09d_shapes_flux.ipynb #9c41f567
