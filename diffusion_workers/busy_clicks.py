@@ -13,6 +13,8 @@ from typing import Any
 
 import ipywidgets as widgets
 
+SLICE_S = 0.1  # how long a click may lie
+
 # %% ../nbs/13ba_busy_clicks.ipynb #960f8058
 _buttons: "weakref.WeakValueDictionary[str, widgets.Button]" = weakref.WeakValueDictionary()  # id of its comm -> the button
 
@@ -51,11 +53,16 @@ def _kernel() -> Any:  # the ipykernel that this process is, or None
 
 
 def _listen_along(kernel: Any) -> None:  # ipykernel 7
+    from tornado.ioloop import PeriodicCallback  # which ipykernel brings
+
     async def arrived(frames: list) -> None:
         if not _answered(kernel, frames):
             await kernel.shell_channel_thread_main(frames)
 
-    kernel.shell_channel_thread.io_loop.add_callback(kernel.shell_stream.on_recv, arrived, copy=False)
+    thread, stream = kernel.shell_channel_thread, kernel.shell_stream
+    thread.io_loop.add_callback(stream.on_recv, arrived, copy=False)
+    if not hasattr(thread.manager, "_shell_stream"):  # its replies go past the stream
+        thread.io_loop.add_callback(lambda: PeriodicCallback(stream.flush, 1000 * SLICE_S).start())
 
 
 def hear_while_busy(
@@ -87,9 +94,6 @@ def listen() -> None:
             queue.put_nowait(entry)
 
 # %% ../nbs/13ba_busy_clicks.ipynb #1e6e2dc9
-SLICE_S = 0.1
-
-
 def wait_listening(
     wait: Callable[[float], bool],  # waits that many seconds at most and says whether it is over, such as `threading.Event.wait`
     timeout: float | None = None,  # seconds; None waits for ever

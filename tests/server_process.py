@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -40,13 +41,12 @@ def is_ready(url: str) -> bool:
 @contextmanager
 def running_server(**environment: str) -> Iterator[str]:  # variables for the server
     "Start the server with the built-in models on a free port, and give its address once it has made a picture."
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen([sys.executable, "-c", SERVE, "serve", "--port", "0"], cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT)
         try:
             deadline, url = time.monotonic() + PATIENCE, None
             while not (url and is_ready(url)):
-                log.seek(0)
-                said = log.read()
+                said = Path(log.name).read_text()  # opened anew: the server writes where the position of `log` is
                 assert process.poll() is None, f"the server ended at once:\n{said}"
                 assert time.monotonic() < deadline, f"the server is not ready after {PATIENCE} s:\n{said}"
                 found = re.search(r"starting on (http://\S+?),", said)

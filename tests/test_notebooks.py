@@ -1,6 +1,7 @@
 """Runs every notebook in a kernel of its own, as a reader would: from its folder, from top to bottom."""
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -8,6 +9,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
+from forked_kernels import nursery
 from project import name, notebooks
 
 CELL_TIMEOUT_S = 900
@@ -43,7 +45,7 @@ def report(path: Path, index: int, cell: nbformat.NotebookNode, error: Exception
     return f"{name(path)}: cell {index} (id {cell.get('id')}) failed\n\n{cell.source}\n\n{said}"
 
 
-def run_notebook(path: Path, wanted: set[str]) -> None:
+def run_notebook(path: Path, wanted: set[str], **kernel: type) -> None:  # kernel: `kernel_manager_class`, where it is not Jupyter's own
     "Runs the notebook at `path`; fails the test with a report of the first cell that does not pass."
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
@@ -54,7 +56,7 @@ def run_notebook(path: Path, wanted: set[str]) -> None:
     client = NotebookClient(
         nb, timeout=CELL_TIMEOUT_S, kernel_name="python3", skip_cells_with_tag=SKIP_TAG,
         resources={"metadata": {"path": str(path.parent)}},
-        on_cell_start=lambda cell, cell_index: at.update(index=cell_index),
+        on_cell_start=lambda cell, cell_index: at.update(index=cell_index), **kernel,
     )
     try:
         client.execute(env=kernel_env(wanted))
@@ -64,12 +66,21 @@ def run_notebook(path: Path, wanted: set[str]) -> None:
         pytest.fail(failure, pytrace=False)
 
 
+@pytest.fixture(scope="session")
+def forked_kernels() -> Iterator[type]:
+    with nursery(kernel_env(set())) as manager_class:
+        yield manager_class
+
+
 @pytest.mark.parametrize("path", notebooks(), ids=name)
 def test_notebook(path: Path, request: pytest.FixtureRequest) -> None:
     wanted = set(request.config.getoption("--nb-flags").split())
     if unknown := wanted - FLAGS:
         pytest.fail(f"--nb-flags knows {sorted(FLAGS)}, not {sorted(unknown)}", pytrace=False)
-    run_notebook(path, wanted)
+    if wanted:
+        run_notebook(path, wanted)
+    else:
+        run_notebook(path, wanted, kernel_manager_class=request.getfixturevalue("forked_kernels"))
 
 
 def write_notebook(folder: Path, *sources: str) -> Path:

@@ -20,7 +20,7 @@ from diffusion_workers.model_store import Settings
 from diffusion_workers.planning import FLOW_SCHEDULERS, SCHEDULERS
 from diffusion_workers.tiny_models import write_tiny_model
 
-SEQUENCES, MANY_SEQUENCES = 50, 2000  # of each seed
+SEQUENCES, MANY_SEQUENCES = 40, 2000  # of each seed
 FAMILY_NAMES = ("sd15", "sdxl", "flux")
 
 
@@ -141,7 +141,7 @@ def check_sequences(models: Path, count: int, seed: int) -> dict[str, int]:
     return ends
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_fixed_request_never_changes(models: Path, seed: int) -> None:
     ends = check_sequences(models, SEQUENCES, seed)
     print(ends)
@@ -152,4 +152,4 @@ def test_a_fixed_request_never_changes(models: Path, seed: int) -> None:
 
 @pytest.mark.slow
 def test_a_fixed_request_never_changes_in_many_sequences(models: Path) -> None:
-    check_sequences(models, MANY_SEQUENCES, seed=4)
+    check_sequences(models, MANY_SEQUENCES, seed=2)

@@ -16,6 +16,12 @@ const button = (label, title, key) => {
 
 const pictureFrom = async (data) => createImageBitmap(new Blob([data]));
 
+function sameBytes(one, other) {  // two DataViews
+  if (one?.byteLength !== other?.byteLength) return false;
+  const [left, right] = [one, other].map((view) => new Uint8Array(view.buffer, view.byteOffset, view.byteLength));
+  return left.every((value, at) => value === right[at]);
+}
+
 /** Paint where a mask is light; `invert` paints where it is dark. */
 function fillFromMask(pen, bitmap) {
   const { width, height } = pen.canvas;
@@ -210,22 +216,32 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   feather.addEventListener("input", () => { showTools(); onFeather(Number(feather.value)); });
   showTools();
 
+  const setMask = (bitmap) => {
+    if (bitmap) fillFromMask(pen, bitmap);
+    else pen.clearRect(0, 0, layer.width, layer.height);
+    showTools();
+  };
+  const decoded = (data) => (data?.byteLength ? pictureFrom(data) : null);
+  stage.hidden = bar.hidden = true;
+
   return {
-    /** Show another picture; the paint goes, for it belonged to the other one. */
-    async setPicture(data, width, height) {
-      for (const canvas of [back, layer]) [canvas.width, canvas.height] = [width || 1, height || 1];
-      stage.style.setProperty("--dw-width", `${Math.max(256, Math.min(width, 640))}px`);
-      stage.hidden = bar.hidden = !data?.byteLength;
-      state.undo = [];
-      setBrush(Math.max(4, Math.round(Math.min(width, height) / 6)));
-      if (data?.byteLength) back.getContext("2d").drawImage(await pictureFrom(data), 0, 0, width, height);
-      showTools();
+    /** Show another picture and its mask; what was painted over the one before goes. Nothing can be painted before both are there. */
+    async setPicture(data, width, height, mask) {
+      root.inert = true;
+      try {
+        const [picture, bitmap] = await Promise.all([decoded(data), decoded(mask)]);
+        for (const canvas of [back, layer]) [canvas.width, canvas.height] = [width || 1, height || 1];
+        stage.style.setProperty("--dw-width", `${Math.max(256, Math.min(width, 640))}px`);
+        state.undo = [];
+        setBrush(Math.max(4, Math.round(Math.min(width, height) / 6)));
+        if (picture) back.getContext("2d").drawImage(picture, 0, 0, width, height);
+        stage.hidden = bar.hidden = !picture;
+        setMask(bitmap);
+      } finally {
+        root.inert = false;
+      }
     },
-    async setMask(data) {
-      if (data?.byteLength) fillFromMask(pen, await pictureFrom(data));
-      else pen.clearRect(0, 0, layer.width, layer.height);
-      showTools();
-    },
+    async setMask(data) { setMask(await decoded(data)); },
     setFeather(value) { feather.value = value; featherLabel.show(); showTools(); },
   };
 }
@@ -244,11 +260,8 @@ export default {
     });
     let turn = Promise.resolve();
     const inTurn = (work) => { turn = turn.then(work, work); return turn; };
-    const show = () => inTurn(async () => {
-      await editor.setPicture(model.get("_picture"), model.get("width"), model.get("height"));
-      await editor.setMask(model.get("_mask"));
-    });
-    const showMask = () => { if (model.get("_mask") !== own) inTurn(() => editor.setMask(model.get("_mask"))); };
+    const show = () => inTurn(() => editor.setPicture(model.get("_picture"), model.get("width"), model.get("height"), model.get("_mask")));
+    const showMask = () => { if (!own || !sameBytes(model.get("_mask"), own)) inTurn(() => editor.setMask(model.get("_mask"))); };
     const showFeather = () => editor.setFeather(model.get("feather"));
     model.on("change:_picture", show);
     model.on("change:_mask", showMask);
