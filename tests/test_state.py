@@ -20,7 +20,7 @@ from diffusion_workers.model_store import Settings
 from diffusion_workers.planning import FLOW_SCHEDULERS, SCHEDULERS
 from diffusion_workers.tiny_models import write_tiny_model
 
-SEQUENCES, MANY_SEQUENCES = 40, 2000  # of each seed
+SEQUENCES, MANY_SEQUENCES = 30, 2000  # of each seed
 FAMILY_NAMES = ("sd15", "sdxl", "flux")
 
 
