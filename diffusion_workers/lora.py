@@ -190,9 +190,9 @@ class _Piece:
     def matrices(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # A, B, change of W's rows
         device = module.weight.device if module.weight.device.type != "meta" else torch.device("cpu")
         down, up = (tensor.to(device, torch.float32) for tensor in (self.weights.down, self.weights.up))
-        up = up * self.weights.scaling
+        up = up if self.weights.scaling == 1 else up * self.weights.scaling
         if self.weights.magnitude is None:
-            return down, up * self.scale, None
+            return down, up if self.scale == 1 else up * self.scale, None
         if is_quantised(module.weight):
             hint = "use a LoRA without DoRA, or the model in its full precision"
             raise request_error(ErrorCode.unsupported_combination, "a DoRA needs the weights of the model, and these are quantised", field="loras", hint=hint)
@@ -216,10 +216,10 @@ class LoraLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         downs, ups, rows = zip(*(piece.matrices(base_layer) for piece in pieces))
-        self.is_convolution = hasattr(base_layer, "kernel_size")
+        self.is_convolution = isinstance(base_layer, nn.modules.conv._ConvNd)
         weight = base_layer.weight
         dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.float32  # not that of 8 bits
-        down, up = torch.cat(downs), torch.cat(ups, dim=1)
+        down, up = (torch.cat(downs), torch.cat(ups, dim=1)) if len(pieces) > 1 else (downs[0], ups[0])
         if self.is_convolution and down.ndim == 2:
             down = down[:, :, None, None]
         change, shift = sum(row for row in rows if row is not None) if any(row is not None for row in rows) else None, None
@@ -228,7 +228,7 @@ class LoraLayer(nn.Module):
                 shift = None if base_layer.bias is None else -change * base_layer.bias.detach().to(change)
         for name, tensor in zip(self.OWN, (down, up, change, shift)):
             self.register_buffer(name, None if tensor is None else tensor.to(dtype), persistent=False)
-        self.train(base_layer.training)
+        self.training = base_layer.training
 
     def __getattr__(self, name: str) -> Any:
         if name in self.OWN or name == "base_layer":
@@ -352,9 +352,16 @@ def _is_barred(parent: nn.Module, child: str) -> bool:  # whether a LoRA there w
     return re.match(r"to_[qkv]$|add_[qkv]_proj$", child) is not None and _is_fused(parent)
 
 
-def _parent(pipe: DiffusionPipeline, component: str, path: str) -> tuple[nn.Module, str]:  # (module, name of its child)
+def _parent(
+    pipe: DiffusionPipeline,
+    component: str,
+    path: str,
+    known: dict[tuple[str, str], nn.Module],  # those found so far
+) -> tuple[nn.Module, str]:  # (module, name of its child)
     above, _, child = path.rpartition(".")
-    parent = component_of(pipe, component).get_submodule(above)
+    parent = known.get((component, above))
+    if parent is None:
+        parent = known[component, above] = component_of(pipe, component).get_submodule(above)
     if _is_barred(parent, child):
         hint = "call unfuse_qkv_projections on the pipeline"
         raise request_error(ErrorCode.unsupported_combination, "the attention of this model is fused, a LoRA would have no effect on it", field="loras", hint=hint)
@@ -382,9 +389,9 @@ _prepared: weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, tuple]] = wea
 
 def _place(pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]) -> tuple[list[_Placed], list[RequestWarning]]:
     pieces, notes = _collect(pipe, loras)
-    placed = []
+    placed, known = [], {}
     for (component, path), parts in pieces.items():
-        parent, child = _parent(pipe, component, path)
+        parent, child = _parent(pipe, component, path, known)
         placed.append(_Placed(component, weakref.ref(parent), child, LoraLayer(getattr(parent, child), parts)))
     return placed, notes
 

@@ -243,7 +243,8 @@ def _guess_family(modules: list[LoraModule], metadata: Mapping[str, str]) -> Mod
         return known.pop() if len(known) == 1 else None
     if any(module.component == "text_encoder_3" for module in modules):
         return "Stable Diffusion 3"
-    for pattern, width, family in _TRANSFORMERS:
+    of_unet = any(re.match(_UNET_NAMES, module.name) for module in denoiser)
+    for pattern, width, family in () if of_unet else _TRANSFORMERS:
         if any(re.search(pattern, module.name) and width in (None, module.inputs) for module in denoiser):
             return family
     if not widths and any(re.search(r"^(add_embedding|label_emb|input_blocks|output_blocks)_", module.name) for module in denoiser):
