@@ -262,6 +262,24 @@ def pareto(
     return sorted((name for name, point in points.items() if not any(beaten(point, other) for other in points.values())), key=lambda name: points[name][0])
 
 
+def _label(ax, points: Mapping[str, tuple[float, float]]) -> None:  # each label beside its point, higher or lower where it would cover another
+    from matplotlib.transforms import Bbox
+
+    ax.figure.draw_without_rendering()  # so that places on the page are known
+    line = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform(list(points.values()))]
+    for name, place in sorted(points.items(), key=lambda item: item[1]):
+        label = ax.annotate(name, place, xytext=(6, 6), textcoords="offset points", fontsize=9)
+        for rise in (6, -14, 18, -26, 30, -38, 42, -50, 54):
+            label.xyann = 6, rise
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+        if not -15 < rise < 7:
+            ax.annotate("", place, xytext=(6, rise + 4), textcoords="offset points", arrowprops=line)
+
+
 def plot_result(
     result: BenchmarkResult,
     quality: str,  # name of a measure
@@ -276,12 +294,12 @@ def plot_result(
     spread = {r["scenario"]: (r["least"], r["most"]) for r in result.rows()}
     for name, (x, y) in points.items():
         ax.errorbar(x, y, xerr=[[x - spread[name][0]], [spread[name][1] - x]], fmt="o", capsize=3)
-        ax.annotate(name, (x, y), textcoords="offset points", xytext=(6, 6), fontsize=9)
     best = pareto(points)
     ax.plot(*zip(*(points[name] for name in best)), "--", color="grey", linewidth=1, zorder=0)
     ax.set_xlabel(f"times as fast as {result.names[0]}")
     ax.set_ylabel(quality)
-    ax.margins(x=0.2, y=0.15)
+    ax.margins(x=0.2, y=0.25)
+    _label(ax, points)
     return ax
 
 # %% ../nbs/10_benchmark.ipynb #fa55904b
