@@ -80,7 +80,7 @@ def hear_while_busy(
         kernel._diffusion_workers_listens = True
     return True
 
-
+# %% ../nbs/13ba_busy_clicks.ipynb #eb85ec4f
 def listen() -> None:
     "Where messages arrive on the main thread (ipykernel 6), act on the clicks among those that came, and leave the others in their order."
     kernel = _kernel()
