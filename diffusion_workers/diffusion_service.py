@@ -31,6 +31,7 @@ except ImportError:  # Windows has no such module
 
 from .batching import BatchPolicy, SharedStop, SharedWatch, render_together, together
 from .control_detectors import PreprocessorStore
+from .controlnet import preprocessor_list
 from .control_nets import PreparedControl
 from .images import ImagePolicy, decode_image, decode_mask, image_facts, round_to_multiple, to_image_string
 from .lora import LoraStore
@@ -475,8 +476,9 @@ def _answer(
 # %% ../nbs/08_diffusion_service.ipynb #aee01567
 @patch
 def list_models(self: DiffusionService) -> ModelList:
-    "The models that this service offers."
-    return model_list(self.models, [name for name, factory in list(self._factories.items()) if factory.loaded])
+    "The models that this service offers, and the ControlNet preprocessors with their parameters."
+    listed = model_list(self.models, [name for name, factory in list(self._factories.items()) if factory.loaded])
+    return listed.model_copy(update={"preprocessors": preprocessor_list()})
 
 # %% ../nbs/08_diffusion_service.ipynb #f89da51d
 def _device_memory(device: torch.device) -> DeviceMemory:

@@ -10,6 +10,7 @@ __all__ = ['SAMPLER_LABELS', 'parameters_line', 'parse_parameters', 'EncodedImag
 import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,17 @@ def parameters_line(
     return f"{plan.prompt}{negative}\n{_joined(_settings(plan, plan.seeds[index]))}"
 
 # %% ../nbs/01a_image_metadata.ipynb #a600f33f
-_SETTING = re.compile(r'\s*(\w[\w /-]*): *("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_SETTING = re.compile(r'\s*+([^\s,:"][^,:"]*+): *+("(?:\\.|[^\\"])*+"|[^,]*+)(?:,|$)')
+
+
+def _setting_pairs(line: str) -> Iterator[tuple[str, str]]:  # in linear time, whatever the line holds
+    position = 0
+    while position < len(line):
+        if found := _SETTING.match(line, position):
+            yield found[1], found[2]
+            position = found.end()
+        else:
+            position = line.find(",", position) + 1 or len(line)
 
 
 def _unquoted(text: str) -> str:
@@ -97,7 +108,7 @@ def parse_parameters(
     parts = {"Prompt": prompt[1:]}
     if label:
         parts["Negative prompt"] = negative.removeprefix(" ")
-    return parts | {key: _unquoted(value) for key, value in _SETTING.findall(last)}
+    return parts | {key: _unquoted(value) for key, value in _setting_pairs(last)}
 
 # %% ../nbs/01a_image_metadata.ipynb #5f8ef7ec
 @dataclass(frozen=True)

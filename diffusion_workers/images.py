@@ -45,7 +45,7 @@ _SUPPORTED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _SIGNATURES = [  # (format, pattern of its first bytes)
     ("PNG", rb"\x89PNG\r\n\x1a\n"), ("JPEG", rb"\xff\xd8\xff"), ("WEBP", rb"RIFF....WEBP"), ("GIF", rb"GIF8[79]a"),
     ("TIFF", rb"II[*+]\0|MM\0[*+]"), ("BMP", rb"BM.{4}\0{4}"), ("AVIF", rb"....ftyp(avif|avis)"), ("HEIC", rb"....ftyp(heic|heix|hevc|mif1|msf1)"),
-    ("SVG", rb"\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?<svg"), ("PDF", rb"%PDF-"), ("PSD", rb"8BPS"),
+    ("SVG", rb"\s*+(<\?xml[^>]*+>\s*+)?+(<!--(?>.*?-->)\s*+)*+(<!DOCTYPE svg[^>]*+>\s*+)?+<svg"), ("PDF", rb"%PDF-"), ("PSD", rb"8BPS"),
     ("ICO", rb"\0\0\x01\0"), ("JPEG 2000", rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), ("JPEG XL", rb"\xff\x0a|\0\0\0\x0cJXL "),
     ("OpenEXR", rb"v/1\x01"), ("DDS", rb"DDS "), ("MP4", rb"....ftyp"),
 ]

@@ -110,6 +110,7 @@ BODIES = {
     "many seeds": json.dumps({"prompt": "x", "seeds": [1] * 100_000}).encode(), "many controls": json.dumps({"prompt": "x", "controlnets": [{"image": "AAAA"}] * 10_000}).encode(),
     "50 MB of prompt": b'{"prompt": "' + b"x" * 50_000_000 + b'"}', "50 MB of image": b'{"prompt": "x", "image": "' + b"A" * 50_000_000 + b'"}',
     "a picture of 30,000 x 30,000": json.dumps({"prompt": "x", "image": HUGE_PNG}).encode(), "a file path": b'{"prompt": "x", "image": "/etc/passwd"}',
+    "an image of XML comments": json.dumps({"prompt": "x", "image": base64.b64encode(b"<!---->" * 70).decode()}).encode(),
     "a private address": b'{"prompt": "x", "image": "http://127.0.0.1:1/a.png"}', "a class name": b'{"prompt": "x", "scheduler": "os.system"}',
 }  # fmt: skip
 

@@ -171,6 +171,8 @@ def test_control(page: Page) -> None:
     fill(page, prompt="a red circle on a white background", num_inference_steps=20, seed=1)
     unfold(page, "ControlNet")
     page.get_by_role("button", name="Add a control").click()
+    offered = page.get_by_label("Preprocessor", exact=True)
+    assert offered.locator("option").count() == 30, "29 preprocessors and none"
     choose_picture(page, "controlnets[0].image", scene())
     shown = page.get_by_alt_text("Control map by canny")
     expect(shown).to_be_visible()

@@ -85,6 +85,17 @@ export function parseParameters(line: string): Map<string, string> {
   const [prompt = '', ...negative] = body.split('\nNegative prompt:');
   const parts = new Map([['Prompt', prompt.slice(1)]]);
   if (negative.length) parts.set('Negative prompt', negative.join('\nNegative prompt:').replace(/^ /, ''));
-  if (settings) for (const [, key, value] of last.matchAll(/\s*(\w[\w /-]*): *("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)/g)) if (key && value !== undefined) parts.set(key, value.trim());
+  if (settings) for (const [key, value] of settingPairs(last)) parts.set(key, value.trim());
   return parts;
+}
+
+/** The "Key: value" parts of a line, in linear time: each attempt begins right after a comma. */
+function* settingPairs(line: string): Generator<[string, string]> {
+  const setting = /\s*([^\s,:"][^,:"]*): *("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)/y;
+  for (let position = 0; position < line.length; ) {
+    setting.lastIndex = position;
+    const [, key, value] = setting.exec(line) ?? [];
+    if (key !== undefined && value !== undefined) yield [key, value];
+    position = key !== undefined ? setting.lastIndex : line.indexOf(',', position) + 1 || line.length;
+  }
 }
