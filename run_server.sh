@@ -3,7 +3,7 @@
 #
 #   ./run_server.sh [--host ADDRESS] [--port N] [--model NAME] [--device DEVICE] [--models FOLDER]
 #
-# Token, limits, origins and more are environment variables: nbs/11_server_settings.ipynb lists them.
+# Token, limits, origins and more are environment variables: nbs/70_server/01_settings.ipynb lists them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -12,5 +12,5 @@ if ! "$python" -c "import diffusion_workers, fastapi, uvicorn" 2>/dev/null; then
     echo "run_server.sh: this Python has no diffusion_workers: run pip install ./openapi/client_libs/python ." >&2
     exit 2
 fi
-start='import sys; from diffusion_workers.cli import main; sys.exit(main(["serve", *sys.argv[1:]]))'
+start='import sys; from diffusion_workers.cli.main import main; sys.exit(main(["serve", *sys.argv[1:]]))'
 exec "$python" -c "$start" "$@"  # in place of this shell, so that signals reach the server

@@ -82,7 +82,7 @@ def server(url: str | None):
     if url is not None:
         yield url
         return
-    from diffusion_workers.diffusion_service import DiffusionService
+    from diffusion_workers.service.service import DiffusionService
     from live_server import live_server
 
     with DiffusionService(device="cpu") as service, live_server(service) as (own, _):

@@ -17,7 +17,7 @@ import pytest
 from project import ROOT
 
 NO_SKIPS = "DIFFUSION_WORKERS_NO_SKIPS"
-SERVE = "import sys; from diffusion_workers.cli import main; sys.exit(main(sys.argv[1:]))"
+SERVE = "import sys; from diffusion_workers.cli.main import main; sys.exit(main(sys.argv[1:]))"
 PATIENCE = 600  # seconds until something counts as stuck; never a measure of speed
 
 

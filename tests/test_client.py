@@ -10,11 +10,11 @@ import httpx
 import pytest
 from PIL import Image
 
-from diffusion_workers.cli import main
-from diffusion_workers.diffusion_service import DiffusionService
-from diffusion_workers.image_metadata import read_metadata
-from diffusion_workers.model_store import Settings
-from diffusion_workers.tiny_models import write_tiny_model
+from diffusion_workers.cli.main import main
+from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.request.metadata import read_metadata
+from diffusion_workers.models.store import Settings
+from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from ez_diffusion_client import AsyncClient, Client, Retries, RunPod, Server, image_bytes, pil_images, raise_for_status
 from ez_diffusion_client.errors import FAILURES, ConnectionLost, NotFound, NotOffered, QueueFull, ServerUnreachable, Unauthorized, UnexpectedAnswer, UnknownModel, WaitTimeout
 from ez_diffusion_client.models import OpResult, OpStatus, ProgressEvent
@@ -82,7 +82,7 @@ def test_generate(target: Server | RunPod) -> None:
 
 def test_a_panel(target: Server | RunPod, service: DiffusionService, tmp_path: Path) -> None:
     "A panel works on both: it draws what the service draws and keeps it, and a stop ends the work at the other end."
-    from diffusion_workers.widgets import GenerationPanel
+    from diffusion_workers.panel.panel import GenerationPanel
 
     with Client(target) as client:
         panel = GenerationPanel(client, SMALL, history=tmp_path)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_workers.cli import main
-from diffusion_workers.image_metadata import read_metadata
+from diffusion_workers.cli.main import main
+from diffusion_workers.request.metadata import read_metadata
 
 COMMAND = str(Path(sys.executable).parent / "diffusion-workers")
 FIELDS = {"prompt": "a red circle on a white background", "seed": 7, "num_inference_steps": 2, "scheduler": "euler"}
@@ -95,7 +95,7 @@ def test_a_request_on_standard_input_is_the_same_request(written, folder: Path) 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A folder with a tiny SDXL model that has plain nets and a union net."
-    from diffusion_workers.tiny_models import write_tiny_model
+    from diffusion_workers.pipeline.tiny_models import write_tiny_model
 
     path = tmp_path_factory.mktemp("models")
     write_tiny_model(path, "sdxl")
@@ -276,7 +276,7 @@ def test_each_kind_of_mistake_has_its_exit_code(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "folder.png").mkdir()
-    monkeypatch.setattr("diffusion_workers.cli._service", pytest.fail)  # no mistake here is worth loading a model
+    monkeypatch.setattr("diffusion_workers.cli.main._service", pytest.fail)  # no mistake here is worth loading a model
     assert_fails(call(arguments, stdin, capsys, monkeypatch), code, *said)
 
 

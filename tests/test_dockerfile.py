@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_workers.worker_settings import WorkerSettings
+from diffusion_workers.worker.settings import WorkerSettings
 from project import ROOT
 
 BIN = Path(sys.executable).parent
@@ -126,7 +126,7 @@ def test_the_hub_form_asks_for_variables_that_are_read() -> None:
     assert set(keys) <= known and len(set(keys)) == len(keys)
     defaults = {entry["key"]: str(entry["input"]["default"]) for entry in config["env"]}
     assert WorkerSettings.from_environment(defaults) == WorkerSettings()
-    from diffusion_workers.model_store import load_manifests
+    from diffusion_workers.models.store import load_manifests
     for preset in config["presets"]:
         chosen = WorkerSettings.from_environment(defaults | {key: str(value) for key, value in preset["defaults"].items()})
         assert chosen.default_model in load_manifests((), "shapes-sd15")

@@ -7,9 +7,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
 
-from diffusion_workers.component_loading import Target, load_network, quiet_libraries
-from diffusion_workers.manifest import FileSource
-from diffusion_workers.weight_storage import module_bytes
+from diffusion_workers.pipeline.loading import Target, load_network, quiet_libraries
+from diffusion_workers.models.manifest import FileSource
+from diffusion_workers.pipeline.weights import module_bytes
 from original_layout import original_flux
 
 Q8 = gguf.GGMLQuantizationType.Q8_0

@@ -8,10 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from diffusion_workers.cli import main
-from diffusion_workers.diffusion_service import DiffusionService
-from diffusion_workers.image_metadata import read_metadata
-from diffusion_workers.model_store import load_manifests
+from diffusion_workers.cli.main import main
+from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.request.metadata import read_metadata
+from diffusion_workers.models.store import load_manifests
 from ez_diffusion_client.models import GenerationRequest, OpResult, Task
 from live_server import INPUTS, PATIENCE, live_server
 
@@ -58,7 +58,7 @@ def test_sample(path: Path, url: str, service: DiffusionService, tmp_path: Path,
     assert [lora.name for lora in made.plan.loras or []] == [lora.name for lora in request.loras or []]
     assert len(made.control_maps or []) == sum(unit.return_map for unit in request.controlnets or [])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffusion_workers.cli._service", lambda arguments: nullcontext(service))  # whose models are read already
+    monkeypatch.setattr("diffusion_workers.cli.main._service", lambda arguments: nullcontext(service))  # whose models are read already
     assert main(["generate", "--request", str(path), "--quiet", "-o", f"out.{made.images[0].format.value}"]) == 0
     written = sorted(file for file in tmp_path.iterdir() if "map" not in file.name)
     receipts = [read_metadata(file).plan for file in written]

@@ -21,4 +21,4 @@ def test_a_click_is_heard_while_a_cell_waits(version: str, tmp_path: Path, monke
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     said = subprocess.run([sys.executable, "-c", "import ipykernel; print(ipykernel.__version__)"], capture_output=True, text=True, check=True).stdout
     assert said.strip() == version
-    run_notebook(NBS / "13ba_busy_clicks.ipynb", set())
+    run_notebook(NBS / "73_panel" / "03_stop_button.ipynb", set())

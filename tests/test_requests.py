@@ -15,11 +15,11 @@ import pytest
 from ez_diffusion_client import models as wire
 from PIL import Image
 
-from diffusion_workers.diffusion_service import DiffusionService
-from diffusion_workers.images import ImagePolicy
-from diffusion_workers.model_store import Settings
-from diffusion_workers.planning import KARRAS_SCHEDULERS
-from diffusion_workers.results import error_line
+from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.request.images import ImagePolicy
+from diffusion_workers.models.store import Settings
+from diffusion_workers.planning.plan import KARRAS_SCHEDULERS
+from diffusion_workers.request.errors import error_line
 from project import ROOT
 
 REFERENCE = {"prompt": "a red circle left of a blue square", "seed": 11, "num_inference_steps": 3, "scheduler": "ddim", "width": 64, "height": 64}

@@ -1,9 +1,9 @@
 """Every scheduler, with and without Karras noise levels, draws what the prompt says."""
 import pytest
 
-from diffusion_workers.diffusion_service import DiffusionService
-from diffusion_workers.planning import FLOW_SCHEDULERS, KARRAS_SCHEDULERS, SCHEDULERS
-from diffusion_workers.shapes import Scene, ShapeObject, matches, read_scene
+from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.planning.plan import FLOW_SCHEDULERS, KARRAS_SCHEDULERS, SCHEDULERS
+from diffusion_workers.shapes.scenes import Scene, ShapeObject, matches, read_scene
 from ez_diffusion_client.models import SchedulerName
 
 SCENE = Scene((ShapeObject("red", "circle"),), "white", place="center", size="large")

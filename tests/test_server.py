@@ -20,9 +20,9 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from prometheus_client.parser import text_string_to_metric_families
 
-from diffusion_workers.diffusion_service import DiffusionService
-from diffusion_workers.model_store import Settings
-from diffusion_workers.tiny_models import write_tiny_model
+from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.models.store import Settings
+from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from ez_diffusion_client.models import Job, OpResult, ProgressEvent
 from live_server import PATIENCE, live_server
 from load_server import figures
@@ -282,8 +282,8 @@ def test_metrics_count_what_happened(service: DiffusionService) -> None:
 
 def test_the_page_is_served_where_it_is_built(service: DiffusionService, tmp_path: Path) -> None:
     "With its assets; where it is not built, a note says so and the API works."
-    from diffusion_workers.server import create_app
-    from diffusion_workers.server_settings import ServerSettings
+    from diffusion_workers.server.app import create_app
+    from diffusion_workers.server.settings import ServerSettings
     from live_server import KeptOpen, serving
 
     (tmp_path / "assets").mkdir()
@@ -364,7 +364,7 @@ def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
 ])
 def test_wrong_settings_end_in_one_line(variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     "The variable is named, and the exit code says that the settings are wrong."
-    from diffusion_workers.cli import main
+    from diffusion_workers.cli.main import main
 
     for name, value in variables.items():
         monkeypatch.setenv(f"DIFFUSION_WORKERS_{name}", value)

@@ -3,11 +3,11 @@ from itertools import product
 
 import pytest
 
-from diffusion_workers.addon_planning import ControlFacts, learnt_modes
-from diffusion_workers.controlnet import PREPROCESSORS
-from diffusion_workers.manifest import ModelManifest
-from diffusion_workers.model_store import load_manifests
-from diffusion_workers.planning import make_plan
+from diffusion_workers.planning.controls import ControlFacts, learnt_modes
+from diffusion_workers.control.preprocessors import PREPROCESSORS
+from diffusion_workers.models.manifest import ModelManifest
+from diffusion_workers.models.store import load_manifests
+from diffusion_workers.planning.plan import make_plan
 from ez_diffusion_client.models import GenerationRequest, PlannedImage, Task
 
 STORE = load_manifests(folders=())

@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from ez_diffusion_client.models import ErrorCode, OpStatus
 
-from diffusion_workers.diffusion_service import DiffusionService
-from diffusion_workers.manifest import builtin_path
-from diffusion_workers.model_store import Settings
+from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.models.manifest import builtin_path
+from diffusion_workers.models.store import Settings
 from original_layout import original_weights, save_original
 
 REQUEST = {"prompt": "a red circle left of a blue square", "seed": 5, "num_inference_steps": 3, "width": 64, "height": 64}

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import diffusion_workers.sweep as sweep_module
-import diffusion_workers.sweep_folder as folder_module
-from diffusion_workers.diffusion_service import DiffusionService
-from diffusion_workers.image_metadata import read_metadata
-from diffusion_workers.model_store import Settings
-from diffusion_workers.results import RequestError
-from diffusion_workers.sweep import Sweep
-from diffusion_workers.sweep_folder import request_product
-from diffusion_workers.tiny_models import write_tiny_model
+import diffusion_workers.sweep.run as sweep_module
+import diffusion_workers.sweep.folder as folder_module
+from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.request.metadata import read_metadata
+from diffusion_workers.models.store import Settings
+from diffusion_workers.request.errors import RequestError
+from diffusion_workers.sweep.run import Sweep
+from diffusion_workers.sweep.folder import request_product
+from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from ez_diffusion_client import Retries, RunPod, Server
 from ez_diffusion_client.errors import ConnectionLost, ServerUnreachable, Unauthorized
 from live_server import live_server
@@ -32,7 +32,7 @@ from runpod_queue import ENDPOINT, PATIENCE, QueueServer, running_worker
 PROMPTS = ["a red circle on a white background", "a blue square on a white background", "a green star on a black background", "a yellow ring"]
 TWELVE = request_product({"seed": 1, "num_inference_steps": 4}, prompt=PROMPTS, guidance_scale=[1.0, 3.0, 7.0])
 QUICK = Retries(attempts=2, first_pause=0.01, longest_pause=0.05)
-SWEEPING = "import asyncio, json, sys; from ez_diffusion_client import RunPod; from diffusion_workers.sweep import Sweep; asyncio.run(Sweep(sys.argv[1], json.loads(sys.argv[2])).run(RunPod('endpoint', api_key='stand-in', url=sys.argv[3]), concurrency=4))"
+SWEEPING = "import asyncio, json, sys; from ez_diffusion_client import RunPod; from diffusion_workers.sweep.run import Sweep; asyncio.run(Sweep(sys.argv[1], json.loads(sys.argv[2])).run(RunPod('endpoint', api_key='stand-in', url=sys.argv[3]), concurrency=4))"
 
 
 def endpoint(queue: QueueServer) -> RunPod:

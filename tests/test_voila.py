@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffusion_workers.image_metadata import read_metadata
-from diffusion_workers.shapes import read_scene
+from diffusion_workers.request.metadata import read_metadata
+from diffusion_workers.shapes.scenes import read_scene
 from project import NBS
 from server_process import PATIENCE, needs
 

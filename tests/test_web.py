@@ -15,7 +15,7 @@ from ez_diffusion_client import Client, image_bytes
 from PIL import Image, ImageChops, ImageDraw
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from diffusion_workers.image_metadata import read_metadata
+from diffusion_workers.request.metadata import read_metadata
 from server_process import PATIENCE, needs, running_server
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_workers.image_metadata import read_metadata
-from diffusion_workers.shapes import read_scene
+from diffusion_workers.request.metadata import read_metadata
+from diffusion_workers.shapes.scenes import read_scene
 from jupyter_lab import open_notebook, run_all, running_lab, save, write_notebook
 from server_process import PATIENCE, needs
 
@@ -17,14 +17,14 @@ expect = playwright.expect
 
 PROMPT = "a red circle on a white background"
 SETUP = """\
-from diffusion_workers.diffusion_service import DiffusionService
-from diffusion_workers.widgets import GenerationPanel
+from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.panel.panel import GenerationPanel
 service = DiffusionService()
 panel = GenerationPanel(service)
 panel
 """
 GRID = """\
-from diffusion_workers.grids import grid
+from diffusion_workers.panel.grid import grid
 pictures = grid({"prompt": "a red circle on a white background", "seed": 1, "num_inference_steps": 4},
                 x=("guidance_scale", [1.0, 1.5, 3.0]), y=("scheduler", ["ddim", "euler", "dpmpp_2m"]), generate=service)
 pictures

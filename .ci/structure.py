@@ -1,0 +1,178 @@
+#!/usr/bin/env python
+"""Counts what the structure forbids, prints each place, and exits 1 if a count is not zero.
+
+    python .ci/structure.py            all checks
+    python .ci/structure.py NAME ...   some of: imports, families, patches, lines
+"""
+import ast
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS, PACKAGE = ROOT / "nbs", ROOT / "diffusion_workers"
+MAX_LINE = 120
+EXPORTED_TO = re.compile(r"^#\|\s*default_exp\s+(\S+)", re.MULTILINE)
+FAMILY_FREE_CHAPTERS = ("families", "shapes")  # these may name a family
+# Classes of our own that may be extended where a notebook tells its story: none of them is public.
+PUBLIC_MODULE = "diffusion_workers/__init__.py"
+
+
+@dataclass(frozen=True)
+class Module:
+    "An exported module, and where its notebook stands in the reading order."
+
+    name: str  # without the package, such as "request.images"
+    notebook: Path
+    path: Path
+    order: tuple[int, int]  # number of the chapter's folder, number of the notebook in it
+
+
+def leading_number(text: str) -> int:
+    "The number that a folder or notebook begins with."
+    found = re.match(r"\d+", text)
+    if not found:
+        raise ValueError(f"{text}: the name of a chapter's folder and of its notebooks begins with a number")
+    return int(found[0])
+
+
+def source_lines(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def exported_modules() -> list[Module]:
+    "Every module in reading order: by its chapter's folder, then by its notebook's number."
+    found = []
+    for notebook in NBS.rglob("*.ipynb"):
+        if any(part.startswith((".", "_")) for part in notebook.relative_to(NBS).parts):
+            continue
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        names = [m[1] for cell in cells if cell["cell_type"] == "code" for m in EXPORTED_TO.finditer(source_lines(cell))]
+        for name in names:
+            path = PACKAGE / (name.replace(".", "/") + ".py")
+            found.append(Module(name, notebook, path, (leading_number(notebook.parent.name), leading_number(notebook.name))))
+    return sorted(found, key=lambda module: module.order)
+
+
+def imported_modules(source: str, name: str) -> Iterator[tuple[int, str]]:
+    "The line and name of each module of this package that the code of module `name` imports, at any depth."
+    package = name.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, a.name.partition(".")[2]) for a in node.names if a.name.startswith("diffusion_workers."))
+        elif isinstance(node, ast.ImportFrom):
+            full = node.module or ""
+            if node.level:
+                above = package[: len(package) - node.level + 1]
+                base = ".".join([*above, full]) if full else ".".join(above)
+            elif full == "diffusion_workers" or full.startswith("diffusion_workers."):
+                base = full.partition(".")[2]
+            else:
+                continue
+            for alias in node.names:
+                joined = f"{base}.{alias.name}" if base else alias.name
+                yield node.lineno, joined if module_path(joined) else base
+
+
+def module_path(name: str) -> Path | None:
+    path = PACKAGE / (name.replace(".", "/") + ".py")
+    return path if path.exists() else None
+
+
+def upward_imports(modules: list[Module] | None = None) -> list[str]:
+    "Imports of a module that stands later in the reading order, with file and line."
+    modules = exported_modules() if modules is None else modules
+    order = {module.name: module.order for module in modules}
+    found = []
+    for module in modules:
+        for line, target in imported_modules(module.path.read_text(encoding="utf-8"), module.name):
+            if target in order and order[target] >= module.order:
+                found.append(f"{place(module.path, line)}: {module.name} imports {target}, which comes later in nbs/")
+    return found
+
+
+def place(path: Path, line: int) -> str:
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return f"{shown.as_posix()}:{line}"
+
+
+def family_names() -> set[str]:
+    "The names of the model families, as they stand in the specification."
+    text = (ROOT / "openapi" / "ez_diffusion_api.yaml").read_text(encoding="utf-8")
+    block = re.search(r"^    ModelFamily:\n((?:      .*\n)+)", text, re.MULTILINE)[1]
+    return set(re.findall(r"[\w.-]+", re.search(r"enum: \[([^\]]*)\]", block)[1]))
+
+
+def family_comparisons() -> list[str]:
+    "Uses of `ModelFamily.x`, and of a family's name as a constant, outside of the chapters that may name one."
+    names, found = family_names(), []
+    for module in exported_modules():
+        if module.name.split(".")[0] in FAMILY_FREE_CHAPTERS:
+            continue
+        for node in ast.walk(ast.parse(module.path.read_text(encoding="utf-8"))):
+            member = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ModelFamily"
+            constant = isinstance(node, ast.Constant) and node.value in names
+            if member or constant:
+                shown = f"ModelFamily.{node.attr}" if member else repr(node.value)
+                found.append(f"{place(module.path, node.lineno)}: {shown}")
+    return found
+
+
+def public_classes() -> set[str]:
+    "The classes that users meet: those that the package offers, and those that a module lists in `__all__` with a capital."
+    return {"DiffusionService", "Generation", "GenerationPanel", "Sweep", "ControlPanel", "Grid", "PipelineFactory", "Settings",
+            "ManifestStore", "ModelManifest", "MaskCanvas", "History", "Worker", "JobQueue"}
+
+
+def patched_classes() -> list[str]:
+    "Methods that are added to a public class from outside: `@patch`, and `Class.method = f` for any class."
+    public, found = public_classes(), []
+    for module in exported_modules():
+        tree = ast.parse(module.path.read_text(encoding="utf-8"))
+        classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and any("patch" in ast.unparse(d) for d in node.decorator_list):
+                target = ast.unparse(node.args.args[0].annotation)
+                if target in public:
+                    found.append(f"{place(module.path, node.lineno)}: {target}.{node.name} is patched: write it in the class")
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute) and isinstance(node.targets[0].value, ast.Name):
+                if node.targets[0].value.id in classes | public and node in tree.body:
+                    found.append(f"{place(module.path, node.lineno)}: {ast.unparse(node.targets[0])} is assigned: write it in the class")
+    return found
+
+
+def long_lines() -> list[str]:
+    "Lines of the exported package and of the tests that have more than 120 columns."
+    paths = [module.path for module in exported_modules()] + sorted((ROOT / "tests").glob("*.py")) + sorted((ROOT / ".ci").glob("*.py"))
+    return [
+        f"{place(path, number)}: {len(line)} columns"
+        for path in paths
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if len(line) > MAX_LINE
+    ]
+
+
+CHECKS = {
+    "imports": ("upward imports", upward_imports),
+    "families": ("family comparisons outside families", family_comparisons),
+    "patches": ("public classes patched", patched_classes),
+    "lines": (f"lines over {MAX_LINE} columns", long_lines),
+}
+
+
+def main(names: list[str]) -> int:  # the exit code
+    failed = False
+    for name in names or CHECKS:
+        title, check = CHECKS[name]
+        found = check()
+        print(f"{title}: {len(found)}")
+        print(*(f"  {line}" for line in found[:40]), sep="\n" if found else "")
+        failed = failed or bool(found)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
