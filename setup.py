@@ -1,4 +1,5 @@
 """Builds the distribution from settings.ini, which nbdev reads too."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -41,9 +42,14 @@ setup(
     ],
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["diffusion_workers", "diffusion_workers.*"]),
-    package_data={"diffusion_workers": ["model_loading/*.yaml", "builtin_models/**", "test_inputs/*.json", "web/**", "elements/*"]},
+    package_data={
+        "diffusion_workers": ["model_loading/*.yaml", "builtin_models/**", "test_inputs/*.json", "web/**", "elements/*"]
+    },
     install_requires=lines(settings["requirements"]),
-    extras_require={extra: lines(settings[f"{extra}_requirements"]) for extra in ("controlnet", "notebook", "quantization", "ray", "voila", "worker", "dev")},
+    extras_require={
+        extra: lines(settings[f"{extra}_requirements"])
+        for extra in ("controlnet", "notebook", "quantization", "ray", "voila", "worker", "dev")
+    },
     entry_points={
         "console_scripts": lines(settings["console_scripts"]),
         "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],

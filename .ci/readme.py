@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Makes README.md from nbs/index.ipynb: the cells that are not hidden, their outputs, and links that hold from the top level.
 
-    python .ci/readme.py           write README.md and the pictures it shows
-    python .ci/readme.py --check   write nothing; exit 1 and show a diff where README.md is stale
+python .ci/readme.py           write README.md and the pictures it shows
+python .ci/readme.py --check   write nothing; exit 1 and show a diff where README.md is stale
 """
+
 import argparse
 import base64
 import difflib
@@ -51,10 +52,12 @@ def visible(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 def embedded_to_files(text: str, files: dict[str, bytes]) -> str:
     "The text with pictures in `files` where it held them as data URIs, which code hosts do not show."
+
     def to_file(match: re.Match) -> str:
         path = f"{PICTURES}/readme_embedded_{len(files)}.{match[1]}"
         files[path] = base64.b64decode(match[2])
         return path
+
     return EMBEDDED.sub(to_file, text)
 
 
@@ -70,7 +73,10 @@ def readme_files() -> dict[str, bytes]:
 
 
 def present_files() -> dict[str, bytes]:
-    paths = [ROOT / "README.md", *sorted((ROOT / PICTURES).glob("readme*"))]  # beside them lie pictures of other origin, such as screenshots
+    paths = [
+        ROOT / "README.md",
+        *sorted((ROOT / PICTURES).glob("readme*")),
+    ]  # beside them lie pictures of other origin, such as screenshots
     return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths if path.exists()}
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Counts what the structure forbids, prints each place, and exits 1 if a count is not zero.
 
-    python .ci/structure.py            all checks
-    python .ci/structure.py NAME ...   some of: imports, families, patches, lines
+python .ci/structure.py            all checks
+python .ci/structure.py NAME ...   some of: imports, families, patches, lines
 """
+
 import ast
 import json
 import re
@@ -50,10 +51,14 @@ def exported_modules() -> list[Module]:
         if any(part.startswith((".", "_")) for part in notebook.relative_to(NBS).parts):
             continue
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        names = [m[1] for cell in cells if cell["cell_type"] == "code" for m in EXPORTED_TO.finditer(source_lines(cell))]
+        names = [
+            m[1] for cell in cells if cell["cell_type"] == "code" for m in EXPORTED_TO.finditer(source_lines(cell))
+        ]
         for name in names:
             path = PACKAGE / (name.replace(".", "/") + ".py")
-            found.append(Module(name, notebook, path, (leading_number(notebook.parent.name), leading_number(notebook.name))))
+            found.append(
+                Module(name, notebook, path, (leading_number(notebook.parent.name), leading_number(notebook.name)))
+            )
     return sorted(found, key=lambda module: module.order)
 
 
@@ -62,7 +67,9 @@ def imported_modules(source: str, name: str) -> Iterator[tuple[int, str]]:
     package = name.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, a.name.partition(".")[2]) for a in node.names if a.name.startswith("diffusion_workers."))
+            yield from (
+                (node.lineno, a.name.partition(".")[2]) for a in node.names if a.name.startswith("diffusion_workers.")
+            )
         elif isinstance(node, ast.ImportFrom):
             full = node.module or ""
             if node.level:
@@ -113,7 +120,9 @@ def family_comparisons() -> list[str]:
         if module.name.split(".")[0] in FAMILY_FREE_CHAPTERS:
             continue
         for node in ast.walk(ast.parse(module.path.read_text(encoding="utf-8"))):
-            member = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ModelFamily"
+            member = (
+                isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ModelFamily"
+            )
             constant = isinstance(node, ast.Constant) and node.value in names
             if member or constant:
                 shown = f"ModelFamily.{node.attr}" if member else repr(node.value)
@@ -123,8 +132,22 @@ def family_comparisons() -> list[str]:
 
 def public_classes() -> set[str]:
     "The classes that users meet: those that the package offers, and those that a module lists in `__all__` with a capital."
-    return {"DiffusionService", "Generation", "GenerationPanel", "Sweep", "ControlPanel", "Grid", "PipelineFactory", "Settings",
-            "ManifestStore", "ModelManifest", "MaskCanvas", "History", "Worker", "JobQueue"}
+    return {
+        "DiffusionService",
+        "Generation",
+        "GenerationPanel",
+        "Sweep",
+        "ControlPanel",
+        "Grid",
+        "PipelineFactory",
+        "Settings",
+        "ManifestStore",
+        "ModelManifest",
+        "MaskCanvas",
+        "History",
+        "Worker",
+        "JobQueue",
+    }
 
 
 def patched_classes() -> list[str]:
@@ -134,19 +157,33 @@ def patched_classes() -> list[str]:
         tree = ast.parse(module.path.read_text(encoding="utf-8"))
         classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and any("patch" in ast.unparse(d) for d in node.decorator_list):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and any(
+                "patch" in ast.unparse(d) for d in node.decorator_list
+            ):
                 target = ast.unparse(node.args.args[0].annotation)
                 if target in public:
-                    found.append(f"{place(module.path, node.lineno)}: {target}.{node.name} is patched: write it in the class")
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute) and isinstance(node.targets[0].value, ast.Name):
+                    found.append(
+                        f"{place(module.path, node.lineno)}: {target}.{node.name} is patched: write it in the class"
+                    )
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(node.targets[0], ast.Attribute)
+                and isinstance(node.targets[0].value, ast.Name)
+            ):
                 if node.targets[0].value.id in classes | public and node in tree.body:
-                    found.append(f"{place(module.path, node.lineno)}: {ast.unparse(node.targets[0])} is assigned: write it in the class")
+                    found.append(
+                        f"{place(module.path, node.lineno)}: {ast.unparse(node.targets[0])} is assigned: write it in the class"
+                    )
     return found
 
 
 def long_lines() -> list[str]:
     "Lines of the exported package and of the tests that have more than 120 columns."
-    paths = [module.path for module in exported_modules()] + sorted((ROOT / "tests").glob("*.py")) + sorted((ROOT / ".ci").glob("*.py"))
+    paths = (
+        [module.path for module in exported_modules()]
+        + sorted((ROOT / "tests").glob("*.py"))
+        + sorted((ROOT / ".ci").glob("*.py"))
+    )
     return [
         f"{place(path, number)}: {len(line)} columns"
         for path in paths

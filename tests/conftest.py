@@ -1,4 +1,5 @@
 """The command line options of the test run, its share of the processors, and the server that several tests share."""
+
 import os
 from collections.abc import Iterator
 
@@ -8,17 +9,23 @@ import pytest
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(THREADS)
 
-from server_process import running_server  # noqa: E402
+from server_process import running_server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("diffusion_workers")
     group.addoption("--slow", action="store_true", help="run the tests marked slow too")
     group.addoption(
-        "--nb-flags", default="", metavar="FLAGS",
+        "--nb-flags",
+        default="",
+        metavar="FLAGS",
         help='run the notebook cells with these flags too, separated by spaces: slow, gpu, network (such as --nb-flags "slow gpu")',
     )
-    group.addoption("--server", metavar="URL", help="where a test wants a server of its own process, use this one, which runs already")
+    group.addoption(
+        "--server",
+        metavar="URL",
+        help="where a test wants a server of its own process, use this one, which runs already",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ The nursery imports what is not ours, runs nothing, and forks a child for every 
 the libraries are as new as in a kernel that was started by itself. As a program, this file is the nursery (`serve SOCKET`) or what
 Jupyter takes for a kernel's process (`run SOCKET -f FILE`): it asks for a child, hands signals on, and ends with it.
 """
+
 import json
 import os
 import select
@@ -17,12 +18,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "peft", "matplotlib.pyplot", "ipywidgets", "anywidget", "IPython", "ipykernel.kernelapp", "fastcore.all")
-CLASSES = ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline", "FluxControlNetPipeline")  # diffusers imports its modules when they are asked for
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "peft",
+    "matplotlib.pyplot",
+    "ipywidgets",
+    "anywidget",
+    "IPython",
+    "ipykernel.kernelapp",
+    "fastcore.all",
+)
+CLASSES = (
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionXLControlNetPipeline",
+    "FluxControlNetPipeline",
+)  # diffusers imports its modules when they are asked for
 INTERRUPT = b"i"
 
 
-def _listen_to(connection: socket.socket) -> None:  # in a child: interrupts; the end of the process that stands for the kernel is the kernel's end
+def _listen_to(
+    connection: socket.socket,
+) -> None:  # in a child: interrupts; the end of the process that stands for the kernel is the kernel's end
     while connection.recv(1) == INTERRUPT:
         os.kill(os.getpid(), signal.SIGINT)
     os._exit(1)
@@ -99,10 +118,20 @@ def nursery(environment: dict[str, str]) -> Iterator[type]:  # the environment o
 
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "nursery")
-        process = subprocess.Popen([sys.executable, __file__, "serve", path], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, __file__, "serve", path],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
         class ForkedKernelManager(AsyncKernelManager):
-            kernel_spec = KernelSpec(argv=[sys.executable, "-S", "-E", __file__, "run", path, "-f", "{connection_file}"], display_name="Python 3 (forked)", language="python")
+            kernel_spec = KernelSpec(
+                argv=[sys.executable, "-S", "-E", __file__, "run", path, "-f", "{connection_file}"],
+                display_name="Python 3 (forked)",
+                language="python",
+            )
 
         try:
             assert process.stdout.readline() == "ready\n", "the process that forks kernels did not start"

@@ -1,4 +1,5 @@
 """A real JupyterLab as a process of its own, and hands to use a notebook in it."""
+
 import json
 import secrets
 import socket
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import nbformat
 from playwright.sync_api import Page
-
 from server_process import PATIENCE
 
 QUIET = {"fetchNews": "false", "checkForUpdates": False}
@@ -63,8 +63,15 @@ def running_lab(folder: Path) -> Iterator[str]:  # a pattern of addresses, with 
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(QUIET))
     port, token = free_port(), secrets.token_hex(16)
     command = [
-        "jupyterlab", "--allow-root", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-        f"--IdentityProvider.token={token}", f"--LabApp.user_settings_dir={folder / '.settings'}", f"--LabApp.workspaces_dir={folder / '.workspaces'}",
+        "jupyterlab",
+        "--allow-root",
+        "--no-browser",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={token}",
+        f"--LabApp.user_settings_dir={folder / '.settings'}",
+        f"--LabApp.workspaces_dir={folder / '.workspaces'}",
         "--LabApp.expose_app_in_browser=True",
     ]
     base = f"http://127.0.0.1:{port}"

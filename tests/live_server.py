@@ -1,4 +1,5 @@
 """A server on a free port of this machine, in a thread of the test's own process."""
+
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +9,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from diffusion_workers.server.app import create_app
-from diffusion_workers.server.settings import ServerSettings
 from diffusion_workers.server.process import address_of, listening_socket
+from diffusion_workers.server.settings import ServerSettings
 
 PATIENCE = 300  # seconds until something counts as stuck; never a measure of speed
 INPUTS = sorted((Path(__file__).resolve().parent.parent / "diffusion_workers" / "test_inputs").glob("*.json"))
@@ -32,7 +33,11 @@ class KeptOpen:
 def serving(app: FastAPI) -> Iterator[str]:  # the address
     "An ASGI application behind a real socket."
     with listening_socket("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, http="h11", log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=60))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app, http="h11", log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=60
+            )
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:
@@ -44,7 +49,9 @@ def serving(app: FastAPI) -> Iterator[str]:  # the address
 
 
 @contextmanager
-def live_server(service, **settings) -> Iterator[tuple[str, FastAPI]]:  # the address, and the application for a look inside
+def live_server(
+    service, **settings
+) -> Iterator[tuple[str, FastAPI]]:  # the address, and the application for a look inside
     "The server over a service, with these settings."
     app = create_app(KeptOpen(service), ServerSettings(**{"warm_up": False} | settings))
     with serving(app) as url:

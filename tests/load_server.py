@@ -6,6 +6,7 @@ Without --url it starts a server of its own. It sends clients x requests generat
 through /generate, the others through /jobs, whose answers say when a request was taken and when it was done: a request that was sent
 after another one had been taken has to be done after it.
 """
+
 import argparse
 import json
 import sys
@@ -30,7 +31,10 @@ def one_client(url: str, requests: int, number: int, rows: list[dict], start: th
             row = {"client": number, "sent": sent}
             if (number + i) % 2:
                 answer = client.post("/generate", json=request)
-                row |= {"status": answer.json()["status"], "seed": answer.json()["generation"]["images"][0]["seed"] if answer.status_code == 200 else None}
+                row |= {
+                    "status": answer.json()["status"],
+                    "seed": answer.json()["generation"]["images"][0]["seed"] if answer.status_code == 200 else None,
+                }
             else:
                 job = client.post("/jobs", json=request).json()
                 row |= {"taken": time.monotonic()}
@@ -38,7 +42,11 @@ def one_client(url: str, requests: int, number: int, rows: list[dict], start: th
                     for _ in stream.iter_lines():
                         pass
                 ended = client.get(f"/jobs/{job['id']}").json()
-                row |= {"status": ended["result"]["status"], "seed": ended["result"]["generation"]["images"][0]["seed"], "finished_at": ended["finished_at"]}
+                row |= {
+                    "status": ended["result"]["status"],
+                    "seed": ended["result"]["generation"]["images"][0]["seed"],
+                    "finished_at": ended["finished_at"],
+                }
             rows.append(row | {"wanted": request["seed"], "seconds": time.monotonic() - sent})
 
 
@@ -46,7 +54,9 @@ def round_of(url: str, clients: int, requests: int) -> list[dict]:
     "All clients at once."
     rows: list[dict] = []
     start = threading.Barrier(clients)
-    threads = [threading.Thread(target=one_client, args=(url, requests, number, rows, start)) for number in range(clients)]
+    threads = [
+        threading.Thread(target=one_client, args=(url, requests, number, rows, start)) for number in range(clients)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -82,8 +92,9 @@ def server(url: str | None):
     if url is not None:
         yield url
         return
-    from diffusion_workers.service.service import DiffusionService
     from live_server import live_server
+
+    from diffusion_workers.service.service import DiffusionService
 
     with DiffusionService(device="cpu") as service, live_server(service) as (own, _):
         yield own

@@ -1,4 +1,5 @@
 """A Stable Diffusion 1 pipeline in the layout of the original implementation: one file, and other names."""
+
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,19 +11,38 @@ from safetensors.torch import save_file
 Weights = dict[str, torch.Tensor]
 
 UNET_TOP = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0", "conv_out": "out.2",
-    "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
 }
 UNET_RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
 }
 VAE_NAMES = {
-    "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
-    "down_blocks": "down", "resnets": "block", "downsamplers.0": "downsample", "upsamplers.0": "upsample",
-    "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out",
-    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "down_blocks": "down",
+    "resnets": "block",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
 }
 LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
@@ -74,7 +94,10 @@ def original_vae(weights: Mapping[str, torch.Tensor]) -> Weights:
 
 def original_text_encoder(weights: Mapping[str, torch.Tensor]) -> Weights:
     "The CLIP text encoder: its own names behind a prefix, and the numbers of the positions, which newer files leave out."
-    made = {f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}": value for key, value in weights.items()}
+    made = {
+        f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}": value
+        for key, value in weights.items()
+    }
     embeddings = "cond_stage_model.transformer.text_model.embeddings"
     positions = len(made[f"{embeddings}.position_embedding.weight"])
     return {**made, f"{embeddings}.position_ids": torch.arange(positions)[None]}
@@ -95,20 +118,36 @@ def save_original(weights: Weights, path: Path) -> None:
 
 
 FLUX_TOP = {
-    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer", "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer", "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer", "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    "context_embedder": "txt_in", "x_embedder": "img_in", "proj_out": "final_layer.linear", "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "context_embedder": "txt_in",
+    "x_embedder": "img_in",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
 }
 FLUX_DOUBLE = {
-    "norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin",
-    "attn.norm_q.weight": "img_attn.norm.query_norm.scale", "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
-    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale", "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
-    "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj",
-    "ff.net.0.proj": "img_mlp.0", "ff.net.2": "img_mlp.2", "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2",
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
 }
 FLUX_SINGLE = {
-    "norm.linear": "modulation.lin", "attn.norm_q.weight": "norm.query_norm.scale", "attn.norm_k.weight": "norm.key_norm.scale", "proj_out": "linear2",
+    "norm.linear": "modulation.lin",
+    "attn.norm_q.weight": "norm.query_norm.scale",
+    "attn.norm_k.weight": "norm.key_norm.scale",
+    "proj_out": "linear2",
 }
 FLUX_TOGETHER = {  # the first of the layers that are one product there -> (all of them, its name)
     "transformer_blocks": {
@@ -121,7 +160,10 @@ FLUX_TOGETHER = {  # the first of the layers that are one product there -> (all 
 
 def original_flux(weights: Mapping[str, torch.Tensor]) -> Weights:
     "A Flux transformer: query, key and value are one product, and the last modulation has shift and scale in the other order."
-    blocks = {"transformer_blocks": ("double_blocks", FLUX_DOUBLE), "single_transformer_blocks": ("single_blocks", FLUX_SINGLE)}
+    blocks = {
+        "transformer_blocks": ("double_blocks", FLUX_DOUBLE),
+        "single_transformer_blocks": ("single_blocks", FLUX_SINGLE),
+    }
     made = {}
     for key, value in weights.items():
         found = re.match(r"(\w*transformer_blocks)\.(\d+)\.(.+)", key)
@@ -132,7 +174,9 @@ def original_flux(weights: Mapping[str, torch.Tensor]) -> Weights:
         layer, _, kind = found[3].rpartition(".")
         if layer in together:
             parts, name = together[layer]
-            made[f"{prefix}.{found[2]}.{name}.{kind}"] = torch.cat([weights[f"{found[1]}.{found[2]}.{part}.{kind}"] for part in parts])
+            made[f"{prefix}.{found[2]}.{name}.{kind}"] = torch.cat(
+                [weights[f"{found[1]}.{found[2]}.{part}.{kind}"] for part in parts]
+            )
         elif not any(layer in parts for parts, _ in together.values()):
             made[f"{prefix}.{found[2]}.{renamed(found[3], names)}"] = value
     return made

@@ -3,6 +3,7 @@
 Only RunPod's own part is stood in for. The pictures are made by a `DiffusionService`, and what is streamed and returned is what the
 worker sends: events as they come, and the result.
 """
+
 import asyncio
 import json
 from itertools import count
@@ -27,7 +28,13 @@ class Endpoint:
         self.seen: list[str] = []  # method and path of each request
 
     def begin(self, request: dict) -> dict:
-        job = {"id": f"job-{next(self.numbers)}", "status": "IN_PROGRESS", "events": [], "streamed": 0, "done": asyncio.Event()}
+        job = {
+            "id": f"job-{next(self.numbers)}",
+            "status": "IN_PROGRESS",
+            "events": [],
+            "streamed": 0,
+            "done": asyncio.Event(),
+        }
         loop = asyncio.get_running_loop()
 
         def report(event: ProgressEvent) -> None:
@@ -50,6 +57,7 @@ class Endpoint:
 
 def endpoint_app(endpoint: Endpoint) -> Starlette:
     "The routes below https://api.runpod.ai/v2/ENDPOINT_ID."
+
     async def handle(request: Request) -> Response:
         action, job_id = request.path_params["action"], request.path_params.get("job_id")
         endpoint.seen.append(f"{request.method} {action}")
@@ -67,11 +75,15 @@ def endpoint_app(endpoint: Endpoint) -> Starlette:
             return JSONResponse({"error": "job not found"}, 404)
         job = endpoint.jobs[job_id]
         if action == "stream":
-            fresh, job["streamed"] = job["events"][job["streamed"]:], len(job["events"])
+            fresh, job["streamed"] = job["events"][job["streamed"] :], len(job["events"])
             return JSONResponse({"status": job["status"], "stream": fresh})
         if action == "cancel" and job["status"] == "IN_PROGRESS":
             job["status"] = "CANCELLED"
             job["generation"].cancel()
         return endpoint.told(job, "output")
 
-    return Starlette(routes=[Route(f"/v2/tested/{path}", handle, methods=["GET", "POST"]) for path in ("{action}", "{action}/{job_id}")])
+    return Starlette(
+        routes=[
+            Route(f"/v2/tested/{path}", handle, methods=["GET", "POST"]) for path in ("{action}", "{action}/{job_id}")
+        ]
+    )

@@ -1,4 +1,5 @@
 """RunPod on loopback: the queue that a worker's SDK talks to, and the endpoint that clients talk to, with faults on demand."""
+
 import asyncio
 import json
 import os
@@ -25,6 +26,7 @@ ENDPOINT, API_KEY, WORKER_FILE = "endpoint", "stand-in", "diffusion_workers.hand
 @dataclass
 class QueuedJob:
     "A job, and all that a worker said about it."
+
     id: str
     input: Any
     status: str = "IN_QUEUE"
@@ -43,7 +45,13 @@ class QueuedJob:
         shown = {"id": self.id, "status": self.status}
         if self.status == "FAILED":
             return shown | {"error": self.error}
-        return shown | ({"output": self.output} if self.status == "COMPLETED" else {"output": self.updates[-1]} if self.updates else {})
+        return shown | (
+            {"output": self.output}
+            if self.status == "COMPLETED"
+            else {"output": self.updates[-1]}
+            if self.updates
+            else {}
+        )
 
 
 class QueueServer:
@@ -118,7 +126,11 @@ class QueueServer:
         until = time.monotonic() + HOLD
         while not self.stopping and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        return web.json_response({"jobsToStop": [self.stopping.popleft() for _ in range(len(self.stopping))]}) if self.stopping else web.Response(status=204)
+        return (
+            web.json_response({"jobsToStop": [self.stopping.popleft() for _ in range(len(self.stopping))]})
+            if self.stopping
+            else web.Response(status=204)
+        )
 
     async def _ping(self, request: web.Request) -> web.Response:
         self._say(lambda: self.pings.append(dict(request.query)))
@@ -160,7 +172,9 @@ class QueueServer:
         while not job.stream and job.status not in ENDED and time.monotonic() < until:
             await asyncio.sleep(0.02)
         items, job.stream = job.stream, []
-        return web.json_response({"status": job.status if not items else "IN_PROGRESS", "stream": [{"output": item} for item in items]})
+        return web.json_response(
+            {"status": job.status if not items else "IN_PROGRESS", "stream": [{"output": item} for item in items]}
+        )
 
     async def _cancel(self, request: web.Request) -> web.Response:
         job = await self._known(request)
@@ -230,7 +244,10 @@ class QueueServer:
         self._loop, started = asyncio.new_event_loop(), threading.Event()
 
         async def serve() -> None:
-            app, at = web.Application(client_max_size=2**28, middlewares=[self._guarded, self._faulty]), f"/v2/{ENDPOINT}"
+            app, at = (
+                web.Application(client_max_size=2**28, middlewares=[self._guarded, self._faulty]),
+                f"/v2/{ENDPOINT}",
+            )
             app.router.add_get(at + "/job-take/{worker}", self._take, name="take")
             app.router.add_get(at + "/job-take-batch/{worker}", self._take, name="take_batch")
             app.router.add_get(at + "/job-stop/{worker}", self._stop, name="stop")
@@ -267,6 +284,7 @@ def _no_constants(name: str) -> None:
 
 # --- worker processes -------------------------------------------------------
 
+
 def worker_environment(**more: str) -> dict[str, str]:
     "What a worker process gets: the CPU, no network, no settings of whoever runs the tests."
     foreign = ("DIFFUSION_WORKERS_", "DO_TORCH_", "RUNPOD_", "BUCKET_")
@@ -279,7 +297,9 @@ def running_worker(queue: QueueServer, name: str, log: Path, **more: str) -> Ite
     "A worker process that has asked for its first job; ended at the end, if it has not ended before."
     with log.open("w") as file:
         command = [sys.executable, "-m", WORKER_FILE]
-        process = subprocess.Popen(command, env=worker_environment(**queue.environment(name), **more), stdout=file, stderr=file, cwd=log.parent)
+        process = subprocess.Popen(
+            command, env=worker_environment(**queue.environment(name), **more), stdout=file, stderr=file, cwd=log.parent
+        )
         try:
             deadline = time.monotonic() + PATIENCE
             while not queue.takes[name]:

@@ -1,4 +1,5 @@
 """The real server as a process of its own, for the tests that need one."""
+
 import os
 import re
 import signal
@@ -13,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-
 from project import ROOT
 
 NO_SKIPS = "DIFFUSION_WORKERS_NO_SKIPS"
@@ -42,7 +42,13 @@ def is_ready(url: str) -> bool:
 def running_server(**environment: str) -> Iterator[str]:  # variables for the server
     "Start the server with the built-in models on a free port, and give its address once it has made a picture."
     with tempfile.NamedTemporaryFile() as log:
-        process = subprocess.Popen([sys.executable, "-c", SERVE, "serve", "--port", "0"], cwd=ROOT, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, "serve", "--port", "0"],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         try:
             deadline, url = time.monotonic() + PATIENCE, None
             while not (url and is_ready(url)):

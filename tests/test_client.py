@@ -1,4 +1,5 @@
 """The Python client against a live server and against a RunPod endpoint: the same calls, in step and with await."""
+
 import asyncio
 import io
 import threading
@@ -8,18 +9,29 @@ from pathlib import Path
 
 import httpx
 import pytest
+from live_server import PATIENCE, live_server, serving
 from PIL import Image
+from runpod_endpoint import API_KEY, Endpoint, endpoint_app
 
 from diffusion_workers.cli.main import main
-from diffusion_workers.service.service import DiffusionService
-from diffusion_workers.request.metadata import read_metadata
 from diffusion_workers.models.store import Settings
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
+from diffusion_workers.request.metadata import read_metadata
+from diffusion_workers.service.service import DiffusionService
 from ez_diffusion_client import AsyncClient, Client, Retries, RunPod, Server, image_bytes, pil_images, raise_for_status
-from ez_diffusion_client.errors import FAILURES, ConnectionLost, NotFound, NotOffered, QueueFull, ServerUnreachable, Unauthorized, UnexpectedAnswer, UnknownModel, WaitTimeout
+from ez_diffusion_client.errors import (
+    FAILURES,
+    ConnectionLost,
+    NotFound,
+    NotOffered,
+    QueueFull,
+    ServerUnreachable,
+    Unauthorized,
+    UnexpectedAnswer,
+    UnknownModel,
+    WaitTimeout,
+)
 from ez_diffusion_client.models import OpResult, OpStatus, ProgressEvent
-from live_server import PATIENCE, live_server, serving
-from runpod_endpoint import API_KEY, Endpoint, endpoint_app
 
 SMALL = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2}
 ENDLESS = {"prompt": "a red circle", "num_inference_steps": 150, "num_images": 16, "width": 256, "height": 256}
@@ -56,6 +68,7 @@ def target(request: pytest.FixtureRequest) -> Server | RunPod:
 
 
 # --- the same calls for both ------------------------------------------------
+
 
 def test_generate(target: Server | RunPod) -> None:
     "The picture that the service makes, as bytes and as PIL; alone, watched, and with await."
@@ -105,7 +118,10 @@ def test_a_panel(target: Server | RunPod, service: DiffusionService, tmp_path: P
 def test_a_request_that_fails_is_a_result(target: Server | RunPod) -> None:
     "It names the field, and `raise_for_status` makes an exception of it that says what it is."
     with Client(target) as client:
-        for result in (client.generate(SMALL, model="nobody"), client.generate(SMALL, model="nobody", on_progress=lambda event: None)):
+        for result in (
+            client.generate(SMALL, model="nobody"),
+            client.generate(SMALL, model="nobody", on_progress=lambda event: None),
+        ):
             assert (result.status, result.errors[0].field) == ("unknown_model", "model")
             with pytest.raises(UnknownModel) as caught:
                 raise_for_status(result)
@@ -172,6 +188,7 @@ def test_time_that_is_up_stops_the_work(target: Server | RunPod) -> None:
 
 def test_a_callback_that_raises_and_a_task_that_is_cancelled_stop_the_work(target: Server | RunPod) -> None:
     "Both take the job with them."
+
     def broken(event: ProgressEvent) -> None:
         if event.step:
             raise KeyboardInterrupt
@@ -184,7 +201,9 @@ def test_a_callback_that_raises_and_a_task_that_is_cancelled_stop_the_work(targe
     async def cancelled() -> None:
         async with AsyncClient(target) as client:
             running = asyncio.Event()
-            task = asyncio.ensure_future(client.generate(ENDLESS, on_progress=lambda event: running.set() if event.step else None))
+            task = asyncio.ensure_future(
+                client.generate(ENDLESS, on_progress=lambda event: running.set() if event.step else None)
+            )
             await running.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -195,12 +214,18 @@ def test_a_callback_that_raises_and_a_task_that_is_cancelled_stop_the_work(targe
 
 
 def test_a_wrong_key_is_told(target: Server | RunPod) -> None:
-    wrong = Server(target.url, token="battery-staple") if isinstance(target, Server) else RunPod("tested", api_key="wrong", url=target.url)
+    wrong = (
+        Server(target.url, token="battery-staple")
+        if isinstance(target, Server)
+        else RunPod("tested", api_key="wrong", url=target.url)
+    )
     with Client(wrong) as client, pytest.raises(Unauthorized):
         client.submit(SMALL)
 
 
-def test_the_command_line_sends_elsewhere(target: Server | RunPod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_line_sends_elsewhere(
+    target: Server | RunPod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     "The file holds the picture, with its receipt; a mistake has its exit code."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFUSION_WORKERS_TOKEN", "correct-horse")
@@ -214,6 +239,7 @@ def test_the_command_line_sends_elsewhere(target: Server | RunPod, tmp_path: Pat
 
 
 # --- of a server alone ------------------------------------------------------
+
 
 def test_what_else_a_server_is_asked(url: str) -> None:
     "Plan, control map, models, memory, health; pictures as bytes, as files and as PIL images."
@@ -252,6 +278,7 @@ def test_events_are_taken_up_again(service: DiffusionService) -> None:
 
 # --- what is sent again, and what is not ------------------------------------
 
+
 def answering(*answers: httpx.Response | Exception) -> tuple[httpx.MockTransport, list[httpx.Request]]:
     "A transport that gives these answers in turn, and the requests that it got."
     left, got = list(answers), []
@@ -277,13 +304,16 @@ generate: Callable[[Client], object] = lambda client: client.generate(SMALL)
 health: Callable[[Client], object] = lambda client: client.health()
 
 
-@pytest.mark.parametrize("call, first, last, sent", [
-    (generate, httpx.ConnectError("refused"), DONE, 2),  # was never sent
-    (generate, refusal(429, "queue_full", True), DONE, 2),  # was never begun
-    (generate, refusal(503, "cancelled", True), DONE, 2),  # waited while the server stopped
-    (health, httpx.ReadError("broke"), HEALTHY, 2),
-    (health, httpx.Response(502, text="bad gateway"), HEALTHY, 2),
-])
+@pytest.mark.parametrize(
+    "call, first, last, sent",
+    [
+        (generate, httpx.ConnectError("refused"), DONE, 2),  # was never sent
+        (generate, refusal(429, "queue_full", True), DONE, 2),  # was never begun
+        (generate, refusal(503, "cancelled", True), DONE, 2),  # waited while the server stopped
+        (health, httpx.ReadError("broke"), HEALTHY, 2),
+        (health, httpx.Response(502, text="bad gateway"), HEALTHY, 2),
+    ],
+)
 def test_what_is_safe_is_sent_again(call, first, last, sent: int) -> None:
     transport, got = answering(first, httpx.Response(200, json=last))
     with Client(retries=QUICK, transport=transport) as client:
@@ -291,13 +321,16 @@ def test_what_is_safe_is_sent_again(call, first, last, sent: int) -> None:
     assert len(got) == sent
 
 
-@pytest.mark.parametrize("call, first, error", [
-    (generate, httpx.ReadError("broke"), ConnectionLost),  # may have been carried out
-    (generate, httpx.ReadTimeout("slow"), WaitTimeout),
-    (generate, httpx.Response(502, text="bad gateway"), UnexpectedAnswer),
-    (health, httpx.Response(200, text="<html>another program</html>"), UnexpectedAnswer),
-    (health, httpx.ReadTimeout("slow"), WaitTimeout),
-])
+@pytest.mark.parametrize(
+    "call, first, error",
+    [
+        (generate, httpx.ReadError("broke"), ConnectionLost),  # may have been carried out
+        (generate, httpx.ReadTimeout("slow"), WaitTimeout),
+        (generate, httpx.Response(502, text="bad gateway"), UnexpectedAnswer),
+        (health, httpx.Response(200, text="<html>another program</html>"), UnexpectedAnswer),
+        (health, httpx.ReadTimeout("slow"), WaitTimeout),
+    ],
+)
 def test_what_is_not_safe_is_sent_once(call, first, error: type[Exception]) -> None:
     transport, got = answering(first)
     with Client(retries=QUICK, transport=transport) as client, pytest.raises(error):
@@ -307,7 +340,12 @@ def test_what_is_not_safe_is_sent_once(call, first, error: type[Exception]) -> N
 
 def test_an_answer_that_is_final_is_returned_at_once() -> None:
     "Nothing is tried again where trying again cannot help."
-    for answer in (refusal(503, "cancelled"), refusal(422, "unknown_model"), refusal(503, "out_of_memory", True), refusal(500, "internal_error")):
+    for answer in (
+        refusal(503, "cancelled"),
+        refusal(422, "unknown_model"),
+        refusal(503, "out_of_memory", True),
+        refusal(500, "internal_error"),
+    ):
         transport, got = answering(answer)
         with Client(retries=QUICK, transport=transport) as client:
             assert client.generate(SMALL).status != "success"
@@ -317,7 +355,10 @@ def test_an_answer_that_is_final_is_returned_at_once() -> None:
 def test_patience_ends() -> None:
     "After the last attempt the error says what was tried."
     transport, got = answering(*[httpx.ConnectError("refused")] * 3)
-    with Client("http://127.0.0.1:9", retries=QUICK, transport=transport) as client, pytest.raises(ServerUnreachable, match="http://127.0.0.1:9"):
+    with (
+        Client("http://127.0.0.1:9", retries=QUICK, transport=transport) as client,
+        pytest.raises(ServerUnreachable, match="http://127.0.0.1:9"),
+    ):
         client.generate(SMALL)
     assert len(got) == 3
     transport, got = answering(*[refusal(429, "queue_full", True)] * 3)
@@ -332,7 +373,10 @@ def test_every_failure_has_an_exception() -> None:
 def test_many_threads_share_a_client(url: str) -> None:
     results: list[OpResult] = []
     with Client(Server(url, "correct-horse")) as client:
-        threads = [threading.Thread(target=lambda seed=seed: results.append(client.generate(SMALL, seed=seed))) for seed in range(4)]
+        threads = [
+            threading.Thread(target=lambda seed=seed: results.append(client.generate(SMALL, seed=seed)))
+            for seed in range(4)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

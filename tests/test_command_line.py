@@ -1,4 +1,5 @@
 """The installed command as a process of its own: what it writes, what it says on which stream, and how it exits."""
+
 import errno
 import io
 import json
@@ -33,7 +34,9 @@ def environment() -> dict[str, str]:
 
 def run(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess:
     "The finished command, with its output as text."
-    return subprocess.run([COMMAND, *arguments], cwd=cwd, env=environment(), input=stdin, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(
+        [COMMAND, *arguments], cwd=cwd, env=environment(), input=stdin, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 def assert_fails(done: subprocess.CompletedProcess, code: int, *said: str) -> None:
@@ -46,6 +49,7 @@ def assert_fails(done: subprocess.CompletedProcess, code: int, *said: str) -> No
 
 # --- pictures ---------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("command")
@@ -55,7 +59,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(folder: Path) -> tuple[Path, subprocess.CompletedProcess]:
     "A picture made with options, in a folder that is not there yet, and the process that wrote it."
     path = folder / "not" / "there" / "out.png"
-    options = [part for name, value in FIELDS.items() if name != "prompt" for part in (f"--{name.replace('_', '-')}", str(value))]
+    options = [
+        part
+        for name, value in FIELDS.items()
+        if name != "prompt"
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
     return path, run("generate", FIELDS["prompt"], *options, "-o", str(path), cwd=folder)
 
 
@@ -67,7 +76,9 @@ def test_generate_writes_a_png(written) -> None:
     with Image.open(path) as picture:
         assert (picture.format, picture.size) == ("PNG", (128, 128))
     plan = read_metadata(path).plan
-    assert {name: getattr(plan, name) for name in ("prompt", "num_inference_steps")} == {name: FIELDS[name] for name in ("prompt", "num_inference_steps")}
+    assert {name: getattr(plan, name) for name in ("prompt", "num_inference_steps")} == {
+        name: FIELDS[name] for name in ("prompt", "num_inference_steps")
+    }
     assert (plan.seeds, plan.scheduler.name) == ([7], "euler")
 
 
@@ -82,7 +93,18 @@ def test_replay_gives_the_same_pixels(written, folder: Path) -> None:
 def test_a_request_on_standard_input_is_the_same_request(written, folder: Path) -> None:
     "JSON on standard input makes the pixels that options make; several images are numbered, and --quiet says nothing."
     path, _ = written
-    done = run("generate", "--request", "-", "--num-images", "2", "--quiet", "-o", "several.png", cwd=folder, stdin=json.dumps(FIELDS))
+    done = run(
+        "generate",
+        "--request",
+        "-",
+        "--num-images",
+        "2",
+        "--quiet",
+        "-o",
+        "several.png",
+        cwd=folder,
+        stdin=json.dumps(FIELDS),
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     first, second = (np.asarray(Image.open(folder / f"several-{number}.png")).astype(int) for number in (1, 2))
     assert abs(first - np.asarray(Image.open(path))).max() <= 1  # a batch of two may round its sums in another order
@@ -91,6 +113,7 @@ def test_a_request_on_standard_input_is_the_same_request(written, folder: Path) 
 
 
 # --- controls and LoRAs -----------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -117,8 +140,26 @@ def tiny(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_control_from_a_photo_to_a_replay(tiny: Path, capsys: pytest.CaptureFixture) -> None:
     "The map that comes back is the one that preprocess draws, and a replay takes the photo again and no other picture."
-    control = "model=canny,image=photo, red.png,preprocessor=canny,param.low_threshold=50,scale=0.8,end=0.75,return_map=true"
-    assert main(["generate", "a red circle", "--seed", "1", "--controlnet", control, "--control", "tile:photo, red.png", "-o", "out.png"]) == 0
+    control = (
+        "model=canny,image=photo, red.png,preprocessor=canny,param.low_threshold=50,scale=0.8,end=0.75,return_map=true"
+    )
+    assert (
+        main(
+            [
+                "generate",
+                "a red circle",
+                "--seed",
+                "1",
+                "--controlnet",
+                control,
+                "--control",
+                "tile:photo, red.png",
+                "-o",
+                "out.png",
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "out-map0.png  64 x 64, the map of control 0" in shown and not Path("out-map1.png").exists()
     drawing = ["--preprocessor", "canny", "--parameter", "low_threshold=50", "--width", "64", "--height", "64"]
@@ -127,7 +168,9 @@ def test_a_control_from_a_photo_to_a_replay(tiny: Path, capsys: pytest.CaptureFi
     assert main(["replay", "out.png"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1] for line in said] == [" --control-image 0=FILE", " --control-image 1=FILE"]
-    assert main(["replay", "out.png", "--control-image", "0=photo, red.png", "--control-image", "1=photo, red.png"]) == 0
+    assert (
+        main(["replay", "out.png", "--control-image", "0=photo, red.png", "--control-image", "1=photo, red.png"]) == 0
+    )
     assert main(["replay", "out.png", "--control-image", "0=map.png", "--control-image", "1=photo, red.png"]) == 13
     assert "--control-image 0=FILE: this is not the picture that was used" in capsys.readouterr().err
 
@@ -139,8 +182,14 @@ def test_lists_name_nets_and_preprocessors(tiny: Path, capsys: pytest.CaptureFix
     assert main(["preprocessors", "--json"]) == 0
     canny = json.loads(capsys.readouterr().out)[0]
     assert (canny["name"], canny["union_modes"], canny["needs_weights"]) == ("canny", ["canny"], False)
-    assert canny["parameters"][0] == {"name": "low_threshold", "default": 100, "allowed": "an integer from 0 to 255", "low": 0, "high": 255,
-                                      "meaning": "gradient above which an edge goes on"}
+    assert canny["parameters"][0] == {
+        "name": "low_threshold",
+        "default": 100,
+        "allowed": "an integer from 0 to 255",
+        "low": 0,
+        "high": 255,
+        "meaning": "gradient above which an edge goes on",
+    }
 
 
 PHOTO = "photo, red.png"
@@ -173,7 +222,14 @@ PHOTO = "photo, red.png"
     (["preprocess", PHOTO, "--preprocessor", "inpaint_mask"], 2, ["mask_image"]),
     (["preprocess", PHOTO, "--preprocessor", "canny", "-o", "map.jpg"], 2, ["-o", "a name that ends in .png"]),
 ])  # fmt: skip
-def test_a_mistake_in_a_control_or_a_lora(arguments: list[str], code: int, said: list[str], tiny: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_in_a_control_or_a_lora(
+    arguments: list[str],
+    code: int,
+    said: list[str],
+    tiny: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     "It is told with the name of the field, before a model is loaded, and no file is written."
     Path("text.png").write_text("no picture")
     assert_fails(call(arguments, "", capsys, monkeypatch), code, *said)
@@ -181,6 +237,7 @@ def test_a_mistake_in_a_control_or_a_lora(arguments: list[str], code: int, said:
 
 
 # --- interrupting -----------------------------------------------------------
+
 
 def read_terminal(terminal: int, until: str | None = None) -> str:
     "What appears on a terminal, up to a text or to its end."
@@ -205,9 +262,17 @@ def test_an_interrupt_ends_a_long_generation(folder: Path) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
     arguments = ["generate", "a red circle", "--num-inference-steps", "150", "--num-images", "32", "-o", "never.png"]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background of a shell ignores interrupts
+    heard = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a test run in the background of a shell ignores interrupts
     process = subprocess.Popen(
-        [COMMAND, *arguments], cwd=folder, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs, preexec_fn=heard,
+        [COMMAND, *arguments],
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        preexec_fn=heard,
     )
     try:
         os.close(theirs)
@@ -228,17 +293,22 @@ def test_an_interrupt_ends_a_long_generation(folder: Path) -> None:
 
 # --- mistakes ---------------------------------------------------------------
 
+
 @pytest.mark.parametrize("arguments, stdin, code, said", [
     (["generate", "x", "--stepz", "3"], "", 2, ["there is no such option", "--stepz"]),
     (["plan", "--request", "-"], '{"prompt": "x", "num-images": 3}', 2, ["num-images", "there is no such field"]),
     (["plan", "x", "--image", "missing.png"], "", 5, ["image", "missing.png"]),
 ])  # fmt: skip
-def test_a_mistake_is_told_on_standard_error(arguments: list[str], stdin: str, code: int, said: list[str], tmp_path: Path) -> None:
+def test_a_mistake_is_told_on_standard_error(
+    arguments: list[str], stdin: str, code: int, said: list[str], tmp_path: Path
+) -> None:
     "A process that fails says why in words, and nothing goes to standard output."
     assert_fails(run(*arguments, cwd=tmp_path, stdin=stdin), code, *said)
 
 
-def call(arguments: list[str], stdin: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> subprocess.CompletedProcess:
+def call(
+    arguments: list[str], stdin: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> subprocess.CompletedProcess:
     "The same as `run`, in this process, which spares a start."
     monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
     try:
@@ -269,8 +339,13 @@ def call(arguments: list[str], stdin: str, capsys: pytest.CaptureFixture, monkey
     (["train-shapes", "--part", "shapes-flux", "--out", "x", "--minutes", "3"], "", 4, ["--part", "belong to shapes-sd15"]),
 ])  # fmt: skip
 def test_each_kind_of_mistake_has_its_exit_code(
-    arguments: list[str], stdin: str, code: int, said: list[str],
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    stdin: str,
+    code: int,
+    said: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     "The exit code and standard error say what is wrong; a place that cannot be written is found before a picture is made."
     monkeypatch.chdir(tmp_path)
@@ -280,7 +355,11 @@ def test_each_kind_of_mistake_has_its_exit_code(
     assert_fails(call(arguments, stdin, capsys, monkeypatch), code, *said)
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["plan"], ["preprocess"], ["preprocessors"], ["models"], ["replay"], ["train-shapes"]], ids=lambda command: command[0] if command else "all")
+@pytest.mark.parametrize(
+    "command",
+    [[], ["generate"], ["plan"], ["preprocess"], ["preprocessors"], ["models"], ["replay"], ["train-shapes"]],
+    ids=lambda command: command[0] if command else "all",
+)
 def test_help(command: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     "Help goes to standard output and is no mistake."
     done = call([*command, "--help"], "", capsys, monkeypatch)

@@ -1,4 +1,5 @@
 """The image's file, without a container engine: a linter, what it copies, and its very lines in a clean virtual environment."""
+
 import json
 import os
 import re
@@ -9,9 +10,9 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from project import ROOT
 
 from diffusion_workers.worker.settings import WorkerSettings
-from project import ROOT
 
 BIN = Path(sys.executable).parent
 FINAL = 1  # the stage that becomes the image; stage 0 only installs uv
@@ -73,27 +74,55 @@ def test_requirements_are_read_from_settings(tmp_path: Path) -> None:
     line = next(text for text in arguments("RUN") if "requirements.txt" in text)
     command = re.sub(r"^--mount=\S+ +", "", line).split(" && ")[0]
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=tmp_path, check=True, env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"})
+    subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=tmp_path,
+        check=True,
+        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"},
+    )
     written = [text.strip() for text in (tmp_path / "requirements.txt").read_text().splitlines() if text.strip()]
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini")
-    named = [text.strip() for key in ("requirements", "worker_requirements") for text in settings["DEFAULT"][key].splitlines() if text.strip()]
+    named = [
+        text.strip()
+        for key in ("requirements", "worker_requirements")
+        for text in settings["DEFAULT"][key].splitlines()
+        if text.strip()
+    ]
     assert sorted(written) == sorted({*named, "httpx"} - {"ez-diffusion-client"})
 
 
 @pytest.mark.slow
 def test_its_lines_install_a_worker_that_works(tmp_path: Path) -> None:
     "Every RUN line but those of apt, in order, with folders of this test in the place of those of the image; then its CMD."
-    places = {"/opt/uv": tmp_path / "uv", "/opt/venv": tmp_path / "venv", "/opt/models": tmp_path / "models", "/src": tmp_path / "src"}
+    places = {
+        "/opt/uv": tmp_path / "uv",
+        "/opt/venv": tmp_path / "venv",
+        "/opt/models": tmp_path / "models",
+        "/src": tmp_path / "src",
+    }
     moved = lambda text: re.sub("|".join(places), lambda found: str(places[found[0]]), text)
     (tmp_path / "src").mkdir()
     foreign = ("PYTHON", "VIRTUAL_ENV", "DIFFUSION_WORKERS_", "RUNPOD_", "BUCKET_", "UV_")
     env = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-    env |= {"VIRTUAL_ENV": str(places["/opt/venv"]), "PATH": f"{places['/opt/venv'] / 'bin'}:{BIN}:{env['PATH']}", "HF_HUB_OFFLINE": "1"}
-    env |= {"HUB_MODEL": "", "HUB_REVISION": "main", "HUB_WEIGHTS": "*.safetensors"} | dict(pair.split("=") for pair in arguments("ENV")[0].split() if pair.startswith("UV_"))
+    env |= {
+        "VIRTUAL_ENV": str(places["/opt/venv"]),
+        "PATH": f"{places['/opt/venv'] / 'bin'}:{BIN}:{env['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    env |= {"HUB_MODEL": "", "HUB_REVISION": "main", "HUB_WEIGHTS": "*.safetensors"} | dict(
+        pair.split("=") for pair in arguments("ENV")[0].split() if pair.startswith("UV_")
+    )
 
     def run(text: str) -> None:
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], cwd=tmp_path / "src", env=env, capture_output=True, text=True, timeout=1800)
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text],
+            cwd=tmp_path / "src",
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=1800,
+        )
         assert done.returncode == 0, f"{text}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
 
     for stage in instructions():
@@ -102,16 +131,21 @@ def test_its_lines_install_a_worker_that_works(tmp_path: Path) -> None:
                 *sources, target = text.split()
                 for source in sources:
                     to = tmp_path / "src" / (source if target == "./" else target)
-                    shutil.copytree(ROOT / source, to, dirs_exist_ok=True) if (ROOT / source).is_dir() else shutil.copy(ROOT / source, to)
+                    shutil.copytree(ROOT / source, to, dirs_exist_ok=True) if (ROOT / source).is_dir() else shutil.copy(
+                        ROOT / source, to
+                    )
             elif name == "RUN" and "apt-get" not in text:
                 run(moved(re.sub(r"^(--mount=\S+ +)+", "", text)))
     job = json.dumps({"input": {"prompt": "a red circle", "num_inference_steps": 2, "seed": 1}})
     command = json.loads(arguments("CMD")[0])
-    done = subprocess.run([*command, "--test_input", job], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(
+        [*command, "--test_input", job], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1800
+    )
     assert done.returncode == 0 and "completed successfully" in done.stdout, done.stdout + done.stderr
 
 
 # --- RunPod Hub -------------------------------------------------------------
+
 
 def hub(name: str) -> dict:
     return json.loads((ROOT / ".runpod" / name).read_text())
@@ -122,11 +156,15 @@ def test_the_hub_form_asks_for_variables_that_are_read() -> None:
     config = hub("hub.json")["config"]
     keys = [entry["key"] for entry in config["env"]]
     from dataclasses import fields
+
     known = {item.metadata["variable"] for item in fields(WorkerSettings)} | {"HF_TOKEN"}
     assert set(keys) <= known and len(set(keys)) == len(keys)
     defaults = {entry["key"]: str(entry["input"]["default"]) for entry in config["env"]}
     assert WorkerSettings.from_environment(defaults) == WorkerSettings()
     from diffusion_workers.models.store import load_manifests
+
     for preset in config["presets"]:
-        chosen = WorkerSettings.from_environment(defaults | {key: str(value) for key, value in preset["defaults"].items()})
+        chosen = WorkerSettings.from_environment(
+            defaults | {key: str(value) for key, value in preset["defaults"].items()}
+        )
         assert chosen.default_model in load_manifests((), "shapes-sd15")

@@ -1,4 +1,5 @@
 """A .gguf file with the names of Flux's original implementation, as published ones have them, at the width that diffusers takes them for."""
+
 from pathlib import Path
 
 import gguf
@@ -6,11 +7,11 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
-
-from diffusion_workers.pipeline.loading import Target, load_network, quiet_libraries
-from diffusion_workers.models.manifest import FileSource
-from diffusion_workers.pipeline.weights import module_bytes
 from original_layout import original_flux
+
+from diffusion_workers.models.manifest import FileSource
+from diffusion_workers.pipeline.loading import Target, load_network, quiet_libraries
+from diffusion_workers.pipeline.weights import module_bytes
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
@@ -20,7 +21,9 @@ def write_gguf(path: Path, weights: dict[str, torch.Tensor]) -> None:
     writer = gguf.GGUFWriter(path, "flux")
     for name, tensor in weights.items():
         array = tensor.float().numpy()
-        writer.add_tensor(name, gguf.quantize(array, Q8) if tensor.ndim == 2 else array, raw_dtype=Q8 if tensor.ndim == 2 else None)
+        writer.add_tensor(
+            name, gguf.quantize(array, Q8) if tensor.ndim == 2 else array, raw_dtype=Q8 if tensor.ndim == 2 else None
+        )
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
     writer.close()
 
@@ -32,14 +35,23 @@ def test_the_original_names_are_understood(tmp_path: Path) -> None:
         empty = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
     empty.save_config(tmp_path / "config")
     generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(tensor.shape, generator=generator, dtype=torch.float16) for name, tensor in empty.state_dict().items()}
+    weights = {
+        name: torch.randn(tensor.shape, generator=generator, dtype=torch.float16)
+        for name, tensor in empty.state_dict().items()
+    }
     write_gguf(tmp_path / "flux.gguf", original_flux(weights))
-    source = FileSource.model_validate({"file": "flux.gguf", "config": {"folder": "config"}}, context={"folder": tmp_path})
+    source = FileSource.model_validate(
+        {"file": "flux.gguf", "config": {"folder": "config"}}, context={"folder": tmp_path}
+    )
     with quiet_libraries():
-        loaded = load_network("FluxTransformer2DModel", source, None, Target(torch.device("cpu"), torch.float32), role="denoiser")
+        loaded = load_network(
+            "FluxTransformer2DModel", source, None, Target(torch.device("cpu"), torch.float32), role="denoiser"
+        )
     found = dict(loaded.named_parameters())
     assert found.keys() == weights.keys()
     for name, wanted in weights.items():
         value = dequantize_gguf_tensor(found[name]) if isinstance(found[name], GGUFParameter) else found[name]
-        assert value.shape == wanted.shape and (value.float() - wanted).abs().max() < 0.05, name  # 127 steps from 0 to about 5
+        assert value.shape == wanted.shape and (value.float() - wanted).abs().max() < 0.05, (
+            name
+        )  # 127 steps from 0 to about 5
     assert module_bytes(loaded) < 1.1 * sum(tensor.numel() for tensor in weights.values())

@@ -1,4 +1,5 @@
 """The sample requests of the package, one for every mode: the server and the command line carry out each of them."""
+
 import base64
 import json
 from collections.abc import Iterator
@@ -7,13 +8,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from live_server import INPUTS, PATIENCE, live_server
 
 from diffusion_workers.cli.main import main
-from diffusion_workers.service.service import DiffusionService
-from diffusion_workers.request.metadata import read_metadata
 from diffusion_workers.models.store import load_manifests
+from diffusion_workers.request.metadata import read_metadata
+from diffusion_workers.service.service import DiffusionService
 from ez_diffusion_client.models import GenerationRequest, OpResult, Task
-from live_server import INPUTS, PATIENCE, live_server
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +46,14 @@ def test_there_is_a_sample_for_every_mode() -> None:
 
 
 @pytest.mark.parametrize("path", INPUTS, ids=lambda path: path.stem)
-def test_sample(path: Path, url: str, service: DiffusionService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample(
+    path: Path, url: str, service: DiffusionService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     "The server makes the images that were asked for; the command line makes the same ones from the same file."
     request = GenerationRequest.model_validate_json(path.read_text())
-    response = httpx.post(f"{url}/generate", content=path.read_bytes(), headers={"Content-Type": "application/json"}, timeout=PATIENCE)
+    response = httpx.post(
+        f"{url}/generate", content=path.read_bytes(), headers={"Content-Type": "application/json"}, timeout=PATIENCE
+    )
     result = OpResult.model_validate_json(response.text)
     assert (response.status_code, result.status) == (200, "success"), result.message
     made = result.generation
@@ -58,7 +63,9 @@ def test_sample(path: Path, url: str, service: DiffusionService, tmp_path: Path,
     assert [lora.name for lora in made.plan.loras or []] == [lora.name for lora in request.loras or []]
     assert len(made.control_maps or []) == sum(unit.return_map for unit in request.controlnets or [])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffusion_workers.cli.main._service", lambda arguments: nullcontext(service))  # whose models are read already
+    monkeypatch.setattr(
+        "diffusion_workers.cli.main._service", lambda arguments: nullcontext(service)
+    )  # whose models are read already
     assert main(["generate", "--request", str(path), "--quiet", "-o", f"out.{made.images[0].format.value}"]) == 0
     written = sorted(file for file in tmp_path.iterdir() if "map" not in file.name)
     receipts = [read_metadata(file).plan for file in written]
@@ -69,5 +76,7 @@ def test_sample(path: Path, url: str, service: DiffusionService, tmp_path: Path,
 def test_the_readme_line_works(url: str) -> None:
     "curl with -d @file sends the file without its line ends; it is the same request."
     text = (INPUTS[0].parent / "test_data.json").read_text().replace("\n", "")
-    response = httpx.post(f"{url}/generate", content=text, headers={"Content-Type": "application/json"}, timeout=PATIENCE)
+    response = httpx.post(
+        f"{url}/generate", content=text, headers={"Content-Type": "application/json"}, timeout=PATIENCE
+    )
     assert json.loads(response.text)["status"] == "success"

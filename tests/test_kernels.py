@@ -1,11 +1,11 @@
 """Clicks that a busy kernel hears, in other releases of ipykernel than the one that is installed."""
+
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
 from project import NBS
 from server_process import needs
 from test_notebooks import run_notebook
@@ -15,10 +15,24 @@ OTHERS = ("6.31.0", "7.0.1")  # messages on the main thread; the first release w
 
 @pytest.mark.parametrize("version", OTHERS)
 def test_a_click_is_heard_while_a_cell_waits(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={tmp_path}", f"ipykernel=={version}"]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        f"--target={tmp_path}",
+        f"ipykernel=={version}",
+    ]
     found = subprocess.run(install, capture_output=True, text=True)
     needs(found.returncode == 0, f"ipykernel {version} cannot be installed here: {found.stderr[-500:]}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    said = subprocess.run([sys.executable, "-c", "import ipykernel; print(ipykernel.__version__)"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", "import ipykernel; print(ipykernel.__version__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert said.strip() == version
     run_notebook(NBS / "73_panel" / "03_stop_button.ipynb", set())

@@ -1,4 +1,5 @@
 """Runs every notebook in a kernel of its own, as a reader would: from its folder, from top to bottom."""
+
 import os
 import re
 import sys
@@ -7,10 +8,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from forked_kernels import nursery
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-
-from forked_kernels import nursery
 from project import name, notebooks
 
 CELL_TIMEOUT_S = 900
@@ -46,7 +46,9 @@ def report(path: Path, index: int, cell: nbformat.NotebookNode, error: Exception
     return f"{name(path)}: cell {index} (id {cell.get('id')}) failed\n\n{cell.source}\n\n{said}"
 
 
-def run_notebook(path: Path, wanted: set[str], **kernel: type) -> None:  # kernel: `kernel_manager_class`, where it is not Jupyter's own
+def run_notebook(
+    path: Path, wanted: set[str], **kernel: type
+) -> None:  # kernel: `kernel_manager_class`, where it is not Jupyter's own
     "Runs the notebook at `path`; fails the test with a report of the first cell that does not pass."
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
@@ -55,9 +57,13 @@ def run_notebook(path: Path, wanted: set[str], **kernel: type) -> None:  # kerne
     at = {"index": 0}
     failure = None
     client = NotebookClient(
-        nb, timeout=CELL_TIMEOUT_S, kernel_name="python3", skip_cells_with_tag=SKIP_TAG,
+        nb,
+        timeout=CELL_TIMEOUT_S,
+        kernel_name="python3",
+        skip_cells_with_tag=SKIP_TAG,
         resources={"metadata": {"path": str(path.parent)}},
-        on_cell_start=lambda cell, cell_index: at.update(index=cell_index), **kernel,
+        on_cell_start=lambda cell, cell_index: at.update(index=cell_index),
+        **kernel,
     )
     try:
         client.execute(env=kernel_env(wanted))
@@ -92,21 +98,30 @@ def write_notebook(folder: Path, *sources: str) -> Path:
 
 def test_a_failing_cell_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("test_notebooks.name", lambda path: path.name)
-    path = write_notebook(tmp_path, "import os, pathlib", "#| slow\nraise ValueError", "#| eval: false\nraise ValueError",
-                          "assert os.environ['IN_TEST'] == '1'\nassert pathlib.Path('made.ipynb').exists()", "x = 1 / 0")
+    path = write_notebook(
+        tmp_path,
+        "import os, pathlib",
+        "#| slow\nraise ValueError",
+        "#| eval: false\nraise ValueError",
+        "assert os.environ['IN_TEST'] == '1'\nassert pathlib.Path('made.ipynb').exists()",
+        "x = 1 / 0",
+    )
     with pytest.raises(pytest.fail.Exception) as caught:
         run_notebook(path, wanted=set())
     for part in ("made.ipynb: cell 4 (id ", "x = 1 / 0", "ZeroDivisionError: division by zero"):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("source, wanted, skipped", [
-    ("1 + 1", "", False),
-    ("#| slow\n1 + 1", "", True),
-    ("#| slow\n1 + 1", "slow", False),
-    ("#|gpu\n#| slow\n1 + 1", "slow", True),
-    ("#| eval:false\n1 + 1", "slow gpu network", True),
-    ("#| export\nslow = 1", "", False),
-])
+@pytest.mark.parametrize(
+    "source, wanted, skipped",
+    [
+        ("1 + 1", "", False),
+        ("#| slow\n1 + 1", "", True),
+        ("#| slow\n1 + 1", "slow", False),
+        ("#|gpu\n#| slow\n1 + 1", "slow", True),
+        ("#| eval:false\n1 + 1", "slow gpu network", True),
+        ("#| export\nslow = 1", "", False),
+    ],
+)
 def test_flags(source: str, wanted: str, skipped: bool) -> None:
     assert is_skipped(source, set(wanted.split())) == skipped

@@ -1,11 +1,11 @@
 """The generator of README.md, tried on notebooks made for the purpose."""
+
 import importlib.util
 from types import ModuleType
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-
 from project import ROOT
 
 ONE_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg=="
@@ -28,7 +28,9 @@ def make(readme: ModuleType, *cells: nbformat.NotebookNode) -> dict[str, bytes]:
 
 
 def test_hidden_cells_and_directives_are_dropped(readme: ModuleType) -> None:
-    text = make(readme, new_code_cell("#| hide\nsecret = 1"), new_code_cell("#| eval: false\nshown = 1"))["README.md"].decode()
+    text = make(readme, new_code_cell("#| hide\nsecret = 1"), new_code_cell("#| eval: false\nshown = 1"))[
+        "README.md"
+    ].decode()
     assert "secret" not in text and "#|" not in text
     assert "```python\nshown = 1\n```" in text
 
@@ -39,7 +41,9 @@ def test_links_hold_from_the_top_level(readme: ModuleType) -> None:
     assert "[a](nbs/00_a.ipynb) [b](LICENSE) [c](https://example.org/x) [d](#part)" in text
 
 
-@pytest.mark.parametrize("data", [{"image/png": ONE_PIXEL}, {"text/html": f'<img src="data:image/png;base64,{ONE_PIXEL}">'}])
+@pytest.mark.parametrize(
+    "data", [{"image/png": ONE_PIXEL}, {"text/html": f'<img src="data:image/png;base64,{ONE_PIXEL}">'}]
+)
 def test_pictures_become_files(readme: ModuleType, data: dict[str, str]) -> None:
     files = make(readme, new_code_cell("show()", outputs=[new_output("display_data", data=data)]))
     (picture,) = set(files) - {"README.md"}

@@ -1,4 +1,5 @@
 """Whatever comes in, an answer comes out: an `OpResult` that says what is wrong, and a service that goes on as before."""
+
 import base64
 import io
 import json
@@ -12,31 +13,46 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ez_diffusion_client import models as wire
 from PIL import Image
+from project import ROOT
 
-from diffusion_workers.service.service import DiffusionService
-from diffusion_workers.request.images import ImagePolicy
 from diffusion_workers.models.store import Settings
 from diffusion_workers.planning.plan import KARRAS_SCHEDULERS
 from diffusion_workers.request.errors import error_line
-from project import ROOT
+from diffusion_workers.request.images import ImagePolicy
+from diffusion_workers.service.service import DiffusionService
+from ez_diffusion_client import models as wire
 
-REFERENCE = {"prompt": "a red circle left of a blue square", "seed": 11, "num_inference_steps": 3, "scheduler": "ddim", "width": 64, "height": 64}
+REFERENCE = {
+    "prompt": "a red circle left of a blue square",
+    "seed": 11,
+    "num_inference_steps": 3,
+    "scheduler": "ddim",
+    "width": 64,
+    "height": 64,
+}
 SMALL = {"num_inference_steps": 2, "width": 64, "height": 64}
-PRIVATE = [text for text in (str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir(), os.getcwd()) if len(text) > 1]
+PRIVATE = [
+    text for text in (str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir(), os.getcwd()) if len(text) > 1
+]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of schedulers beside a newer numpy
 FIELDS = list(wire.GenerationRequest.model_fields)
 
 
 # --- what an answer has to be -----------------------------------------------
 
+
 def faults(answer: Any, request: Any) -> list[str]:
     "What is wrong with an answer to a request; nothing, as a rule."
     if not isinstance(answer, wire.OpResult):
         return [f"the answer is a {type(answer).__name__}"]
     assert wire.OpResult.model_validate(json.loads(answer.model_dump_json())).status == answer.status
-    said = [part for told in (*(answer.errors or []), *(answer.warnings or [])) for name, part in told if name in ("message", "allowed", "hint") and part]
+    said = [
+        part
+        for told in (*(answer.errors or []), *(answer.warnings or []))
+        for name, part in told
+        if name in ("message", "allowed", "hint") and part
+    ]
     found = [f"it names {path}" for path in PRIVATE for part in said if path in part]
     if answer.status == "internal_error":
         found.append(f"internal error: {answer.message}")
@@ -73,6 +89,7 @@ def reference_pixels(service: DiffusionService) -> np.ndarray:
 
 # --- nonsense ---------------------------------------------------------------
 
+
 def picture(chance: random.Random) -> bytes:
     "A small picture of random pixels, in a random format and mode."
     size = chance.choice([(1, 1), (3, 200), (64, 64), (90, 70)])
@@ -95,14 +112,37 @@ def image_text(chance: random.Random) -> str:
     elif kind == 1:
         data = bytes(byte ^ (chance.random() < 0.02) * chance.randrange(256) for byte in data)
     elif kind == 2:
-        data = chance.choice([b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b"II*\0", b"%PDF-1.7", b""]) + chance.randbytes(chance.randrange(200))
+        data = chance.choice(
+            [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b"II*\0", b"%PDF-1.7", b""]
+        ) + chance.randbytes(chance.randrange(200))
     text = base64.b64encode(data).decode()
-    return chance.choice([text, text, "data:image/png;base64," + text, "data:text/plain," + text, text.replace("A", "\n"), text + "=", text + "é"])
+    return chance.choice(
+        [
+            text,
+            text,
+            "data:image/png;base64," + text,
+            "data:text/plain," + text,
+            text.replace("A", "\n"),
+            text + "=",
+            text + "é",
+        ]
+    )
 
 
 def unicode_text(chance: random.Random) -> str:
     "Letters of all kinds: control characters, halves of pairs, marks that pile up, directions, emoji."
-    ranges = [(0, 32), (32, 127), (0x80, 0x2FF), (0x300, 0x36F), (0x590, 0x6FF), (0x2000, 0x206F), (0x4E00, 0x9FFF), (0xD800, 0xDFFF), (0xFFF0, 0xFFFF), (0x1F300, 0x1FAFF)]
+    ranges = [
+        (0, 32),
+        (32, 127),
+        (0x80, 0x2FF),
+        (0x300, 0x36F),
+        (0x590, 0x6FF),
+        (0x2000, 0x206F),
+        (0x4E00, 0x9FFF),
+        (0xD800, 0xDFFF),
+        (0xFFF0, 0xFFFF),
+        (0x1F300, 0x1FAFF),
+    ]
     return "".join(chr(chance.randint(*chance.choice(ranges))) for _ in range(chance.choice([0, 1, 5, 60, 3000])))
 
 
@@ -117,7 +157,9 @@ def nested(chance: random.Random, depth: int) -> Any:
 def number(chance: random.Random) -> Any:
     "Numbers at the edges of what numbers are."
     edges = [0, -1, 1, 7, 8, 63, 64, 65, 2**31, 2**53 - 1, 2**53, 2**63, 2**64, -(2**63), 10**30, 10**400, True, False]
-    return chance.choice([*edges, 0.0, -0.0, 5e-324, 1e-300, 1e308, float("inf"), float("-inf"), float("nan"), 0.5, 1.5, 64.0])
+    return chance.choice(
+        [*edges, 0.0, -0.0, 5e-324, 1e-300, 1e308, float("inf"), float("-inf"), float("nan"), 0.5, 1.5, 64.0]
+    )
 
 
 def junk(chance: random.Random) -> Any:
@@ -127,7 +169,19 @@ def junk(chance: random.Random) -> Any:
         return number(chance)
     if kind < 7:
         return unicode_text(chance)
-    words = ["", " ", "null", "/etc/passwd", "../../x.png", "C:\\x.png", "file:///etc/passwd", "http://localhost/", "https://a.example/x.png", "a" * 20_000, "a.safetensors"]
+    words = [
+        "",
+        " ",
+        "null",
+        "/etc/passwd",
+        "../../x.png",
+        "C:\\x.png",
+        "file:///etc/passwd",
+        "http://localhost/",
+        "https://a.example/x.png",
+        "a" * 20_000,
+        "a.safetensors",
+    ]
     return chance.choice([
         lambda: chance.choice(words), lambda: None, list, dict, lambda: image_text(chance),
         lambda: [number(chance) for _ in range(chance.choice([1, 3, 65, 5000]))],
@@ -158,11 +212,15 @@ def mangled(chance: random.Random) -> dict[str, Any]:
         if accident < 5:
             request[chance.choice(FIELDS)] = junk(chance)
         elif accident == 5:
-            request[chance.choice(["Prompt", "num-images", "", "stepz", "[0]", "__class__", unicode_text(chance)[:30]])] = junk(chance)
+            request[
+                chance.choice(["Prompt", "num-images", "", "stepz", "[0]", "__class__", unicode_text(chance)[:30]])
+            ] = junk(chance)
         elif accident == 6:
             request.pop(chance.choice(list(request)), None)
         else:
-            request[chance.choice(["output", "inpaint", "deepcache", "refiner", "size_conditioning"])] = {chance.choice(["format", "quality", "mask_blur", "Padding", "x"]): junk(chance)}
+            request[chance.choice(["output", "inpaint", "deepcache", "refiner", "size_conditioning"])] = {
+                chance.choice(["format", "quality", "mask_blur", "Padding", "x"]): junk(chance)
+            }
     return request
 
 
@@ -175,7 +233,12 @@ def test_mangled_requests_are_answered(service: DiffusionService, seed: int) -> 
         request = mangled(chance)
         answers = [service.plan(request)]
         plan = answers[0].plan
-        if plan is not None and plan.width * plan.height <= 128 * 128 and plan.num_inference_steps <= 2 and len(plan.seeds) <= 2:
+        if (
+            plan is not None
+            and plan.width * plan.height <= 128 * 128
+            and plan.num_inference_steps <= 2
+            and len(plan.seeds) <= 2
+        ):
             answers.append(service.generate(request))
         wrong += [f"{fault}\n    {shown(request)}" for answer in answers for fault in faults(answer, request)]
     assert not wrong, f"{len(wrong)} faults:\n" + "\n".join(wrong[:10])
@@ -190,13 +253,16 @@ def test_mangled_text_is_answered(service: DiffusionService, seed: int) -> None:
         data = bytearray(json.dumps(sensible(chance)).encode())
         for _ in range(chance.randrange(1, 5)):
             at = chance.randrange(len(data))
-            data[at : at + chance.choice([0, 1, 9])] = chance.choice([b"", b"\0", b"\xff", b"{", b"]", b"1e999", b"NaN", b'"', b"\\ud800", chance.randbytes(3)])
+            data[at : at + chance.choice([0, 1, 9])] = chance.choice(
+                [b"", b"\0", b"\xff", b"{", b"]", b"1e999", b"NaN", b'"', b"\\ud800", chance.randbytes(3)]
+            )
         for request in (bytes(data), bytes(data[: len(data) // 2]), data.decode(errors="replace")):
             wrong += [f"{fault}\n    {shown(request)}" for fault in faults(service.plan(request), request)]
     assert not wrong, f"{len(wrong)} faults:\n" + "\n".join(wrong[:10])
 
 
 # --- known traps ------------------------------------------------------------
+
 
 def deep(depth: int) -> list:
     "A list in a list in a list."
@@ -238,18 +304,24 @@ TRAPS = {
 def test_traps(service: DiffusionService, name: str) -> None:
     "Requests that are wrong in a way that is easy to overlook: what is wrong with them is said."
     request = TRAPS[name]
-    wrong = [fault for answer in (service.plan(request), service.generate(request)) for fault in faults(answer, request)]
+    wrong = [
+        fault for answer in (service.plan(request), service.generate(request)) for fault in faults(answer, request)
+    ]
     assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("depth", range(700, 1000, 20))
 def test_nesting_near_the_limit(service: DiffusionService, depth: int) -> None:
     "Where exactly nesting becomes too deep for the reader of JSON does not matter to the answer."
-    for request in ('{"prompt": ' + "[" * depth + "]" * depth + "}", '{"prompt": ' + '{"a":' * depth + "1" + "}" * depth + "}"):
+    for request in (
+        '{"prompt": ' + "[" * depth + "]" * depth + "}",
+        '{"prompt": ' + '{"a":' * depth + "1" + "}" * depth + "}",
+    ):
         assert not faults(service.plan(request), request)
 
 
 # --- words that are one of a few --------------------------------------------
+
 
 def enum_fields() -> Iterator[tuple[tuple, list[str]]]:
     "Where in a request one of a few words is needed, and which ones they are; of a list, the first entry."
@@ -277,7 +349,9 @@ def placed(path: tuple, value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("path, words", list(enum_fields()), ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    "path, words", list(enum_fields()), ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else ""
+)
 def test_misspelt_words_are_recognised(service: DiffusionService, path: tuple, words: list[str]) -> None:
     "A misspelt word is refused where it stands, with the word that was probably meant."
     field = "".join(f"[{key}]" if key == 0 else f".{key}" for key in path)[1:]
@@ -285,17 +359,40 @@ def test_misspelt_words_are_recognised(service: DiffusionService, path: tuple, w
         for misspelt in (word[:-1] + word[-1] * 2, word.upper(), word + " "):
             answer = service.plan({"prompt": "x", **placed(path, misspelt)})
             error = next(error for error in answer.errors if error.field == field)
-            assert (answer.status, error.code) == ("invalid_request", "unknown_scheduler" if field == "scheduler" else "not_one_of")
+            assert (answer.status, error.code) == (
+                "invalid_request",
+                "unknown_scheduler" if field == "scheduler" else "not_one_of",
+            )
             assert word in error.allowed and not faults(answer, {})
             assert error.hint == f"did you mean {word}?", error_line(error)
 
 
 # --- what is valid ----------------------------------------------------------
 
-@pytest.mark.parametrize("scheduler, karras", [(name.value, karras) for name in wire.SchedulerName if name != "flow_match_euler" for karras in (False, True) if not karras or name in KARRAS_SCHEDULERS])
+
+@pytest.mark.parametrize(
+    "scheduler, karras",
+    [
+        (name.value, karras)
+        for name in wire.SchedulerName
+        if name != "flow_match_euler"
+        for karras in (False, True)
+        if not karras or name in KARRAS_SCHEDULERS
+    ],
+)
 def test_every_scheduler_makes_a_picture_of_few_steps(service: DiffusionService, scheduler: str, karras: bool) -> None:
     "One and two steps are few, but they are allowed; from a picture, a part of them is left out."
     for steps, more in ((1, {}), (2, {"image": PIXEL, "strength": 0.5})):
-        request = SMALL | {"prompt": "x", "seed": 1, "scheduler": scheduler, "use_karras_sigmas": karras, "num_inference_steps": steps} | more
+        request = (
+            SMALL
+            | {
+                "prompt": "x",
+                "seed": 1,
+                "scheduler": scheduler,
+                "use_karras_sigmas": karras,
+                "num_inference_steps": steps,
+            }
+            | more
+        )
         answer = service.generate(request)
         assert answer.status == "success", f"{answer} for {shown(request)}"

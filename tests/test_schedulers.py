@@ -1,13 +1,20 @@
 """Every scheduler, with and without Karras noise levels, draws what the prompt says."""
+
 import pytest
 
-from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.planning.plan import FLOW_SCHEDULERS, KARRAS_SCHEDULERS, SCHEDULERS
+from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.shapes.scenes import Scene, ShapeObject, matches, read_scene
 from ez_diffusion_client.models import SchedulerName
 
 SCENE = Scene((ShapeObject("red", "circle"),), "white", place="center", size="large")
-CASES = [(name, karras) for name in SCHEDULERS if name not in FLOW_SCHEDULERS for karras in (False, True) if not karras or name in KARRAS_SCHEDULERS]
+CASES = [
+    (name, karras)
+    for name in SCHEDULERS
+    if name not in FLOW_SCHEDULERS
+    for karras in (False, True)
+    if not karras or name in KARRAS_SCHEDULERS
+]
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +24,13 @@ def service():
 
 
 @pytest.mark.parametrize(("scheduler", "karras"), CASES)
-def test_the_picture_shows_what_was_asked_for(service: DiffusionService, scheduler: SchedulerName, karras: bool) -> None:
+def test_the_picture_shows_what_was_asked_for(
+    service: DiffusionService, scheduler: SchedulerName, karras: bool
+) -> None:
     "A property of the trained model: the scorer reads a red circle on white back from the pixels."
     prompt = "a large red circle in the center on a white background"
-    result = service.generate(prompt=prompt, seed=3, scheduler=scheduler.value, use_karras_sigmas=True if karras else None)
+    result = service.generate(
+        prompt=prompt, seed=3, scheduler=scheduler.value, use_karras_sigmas=True if karras else None
+    )
     assert result.ok, result
     assert matches(read_scene(result.image), SCENE), f"{scheduler.value}: {read_scene(result.image)}"

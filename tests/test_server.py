@@ -1,4 +1,5 @@
 """The server behind a real socket: it keeps its contract, survives what it is sent, and stops work that nobody waits for."""
+
 import base64
 import json
 import os
@@ -18,18 +19,25 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
-from prometheus_client.parser import text_string_to_metric_families
-
-from diffusion_workers.service.service import DiffusionService
-from diffusion_workers.models.store import Settings
-from diffusion_workers.pipeline.tiny_models import write_tiny_model
-from ez_diffusion_client.models import Job, OpResult, ProgressEvent
 from live_server import PATIENCE, live_server
 from load_server import figures
 from project import ROOT
+from prometheus_client.parser import text_string_to_metric_families
+
+from diffusion_workers.models.store import Settings
+from diffusion_workers.pipeline.tiny_models import write_tiny_model
+from diffusion_workers.service.service import DiffusionService
+from ez_diffusion_client.models import Job, OpResult, ProgressEvent
 
 SMALL = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2}
-ENDLESS = {"model": "patient", "prompt": "a red circle", "num_inference_steps": 150, "num_images": 16, "width": 256, "height": 256}
+ENDLESS = {
+    "model": "patient",
+    "prompt": "a red circle",
+    "num_inference_steps": 150,
+    "num_images": 16,
+    "width": 256,
+    "height": 256,
+}
 JSON = {"Content-Type": "application/json"}
 
 
@@ -37,8 +45,15 @@ JSON = {"Content-Type": "application/json"}
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionService]:
     "A service with a tiny untrained model, which an operator has bounded, and one that may take long."
     folder = tmp_path_factory.mktemp("models")
-    write_tiny_model(folder, "sd15", "tiny", changes={"limits": {"max_width": 64, "max_height": 64, "max_num_images": 2, "max_num_inference_steps": 2},
-                                                      "defaults": {"width": 64, "height": 64, "num_inference_steps": 1, "guidance_scale": 1.0}})
+    write_tiny_model(
+        folder,
+        "sd15",
+        "tiny",
+        changes={
+            "limits": {"max_width": 64, "max_height": 64, "max_num_images": 2, "max_num_inference_steps": 2},
+            "defaults": {"width": 64, "height": 64, "num_inference_steps": 1, "guidance_scale": 1.0},
+        },
+    )
     write_tiny_model(folder, "sd15", "patient")
     with DiffusionService(Settings(model_folders=(folder,), default_model="tiny"), device="cpu") as made:
         assert made.generate(prompt="x").status == "success"
@@ -77,7 +92,14 @@ LEFT_OUT = [
 
 
 @contract.parametrize()
-@settings(max_examples=100, deadline=None, database=None, derandomize=True, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=100,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 def test_every_operation_keeps_the_contract(case: schemathesis.Case, url: str) -> None:
     "A hundred requests for each operation, fitting and unfitting ones: the answers are those that the specification promises."
     response = case.call(base_url=url, timeout=PATIENCE)
@@ -95,11 +117,14 @@ def test_the_server_still_makes_pictures(url: str) -> None:
 
 # --- hostile bodies ---------------------------------------------------------
 
+
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-HUGE_PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")).decode()
+HUGE_PNG = base64.b64encode(
+    b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
+).decode()
 BODIES = {
     "nothing": b"", "null": b"null", "a list": b"[]", "a word": b'"prompt"', "a number": b"1", "half an object": b'{"prompt": "x"',
     "deep lists": b'{"prompt": ' + b"[" * 100_000, "deep objects": b'{"a":' * 100_000, "closed deep lists": b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
@@ -133,10 +158,15 @@ def test_hostile_bodies_are_refused_in_words(url: str, path: str) -> None:
     assert picture(url) == before
 
 
-@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "image/png", "json"])
+@pytest.mark.parametrize(
+    "kind",
+    ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "image/png", "json"],
+)
 def test_other_content_types_are_refused(url: str, kind: str) -> None:
     "JSON that does not say that it is JSON could come from a web page of anyone."
-    response = httpx.post(f"{url}/generate", content=json.dumps(SMALL).encode(), headers={"Content-Type": kind}, timeout=PATIENCE)
+    response = httpx.post(
+        f"{url}/generate", content=json.dumps(SMALL).encode(), headers={"Content-Type": kind}, timeout=PATIENCE
+    )
     assert response.status_code == 415
     assert OpResult.model_validate_json(response.text).errors[0].field == "Content-Type"
 
@@ -166,7 +196,9 @@ def test_a_slow_sender_is_sent_away(service: DiffusionService) -> None:
     with live_server(service, receive_timeout=0.3) as (url, _):
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=PATIENCE) as slow:
-            slow.sendall(b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
+            slow.sendall(
+                b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+            )
             assert picture(url)
             answer = slow.recv(65536)
         assert answer.startswith(b"HTTP/1.1 408")
@@ -174,6 +206,7 @@ def test_a_slow_sender_is_sent_away(service: DiffusionService) -> None:
 
 
 # --- going away, cancelling, watching ---------------------------------------
+
 
 @pytest.fixture
 def recorded(service: DiffusionService, monkeypatch: pytest.MonkeyPatch) -> list[ProgressEvent]:
@@ -201,7 +234,11 @@ def test_a_client_that_goes_away_stops_its_work(service: DiffusionService, recor
         host, port = url.removeprefix("http://").split(":")
         body = json.dumps(ENDLESS).encode()
         connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
-        connection.sendall(b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        connection.sendall(
+            b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            % len(body)
+            + body
+        )
         wait_until(lambda: steps(recorded) >= 2, "it runs")
         job = app.state.server.queue.open[0]
         connection.close()
@@ -271,7 +308,11 @@ def test_metrics_count_what_happened(service: DiffusionService) -> None:
         picture(url)
         httpx.post(f"{url}/generate", json={"prompt": ""})
         text = httpx.get(f"{url}/metrics").text
-    samples = {(sample.name, *sorted(sample.labels.values())): sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
     assert samples["diffusion_workers_generations_total", "success"] == 1
     assert samples["diffusion_workers_images_total", "tiny"] == 1
     assert samples["diffusion_workers_http_requests_total", "200", "generate"] == 1
@@ -282,15 +323,21 @@ def test_metrics_count_what_happened(service: DiffusionService) -> None:
 
 def test_the_page_is_served_where_it_is_built(service: DiffusionService, tmp_path: Path) -> None:
     "With its assets; where it is not built, a note says so and the API works."
+    from live_server import KeptOpen, serving
+
     from diffusion_workers.server.app import create_app
     from diffusion_workers.server.settings import ServerSettings
-    from live_server import KeptOpen, serving
 
     (tmp_path / "assets").mkdir()
     (tmp_path / "index.html").write_text("<title>the page</title>")
     (tmp_path / "assets" / "page.js").write_text("1")
-    for folder, expected in ((tmp_path, [(200, "the page"), (200, "1")]), (tmp_path / "not there", [(404, "npm run build"), (404, "not_found")])):
-        with serving(create_app(KeptOpen(service), ServerSettings(warm_up=False, token="correct-horse"), web=folder)) as url:
+    for folder, expected in (
+        (tmp_path, [(200, "the page"), (200, "1")]),
+        (tmp_path / "not there", [(404, "npm run build"), (404, "not_found")]),
+    ):
+        with serving(
+            create_app(KeptOpen(service), ServerSettings(warm_up=False, token="correct-horse"), web=folder)
+        ) as url:
             for path, (status, text) in zip(("/", "/assets/page.js"), expected):
                 response = httpx.get(url + path)
                 assert (response.status_code, text in response.text) == (status, True), response.text
@@ -299,11 +346,22 @@ def test_the_page_is_served_where_it_is_built(service: DiffusionService, tmp_pat
 
 # --- the process ------------------------------------------------------------
 
+
 def start(port: int, stderr, **variables: str) -> subprocess.Popen:
     "run_server.sh as a process of its own."
     own = {key: value for key, value in os.environ.items() if not key.startswith("DIFFUSION_WORKERS_")}
-    env = own | {"HF_HUB_OFFLINE": "1", "PYTHON": sys.executable} | {f"DIFFUSION_WORKERS_{name}": value for name, value in variables.items()}
-    return subprocess.Popen([ROOT / "run_server.sh", "--port", str(port), "--device", "cpu"], cwd="/", env=env, stdout=subprocess.PIPE, stderr=stderr)
+    env = (
+        own
+        | {"HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}
+        | {f"DIFFUSION_WORKERS_{name}": value for name, value in variables.items()}
+    )
+    return subprocess.Popen(
+        [ROOT / "run_server.sh", "--port", str(port), "--device", "cpu"],
+        cwd="/",
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+    )
 
 
 def free_port() -> int:
@@ -333,7 +391,12 @@ def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
             assert second.returncode == 2 and f"cannot listen on 127.0.0.1 port {port}" in said, said
             answers: list[httpx.Response] = []
             long = {"prompt": "a red circle", "num_inference_steps": 150, "num_images": 32}
-            clients = [threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/generate", json=long, timeout=PATIENCE))) for _ in range(3)]
+            clients = [
+                threading.Thread(
+                    target=lambda: answers.append(httpx.post(f"{url}/generate", json=long, timeout=PATIENCE))
+                )
+                for _ in range(3)
+            ]
             for client in clients:
                 client.start()
             for _ in range(2):  # two may wait for a moment before the third is there
@@ -359,10 +422,17 @@ def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"\d{4}-.*\+00:00", line["time"]) and line["level"] and line["logger"] for line in logged)
 
 
-@pytest.mark.parametrize("variables, said", [
-    ({"PORT": "many"}, "DIFFUSION_WORKERS_PORT"), ({"TOKEN": "short"}, "DIFFUSION_WORKERS_TOKEN"), ({"DEFAULT_MODEL": "nobody"}, "nobody"),
-])
-def test_wrong_settings_end_in_one_line(variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        ({"PORT": "many"}, "DIFFUSION_WORKERS_PORT"),
+        ({"TOKEN": "short"}, "DIFFUSION_WORKERS_TOKEN"),
+        ({"DEFAULT_MODEL": "nobody"}, "nobody"),
+    ],
+)
+def test_wrong_settings_end_in_one_line(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     "The variable is named, and the exit code says that the settings are wrong."
     from diffusion_workers.cli.main import main
 
@@ -374,9 +444,12 @@ def test_wrong_settings_end_in_one_line(variables: dict[str, str], said: str, mo
 
 # --- many at once -----------------------------------------------------------
 
+
 def test_thirty_two_clients_at_once(url: str) -> None:
     "Every request is answered with its own picture, none overtakes one that was taken before it was sent, and memory stays where it was."
     found = figures(url, clients=32, requests=3)
     assert found["answered"] == found["requests"] == found["expected"] == found["right_seed"] == 96, found
     assert found["out_of_order"] == 0, found
-    assert found["process_mb_after"] < found["process_mb_before"] + 50, found  # results of jobs are kept for a while: 48 pictures of some kilobytes
+    assert found["process_mb_after"] < found["process_mb_before"] + 50, (
+        found
+    )  # results of jobs are kept for a while: 48 pictures of some kilobytes

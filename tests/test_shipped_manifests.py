@@ -1,12 +1,13 @@
 """Every manifest that ships is read, offers only what there is, and plans every task with every control that it names."""
+
 from itertools import product
 
 import pytest
 
-from diffusion_workers.planning.controls import ControlFacts, learnt_modes
 from diffusion_workers.control.preprocessors import PREPROCESSORS
 from diffusion_workers.models.manifest import ModelManifest
 from diffusion_workers.models.store import load_manifests
+from diffusion_workers.planning.controls import ControlFacts, learnt_modes
 from diffusion_workers.planning.plan import make_plan
 from ez_diffusion_client.models import GenerationRequest, PlannedImage, Task
 
@@ -41,7 +42,9 @@ def test_every_offer_is_planned(name: str) -> None:
     for task, units in product(manifest.tasks, offers(manifest)):
         pictures = {"image": FACT} if task != Task.text_to_image else {}
         pictures |= {"mask_image": FACT} if task == Task.inpainting else {}
-        request = GenerationRequest(prompt="a", controlnets=[unit | {"image": PICTURE} for unit in units], **dict.fromkeys(pictures, PICTURE))
-        plan = make_plan(request, manifest, **pictures, controls=ControlFacts({i: FACT for i in range(len(units))}))
+        request = GenerationRequest(
+            prompt="a", controlnets=[unit | {"image": PICTURE} for unit in units], **dict.fromkeys(pictures, PICTURE)
+        )
+        plan = make_plan(request, manifest, **pictures, controls=ControlFacts(dict.fromkeys(range(len(units)), FACT)))
         assert plan.task == task and len(plan.controlnets or []) == len(units)
         assert plan.width % 8 == 0 and (manifest.family != "flux" or plan.width % 16 == 0)

@@ -1,4 +1,5 @@
 """A checkpoint in one file, as the original implementation writes it, is the same model as the folder that it was made from."""
+
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,17 +8,33 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from ez_diffusion_client.models import ErrorCode, OpStatus
-
-from diffusion_workers.service.service import DiffusionService
-from diffusion_workers.models.manifest import builtin_path
-from diffusion_workers.models.store import Settings
 from original_layout import original_weights, save_original
 
-REQUEST = {"prompt": "a red circle left of a blue square", "seed": 5, "num_inference_steps": 3, "width": 64, "height": 64}
+from diffusion_workers.models.manifest import builtin_path
+from diffusion_workers.models.store import Settings
+from diffusion_workers.service.service import DiffusionService
+from ez_diffusion_client.models import ErrorCode, OpStatus
+
+REQUEST = {
+    "prompt": "a red circle left of a blue square",
+    "seed": 5,
+    "num_inference_steps": 3,
+    "width": 64,
+    "height": 64,
+}
 MANIFEST = "family: sd15\nsource: {source}\ndefaults: {{width: 64, height: 64, scheduler: ddim}}\n"
 MODELS = ("builtin", "other")
-BROKEN = ("cut-off", "no-weights", "empty", "pointer", "of-a-lora", "without-vae", "without-text-encoder", "half-a-unet", "not-there")
+BROKEN = (
+    "cut-off",
+    "no-weights",
+    "empty",
+    "pointer",
+    "of-a-lora",
+    "without-vae",
+    "without-text-encoder",
+    "half-a-unet",
+    "not-there",
+)
 
 
 def other_sizes(folder: Path) -> None:
@@ -25,12 +42,24 @@ def other_sizes(folder: Path) -> None:
     torch.manual_seed(0)
     base = StableDiffusionPipeline.from_pretrained(builtin_path("shapes-sd15"), variant="fp16", dtype=torch.float32)
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32), layers_per_block=2, norm_num_groups=4, attention_head_dim=4,
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=2,
+        norm_num_groups=4,
+        attention_head_dim=4,
         cross_attention_dim=base.text_encoder.config.hidden_size,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
     vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), layers_per_block=2, norm_num_groups=4, latent_channels=4, sample_size=128,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=128,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
     parts = base.components | {"unet": unet, "vae": vae}
     StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(folder, safe_serialization=True)
 
@@ -43,8 +72,14 @@ def write_broken(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     (folder / "empty.safetensors").write_bytes(b"")
     (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 4265380512\n")
     save_original({"lora_unet_mid_block.lora_down.weight": torch.zeros(4, 4)}, folder / "of-a-lora.safetensors")
-    for name, prefix in (("without-vae", "first_stage_model."), ("without-text-encoder", "cond_stage_model."), ("half-a-unet", "model.diffusion_model.output_blocks.")):
-        save_original({key: value for key, value in weights.items() if not key.startswith(prefix)}, folder / f"{name}.safetensors")
+    for name, prefix in (
+        ("without-vae", "first_stage_model."),
+        ("without-text-encoder", "cond_stage_model."),
+        ("half-a-unet", "model.diffusion_model.output_blocks."),
+    ):
+        save_original(
+            {key: value for key, value in weights.items() if not key.startswith(prefix)}, folder / f"{name}.safetensors"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +127,15 @@ def test_pixels_are_the_same(service: DiffusionService, name: str) -> None:
 def test_a_broken_file_is_named_without_its_path(service: DiffusionService, name: str) -> None:
     "What cannot be loaded is `model_unavailable`; the answer holds the name of the file and no folder."
     result = service.generate(REQUEST, model=name)
-    assert (result.status, [error.code for error in result.errors]) == (OpStatus.model_unavailable, [ErrorCode.model_unavailable])
+    assert (result.status, [error.code for error in result.errors]) == (
+        OpStatus.model_unavailable,
+        [ErrorCode.model_unavailable],
+    )
     assert f"{name}.safetensors" in result.message
     folder = service.settings.model_folders[0]
-    assert not [part for part in (str(folder), str(folder.parent), os.path.expanduser("~")) if part in result.model_dump_json()]
+    assert not [
+        part for part in (str(folder), str(folder.parent), os.path.expanduser("~")) if part in result.model_dump_json()
+    ]
 
 
 def test_a_broken_file_can_be_repaired(service: DiffusionService) -> None:
@@ -109,7 +149,9 @@ def test_a_broken_file_can_be_repaired(service: DiffusionService) -> None:
         np.testing.assert_array_equal(np.asarray(picture), np.asarray(before))
 
 
-def test_a_file_without_a_configuration_needs_the_hub(service: DiffusionService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_a_configuration_needs_the_hub(
+    service: DiffusionService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     "Without `config` the configuration comes from the Hub; where there is none, the answer is `model_unavailable`."
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert service.generate(REQUEST, model="no-config").status == OpStatus.model_unavailable

@@ -1,10 +1,10 @@
 """The specification is valid OpenAPI, and keeps the promises that every type in it makes."""
+
 from collections.abc import Iterator
 
 import pytest
 import yaml
 from openapi_spec_validator import validate
-
 from project import ROOT
 
 SPEC = yaml.safe_load((ROOT / "openapi" / "ez_diffusion_api.yaml").read_text(encoding="utf-8"))
@@ -47,13 +47,19 @@ def test_unknown_fields_are_refused(name: str) -> None:
 def test_numbers_in_requests_are_bounded(name: str) -> None:
     fields = SCHEMAS[name].get("properties", {})
     unbounded = [
-        field for field, schema in fields.items()
+        field
+        for field, schema in fields.items()
         if schema.get("type") in ("integer", "number") and not {"minimum", "maximum"} <= schema.keys()
     ]
     assert not unbounded, f"{name}: give minimum and maximum of {', '.join(unbounded)}"
 
 
 def test_every_operation_has_a_name() -> None:
-    operations = [operation for path in SPEC["paths"].values() for method, operation in path.items() if method in ("get", "post", "delete")]
+    operations = [
+        operation
+        for path in SPEC["paths"].values()
+        for method, operation in path.items()
+        if method in ("get", "post", "delete")
+    ]
     names = [operation["operationId"] for operation in operations]
     assert names and len(names) == len(set(names))

@@ -4,6 +4,7 @@ Random sequences of requests over the three families, every task and kind of con
 guidance, number formats, errors and cancels go through one service whose memory budget holds two of the three models. After each
 sequence a fixed request of a family, with or without a cache, is compared with what a fresh service drew. The models are tiny and untrained, the classes are the real ones.
 """
+
 import itertools
 import random
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusion_workers.pipeline.loading import FAMILIES, load_pipeline, pick_device, quiet_libraries
-from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.models.store import Settings
-from diffusion_workers.planning.plan import FLOW_SCHEDULERS, SCHEDULERS
+from diffusion_workers.pipeline.loading import FAMILIES, load_pipeline, pick_device, quiet_libraries
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
+from diffusion_workers.planning.plan import FLOW_SCHEDULERS, SCHEDULERS
+from diffusion_workers.service.service import DiffusionService
 
 SEQUENCES, MANY_SEQUENCES = 30, 2000  # of each seed
 FAMILY_NAMES = ("sd15", "sdxl", "flux")
@@ -61,15 +62,39 @@ def random_request(rng: random.Random, family: str) -> dict:
     "Any request that the family takes."
     flux = family == "flux"
     kind = rng.choice(["none", "none", "single", "multiple", *["union"] * (family != "sd15")])
-    window = lambda: {"conditioning_scale": rng.choice([0.0, 0.5, 1.0, 2.0]), "guidance_start": rng.choice([0.0, 0.3]), "guidance_end": rng.choice([0.6, 1.0])}
+    window = lambda: {
+        "conditioning_scale": rng.choice([0.0, 0.5, 1.0, 2.0]),
+        "guidance_start": rng.choice([0.0, 0.3]),
+        "guidance_end": rng.choice([0.6, 1.0]),
+    }
     nets = {"none": [], "single": ["canny"], "multiple": ["canny", "tile"], "union": ["all"] * rng.choice([1, 2])}[kind]
     mode = "balanced" if flux else rng.choice(["balanced", "prompt", "control"])
-    units = [{"model": net, "image": picture(i), "control_mode": mode, **window(), **({"union_mode": "canny" if i else "depth"} if net == "all" else {})} for i, net in enumerate(nets)]
+    units = [
+        {
+            "model": net,
+            "image": picture(i),
+            "control_mode": mode,
+            **window(),
+            **({"union_mode": "canny" if i else "depth"} if net == "all" else {}),
+        }
+        for i, net in enumerate(nets)
+    ]
     names = [name.value for name in SCHEDULERS if (name in FLOW_SCHEDULERS) == flux and name.value != "lcm"]
-    request = {"model": family, "prompt": rng.choice(["a cat", "a dog, in the rain"]), "num_inference_steps": 2, "seed": rng.randrange(99),
-               "num_images": rng.choice([1, 1, 2]), "scheduler": rng.choice([None, *names]), "controlnets": units, "width": rng.choice([64, 96])}
+    request = {
+        "model": family,
+        "prompt": rng.choice(["a cat", "a dog, in the rain"]),
+        "num_inference_steps": 2,
+        "seed": rng.randrange(99),
+        "num_images": rng.choice([1, 1, 2]),
+        "scheduler": rng.choice([None, *names]),
+        "controlnets": units,
+        "width": rng.choice([64, 96]),
+    }
     request |= rng.choice([{}, {"image": picture(7)}, {"image": picture(7), "mask_image": picture(8).convert("L")}])
-    request["loras"] = [{"name": rng.choice(["one", "two"]), "scale": rng.choice([-1.0, 0.0, 0.5, 1.0])} for _ in range(rng.choice([0, 0, 1, 3]))]
+    request["loras"] = [
+        {"name": rng.choice(["one", "two"]), "scale": rng.choice([-1.0, 0.0, 0.5, 1.0])}
+        for _ in range(rng.choice([0, 0, 1, 3]))
+    ]
     if not flux:
         request |= {"guidance_scale": rng.choice([1.0, 3.0]), "clip_skip": rng.choice([0, 1])}
     return request | (random_acceleration(rng, flux, bool(units)) if rng.random() < 0.5 else {})
@@ -78,22 +103,59 @@ def random_request(rng: random.Random, family: str) -> dict:
 def random_acceleration(rng: random.Random, flux: bool, controlled: bool) -> dict:
     "Whatever makes a request of a family faster."
     start, end = sorted(rng.choice([(0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0)]))
-    options = {"guidance_start": start, "guidance_end": end} | rng.choice([{}, {"compute_dtype": "bfloat16"}, {"vae_precision": "bf16"}, {"vae_tiling": True}, {"guidance_tolerance": 0.5}])
+    options = {"guidance_start": start, "guidance_end": end} | rng.choice(
+        [
+            {},
+            {"compute_dtype": "bfloat16"},
+            {"vae_precision": "bf16"},
+            {"vae_tiling": True},
+            {"guidance_tolerance": 0.5},
+        ]
+    )
     if flux:
-        cache = {} if controlled else rng.choice([{}, {"step_cache": "first_block", "step_cache_threshold": 0.5}, {"step_cache": "taylorseer", "step_cache_interval": 2}])
+        cache = (
+            {}
+            if controlled
+            else rng.choice(
+                [
+                    {},
+                    {"step_cache": "first_block", "step_cache_threshold": 0.5},
+                    {"step_cache": "taylorseer", "step_cache_interval": 2},
+                ]
+            )
+        )
         return {"num_inference_steps": 5, "acceleration": options | cache}
-    cache = {"method": rng.choice(["deepcache", "step_cache"]), "cache_interval": rng.choice([1, 2, 3]), "cache_branch_id": rng.choice([0, 1, 3]), "end": rng.choice([0.5, 1.0])}
-    return {"num_inference_steps": 4, "acceleration": options | {"reuse_control_residuals": rng.choice([None, True, False])}, "deepcache": rng.choice([None, cache, cache])}
+    cache = {
+        "method": rng.choice(["deepcache", "step_cache"]),
+        "cache_interval": rng.choice([1, 2, 3]),
+        "cache_branch_id": rng.choice([0, 1, 3]),
+        "end": rng.choice([0.5, 1.0]),
+    }
+    return {
+        "num_inference_steps": 4,
+        "acceleration": options | {"reuse_control_residuals": rng.choice([None, True, False])},
+        "deepcache": rng.choice([None, cache, cache]),
+    }
 
 
 def disturbances() -> Iterator[dict]:
     "What goes wrong with some requests, before anything is loaded, while it is prepared or in the middle; each kind in turn, without end."
-    return itertools.cycle([
-        {"loras": [{"name": "wrong"}]}, {"loras": [{"name": "nowhere"}]}, {"image": "no picture"}, {"timeout_seconds": 0.001},
-        {"controlnets": [{"model": "nowhere", "image": picture(1)}]}, {"clip_skip": 24}, {"width": 100000}, {"profile": "none"},
-        {"deepcache": {"cache_branch_id": 31}}, {"acceleration": {"compute_dtype": "float16"}}, {"acceleration": {"guidance_start": 0.9, "guidance_end": 0.1}},
-        {"controlnets": [{"model": "canny", "image": picture(1), "preprocessing": {"name": "midas"}}]},
-    ])
+    return itertools.cycle(
+        [
+            {"loras": [{"name": "wrong"}]},
+            {"loras": [{"name": "nowhere"}]},
+            {"image": "no picture"},
+            {"timeout_seconds": 0.001},
+            {"controlnets": [{"model": "nowhere", "image": picture(1)}]},
+            {"clip_skip": 24},
+            {"width": 100000},
+            {"profile": "none"},
+            {"deepcache": {"cache_branch_id": 31}},
+            {"acceleration": {"compute_dtype": "float16"}},
+            {"acceleration": {"guidance_start": 0.9, "guidance_end": 0.1}},
+            {"controlnets": [{"model": "canny", "image": picture(1), "preprocessing": {"name": "midas"}}]},
+        ]
+    )
 
 
 BASES = {  # family -> requests whose pixels must not change
@@ -137,7 +199,9 @@ def check_sequences(models: Path, count: int, seed: int) -> dict[str, int]:
                 end = run_random(service, rng, wrong)
                 ends[end] = ends.get(end, 0) + 1
             family, index = rng.choice(FAMILY_NAMES), rng.randrange(2)
-            assert base_pixels(service, family, index) == wanted[family, index], f"{family}, request {index}, has changed in sequence {number} of seed {seed}"
+            assert base_pixels(service, family, index) == wanted[family, index], (
+                f"{family}, request {index}, has changed in sequence {number} of seed {seed}"
+            )
     return ends
 
 
@@ -147,7 +211,14 @@ def test_a_fixed_request_never_changes(models: Path, seed: int) -> None:
     print(ends)
     assert "internal_error" not in ends
     assert ends["success"] > SEQUENCES / 2  # the sequences did something
-    assert {"cancelled", "timed_out", "unsupported_combination", "lora_not_found", "bad_image", "controlnet_not_found"} <= set(ends)
+    assert {
+        "cancelled",
+        "timed_out",
+        "unsupported_combination",
+        "lora_not_found",
+        "bad_image",
+        "controlnet_not_found",
+    } <= set(ends)
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 """Sweeps: carried out once, whatever happens to the process that sends the requests."""
+
 import asyncio
 import json
 import signal
@@ -13,23 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
-
-import diffusion_workers.sweep.run as sweep_module
-import diffusion_workers.sweep.folder as folder_module
-from diffusion_workers.service.service import DiffusionService
-from diffusion_workers.request.metadata import read_metadata
-from diffusion_workers.models.store import Settings
-from diffusion_workers.request.errors import RequestError
-from diffusion_workers.sweep.run import Sweep
-from diffusion_workers.sweep.folder import request_product
-from diffusion_workers.pipeline.tiny_models import write_tiny_model
-from ez_diffusion_client import Retries, RunPod, Server
-from ez_diffusion_client.errors import ConnectionLost, ServerUnreachable, Unauthorized
 from live_server import live_server
+from PIL import Image
 from runpod_queue import ENDPOINT, PATIENCE, QueueServer, running_worker
 
-PROMPTS = ["a red circle on a white background", "a blue square on a white background", "a green star on a black background", "a yellow ring"]
+import diffusion_workers.sweep.folder as folder_module
+import diffusion_workers.sweep.run as sweep_module
+from diffusion_workers.models.store import Settings
+from diffusion_workers.pipeline.tiny_models import write_tiny_model
+from diffusion_workers.request.errors import RequestError
+from diffusion_workers.request.metadata import read_metadata
+from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.sweep.folder import request_product
+from diffusion_workers.sweep.run import Sweep
+from ez_diffusion_client import Retries, RunPod, Server
+from ez_diffusion_client.errors import ConnectionLost, ServerUnreachable, Unauthorized
+
+PROMPTS = [
+    "a red circle on a white background",
+    "a blue square on a white background",
+    "a green star on a black background",
+    "a yellow ring",
+]
 TWELVE = request_product({"seed": 1, "num_inference_steps": 4}, prompt=PROMPTS, guidance_scale=[1.0, 3.0, 7.0])
 QUICK = Retries(attempts=2, first_pause=0.01, longest_pause=0.05)
 SWEEPING = "import asyncio, json, sys; from ez_diffusion_client import RunPod; from diffusion_workers.sweep.run import Sweep; asyncio.run(Sweep(sys.argv[1], json.loads(sys.argv[2])).run(RunPod('endpoint', api_key='stand-in', url=sys.argv[3]), concurrency=4))"
@@ -50,17 +56,21 @@ def times_carried_out(queue: QueueServer) -> Counter:
 
 # --- an endpoint that answers at once ---------------------------------------
 
+
 @pytest.fixture(scope="module")
 def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     "What a worker returns."
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(folder, "sd15", "tiny")
     with DiffusionService(Settings(model_folders=(folder,), default_model="tiny"), device="cpu") as service:
-        return service.generate(prompt="a red circle", seed=1, num_inference_steps=1).model_dump(mode="json", exclude_none=True)
+        return service.generate(prompt="a red circle", seed=1, num_inference_steps=1).model_dump(
+            mode="json", exclude_none=True
+        )
 
 
 class Instant(QueueServer):
     "A queue whose jobs are done as soon as they are there."
+
     answer: dict[str, Any]
 
     def submit(self, given: Any, sync: bool = False) -> str:
@@ -92,7 +102,9 @@ def cut_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         written.append(what)
 
     append, whole = folder_module.append_lines, folder_module.write_whole
-    monkeypatch.setattr(sweep_module, "append_lines", lambda path, *lines: (before(lines[0]["event"]), append(path, *lines)))
+    monkeypatch.setattr(
+        sweep_module, "append_lines", lambda path, *lines: (before(lines[0]["event"]), append(path, *lines))
+    )
     monkeypatch.setattr(folder_module, "write_whole", lambda path, data: (before(path.suffix), whole(path, data)))
     return written
 
@@ -101,7 +113,9 @@ ONE_REQUEST = ["sending", "job", ".png", ".json"]  # the writes of one
 
 
 @pytest.mark.parametrize("number", range(1, 2 + 3 * len(ONE_REQUEST)))
-def test_a_cut_before_any_write_loses_nothing(number: int, instant: Instant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cut_before_any_write_loses_nothing(
+    number: int, instant: Instant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     "Three requests, one at a time, and an end before each of the writes: nothing is made twice but what was on its way when its id came back."
     with monkeypatch.context() as patched:
         written = cut_at(number, patched)
@@ -125,6 +139,7 @@ def test_a_line_that_was_cut_off_is_passed_over(instant: Instant, tmp_path: Path
 
 def test_a_task_that_is_cancelled_has_its_ids(instant: Instant, tmp_path: Path) -> None:
     "Whoever stops the run while requests are on their way finds their jobs in the folder."
+
     async def stopped() -> None:
         instant.faults["run"].extend([0.5] * 4)
         task = asyncio.ensure_future(Sweep(tmp_path, TWELVE).run(endpoint(instant), concurrency=4))
@@ -140,8 +155,12 @@ def test_a_task_that_is_cancelled_has_its_ids(instant: Instant, tmp_path: Path) 
     assert set(times_carried_out(instant).values()) == {1}
 
 
-@pytest.mark.parametrize("route, faults", [("run", [429, 429, 429]), ("status", [500, 502]), ("status", ["drop", 429, 429, 429])], ids=str)
-def test_an_endpoint_in_trouble(route: str, faults: list, instant: Instant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "route, faults", [("run", [429, 429, 429]), ("status", [500, 502]), ("status", ["drop", 429, 429, 429])], ids=str
+)
+def test_an_endpoint_in_trouble(
+    route: str, faults: list, instant: Instant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     "Too many requests, bad gateways and broken connections: at once or with another run, each request is carried out once."
     monkeypatch.setattr(sweep_module, "_PAUSE", 0.05)
     instant.faults[route].extend(faults)
@@ -202,14 +221,21 @@ def test_a_wrong_request_is_told_before_anything_is_sent(tmp_path: Path) -> None
 
 # --- a server ---------------------------------------------------------------
 
+
 def test_the_same_call_for_a_server(tmp_path: Path) -> None:
     "Pictures, a control map and a failure; the failure is sent again on request alone."
     folder = tmp_path / "models"
     folder.mkdir()
     write_tiny_model(folder, "sd15", "tiny")
-    requests = [*request_product({"num_inference_steps": 2, "num_images": 2}, prompt=["a red circle"], seed=[1, 2]), {"prompt": "a red circle", "model": "nobody"}]
+    requests = [
+        *request_product({"num_inference_steps": 2, "num_images": 2}, prompt=["a red circle"], seed=[1, 2]),
+        {"prompt": "a red circle", "model": "nobody"},
+    ]
     requests[0]["image"] = Image.new("RGB", (64, 64), "red")
-    with DiffusionService(Settings(model_folders=(folder,), default_model="tiny"), device="cpu") as service, live_server(service) as (url, _):
+    with (
+        DiffusionService(Settings(model_folders=(folder,), default_model="tiny"), device="cpu") as service,
+        live_server(service) as (url, _),
+    ):
         told = []
         sweep = run(tmp_path / "sweep", requests, url, on_result=lambda sweep, item: told.append(item.state))
         assert sorted(told) == ["done", "done", "failed"] and sweep.counts() == {"done": 2, "failed": 1}
@@ -218,11 +244,23 @@ def test_the_same_call_for_a_server(tmp_path: Path) -> None:
         assert read_metadata(tmp_path / "sweep" / sweep.items[1].result.generation.images[0].image).plan.seeds == [2, 3]
         assert sweep.contact_sheet(side=64).width > 64
         told.clear()
-        assert run(tmp_path / "sweep", requests, url, retry_failed=True, on_result=lambda sweep, item: told.append(item.state)).items[2].sent == 2
+        assert (
+            run(
+                tmp_path / "sweep",
+                requests,
+                url,
+                retry_failed=True,
+                on_result=lambda sweep, item: told.append(item.state),
+            )
+            .items[2]
+            .sent
+            == 2
+        )
         assert told == ["failed"]
 
 
 # --- two worker processes, and a sweeping process that is killed ------------
+
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QueueServer]:
@@ -231,7 +269,12 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QueueServer]:
     with ExitStack() as stack:
         queue = stack.enter_context(QueueServer())
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda name: stack.enter_context(running_worker(queue, name, logs / f"{name}.txt")), ("first", "second")))
+            list(
+                pool.map(
+                    lambda name: stack.enter_context(running_worker(queue, name, logs / f"{name}.txt")),
+                    ("first", "second"),
+                )
+            )
         yield queue
 
 
@@ -244,7 +287,9 @@ def kill_when(queue: QueueServer, folder: Path, requests: list, results: int) ->
             assert process.poll() is None and time.monotonic() < deadline
             if len(list(folder.glob("results/*.json"))) >= results:
                 process.send_signal(signal.SIGSTOP)  # so that nothing happens between the look and the end
-                ids = {line["job"] for line in folder_module.read_lines(folder / "journal.jsonl") if line["event"] == "job"}
+                ids = {
+                    line["job"] for line in folder_module.read_lines(folder / "journal.jsonl") if line["event"] == "job"
+                }
                 time.sleep(0.1)  # what was sent arrives
                 if ids == set(queue.jobs):
                     return
@@ -263,7 +308,9 @@ def kill_and_resume(queue: QueueServer, folder: Path, requests: list, results: i
     sweep = run(folder, requests, endpoint(queue))
     assert sweep.counts() == {"done": len(requests)}
     assert len(times_carried_out(queue)) == len(requests) and set(times_carried_out(queue).values()) == {1}
-    assert {job.status for job in queue.jobs.values()} == {"COMPLETED"} and {job.taken[0] for job in queue.jobs.values()} == {"first", "second"}
+    assert {job.status for job in queue.jobs.values()} == {"COMPLETED"} and {
+        job.taken[0] for job in queue.jobs.values()
+    } == {"first", "second"}
     for item in sweep.items:
         plan = read_metadata(folder / item.result.generation.images[0].image).plan
         assert (plan.prompt, plan.guidance_scale) == (item.request["prompt"], item.request["guidance_scale"])
@@ -277,14 +324,28 @@ def test_a_sweep_that_is_killed_goes_on(workers: QueueServer, tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_large_sweep_that_is_killed_goes_on(workers: QueueServer, tmp_path: Path) -> None:
     "200 prompts at three guidance scales."
-    prompts = [f"a {color} {shape} on a {ground} background, number {number}" for number in range(10)
-               for color in ("red", "blue", "green", "yellow", "orange") for shape in ("circle", "square") for ground in ("white", "black")]
-    kill_and_resume(workers, tmp_path, request_product({"seed": 1, "num_inference_steps": 2}, prompt=prompts, guidance_scale=[1.0, 3.0, 7.0]), 200)
+    prompts = [
+        f"a {color} {shape} on a {ground} background, number {number}"
+        for number in range(10)
+        for color in ("red", "blue", "green", "yellow", "orange")
+        for shape in ("circle", "square")
+        for ground in ("white", "black")
+    ]
+    kill_and_resume(
+        workers,
+        tmp_path,
+        request_product({"seed": 1, "num_inference_steps": 2}, prompt=prompts, guidance_scale=[1.0, 3.0, 7.0]),
+        200,
+    )
 
 
 def test_a_second_run_of_the_same_folder_is_refused(workers: QueueServer, tmp_path: Path) -> None:
     "And so is one in another process, until the first has ended."
     sweep = Sweep(tmp_path, TWELVE)
     with sweep.writing():
-        done = subprocess.run([sys.executable, "-c", SWEEPING, str(tmp_path), json.dumps(TWELVE), workers.url], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", SWEEPING, str(tmp_path), json.dumps(TWELVE), workers.url],
+            capture_output=True,
+            text=True,
+        )
     assert done.returncode == 1 and "another run is sweeping" in done.stderr

@@ -1,11 +1,11 @@
 """The TypeScript client and the page are made from their sources, and the client works against the real server."""
+
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-
 from project import ROOT
 from runpod_queue import API_KEY, ENDPOINT, QueueServer, running_worker
 from server_process import needs
@@ -33,12 +33,25 @@ def test_client_works_with_a_server_and_a_worker(server: str, tmp_path: Path) ->
     run(str(ROOT / "build.sh"), "packages", "typescript")
     settings = {"DIFFUSION_WORKERS_STREAM": "1", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.05"}
     with QueueServer() as queue, running_worker(queue, "only", tmp_path / "log.txt", **settings):
-        run("npm", "test", "--prefix", str(CLIENT), DIFFUSION_WORKERS_URL=server, RUNPOD_URL=queue.url, RUNPOD_ENDPOINT=ENDPOINT, RUNPOD_KEY=API_KEY)
+        run(
+            "npm",
+            "test",
+            "--prefix",
+            str(CLIENT),
+            DIFFUSION_WORKERS_URL=server,
+            RUNPOD_URL=queue.url,
+            RUNPOD_ENDPOINT=ENDPOINT,
+            RUNPOD_KEY=API_KEY,
+        )
         assert set(queue.asked) == {"run", "status", "stream", "cancel"}
 
 
 def test_client_can_be_packed(tmp_path: Path) -> None:
     run(str(ROOT / "build.sh"), "packages", "typescript")
     run("npm", "pack", str(CLIENT), "--pack-destination", str(tmp_path))
-    listed = subprocess.run(["tar", "tzf", *map(str, tmp_path.glob("*.tgz"))], capture_output=True, text=True, check=True).stdout.split()
-    assert {"package/dist/index.js", "package/dist/index.d.ts", "package/package.json", "package/README.md"} <= set(listed)
+    listed = subprocess.run(
+        ["tar", "tzf", *map(str, tmp_path.glob("*.tgz"))], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {"package/dist/index.js", "package/dist/index.d.ts", "package/package.json", "package/README.md"} <= set(
+        listed
+    )

@@ -1,4 +1,5 @@
 """The panel as an app: Voilà serves `nbs/tutorials/panel.ipynb`, and a visitor makes a picture in a real Chromium."""
+
 import base64
 import io
 import shutil
@@ -8,15 +9,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-
-from diffusion_workers.request.metadata import read_metadata
-from diffusion_workers.shapes.scenes import read_scene
 from project import NBS
 from server_process import PATIENCE, needs
 
+from diffusion_workers.request.metadata import read_metadata
+from diffusion_workers.shapes.scenes import read_scene
+
 playwright = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("voila")
-from jupyter_lab import free_port, running  # noqa: E402 (it needs playwright)
+from jupyter_lab import free_port, running
 
 expect = playwright.expect
 
@@ -32,8 +33,17 @@ def running_voila(notebook: Path) -> Iterator[str]:  # the address of the app
     "Voilà with one notebook, on a free port of this machine."
     port = free_port()
     base = f"http://127.0.0.1:{port}"
-    command = ["voila", notebook.name, "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}", "--Voila.port_retries=0"]
-    with running(command, notebook.parent, f"{base}/voila/templates/base/static/voila.js"):  # to ask for the app itself would start a kernel
+    command = [
+        "voila",
+        notebook.name,
+        "--no-browser",
+        "--Voila.ip=127.0.0.1",
+        f"--port={port}",
+        "--Voila.port_retries=0",
+    ]
+    with running(
+        command, notebook.parent, f"{base}/voila/templates/base/static/voila.js"
+    ):  # to ask for the app itself would start a kernel
         yield base
 
 
@@ -79,4 +89,7 @@ def test_a_visitor_makes_a_picture(page, app: str) -> None:
     data = shown_file(page)
     reading = read_scene(Image.open(io.BytesIO(data)))
     assert read_metadata(data).plan.prompt == PROMPT
-    assert (reading.background, [(found.color, found.shape) for found in reading.objects]) == ("black", [("green", "star")])
+    assert (reading.background, [(found.color, found.shape) for found in reading.objects]) == (
+        "black",
+        [("green", "star")],
+    )

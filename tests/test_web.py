@@ -1,4 +1,5 @@
 """The page in a real Chromium, on the real server with the built-in model."""
+
 import base64
 import io
 import json
@@ -11,23 +12,35 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from ez_diffusion_client import Client, image_bytes
 from PIL import Image, ImageChops, ImageDraw
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-
-from diffusion_workers.request.metadata import read_metadata
 from server_process import PATIENCE, needs, running_server
 
+from diffusion_workers.request.metadata import read_metadata
+from ez_diffusion_client import Client, image_bytes
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    os.environ.get("CHROMIUM")
+    or shutil.which("chromium")
+    or shutil.which("chromium-browser")
+    or shutil.which("google-chrome")
+)
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
 ]
 PROMPT = "a red circle left of a blue square on a white background"
 
 
 # --- a browser, and hands to use it -----------------------------------------
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -42,7 +55,9 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def page(browser: Browser, server: str) -> Iterator[Page]:
     "The page with nothing in its storage; what it writes to the console as an error fails the test."
-    context = browser.new_context(viewport={"width": 1280, "height": 860}, permissions=["clipboard-read", "clipboard-write"])
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 860}, permissions=["clipboard-read", "clipboard-write"]
+    )
     context.set_default_timeout(PATIENCE * 1000)
     shown, complaints = context.new_page(), []
     shown.on("pageerror", lambda error: complaints.append(str(error)))
@@ -69,7 +84,9 @@ def unfold(page: Page, title: str) -> None:
 
 
 def choose_picture(page: Page, path: str, picture: Image.Image) -> None:
-    page.set_input_files(f'[data-picture="{path}"]', {"name": "picture.png", "mimeType": "image/png", "buffer": png(picture)})
+    page.set_input_files(
+        f'[data-picture="{path}"]', {"name": "picture.png", "mimeType": "image/png", "buffer": png(picture)}
+    )
 
 
 def generate(page: Page, count: int = 1) -> bytes:
@@ -107,6 +124,7 @@ def scene() -> Image.Image:
 
 
 # --- what the issue asks of the page ----------------------------------------
+
 
 def test_make(page: Page, server: str) -> None:
     "From a prompt to a picture, with a live preview on the way; the picture is as it was told, and still there after a reload."
@@ -190,7 +208,14 @@ def test_control(page: Page) -> None:
 def test_restore_from_a_picture(page: Page, server: str, kind: str, way: str) -> None:
     "A picture that was made elsewhere is dropped on the page, or pasted, which then makes the very same pixels again."
     with Client(server) as client:
-        asked = dict(prompt="a green star on a navy background", seed=11, num_inference_steps=7, guidance_scale=2.5, scheduler="euler", output={"format": kind})
+        asked = dict(
+            prompt="a green star on a navy background",
+            seed=11,
+            num_inference_steps=7,
+            guidance_scale=2.5,
+            scheduler="euler",
+            output={"format": kind},
+        )
         original = image_bytes(client.generate(**asked))[0]
     bring = """([way, kind, data]) => {
         const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
@@ -202,7 +227,13 @@ def test_restore_from_a_picture(page: Page, server: str, kind: str, way: str) ->
     }"""
     page.evaluate(bring, [way, kind, base64.b64encode(original).decode()])
     expect(page.locator(".status")).to_have_text("Settings restored.")
-    for name, value in {"prompt": "a green star on a navy background", "seed": "11", "num_inference_steps": "7", "guidance_scale": "2.5", "scheduler": "euler"}.items():
+    for name, value in {
+        "prompt": "a green star on a navy background",
+        "seed": "11",
+        "num_inference_steps": "7",
+        "guidance_scale": "2.5",
+        "scheduler": "euler",
+    }.items():
         expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
     made = generate(page)
     assert Image.open(io.BytesIO(made)).format == kind.upper()
@@ -215,7 +246,10 @@ def test_token_is_asked_for(browser: Browser) -> None:
         shown = browser.new_page()
         shown.goto(url)
         expect(shown.locator("[role=status]").first).to_have_text("The server asks for a token.")
-        for word, answer in (("another-word", "The server refuses this token."), ("a-secret-word", re.compile("ready"))):
+        for word, answer in (
+            ("another-word", "The server refuses this token."),
+            ("a-secret-word", re.compile("ready")),
+        ):
             shown.get_by_label("Token").fill(word)
             shown.get_by_role("button", name="Connect").click()
             expect(shown.locator("[role=status]").first).to_have_text(answer)
@@ -270,7 +304,10 @@ def test_grid_and_comparison(page: Page) -> None:
     assert "75%" in clip, clip
     before = page.locator(".frame.compare").screenshot()
     slider.fill("100")
-    assert ImageChops.difference(Image.open(io.BytesIO(before)).convert("RGB"), Image.open(io.BytesIO(page.locator(".frame.compare").screenshot())).convert("RGB")).getbbox()
+    assert ImageChops.difference(
+        Image.open(io.BytesIO(before)).convert("RGB"),
+        Image.open(io.BytesIO(page.locator(".frame.compare").screenshot())).convert("RGB"),
+    ).getbbox()
 
 
 def test_copied_requests_run(page: Page, server: str, tmp_path) -> None:
@@ -301,15 +338,21 @@ def test_narrow_screen(browser: Browser, server: str, scheme: str) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert page.get_by_role("button", name="Generate").bounding_box()["y"] < 800
     unnamed = page.locator("input, select, textarea, button").evaluate_all(
-        "all => all.filter(one => !one.labels?.length && !one.ariaLabel && !one.textContent.trim()).map(one => one.outerHTML)")
+        "all => all.filter(one => !one.labels?.length && !one.ariaLabel && !one.textContent.trim()).map(one => one.outerHTML)"
+    )
     assert not unnamed, f"no name for screen readers: {unnamed}"
-    colours = page.evaluate("['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name].match(/[0-9.]+/g).slice(0, 3).map(Number))")
+    colours = page.evaluate(
+        "['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name].match(/[0-9.]+/g).slice(0, 3).map(Number))"
+    )
     assert contrast(*colours) >= 7, colours
     context.close()
 
 
 def contrast(first: list[float], second: list[float]) -> float:
     "The contrast ratio of WCAG 2 of two sRGB colours."
-    linear = [[part / 255 / 12.92 if part / 255 <= 0.04045 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour] for colour in (first, second)]
+    linear = [
+        [part / 255 / 12.92 if part / 255 <= 0.04045 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour]
+        for colour in (first, second)
+    ]
     light, dark = sorted((0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in linear), reverse=True)
     return (light + 0.05) / (dark + 0.05)

@@ -1,16 +1,17 @@
 """The panels in a real JupyterLab in a real Chromium, with the built-in model: one session, as a user goes through it."""
+
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from jupyter_lab import open_notebook, run_all, running_lab, save, write_notebook
 from PIL import Image
+from server_process import PATIENCE, needs
 
 from diffusion_workers.request.metadata import read_metadata
 from diffusion_workers.shapes.scenes import read_scene
-from jupyter_lab import open_notebook, run_all, running_lab, save, write_notebook
-from server_process import PATIENCE, needs
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
@@ -74,7 +75,9 @@ def choose_file(page, place: str, name: str, data: bytes) -> None:
 
 
 def unfold(page, title: str) -> None:
-    page.locator(".widget-accordion .lm-AccordionPanel-title, .jupyter-widget-Collapse-header", has_text=title).first.click()
+    page.locator(
+        ".widget-accordion .lm-AccordionPanel-title, .jupyter-widget-Collapse-header", has_text=title
+    ).first.click()
 
 
 def paint(page, layer, start: tuple[float, float], end: tuple[float, float]) -> None:
@@ -133,7 +136,10 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     first = kept(folder)[0]
     reading = read_scene(Image.open(first))
     circle = reading.objects[0]
-    assert (reading.background, [(found.color, found.shape) for found in reading.objects]) == ("white", [("red", "circle")])
+    assert (reading.background, [(found.color, found.shape) for found in reading.objects]) == (
+        "white",
+        [("red", "circle")],
+    )
 
     # the page is loaded anew: the panel lives, with its form and its pictures
     save(page)
@@ -155,7 +161,10 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     changed = np.abs(before - after).max(axis=-1) > 0
     row = int(circle.y)
     assert changed[row - 5 : row + 5, 75:105].mean() > 0.1, "the stroke came to nothing"
-    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))  # brush of 21 pixels, softened over 4
+    rows, columns = (
+        np.flatnonzero(changed.any(axis=1)),
+        np.flatnonzero(changed.any(axis=0)),
+    )  # brush of 21 pixels, softened over 4
     assert row - 30 < rows.min() and rows.max() < row + 30 and columns.min() > 40, (row, rows, columns)
 
     # drop the first picture to restore what made it

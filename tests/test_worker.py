@@ -1,4 +1,5 @@
 """The worker as RunPod runs it: the SDK's own loop in a process of its own, against a stand-in queue on loopback."""
+
 import base64
 import io
 import json
@@ -17,13 +18,12 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from project import ROOT
+from runpod_queue import ENDPOINT, PATIENCE, QueuedJob, QueueServer, running_worker, worker_environment
 
 from ez_diffusion_client import Client, RunPod
 from ez_diffusion_client.errors import NotFound
 from ez_diffusion_client.models import OpResult
-import diffusion_workers.request.errors  # noqa: F401, gives OpResult its images
-from project import ROOT
-from runpod_queue import ENDPOINT, PATIENCE, QueuedJob, QueueServer, running_worker, worker_environment
 
 QUICK = {"prompt": "a red circle on a white background", "seed": 1, "num_inference_steps": 2}
 LONG = {"prompt": "a red circle on a white background", "seed": 1, "num_inference_steps": 150, "num_images": 8}
@@ -49,6 +49,7 @@ def failure_of(job: QueuedJob) -> OpResult:
 
 # --- a worker with concurrency ----------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def queue() -> Iterator[QueueServer]:
     with QueueServer() as server:
@@ -59,7 +60,9 @@ def queue() -> Iterator[QueueServer]:
 def worker(queue: QueueServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen, Path]]:
     "A worker that takes four jobs at a time, and its log."
     log = tmp_path_factory.mktemp("worker") / "log.txt"
-    with running_worker(queue, "first", log, DIFFUSION_WORKERS_CONCURRENCY="4", DIFFUSION_WORKERS_PROGRESS_SECONDS="0.1") as process:
+    with running_worker(
+        queue, "first", log, DIFFUSION_WORKERS_CONCURRENCY="4", DIFFUSION_WORKERS_PROGRESS_SECONDS="0.1"
+    ) as process:
         yield process, log
 
 
@@ -68,10 +71,21 @@ def test_success_and_health(queue: QueueServer, worker) -> None:
     made, health, memory, plan = queue.answers(QUICK, {"op": "health"}, {"op": "memory_info"}, {"op": "plan", **QUICK})
     assert [job.status for job in (made, health, memory, plan)] == ["COMPLETED"] * 4
     result = OpResult.model_validate(made.output)
-    assert (result.status.value, result.request_id, result.generation.plan.seeds, result.image.size) == ("success", made.id, [1], (128, 128))
-    assert plan.output["plan"]["prompt"] == QUICK["prompt"] and memory.output["memory"]["models"][0]["model"] == "shapes-sd15"
+    assert (result.status.value, result.request_id, result.generation.plan.seeds, result.image.size) == (
+        "success",
+        made.id,
+        [1],
+        (128, 128),
+    )
+    assert (
+        plan.output["plan"]["prompt"] == QUICK["prompt"]
+        and memory.output["memory"]["models"][0]["model"] == "shapes-sd15"
+    )
     phases = {phase["phase"]: phase["seconds"] for phase in health.output["health"]["startup"]}
-    assert list(phases) == ["interpreter", "imports", "runpod", "device", "weights", "first_picture"] and min(phases.values()) >= 0
+    assert (
+        list(phases) == ["interpreter", "imports", "runpod", "device", "weights", "first_picture"]
+        and min(phases.values()) >= 0
+    )
     assert health.output["health"]["state"] == "ready"
     log = worker[1].read_text()
     assert f"job {made.id}: success" in log and all(f"start-up: {phase}" in log for phase in phases)
@@ -95,7 +109,9 @@ def test_bad_input_fails_with_its_field(queue: QueueServer, worker, given, statu
     job = queue.answers(given)[0]
     result = failure_of(job)
     assert (result.status.value, result.errors[0].field) == (status, field)
-    assert not any(word in job.error for word in (TRACEBACK, str(ROOT), socket.gethostname(), "site-packages")), job.error
+    assert not any(word in job.error for word in (TRACEBACK, str(ROOT), socket.gethostname(), "site-packages")), (
+        job.error
+    )
     assert not job.stop_pod
 
 
@@ -112,7 +128,11 @@ def test_progress_has_steps_time_and_a_preview(queue: QueueServer, worker) -> No
 
 def test_compatible_jobs_share_a_batch(queue: QueueServer, worker) -> None:
     "Four jobs at a time: those behind a long one are made together, each with the picture it gets alone."
-    prompts = ["a red circle on a white background", "a blue square on a white background", "a green star on a black background"]
+    prompts = [
+        "a red circle on a white background",
+        "a blue square on a white background",
+        "a green star on a black background",
+    ]
     asked = [{"prompt": prompt, "seed": seed, "num_inference_steps": 6} for seed, prompt in enumerate(prompts)]
     jobs = queue.answers({**LONG, "num_inference_steps": 60}, *asked)
     shared = [job.output for job in jobs[1:]]
@@ -143,7 +163,14 @@ def test_a_deadline_is_a_failure_with_a_plan(queue: QueueServer, worker) -> None
 
 def test_requests_of_worker_sdxl_get_their_answer(queue: QueueServer, worker) -> None:
     "The schema and the answer of RunPod's own SDXL worker, and a failure in its way."
-    old = {"prompt": "a red circle", "scheduler": "K_EULER", "num_inference_steps": 4, "seed": 3, "num_images": 2, "image_url": None}
+    old = {
+        "prompt": "a red circle",
+        "scheduler": "K_EULER",
+        "num_inference_steps": 4,
+        "seed": 3,
+        "num_images": 2,
+        "image_url": None,
+    }
     made, refused = queue.answers(old, {**old, "high_noise_frac": 7, "image_url": "nothing"})
     assert set(made.output) == {"images", "image_url", "seed"} and made.output["seed"] == 3
     assert len(made.output["images"]) == 2 and made.output["image_url"].startswith("data:image/png;base64,")
@@ -175,7 +202,13 @@ def noise_png(side: int) -> str:
 
 def test_an_answer_over_10_mb_is_encoded_anew(queue: QueueServer, worker) -> None:
     "Without a bucket, what is too large for /run fits afterwards, says so, and holds a picture; /runsync carries it as it is."
-    asked = {"op": "preprocess", "image": noise_png(768), "preprocessing": {"name": "tile"}, "width": 2048, "height": 2048}
+    asked = {
+        "op": "preprocess",
+        "image": noise_png(768),
+        "preprocessing": {"name": "tile"},
+        "width": 2048,
+        "height": 2048,
+    }
     small = queue.answers(asked)[0]
     whole = queue.ended(queue.submit(asked, sync=True))
     assert small.status == whole.status == "COMPLETED"
@@ -223,7 +256,10 @@ def test_memory_stays_flat_over_200_jobs(queue: QueueServer, worker) -> None:
 
 def test_sigterm_loses_nothing(tmp_path: Path) -> None:
     "A running job and one beside it are answered, and then the process ends well."
-    log, more = tmp_path / "log.txt", {"DIFFUSION_WORKERS_CONCURRENCY": "2", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.1"}
+    log, more = (
+        tmp_path / "log.txt",
+        {"DIFFUSION_WORKERS_CONCURRENCY": "2", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.1"},
+    )
     with QueueServer() as queue, running_worker(queue, "fourth", log, **more) as process:
         jobs = [queue.submit({**LONG, "num_inference_steps": 100}), queue.submit({**QUICK, "seed": 5})]
         queue.until(lambda: any(update.get("step") for update in queue.jobs[jobs[0]].updates), "the first step")
@@ -234,6 +270,7 @@ def test_sigterm_loses_nothing(tmp_path: Path) -> None:
 
 
 # --- a worker that streams, with a bucket -----------------------------------
+
 
 def free_port() -> int:
     with socket.socket() as taken:
@@ -248,7 +285,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
     port, log = free_port(), tmp_path_factory.mktemp("store") / "log.txt"
     with log.open("w") as file:
-        process = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=file, stderr=file)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=file, stderr=file
+        )
     try:
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -260,7 +299,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
                 time.sleep(0.1)
         keys = {"aws_access_key_id": "known", "aws_secret_access_key": "hidden-key", "region_name": "us-east-1"}
         boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys).create_bucket(Bucket="pictures")
-        yield {"BUCKET_ENDPOINT_URL": f"http://127.0.0.1:{port}", "BUCKET_NAME": "pictures", "BUCKET_ACCESS_KEY_ID": "known", "BUCKET_SECRET_ACCESS_KEY": "hidden-key"}
+        yield {
+            "BUCKET_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "BUCKET_NAME": "pictures",
+            "BUCKET_ACCESS_KEY_ID": "known",
+            "BUCKET_SECRET_ACCESS_KEY": "hidden-key",
+        }
     finally:
         process.terminate()
         process.wait(60)
@@ -270,7 +314,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def streaming(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[QueueServer, Path]]:
     "A queue with a worker that yields previews, and its log."
     log = tmp_path_factory.mktemp("streaming") / "log.txt"
-    more = {"DIFFUSION_WORKERS_STREAM": "1", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.05", "DIFFUSION_WORKERS_UPLOAD_ALL": "1"}
+    more = {
+        "DIFFUSION_WORKERS_STREAM": "1",
+        "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.05",
+        "DIFFUSION_WORKERS_UPLOAD_ALL": "1",
+    }
     with QueueServer() as queue, running_worker(queue, "second", log, **more, **store):
         yield queue, log
 
@@ -315,10 +363,13 @@ def test_a_stream_is_stopped(streaming) -> None:
 
 # --- starts that fail, and local runs ---------------------------------------
 
+
 def run_handler(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess:
     "A worker process that ends by itself, with what it said."
     command = [sys.executable, "-m", "diffusion_workers.handler", *arguments]
-    return subprocess.run(command, cwd=cwd, env=worker_environment(**more), capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(
+        command, cwd=cwd, env=worker_environment(**more), capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_start(tmp_path: Path) -> None:
@@ -326,17 +377,24 @@ def test_a_model_that_cannot_be_loaded_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("family: sd15\nsource: {folder: not-there}\n")
     with QueueServer() as queue:
         job = queue.submit(QUICK)
-        more = queue.environment("third") | {"DIFFUSION_WORKERS_MODELS": str(tmp_path), "DIFFUSION_WORKERS_DEFAULT_MODEL": "mine"}
+        more = queue.environment("third") | {
+            "DIFFUSION_WORKERS_MODELS": str(tmp_path),
+            "DIFFUSION_WORKERS_DEFAULT_MODEL": "mine",
+        }
         done = run_handler(cwd=tmp_path, **more)
         said = done.stdout + done.stderr
         assert done.returncode == 1 and queue.jobs[job].taken == [], said
-        assert [ping["status"] for ping in queue.pings] == ["unhealthy"] and "folder:not-there" in queue.pings[0]["reason"]
+        assert [ping["status"] for ping in queue.pings] == ["unhealthy"] and "folder:not-there" in queue.pings[0][
+            "reason"
+        ]
         assert TRACEBACK not in said and sum("Fitness check failed" in line for line in said.splitlines()) == 1
 
 
 def test_a_wrong_setting_ends_the_start(tmp_path: Path) -> None:
     done = run_handler(cwd=tmp_path, DIFFUSION_WORKERS_CONCURRENCY="many")
-    assert done.returncode == 2 and done.stderr.startswith("diffusion-workers: DIFFUSION_WORKERS_CONCURRENCY: given 'many'")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "diffusion-workers: DIFFUSION_WORKERS_CONCURRENCY: given 'many'"
+    )
 
 
 def test_samples_are_there() -> None:
@@ -348,7 +406,16 @@ def local_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     "The address of a worker that serves RunPod's local API."
     port, log = free_port(), tmp_path_factory.mktemp("api") / "log.txt"
     with log.open("w") as file:
-        command = [sys.executable, "-m", "diffusion_workers.handler", "--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port)]
+        command = [
+            sys.executable,
+            "-m",
+            "diffusion_workers.handler",
+            "--rp_serve_api",
+            "--rp_api_host",
+            "127.0.0.1",
+            "--rp_api_port",
+            str(port),
+        ]
         process = subprocess.Popen(command, env=worker_environment(), stdout=file, stderr=file, cwd=log.parent)
     try:
         deadline = time.monotonic() + PATIENCE
@@ -421,13 +488,28 @@ def test_every_sample_runs_locally(path: Path, as_file: bool, tmp_path: Path) ->
 
 # --- the command ------------------------------------------------------------
 
+
 def test_check_config_says_what_is_in_force(tmp_path: Path) -> None:
     "Without torch, without secrets; a wrong value exits 2."
     command = [str(Path(sys.executable).parent / "diffusion-workers"), "worker", "--check-config"]
-    more = {"BUCKET_ENDPOINT_URL": "https://store.example.org", "BUCKET_NAME": "pictures", "BUCKET_ACCESS_KEY_ID": "known", "BUCKET_SECRET_ACCESS_KEY": "hidden-key"}
-    done = subprocess.run(command, env=worker_environment(**more), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    more = {
+        "BUCKET_ENDPOINT_URL": "https://store.example.org",
+        "BUCKET_NAME": "pictures",
+        "BUCKET_ACCESS_KEY_ID": "known",
+        "BUCKET_SECRET_ACCESS_KEY": "hidden-key",
+    }
+    done = subprocess.run(
+        command, env=worker_environment(**more), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0 and "hidden-key" not in done.stdout, done.stderr
     assert re.search(r"^BUCKET_NAME +pictures +environment$", done.stdout, re.MULTILINE)
     assert re.search(r"^DIFFUSION_WORKERS_CONCURRENCY +1 +default$", done.stdout, re.MULTILINE)
-    done = subprocess.run(command, env=worker_environment(BUCKET_NAME="pictures"), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(
+        command,
+        env=worker_environment(BUCKET_NAME="pictures"),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
     assert done.returncode == 2 and "BUCKET_ENDPOINT_URL" in done.stderr

@@ -20,16 +20,16 @@ from diffusers import DiffusionPipeline, FirstBlockCacheConfig, MagCacheConfig, 
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
 from diffusers.models.autoencoders.vae import DecoderOutput
 
-from ..planning.acceleration import reuses_residuals
 from .compilation import CompiledBlocks
-from ..pipeline.controlnets import view_of
 from .denoiser_calls import Arithmetic, FluxRun, UNetRun
 from .encoder_cache import EncoderMemory, use_encoder_memory
-from ..models.manifest import MemorySettings
-from ..pipeline.factory import PipelineFactory, use_part
-from ..request.errors import request_error, warning
 from .step_cache import CacheSchedule, use_unet_cache
+from ..models.manifest import MemorySettings
+from ..pipeline.controlnets import view_of
+from ..pipeline.factory import PipelineFactory, use_part
 from ..pipeline.weights import device_of
+from ..planning.acceleration import reuses_residuals
+from ..request.errors import request_error, warning
 from ez_diffusion_client.models import (
     AccelerationOptions,
     ComputeDtype,
@@ -48,7 +48,9 @@ class ModelState:
 
     def __init__(self):
         self.memory = EncoderMemory()
-        self.blocks = CompiledBlocks()  # holds blocks of the denoiser, and not the denoiser, which could never go otherwise
+        self.blocks = (
+            CompiledBlocks()
+        )  # holds blocks of the denoiser, and not the denoiser, which could never go otherwise
 
 
 _states: weakref.WeakKeyDictionary[torch.nn.Module, ModelState] = weakref.WeakKeyDictionary()
@@ -72,8 +74,16 @@ def number_format(options: AccelerationOptions, device: torch.device) -> tuple[A
     if options.compute_dtype is None:
         return nullcontext(), nullcontext
     if options.compute_dtype == ComputeDtype.float16 and device.type == "cpu":
-        raise request_error(ErrorCode.unsupported_combination, "a CPU does not compute in float16", field="acceleration.compute_dtype", given="float16", allowed="bfloat16")
-    return torch.autocast(device.type, enabled=False), partial(torch.autocast, device.type, _DTYPES[options.compute_dtype])
+        raise request_error(
+            ErrorCode.unsupported_combination,
+            "a CPU does not compute in float16",
+            field="acceleration.compute_dtype",
+            given="float16",
+            allowed="bfloat16",
+        )
+    return torch.autocast(device.type, enabled=False), partial(
+        torch.autocast, device.type, _DTYPES[options.compute_dtype]
+    )
 
 
 def has_quick_bfloat16() -> bool:
@@ -94,7 +104,9 @@ def options_here(
     for name in ("compute_dtype", "vae_precision"):
         if getattr(options, name) in (ComputeDtype.bfloat16, VaePrecision.bf16):
             message = "this processor has no instructions for bfloat16, where it is many times slower: float32 was used"
-            notes.append(warning(message, field=f"acceleration.{name}", given=getattr(options, name).value, used="float32"))
+            notes.append(
+                warning(message, field=f"acceleration.{name}", given=getattr(options, name).value, used="float32")
+            )
             options = options.model_copy(update={name: AccelerationOptions.model_fields[name].default})
     return options, notes
 
@@ -111,7 +123,9 @@ def use_decoder(
         if options.vae_precision == VaePrecision.bf16:
             view, device = view_of(vae, vae.forward), device_of(vae).type
 
-            def decode(latents: torch.Tensor, *args, return_dict: bool = True, **kwargs) -> DecoderOutput | tuple[torch.Tensor]:
+            def decode(
+                latents: torch.Tensor, *args, return_dict: bool = True, **kwargs
+            ) -> DecoderOutput | tuple[torch.Tensor]:
                 with torch.autocast(device, torch.bfloat16):
                     pictures = vae.decode(latents, *args, return_dict=False, **kwargs)[0].float()
                 return DecoderOutput(pictures) if return_dict else (pictures,)
@@ -137,10 +151,19 @@ def transformer_cache(
     if options.step_cache == StepCacheName.first_block:
         return FirstBlockCacheConfig(**threshold)
     if options.step_cache == StepCacheName.taylorseer:
-        return TaylorSeerCacheConfig(cache_interval=options.step_cache_interval or 5, disable_cache_before_step=min(3, max(1, steps // 4)), taylor_factors_dtype=dtype, use_lite_mode=True)
+        return TaylorSeerCacheConfig(
+            cache_interval=options.step_cache_interval or 5,
+            disable_cache_before_step=min(3, max(1, steps // 4)),
+            taylor_factors_dtype=dtype,
+            use_lite_mode=True,
+        )
     if options.step_cache == StepCacheName.mag:
         whole = torch.as_tensor(mag_ratios) if mag_ratios else FLUX_MAG_RATIOS
-        return MagCacheConfig(**threshold, num_inference_steps=steps, mag_ratios=nearest_interp(whole, max(of_steps or steps, steps))[-steps:])
+        return MagCacheConfig(
+            **threshold,
+            num_inference_steps=steps,
+            mag_ratios=nearest_interp(whole, max(of_steps or steps, steps))[-steps:],
+        )
     return None
 
 
@@ -163,7 +186,11 @@ def measure_mag_ratios(
     draw: Callable[[], Any],  # makes pictures with it, all in one batch
 ) -> tuple[float, ...]:  # one for each step, the first is 1
     "What a manifest's `mag_ratios` say: how much longer the change by all blocks is than in the step before."
-    blocks = [block for name in ("transformer_blocks", "single_transformer_blocks") for block in getattr(transformer, name, ())]
+    blocks = [
+        block
+        for name in ("transformer_blocks", "single_transformer_blocks")
+        for block in getattr(transformer, name, ())
+    ]
     entered, lengths = [], []
 
     def enter(block: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -181,17 +208,34 @@ def measure_mag_ratios(
     return (1.0, *(float((after / before.clamp_min(1e-8)).mean()) for before, after in pairwise(lengths)))
 
 # %% ../../nbs/52_acceleration/05_apply.ipynb #2c52551a
-def _unet_run(stack: ExitStack, pipe: DiffusionPipeline, plan: GenerationPlan, options: AccelerationOptions, arithmetic: Arithmetic) -> UNetRun:
+def _unet_run(
+    stack: ExitStack,
+    pipe: DiffusionPipeline,
+    plan: GenerationPlan,
+    options: AccelerationOptions,
+    arithmetic: Arithmetic,
+) -> UNetRun:
     cache, cached, schedule = plan.deepcache, None, None
     if cache is not None and cache.cache_interval > 1:
         cached = stack.enter_context(use_unet_cache(pipe.unet, cache))
         schedule = CacheSchedule(cache.cache_interval, cache.start, cache.end)
-    halve = not any(control.control_mode == ControlMode.control for control in plan.controlnets or ())  # that mode looks at both halves
+    halve = not any(
+        control.control_mode == ControlMode.control for control in plan.controlnets or ()
+    )  # that mode looks at both halves
     return UNetRun(pipe, options, cached, schedule, reuses_residuals(cache, plan.acceleration), halve, arithmetic)
 
 
-def _flux_run(stack: ExitStack, pipe: DiffusionPipeline, plan: GenerationPlan, options: AccelerationOptions, arithmetic: Arithmetic, factory: PipelineFactory) -> FluxRun:
-    config = transformer_cache(options, plan.denoising_steps, plan.num_inference_steps, factory.manifest.mag_ratios, pipe.transformer.dtype)
+def _flux_run(
+    stack: ExitStack,
+    pipe: DiffusionPipeline,
+    plan: GenerationPlan,
+    options: AccelerationOptions,
+    arithmetic: Arithmetic,
+    factory: PipelineFactory,
+) -> FluxRun:
+    config = transformer_cache(
+        options, plan.denoising_steps, plan.num_inference_steps, factory.manifest.mag_ratios, pipe.transformer.dtype
+    )
     if config is not None:
         stack.enter_context(use_transformer_cache(pipe.transformer, config))
     return FluxRun(pipe, options, arithmetic, contexts=config is not None)
@@ -218,7 +262,11 @@ def accelerated(
         if wants_compilation(plan, factory) and factory.compilable:
             stack.enter_context(state.blocks.use(getattr(pipe, denoiser_name(pipe))))
         flux = plan.family == ModelFamily.flux
-        run = _flux_run(stack, pipe, plan, options, arithmetic, factory) if flux else _unet_run(stack, pipe, plan, options, arithmetic)
+        run = (
+            _flux_run(stack, pipe, plan, options, arithmetic, factory)
+            if flux
+            else _unet_run(stack, pipe, plan, options, arithmetic)
+        )
         name = denoiser_name(pipe)
         stack.enter_context(use_part(pipe, name, view_of(getattr(pipe, name), run.denoise)))
         if plan.controlnets and run.net is not None:
@@ -238,9 +286,27 @@ def acceleration_notes(pipe: DiffusionPipeline, plan: GenerationPlan, factory: P
     _, notes = options_here(plan, factory.device)
     if wants_compilation(plan, factory):
         if problem := model_state(pipe).blocks.problem:
-            notes.append(warning("torch.compile failed, so the model ran as it is", field="acceleration.torch_compile", given=problem))
+            notes.append(
+                warning(
+                    "torch.compile failed, so the model ran as it is", field="acceleration.torch_compile", given=problem
+                )
+            )
         elif not factory.compilable:
-            notes.append(warning("with its weights kept as the manifest says, the model ran without torch.compile", field="acceleration.torch_compile", given=True, used=False))
+            notes.append(
+                warning(
+                    "with its weights kept as the manifest says, the model ran without torch.compile",
+                    field="acceleration.torch_compile",
+                    given=True,
+                    used=False,
+                )
+            )
         elif model_state(pipe).blocks.left_out:
-            notes.append(warning("with a LoRA the model ran without torch.compile", field="acceleration.torch_compile", given=True, used=False))
+            notes.append(
+                warning(
+                    "with a LoRA the model ran without torch.compile",
+                    field="acceleration.torch_compile",
+                    given=True,
+                    used=False,
+                )
+            )
     return notes

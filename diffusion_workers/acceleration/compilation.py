@@ -31,7 +31,9 @@ def compiled_frames() -> int:
     return int(counters["frames"]["ok"])
 
 # %% ../../nbs/52_acceleration/04_compilation.ipynb #269b2239
-RECOMPILE_LIMIT = 64  # forms of one block: widths, sizes of the picture and of the batch; torch's own limit of 8 is soon used up
+RECOMPILE_LIMIT = (
+    64  # forms of one block: widths, sizes of the picture and of the batch; torch's own limit of 8 is soon used up
+)
 
 
 class CompiledBlocks:
@@ -60,7 +62,9 @@ class CompiledBlocks:
                     if not type(exc).__module__.startswith(("torch._dynamo", "torch._inductor")):
                         raise
                     self.problem = f"{type(exc).__name__}: {' '.join(str(exc).split())[:300]}"
-                    logging.getLogger(__name__).warning("torch.compile failed, the model runs as it is: %s", self.problem)
+                    logging.getLogger(__name__).warning(
+                        "torch.compile failed, the model runs as it is: %s", self.problem
+                    )
             return block._call_impl(*args, **kwargs)
 
         return call

@@ -6,7 +6,7 @@
 __all__ = ['Arithmetic', 'second_half', 'Guidance', 'UNetRun', 'FluxRun']
 
 # %% ../../nbs/52_acceleration/03_denoiser_calls.ipynb #0e25c621
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -79,7 +79,11 @@ class UNetRun:
         self.unet, self.net = getattr(pipe, "unet", None), getattr(pipe, "controlnet", None)
         self.call_unet = cached or (lambda shallow, *args, **kwargs: self.unet.forward(*args, **kwargs))
         self.schedule, self.reuse_residuals, self.halve_controls = schedule, reuse_residuals, halve_controls
-        self.index, self.whole, self.control_calls = 0, 0, 0  # calls of the denoiser, those that were whole, calls of ControlNets
+        self.index, self.whole, self.control_calls = (
+            0,
+            0,
+            0,
+        )  # calls of the denoiser, those that were whole, calls of ControlNets
         self._scales: tuple[float, ...] = ()
         self._shallow: bool | None = None  # of the call that comes; None while it is open
         self._residuals: Any = None
@@ -142,7 +146,12 @@ class FluxRun:
         arithmetic: Arithmetic = nullcontext,
         contexts: bool = False,  # whether a cache on the transformer has to be told which prompt a call is for
     ):
-        self.pipe, self.transformer, self.guidance, self.arithmetic = pipe, pipe.transformer, Guidance(options), arithmetic
+        self.pipe, self.transformer, self.guidance, self.arithmetic = (
+            pipe,
+            pipe.transformer,
+            Guidance(options),
+            arithmetic,
+        )
         self.context = self.transformer.cache_context if contexts else nullcontext
         self.net = getattr(pipe, "controlnet", None)
         self.index, self.calls = -1, 0  # of the step; calls of the transformer that were computed
@@ -165,7 +174,9 @@ class FluxRun:
             return (self._prompted,)
         self.calls += 1
         with self.arithmetic(), self.context("uncond" if again else "cond"):
-            predicted = self.transformer.forward(hidden_states, *args, timestep=timestep, **kwargs)[0].to(hidden_states.dtype)
+            predicted = self.transformer.forward(hidden_states, *args, timestep=timestep, **kwargs)[0].to(
+                hidden_states.dtype
+            )
         if again:
             self.guidance.watch(predicted, self._prompted)
         else:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from ..pipeline.controlnets import view_of
 from ..lora.layers import LoraLayer
+from ..pipeline.controlnets import view_of
 from ..pipeline.factory import use_part
 
 # %% ../../nbs/52_acceleration/02_encoder_cache.ipynb #6fde8b00
@@ -26,7 +26,15 @@ def tensor_bytes(value: Any) -> int:  # of all tensors inside
     "How much memory something takes."
     if isinstance(value, torch.Tensor):
         return value.nbytes
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else vars(value).values() if hasattr(value, "__dict__") else ()
+    inner = (
+        value.values()
+        if isinstance(value, Mapping)
+        else value
+        if isinstance(value, (list, tuple))
+        else vars(value).values()
+        if hasattr(value, "__dict__")
+        else ()
+    )
     return sum(tensor_bytes(item) for item in inner)
 
 
@@ -76,7 +84,9 @@ def fingerprint(*values: Any) -> str:  # hexadecimal
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
             array = value.detach().cpu().contiguous()
-            digest.update(f"{tuple(array.shape)}{array.dtype}".encode() + array.flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                f"{tuple(array.shape)}{array.dtype}".encode() + array.flatten().view(torch.uint8).numpy().tobytes()
+            )
         elif isinstance(value, Mapping):
             [add(item) for pair in sorted(value.items()) for item in pair]
         elif isinstance(value, (list, tuple)):
@@ -98,6 +108,7 @@ def remembering(
     name: str,  # of the encoder, part of the key
 ) -> torch.nn.Module:
     "A view of a text encoder that answers from memory what it was asked before."
+
     def forward(*args, **kwargs) -> Any:
         key = name, fingerprint(args, kwargs)
         found = memory.get(key)

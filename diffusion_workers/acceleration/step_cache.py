@@ -62,11 +62,19 @@ def find_branch(
     ids = [3 * block + layer for block, count in enumerate(layers) for layer in range(min(count, 2) + 1)]
     if branch_id not in ids:
         allowed = ", ".join(map(str, ids)) + " for this model"
-        raise request_error(ErrorCode.out_of_range, "the denoiser has no such branch", field="deepcache.cache_branch_id", given=branch_id, allowed=allowed)
+        raise request_error(
+            ErrorCode.out_of_range,
+            "the denoiser has no such branch",
+            field="deepcache.cache_branch_id",
+            given=branch_id,
+            allowed=allowed,
+        )
     return Branch(*divmod(branch_id, 3))
 
 # %% ../../nbs/52_acceleration/01_step_cache.ipynb #782c8b3f
-def _entry(unet: UNet2DConditionModel, branch: Branch) -> tuple[int, int, int]:  # up block, its layer, channels that come from below
+def _entry(
+    unet: UNet2DConditionModel, branch: Branch
+) -> tuple[int, int, int]:  # up block, its layer, channels that come from below
     block = len(unet.up_blocks) - 1 - branch.block
     layers = unet.up_blocks[block].resnets
     layer = len(layers) - 1 - branch.layer
@@ -100,7 +108,9 @@ def _time_embedding(unet: UNet2DConditionModel, sample, timestep, states, timest
     return embedded if unet.time_embed_act is None else unet.time_embed_act(embedded)
 
 
-def _layers(block: torch.nn.Module) -> list[tuple[torch.nn.Module, torch.nn.Module | None]]:  # each with its attention, where it has one
+def _layers(
+    block: torch.nn.Module,
+) -> list[tuple[torch.nn.Module, torch.nn.Module | None]]:  # each with its attention, where it has one
     attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
     return list(zip(block.resnets, attentions))
 
@@ -121,8 +131,12 @@ def shallow_step(
 ) -> tuple[torch.Tensor]:  # like the sample
     "What the U-Net would say, with everything inside of the branch as it was."
     time = _time_embedding(unet, sample, timestep, encoder_hidden_states, timestep_cond, added_cond_kwargs)
-    states = unet.process_encoder_hidden_states(encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added_cond_kwargs)
-    attend = lambda attention, hidden: attention(hidden, encoder_hidden_states=states, cross_attention_kwargs=cross_attention_kwargs, return_dict=False)[0]
+    states = unet.process_encoder_hidden_states(
+        encoder_hidden_states=encoder_hidden_states, added_cond_kwargs=added_cond_kwargs
+    )
+    attend = lambda attention, hidden: attention(
+        hidden, encoder_hidden_states=states, cross_attention_kwargs=cross_attention_kwargs, return_dict=False
+    )[0]
     hidden = unet.conv_in(2 * sample - 1 if unet.config.center_input_sample else sample)
     skips = _down(unet, branch, hidden, time, attend)
     if down_block_additional_residuals is not None:
@@ -136,7 +150,9 @@ def shallow_step(
 Attend = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
 
 
-def _down(unet: UNet2DConditionModel, branch: Branch, hidden: torch.Tensor, time: torch.Tensor, attend: Attend) -> list[torch.Tensor]:
+def _down(
+    unet: UNet2DConditionModel, branch: Branch, hidden: torch.Tensor, time: torch.Tensor, attend: Attend
+) -> list[torch.Tensor]:
     skips = [hidden]
     for index, block in enumerate(unet.down_blocks[: branch.block + 1]):
         layers = _layers(block)[: branch.layer] if index == branch.block else _layers(block)
@@ -151,7 +167,14 @@ def _down(unet: UNet2DConditionModel, branch: Branch, hidden: torch.Tensor, time
     return skips
 
 
-def _up(unet: UNet2DConditionModel, branch: Branch, hidden: torch.Tensor, skips: list[torch.Tensor], time: torch.Tensor, attend: Attend) -> torch.Tensor:
+def _up(
+    unet: UNet2DConditionModel,
+    branch: Branch,
+    hidden: torch.Tensor,
+    skips: list[torch.Tensor],
+    time: torch.Tensor,
+    attend: Attend,
+) -> torch.Tensor:
     first, entry, _ = _entry(unet, branch)
     uneven = any(side % 2**unet.num_upsamplers for side in skips[0].shape[-2:])
     for index, block in enumerate(unet.up_blocks[first:], start=first):
@@ -168,7 +191,13 @@ def _helper(unet: UNet2DConditionModel, branch: Branch):  # a DeepCacheSDHelper 
         from DeepCache import DeepCacheSDHelper
     except ImportError:
         hint = "install DeepCache, or set deepcache.method to step_cache, which needs no package"
-        raise request_error(ErrorCode.unsupported_combination, "the package DeepCache is not installed", field="deepcache.method", given="deepcache", hint=hint) from None
+        raise request_error(
+            ErrorCode.unsupported_combination,
+            "the package DeepCache is not installed",
+            field="deepcache.method",
+            given="deepcache",
+            hint=hint,
+        ) from None
 
     class Told(DeepCacheSDHelper):
         def wrap_unet_forward(self) -> None:
@@ -216,7 +245,13 @@ def package_cache(unet: UNet2DConditionModel, branch: Branch) -> Iterator[Cached
 def own_cache(unet: UNet2DConditionModel, branch: Branch) -> Iterator[CachedUNet]:
     "This project's own."
     with kept_features(unet, branch) as kept:
-        yield lambda shallow, *args, **kwargs: shallow_step(unet, branch, kept["features"], *args, **kwargs) if shallow else unet.forward(*args, **kwargs)
+        yield (
+            lambda shallow, *args, **kwargs: (
+                shallow_step(unet, branch, kept["features"], *args, **kwargs)
+                if shallow
+                else unet.forward(*args, **kwargs)
+            )
+        )
 
 
 CACHES = {UNetCacheMethod.deepcache: package_cache, UNetCacheMethod.step_cache: own_cache}

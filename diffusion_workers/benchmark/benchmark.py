@@ -72,7 +72,9 @@ class Sample:
 
 
 @contextmanager
-def peak_memory(device: torch.device, every: float = 0.01) -> Iterator[Callable[[], int]]:  # seconds between looks; a function that gives the peak so far, in bytes
+def peak_memory(
+    device: torch.device, every: float = 0.01
+) -> Iterator[Callable[[], int]]:  # seconds between looks; a function that gives the peak so far, in bytes
     "Watch how much memory is used inside the block."
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -94,7 +96,9 @@ def peak_memory(device: torch.device, every: float = 0.01) -> Iterator[Callable[
         watcher.join()
 
 
-def measure(name: str, number: int, work: Callable[[], tuple[Image.Image, Mapping[str, float]]], device: torch.device) -> tuple[Sample, Image.Image]:
+def measure(
+    name: str, number: int, work: Callable[[], tuple[Image.Image, Mapping[str, float]]], device: torch.device
+) -> tuple[Sample, Image.Image]:
     "Run something once and note what it took."
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with peak_memory(device) as peak:
@@ -114,6 +118,7 @@ DIFFERENCES: dict[str, Measure] = {"psnr": psnr, "ssim": ssim}
 
 def service_work(service: DiffusionService, request: Mapping[str, Any]) -> Work:
     "A picture from the service; raises RuntimeError when there is none."
+
     def work() -> tuple[Image.Image, Mapping[str, float]]:
         result = service.generate(**request)
         if result.status != "success":
@@ -136,8 +141,17 @@ def environment(device: torch.device) -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": str(device), "machine": machine, "processors": psutil.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(), "packages": found}
+    machine = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    return {
+        "device": str(device),
+        "machine": machine,
+        "processors": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": found,
+    }
 
 
 def run_scenarios(
@@ -158,12 +172,16 @@ def run_scenarios(
             sample, pictures[name] = call(name)
             samples += [sample] if number >= 0 else []
     exact = pictures[next(iter(works))]
-    quality = {name: {label: float(judge(pictures[name], exact)) for label, judge in measures.items()} for name in works}
+    quality = {
+        name: {label: float(judge(pictures[name], exact)) for label, judge in measures.items()} for name in works
+    }
     return BenchmarkResult(list(works), samples, quality, environment(device), pictures)
 
 
 def run_benchmark(
-    scenarios: Mapping[str, Scenario],  # name -> fields over the request, or a function; the first is what the others are compared with
+    scenarios: Mapping[
+        str, Scenario
+    ],  # name -> fields over the request, or a function; the first is what the others are compared with
     request: Mapping[str, Any],  # fields that all share; give a seed
     service: DiffusionService,
     rounds: int = 5,
@@ -172,7 +190,10 @@ def run_benchmark(
 ) -> "BenchmarkResult":
     "Run settings of a request in turn, through the service."
     request = {"seed": 0} | dict(request)
-    works = {name: scenario if callable(scenario) else service_work(service, request | dict(scenario)) for name, scenario in scenarios.items()}
+    works = {
+        name: scenario if callable(scenario) else service_work(service, request | dict(scenario))
+        for name, scenario in scenarios.items()
+    }
     return run_scenarios(works, rounds, warm_up, service.device, measures)
 
 # %% ../../nbs/66_benchmark/01_benchmark.ipynb #1c39db42
@@ -192,7 +213,9 @@ class BenchmarkResult:
 
     def ratios(self, name: str, baseline: str | None = None) -> list[float]:
         "How many times as fast as the baseline, round by round."
-        return [base / own for base, own in zip(self.seconds(baseline or self.names[0]), self.seconds(name), strict=True)]
+        return [
+            base / own for base, own in zip(self.seconds(baseline or self.names[0]), self.seconds(name), strict=True)
+        ]
 
     def rows(self) -> list[dict[str, Any]]:
         "One for each scenario: medians with smallest and largest, memory, quality."
@@ -200,11 +223,20 @@ class BenchmarkResult:
         for name in self.names:
             own, ratios = [s for s in self.samples if s.scenario == name], self.ratios(name)
             seconds = [s.seconds for s in own]
-            found.append({
-                "scenario": name, "seconds": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds),
-                "times as fast": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
-                "cpu seconds": statistics.median(s.cpu_seconds for s in own), "peak MB": max(s.peak_bytes for s in own) / 1e6, **self.quality.get(name, {}),
-            })
+            found.append(
+                {
+                    "scenario": name,
+                    "seconds": statistics.median(seconds),
+                    "fastest": min(seconds),
+                    "slowest": max(seconds),
+                    "times as fast": statistics.median(ratios),
+                    "least": min(ratios),
+                    "most": max(ratios),
+                    "cpu seconds": statistics.median(s.cpu_seconds for s in own),
+                    "peak MB": max(s.peak_bytes for s in own) / 1e6,
+                    **self.quality.get(name, {}),
+                }
+            )
         return found
 
     def to_dataframe(self):
@@ -217,8 +249,16 @@ class BenchmarkResult:
         "The rows as a table, the times with their spread."
         rows, names = self.rows(), list(next(iter(self.quality.values()), {}))
         head = ["scenario", "seconds", "times as fast", "peak MB", *names]
-        cells = [[r["scenario"], f"{r['seconds']:.3f} ({r['fastest']:.3f} to {r['slowest']:.3f})", f"{r['times as fast']:.2f} ({r['least']:.2f} to {r['most']:.2f})",
-                  f"{r['peak MB']:.0f}", *(f"{r[name]:.3g}" for name in names)] for r in rows]
+        cells = [
+            [
+                r["scenario"],
+                f"{r['seconds']:.3f} ({r['fastest']:.3f} to {r['slowest']:.3f})",
+                f"{r['times as fast']:.2f} ({r['least']:.2f} to {r['most']:.2f})",
+                f"{r['peak MB']:.0f}",
+                *(f"{r[name]:.3g}" for name in names),
+            ]
+            for r in rows
+        ]
         return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *cells])
 
     def _repr_markdown_(self) -> str:
@@ -229,7 +269,12 @@ class BenchmarkResult:
 # %% ../../nbs/66_benchmark/01_benchmark.ipynb #7585b16e
 def save_result(result: BenchmarkResult, path: Path | str) -> None:
     "Write a result as JSON."
-    content = {"names": result.names, "samples": [asdict(s) for s in result.samples], "quality": result.quality, "environment": result.environment}
+    content = {
+        "names": result.names,
+        "samples": [asdict(s) for s in result.samples],
+        "quality": result.quality,
+        "environment": result.environment,
+    }
     Path(path).write_text(json.dumps(content, indent=1))
 
 
@@ -237,7 +282,9 @@ def load_result(path: Path | str) -> BenchmarkResult:
     "Read what `save_result` wrote; raises ValueError for another file."
     try:
         content = json.loads(Path(path).read_text())
-        return BenchmarkResult(content["names"], [Sample(**s) for s in content["samples"]], content["quality"], content["environment"])
+        return BenchmarkResult(
+            content["names"], [Sample(**s) for s in content["samples"]], content["quality"], content["environment"]
+        )
     except (KeyError, TypeError, json.JSONDecodeError) as exc:
         raise ValueError(f"{Path(path).name} is no saved benchmark: {exc!r}") from None
 
@@ -249,7 +296,11 @@ def compare_results(before: BenchmarkResult, after: BenchmarkResult) -> str:  # 
         if name in after.names:
             then, now = (statistics.median(r.seconds(name)) for r in (before, after))
             lines.append(f"| {name} | {then:.3f} s | {now:.3f} s | {then / now:.2f} |")
-    changed = [f"{key}: {before.environment.get(key)} then, {value} now" for key, value in after.environment.items() if before.environment.get(key) != value]
+    changed = [
+        f"{key}: {before.environment.get(key)} then, {value} now"
+        for key, value in after.environment.items()
+        if before.environment.get(key) != value
+    ]
     note = "\n\nNot on the same footing: " + "; ".join(changed) if changed else ""
     return "\n".join(lines) + note
 
@@ -259,10 +310,15 @@ def pareto(
 ) -> list[str]:  # from the slowest to the fastest
     "The names that no other beats in both."
     beaten = lambda a, b: b[0] >= a[0] and b[1] >= a[1] and b != a
-    return sorted((name for name, point in points.items() if not any(beaten(point, other) for other in points.values())), key=lambda name: points[name][0])
+    return sorted(
+        (name for name, point in points.items() if not any(beaten(point, other) for other in points.values())),
+        key=lambda name: points[name][0],
+    )
 
 
-def _label(ax, points: Mapping[str, tuple[float, float]]) -> None:  # each label beside its point, higher or lower where it would cover another
+def _label(
+    ax, points: Mapping[str, tuple[float, float]]
+) -> None:  # each label beside its point, higher or lower where it would cover another
     from matplotlib.transforms import Bbox
 
     ax.figure.draw_without_rendering()  # so that places on the page are known
@@ -331,7 +387,10 @@ def adherence(
     right = 0
     for first in range(0, len(cases), batch):
         part = list(enumerate(cases))[first : first + batch]
-        waiting = [(judge, service.submit(**dict(fields) | {"prompt": caption, "seed": seed})) for seed, (caption, judge) in part]
+        waiting = [
+            (judge, service.submit(**dict(fields) | {"prompt": caption, "seed": seed}))
+            for seed, (caption, judge) in part
+        ]
         for judge, generation in waiting:
             result = generation.result()
             if result.status != "success":
@@ -346,7 +405,12 @@ def forward_seconds(
 ) -> Iterator[dict[str, float]]:  # name -> seconds inside of its forward, decode and encode
     "Add up the time that networks spend in their passes, shallow ones too, inside the block."
     spent = dict.fromkeys(networks, 0.0)
-    before = [(module, method, vars(module).get(method)) for module in networks.values() for method in ("forward", "encode", "decode") if hasattr(module, method)]
+    before = [
+        (module, method, vars(module).get(method))
+        for module in networks.values()
+        for method in ("forward", "encode", "decode")
+        if hasattr(module, method)
+    ]
 
     def timed(name: str, call: Callable) -> Callable:
         def run(*args, **kwargs):
@@ -366,7 +430,10 @@ def forward_seconds(
         for method in ("forward", "encode", "decode"):
             if hasattr(module, method):
                 vars(module)[method] = timed(name, getattr(module, method))
-    shallow, spent["shallow steps"] = step_cache.shallow_step, 0.0  # which call the layers of a U-Net, and not its forward
+    shallow, spent["shallow steps"] = (
+        step_cache.shallow_step,
+        0.0,
+    )  # which call the layers of a U-Net, and not its forward
     step_cache.shallow_step = timed("shallow steps", shallow)
     try:
         yield spent
@@ -417,14 +484,26 @@ def run_fresh(
 ) -> BenchmarkResult:
     "The first picture of each scenario, each in a new process, from its start to its end; without figures of quality."
     samples, order = [], random.Random(0)
-    inputs = {name: as_request(None, dict(request) | dict(fields)).model_dump_json(exclude_unset=True) for name, fields in scenarios.items()}
+    inputs = {
+        name: as_request(None, dict(request) | dict(fields)).model_dump_json(exclude_unset=True)
+        for name, fields in scenarios.items()
+    }
     for number in range(rounds):
         for name in order.sample(list(scenarios), len(scenarios)):
-            began, call = time.perf_counter(), [sys.executable, "-c", "from diffusion_workers.benchmark.benchmark import first_picture; first_picture()"]
+            began, call = (
+                time.perf_counter(),
+                [
+                    sys.executable,
+                    "-c",
+                    "from diffusion_workers.benchmark.benchmark import first_picture; first_picture()",
+                ],
+            )
             done = subprocess.run(call, input=inputs[name], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{name} made no picture: {done.stderr.strip().splitlines()[-1]}")
-            samples.append(Sample(name, number, time.perf_counter() - began, **json.loads(done.stdout.splitlines()[-1])))
+            samples.append(
+                Sample(name, number, time.perf_counter() - began, **json.loads(done.stdout.splitlines()[-1]))
+            )
     return BenchmarkResult(list(scenarios), samples, {}, environment(torch.device("cpu")))
 
 # %% ../../nbs/66_benchmark/01_benchmark.ipynb #6e2a060c
@@ -439,7 +518,9 @@ def clip_score(
     model, processor = CLIPModel.from_pretrained(source).to(device).eval(), CLIPProcessor.from_pretrained(source)
 
     def score(picture: Image.Image, exact: Image.Image) -> float:
-        inputs = processor(text=[prompt], images=[picture], return_tensors="pt", padding=True, truncation=True).to(device)
+        inputs = processor(text=[prompt], images=[picture], return_tensors="pt", padding=True, truncation=True).to(
+            device
+        )
         with torch.no_grad():
             out = model(**inputs)
         return max(0.0, 100 * float(torch.nn.functional.cosine_similarity(out.text_embeds, out.image_embeds)[0]))
@@ -454,7 +535,9 @@ def lpips_distance(net: str = "alex", device: str = "cpu") -> Measure:  # alex, 
     except ImportError:
         raise ImportError("LPIPS is measured by the package lpips: pip install lpips") from None
     network = lpips.LPIPS(net=net, verbose=False).to(device).eval()
-    tensor = lambda p: torch.from_numpy(np.asarray(p.convert("RGB"), np.float32) / 127.5 - 1).permute(2, 0, 1)[None].to(device)
+    tensor = lambda p: (
+        torch.from_numpy(np.asarray(p.convert("RGB"), np.float32) / 127.5 - 1).permute(2, 0, 1)[None].to(device)
+    )
 
     def distance(picture: Image.Image, exact: Image.Image) -> float:
         with torch.no_grad():

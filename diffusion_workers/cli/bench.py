@@ -19,12 +19,25 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     "Give a parser the options of the benchmark."
     parser.description = "Time settings of a request in turn, and say what they do to the picture."
     parser.add_argument("--model", help="a model; absent, the default one")
-    parser.add_argument("--prompt", default="a red circle left of a blue square on a white background", help="what is drawn")
+    parser.add_argument(
+        "--prompt", default="a red circle left of a blue square on a white background", help="what is drawn"
+    )
     parser.add_argument("--steps", type=int, help="num_inference_steps; absent, the model's own")
-    parser.add_argument("--scenarios", metavar="FILE", help="JSON: a name and fields of a request for each scenario; absent, the model's profiles and step caches")
+    parser.add_argument(
+        "--scenarios",
+        metavar="FILE",
+        help="JSON: a name and fields of a request for each scenario; absent, the model's profiles and step caches",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="runs of each scenario that count; 5 when absent")
-    parser.add_argument("--fresh", action="store_true", help="a new process for every run: start, weights and first picture")
-    parser.add_argument("--adherence", type=int, metavar="N", help="on the built-in models: of N captions, how many pictures are as asked")
+    parser.add_argument(
+        "--fresh", action="store_true", help="a new process for every run: start, weights and first picture"
+    )
+    parser.add_argument(
+        "--adherence",
+        type=int,
+        metavar="N",
+        help="on the built-in models: of N captions, how many pictures are as asked",
+    )
     parser.add_argument("--out", metavar="FILE", help="save the samples as JSON")
     parser.add_argument("--compare", metavar="FILE", help="a result that was saved before")
     parser.add_argument("--plot", metavar="FILE", help="save speed against SSIM as PNG or SVG; needs matplotlib")
@@ -36,10 +49,14 @@ def read_scenarios(path: Path | str) -> dict[str, dict[str, Any]]:
         content = json.loads(Path(path).read_text())
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
-        raise request_error(ErrorCode.malformed_json, f"the scenarios cannot be read ({reason})", field="--scenarios", given=str(path)) from None
+        raise request_error(
+            ErrorCode.malformed_json, f"the scenarios cannot be read ({reason})", field="--scenarios", given=str(path)
+        ) from None
     if not isinstance(content, dict) or not content or not all(isinstance(fields, dict) for fields in content.values()):
         allowed = 'such as {"exact": {}, "cached": {"deepcache": {"cache_interval": 3}}}'
-        raise request_error(ErrorCode.wrong_type, "these are no scenarios", field="--scenarios", given=Path(path).name, allowed=allowed)
+        raise request_error(
+            ErrorCode.wrong_type, "these are no scenarios", field="--scenarios", given=Path(path).name, allowed=allowed
+        )
     return content
 
 
@@ -50,14 +67,21 @@ def usual_scenarios(manifest) -> dict[str, dict[str, Any]]:
     } if manifest.family != ModelFamily.flux else {
         "first block cache": {"acceleration": {"step_cache": "first_block"}}, "TaylorSeer": {"acceleration": {"step_cache": "taylorseer"}},
     }  # fmt: skip
-    return {"exact": {"profile": "exact"}} | {name: {"profile": name} for name in manifest.profiles if name != "exact"} | {name: {"profile": "exact"} | fields for name, fields in caches.items()}
+    return (
+        {"exact": {"profile": "exact"}}
+        | {name: {"profile": name} for name in manifest.profiles if name != "exact"}
+        | {name: {"profile": "exact"} | fields for name, fields in caches.items()}
+    )
 
 # %% ../../nbs/80_cli/02_bench.ipynb #0cfb9da0
 def _adherence_lines(service, scenarios: dict[str, dict[str, Any]], common: dict[str, Any], count: int) -> list[str]:
     from diffusion_workers.benchmark.benchmark import adherence
     from diffusion_workers.shapes.scenes import held_out_prompts, matches, read_scene
 
-    cases = [(caption, lambda picture, scene=scene: matches(read_scene(picture), scene)) for scene, caption in held_out_prompts(count, 1)]
+    cases = [
+        (caption, lambda picture, scene=scene: matches(read_scene(picture), scene))
+        for scene, caption in held_out_prompts(count, 1)
+    ]
     lines = ["", "| scenario | as asked | standard error |", "|---|---|---|"]
     fields = {name: value for name, value in common.items() if name not in ("prompt", "seed")}
     for name, settings in scenarios.items():
@@ -70,16 +94,35 @@ def command_bench(arguments: argparse.Namespace) -> int:  # the exit code
     "Time scenarios and print what came out."
     if arguments.rounds < 1 or (arguments.adherence is not None and arguments.adherence < 1):
         field = "--rounds" if arguments.rounds < 1 else "--adherence"
-        raise request_error(ErrorCode.out_of_range, "there is nothing to be measured", field=field, given=min(arguments.rounds, arguments.adherence or 1), allowed="at least 1")
-    from diffusion_workers.benchmark.benchmark import compare_results, load_result, plot_result, run_benchmark, run_fresh, save_result
+        raise request_error(
+            ErrorCode.out_of_range,
+            "there is nothing to be measured",
+            field=field,
+            given=min(arguments.rounds, arguments.adherence or 1),
+            allowed="at least 1",
+        )
+    from diffusion_workers.benchmark.benchmark import (
+        compare_results,
+        load_result,
+        plot_result,
+        run_benchmark,
+        run_fresh,
+        save_result,
+    )
     from diffusion_workers.service.service import DiffusionService
 
     before = load_result(arguments.compare) if arguments.compare else None
     with DiffusionService() as service:
         manifest = service.manifest(arguments.model)
         scenarios = read_scenarios(arguments.scenarios) if arguments.scenarios else usual_scenarios(manifest)
-        common = {"model": manifest.name, "prompt": arguments.prompt, "seed": 0} | ({"num_inference_steps": arguments.steps} if arguments.steps else {})
-        result = run_fresh(scenarios, common, arguments.rounds) if arguments.fresh else run_benchmark(scenarios, common, service, arguments.rounds)
+        common = {"model": manifest.name, "prompt": arguments.prompt, "seed": 0} | (
+            {"num_inference_steps": arguments.steps} if arguments.steps else {}
+        )
+        result = (
+            run_fresh(scenarios, common, arguments.rounds)
+            if arguments.fresh
+            else run_benchmark(scenarios, common, service, arguments.rounds)
+        )
         print(result._repr_markdown_())
         if arguments.adherence:
             print("\n".join(_adherence_lines(service, scenarios, common, arguments.adherence)))

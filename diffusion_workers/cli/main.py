@@ -21,11 +21,30 @@ from pathlib import Path
 from typing import Any
 
 from .bench import add_bench_options, command_bench
-from ..request.errors import RequestError, describe_field, error_detail, error_line, failure, nearest_name, parse, request_error
 from .remote import add_remote_options, is_remote, remote_generate
-from ..server.process import add_serve_options, command_serve
 from .worker import add_worker_options, command_worker
-from ez_diffusion_client.models import ControlNetUnit, ErrorCode, GenerationRequest, Lora, OpResult, OpStatus, Phase, PreprocessRequest, ProgressEvent
+from diffusion_workers.request.errors import (
+    RequestError,
+    describe_field,
+    error_detail,
+    error_line,
+    failure,
+    nearest_name,
+    parse,
+    request_error,
+)
+from ..server.process import add_serve_options, command_serve
+from ez_diffusion_client.models import (
+    ControlNetUnit,
+    ErrorCode,
+    GenerationRequest,
+    Lora,
+    OpResult,
+    OpStatus,
+    Phase,
+    PreprocessRequest,
+    ProgressEvent,
+)
 
 # %% ../../nbs/80_cli/04_main.ipynb #05f8560b
 EXIT_CODES = {
@@ -92,7 +111,14 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
             metavar = "FILE" if path[-1] in _FILES else kind.upper()
             text = "a picture: a file, or an http(s) URL" if path[-1] in _FILES else text
             alone = {"nargs": "?", "const": {}} if kind == "object" else {}
-            group.add_argument(option, dest=dest, type=lambda value, kind=kind: _converted(kind, value), metavar=metavar, help=text, **alone)
+            group.add_argument(
+                option,
+                dest=dest,
+                type=lambda value, kind=kind: _converted(kind, value),
+                metavar=metavar,
+                help=text,
+                **alone,
+            )
 
 # %% ../../nbs/80_cli/04_main.ipynb #39bef8ae
 _FORMAT_OF_SUFFIX = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -115,10 +141,14 @@ def _picture_text(value: str, field: str) -> str:  # base64 of a file; a URL as 
         data = Path(value).read_bytes()
     except (OSError, ValueError) as exc:
         reason, hint = getattr(exc, "strerror", None) or exc, "name a picture on this machine, or an http(s) URL"
-        raise request_error(ErrorCode.not_an_image, f"cannot be read: {reason}", field=field, given=value, hint=hint) from None
+        raise request_error(
+            ErrorCode.not_an_image, f"cannot be read: {reason}", field=field, given=value, hint=hint
+        ) from None
     if sniff_format(data) is None:
         allowed = "a PNG, JPEG, WebP, GIF, BMP or TIFF file"
-        raise request_error(ErrorCode.not_an_image, "this file is no picture", field=field, given=value, allowed=allowed)
+        raise request_error(
+            ErrorCode.not_an_image, "this file is no picture", field=field, given=value, allowed=allowed
+        )
     return to_image_string(data)
 
 # %% ../../nbs/80_cli/04_main.ipynb #3f616f9c
@@ -170,7 +200,9 @@ def _put(holder: dict, path: tuple[str, ...], value: Any) -> None:
 def _unknown_key(key: str, option: str, keys: list[str]) -> RequestError:
     near = nearest_name(key, keys)
     hint = f"did you mean {near}?" if near else None
-    return request_error(ErrorCode.unknown_field, "there is no such key", field=option, given=key, allowed=", ".join(keys), hint=hint)
+    return request_error(
+        ErrorCode.unknown_field, "there is no such key", field=option, given=key, allowed=", ".join(keys), hint=hint
+    )
 
 # %% ../../nbs/80_cli/04_main.ipynb #956f7c44
 def control_unit(
@@ -182,7 +214,13 @@ def control_unit(
     if option == "--control":
         net, _, file = text.partition(":")
         if not net or not file:
-            raise request_error(ErrorCode.wrong_type, "a net and its map are needed", field=option, given=text, allowed="NET:FILE, such as canny:edges.png")
+            raise request_error(
+                ErrorCode.wrong_type,
+                "a net and its map are needed",
+                field=option,
+                given=text,
+                allowed="NET:FILE, such as canny:edges.png",
+            )
         return {"model": net, "image": _picture_text(file, f"controlnets[{index}].image")}
     unit = {}
     for key, value in split_pairs(text, option, "model").items():
@@ -192,7 +230,11 @@ def control_unit(
         if key not in CONTROL_KEYS:
             raise _unknown_key(key, option, [*CONTROL_KEYS, "param.NAME"])
         path = CONTROL_KEYS[key]
-        typed = _picture_text(value, f"controlnets[{index}].{path[0]}") if path[0] in _FILES else _typed(ControlNetUnit, path, value)
+        typed = (
+            _picture_text(value, f"controlnets[{index}].{path[0]}")
+            if path[0] in _FILES
+            else _typed(ControlNetUnit, path, value)
+        )
         _put(unit, path, typed)
     return unit
 
@@ -216,7 +258,9 @@ def _add_fields(fields: dict, arguments: argparse.Namespace) -> None:
         path = name.split(".")[1:]
         if not path or value is None:
             continue
-        value = _picture_text(value, path[-1]) if path[-1] in _FILES else dict(value) if isinstance(value, dict) else value
+        value = (
+            _picture_text(value, path[-1]) if path[-1] in _FILES else dict(value) if isinstance(value, dict) else value
+        )
         if len(path) == 2 and fields.get(path[0]) is None:
             fields[path[0]] = {}
         holder = fields if len(path) == 1 else fields[path[0]]
@@ -227,7 +271,10 @@ def _add_fields(fields: dict, arguments: argparse.Namespace) -> None:
 def _add_entries(fields: dict, arguments: argparse.Namespace) -> None:
     controls, loras = (fields.get(name) or [] for name in ("controlnets", "loras"))
     if arguments.controls and isinstance(controls, list):
-        fields["controlnets"] = [*controls, *(control_unit(option, text, len(controls) + i) for i, (option, text) in enumerate(arguments.controls))]
+        fields["controlnets"] = [
+            *controls,
+            *(control_unit(option, text, len(controls) + i) for i, (option, text) in enumerate(arguments.controls)),
+        ]
     if arguments.lora and isinstance(loras, list):
         fields["loras"] = [*loras, *map(lora_entry, arguments.lora)]
 
@@ -242,7 +289,10 @@ def build_request(
         fields["prompt"] = arguments.prompt
     _add_fields(fields, arguments)
     _add_entries(fields, arguments)
-    format, output = _FORMAT_OF_SUFFIX.get(Path(getattr(arguments, "output", "")).suffix.lower()), fields.get("output") or {}
+    format, output = (
+        _FORMAT_OF_SUFFIX.get(Path(getattr(arguments, "output", "")).suffix.lower()),
+        fields.get("output") or {},
+    )
     if format and isinstance(output, dict) and "format" not in output:
         fields["output"] = output | {"format": format}
     return parse(GenerationRequest, fields)
@@ -292,7 +342,13 @@ def check_output(
     "Refuse, before any work, a name whose ending says no format or where nothing can be written."
     if Path(output).suffix.lower() not in suffixes:
         allowed = "a name that ends in " + ", ".join(suffixes)
-        raise request_error(ErrorCode.not_one_of, "the ending of the file says no image format that is written here", field="-o", given=output, allowed=allowed)
+        raise request_error(
+            ErrorCode.not_one_of,
+            "the ending of the file says no image format that is written here",
+            field="-o",
+            given=output,
+            allowed=allowed,
+        )
     path = Path(output).absolute()
     nearest = next(parent for parent in path.parents if parent.exists())
     if path.is_dir() or not nearest.is_dir() or not os.access(path if path.exists() else nearest, os.W_OK):
@@ -363,7 +419,9 @@ def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
     if not arguments.quiet:
         _notes(result)
         for path, image in zip(paths, result.generation.images):
-            print(f"{path}  {image.width} x {image.height}, seed {image.seed}, {result.generation.timings.total_seconds:.1f} s")
+            print(
+                f"{path}  {image.width} x {image.height}, seed {image.seed}, {result.generation.timings.total_seconds:.1f} s"
+            )
         for path, made in zip(maps, result.generation.control_maps or []):
             print(f"{path}  {made.width} x {made.height}, the map of control {made.unit}")
     return 0
@@ -371,10 +429,10 @@ def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
 # %% ../../nbs/80_cli/04_main.ipynb #5015bcf0
 def command_plan(arguments: argparse.Namespace) -> int:  # the exit code
     "Print the plan of a request as JSON, without loading a model."
-    from diffusion_workers.planning.controls import ControlFacts, enabled_units
-    from diffusion_workers.request.images import decode_image, decode_mask, image_facts
     from diffusion_workers.models.store import load_manifests
+    from diffusion_workers.planning.controls import ControlFacts, enabled_units
     from diffusion_workers.planning.plan import make_plan
+    from diffusion_workers.request.images import decode_image, decode_mask, image_facts
 
     request, settings = build_request(arguments), _settings(arguments)
     manifest = load_manifests(settings.model_folders, settings.default_model).find(request.model)
@@ -382,7 +440,11 @@ def command_plan(arguments: argparse.Namespace) -> int:  # the exit code
     mask = image_facts(decode_mask(request.mask_image)) if request.mask_image else None
     units = enabled_units(request)
     maps = {i: image_facts(decode_image(unit.image, field=f"controlnets[{i}].image")) for i, unit in units.items()}
-    masks = {i: image_facts(decode_mask(unit.mask_image, field=f"controlnets[{i}].mask_image")) for i, unit in units.items() if unit.mask_image}
+    masks = {
+        i: image_facts(decode_mask(unit.mask_image, field=f"controlnets[{i}].mask_image"))
+        for i, unit in units.items()
+        if unit.mask_image
+    }
     plan = make_plan(request, manifest, image=image, mask_image=mask, controls=ControlFacts(maps, masks))
     print(plan.model_dump_json(indent=2, exclude_none=True))
     return 0
@@ -391,11 +453,24 @@ def command_plan(arguments: argparse.Namespace) -> int:  # the exit code
 def _addons(manifest) -> list[str]:  # lines about nets and LoRAs
     from diffusion_workers.planning.controls import learnt_modes
 
-    kinds = lambda net: f"union: {', '.join(learnt_modes(net, manifest.family)) or 'any map'}" if net.union else ", ".join(net.preprocessors)
+    kinds = lambda net: (
+        f"union: {', '.join(learnt_modes(net, manifest.family)) or 'any map'}"
+        if net.union
+        else ", ".join(net.preprocessors)
+    )
     nets = [f"{name} ({text})" if (text := kinds(net)) else name for name, net in manifest.controlnets.items()]
-    loras = [*manifest.loras, *(f"any in {folder.describe()}" for folder in manifest.lora_folders), *["any on the Hub"] * manifest.hub_loras]
+    loras = [
+        *manifest.loras,
+        *(f"any in {folder.describe()}" for folder in manifest.lora_folders),
+        *["any on the Hub"] * manifest.hub_loras,
+    ]
     takes = ", ".join(manifest.control_preprocessors)
-    lines = {"ControlNets": ", ".join(nets), "control map": takes, "LoRAs": ", ".join(loras), "refiner": manifest.refiner and manifest.refiner.source.describe()}
+    lines = {
+        "ControlNets": ", ".join(nets),
+        "control map": takes,
+        "LoRAs": ", ".join(loras),
+        "refiner": manifest.refiner and manifest.refiner.source.describe(),
+    }
     return [f"    {name}: {text}" for name, text in lines.items() if text]
 
 
@@ -409,8 +484,13 @@ def command_models(arguments: argparse.Namespace) -> int:  # the exit code
     if arguments.json:
         print(listed.model_dump_json(indent=2, exclude_none=True))
     for model in [] if arguments.json else listed.models:
-        mark, kind = "*" if model.name == listed.default else " ", "" if model.kind == "standard" else f" {model.kind.value}"
-        print(f"{mark} {model.name:20} {model.family.value + kind:6} {model.width}x{model.height:<6} {model.source:36} {model.title or ''}")
+        mark, kind = (
+            "*" if model.name == listed.default else " ",
+            "" if model.kind == "standard" else f" {model.kind.value}",
+        )
+        print(
+            f"{mark} {model.name:20} {model.family.value + kind:6} {model.width}x{model.height:<6} {model.source:36} {model.title or ''}"
+        )
         for line in _addons(store[model.name]):
             print(line)
     for name, error in store.errors.items():
@@ -419,7 +499,10 @@ def command_models(arguments: argparse.Namespace) -> int:  # the exit code
 
 # %% ../../nbs/80_cli/04_main.ipynb #f749c70e
 def _preprocessor_facts(row, weights: str) -> dict:  # one row of the table, as JSON
-    parameters = [dict(name=p.name, default=p.default, allowed=p.allowed, low=p.low, high=p.high, meaning=p.meaning) for p in row.parameters]
+    parameters = [
+        dict(name=p.name, default=p.default, allowed=p.allowed, low=p.low, high=p.high, meaning=p.meaning)
+        for p in row.parameters
+    ]
     return dict(
         name=row.name, title=row.title, nets=row.nets, families=[family.value for family in row.families],
         union_modes=[mode.value for mode in row.union_modes], package=row.package, needs_mask=row.needs_mask,
@@ -438,7 +521,11 @@ def command_preprocessors(arguments: argparse.Namespace) -> int:  # the exit cod
     if arguments.json:
         print(json.dumps(facts, indent=2))
     for row in [] if arguments.json else facts:
-        needs = [row["package"], *["a mask"] * row["needs_mask"], *[f"weights, {row['weights']}"] * row["needs_weights"]]
+        needs = [
+            row["package"],
+            *["a mask"] * row["needs_mask"],
+            *[f"weights, {row['weights']}"] * row["needs_weights"],
+        ]
         print(f"{row['name']:18} {row['title']}; for {row['nets']}")
         print(f"    needs {', '.join(needs)}; union mode: {', '.join(row['union_modes']) or 'none'}")
         for parameter in row["parameters"]:
@@ -451,7 +538,13 @@ def _preprocess_request(arguments: argparse.Namespace) -> PreprocessRequest:
     for text in arguments.parameter or []:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise request_error(ErrorCode.wrong_type, "a name and a value are needed", field="--parameter", given=text, allowed="NAME=VALUE, such as low_threshold=50")
+            raise request_error(
+                ErrorCode.wrong_type,
+                "a name and a value are needed",
+                field="--parameter",
+                given=text,
+                allowed="NAME=VALUE, such as low_threshold=50",
+            )
         _put(fields, ("preprocessing", "parameters", name), _looks_like(value))
     places = {
         "preprocessor": ("preprocessing", "name"), "resolution": ("preprocessing", "resolution"),
@@ -468,7 +561,9 @@ def _preprocess_request(arguments: argparse.Namespace) -> PreprocessRequest:
 _LARGEST_MAP = 8192  # pixels, a side
 
 
-def _map_size(asked: PreprocessRequest, size: tuple[int, int]) -> list[int]:  # a missing side follows from the shape of the picture
+def _map_size(
+    asked: PreprocessRequest, size: tuple[int, int]
+) -> list[int]:  # a missing side follows from the shape of the picture
     from diffusion_workers.request.images import round_to_multiple
 
     width = asked.width or (asked.height * size[0] / size[1] if asked.height else size[0])
@@ -486,8 +581,8 @@ def command_preprocess(arguments: argparse.Namespace) -> int:  # the exit code
     "Draw the control map of a picture and write it."
     from diffusion_workers.control.detectors import PreprocessorStore
     from diffusion_workers.control.preprocessors import PREPROCESSORS
-    from diffusion_workers.request.images import decode_image, decode_mask
     from diffusion_workers.models.store import Settings
+    from diffusion_workers.request.images import decode_image, decode_mask
 
     check_output(arguments.output, [".png"])
     asked, settings = _preprocess_request(arguments), Settings.from_environment()
@@ -511,16 +606,30 @@ def _receipt(path: str):
     try:
         metadata = read_metadata(Path(path))
     except OSError as exc:
-        raise request_error(ErrorCode.not_an_image, f"cannot be read: {exc.strerror}", field="IMAGE", given=path) from None
+        raise request_error(
+            ErrorCode.not_an_image, f"cannot be read: {exc.strerror}", field="IMAGE", given=path
+        ) from None
     if metadata.plan is None:
         message = metadata.problem or "the image does not say how it was made"
-        raise request_error(ErrorCode.not_found, message, field="IMAGE", given=path, hint="only images that this program made can be replayed")
+        raise request_error(
+            ErrorCode.not_found,
+            message,
+            field="IMAGE",
+            given=path,
+            hint="only images that this program made can be replayed",
+        )
     return metadata.plan
 
 # %% ../../nbs/80_cli/04_main.ipynb #59877ba6
-def _pictures_of(plan) -> dict[tuple[str, int | None], Any]:  # (field, control) -> what the plan knows of the picture; (field, None) is the generation's own
+def _pictures_of(
+    plan,
+) -> dict[
+    tuple[str, int | None], Any
+]:  # (field, control) -> what the plan knows of the picture; (field, None) is the generation's own
     own = {(field, None): getattr(plan, field) for field in _FILES}
-    controls = {(field, i): getattr(control, field) for i, control in enumerate(plan.controlnets or []) for field in _FILES}
+    controls = {
+        (field, i): getattr(control, field) for i, control in enumerate(plan.controlnets or []) for field in _FILES
+    }
     return {key: picture for key, picture in (own | controls).items() if picture is not None}
 
 
@@ -535,13 +644,19 @@ def _numbered(texts: list[str] | None, option: str, count: int) -> dict[int, str
     for text in texts or []:
         number, equals, file = text.partition("=")
         if not equals or not file or not (number.isascii() and number.isdecimal()) or int(number[:9]) >= count:
-            allowed = f"I=FILE with I from 0 to {count - 1}" if count else "nothing, the picture was made without controls"
-            raise request_error(ErrorCode.wrong_type, "this names no control of the picture", field=option, given=text, allowed=allowed)
+            allowed = (
+                f"I=FILE with I from 0 to {count - 1}" if count else "nothing, the picture was made without controls"
+            )
+            raise request_error(
+                ErrorCode.wrong_type, "this names no control of the picture", field=option, given=text, allowed=allowed
+            )
         found[int(number)] = file
     return found
 
 # %% ../../nbs/80_cli/04_main.ipynb #a3d0bc9b
-def _replay_files(plan, arguments: argparse.Namespace) -> dict[tuple[str, int | None], str]:  # as _pictures_of, with files
+def _replay_files(
+    plan, arguments: argparse.Namespace
+) -> dict[tuple[str, int | None], str]:  # as _pictures_of, with files
     "The files that were handed in; a `RequestError` names each that is missing."
     count = len(plan.controlnets or [])
     files = {(field, None): value for field in _FILES if (value := getattr(arguments, field))}
@@ -551,7 +666,12 @@ def _replay_files(plan, arguments: argparse.Namespace) -> dict[tuple[str, int | 
     missing = [key for key in _pictures_of(plan) if key not in files]
     message = "the picture was made with this one, and a receipt keeps only its hash"
     if missing:
-        raise RequestError([error_detail(ErrorCode.missing_field, message, field=_replay_option(*key), hint="hand it in again") for key in missing])
+        raise RequestError(
+            [
+                error_detail(ErrorCode.missing_field, message, field=_replay_option(*key), hint="hand it in again")
+                for key in missing
+            ]
+        )
     return files
 
 
@@ -559,7 +679,17 @@ def _same_pictures(plan, replanned) -> None:  # the pictures handed in must be t
     now = _pictures_of(replanned)
     wrong = [key for key, before in _pictures_of(plan).items() if now[key].sha256 != before.sha256]
     if wrong:
-        raise RequestError([error_detail(ErrorCode.not_found, "this is not the picture that was used", field=_replay_option(*key), hint="hand in the very same pixels") for key in wrong])
+        raise RequestError(
+            [
+                error_detail(
+                    ErrorCode.not_found,
+                    "this is not the picture that was used",
+                    field=_replay_option(*key),
+                    hint="hand in the very same pixels",
+                )
+                for key in wrong
+            ]
+        )
 
 # %% ../../nbs/80_cli/04_main.ipynb #2f8e0c47
 def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
@@ -569,7 +699,9 @@ def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
     plan = _receipt(arguments.file)
     given, controls = {}, {}
     for (field, control), file in _replay_files(plan, arguments).items():
-        holder, at = (given, field) if control is None else (controls.setdefault(control, {}), f"controlnets[{control}].{field}")
+        holder, at = (
+            (given, field) if control is None else (controls.setdefault(control, {}), f"controlnets[{control}].{field}")
+        )
         holder[field] = _picture_text(file, at)
     request = request_from_plan(plan, **given, controls=controls)
     with _service(arguments) as service:
@@ -587,13 +719,19 @@ def _compare(arguments: argparse.Namespace, index: int, result: OpResult) -> int
     import numpy as np
     from PIL import Image
 
-    made = [np.asarray(picture.convert("RGB"), dtype=int) for picture in (result.images[index], Image.open(arguments.file))]
+    made = [
+        np.asarray(picture.convert("RGB"), dtype=int) for picture in (result.images[index], Image.open(arguments.file))
+    ]
     same = made[0].shape == made[1].shape and (made[0] == made[1]).all()
     if arguments.output:
         check_output(arguments.output)
         only = result.generation.model_copy(update={"images": [result.generation.images[index]]})
         write_images(result.model_copy(update={"generation": only}), arguments.output)
-    print("the same pixels" if same else f"other pixels, the largest difference is {abs(made[0] - made[1]).max() if made[0].shape == made[1].shape else 'the size'}")
+    print(
+        "the same pixels"
+        if same
+        else f"other pixels, the largest difference is {abs(made[0] - made[1]).max() if made[0].shape == made[1].shape else 'the size'}"
+    )
     return 0 if same else 1
 
 # %% ../../nbs/80_cli/04_main.ipynb #d6eb8448
@@ -605,16 +743,34 @@ def command_train_shapes(arguments: argparse.Namespace) -> int:  # the exit code
     if arguments.part == "list":
         print("\n".join(PARTS))
     elif arguments.out is None:
-        raise request_error(ErrorCode.missing_field, "a folder is needed", field="--out", hint="say where checkpoints, the log and the result go")
+        raise request_error(
+            ErrorCode.missing_field,
+            "a folder is needed",
+            field="--out",
+            hint="say where checkpoints, the log and the result go",
+        )
     elif arguments.part == "shapes-sd15":
-        print(train_shapes(Path(arguments.out), seed=arguments.seed, minutes=arguments.minutes, resume=arguments.resume))
+        print(
+            train_shapes(Path(arguments.out), seed=arguments.seed, minutes=arguments.minutes, resume=arguments.resume)
+        )
     elif arguments.minutes is not None or not arguments.resume:
-        raise request_error(ErrorCode.unsupported_combination, "--minutes and --no-resume belong to shapes-sd15", field="--part", given=arguments.part,
-                            hint="leave them out, and delete the folder of the part to begin anew")
+        raise request_error(
+            ErrorCode.unsupported_combination,
+            "--minutes and --no-resume belong to shapes-sd15",
+            field="--part",
+            given=arguments.part,
+            hint="leave them out, and delete the folder of the part to begin anew",
+        )
     elif arguments.part not in PARTS:
         near = nearest_name(arguments.part, list(PARTS))
-        raise request_error(ErrorCode.not_one_of, "there is no such part", field="--part", given=arguments.part, allowed=", ".join(PARTS),
-                            hint=f"did you mean {near}?" if near else "--part list lists them")
+        raise request_error(
+            ErrorCode.not_one_of,
+            "there is no such part",
+            field="--part",
+            given=arguments.part,
+            allowed=", ".join(PARTS),
+            hint=f"did you mean {near}?" if near else "--part list lists them",
+        )
     else:
         print(train_part(arguments.part, arguments.out, {} if arguments.seed is None else {"seed": arguments.seed}))
     return 0
@@ -622,30 +778,59 @@ def command_train_shapes(arguments: argparse.Namespace) -> int:  # the exit code
 # %% ../../nbs/80_cli/04_main.ipynb #86f5d794
 def _add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show the log, with the tracebacks of what went wrong")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show the log, with the tracebacks of what went wrong"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", action="append", metavar="FOLDER", help="a folder with manifests of your own; may be given again")
+    parser.add_argument(
+        "--models", action="append", metavar="FOLDER", help="a folder with manifests of your own; may be given again"
+    )
     _add_running(parser)
 
 
 def _add_addons(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("controls and LoRAs", "Each may be given again; a picture is a file, or an http(s) URL.")
-    group.add_argument("--control", dest="controls", action="append", type=lambda text: ("--control", text), metavar="NET:FILE",
-                       help="a ready control map for a ControlNet of the model, such as canny:edges.png")
-    keys = ", ".join(key for key in CONTROL_KEYS if key not in ("mask_image", "conditioning_scale", "guidance_start", "guidance_end", "control_mode"))
-    group.add_argument("--controlnet", dest="controls", action="append", type=lambda text: ("--controlnet", text), metavar="KEY=VALUE,...",
-                       help=f"a control in full, such as model=canny,image=photo.png,preprocessor=canny,param.low_threshold=50,scale=0.8; keys: {keys} and "
-                       "param.NAME for each parameter of the preprocessor; `diffusion-workers preprocessors` lists those")
-    group.add_argument("--lora", action="append", metavar="NAME[:SCALE]", help="a LoRA of the model, such as style:0.8; with more: "
-                       "style,scale=0.8,text_encoder_scale=0.5,up.0=0.3, where down, mid, up and up.0 are blocks")
+    group = parser.add_argument_group(
+        "controls and LoRAs", "Each may be given again; a picture is a file, or an http(s) URL."
+    )
+    group.add_argument(
+        "--control",
+        dest="controls",
+        action="append",
+        type=lambda text: ("--control", text),
+        metavar="NET:FILE",
+        help="a ready control map for a ControlNet of the model, such as canny:edges.png",
+    )
+    keys = ", ".join(
+        key
+        for key in CONTROL_KEYS
+        if key not in ("mask_image", "conditioning_scale", "guidance_start", "guidance_end", "control_mode")
+    )
+    group.add_argument(
+        "--controlnet",
+        dest="controls",
+        action="append",
+        type=lambda text: ("--controlnet", text),
+        metavar="KEY=VALUE,...",
+        help=f"a control in full, such as model=canny,image=photo.png,preprocessor=canny,param.low_threshold=50,scale=0.8; keys: {keys} and "
+        "param.NAME for each parameter of the preprocessor; `diffusion-workers preprocessors` lists those",
+    )
+    group.add_argument(
+        "--lora",
+        action="append",
+        metavar="NAME[:SCALE]",
+        help="a LoRA of the model, such as style:0.8; with more: "
+        "style,scale=0.8,text_encoder_scale=0.5,up.0=0.3, where down, mid, up and up.0 are blocks",
+    )
 
 
 def _add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", help="what the picture shows")
-    parser.add_argument("--request", metavar="FILE", help="a whole request as JSON, - for standard input; options override it")
+    parser.add_argument(
+        "--request", metavar="FILE", help="a whole request as JSON, - for standard input; options override it"
+    )
     _add_common(parser)
     _add_addons(parser)
     add_request_options(parser)
@@ -653,10 +838,18 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
 # %% ../../nbs/80_cli/04_main.ipynb #39903042
 def _add_preprocess(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("picture", metavar="PICTURE", help="a file, or an http(s) URL")
-    parser.add_argument("--preprocessor", metavar="NAME", help="such as canny; `diffusion-workers preprocessors` lists them")
+    parser.add_argument(
+        "--preprocessor", metavar="NAME", help="such as canny; `diffusion-workers preprocessors` lists them"
+    )
     parser.add_argument("-o", dest="output", default="map.png", metavar="FILE", help="a PNG; map.png by default")
-    parser.add_argument("--parameter", action="append", metavar="NAME=VALUE", help="such as low_threshold=50; may be given again")
-    for name, about in (("width", "of the map"), ("height", "of the map"), ("resolution", "of the short side while it is drawn")):
+    parser.add_argument(
+        "--parameter", action="append", metavar="NAME=VALUE", help="such as low_threshold=50; may be given again"
+    )
+    for name, about in (
+        ("width", "of the map"),
+        ("height", "of the map"),
+        ("resolution", "of the short side while it is drawn"),
+    ):
         parser.add_argument(f"--{name}", type=lambda text: _converted("integer", text), metavar="PIXELS", help=about)
     parser.add_argument("--resize-mode", metavar="MODE", help=describe_field(PreprocessRequest, ("resize_mode",)))
     parser.add_argument("--mask", metavar="FILE", help="white is repainted; for inpaint_mask")
@@ -667,27 +860,54 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="IMAGE", help="a PNG, JPEG or WebP that this program made")
     parser.add_argument("-o", dest="output", metavar="FILE", help="where to write it")
     for name in _FILES:
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="FILE", help="the picture that it started from")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, metavar="FILE", help="the picture that it started from"
+        )
     for name in ("image", "mask"):
-        parser.add_argument(f"--control-{name}", action="append", metavar="I=FILE", help=f"the {name} of control I, counted from 0; may be given again")
+        parser.add_argument(
+            f"--control-{name}",
+            action="append",
+            metavar="I=FILE",
+            help=f"the {name} of control I, counted from 0; may be given again",
+        )
     _add_common(parser)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="FOLDER", help="gets checkpoints, the log and what was trained; a second call resumes")
-    parser.add_argument("--part", default="shapes-sd15", metavar="NAME", help="such as shapes-flux, shapes-sdxl/canny or shapes-sd15/outline; list shows all")
-    parser.add_argument("--minutes", type=float, help="time for the denoiser, the longest stage; absent, the number of steps that the shipped weights had")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="gets checkpoints, the log and what was trained; a second call resumes"
+    )
+    parser.add_argument(
+        "--part",
+        default="shapes-sd15",
+        metavar="NAME",
+        help="such as shapes-flux, shapes-sdxl/canny or shapes-sd15/outline; list shows all",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="time for the denoiser, the longest stage; absent, the number of steps that the shipped weights had",
+    )
     parser.add_argument("--seed", type=int, help="absent, the one of the shipped weights")
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on from checkpoints; --no-resume deletes them")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from checkpoints; --no-resume deletes them",
+    )
 
 # %% ../../nbs/80_cli/04_main.ipynb #de92b4ad
 def make_parser() -> argparse.ArgumentParser:
     "All commands and options."
-    parser = argparse.ArgumentParser(prog="diffusion-workers", description="Images from diffusion models, by one request object.")
+    parser = argparse.ArgumentParser(
+        prog="diffusion-workers", description="Images from diffusion models, by one request object."
+    )
     parser.add_argument("--version", action="version", version=version("diffusion-workers"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     generate = commands.add_parser("generate", help="make images", description="Make images and write them to files.")
-    generate.add_argument("-o", dest="output", default="out.png", metavar="FILE", help="out.png by default; several images are numbered")
+    generate.add_argument(
+        "-o", dest="output", default="out.png", metavar="FILE", help="out.png by default; several images are numbered"
+    )
     _add_request(generate)
     add_remote_options(generate)
     _add_request(commands.add_parser("plan", help="say what a request would do, without doing it"))
@@ -699,7 +919,9 @@ def make_parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="as JSON")
     _add_replay(commands.add_parser("replay", help="make an image again from what it says about itself"))
     _add_train(commands.add_parser("train-shapes", help="train a built-in model, ControlNet or LoRA again"))
-    add_bench_options(commands.add_parser("bench", help="time settings of a request, and say what they do to the picture"))
+    add_bench_options(
+        commands.add_parser("bench", help="time settings of a request, and say what they do to the picture")
+    )
     add_serve_options(commands.add_parser("serve", help="run the local server"))
     add_worker_options(commands.add_parser("worker", help="run the RunPod worker, or check how it is configured"))
     return parser
@@ -713,13 +935,28 @@ COMMANDS = {
 }  # fmt: skip
 
 
-_FURTHER = ("--control", "--controlnet", "--lora", "--control-image", "--control-mask", "--preprocessor", "--parameter", "--resolution")
+_FURTHER = (
+    "--control",
+    "--controlnet",
+    "--lora",
+    "--control-image",
+    "--control-mask",
+    "--preprocessor",
+    "--parameter",
+    "--resolution",
+)
 
 
 def _unknown_option(unknown: list[str]) -> RequestError:  # what argparse could not place
     option = next((text for text in unknown if text.startswith("-")), unknown[0])
-    near = nearest_name(option.split("=")[0], [*_FURTHER, *("--" + "-".join(path).replace("_", "-") for path, *_ in request_fields())])
-    hint = f"did you mean {near}?" if near else "diffusion-workers COMMAND --help lists the options; quote a prompt of several words"
+    near = nearest_name(
+        option.split("=")[0], [*_FURTHER, *("--" + "-".join(path).replace("_", "-") for path, *_ in request_fields())]
+    )
+    hint = (
+        f"did you mean {near}?"
+        if near
+        else "diffusion-workers COMMAND --help lists the options; quote a prompt of several words"
+    )
     return request_error(ErrorCode.unknown_field, "there is no such option", field=option, hint=hint)
 
 
@@ -733,7 +970,16 @@ def main(
     level = logging.INFO if getattr(arguments, "verbose", False) else logging.CRITICAL
     logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
     if getattr(arguments, "prompt", None) is None and not getattr(arguments, "request", True):
-        return fail(failure(request_error(ErrorCode.missing_field, "a prompt is needed", field="PROMPT", hint="say what the picture shows, or give --request")))
+        return fail(
+            failure(
+                request_error(
+                    ErrorCode.missing_field,
+                    "a prompt is needed",
+                    field="PROMPT",
+                    hint="say what the picture shows, or give --request",
+                )
+            )
+        )
     try:
         return COMMANDS[arguments.command](arguments)
     except RequestError as exc:

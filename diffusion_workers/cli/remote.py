@@ -16,7 +16,9 @@ from ez_diffusion_client.models import ErrorCode, GenerationRequest, OpResult, P
 def add_remote_options(parser: argparse.ArgumentParser) -> None:
     "The options that send a request elsewhere."
     group = parser.add_argument_group("elsewhere", "Without these, the picture is made by this process.")
-    group.add_argument("--url", metavar="URL", help="a server, such as http://127.0.0.1:8000; its token in DIFFUSION_WORKERS_TOKEN")
+    group.add_argument(
+        "--url", metavar="URL", help="a server, such as http://127.0.0.1:8000; its token in DIFFUSION_WORKERS_TOKEN"
+    )
     group.add_argument("--runpod", metavar="ENDPOINT_ID", help="a RunPod endpoint; the API key in RUNPOD_API_KEY")
 
 
@@ -30,14 +32,28 @@ def remote_target(arguments: argparse.Namespace):  # a Server or a RunPod
     from ez_diffusion_client import RunPod, Server
 
     if arguments.url is not None and arguments.runpod is not None:
-        raise request_error(ErrorCode.wrong_type, "it is either a server or an endpoint", field="--url", given=arguments.url, hint="leave out --url or --runpod")
+        raise request_error(
+            ErrorCode.wrong_type,
+            "it is either a server or an endpoint",
+            field="--url",
+            given=arguments.url,
+            hint="leave out --url or --runpod",
+        )
     if arguments.runpod is not None:
         target = RunPod(arguments.runpod)
         if target.api_key is None:
-            raise request_error(ErrorCode.unauthorized, "RunPod wants an API key", field="--runpod", hint="set RUNPOD_API_KEY")
+            raise request_error(
+                ErrorCode.unauthorized, "RunPod wants an API key", field="--runpod", hint="set RUNPOD_API_KEY"
+            )
         return target
     if not arguments.url.startswith(("http://", "https://")):
-        raise request_error(ErrorCode.wrong_type, "this is no address of a server", field="--url", given=arguments.url, allowed="such as http://127.0.0.1:8000")
+        raise request_error(
+            ErrorCode.wrong_type,
+            "this is no address of a server",
+            field="--url",
+            given=arguments.url,
+            allowed="such as http://127.0.0.1:8000",
+        )
     return Server(arguments.url)
 
 
@@ -59,4 +75,6 @@ def remote_generate(
     except WaitTimeout as exc:
         raise request_error(ErrorCode.timed_out, str(exc), field=field) from None
     except ClientError as exc:
-        raise request_error(ErrorCode.model_unavailable, str(exc), field=field, hint="is it up, and is the address right?") from None
+        raise request_error(
+            ErrorCode.model_unavailable, str(exc), field=field, hint="is it up, and is the address right?"
+        ) from None

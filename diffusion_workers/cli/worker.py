@@ -8,13 +8,15 @@ __all__ = ['add_worker_options', 'sdk_arguments', 'command_worker']
 # %% ../../nbs/80_cli/03_worker.ipynb #83b17219
 import argparse
 import sys
-from collections.abc import Sequence
 
 from ..worker.settings import WorkerSettings, config_lines
 
 # %% ../../nbs/80_cli/03_worker.ipynb #e8728935
 _SDK_OPTIONS = {  # option -> what it does; None takes no value
-    "--test_input": ("JSON", "run one job, such as '{\"input\": {\"prompt\": \"a red circle\"}}', print its result and end"),
+    "--test_input": (
+        "JSON",
+        'run one job, such as \'{"input": {"prompt": "a red circle"}}\', print its result and end',
+    ),
     "--rp_serve_api": (None, "serve RunPod's local API: POST /run, /runsync, /status/ID, /stream/ID"),
     "--rp_api_host": ("HOST", "where that API listens; localhost by default"),
     "--rp_api_port": ("PORT", "its port; 8000 by default"),
@@ -24,8 +26,14 @@ _SDK_OPTIONS = {  # option -> what it does; None takes no value
 
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
     "Give a parser the options of the worker."
-    parser.description = "Run the RunPod worker. Without a queue in the environment it runs the job in test_input.json and ends."
-    parser.add_argument("--check-config", action="store_true", help="print the settings in force and where the default model comes from, and end")
+    parser.description = (
+        "Run the RunPod worker. Without a queue in the environment it runs the job in test_input.json and ends."
+    )
+    parser.add_argument(
+        "--check-config",
+        action="store_true",
+        help="print the settings in force and where the default model comes from, and end",
+    )
     group = parser.add_argument_group("options of RunPod's SDK")
     for option, (metavar, about) in _SDK_OPTIONS.items():
         how = {"action": "store_true"} if metavar is None else {"metavar": metavar}
@@ -35,7 +43,9 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
 def sdk_arguments(arguments: argparse.Namespace) -> list[str]:
     "The options that RunPod's SDK reads from the process."
     given = {option: getattr(arguments, option[2:]) for option in _SDK_OPTIONS}
-    return [part for option, value in given.items() if value for part in ([option] if value is True else [option, value])]
+    return [
+        part for option, value in given.items() if value for part in ([option] if value is True else [option, value])
+    ]
 
 
 def command_worker(arguments: argparse.Namespace) -> int:  # the exit code

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ez_diffusion_client.models import ErrorCode, Preprocessing, ResizeMode
 from PIL import Image
 
 from .preprocessors import PREPROCESSORS, ControlnetGuideImagePreprocessor, make_map
 from ..request.errors import RequestError, request_error
+from ez_diffusion_client.models import ErrorCode, Preprocessing, ResizeMode
 
 # %% ../../nbs/30_control/02_detectors.ipynb #6e7ae7c1
 logger = logging.getLogger("diffusion_workers")
@@ -42,7 +42,10 @@ def detector_class(
             warnings.simplefilter("ignore")  # a dozen about deprecated names inside of it
             return getattr(importlib.import_module("controlnet_aux"), row.detector)
     except ImportError as exc:
-        message, hint = f"{row.name} needs controlnet-aux, which cannot be imported ({exc})", "on the server: pip install controlnet-aux"
+        message, hint = (
+            f"{row.name} needs controlnet-aux, which cannot be imported ({exc})",
+            "on the server: pip install controlnet-aux",
+        )
     except AttributeError as exc:
         message = f"{row.name} needs controlnet-aux, which fails beside this version of mediapipe ({exc})"
         hint = 'on the server: pip uninstall mediapipe, or pip install "mediapipe<1"'
@@ -71,7 +74,9 @@ def hub_file(
     for local_only in (True, False)[: 1 + download]:
         try:
             return Path(hf_hub_download(repository, file, local_files_only=local_only))
-        except Exception as exc:  # not there, no network, no right to it: whatever the Hub's client and its transport raise
+        except (
+            Exception
+        ) as exc:  # not there, no network, no right to it: whatever the Hub's client and its transport raise
             logger.debug("%s of %s: %s", file, repository, exc)
     return None
 
@@ -86,7 +91,9 @@ def find_weights(
     for argument, file in row.files:
         path = local_file(row.repository, file, folders) or hub_file(row.repository, file)
         if path is None:
-            where = f"put it into {Path(folders[0], row.repository)}" if folders else "give the store a folder of weights"
+            where = (
+                f"put it into {Path(folders[0], row.repository)}" if folders else "give the store a folder of weights"
+            )
             hint = f"{where}, or download it where there is a network: hf download {row.repository} {file}"
             message = f"the weights of {row.name} are not here: {file} of {row.repository}"
             raise request_error(ErrorCode.model_unavailable, message, field=f"{field}.name", given=row.name, hint=hint)
@@ -114,7 +121,11 @@ def _networks(detector: Any) -> Iterator[Any]:  # the torch modules inside of a 
     import torch
 
     parts = [*vars(detector).values()]
-    parts += [vars(part)["model"] for part in parts if hasattr(part, "__dict__") and not isinstance(part, torch.nn.Module) and "model" in vars(part)]
+    parts += [
+        vars(part)["model"]
+        for part in parts
+        if hasattr(part, "__dict__") and not isinstance(part, torch.nn.Module) and "model" in vars(part)
+    ]
     generator = getattr(detector, "mask_generator", None)
     parts += [generator.predictor.model] if generator else []
     return (part for part in parts if isinstance(part, torch.nn.Module))
@@ -146,7 +157,9 @@ def load_detector(
                 detector = _load_leres(cls, files)
             else:  # a path that is absolute stays what it is, so that the files may lie in different folders
                 folder = str(next(iter(files.values())).parent)
-                detector = cls.from_pretrained(folder, **{key: str(path) for key, path in files.items()}, **dict(row.options))
+                detector = cls.from_pretrained(
+                    folder, **{key: str(path) for key, path in files.items()}, **dict(row.options)
+                )
         for network in _networks(detector):
             network.eval().to(device)
         return detector
@@ -158,7 +171,9 @@ def load_detector(
         logger.error("%s cannot be loaded", row.name, exc_info=exc)
         message = f"the weights of {row.name} cannot be read ({type(exc).__name__}): {', '.join(path.name for path in files.values())} of {row.repository}"
         hint = "check that the files are complete, or download them again; the log has the details"
-        raise request_error(ErrorCode.model_unavailable, message, field=f"{field}.name", given=row.name, hint=hint) from exc
+        raise request_error(
+            ErrorCode.model_unavailable, message, field=f"{field}.name", given=row.name, hint=hint
+        ) from exc
 
 # %% ../../nbs/30_control/02_detectors.ipynb #dbd69c3a
 MAX_DETECTOR_SIDE = 2048  # pixels
@@ -250,15 +265,25 @@ def any_lines(
     detector.combine_layers = screen
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-image renames an argument
-        return detector(pixels, detect_resolution=min(pixels.shape[:2]), guassian_sigma=gaussian_sigma, intensity_threshold=intensity_threshold, output_type="np")
+        return detector(
+            pixels,
+            detect_resolution=min(pixels.shape[:2]),
+            guassian_sigma=gaussian_sigma,
+            intensity_threshold=intensity_threshold,
+            output_type="np",
+        )
 
 # %% ../../nbs/30_control/02_detectors.ipynb #40b3313a
 SPECIAL: dict[str, Callable[..., np.ndarray]] = {  # name of a row or a class -> (detector, pixels, parameters by name)
     "MLSDdetector": straight_lines,
     "SamDetector": regions,
     "AnylineDetector": any_lines,
-    "TEEDdetector": lambda detector, pixels, safe_steps: detector(pixels, detect_resolution=min(pixels.shape[:2]), safe_steps=safe_steps, output_type="np"),
-    "midas_normal": lambda detector, pixels, **parameters: ask(detector, pixels, depth_and_normal=True, **parameters)[1],
+    "TEEDdetector": lambda detector, pixels, safe_steps: detector(
+        pixels, detect_resolution=min(pixels.shape[:2]), safe_steps=safe_steps, output_type="np"
+    ),
+    "midas_normal": lambda detector, pixels, **parameters: ask(detector, pixels, depth_and_normal=True, **parameters)[
+        1
+    ],
     "leres_boost": lambda detector, pixels, **parameters: ask(detector, pixels, boost=True, **parameters),
 }
 
@@ -288,8 +313,18 @@ def weights_at_hand(
     "What is known of the weights of each preprocessor without loading them or asking the network."
     states = {}
     for row in PREPROCESSORS.values():
-        missing = [file for _, file in row.files if not (local_file(row.repository, file, folders) or hub_file(row.repository, file, download=False))]
-        states[row.name] = "not needed" if not row.files else f"not here: {', '.join(missing)} of {row.repository}" if missing else "on the disk"
+        missing = [
+            file
+            for _, file in row.files
+            if not (local_file(row.repository, file, folders) or hub_file(row.repository, file, download=False))
+        ]
+        states[row.name] = (
+            "not needed"
+            if not row.files
+            else f"not here: {', '.join(missing)} of {row.repository}"
+            if missing
+            else "on the disk"
+        )
     return states
 
 # %% ../../nbs/30_control/02_detectors.ipynb #7e3be12e
@@ -305,7 +340,12 @@ class PreprocessorStore:
     ):
         if max_loaded < 1:
             raise ValueError(f"max_loaded is {max_loaded}: at least one detector stays in memory while it works")
-        self.folders, self.device, self.max_loaded, self.max_maps = tuple(map(Path, folders)), device, max_loaded, max_maps
+        self.folders, self.device, self.max_loaded, self.max_maps = (
+            tuple(map(Path, folders)),
+            device,
+            max_loaded,
+            max_maps,
+        )
         self._maps: OrderedDict[tuple, np.ndarray] = OrderedDict()  # the one used last at the end
         self._detectors: OrderedDict[tuple, Any] = OrderedDict()  # the one used last at the end
         self._lock = threading.RLock()
@@ -322,9 +362,17 @@ class PreprocessorStore:
         field: str = "preprocessing",  # where it stands in the request, for errors
     ) -> Image.Image:  # RGB, (width, height)
         "The control map of a picture; a RequestError says what is wrong, or missing on this machine."
-        def with_network(row: ControlnetGuideImagePreprocessor, pixels: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
+
+        def with_network(
+            row: ControlnetGuideImagePreprocessor, pixels: np.ndarray, parameters: dict[str, Any]
+        ) -> np.ndarray:
             with self._lock:
-                key = row.name, pixels.shape, hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest(), repr(sorted(parameters.items()))
+                key = (
+                    row.name,
+                    pixels.shape,
+                    hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest(),
+                    repr(sorted(parameters.items())),
+                )
                 if key not in self._maps:
                     self._maps[key] = detect(self._detector(row, field), row, pixels, parameters)
                 self._maps.move_to_end(key)
@@ -358,5 +406,8 @@ class PreprocessorStore:
                 torch.cuda.empty_cache()
 
     def _repr_markdown_(self) -> str:
-        lines = [f"| `{name}` | {'loaded' if name in self.loaded else state} |" for name, state in weights_at_hand(self.folders).items()]
+        lines = [
+            f"| `{name}` | {'loaded' if name in self.loaded else state} |"
+            for name, state in weights_at_hand(self.folders).items()
+        ]
         return "\n".join(["| preprocessor | weights |", "|---|---|", *lines])

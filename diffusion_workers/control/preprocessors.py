@@ -19,13 +19,21 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-from ez_diffusion_client.models import (
-    ErrorCode, ErrorDetail, ModelFamily, ParameterKind, Preprocessing, PreprocessorInfo, PreprocessorParameter, ResizeMode, UnionModeName,
-)
 from PIL import Image, ImageFilter
 
-from ..request.images import decode_image, resize_image, to_image_string
 from ..request.errors import RequestError, error_detail, nearest_name, request_error
+from ..request.images import decode_image, resize_image, to_image_string
+from ez_diffusion_client.models import (
+    ErrorCode,
+    ErrorDetail,
+    ModelFamily,
+    ParameterKind,
+    Preprocessing,
+    PreprocessorInfo,
+    PreprocessorParameter,
+    ResizeMode,
+    UnionModeName,
+)
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #0124cb36
 @dataclass(frozen=True)
@@ -55,13 +63,31 @@ def check_value(
     wanted = type(parameter.default)
     accepted = (int, float) if wanted is float else (wanted,)
     if not isinstance(value, accepted) or isinstance(value, bool) != (wanted is bool):
-        return error_detail(ErrorCode.wrong_type, f"{parameter.name} is {parameter.allowed}", field=field, given=value, allowed=parameter.allowed)
+        return error_detail(
+            ErrorCode.wrong_type,
+            f"{parameter.name} is {parameter.allowed}",
+            field=field,
+            given=value,
+            allowed=parameter.allowed,
+        )
     if wanted is bool:
         return None
     if not math.isfinite(value):
-        return error_detail(ErrorCode.not_a_finite_number, "a finite number is needed", field=field, given=value, allowed=parameter.allowed)
+        return error_detail(
+            ErrorCode.not_a_finite_number,
+            "a finite number is needed",
+            field=field,
+            given=value,
+            allowed=parameter.allowed,
+        )
     if not parameter.low <= value <= parameter.high:
-        return error_detail(ErrorCode.out_of_range, f"{parameter.name} is out of range", field=field, given=value, allowed=parameter.allowed)
+        return error_detail(
+            ErrorCode.out_of_range,
+            f"{parameter.name} is out of range",
+            field=field,
+            given=value,
+            allowed=parameter.allowed,
+        )
     return None
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #89d1d855
@@ -84,7 +110,9 @@ class ControlnetGuideImagePreprocessor:
     parameters: tuple[Parameter, ...] = ()
     union_modes: tuple[UnionModeName, ...] = ()  # kinds of map for a union net, the closest first
     scaling: MapScaling = MapScaling.smooth
-    make_map: Callable[..., np.ndarray] | None = None  # (H, W, 3) uint8 and parameters by name -> the same shape and type
+    make_map: Callable[..., np.ndarray] | None = (
+        None  # (H, W, 3) uint8 and parameters by name -> the same shape and type
+    )
     needs_mask: bool = False  # `make_map` takes a `mask` too
     detector: str | None = None  # a class of controlnet_aux, where `make_map` is None
     repository: str | None = None  # on the Hub, where the weights are
@@ -104,7 +132,11 @@ class ControlnetGuideImagePreprocessor:
     def _repr_markdown_(self) -> str:
         facts = f"**{self.name}**: {self.title}. For {self.nets}. Weights: {self.weights}. Needs `{self.package}`."
         lines = [f"| `{p.name}` | {p.default} | {p.allowed} | {p.meaning} |" for p in self.parameters]
-        return "\n".join([facts, "", "| parameter | default | allowed | meaning |", "|---|---|---|---|", *lines] if lines else [facts])
+        return "\n".join(
+            [facts, "", "| parameter | default | allowed | meaning |", "|---|---|---|---|", *lines]
+            if lines
+            else [facts]
+        )
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #dae554a7
 class PreprocessorTable(dict[str, ControlnetGuideImagePreprocessor]):
@@ -124,7 +156,9 @@ class PreprocessorTable(dict[str, ControlnetGuideImagePreprocessor]):
         head = ["| name | map | for nets | union mode | parameters | weights |", "|---|---|---|---|---|---|"]
         for row in self.values():
             parameters = ", ".join(f"`{p.name}={p.default}`" for p in row.parameters)
-            head.append(f"| `{row.name}` | {row.title} | {row.nets} | {', '.join(row.union_modes)} | {parameters} | {row.weights} |")
+            head.append(
+                f"| `{row.name}` | {row.title} | {row.nets} | {', '.join(row.union_modes)} | {parameters} | {row.weights} |"
+            )
         return "\n".join(head)
 
 
@@ -137,7 +171,9 @@ def opencv() -> Any:  # the module cv2
         import cv2
     except ImportError as exc:
         hint = "on the server: pip install opencv-python-headless"
-        raise request_error(ErrorCode.missing_dependency, f"OpenCV cannot be imported ({exc})", field="preprocessing", hint=hint) from None
+        raise request_error(
+            ErrorCode.missing_dependency, f"OpenCV cannot be imported ({exc})", field="preprocessing", hint=hint
+        ) from None
     return cv2
 
 
@@ -161,11 +197,21 @@ def canny_map(
 ALL_FAMILIES = tuple(ModelFamily)
 STABLE_DIFFUSION = (ModelFamily.sd15, ModelFamily.sdxl)
 
-PREPROCESSORS.add(ControlnetGuideImagePreprocessor(
-    "canny", "white edges, one pixel wide, on black", "canny nets", ALL_FAMILIES,
-    (Parameter("low_threshold", 100, "gradient above which an edge goes on", 0, 255),
-     Parameter("high_threshold", 200, "gradient above which an edge begins", 0, 255)),
-    (UnionModeName.canny,), MapScaling.lines, canny_map))
+PREPROCESSORS.add(
+    ControlnetGuideImagePreprocessor(
+        "canny",
+        "white edges, one pixel wide, on black",
+        "canny nets",
+        ALL_FAMILIES,
+        (
+            Parameter("low_threshold", 100, "gradient above which an edge goes on", 0, 255),
+            Parameter("high_threshold", 200, "gradient above which an edge begins", 0, 255),
+        ),
+        (UnionModeName.canny,),
+        MapScaling.lines,
+        canny_map,
+    )
+)
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #854692b4
 def lineart_standard_map(
@@ -211,21 +257,47 @@ def invert_map(
 _LINE_NETS = "lineart, anime lineart and scribble nets"
 PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
-        "lineart_standard", "gray lines where the picture is darker than around", "lineart nets", STABLE_DIFFUSION,
-        (Parameter("gaussian_sigma", 6.0, "pixels that the surroundings reach", 0.5, 100),
-         Parameter("intensity_threshold", 8, "difference that counts as a line", 0, 255)),
-        (UnionModeName.line,), make_map=lineart_standard_map),
+        "lineart_standard",
+        "gray lines where the picture is darker than around",
+        "lineart nets",
+        STABLE_DIFFUSION,
+        (
+            Parameter("gaussian_sigma", 6.0, "pixels that the surroundings reach", 0.5, 100),
+            Parameter("intensity_threshold", 8, "difference that counts as a line", 0, 255),
+        ),
+        (UnionModeName.line,),
+        make_map=lineart_standard_map,
+    ),
     ControlnetGuideImagePreprocessor(
-        "scribble_xdog", "white strokes on black, like a doodle", "scribble nets", STABLE_DIFFUSION,
+        "scribble_xdog",
+        "white strokes on black, like a doodle",
+        "scribble nets",
+        STABLE_DIFFUSION,
         (Parameter("threshold", 32, "smaller makes more strokes", 1, 64),),
-        (UnionModeName.soft_edge,), MapScaling.lines, scribble_xdog_map),
+        (UnionModeName.soft_edge,),
+        MapScaling.lines,
+        scribble_xdog_map,
+    ),
     ControlnetGuideImagePreprocessor(
-        "binary", "dark in white, bright in black", "scribble nets, and QR code nets", STABLE_DIFFUSION,
+        "binary",
+        "dark in white, bright in black",
+        "scribble nets, and QR code nets",
+        STABLE_DIFFUSION,
         (Parameter("threshold", 0, "brightness that parts the two; 0 chooses it", 0, 255),),
-        (UnionModeName.soft_edge,), MapScaling.lines, binary_map),
+        (UnionModeName.soft_edge,),
+        MapScaling.lines,
+        binary_map,
+    ),
     ControlnetGuideImagePreprocessor(
-        "invert", "the negative, for drawings on white paper", _LINE_NETS, STABLE_DIFFUSION,
-        (), (UnionModeName.line, UnionModeName.soft_edge), make_map=invert_map))
+        "invert",
+        "the negative, for drawings on white paper",
+        _LINE_NETS,
+        STABLE_DIFFUSION,
+        (),
+        (UnionModeName.line, UnionModeName.soft_edge),
+        make_map=invert_map,
+    ),
+)
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #4fb5d036
 def tile_map(
@@ -235,7 +307,9 @@ def tile_map(
     "The picture with its fine detail taken out, to be made up anew."
     cv2, (height, width) = opencv(), pixels.shape[:2]
     small = (max(1, round(width / down_sampling_rate)), max(1, round(height / down_sampling_rate)))
-    return cv2.resize(cv2.resize(pixels, small, interpolation=cv2.INTER_AREA), (width, height), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(
+        cv2.resize(pixels, small, interpolation=cv2.INTER_AREA), (width, height), interpolation=cv2.INTER_CUBIC
+    )
 
 
 def blur_map(
@@ -261,7 +335,9 @@ def color_palette_map(
     "A grid of flat patches, each in the mean colour of what is under it."
     cv2, (height, width) = opencv(), pixels.shape[:2]
     grid = (max(1, round(width / tile_size)), max(1, round(height / tile_size)))
-    return cv2.resize(cv2.resize(pixels, grid, interpolation=cv2.INTER_AREA), (width, height), interpolation=cv2.INTER_NEAREST)
+    return cv2.resize(
+        cv2.resize(pixels, grid, interpolation=cv2.INTER_AREA), (width, height), interpolation=cv2.INTER_NEAREST
+    )
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #1f85f590
 def low_quality_map(
@@ -273,7 +349,9 @@ def low_quality_map(
 ) -> np.ndarray:
     "The picture as a bad copy: shrunk, noisy, and saved as a JPEG."
     cv2, (height, width) = opencv(), pixels.shape[:2]
-    small = cv2.resize(pixels, (max(1, round(width / scale)), max(1, round(height / scale))), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(
+        pixels, (max(1, round(width / scale)), max(1, round(height / scale))), interpolation=cv2.INTER_AREA
+    )
     noisy = small + np.random.default_rng(seed).normal(0, noise, small.shape)
     bgr = noisy.round().clip(0, 255).astype(np.uint8)[..., ::-1]
     stored = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality])[1]
@@ -281,9 +359,13 @@ def low_quality_map(
     return cv2.resize(read, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def _smooth_field(rng: np.random.Generator, height: int, width: int, scale: int) -> np.ndarray:  # (H, W) float32 from 0 to 1
+def _smooth_field(
+    rng: np.random.Generator, height: int, width: int, scale: int
+) -> np.ndarray:  # (H, W) float32 from 0 to 1
     coarse = rng.random((height // scale + 3, width // scale + 3), dtype=np.float32)
-    whole = opencv().resize(coarse, (coarse.shape[1] * scale, coarse.shape[0] * scale), interpolation=opencv().INTER_CUBIC)
+    whole = opencv().resize(
+        coarse, (coarse.shape[1] * scale, coarse.shape[0] * scale), interpolation=opencv().INTER_CUBIC
+    )
     field = whole[scale : scale + height, scale : scale + width]
     return (field - field.min()) / max(float(np.ptp(field)), 1e-6)
 
@@ -314,7 +396,9 @@ def inpaint_condition(
 ) -> np.ndarray:  # (1, 3, H, W) float32: 0 to 1, and -1 in the hole
     "What control_v11p_sd15_inpaint and its kin are given."
     if image.size != mask.size:
-        raise ValueError(f"the picture is {image.size} and the mask {mask.size}: bring both to the size of the generation")
+        raise ValueError(
+            f"the picture is {image.size} and the mask {mask.size}: bring both to the size of the generation"
+        )
     values = np.asarray(image.convert("RGB"), np.float32) / 255
     hole = np.asarray(mask.convert("L")) >= 128
     return np.where(hole[..., None], np.float32(-1), values).transpose(2, 0, 1)[None]
@@ -330,28 +414,83 @@ def pass_through(
 _SEED = Parameter("seed", 0, "another seed, another map", 0, 2**32 - 1)
 PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
-        "tile", "the picture without its fine detail", "tile nets", ALL_FAMILIES,
-        (Parameter("down_sampling_rate", 1.0, "1 keeps all detail, 8 hardly any", 1, 64),), (UnionModeName.tile,), make_map=tile_map),
+        "tile",
+        "the picture without its fine detail",
+        "tile nets",
+        ALL_FAMILIES,
+        (Parameter("down_sampling_rate", 1.0, "1 keeps all detail, 8 hardly any", 1, 64),),
+        (UnionModeName.tile,),
+        make_map=tile_map,
+    ),
     ControlnetGuideImagePreprocessor(
-        "blur", "the picture out of focus", "blur and tile nets", ALL_FAMILIES,
-        (Parameter("sigma", 9.0, "radius in pixels", 0.1, 256),), (UnionModeName.blur, UnionModeName.tile), make_map=blur_map),
+        "blur",
+        "the picture out of focus",
+        "blur and tile nets",
+        ALL_FAMILIES,
+        (Parameter("sigma", 9.0, "radius in pixels", 0.1, 256),),
+        (UnionModeName.blur, UnionModeName.tile),
+        make_map=blur_map,
+    ),
     ControlnetGuideImagePreprocessor(
-        "gray", "the picture without colour", "gray and recolor nets", ALL_FAMILIES, (), (UnionModeName.gray,), make_map=gray_map),
+        "gray",
+        "the picture without colour",
+        "gray and recolor nets",
+        ALL_FAMILIES,
+        (),
+        (UnionModeName.gray,),
+        make_map=gray_map,
+    ),
     ControlnetGuideImagePreprocessor(
-        "low_quality", "a small, noisy JPEG of the picture", "low quality (lq), upscaling and tile nets", ALL_FAMILIES,
-        (Parameter("scale", 4.0, "how much smaller the copy is", 1, 64), Parameter("noise", 6.0, "standard deviation, of 255", 0, 128),
-         Parameter("jpeg_quality", 30, "of the copy", 1, 100), _SEED), (UnionModeName.low_quality, UnionModeName.tile), make_map=low_quality_map),
+        "low_quality",
+        "a small, noisy JPEG of the picture",
+        "low quality (lq), upscaling and tile nets",
+        ALL_FAMILIES,
+        (
+            Parameter("scale", 4.0, "how much smaller the copy is", 1, 64),
+            Parameter("noise", 6.0, "standard deviation, of 255", 0, 128),
+            Parameter("jpeg_quality", 30, "of the copy", 1, 100),
+            _SEED,
+        ),
+        (UnionModeName.low_quality, UnionModeName.tile),
+        make_map=low_quality_map,
+    ),
     ControlnetGuideImagePreprocessor(
-        "color_palette", "a grid of the picture's colours", "color adapters and nets", STABLE_DIFFUSION,
-        (Parameter("tile_size", 64, "pixels along one side of a patch", 2, 1024),), (), MapScaling.labels, color_palette_map),
+        "color_palette",
+        "a grid of the picture's colours",
+        "color adapters and nets",
+        STABLE_DIFFUSION,
+        (Parameter("tile_size", 64, "pixels along one side of a patch", 2, 1024),),
+        (),
+        MapScaling.labels,
+        color_palette_map,
+    ),
     ControlnetGuideImagePreprocessor(
-        "content_shuffle", "the picture's colours, its shapes dissolved", "shuffle nets", (ModelFamily.sd15,),
-        (Parameter("scale", 256, "pixels over which neighbours stay neighbours", 8, 4096), _SEED), make_map=content_shuffle_map),
+        "content_shuffle",
+        "the picture's colours, its shapes dissolved",
+        "shuffle nets",
+        (ModelFamily.sd15,),
+        (Parameter("scale", 256, "pixels over which neighbours stay neighbours", 8, 4096), _SEED),
+        make_map=content_shuffle_map,
+    ),
     ControlnetGuideImagePreprocessor(
-        "inpaint_mask", "the picture with a black hole where the mask is white", "inpaint nets; needs mask_image", ALL_FAMILIES,
-        (), (UnionModeName.repaint,), MapScaling.labels, inpaint_mask_map, needs_mask=True),
+        "inpaint_mask",
+        "the picture with a black hole where the mask is white",
+        "inpaint nets; needs mask_image",
+        ALL_FAMILIES,
+        (),
+        (UnionModeName.repaint,),
+        MapScaling.labels,
+        inpaint_mask_map,
+        needs_mask=True,
+    ),
     ControlnetGuideImagePreprocessor(
-        "none", "the picture as it is", "any net, when the picture is a map already", ALL_FAMILIES, make_map=pass_through))
+        "none",
+        "the picture as it is",
+        "any net, when the picture is a map already",
+        ALL_FAMILIES,
+        make_map=pass_through,
+    ),
+)
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #696a2241
 _SAFE = Parameter("safe", False, "round the edges to a few levels, so that nothing of the picture hides in them")
@@ -359,68 +498,255 @@ _SCRIBBLE = Parameter("scribble", False, "strokes of one width, as for a doodle"
 _TWO_NETS = "softedge (and, with scribble, scribble) nets"
 
 
-def _annotator(name: str, title: str, nets: str, mode: UnionModeName | None, detector: str, files: dict[str, str], parameters: Iterable[Parameter] = (),
-               repository: str = "lllyasviel/Annotators", families: tuple = STABLE_DIFFUSION, scaling: MapScaling = MapScaling.smooth, **options: Any) -> None:
-    PREPROCESSORS.add(ControlnetGuideImagePreprocessor(
-        name, title, nets, families, tuple(parameters), (mode,) if mode else (), scaling,
-        detector=detector, repository=repository, files=tuple(files.items()), options=tuple(options.items())))
+def _annotator(
+    name: str,
+    title: str,
+    nets: str,
+    mode: UnionModeName | None,
+    detector: str,
+    files: dict[str, str],
+    parameters: Iterable[Parameter] = (),
+    repository: str = "lllyasviel/Annotators",
+    families: tuple = STABLE_DIFFUSION,
+    scaling: MapScaling = MapScaling.smooth,
+    **options: Any,
+) -> None:
+    PREPROCESSORS.add(
+        ControlnetGuideImagePreprocessor(
+            name,
+            title,
+            nets,
+            families,
+            tuple(parameters),
+            (mode,) if mode else (),
+            scaling,
+            detector=detector,
+            repository=repository,
+            files=tuple(files.items()),
+            options=tuple(options.items()),
+        )
+    )
 
 
-_annotator("hed", "soft edges (HED)", _TWO_NETS, UnionModeName.soft_edge, "HEDdetector", {"filename": "ControlNetHED.pth"}, [_SAFE, _SCRIBBLE])
-_annotator("pidinet", "soft edges (PiDiNet), crisper than HED", _TWO_NETS, UnionModeName.soft_edge, "PidiNetDetector", {"filename": "table5_pidinet.pth"},
-           [_SAFE, _SCRIBBLE, Parameter("apply_filter", False, "edges or none, nothing in between")])
-_annotator("teed", "soft edges (TEED), small and fast", "softedge nets", UnionModeName.soft_edge, "TEEDdetector", {"filename": "5_model.pth"},
-           [Parameter("safe_steps", 2, "levels that edges are rounded to; 0 does not round", 0, 10)], "fal-ai/teed")
-_annotator("anyline", "lines (TEED and intensity together)", "MistoLine and other lineart nets", UnionModeName.line, "AnylineDetector", {"filename": "Anyline/MTEED.pth"},
-           [Parameter("gaussian_sigma", 2.0, "pixels that the surroundings reach", 0.5, 100), Parameter("intensity_threshold", 3, "difference that counts as a line", 0, 255)],
-           "TheMistoAI/MistoLine")
-_annotator("mlsd", "straight lines", "mlsd nets", UnionModeName.line, "MLSDdetector", {"filename": "mlsd_large_512_fp32.pth"},
-           [Parameter("thr_v", 0.1, "score above which a line counts", 0, 2), Parameter("thr_d", 0.1, "length below which a line is dropped", 0, 20)], scaling=MapScaling.lines)
-_annotator("lineart", "lines as an artist would draw them", "lineart nets", UnionModeName.line, "LineartDetector",
-           {"filename": "sk_model.pth", "coarse_filename": "sk_model2.pth"}, [Parameter("coarse", False, "fewer and rougher lines")])
-_annotator("lineart_anime", "lines of a drawing or an anime", "anime lineart nets", UnionModeName.line, "LineartAnimeDetector", {"filename": "netG.pth"})
+_annotator(
+    "hed",
+    "soft edges (HED)",
+    _TWO_NETS,
+    UnionModeName.soft_edge,
+    "HEDdetector",
+    {"filename": "ControlNetHED.pth"},
+    [_SAFE, _SCRIBBLE],
+)
+_annotator(
+    "pidinet",
+    "soft edges (PiDiNet), crisper than HED",
+    _TWO_NETS,
+    UnionModeName.soft_edge,
+    "PidiNetDetector",
+    {"filename": "table5_pidinet.pth"},
+    [_SAFE, _SCRIBBLE, Parameter("apply_filter", False, "edges or none, nothing in between")],
+)
+_annotator(
+    "teed",
+    "soft edges (TEED), small and fast",
+    "softedge nets",
+    UnionModeName.soft_edge,
+    "TEEDdetector",
+    {"filename": "5_model.pth"},
+    [Parameter("safe_steps", 2, "levels that edges are rounded to; 0 does not round", 0, 10)],
+    "fal-ai/teed",
+)
+_annotator(
+    "anyline",
+    "lines (TEED and intensity together)",
+    "MistoLine and other lineart nets",
+    UnionModeName.line,
+    "AnylineDetector",
+    {"filename": "Anyline/MTEED.pth"},
+    [
+        Parameter("gaussian_sigma", 2.0, "pixels that the surroundings reach", 0.5, 100),
+        Parameter("intensity_threshold", 3, "difference that counts as a line", 0, 255),
+    ],
+    "TheMistoAI/MistoLine",
+)
+_annotator(
+    "mlsd",
+    "straight lines",
+    "mlsd nets",
+    UnionModeName.line,
+    "MLSDdetector",
+    {"filename": "mlsd_large_512_fp32.pth"},
+    [
+        Parameter("thr_v", 0.1, "score above which a line counts", 0, 2),
+        Parameter("thr_d", 0.1, "length below which a line is dropped", 0, 20),
+    ],
+    scaling=MapScaling.lines,
+)
+_annotator(
+    "lineart",
+    "lines as an artist would draw them",
+    "lineart nets",
+    UnionModeName.line,
+    "LineartDetector",
+    {"filename": "sk_model.pth", "coarse_filename": "sk_model2.pth"},
+    [Parameter("coarse", False, "fewer and rougher lines")],
+)
+_annotator(
+    "lineart_anime",
+    "lines of a drawing or an anime",
+    "anime lineart nets",
+    UnionModeName.line,
+    "LineartAnimeDetector",
+    {"filename": "netG.pth"},
+)
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #3b56cd92
-_annotator("normal_bae", "where surfaces face, as colours", "normalbae nets", UnionModeName.normal, "NormalBaeDetector", {"filename": "scannet.pt"})
+_annotator(
+    "normal_bae",
+    "where surfaces face, as colours",
+    "normalbae nets",
+    UnionModeName.normal,
+    "NormalBaeDetector",
+    {"filename": "scannet.pt"},
+)
 _MIDAS = {"filename": "dpt_hybrid-midas-501f0c75.pt"}
-_annotator("midas", "depth (MiDaS), near is white", "depth nets", UnionModeName.depth, "MidasDetector", _MIDAS, families=ALL_FAMILIES)
-_annotator("midas_normal", "where surfaces face, by the slope of MiDaS' depth", "the older normal nets, which read the axes in another order", None, "MidasDetector", _MIDAS,
-           [Parameter("a", 2 * math.pi, "larger is flatter", 0.1, 50), Parameter("bg_th", 0.1, "depth below which all is background", 0, 1)])
-_LERES = [Parameter("thr_a", 0, "percent of the nearest that is cut off", 0, 100), Parameter("thr_b", 0, "percent of the farthest that is cut off", 0, 100)]
-_annotator("leres", "depth (LeReS), near is white", "depth nets", UnionModeName.depth, "LeresDetector", {"filename": "res101.pth"}, _LERES, families=ALL_FAMILIES)
-_annotator("leres_boost", "depth (LeReS, boosted: finer and slower)", "depth nets", UnionModeName.depth, "LeresDetector",
-           {"filename": "res101.pth", "pix2pix_filename": "latest_net_G.pth"}, _LERES, families=ALL_FAMILIES)
-_annotator("zoe", "depth (ZoeDepth), near is white", "depth nets", UnionModeName.depth, "ZoeDetector", {"filename": "ZoeD_M12_N.pt"},
-           [Parameter("gamma_corrected", False, "darker middle tones")], families=ALL_FAMILIES)
-_annotator("openpose", "skeletons of people", "openpose nets", UnionModeName.openpose, "OpenposeDetector",
-           {"filename": "body_pose_model.pth", "hand_filename": "hand_pose_model.pth", "face_filename": "facenet.pth"},
-           [Parameter("include_body", True, "draw bodies"), Parameter("include_hand", False, "draw hands"), Parameter("include_face", False, "draw faces")],
-           families=ALL_FAMILIES)
-_SAM = [Parameter("points_per_side", 32, "points of the grid that is asked what it belongs to", 1, 64),
-        Parameter("pred_iou_thresh", 0.88, "confidence below which a region is dropped", 0, 1),
-        Parameter("stability_score_thresh", 0.95, "stability below which a region is dropped", 0, 1)]
-_annotator("sam", "regions in colours without a meaning (Segment Anything)", "segmentation mode of union nets", UnionModeName.segmentation, "SamDetector",
-           {"filename": "checkpoints/sam_vit_h_4b8939.pth"}, _SAM, "ybelkada/segment-anything", (ModelFamily.sdxl,), MapScaling.labels, model_type="vit_h")
-_annotator("mobile_sam", "regions in colours without a meaning (MobileSAM, small)", "segmentation mode of union nets", UnionModeName.segmentation, "SamDetector",
-           {"filename": "mobile_sam.pt"}, _SAM, "dhkim2810/MobileSAM", (ModelFamily.sdxl,), MapScaling.labels, model_type="vit_t")
+_annotator(
+    "midas",
+    "depth (MiDaS), near is white",
+    "depth nets",
+    UnionModeName.depth,
+    "MidasDetector",
+    _MIDAS,
+    families=ALL_FAMILIES,
+)
+_annotator(
+    "midas_normal",
+    "where surfaces face, by the slope of MiDaS' depth",
+    "the older normal nets, which read the axes in another order",
+    None,
+    "MidasDetector",
+    _MIDAS,
+    [
+        Parameter("a", 2 * math.pi, "larger is flatter", 0.1, 50),
+        Parameter("bg_th", 0.1, "depth below which all is background", 0, 1),
+    ],
+)
+_LERES = [
+    Parameter("thr_a", 0, "percent of the nearest that is cut off", 0, 100),
+    Parameter("thr_b", 0, "percent of the farthest that is cut off", 0, 100),
+]
+_annotator(
+    "leres",
+    "depth (LeReS), near is white",
+    "depth nets",
+    UnionModeName.depth,
+    "LeresDetector",
+    {"filename": "res101.pth"},
+    _LERES,
+    families=ALL_FAMILIES,
+)
+_annotator(
+    "leres_boost",
+    "depth (LeReS, boosted: finer and slower)",
+    "depth nets",
+    UnionModeName.depth,
+    "LeresDetector",
+    {"filename": "res101.pth", "pix2pix_filename": "latest_net_G.pth"},
+    _LERES,
+    families=ALL_FAMILIES,
+)
+_annotator(
+    "zoe",
+    "depth (ZoeDepth), near is white",
+    "depth nets",
+    UnionModeName.depth,
+    "ZoeDetector",
+    {"filename": "ZoeD_M12_N.pt"},
+    [Parameter("gamma_corrected", False, "darker middle tones")],
+    families=ALL_FAMILIES,
+)
+_annotator(
+    "openpose",
+    "skeletons of people",
+    "openpose nets",
+    UnionModeName.openpose,
+    "OpenposeDetector",
+    {"filename": "body_pose_model.pth", "hand_filename": "hand_pose_model.pth", "face_filename": "facenet.pth"},
+    [
+        Parameter("include_body", True, "draw bodies"),
+        Parameter("include_hand", False, "draw hands"),
+        Parameter("include_face", False, "draw faces"),
+    ],
+    families=ALL_FAMILIES,
+)
+_SAM = [
+    Parameter("points_per_side", 32, "points of the grid that is asked what it belongs to", 1, 64),
+    Parameter("pred_iou_thresh", 0.88, "confidence below which a region is dropped", 0, 1),
+    Parameter("stability_score_thresh", 0.95, "stability below which a region is dropped", 0, 1),
+]
+_annotator(
+    "sam",
+    "regions in colours without a meaning (Segment Anything)",
+    "segmentation mode of union nets",
+    UnionModeName.segmentation,
+    "SamDetector",
+    {"filename": "checkpoints/sam_vit_h_4b8939.pth"},
+    _SAM,
+    "ybelkada/segment-anything",
+    (ModelFamily.sdxl,),
+    MapScaling.labels,
+    model_type="vit_h",
+)
+_annotator(
+    "mobile_sam",
+    "regions in colours without a meaning (MobileSAM, small)",
+    "segmentation mode of union nets",
+    UnionModeName.segmentation,
+    "SamDetector",
+    {"filename": "mobile_sam.pt"},
+    _SAM,
+    "dhkim2810/MobileSAM",
+    (ModelFamily.sdxl,),
+    MapScaling.labels,
+    model_type="vit_t",
+)
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #7e0bb227
 _ELSEWHERE = {  # names that people know -> what to do here
     "dwpose": "DWPose needs packages that cannot be built beside this version of torch; use openpose",
     "mediapipe_face": "use openpose with include_face",
-    "depth": "use midas, leres or zoe", "depth_anything": "use midas, leres or zoe", "normal": "use normal_bae", "pose": "use openpose",
-    "softedge": "use hed, pidinet or teed", "soft_edge": "use hed, pidinet or teed", "scribble": "use scribble_xdog, or hed with scribble",
-    "line": "use lineart, lineart_anime or lineart_standard", "seg": "use sam or mobile_sam", "segmentation": "use sam or mobile_sam",
-    "shuffle": "use content_shuffle", "inpaint": "use inpaint_mask", "repaint": "use inpaint_mask", "color": "use color_palette", "threshold": "use binary",
+    "depth": "use midas, leres or zoe",
+    "depth_anything": "use midas, leres or zoe",
+    "normal": "use normal_bae",
+    "pose": "use openpose",
+    "softedge": "use hed, pidinet or teed",
+    "soft_edge": "use hed, pidinet or teed",
+    "scribble": "use scribble_xdog, or hed with scribble",
+    "line": "use lineart, lineart_anime or lineart_standard",
+    "seg": "use sam or mobile_sam",
+    "segmentation": "use sam or mobile_sam",
+    "shuffle": "use content_shuffle",
+    "inpaint": "use inpaint_mask",
+    "repaint": "use inpaint_mask",
+    "color": "use color_palette",
+    "threshold": "use binary",
 }
 
 
 def _unknown_name(name: str, field: str) -> ErrorDetail:
     plain = name.strip().lower().replace("-", "_").replace(" ", "_")
-    hint = _ELSEWHERE.get(plain) or next((text for key, text in _ELSEWHERE.items() if key == "dwpose" and "dw" in plain and "pose" in plain), None)
+    hint = _ELSEWHERE.get(plain) or next(
+        (text for key, text in _ELSEWHERE.items() if key == "dwpose" and "dw" in plain and "pose" in plain), None
+    )
     near = nearest_name(plain, list(PREPROCESSORS))
-    return error_detail(ErrorCode.unknown_preprocessor, "there is no such preprocessor", field=f"{field}.name", given=name,
-                        allowed=", ".join(PREPROCESSORS), hint=hint or (f"did you mean {near}?" if near else "choose one of these"))
+    return error_detail(
+        ErrorCode.unknown_preprocessor,
+        "there is no such preprocessor",
+        field=f"{field}.name",
+        given=name,
+        allowed=", ".join(PREPROCESSORS),
+        hint=hint or (f"did you mean {near}?" if near else "choose one of these"),
+    )
 
 
 def check_preprocessing(
@@ -440,8 +766,14 @@ def check_preprocessing(
                 yield mistake
             continue
         near = nearest_name(name, list(known))
-        yield error_detail(ErrorCode.unknown_field, f"{row.name} has no such parameter", field=at, given=name,
-                           allowed=", ".join(known) or "no parameters", hint=f"did you mean {near}?" if near else "leave it out")
+        yield error_detail(
+            ErrorCode.unknown_field,
+            f"{row.name} has no such parameter",
+            field=at,
+            given=name,
+            allowed=", ".join(known) or "no parameters",
+            hint=f"did you mean {near}?" if near else "leave it out",
+        )
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #51a3ae7a
 def preprocessing_parameters(
@@ -485,17 +817,26 @@ def resize_map(
         grows = width * height >= image.width * image.height
         return resize_image(image, width, height, resample=Image.Resampling.BICUBIC if grows else Image.Resampling.BOX)
     if scaling == MapScaling.lines:
-        reach = math.ceil(max(image.width / width, image.height / height)) // 2 * 2 + 1  # nearest takes one pixel of so many
+        reach = (
+            math.ceil(max(image.width / width, image.height / height)) // 2 * 2 + 1
+        )  # nearest takes one pixel of so many
         image = image.filter(ImageFilter.MaxFilter(reach)) if reach > 1 and image.size != (width, height) else image
     return resize_image(image, width, height, resample=Image.Resampling.NEAREST)
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #e1f98c60
-def _prepared_mask(row: ControlnetGuideImagePreprocessor, mask: Image.Image | None, size: tuple[int, int], mode: ResizeMode, field: str) -> dict[str, np.ndarray]:
+def _prepared_mask(
+    row: ControlnetGuideImagePreprocessor, mask: Image.Image | None, size: tuple[int, int], mode: ResizeMode, field: str
+) -> dict[str, np.ndarray]:
     if not row.needs_mask:
         return {}
     if mask is None:
         hint = "send mask_image: white where the picture is repainted"
-        raise request_error(ErrorCode.missing_field, f"{row.name} needs a mask", field=f"{field.rpartition('.')[0]}.mask_image".lstrip("."), hint=hint)
+        raise request_error(
+            ErrorCode.missing_field,
+            f"{row.name} needs a mask",
+            field=f"{field.rpartition('.')[0]}.mask_image".lstrip("."),
+            hint=hint,
+        )
     return {"mask": np.asarray(resize_image(mask.convert("L"), *size, mode, Image.Resampling.NEAREST))}
 
 
@@ -507,7 +848,8 @@ def make_map(
     resize_mode: ResizeMode = ResizeMode.just_resize,  # what gives where the shapes differ
     mask: Image.Image | None = None,  # of the shape of the picture, white is repainted; for preprocessors that need one
     *,
-    detect: Callable[..., np.ndarray] | None = None,  # (row, pixels, parameters) -> pixels, for rows that name a detector
+    detect: Callable[..., np.ndarray]
+    | None = None,  # (row, pixels, parameters) -> pixels, for rows that name a detector
     field: str = "preprocessing",  # where it stands in the request, for errors
 ) -> Image.Image:  # RGB, (width, height)
     "The control map of a picture; a RequestError names every mistake."
@@ -515,7 +857,12 @@ def make_map(
         raise RequestError(errors)
     row, parameters = PREPROCESSORS[preprocessing.name], preprocessing_parameters(preprocessing)
     if row.make_map is None and detect is None:
-        raise request_error(ErrorCode.missing_dependency, f"{row.name} needs a trained network", field=f"{field}.name", hint="use a PreprocessorStore")
+        raise request_error(
+            ErrorCode.missing_dependency,
+            f"{row.name} needs a trained network",
+            field=f"{field}.name",
+            hint="use a PreprocessorStore",
+        )
     size = working_size(width, height, preprocessing.resolution)
     pixels = np.asarray(resize_image(to_rgb(image), *size, resize_mode))
     extra = _prepared_mask(row, mask, size, resize_mode, field)
@@ -534,19 +881,31 @@ def fit_map(
     grows = width >= image.width and height >= image.height
     few_colours = image.getcolors(64) is not None
     smooth = Image.Resampling.LANCZOS if grows else Image.Resampling.BOX
-    return resize_image(image, width, height, resize_mode, Image.Resampling.NEAREST if few_colours and grows else smooth)
+    return resize_image(
+        image, width, height, resize_mode, Image.Resampling.NEAREST if few_colours and grows else smooth
+    )
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #3dacd671
 _SDXL_UNION = {
-    UnionModeName.openpose: 0, UnionModeName.depth: 1, UnionModeName.soft_edge: 2, UnionModeName.line: 3, UnionModeName.canny: 3,
-    UnionModeName.normal: 4, UnionModeName.segmentation: 5,
+    UnionModeName.openpose: 0,
+    UnionModeName.depth: 1,
+    UnionModeName.soft_edge: 2,
+    UnionModeName.line: 3,
+    UnionModeName.canny: 3,
+    UnionModeName.normal: 4,
+    UnionModeName.segmentation: 5,
 }
 UNION_MODE_NUMBERS: dict[str, dict[UnionModeName, int]] = {
     "sdxl_union": _SDXL_UNION,  # xinsir/controlnet-union-sdxl-1.0
     "sdxl_union_promax": {**_SDXL_UNION, UnionModeName.tile: 6, UnionModeName.repaint: 7},  # the same, promax
     "flux_union_pro": {  # Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro, and InstantX' union net
-        UnionModeName.canny: 0, UnionModeName.tile: 1, UnionModeName.depth: 2, UnionModeName.blur: 3,
-        UnionModeName.openpose: 4, UnionModeName.gray: 5, UnionModeName.low_quality: 6,
+        UnionModeName.canny: 0,
+        UnionModeName.tile: 1,
+        UnionModeName.depth: 2,
+        UnionModeName.blur: 3,
+        UnionModeName.openpose: 4,
+        UnionModeName.gray: 5,
+        UnionModeName.low_quality: 6,
     },
     "flux_union_pro_2": {},  # Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0 tells the kind by itself
 }
@@ -568,7 +927,9 @@ def union_mode_number(
     "The number of a mode; a ValueError says which there are."
     modes = union_modes(table)
     if not modes:
-        raise ValueError(f"{table} has no modes, given {shown(mode)}: leave union_mode out, the net sees the kind of a map by itself")
+        raise ValueError(
+            f"{table} has no modes, given {shown(mode)}: leave union_mode out, the net sees the kind of a map by itself"
+        )
     if isinstance(mode, int) and not isinstance(mode, bool) and mode in modes.values():
         return mode
     if isinstance(mode, str) and str(mode) in modes:
@@ -596,15 +957,26 @@ def infer_union_mode(
 def _parameter_info(parameter: Parameter) -> PreprocessorParameter:
     kinds = {bool: ParameterKind.boolean, int: ParameterKind.integer, float: ParameterKind.number}
     return PreprocessorParameter(
-        name=parameter.name, kind=kinds[type(parameter.default)], default=float(parameter.default),
-        minimum=parameter.low, maximum=parameter.high, description=parameter.meaning)
+        name=parameter.name,
+        kind=kinds[type(parameter.default)],
+        default=float(parameter.default),
+        minimum=parameter.low,
+        maximum=parameter.high,
+        description=parameter.meaning,
+    )
 
 
 def preprocessor_list() -> list[PreprocessorInfo]:
     "What a client learns about the preprocessors: their maps, their parameters with bounds, and whether they need weights."
     return [
         PreprocessorInfo(
-            name=row.name, title=row.title, nets=row.nets, needs_mask=row.needs_mask, weights=row.weights if row.files else None,
-            union_modes=list(row.union_modes) or None, parameters=[_parameter_info(parameter) for parameter in row.parameters] or None)
+            name=row.name,
+            title=row.title,
+            nets=row.nets,
+            needs_mask=row.needs_mask,
+            weights=row.weights if row.files else None,
+            union_modes=list(row.union_modes) or None,
+            parameters=[_parameter_info(parameter) for parameter in row.parameters] or None,
+        )
         for row in PREPROCESSORS.values()
     ]

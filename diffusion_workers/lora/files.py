@@ -42,7 +42,9 @@ class LoraName:
 
     def damaged(self, why: str) -> RequestError:
         "The error for a file that cannot be read."
-        return self.refusal(f"this LoRA's file is damaged: {why}", hint="download or copy it again", code=ErrorCode.model_unavailable)
+        return self.refusal(
+            f"this LoRA's file is damaged: {why}", hint="download or copy it again", code=ErrorCode.model_unavailable
+        )
 
 # %% ../../nbs/51_lora/02_files.ipynb #6ce2cfaa
 MAX_HEADER_BYTES = 25_000_000  # a LoRA of 2,000 modules has about 600 kB
@@ -62,7 +64,9 @@ def _check_kind(start: bytes, filename: str, lora: LoraName) -> None:  # raises 
         raise lora.damaged(f"it has {len(start)} bytes")
 
 
-def _read_json(file: BinaryIO, size: int, filename: str, lora: LoraName) -> tuple[dict[str, Any], int]:  # (header, bytes of tensors)
+def _read_json(
+    file: BinaryIO, size: int, filename: str, lora: LoraName
+) -> tuple[dict[str, Any], int]:  # (header, bytes of tensors)
     start = file.read(9)
     _check_kind(start, filename, lora)
     length = int.from_bytes(start[:8], "little")
@@ -126,7 +130,11 @@ def _check_is_lora(shapes: Shapes, lora: LoraName) -> None:  # raises for other 
         return next((what for pattern, what in table.items() if re.search(pattern, keys, re.MULTILINE)), None)
 
     if what := first(_OTHER_ADAPTERS):
-        raise lora.refusal(f"this is {what}, which is not supported", allowed="LoRA, LoCon and DoRA", hint="look for a version of it that is a LoRA")
+        raise lora.refusal(
+            f"this is {what}, which is not supported",
+            allowed="LoRA, LoCon and DoRA",
+            hint="look for a version of it that is a LoRA",
+        )
     if any((found := split_key(key)) and found[2] == "down" for key in shapes):
         return
     what = first(_NO_LORAS) or "no LoRA: none of its tensors is a pair of low-rank matrices"
@@ -147,19 +155,25 @@ class LoraModule:
     scaling: float | None = None  # alpha / rank by the configuration; None leaves it to the alpha in the file
 
 
-def _pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:  # what peft's alpha_pattern says of a module
+def _pattern_value(
+    patterns: Mapping[str, Any], name: str, default: Any
+) -> Any:  # what peft's alpha_pattern says of a module
     ends = {plain(str(pattern)).lstrip("^"): value for pattern, value in (patterns or {}).items()}
     return next((value for end, value in ends.items() if name == end or name.endswith("_" + end)), default)
 
 
-def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float | None:  # alpha / rank, by a configuration of peft
+def _scaling(
+    config: Mapping[str, Any], name: str, rank: int
+) -> float | None:  # alpha / rank, by a configuration of peft
     alpha = _pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
     if not isinstance(alpha, (int, float)):
         return None
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 # %% ../../nbs/51_lora/02_files.ipynb #9e8fad20
-def _module(component: str, name: str, keys: Mapping[str, str], shapes: Shapes, config: Mapping, lora: LoraName) -> LoraModule:
+def _module(
+    component: str, name: str, keys: Mapping[str, str], shapes: Shapes, config: Mapping, lora: LoraName
+) -> LoraModule:
     if not {"down", "up"} <= keys.keys():
         raise lora.damaged(f"half of the module {name} is missing")
     down, up, mid = (shapes[keys[part]] if part in keys else None for part in ("down", "up", "mid"))
@@ -168,12 +182,18 @@ def _module(component: str, name: str, keys: Mapping[str, str], shapes: Shapes, 
     magnitude = shapes.get(keys.get("magnitude"), (up[0],))
     if math.prod(magnitude) != up[0] or (keys.get("magnitude", "").endswith(".dora_scale") and magnitude[0] != up[0]):
         hint = "only magnitudes of the outputs are supported; look for a version of it without DoRA"
-        raise lora.refusal(f"the DoRA magnitudes of {name} have the shape {list(magnitude)}", allowed=f"{up[0]} magnitudes, one for each output", hint=hint)
+        raise lora.refusal(
+            f"the DoRA magnitudes of {name} have the shape {list(magnitude)}",
+            allowed=f"{up[0]} magnitudes, one for each output",
+            hint=hint,
+        )
     kernel = tuple((mid or down)[2:])
     return LoraModule(component, name, dict(keys), down[0], down[1], up[0], kernel, _scaling(config, name, down[0]))
 
 
-def _modules(shapes: Shapes, configs: Mapping[str, Mapping], lora: LoraName) -> tuple[list[LoraModule], list[str]]:  # (modules, other keys)
+def _modules(
+    shapes: Shapes, configs: Mapping[str, Mapping], lora: LoraName
+) -> tuple[list[LoraModule], list[str]]:  # (modules, other keys)
     found, others = {}, []
     for key in shapes:
         component, name, part = split_key(key) or (None, None, None)
@@ -202,7 +222,7 @@ def adapter_configs(
     configs: dict[str, dict[str, Any]] = {}
     if beside:
         whole = _loads(beside)
-        configs = {component: whole for component in (DENOISER, *TEXT_ENCODERS)}
+        configs = dict.fromkeys((DENOISER, *TEXT_ENCODERS), whole)
     for key, value in _loads(metadata.get("lora_adapter_metadata", "")).items():
         component, _, option = key.partition(".")
         component = component if component in TEXT_ENCODERS else DENOISER
@@ -223,7 +243,11 @@ _TRANSFORMERS = (  # pattern of a module's name, width of its input (None for an
     (r"^transformer_blocks_\d+_attn[12]_", None, "PixArt, LTX-Video or a relative of theirs"),
     (r"^blocks_\d+_(self_attn|cross_attn|ffn|attn1|attn2)_", None, "Wan"),
     (r"^(layers|noise_refiner|context_refiner)_\d+_", None, "Lumina or Z-Image"),
-    (r"^(double_blocks|transformer_blocks)_(19|[2-9]\d)_|^(single_blocks|single_transformer_blocks)_(3[89]|[4-9]\d)_", None, "HunyuanVideo, Qwen-Image or another transformer deeper than Flux"),
+    (
+        r"^(double_blocks|transformer_blocks)_(19|[2-9]\d)_|^(single_blocks|single_transformer_blocks)_(3[89]|[4-9]\d)_",
+        None,
+        "HunyuanVideo, Qwen-Image or another transformer deeper than Flux",
+    ),
     (r"^(double_blocks|single_blocks|(single_)?transformer_blocks)_\d+_.*(attn|linear1|qkv)", 3072, ModelFamily.flux),
     (r"^transformer_blocks_\d+_attn_", 1536, "Stable Diffusion 3"),
     (r"^transformer_blocks_\d+_attn_", 2432, "Stable Diffusion 3.5 Large"),
@@ -231,14 +255,25 @@ _TRANSFORMERS = (  # pattern of a module's name, width of its input (None for an
 )
 _UNET_NAMES = r"^(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks|time_embed|conv_in|conv_out|label_emb|add_embedding|out_2)"
 _BY_METADATA = {  # how ss_base_model_version or modelspec.architecture begins
-    "sdxl": ModelFamily.sdxl, "stable-diffusion-xl": ModelFamily.sdxl, "sd_v1": ModelFamily.sd15, "stable-diffusion-v1": ModelFamily.sd15,
-    "sd_v2": _SD2, "stable-diffusion-v2": _SD2, "flux1": ModelFamily.flux, "flux-1": ModelFamily.flux, "sd3": "Stable Diffusion 3",
+    "sdxl": ModelFamily.sdxl,
+    "stable-diffusion-xl": ModelFamily.sdxl,
+    "sd_v1": ModelFamily.sd15,
+    "stable-diffusion-v1": ModelFamily.sd15,
+    "sd_v2": _SD2,
+    "stable-diffusion-v2": _SD2,
+    "flux1": ModelFamily.flux,
+    "flux-1": ModelFamily.flux,
+    "sd3": "Stable Diffusion 3",
 }
 
 # %% ../../nbs/51_lora/02_files.ipynb #f2677d1a
 def _guess_family(modules: list[LoraModule], metadata: Mapping[str, str]) -> ModelFamily | str | None:
     denoiser = [module for module in modules if module.component == DENOISER]
-    widths = {module.inputs for module in denoiser if re.search(r"attn2_to_[kv]$", module.name) and re.match(_UNET_NAMES, module.name)}
+    widths = {
+        module.inputs
+        for module in denoiser
+        if re.search(r"attn2_to_[kv]$", module.name) and re.match(_UNET_NAMES, module.name)
+    }
     if known := {_CROSS_ATTENTION[width] for width in widths if width in _CROSS_ATTENTION}:
         return known.pop() if len(known) == 1 else None
     if any(module.component == "text_encoder_3" for module in modules):
@@ -247,13 +282,17 @@ def _guess_family(modules: list[LoraModule], metadata: Mapping[str, str]) -> Mod
     for pattern, width, family in () if of_unet else _TRANSFORMERS:
         if any(re.search(pattern, module.name) and width in (None, module.inputs) for module in denoiser):
             return family
-    if not widths and any(re.search(r"^(add_embedding|label_emb|input_blocks|output_blocks)_", module.name) for module in denoiser):
+    if not widths and any(
+        re.search(r"^(add_embedding|label_emb|input_blocks|output_blocks)_", module.name) for module in denoiser
+    ):
         return ModelFamily.sdxl
     declared = (metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version") or "").lower()
     return next((family for start, family in _BY_METADATA.items() if declared.startswith(start)), None)
 
 
-def _family(modules: list[LoraModule], metadata: Mapping[str, str]) -> tuple[ModelFamily | None, str]:  # (one of ours, in words)
+def _family(
+    modules: list[LoraModule], metadata: Mapping[str, str]
+) -> tuple[ModelFamily | None, str]:  # (one of ours, in words)
     found = _guess_family(modules, metadata)
     if isinstance(found, ModelFamily):
         return found, FAMILY_WORDS[found]
@@ -281,8 +320,14 @@ class LoraHeader:
     @cached_property
     def targets(self) -> tuple[str, ...]:
         "Components that it changes, under their names in a pipeline."
-        denoiser = "unet" if any(re.match(_UNET_NAMES, module.name) for module in self.modules if module.component == DENOISER) else "transformer"
-        return tuple(sorted({denoiser if module.component == DENOISER else module.component for module in self.modules}))
+        denoiser = (
+            "unet"
+            if any(re.match(_UNET_NAMES, module.name) for module in self.modules if module.component == DENOISER)
+            else "transformer"
+        )
+        return tuple(
+            sorted({denoiser if module.component == DENOISER else module.component for module in self.modules})
+        )
 
     @property
     def dora(self) -> bool:
@@ -290,23 +335,43 @@ class LoraHeader:
         return any("magnitude" in module.keys for module in self.modules)
 
     def _repr_markdown_(self) -> str:
-        rows = {"family": self.family_words, "layout": self.layout, "ranks": ", ".join(map(str, self.ranks)), "changes": ", ".join(self.targets),
-                "modules": len(self.modules), "size": f"{self.bytes / 1e6:.2f} MB", **self.metadata}
-        return "\n".join([f"| **{self.name}** | |", "|---|---|", *(f"| {key} | {str(value).replace('|', ' ')} |" for key, value in rows.items())])
+        rows = {
+            "family": self.family_words,
+            "layout": self.layout,
+            "ranks": ", ".join(map(str, self.ranks)),
+            "changes": ", ".join(self.targets),
+            "modules": len(self.modules),
+            "size": f"{self.bytes / 1e6:.2f} MB",
+            **self.metadata,
+        }
+        return "\n".join(
+            [
+                f"| **{self.name}** | |",
+                "|---|---|",
+                *(f"| {key} | {str(value).replace('|', ' ')} |" for key, value in rows.items()),
+            ]
+        )
 
 # %% ../../nbs/51_lora/02_files.ipynb #ee20c20c
-_LAYOUTS = {"kohya": r"\.lora_down\.", "peft": r"^(?:\w+\.)?base_model\.model\.", "xlabs": r"\.processor\.(?:qkv|proj)_lora", "diffusers": ""}
+_LAYOUTS = {
+    "kohya": r"\.lora_down\.",
+    "peft": r"^(?:\w+\.)?base_model\.model\.",
+    "xlabs": r"\.processor\.(?:qkv|proj)_lora",
+    "diffusers": "",
+}
 
 
 def _words(metadata: Mapping[str, str]) -> dict[str, str]:  # what the author wrote, under our names
     counts: dict[str, int] = {}
     for tags in _loads(metadata.get("ss_tag_frequency", "")).values():
-        for tag, count in (tags.items() if isinstance(tags, dict) else ()):
+        for tag, count in tags.items() if isinstance(tags, dict) else ():
             counts[tag.strip()] = counts.get(tag.strip(), 0) + (count if isinstance(count, int) else 0)
     frequent = ", ".join(sorted(counts, key=lambda tag: -counts[tag])[:5])
     found = {
         "title": metadata.get("modelspec.title") or metadata.get("ss_output_name"),
-        "base_model": metadata.get("ss_sd_model_name") or metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture"),
+        "base_model": metadata.get("ss_sd_model_name")
+        or metadata.get("ss_base_model_version")
+        or metadata.get("modelspec.architecture"),
         "trigger_words": metadata.get("modelspec.trigger_phrase") or frequent,
     }
     return {key: " ".join(value.split())[:200] for key, value in found.items() if value and value != "None"}
@@ -325,7 +390,9 @@ def read_lora(
     modules, ignored = _modules(shapes, adapter_configs(metadata, beside), lora)
     layout = next(layout for layout, pattern in _LAYOUTS.items() if re.search(pattern, "\n".join(shapes), re.MULTILINE))
     family, words = _family(modules, metadata)
-    return LoraHeader(lora.name, family, words, layout, tuple(modules), tuple(ignored), len(shapes), size, _words(metadata))
+    return LoraHeader(
+        lora.name, family, words, layout, tuple(modules), tuple(ignored), len(shapes), size, _words(metadata)
+    )
 
 # %% ../../nbs/51_lora/02_files.ipynb #a320b959
 def config_beside(path: Path) -> str | None:
@@ -347,7 +414,11 @@ def inspect_lora(
         with path.open("rb") as file:
             return read_lora(file, path.stat().st_size, path.name, lora, config_beside(path))
     except OSError as exc:
-        raise lora.refusal(f"the file of this LoRA cannot be opened ({type(exc).__name__})", hint="check that it is there", code=ErrorCode.unknown_lora) from None
+        raise lora.refusal(
+            f"the file of this LoRA cannot be opened ({type(exc).__name__})",
+            hint="check that it is there",
+            code=ErrorCode.unknown_lora,
+        ) from None
 
 # %% ../../nbs/51_lora/02_files.ipynb #8786bdce
 def check_family(
@@ -358,7 +429,10 @@ def check_family(
     "Raises a `RequestError` for a LoRA that was made for another family; passes where the file does not tell."
     if header.family == family or header.family_words == UNKNOWN_FAMILY:
         return
-    message, allowed = f"this LoRA was made for {header.family_words}, the model is {FAMILY_WORDS[family]}", f"a LoRA for {FAMILY_WORDS[family]}"
+    message, allowed = (
+        f"this LoRA was made for {header.family_words}, the model is {FAMILY_WORDS[family]}",
+        f"a LoRA for {FAMILY_WORDS[family]}",
+    )
     raise lora.refusal(message, allowed=allowed, hint="ask for another model, or for a LoRA of this family")
 
 # %% ../../nbs/51_lora/02_files.ipynb #dfda5274
@@ -382,7 +456,9 @@ def _mismatch(module: LoraModule, places: tuple[Place, ...], shapes: Shapes) -> 
     kernels = [tuple(side for side in sides if side != 1) for sides in (module.kernel, kernel)]
     if (module.inputs, module.outputs) == (inputs, outputs) and kernels[0] == kernels[1]:
         return None
-    ours, theirs = ((o, i, *k) for o, i, k in ((outputs, inputs, kernel), (module.outputs, module.inputs, module.kernel)))
+    ours, theirs = (
+        (o, i, *k) for o, i, k in ((outputs, inputs, kernel), (module.outputs, module.inputs, module.kernel))
+    )
     return f"{places[0].path} has {' x '.join(map(str, ours))} weights, the LoRA {' x '.join(map(str, theirs))}"
 
 
@@ -392,7 +468,10 @@ def fits(
 ) -> LoraFit:
     "Compare the modules of a LoRA with those of a pipeline."
     denoiser = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
-    known = {name: component_places(pipe, denoiser if name == DENOISER else name) for name in {module.component for module in header.modules}}
+    known = {
+        name: component_places(pipe, denoiser if name == DENOISER else name)
+        for name in {module.component for module in header.modules}
+    }
     found, unknown, wrong = {}, [], []
     for index, module in enumerate(header.modules):
         named, shapes = known[module.component]

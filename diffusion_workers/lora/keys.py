@@ -47,12 +47,16 @@ def split_key(
     key: str,  # of a tensor in a LoRA file
 ) -> tuple[str, str, str] | None:  # (component, name of the module, part), or None for what is no part of a LoRA
     "What a key says, in whatever layout it is written."
-    part, end = next(((part, found) for part, pattern in _PARTS.items() if (found := re.search(pattern, key))), (None, None))
+    part, end = next(
+        ((part, found) for part, pattern in _PARTS.items() if (found := re.search(pattern, key))), (None, None)
+    )
     if part is None:
         return None
     number = re.search(r"lora([12])\.", end.group())  # two streams of Flux in the layout of XLabs
     name = key[: end.start()].removeprefix(_WRAPPED)
-    component, begin = next((component, found) for pattern, component in _COMPONENTS if (found := re.match(pattern, name)))
+    component, begin = next(
+        (component, found) for pattern, component in _COMPONENTS if (found := re.match(pattern, name))
+    )
     return component, plain(name[begin.end() :].removeprefix(_WRAPPED)) + (number.group(1) if number else ""), part
 
 # %% ../../nbs/51_lora/01_keys.ipynb #76a4c314
@@ -83,14 +87,27 @@ def module_shapes(
 
 
 def _text_encoder_names(path: str) -> Iterator[str]:  # in diffusers' and peft's layout
-    for name in (path, re.sub(r"self_attn\.([qkv])_proj$", r"self_attn.to_\1", path), re.sub(r"self_attn\.out_proj$", "self_attn.to_out", path)):
+    for name in (
+        path,
+        re.sub(r"self_attn\.([qkv])_proj$", r"self_attn.to_\1", path),
+        re.sub(r"self_attn\.out_proj$", "self_attn.to_out", path),
+    ):
         yield from (name, f"text_model.{name}", name.removeprefix("text_model."))
 
 # %% ../../nbs/51_lora/01_keys.ipynb #583fde44
-_RESNET_NAMES = {"conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+_RESNET_NAMES = {
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 _UNET_ENDS = {
-    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 
 
@@ -104,7 +121,11 @@ def _original_blocks(unet: Any) -> Iterator[tuple[str, str]]:  # (beginning of a
         if block.downsamplers:
             yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{count}.0.op"
             count += 1
-    yield from (("mid_block.resnets.0.", "middle_block.0."), ("mid_block.attentions.0.", "middle_block.1."), ("mid_block.resnets.1.", "middle_block.2."))
+    yield from (
+        ("mid_block.resnets.0.", "middle_block.0."),
+        ("mid_block.attentions.0.", "middle_block.1."),
+        ("mid_block.resnets.1.", "middle_block.2."),
+    )
     count = 0
     for i, block in enumerate(unet.up_blocks):
         for j in range(len(block.resnets)):
@@ -112,7 +133,10 @@ def _original_blocks(unet: Any) -> Iterator[tuple[str, str]]:  # (beginning of a
             yield f"up_blocks.{i}.attentions.{j}.", f"output_blocks.{count + j}.1."
         count += len(block.resnets)
         if block.upsamplers:
-            yield f"up_blocks.{i}.upsamplers.0.", f"output_blocks.{count - 1}.{2 if getattr(block, 'attentions', None) else 1}."
+            yield (
+                f"up_blocks.{i}.upsamplers.0.",
+                f"output_blocks.{count - 1}.{2 if getattr(block, 'attentions', None) else 1}.",
+            )
 
 
 def _unet_names(unet: Any, paths: list[str]) -> Iterator[tuple[str, str]]:  # (name in a file, path)
@@ -127,32 +151,65 @@ def _unet_names(unet: Any, paths: list[str]) -> Iterator[tuple[str, str]]:  # (n
 
 # %% ../../nbs/51_lora/01_keys.ipynb #c2744b6c
 _DOUBLE = {  # original name below double_blocks.i -> modules below transformer_blocks.i
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",), "txt_attn.proj": ("attn.to_add_out",), "img_mod.lin": ("norm1.linear",), "txt_mod.lin": ("norm1_context.linear",),
-    "img_mlp.0": ("ff.net.0.proj",), "img_mlp.2": ("ff.net.2",), "txt_mlp.0": ("ff_context.net.0.proj",), "txt_mlp.2": ("ff_context.net.2",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
 }
-_DOUBLE |= {"qkv1": _DOUBLE["img_attn.qkv"], "qkv2": _DOUBLE["txt_attn.qkv"], "proj1": _DOUBLE["img_attn.proj"], "proj2": _DOUBLE["txt_attn.proj"]}
+_DOUBLE |= {
+    "qkv1": _DOUBLE["img_attn.qkv"],
+    "qkv2": _DOUBLE["txt_attn.qkv"],
+    "proj1": _DOUBLE["img_attn.proj"],
+    "proj2": _DOUBLE["txt_attn.proj"],
+}
 _SINGLE = {  # below single_blocks.i -> below single_transformer_blocks.i
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "linear2": ("proj_out",), "proj": ("proj_out",), "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "linear2": ("proj_out",),
+    "proj": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
 }
 _FLUX_ENDS = {
-    "img_in": ("x_embedder",), "txt_in": ("context_embedder",), "final_layer.linear": ("proj_out",), "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    **{f"{name}.{side}_layer": (f"time_text_embed.{embedder}.linear_{number}",)
-       for name, embedder in (("time_in", "timestep_embedder"), ("vector_in", "text_embedder"), ("guidance_in", "guidance_embedder"))
-       for side, number in (("in", 1), ("out", 2))},
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    **{
+        f"{name}.{side}_layer": (f"time_text_embed.{embedder}.linear_{number}",)
+        for name, embedder in (
+            ("time_in", "timestep_embedder"),
+            ("vector_in", "text_embedder"),
+            ("guidance_in", "guidance_embedder"),
+        )
+        for side, number in (("in", 1), ("out", 2))
+    },
 }
 
 
-def _flux_names(transformer: Any) -> Iterator[tuple[str, tuple[str, ...]]]:  # (original name, paths of the modules in that matrix)
+def _flux_names(
+    transformer: Any,
+) -> Iterator[tuple[str, tuple[str, ...]]]:  # (original name, paths of the modules in that matrix)
     yield from _FLUX_ENDS.items()
-    for table, original, ours, blocks in ((_DOUBLE, "double_blocks", "transformer_blocks", transformer.transformer_blocks),
-                                          (_SINGLE, "single_blocks", "single_transformer_blocks", transformer.single_transformer_blocks)):
+    for table, original, ours, blocks in (
+        (_DOUBLE, "double_blocks", "transformer_blocks", transformer.transformer_blocks),
+        (_SINGLE, "single_blocks", "single_transformer_blocks", transformer.single_transformer_blocks),
+    ):
         for i in range(len(blocks)):
-            yield from ((f"{original}.{i}.{name}", tuple(f"{ours}.{i}.{path}" for path in paths)) for name, paths in table.items())
+            yield from (
+                (f"{original}.{i}.{name}", tuple(f"{ours}.{i}.{path}" for path in paths))
+                for name, paths in table.items()
+            )
 
 # %% ../../nbs/51_lora/01_keys.ipynb #9ab78d16
-def _fused(component: str, paths: tuple[str, ...], shapes: Shapes) -> tuple[Place, ...]:  # () where the pipeline lacks one of them
+def _fused(
+    component: str, paths: tuple[str, ...], shapes: Shapes
+) -> tuple[Place, ...]:  # () where the pipeline lacks one of them
     if not all(path in shapes for path in paths):
         return ()
     swapped, ends, places = paths == ("norm_out.linear",), 0, []
@@ -176,7 +233,9 @@ def _places_in(part: Any, component: str) -> tuple[dict[str, tuple[Place, ...]],
     shapes = module_shapes(part)
     named: dict[str, tuple[Place, ...]] = {}
     if component == "transformer":
-        named = {plain(name): places for name, paths in _flux_names(part) if (places := _fused(component, paths, shapes))}
+        named = {
+            plain(name): places for name, paths in _flux_names(part) if (places := _fused(component, paths, shapes))
+        }
         own = ((path, path) for path in shapes)
     elif component == "unet":
         own = _unet_names(part, list(shapes))

@@ -28,12 +28,19 @@ from safetensors import SafetensorError
 from torch import nn
 
 from diffusion_workers.lora.files import (
-    FAMILY_WORDS, LoraHeader, LoraModule, LoraName, check_family, config_beside, fits, read_lora,
+    FAMILY_WORDS,
+    LoraHeader,
+    LoraModule,
+    LoraName,
+    check_family,
+    config_beside,
+    fits,
+    read_lora,
 )
 from .keys import Place, component_of
 from ..models.manifest import FileSource, HubSource, LoraEntry
-from ..request.errors import request_error, warning
 from ..pipeline.weights import is_quantised
+from ..request.errors import request_error, warning
 from ez_diffusion_client.models import ErrorCode, Lora, ModelFamily, RequestWarning
 
 # %% ../../nbs/51_lora/03_layers.ipynb #0856b2e5
@@ -77,14 +84,24 @@ def load_lora(
     "Read a LoRA; a `RequestError` that names it for a file that is none, is damaged, or is not the one it should be."
     try:
         with path.open("rb") as file:
-            header = read_lora(file, path.stat().st_size, path.name, lora, config_beside(path))  # so that a checkpoint of gigabytes is refused before it is read
+            header = read_lora(
+                file, path.stat().st_size, path.name, lora, config_beside(path)
+            )  # so that a checkpoint of gigabytes is refused before it is read
             file.seek(0)
             data = file.read()
     except OSError as exc:
-        raise lora.refusal(f"the file of this LoRA cannot be opened ({type(exc).__name__})", hint="check that it is there", code=ErrorCode.unknown_lora) from None
+        raise lora.refusal(
+            f"the file of this LoRA cannot be opened ({type(exc).__name__})",
+            hint="check that it is there",
+            code=ErrorCode.unknown_lora,
+        ) from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         hint = "get the file that the manifest means, or correct sha256 there"
-        raise lora.refusal("the file of this LoRA is not the one that the manifest means: its sha256 differs", hint=hint, code=ErrorCode.model_unavailable)
+        raise lora.refusal(
+            "the file of this LoRA is not the one that the manifest means: its sha256 differs",
+            hint=hint,
+            code=ErrorCode.model_unavailable,
+        )
     try:
         tensors = safetensors.torch.load(data)
         weights = tuple(_weights(module, tensors) for module in header.modules)
@@ -114,7 +131,9 @@ def lora_path(
             hf_hub_download(source.hub, "adapter_config.json", **source.load_arguments())
         return Path(hf_hub_download(source.hub, filename, **source.load_arguments()))
     except (OSError, ValueError, HfHubHTTPError) as exc:
-        hint = "check the names, the network, HF_HUB_OFFLINE and HF_TOKEN, or download the file and offer it from a folder"
+        hint = (
+            "check the names, the network, HF_HUB_OFFLINE and HF_TOKEN, or download the file and offer it from a folder"
+        )
         message = f"{filename} of {source.describe()} cannot be had from the Hub ({type(exc).__name__})"
         raise lora.refusal(message, hint=hint, code=ErrorCode.unknown_lora) from exc
 
@@ -166,7 +185,13 @@ class LoraStore:
     ) -> LoadedLora:
         "A LoRA from memory, or else from its file; a `RequestError` that names it for what cannot be used."
         lora, source = LoraName(name, field), entry.source
-        key = (source.kind, str(source.location()), *sorted(source.load_arguments().items()), entry.weight_name, entry.sha256)
+        key = (
+            source.kind,
+            str(source.location()),
+            *sorted(source.load_arguments().items()),
+            entry.weight_name,
+            entry.sha256,
+        )
         with self._lock:
             path, stamp, loaded = self._kept.get(key, (None, None, None))
             if loaded is None or _stamp(path) not in (None, stamp):
@@ -187,7 +212,9 @@ class _Piece:
     weights: LoraWeights  # with the rows of this module alone
     scale: float
 
-    def matrices(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # A, B, change of W's rows
+    def matrices(
+        self, module: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # A, B, change of W's rows
         device = module.weight.device if module.weight.device.type != "meta" else torch.device("cpu")
         down, up = (tensor.to(device, torch.float32) for tensor in (self.weights.down, self.weights.up))
         up = up if self.weights.scaling == 1 else up * self.weights.scaling
@@ -195,7 +222,12 @@ class _Piece:
             return down, up if self.scale == 1 else up * self.scale, None
         if is_quantised(module.weight):
             hint = "use a LoRA without DoRA, or the model in its full precision"
-            raise request_error(ErrorCode.unsupported_combination, "a DoRA needs the weights of the model, and these are quantised", field="loras", hint=hint)
+            raise request_error(
+                ErrorCode.unsupported_combination,
+                "a DoRA needs the weights of the model, and these are quantised",
+                field="loras",
+                hint=hint,
+            )
         with align_module_device(module):  # brings weights that are offloaded
             weight = module.weight.detach().to(device, torch.float32).flatten(1)
         length = (weight + up @ down.flatten(1)).norm(dim=1).clamp_min(1e-12)
@@ -218,11 +250,16 @@ class LoraLayer(nn.Module):
         downs, ups, rows = zip(*(piece.matrices(base_layer) for piece in pieces))
         self.is_convolution = isinstance(base_layer, nn.modules.conv._ConvNd)
         weight = base_layer.weight
-        dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.float32  # not that of 8 bits
+        dtype = (
+            weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.float32
+        )  # not that of 8 bits
         down, up = (torch.cat(downs), torch.cat(ups, dim=1)) if len(pieces) > 1 else (downs[0], ups[0])
         if self.is_convolution and down.ndim == 2:
             down = down[:, :, None, None]
-        change, shift = sum(row for row in rows if row is not None) if any(row is not None for row in rows) else None, None
+        change, shift = (
+            sum(row for row in rows if row is not None) if any(row is not None for row in rows) else None,
+            None,
+        )
         if change is not None:
             with align_module_device(base_layer):
                 shift = None if base_layer.bias is None else -change * base_layer.bias.detach().to(change)
@@ -265,11 +302,23 @@ def _check_blocks(pipe: DiffusionPipeline, asked: Mapping[str, float], field: st
     unet = component_of(pipe, "unet")
     if unet is None:
         hint = "leave it out; scale works"
-        raise request_error(ErrorCode.unsupported_combination, "block_scales are for models with a UNet, and this one has none", field=field, hint=hint)
+        raise request_error(
+            ErrorCode.unsupported_combination,
+            "block_scales are for models with a UNet, and this one has none",
+            field=field,
+            hint=hint,
+        )
     allowed = dict.fromkeys(name for path, _ in unet.named_modules() for name in block_names(path)[::-1])
     if unknown := [name for name in asked if name not in allowed]:
         hint = "down.1 is unet.down_blocks[1], down.1.0 its first layer"
-        raise request_error(ErrorCode.not_one_of, "the UNet has no such block", field=field, given=", ".join(unknown), allowed=", ".join(allowed), hint=hint)
+        raise request_error(
+            ErrorCode.not_one_of,
+            "the UNet has no such block",
+            field=field,
+            given=", ".join(unknown),
+            allowed=", ".join(allowed),
+            hint=hint,
+        )
 
 
 def module_scale(
@@ -284,7 +333,9 @@ def module_scale(
     return asked.scale * next(factors, 1.0)
 
 # %% ../../nbs/51_lora/03_layers.ipynb #ca689368
-def _rows(weights: LoraWeights, place: Place) -> LoraWeights:  # those of one module, where the file has several in one matrix
+def _rows(
+    weights: LoraWeights, place: Place
+) -> LoraWeights:  # those of one module, where the file has several in one matrix
     up, magnitude = weights.up, weights.magnitude
     if place.rows is not None:
         part = slice(*place.rows)
@@ -299,34 +350,64 @@ def pipeline_family(pipe: DiffusionPipeline) -> ModelFamily | None:  # None for 
     transformer, unet = component_of(pipe, "transformer"), component_of(pipe, "unet")
     if transformer is not None:
         return ModelFamily.flux if type(transformer).__name__ == "FluxTransformer2DModel" else None
-    return None if unet is None else ModelFamily.sdxl if unet.config.addition_embed_type == "text_time" else ModelFamily.sd15
+    return (
+        None
+        if unet is None
+        else ModelFamily.sdxl
+        if unet.config.addition_embed_type == "text_time"
+        else ModelFamily.sd15
+    )
 
 
 def _notes(loaded: LoadedLora, unknown: Sequence[str], asked: Lora, field: str) -> Iterator[RequestWarning]:
     if unknown:
         shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        yield warning(f"{len(unknown)} of {len(loaded.weights)} modules of this LoRA are not in this model and were left out: {shown}", field=f"{field}.name", given=loaded.name)
+        yield warning(
+            f"{len(unknown)} of {len(loaded.weights)} modules of this LoRA are not in this model and were left out: {shown}",
+            field=f"{field}.name",
+            given=loaded.name,
+        )
     if loaded.header.ignored:
         shown = ", ".join(loaded.header.ignored[:3])
-        yield warning(f"{len(loaded.header.ignored)} tensors in this file are no part of a LoRA and were left out: {shown}", field=f"{field}.name", given=loaded.name)
-    if asked.text_encoder_scale is not None and not any(target.startswith("text_encoder") for target in loaded.header.targets):
-        yield warning("this LoRA does not change a text encoder, so this has no effect", field=f"{field}.text_encoder_scale", given=asked.text_encoder_scale)
+        yield warning(
+            f"{len(loaded.header.ignored)} tensors in this file are no part of a LoRA and were left out: {shown}",
+            field=f"{field}.name",
+            given=loaded.name,
+        )
+    if asked.text_encoder_scale is not None and not any(
+        target.startswith("text_encoder") for target in loaded.header.targets
+    ):
+        yield warning(
+            "this LoRA does not change a text encoder, so this has no effect",
+            field=f"{field}.text_encoder_scale",
+            given=asked.text_encoder_scale,
+        )
 
 # %% ../../nbs/51_lora/03_layers.ipynb #8b352ed5
-def _check_fit(pipe: DiffusionPipeline, loaded: LoadedLora, lora: LoraName) -> tuple[Mapping[int, tuple[Place, ...]], tuple[str, ...]]:  # (places, unknown modules)
+def _check_fit(
+    pipe: DiffusionPipeline, loaded: LoadedLora, lora: LoraName
+) -> tuple[Mapping[int, tuple[Place, ...]], tuple[str, ...]]:  # (places, unknown modules)
     family = pipeline_family(pipe)
     if family is not None:
         check_family(loaded.header, family, lora)
     fit = fits(loaded.header, pipe)
     if not fit.ok:
         model = FAMILY_WORDS.get(family, type(pipe).__name__)
-        why = f"{len(fit.wrong)} modules have other shapes ({fit.wrong[0]})" if fit.wrong else f"none of its modules is in it ({fit.unknown[0]})"
+        why = (
+            f"{len(fit.wrong)} modules have other shapes ({fit.wrong[0]})"
+            if fit.wrong
+            else f"none of its modules is in it ({fit.unknown[0]})"
+        )
         hint = "ask for the model that it was made for, or for another LoRA"
-        raise lora.refusal(f"this LoRA does not fit this model: {why}", allowed=f"a LoRA for this {model} model", hint=hint)
+        raise lora.refusal(
+            f"this LoRA does not fit this model: {why}", allowed=f"a LoRA for this {model} model", hint=hint
+        )
     return fit.places, fit.unknown
 
 
-def _collect(pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]) -> tuple[dict[tuple[str, str], list[_Piece]], list[RequestWarning]]:
+def _collect(
+    pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]
+) -> tuple[dict[tuple[str, str], list[_Piece]], list[RequestWarning]]:
     pieces: dict[tuple[str, str], list[_Piece]] = {}
     notes: list[RequestWarning] = []
     for index, (loaded, asked) in enumerate(loras):
@@ -339,11 +420,15 @@ def _collect(pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]) 
             for place in found:
                 scale = module_scale(asked, place)
                 if scale != 0:
-                    pieces.setdefault((place.component, place.path), []).append(_Piece(_rows(loaded.weights[at], place), scale))
+                    pieces.setdefault((place.component, place.path), []).append(
+                        _Piece(_rows(loaded.weights[at], place), scale)
+                    )
     return pieces, notes
 
 # %% ../../nbs/51_lora/03_layers.ipynb #79a48edb
-def _is_fused(attention: nn.Module) -> bool:  # whether query, key and value are one product; UNets leave the flag on when they unfuse
+def _is_fused(
+    attention: nn.Module,
+) -> bool:  # whether query, key and value are one product; UNets leave the flag on when they unfuse
     told = getattr(attention, "fused_projections", False) and hasattr(attention, "unfuse_projections")
     return told or "Fused" in type(getattr(attention, "processor", None)).__name__
 
@@ -364,7 +449,12 @@ def _parent(
         parent = known[component, above] = component_of(pipe, component).get_submodule(above)
     if _is_barred(parent, child):
         hint = "call unfuse_qkv_projections on the pipeline"
-        raise request_error(ErrorCode.unsupported_combination, "the attention of this model is fused, a LoRA would have no effect on it", field="loras", hint=hint)
+        raise request_error(
+            ErrorCode.unsupported_combination,
+            "the attention of this model is fused, a LoRA would have no effect on it",
+            field="loras",
+            hint=hint,
+        )
     return parent, child
 
 # %% ../../nbs/51_lora/03_layers.ipynb #c2b35544
@@ -380,14 +470,21 @@ class _Placed:
     @property
     def fits(self) -> bool:
         parent, base = self.parent(), self.layer.base_layer
-        return parent is not None and getattr(parent, self.child, None) is base and self.layer.training == base.training and not _is_barred(parent, self.child)
+        return (
+            parent is not None
+            and getattr(parent, self.child, None) is base
+            and self.layer.training == base.training
+            and not _is_barred(parent, self.child)
+        )
 
 
 MAX_PREPARED = 4  # combinations of LoRAs and scales that wait with a model
 _prepared: weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, tuple]] = weakref.WeakKeyDictionary()
 
 
-def _place(pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]) -> tuple[list[_Placed], list[RequestWarning]]:
+def _place(
+    pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]
+) -> tuple[list[_Placed], list[RequestWarning]]:
     pieces, notes = _collect(pipe, loras)
     placed, known = [], {}
     for (component, path), parts in pieces.items():
@@ -396,16 +493,24 @@ def _place(pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]) ->
     return placed, notes
 
 
-def _prepare(pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]) -> tuple[list[_Placed], list[RequestWarning]]:
+def _prepare(
+    pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]
+) -> tuple[list[_Placed], list[RequestWarning]]:
     denoiser = component_of(pipe, "transformer") or component_of(pipe, "unet")
     weights = tuple(loaded.weights for loaded, _ in loras)
-    key = *(id(component_of(pipe, name)) for name in ("text_encoder", "text_encoder_2")), *map(id, weights), *(repr(asked) for _, asked in loras)
+    key = (
+        *(id(component_of(pipe, name)) for name in ("text_encoder", "text_encoder_2")),
+        *map(id, weights),
+        *(repr(asked) for _, asked in loras),
+    )
     kept = _prepared.setdefault(denoiser, OrderedDict()) if denoiser is not None else OrderedDict()
     found = kept.pop(key, None)
     if found is None or not all(place.fits for place in found[0]):
         placed, notes = _place(pipe, loras)
         found = placed, notes, weights  # as long as they are kept, no other object has their ids
-    if all(piece.magnitude is None for each in weights for piece in each):  # a DoRA depends on the model's weights, which may change
+    if all(
+        piece.magnitude is None for each in weights for piece in each
+    ):  # a DoRA depends on the model's weights, which may change
         kept[key] = found
         while len(kept) > MAX_PREPARED:
             kept.popitem(last=False)

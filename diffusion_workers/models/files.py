@@ -16,7 +16,20 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from diffusion_workers.models.manifest import (
-    PATTERN_WORDS, SOURCE_KINDS, Complaint, Component, ControlNetEntry, Defaults, FolderSource, Limits, LoraEntry, MemorySettings, ModelManifest, Profile, RefinerEntry, suggest,
+    PATTERN_WORDS,
+    SOURCE_KINDS,
+    Complaint,
+    Component,
+    ControlNetEntry,
+    Defaults,
+    FolderSource,
+    Limits,
+    LoraEntry,
+    MemorySettings,
+    ModelManifest,
+    Profile,
+    RefinerEntry,
+    suggest,
 )
 from ..request.errors import describe_field, field_path, nearest_name, shorten
 
@@ -27,6 +40,7 @@ MAX_MANIFEST_BYTES = 256 * 1024
 @dataclass(frozen=True)
 class ManifestProblem:
     "One mistake in a manifest."
+
     file: str  # as the path was given
     line: int  # from 1; 0 where the file as a whole is meant
     field: str  # such as controlnets.canny.source; empty for the file as a whole
@@ -63,7 +77,11 @@ def _walk(node: yaml.Node, at: tuple, line: int, seen: set[int]) -> Iterator[tup
         for key, value in node.value:
             here = key.start_mark.line + 1
             if key.tag != "tag:yaml.org,2002:str":
-                yield (*at, str(key.value) if isinstance(key, yaml.ScalarNode) else "?"), here, "a name must be text; put it in quotes"
+                yield (
+                    (*at, str(key.value) if isinstance(key, yaml.ScalarNode) else "?"),
+                    here,
+                    "a name must be text; put it in quotes",
+                )
             elif key.value in first:
                 yield (*at, key.value), here, f"given twice, first in line {first[key.value]}"
             else:
@@ -77,7 +95,13 @@ def _read_text(path: Path) -> str:  # of the file
         with path.open("rb") as file:
             content = file.read(MAX_MANIFEST_BYTES + 1)
         if len(content) > MAX_MANIFEST_BYTES:
-            raise ManifestError([ManifestProblem(str(path), 0, "", f"larger than {MAX_MANIFEST_BYTES // 1024} KiB, too large for a manifest")])
+            raise ManifestError(
+                [
+                    ManifestProblem(
+                        str(path), 0, "", f"larger than {MAX_MANIFEST_BYTES // 1024} KiB, too large for a manifest"
+                    )
+                ]
+            )
         return content.decode("utf-8-sig")
     except OSError as exc:
         raise ManifestError([ManifestProblem(str(path), 0, "", f"cannot be read: {exc.strerror}")]) from exc
@@ -93,7 +117,9 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except ValueError as exc:
-            raise yaml.constructor.ConstructorError(None, None, f"{shorten(node.value)} is malformed: {exc}", node.start_mark) from exc
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shorten(node.value)} is malformed: {exc}", node.start_mark
+            ) from exc
 
 
 def _yaml_problem(path: Path, text: str, error: yaml.YAMLError) -> ManifestProblem:  # with the line, where there is one
@@ -110,9 +136,15 @@ def _read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:  # (value
         loader = _Loader(text)
         node = loader.get_single_node()
         walked = list(_walk(node, (), 1, set())) if node else []
-        problems = [ManifestProblem(str(path), line, field_path(at), message) for at, line, message in walked if message]
+        problems = [
+            ManifestProblem(str(path), line, field_path(at), message) for at, line, message in walked if message
+        ]
         if not isinstance(node, yaml.MappingNode):
-            problems = [ManifestProblem(str(path), 1, "", "a manifest is a list of 'field: value' lines, at least family and source")]
+            problems = [
+                ManifestProblem(
+                    str(path), 1, "", "a manifest is a list of 'field: value' lines, at least family and source"
+                )
+            ]
         if problems:
             raise ManifestError(problems)
         return loader.construct_document(node), {at: line for at, line, _ in walked}
@@ -123,7 +155,17 @@ def _read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:  # (value
 
 # %% ../../nbs/20_models/02_files.ipynb #68febfbb
 _TAGS = {f"<{source.kind}>": source for source in SOURCE_KINDS}
-_SECTIONS = {"defaults": Defaults, "limits": Limits, "components": Component, "controlnets": ControlNetEntry, "loras": LoraEntry, "lora_folders": FolderSource, "refiner": RefinerEntry, "profiles": Profile, "memory": MemorySettings}
+_SECTIONS = {
+    "defaults": Defaults,
+    "limits": Limits,
+    "components": Component,
+    "controlnets": ControlNetEntry,
+    "loras": LoraEntry,
+    "lora_folders": FolderSource,
+    "refiner": RefinerEntry,
+    "profiles": Profile,
+    "memory": MemorySettings,
+}
 
 
 def _owner(location: tuple) -> type[BaseModel]:  # the class that the last step of the location is a field of
@@ -132,7 +174,11 @@ def _owner(location: tuple) -> type[BaseModel]:  # the class that the last step 
     return _TAGS.get(location[-2]) or _SECTIONS.get(location[0], ModelManifest)
 
 
-_SHAPES = {"model_type": "a mapping, name: value", "dict_type": "a mapping, name: value", "tuple_type": "a list, [value, value]"}
+_SHAPES = {
+    "model_type": "a mapping, name: value",
+    "dict_type": "a mapping, name: value",
+    "tuple_type": "a list, [value, value]",
+}
 
 
 def _sentence(error: Mapping[str, Any]) -> str:  # what was given, what is allowed, and the nearest name
@@ -148,8 +194,14 @@ def _sentence(error: Mapping[str, Any]) -> str:  # what was given, what is allow
     if kind == "missing":
         return "missing; needed is " + (allowed if allowed and not allowed.startswith("an object") else "a value")
     for pattern, words in PATTERN_WORDS.items():
-        allowed = words if pattern in (error.get("ctx") or {}).values() else allowed.replace(f"text that matches {pattern}", words)
-    near = nearest_name(str(given), allowed.removeprefix("one of ").split(", ")) if allowed.startswith("one of ") else None
+        allowed = (
+            words
+            if pattern in (error.get("ctx") or {}).values()
+            else allowed.replace(f"text that matches {pattern}", words)
+        )
+    near = (
+        nearest_name(str(given), allowed.removeprefix("one of ").split(", ")) if allowed.startswith("one of ") else None
+    )
     hint = f"; did you mean {near}?" if near else ""
     if kind == "string_type" and given is not None and not isinstance(given, (dict, list)):
         hint = "; put it in quotes"
@@ -184,8 +236,19 @@ def load_manifest(
     data, lines = _read_tree(path)
     try:
         if "name" in data:
-            raise ManifestError([ManifestProblem(str(path), lines["name",], "name", f"a model is named by its file, here {path.stem}; leave it out")])
+            raise ManifestError(
+                [
+                    ManifestProblem(
+                        str(path),
+                        lines["name",],
+                        "name",
+                        f"a model is named by its file, here {path.stem}; leave it out",
+                    )
+                ]
+            )
         return ModelManifest.model_validate({**data, "name": path.stem}, context={"folder": path.absolute().parent})
     except ValidationError as exc:
         found = dict.fromkeys(complaint for error in exc.errors(include_url=False) for complaint in _complaints(error))
-        raise ManifestError([ManifestProblem(str(path), _line(at, lines), field_path(at), message) for at, message in found]) from None
+        raise ManifestError(
+            [ManifestProblem(str(path), _line(at, lines), field_path(at), message) for at, message in found]
+        ) from None

@@ -20,11 +20,19 @@ from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from ez_diffusion_client.models import AccelerationOptions, DeepCacheOptions, ModelFamily, ModelKind, SchedulerName, Task, UnionModeName
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..request.errors import field_path, nearest_name
+from ez_diffusion_client.models import (
+    AccelerationOptions,
+    DeepCacheOptions,
+    ModelFamily,
+    ModelKind,
+    SchedulerName,
+    Task,
+    UnionModeName,
+)
 
 # %% ../../nbs/20_models/01_manifest.ipynb #18bc6a32
 def _inside(value: str) -> str:  # the same value, or an error
@@ -55,7 +63,10 @@ def _scalar(value: Any) -> Any:  # the same value, or an error
     return value
 
 # %% ../../nbs/20_models/01_manifest.ipynb #b94e414e
-_NAME, _REPOSITORY = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+_NAME, _REPOSITORY = (
+    r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+    r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}$",
+)
 _REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$"
 PATTERN_WORDS = {  # pattern -> what it means, for error messages
     _NAME: "a name of up to 64 letters, digits, '.', '_' and '-'",
@@ -92,11 +103,13 @@ def builtin_path(
 # %% ../../nbs/20_models/01_manifest.ipynb #33c0bbd1
 class _Section(BaseModel):
     "A part of a manifest: unknown names are refused, and its fields cannot be set once it is read."
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class _Source(_Section):
     "Where weights come from."
+
     kind: ClassVar[str]
     is_gguf: ClassVar[bool | property] = False  # whether they are the quantised weights of a .gguf file
     _folder: Path = PrivateAttr(default=Path("."))  # relative paths start here
@@ -112,6 +125,7 @@ class _Source(_Section):
 # %% ../../nbs/20_models/01_manifest.ipynb #9df07479
 class BuiltinSource(_Source):
     "A model that the package carries."
+
     kind: ClassVar[str] = "builtin"
     builtin: Name  # folder in diffusion_workers/builtin_models
     subfolder: Subfolder | None = None  # below it
@@ -125,6 +139,7 @@ class BuiltinSource(_Source):
 
 class FolderSource(_Source):
     "A folder in the layout that diffusers saves."
+
     kind: ClassVar[str] = "folder"
     folder: Annotated[str, Field(strict=True, min_length=1, max_length=1024)]  # absolute, or relative to the manifest
     subfolder: Subfolder | None = None  # below it
@@ -139,6 +154,7 @@ class FolderSource(_Source):
 # %% ../../nbs/20_models/01_manifest.ipynb #c4b601e1
 class HubSource(_Source):
     "A repository on the Hugging Face Hub."
+
     kind: ClassVar[str] = "hub"
     hub: Annotated[str, Field(strict=True, pattern=_REPOSITORY)]  # owner/name
     revision: Annotated[str, Field(strict=True, pattern=_REVISION)] | None = None  # branch, tag or commit
@@ -171,9 +187,12 @@ def _choice(*sources: type[_Source]) -> Any:  # an annotation: exactly one of th
 # %% ../../nbs/20_models/01_manifest.ipynb #ae977a74
 class FileSource(_Source):
     "Weights in a single file."
+
     kind: ClassVar[str] = "file"
     file: NetworkFile  # absolute, or relative to the manifest
-    config: _choice(BuiltinSource, FolderSource, HubSource) | None = None  # where the configuration comes from; absent, diffusers asks the Hub
+    config: _choice(BuiltinSource, FolderSource, HubSource) | None = (
+        None  # where the configuration comes from; absent, diffusers asks the Hub
+    )
 
     @property
     def is_gguf(self) -> bool:
@@ -191,9 +210,19 @@ Source = _choice(*SOURCE_KINDS)
 
 # %% ../../nbs/20_models/01_manifest.ipynb #d46ded12
 SCHEDULER_CLASSES = (
-    "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler",
-    "DEISMultistepScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "LMSDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
     "LCMScheduler",
 )
 _VAES = ("AutoencoderKL", "AutoencoderTiny")
@@ -203,14 +232,19 @@ COMPONENT_CLASSES = {  # family -> slot -> classes, the default first
     ModelFamily.sd15: _UNET,
     ModelFamily.sdxl: {**_UNET, "text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer_2": _CLIP["tokenizer"]},
     ModelFamily.flux: {
-        **_CLIP, "vae": _VAES, "transformer": ("FluxTransformer2DModel",), "scheduler": ("FlowMatchEulerDiscreteScheduler",),
-        "text_encoder_2": ("T5EncoderModel",), "tokenizer_2": ("T5TokenizerFast", "T5Tokenizer"),
+        **_CLIP,
+        "vae": _VAES,
+        "transformer": ("FluxTransformer2DModel",),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+        "text_encoder_2": ("T5EncoderModel",),
+        "tokenizer_2": ("T5TokenizerFast", "T5Tokenizer"),
     },
 }
 
 # %% ../../nbs/20_models/01_manifest.ipynb #869cec4f
 class Component(_Section):
     "One part of the pipeline that replaces the model's own."
+
     source: Source | None = None  # absent only for a scheduler, which then takes the model's configuration
     class_name: Name | None = Field(default=None, alias="class")  # from COMPONENT_CLASSES; absent takes the first there
     dtype: Dtype | None = None  # absent follows the model
@@ -226,6 +260,7 @@ UNION_TABLES = {  # family -> numberings of the modes, the default first
 
 class ControlNetEntry(_Section):
     "A ControlNet that the model offers."
+
     source: Source
     dtype: Dtype | None = None  # absent follows the model
     variant: Name | None = None  # such as fp16
@@ -237,15 +272,21 @@ class ControlNetEntry(_Section):
 # %% ../../nbs/20_models/01_manifest.ipynb #6f18a569
 class LoraEntry(_Section):
     "A LoRA that the model offers."
+
     source: Source
-    weight_name: Annotated[WeightsFile, AfterValidator(_inside)] | None = None  # file in the folder or repository; absent is pytorch_lora_weights.safetensors
+    weight_name: Annotated[WeightsFile, AfterValidator(_inside)] | None = (
+        None  # file in the folder or repository; absent is pytorch_lora_weights.safetensors
+    )
     scale: Annotated[float, Field(strict=True, ge=-10, le=10)] = 1.0  # usual strength
     trigger_words: tuple[Text, ...] = ()  # words in a prompt that the LoRA was trained with
-    sha256: Annotated[str, Field(strict=True, pattern="^[0-9a-f]{64}$")] | None = None  # of the file, checked before it is read
+    sha256: Annotated[str, Field(strict=True, pattern="^[0-9a-f]{64}$")] | None = (
+        None  # of the file, checked before it is read
+    )
 
 # %% ../../nbs/20_models/01_manifest.ipynb #be5bbbb7
 class RefinerEntry(_Section):
     "The SDXL model that takes over the last steps of a request that asks for it."
+
     source: Source
     variant: Name | None = None  # such as fp16
     dtype: Dtype | None = None  # absent follows the model
@@ -253,6 +294,7 @@ class RefinerEntry(_Section):
 # %% ../../nbs/20_models/01_manifest.ipynb #8a307b2e
 class Profile(_Section):
     "Settings that hold where a request that names the profile gives none."
+
     description: Text | None = None  # what it does to pixels
     num_inference_steps: Annotated[Count, Field(le=1000)] | None = None
     scheduler: SchedulerName | None = None
@@ -271,12 +313,21 @@ AttentionBackend = Literal[
 
 class MemorySettings(_Section):
     "How the weights of a model are kept and how its attention is computed, for every request."
-    offload: Offload = "none"  # weights wait in the host's memory: model, one network at a time is on the device; group, one layer
-    storage_dtype: StorageDtype | None = None  # of the denoiser's weights; each layer is converted for as long as it computes
+
+    offload: Offload = (
+        "none"  # weights wait in the host's memory: model, one network at a time is on the device; group, one layer
+    )
+    storage_dtype: StorageDtype | None = (
+        None  # of the denoiser's weights; each layer is converted for as long as it computes
+    )
     quantization: QuantizationName | None = None  # of the denoiser's linear layers, when they are read
-    attention_backend: AttentionBackend | None = None  # of the transformer and its ControlNets, by diffusers' name; Flux only
+    attention_backend: AttentionBackend | None = (
+        None  # of the transformer and its ControlNets, by diffusers' name; Flux only
+    )
     vae_slicing: Annotated[bool, Field(strict=True)] = False  # pictures are decoded one after the other
-    vae_tiling: Annotated[bool, Field(strict=True)] = False  # a picture is decoded in tiles, where a request does not say
+    vae_tiling: Annotated[bool, Field(strict=True)] = (
+        False  # a picture is decoded in tiles, where a request does not say
+    )
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ed4f0a23
 FAMILY_DEFAULTS = {
@@ -289,6 +340,7 @@ Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 
 class Defaults(_Section):
     "What a request gets that does not say."
+
     width: Pixels
     height: Pixels
     num_inference_steps: Annotated[Count, Field(le=1000)]
@@ -306,6 +358,7 @@ class Defaults(_Section):
 # %% ../../nbs/20_models/01_manifest.ipynb #3732feae
 class Limits(_Section):
     "What a request may ask for."
+
     min_width: Pixels = 64
     max_width: Pixels = 2048
     min_height: Pixels = 64
@@ -336,14 +389,26 @@ def _size_complaints(defaults: Defaults, limits: Limits) -> Iterator[Complaint]:
         if low > high:
             yield ("limits", f"min_{side}"), f"given {low}; allowed: at most max_{side}, which is {high}"
         elif not low <= value <= high:
-            yield ("defaults", side), f"given {value}; allowed: from {low} to {high}, by limits.min_{side} and limits.max_{side}"
+            yield (
+                ("defaults", side),
+                f"given {value}; allowed: from {low} to {high}, by limits.min_{side} and limits.max_{side}",
+            )
         elif value % limits.multiple_of:
-            yield ("defaults", side), f"given {value}; allowed: a multiple of {limits.multiple_of}, by limits.multiple_of"
+            yield (
+                ("defaults", side),
+                f"given {value}; allowed: a multiple of {limits.multiple_of}, by limits.multiple_of",
+            )
     pixels, steps = defaults.width * defaults.height, defaults.num_inference_steps
     if pixels > limits.max_pixels:
-        yield ("limits", "max_pixels"), f"given {limits.max_pixels}; allowed: at least the default size, which has {pixels}"
+        yield (
+            ("limits", "max_pixels"),
+            f"given {limits.max_pixels}; allowed: at least the default size, which has {pixels}",
+        )
     if steps > limits.max_num_inference_steps:
-        yield ("defaults", "num_inference_steps"), f"given {steps}; allowed: at most {limits.max_num_inference_steps}, by limits"
+        yield (
+            ("defaults", "num_inference_steps"),
+            f"given {steps}; allowed: at most {limits.max_num_inference_steps}, by limits",
+        )
 
 # %% ../../nbs/20_models/01_manifest.ipynb #267db709
 def _component_complaints(family: ModelFamily, components: Mapping[str, Component]) -> Iterator[Complaint]:
@@ -368,7 +433,10 @@ def _entry_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
         if net.union and not tables:
             yield (*at, "union"), f"there is no union ControlNet for {manifest.family}"
         elif net.union_table and net.union_table not in tables:
-            yield (*at, "union_table"), f"given {net.union_table!r}, for {manifest.family}; {suggest(net.union_table, tables)}"
+            yield (
+                (*at, "union_table"),
+                f"given {net.union_table!r}, for {manifest.family}; {suggest(net.union_table, tables)}",
+            )
         elif not net.union and (net.union_table or net.union_modes):
             yield at, "union_table and union_modes need union: true"
     for name, lora in manifest.loras.items():
@@ -385,7 +453,10 @@ def _kind_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     if kind != ModelKind.standard and manifest.controlnets:
         yield ("controlnets",), f"a model of the kind {kind} takes no ControlNets"
     if kind != ModelKind.control and manifest.control_preprocessors:
-        yield ("control_preprocessors",), "only a model of the kind control has these; a ControlNet has preprocessors of its own"
+        yield (
+            ("control_preprocessors",),
+            "only a model of the kind control has these; a ControlNet has preprocessors of its own",
+        )
     if manifest.refiner and manifest.family != ModelFamily.sdxl:
         yield ("refiner",), f"{manifest.family} has no refiner; only sdxl has"
 
@@ -404,15 +475,24 @@ def _memory_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     memory, flux = manifest.memory, manifest.family == ModelFamily.flux
     for at, source in _sources(manifest):
         if source.is_gguf and not (flux and at == ("components", "transformer", "source")):
-            yield (*at, "file"), "a .gguf file can be the transformer of a Flux model and nothing else; write components: {transformer: {source: {file: ...}}}"
+            yield (
+                (*at, "file"),
+                "a .gguf file can be the transformer of a Flux model and nothing else; write components: {transformer: {source: {file: ...}}}",
+            )
     if memory.attention_backend and not flux:
-        yield ("memory", "attention_backend"), f"given {memory.attention_backend!r}; only the transformer of flux has a choice, a U-Net takes PyTorch's own"
+        yield (
+            ("memory", "attention_backend"),
+            f"given {memory.attention_backend!r}; only the transformer of flux has a choice, a U-Net takes PyTorch's own",
+        )
     denoisers = [manifest.denoiser_source, *([manifest.refiner.source] if manifest.refiner else [])]
     packed = memory.quantization or ("a .gguf file" if denoisers[0].is_gguf else None)
     if memory.quantization and denoisers[0].is_gguf:
         yield ("memory", "quantization"), "the weights of a .gguf file are quantised already; leave it out"
     elif memory.quantization and any(isinstance(source, FileSource) for source in denoisers):
-        yield ("memory", "quantization"), "the denoiser is in a single file, which is not quantised when it is read; name a folder or a repository"
+        yield (
+            ("memory", "quantization"),
+            "the denoiser is in a single file, which is not quantised when it is read; name a folder or a repository",
+        )
     if packed and memory.storage_dtype:
         yield ("memory", "storage_dtype"), f"quantised weights are kept as they are; leave it out, or {packed}"
     if packed and memory.offload == "group":
@@ -427,14 +507,21 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     if not manifest.tasks:
         yield ("tasks",), f"at least one is needed; allowed: {', '.join(Task)}"
     if manifest.defaults.profile not in (None, "exact", *manifest.profiles):
-        yield ("defaults", "profile"), f"given {manifest.defaults.profile!r}; {suggest(manifest.defaults.profile, ['exact', *manifest.profiles])}"
+        yield (
+            ("defaults", "profile"),
+            f"given {manifest.defaults.profile!r}; {suggest(manifest.defaults.profile, ['exact', *manifest.profiles])}",
+        )
     scheduler = manifest.defaults.scheduler
     if scheduler and (scheduler == SchedulerName.flow_match_euler) != (manifest.family == ModelFamily.flux):
-        yield ("defaults", "scheduler"), f"given {scheduler}, which does not fit {manifest.family}; leave it out for the model's own"
+        yield (
+            ("defaults", "scheduler"),
+            f"given {scheduler}, which does not fit {manifest.family}; leave it out for the model's own",
+        )
 
 # %% ../../nbs/20_models/01_manifest.ipynb #546db931
 class ModelManifest(_Section):
     "Everything that the operator decides about one model."
+
     name: Name  # of the file, without its ending
     source: Source  # where the pipeline comes from
     family: ModelFamily
@@ -453,9 +540,13 @@ class ModelManifest(_Section):
     hub_loras: Annotated[bool, Field(strict=True)] = False  # whether a request may name a LoRA on the Hub
     refiner: RefinerEntry | None = None  # SDXL only
     profiles: dict[Name, Profile] = {}  # name in a request -> settings
-    mag_ratios: tuple[Annotated[float, Field(gt=0)], ...] | None = None  # for the step cache `mag`, Flux only; absent, those of FLUX.1-dev
+    mag_ratios: tuple[Annotated[float, Field(gt=0)], ...] | None = (
+        None  # for the step cache `mag`, Flux only; absent, those of FLUX.1-dev
+    )
     memory: MemorySettings = MemorySettings()
-    memory_budget_gb: Annotated[float, Field(strict=True, gt=0, le=100000)] | None = None  # of weights in memory while this model is used, all models together
+    memory_budget_gb: Annotated[float, Field(strict=True, gt=0, le=100000)] | None = (
+        None  # of weights in memory while this model is used, all models together
+    )
     defaults: Defaults
     limits: Limits = Limits()
 
@@ -465,15 +556,21 @@ class ModelManifest(_Section):
         if not isinstance(data, dict) or not isinstance(data.get("defaults"), dict | None):
             return data
         data = {key: value for key, value in data.items() if value is not None}  # an empty section is an absent one
-        row = FAMILY_DEFAULTS.get(data.get("family") if isinstance(data.get("family"), str) else "", FAMILY_DEFAULTS[ModelFamily.sd15])
+        row = FAMILY_DEFAULTS.get(
+            data.get("family") if isinstance(data.get("family"), str) else "", FAMILY_DEFAULTS[ModelFamily.sd15]
+        )
         given = {key: value for key, value in (data.get("defaults") or {}).items() if value is not None}
         return {**data, "defaults": {**row, **given}}
 
     @model_validator(mode="after")
     def _check_together(self) -> "ModelManifest":
         found = [
-            *_model_complaints(self), *_kind_complaints(self), *_component_complaints(self.family, self.components),
-            *_entry_complaints(self), *_memory_complaints(self), *_size_complaints(self.defaults, self.limits),
+            *_model_complaints(self),
+            *_kind_complaints(self),
+            *_component_complaints(self.family, self.components),
+            *_entry_complaints(self),
+            *_memory_complaints(self),
+            *_size_complaints(self.defaults, self.limits),
         ]
         if found:
             text = "; ".join(f"{field_path(at)}: {message}" for at, message in found)
@@ -489,7 +586,9 @@ class ModelManifest(_Section):
     @property
     def sha256(self) -> str:
         "Of everything but the name, in a canonical form."
-        usual = {"memory"} if self.memory == MemorySettings() else set()  # receipts from before there was this section stay true
+        usual = (
+            {"memory"} if self.memory == MemorySettings() else set()
+        )  # receipts from before there was this section stay true
         content = self.model_dump(mode="json", by_alias=True, exclude={"name"} | usual)
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -498,24 +597,42 @@ class ModelManifest(_Section):
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ca09e693
 def _shown(section: BaseModel, **chosen) -> str:  # its values in one line
-    return ", ".join(f"{name} {value}" for name, value in section.model_dump(mode="json", **chosen).items() if value not in (None, ""))
+    return ", ".join(
+        f"{name} {value}"
+        for name, value in section.model_dump(mode="json", **chosen).items()
+        if value not in (None, "")
+    )
 
 
 def _manifest_table(manifest: ModelManifest) -> str:  # Markdown
     rows = {
         "source": f"`{manifest.source.describe()}`",
-        "family": f"{manifest.family}{'' if manifest.kind == ModelKind.standard else f' ({manifest.kind})'}, dtype {manifest.dtype}" + (f", variant {manifest.variant}" if manifest.variant else ""),
+        "family": f"{manifest.family}{'' if manifest.kind == ModelKind.standard else f' ({manifest.kind})'}, dtype {manifest.dtype}"
+        + (f", variant {manifest.variant}" if manifest.variant else ""),
         "about": manifest.description,
         "license": manifest.license,
-        "components": ", ".join(f"{slot}: {part.class_name or part.source.describe()}" for slot, part in manifest.components.items()),
+        "components": ", ".join(
+            f"{slot}: {part.class_name or part.source.describe()}" for slot, part in manifest.components.items()
+        ),
         "ControlNets": ", ".join(manifest.controlnets),
-        "LoRAs": ", ".join([*manifest.loras, *(f"any in {f.describe()}" for f in manifest.lora_folders), *["any on the Hub"] * manifest.hub_loras]),
+        "LoRAs": ", ".join(
+            [
+                *manifest.loras,
+                *(f"any in {f.describe()}" for f in manifest.lora_folders),
+                *["any on the Hub"] * manifest.hub_loras,
+            ]
+        ),
         "refiner": manifest.refiner and manifest.refiner.source.describe(),
-        "profiles": ", ".join(name + (f" ({profile.description})" if profile.description else "") for name, profile in manifest.profiles.items()),
+        "profiles": ", ".join(
+            name + (f" ({profile.description})" if profile.description else "")
+            for name, profile in manifest.profiles.items()
+        ),
         "memory": _shown(manifest.memory, exclude_defaults=True),
         "defaults": _shown(manifest.defaults),
         "limits": _shown(manifest.limits),
         "sha256": f"`{manifest.sha256[:12]}`",
     }
-    lines = [f"| {name} | {' '.join(text.split()).replace('|', chr(92) + '|')} |" for name, text in rows.items() if text]
+    lines = [
+        f"| {name} | {' '.join(text.split()).replace('|', chr(92) + '|')} |" for name, text in rows.items() if text
+    ]
     return "\n".join([f"| **{manifest.name}** | {manifest.title or ''} |", "|---|---|", *lines])

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fastcore.basics import patch
-from ez_diffusion_client.models import ControlNetInfo, ErrorCode, ModelInfo, ModelList, ProfileInfo
 
-from .manifest import FolderSource, ModelManifest, package_folder
 from .files import ManifestError, load_manifest
+from .manifest import FolderSource, ModelManifest, package_folder
 from ..request.errors import nearest_name, request_error, shorten
+from ez_diffusion_client.models import ControlNetInfo, ErrorCode, ModelInfo, ModelList, ProfileInfo
 
 # %% ../../nbs/20_models/03_store.ipynb #9d326e86
 class SettingsError(ValueError):
@@ -53,10 +53,12 @@ def matching(
     allowed: str,  # the same in words
 ) -> Callable[[str], str]:
     "A reader that takes text which matches a pattern."
+
     def read(text: str) -> str:
         if not re.fullmatch(pattern, text):
             raise ValueError(allowed)
         return text
+
     return read
 
 
@@ -73,24 +75,49 @@ def setting(
 @dataclass(frozen=True)
 class Settings:
     "What environment variables decide."
+
     model_folders: tuple[Path, ...] = setting(
-        "DIFFUSION_WORKERS_MODELS", (), _read_folders, "folders with manifests of your own, the later win; separated as in PATH")
+        "DIFFUSION_WORKERS_MODELS",
+        (),
+        _read_folders,
+        "folders with manifests of your own, the later win; separated as in PATH",
+    )
     default_model: str = setting(
-        "DIFFUSION_WORKERS_DEFAULT_MODEL", "shapes-sd15", str, "the model of a request that names none")
+        "DIFFUSION_WORKERS_DEFAULT_MODEL", "shapes-sd15", str, "the model of a request that names none"
+    )
     device: str = setting(
-        "DIFFUSION_WORKERS_DEVICE", "auto", matching(r"auto|cpu|mps|cuda(:\d{1,2})?", "auto, cpu, mps, cuda or cuda:N"),
-        "where models run; auto takes CUDA where there is one")
+        "DIFFUSION_WORKERS_DEVICE",
+        "auto",
+        matching(r"auto|cpu|mps|cuda(:\d{1,2})?", "auto, cpu, mps, cuda or cuda:N"),
+        "where models run; auto takes CUDA where there is one",
+    )
     dtype: str = setting(
-        "DIFFUSION_WORKERS_DTYPE", "auto", matching("auto|float16|bfloat16|float32", "auto, float16, bfloat16 or float32"),
-        "for manifests that say auto")
+        "DIFFUSION_WORKERS_DTYPE",
+        "auto",
+        matching("auto|float16|bfloat16|float32", "auto, float16, bfloat16 or float32"),
+        "for manifests that say auto",
+    )
     memory_budget: int | None = setting(
-        "DIFFUSION_WORKERS_MEMORY_BUDGET", None, read_bytes, "weights of all models in memory, such as 20GB; the model that was used longest ago leaves")
+        "DIFFUSION_WORKERS_MEMORY_BUDGET",
+        None,
+        read_bytes,
+        "weights of all models in memory, such as 20GB; the model that was used longest ago leaves",
+    )
     annotator_folders: tuple[Path, ...] = setting(
-        "DIFFUSION_WORKERS_ANNOTATORS", (), _read_folders, "folders with the weights of control map detectors, searched before the Hub")
+        "DIFFUSION_WORKERS_ANNOTATORS",
+        (),
+        _read_folders,
+        "folders with the weights of control map detectors, searched before the Hub",
+    )
     lora_folders: tuple[Path, ...] = setting(
-        "DIFFUSION_WORKERS_LORAS", (), _read_folders, "folders whose LoRA files a request may name, for every model")
+        "DIFFUSION_WORKERS_LORAS", (), _read_folders, "folders whose LoRA files a request may name, for every model"
+    )
     torch_compile: bool = setting(
-        "DO_TORCH_COMPILE", False, read_flag, "compile the denoiser of requests that do not say; the first picture takes minutes")
+        "DO_TORCH_COMPILE",
+        False,
+        read_flag,
+        "compile the denoiser of requests that do not say; the first picture takes minutes",
+    )
 
     @classmethod
     def from_environment(
@@ -116,6 +143,7 @@ class Settings:
 @dataclass(frozen=True, eq=False, repr=False)
 class ManifestStore(Mapping[str, ModelManifest]):
     "The manifests of a worker by name; a broken one is in `errors` instead."
+
     manifests: dict[str, ModelManifest]
     errors: dict[str, ManifestError]  # name -> why its manifest cannot be used
     default: str  # the model of a request that names none
@@ -142,22 +170,54 @@ class ManifestStore(Mapping[str, ModelManifest]):
         if name in self.manifests:
             return self.manifests[name]
         if name in self.errors:
-            why = "; ".join(f"{Path(problem.file).name}{str(problem).removeprefix(problem.file)}" for problem in self.errors[name].problems)
-            raise request_error(ErrorCode.model_unavailable, "the manifest of this model has mistakes", field="model", given=name, hint=why)
+            why = "; ".join(
+                f"{Path(problem.file).name}{str(problem).removeprefix(problem.file)}"
+                for problem in self.errors[name].problems
+            )
+            raise request_error(
+                ErrorCode.model_unavailable,
+                "the manifest of this model has mistakes",
+                field="model",
+                given=name,
+                hint=why,
+            )
         near = nearest_name(name, list(self))
         hint = f"did you mean {near}?" if near else "ask for one of these, or add a manifest"
-        raise request_error(ErrorCode.unknown_model, "there is no such model", field="model", given=name, allowed=", ".join(self), hint=hint)
+        raise request_error(
+            ErrorCode.unknown_model,
+            "there is no such model",
+            field="model",
+            given=name,
+            allowed=", ".join(self),
+            hint=hint,
+        )
 
     def _repr_markdown_(self) -> str:
-        rows = [f"| {'**' * (n == self.default)}{n}{'**' * (n == self.default)} | {m.family} | `{m.source.describe()}` | {m.title or ''} |" for n, m in self.items()]
+        rows = [
+            f"| {'**' * (n == self.default)}{n}{'**' * (n == self.default)} | {m.family} | `{m.source.describe()}` | {m.title or ''} |"
+            for n, m in self.items()
+        ]
         broken = [f"- {name} cannot be used: {error.problems[0].message}" for name, error in self.errors.items()]
-        return "\n".join(["| model | family | source | |", "|---|---|---|---|", *rows, "", *broken, *(f"- {note}" for note in self.notes)])
+        return "\n".join(
+            [
+                "| model | family | source | |",
+                "|---|---|---|---|",
+                *rows,
+                "",
+                *broken,
+                *(f"- {note}" for note in self.notes),
+            ]
+        )
 
 # %% ../../nbs/20_models/03_store.ipynb #d9e1a592
 def _manifest_files(folder: Path) -> list[Path]:  # sorted by name
     if not folder.is_dir():
-        raise SettingsError(f"{folder} is no folder; name folders with manifests by argument or in DIFFUSION_WORKERS_MODELS")
-    return sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml") and not path.name.startswith("."))
+        raise SettingsError(
+            f"{folder} is no folder; name folders with manifests by argument or in DIFFUSION_WORKERS_MODELS"
+        )
+    return sorted(
+        path for path in folder.iterdir() if path.suffix in (".yaml", ".yml") and not path.name.startswith(".")
+    )
 
 
 def _winners(folders: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:  # (name -> file, what replaces what)
@@ -165,22 +225,32 @@ def _winners(folders: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:  # (
     notes = []
     for path in [path for folder in folders for path in _manifest_files(folder)]:
         if path.stem in found:
-            notes.append(f"{path.stem}: {path.parent.name}/{path.name} replaces {found[path.stem].parent.name}/{found[path.stem].name}")
+            notes.append(
+                f"{path.stem}: {path.parent.name}/{path.name} replaces {found[path.stem].parent.name}/{found[path.stem].name}"
+            )
         found[path.stem] = path
     return found, notes
 
 # %% ../../nbs/20_models/03_store.ipynb #78b95539
 def load_manifests(
-    folders: str | os.PathLike | Sequence[str | os.PathLike] | None = None,  # absent: DIFFUSION_WORKERS_MODELS; () for none
+    folders: str
+    | os.PathLike
+    | Sequence[str | os.PathLike]
+    | None = None,  # absent: DIFFUSION_WORKERS_MODELS; () for none
     default_model: str | None = None,  # absent: DIFFUSION_WORKERS_DEFAULT_MODEL, else shapes-sd15
-    lora_folders: Sequence[str | os.PathLike] | None = None,  # absent: DIFFUSION_WORKERS_LORAS; every model offers the LoRAs in these
+    lora_folders: Sequence[str | os.PathLike]
+    | None = None,  # absent: DIFFUSION_WORKERS_LORAS; every model offers the LoRAs in these
 ) -> ManifestStore:
     "The manifests of the package and of these folders; a `SettingsError` where a folder or the default model is not there."
     settings = Settings.from_environment()
-    folders = settings.model_folders if folders is None else [folders] if isinstance(folders, (str, os.PathLike)) else folders
+    folders = (
+        settings.model_folders if folders is None else [folders] if isinstance(folders, (str, os.PathLike)) else folders
+    )
     found, notes = _winners((package_folder("model_loading"), *map(Path, folders)))
     manifests, errors = {}, {}
-    shared = tuple(FolderSource(folder=str(folder)) for folder in (settings.lora_folders if lora_folders is None else lora_folders))
+    shared = tuple(
+        FolderSource(folder=str(folder)) for folder in (settings.lora_folders if lora_folders is None else lora_folders)
+    )
     for name, path in found.items():
         try:
             manifest = load_manifest(path)
@@ -189,7 +259,9 @@ def load_manifests(
             errors[name] = exc
     default = default_model or settings.default_model
     if default not in found:
-        raise SettingsError(f"the default model {default!r} has no manifest; allowed: {', '.join(found)}; see DIFFUSION_WORKERS_DEFAULT_MODEL")
+        raise SettingsError(
+            f"the default model {default!r} has no manifest; allowed: {', '.join(found)}; see DIFFUSION_WORKERS_DEFAULT_MODEL"
+        )
     return ManifestStore(manifests, errors, default, tuple(notes))
 
 
@@ -205,14 +277,33 @@ def model_info(
     loaded: bool,  # whether its weights are in memory
 ) -> ModelInfo:
     "What a client learns about a model."
-    nets = [ControlNetInfo(name=name, union=net.union, union_modes=net.union_modes and list(net.union_modes), preprocessors=list(net.preprocessors)) for name, net in manifest.controlnets.items()]
+    nets = [
+        ControlNetInfo(
+            name=name,
+            union=net.union,
+            union_modes=net.union_modes and list(net.union_modes),
+            preprocessors=list(net.preprocessors),
+        )
+        for name, net in manifest.controlnets.items()
+    ]
     profiles = [ProfileInfo(name=name, description=profile.description) for name, profile in manifest.profiles.items()]
     defaults = manifest.defaults
     return ModelInfo(
-        name=manifest.name, title=manifest.title, description=manifest.description, family=manifest.family,
-        kind=manifest.kind, source=manifest.source.describe(), loaded=loaded, tasks=list(manifest.tasks), width=defaults.width,
-        height=defaults.height, num_inference_steps=defaults.num_inference_steps,
-        guidance_scale=float(defaults.guidance_scale), loras=list(manifest.loras), controlnets=nets, profiles=profiles,
+        name=manifest.name,
+        title=manifest.title,
+        description=manifest.description,
+        family=manifest.family,
+        kind=manifest.kind,
+        source=manifest.source.describe(),
+        loaded=loaded,
+        tasks=list(manifest.tasks),
+        width=defaults.width,
+        height=defaults.height,
+        num_inference_steps=defaults.num_inference_steps,
+        guidance_scale=float(defaults.guidance_scale),
+        loras=list(manifest.loras),
+        controlnets=nets,
+        profiles=profiles,
     )
 
 
@@ -221,7 +312,9 @@ def model_list(
     loaded: Collection[str] = (),  # names of the models whose weights are in memory
 ) -> ModelList:
     "What a client learns about all models that can be used."
-    return ModelList(default=store.default, models=[model_info(manifest, name in loaded) for name, manifest in store.items()])
+    return ModelList(
+        default=store.default, models=[model_info(manifest, name in loaded) for name, manifest in store.items()]
+    )
 
 
 @patch
@@ -230,5 +323,7 @@ def _repr_markdown_(self: ModelList) -> str:
     named = lambda items: ", ".join(getattr(item, "name", item) for item in items or ()) or ""
     for info in self.models:
         marks = "".join([" (default)"] * (info.name == self.default) + [", loaded"] * info.loaded)
-        lines.append(f"| **{info.name}**{marks} | {info.family.value} | {info.width} x {info.height} | {info.num_inference_steps} | {named(info.controlnets)} | {named(info.loras)} | {named(info.profiles)} |")
+        lines.append(
+            f"| **{info.name}**{marks} | {info.family.value} | {info.width} x {info.height} | {info.num_inference_steps} | {named(info.controlnets)} | {named(info.loras)} | {named(info.profiles)} |"
+        )
     return "\n".join(lines)

@@ -13,14 +13,14 @@ from dataclasses import replace
 from typing import Any
 
 import ipywidgets as widgets
-from ez_diffusion_client.models import ControlNetInfo, ControlNetUnit, ErrorDetail, OpResult, PreprocessRequest
 from PIL import Image
 
 from ..control.preprocessors import PREPROCESSORS, ControlnetGuideImagePreprocessor
-from .mask_canvas import PictureSource
 from .elements import DropZone
 from .form import SchemaForm, alert, error_html, schema_fields
+from .mask_canvas import PictureSource
 from ..request.errors import failure, parse
+from ez_diffusion_client.models import ControlNetInfo, ControlNetUnit, ErrorDetail, OpResult, PreprocessRequest
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #076b2a9b
 class PictureField(widgets.VBox):
@@ -71,7 +71,12 @@ class LoraRow(widgets.HBox):
     "A LoRA and its strength."
 
     def __init__(self, names: Iterable[str], on_change: Callable[[], None], on_remove: Callable[["LoraRow"], None]):
-        self.name = widgets.Combobox(options=tuple(names), placeholder="LoRA", ensure_option=False, layout=widgets.Layout(flex="2 1 120px", min_width="80px"))
+        self.name = widgets.Combobox(
+            options=tuple(names),
+            placeholder="LoRA",
+            ensure_option=False,
+            layout=widgets.Layout(flex="2 1 120px", min_width="80px"),
+        )
         self.scale = widgets.FloatText(value=1.0, step=0.1, tooltip="Strength", layout=widgets.Layout(width="80px"))
         remove = widgets.Button(description="Remove", layout=widgets.Layout(width="84px"))
         super().__init__([self.name, self.scale, remove], layout=widgets.Layout(flex_flow="row wrap"))
@@ -114,7 +119,9 @@ def _offer_loras(self: LoraList, names: Iterable[str]) -> None:
 
 
 def _lora_values(self: LoraList) -> list[dict[str, Any]]:
-    return [{"name": row.name.value, "scale": float(row.scale.value), **row.further} for row in self.rows if row.name.value]
+    return [
+        {"name": row.name.value, "scale": float(row.scale.value), **row.further} for row in self.rows if row.name.value
+    ]
 
 
 def _set_loras(self: LoraList, values: Iterable[Mapping[str, Any]]) -> None:
@@ -132,24 +139,40 @@ def _lora_errors(self: LoraList, errors: Iterable[ErrorDetail]) -> list[ErrorDet
     return [error for error in errors if error not in own]
 
 
-LoraList.offer, LoraList.values, LoraList.set_values, LoraList.show_errors = _offer_loras, _lora_values, _set_loras, _lora_errors
+LoraList.offer, LoraList.values, LoraList.set_values, LoraList.show_errors = (
+    _offer_loras,
+    _lora_values,
+    _set_loras,
+    _lora_errors,
+)
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #93102573
 class ParameterForm(widgets.VBox):
     "The parameters of a preprocessor as sliders and boxes."
 
-    def __init__(self, preprocessor: ControlnetGuideImagePreprocessor | None, on_change: Callable[[], None] = lambda: None):
+    def __init__(
+        self, preprocessor: ControlnetGuideImagePreprocessor | None, on_change: Callable[[], None] = lambda: None
+    ):
         self.controls: dict[str, widgets.DOMWidget] = {}
         for parameter in preprocessor.parameters if preprocessor else ():
-            shared = {"description": parameter.name.replace("_", " "), "tooltip": parameter.meaning, "value": parameter.default,
-                      "layout": widgets.Layout(width="auto"), "style": {"description_width": "initial"}}
+            shared = {
+                "description": parameter.name.replace("_", " "),
+                "tooltip": parameter.meaning,
+                "value": parameter.default,
+                "layout": widgets.Layout(width="auto"),
+                "style": {"description_width": "initial"},
+            }
             if isinstance(parameter.default, bool):
                 self.controls[parameter.name] = widgets.Checkbox(**shared)
             elif isinstance(parameter.default, int):
-                self.controls[parameter.name] = widgets.IntSlider(min=int(parameter.low), max=int(parameter.high), continuous_update=False, **shared)
+                self.controls[parameter.name] = widgets.IntSlider(
+                    min=int(parameter.low), max=int(parameter.high), continuous_update=False, **shared
+                )
             else:
                 step = (parameter.high - parameter.low) / 100
-                self.controls[parameter.name] = widgets.FloatSlider(min=parameter.low, max=parameter.high, step=step, continuous_update=False, **shared)
+                self.controls[parameter.name] = widgets.FloatSlider(
+                    min=parameter.low, max=parameter.high, step=step, continuous_update=False, **shared
+                )
         self._defaults = {name: control.value for name, control in self.controls.items()}
         super().__init__(list(self.controls.values()))
         for control in self.controls.values():
@@ -165,7 +188,18 @@ class ParameterForm(widgets.VBox):
             control.value = values.get(name, self._defaults[name])
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #b9b2b0eb
-_SHOWN = ("model", "preprocessing.name", "preprocessing.resolution", "conditioning_scale", "guidance_start", "guidance_end", "control_mode", "resize_mode", "union_mode", "return_map")
+_SHOWN = (
+    "model",
+    "preprocessing.name",
+    "preprocessing.resolution",
+    "conditioning_scale",
+    "guidance_start",
+    "guidance_end",
+    "control_mode",
+    "resize_mode",
+    "union_mode",
+    "return_map",
+)
 Preprocess = Callable[[PreprocessRequest], OpResult]
 
 
@@ -184,16 +218,34 @@ class ControlUnit(widgets.VBox):
         choices = {"model": [net.name for net in self.nets], "preprocessing.name": self._preprocessors()}
         shown = [replace(known[name], choices=tuple(choices.get(name, known[name].choices))) for name in _SHOWN]
         self.form = SchemaForm(shown, self._changed)
-        self.image, self.mask = PictureField("Drop the picture of the control", on_change), PictureField("Where it holds: a mask, if not everywhere", on_change)
+        self.image, self.mask = (
+            PictureField("Drop the picture of the control", on_change),
+            PictureField("Where it holds: a mask, if not everywhere", on_change),
+        )
         self.parameters = ParameterForm(None)
-        self.map, self.message = widgets.Image(layout=widgets.Layout(display="none", max_width="256px", object_fit="contain")), widgets.HTML("")
-        self.button = widgets.Button(description="Show the map", disabled=preprocess is None, layout=widgets.Layout(width="auto"))
+        self.map, self.message = (
+            widgets.Image(layout=widgets.Layout(display="none", max_width="256px", object_fit="contain")),
+            widgets.HTML(""),
+        )
+        self.button = widgets.Button(
+            description="Show the map", disabled=preprocess is None, layout=widgets.Layout(width="auto")
+        )
         self.button.add_class("dw-show-map")
         remove = widgets.Button(description="Remove", layout=widgets.Layout(width="auto"))
         self.button.on_click(lambda button: self.show_map())
         remove.on_click(lambda button: on_remove(self))
         self._middle = widgets.VBox([self.parameters])
-        super().__init__([self.image, self.form, self._middle, widgets.HBox([self.button, remove]), self.message, self.map, self.mask])
+        super().__init__(
+            [
+                self.image,
+                self.form,
+                self._middle,
+                widgets.HBox([self.button, remove]),
+                self.message,
+                self.map,
+                self.mask,
+            ]
+        )
 
     def _preprocessors(self) -> list[str]:
         offered = [name for net in self.nets for name in net.preprocessors or ()]
@@ -227,7 +279,11 @@ def _set_unit(self: ControlUnit, values: Mapping[str, Any]) -> None:
 
 
 def _unit_errors(self: ControlUnit, errors: Iterable[ErrorDetail], prefix: str) -> list[ErrorDetail]:
-    own = {id(error): error.model_copy(update={"field": error.field.removeprefix(prefix + ".")}) for error in errors if (error.field or "").startswith(prefix)}
+    own = {
+        id(error): error.model_copy(update={"field": error.field.removeprefix(prefix + ".")})
+        for error in errors
+        if (error.field or "").startswith(prefix)
+    }
     for name, field in (("image", self.image), ("mask_image", self.mask)):
         field.tell("<br>".join(error_html(error) for error in own.values() if error.field == name))
     rest = [error for error in self.form.show_errors(own.values()) if error.field not in ("image", "mask_image")]
@@ -241,14 +297,21 @@ def _offer_nets(self: ControlUnit, nets: Iterable[ControlNetInfo]) -> None:
     self.form.fields["preprocessing.name"].offer(self._preprocessors())
 
 
-ControlUnit.values, ControlUnit.set_values, ControlUnit.show_errors, ControlUnit.offer = _unit_values, _set_unit, _unit_errors, _offer_nets
+ControlUnit.values, ControlUnit.set_values, ControlUnit.show_errors, ControlUnit.offer = (
+    _unit_values,
+    _set_unit,
+    _unit_errors,
+    _offer_nets,
+)
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #a1f721f1
 def _show_map(self: ControlUnit) -> threading.Thread:
     def draw() -> None:
         try:
             values = self.values()
-            asked = {name: values[name] for name in ("image", "mask_image", "preprocessing", "resize_mode") if name in values}
+            asked = {
+                name: values[name] for name in ("image", "mask_image", "preprocessing", "resize_mode") if name in values
+            }
             asked.setdefault("preprocessing", {"name": "none"})
             result = self._preprocess(parse(PreprocessRequest, asked))
         except Exception as exc:

@@ -16,9 +16,9 @@ import traitlets
 from fastcore.basics import patch
 from PIL import Image, ImageChops
 
-from ..request.images import flatten
 from .mask_canvas import ELEMENTS, PictureSource, picture_from, png_bytes
 from ..request.errors import RequestError, error_line
+from ..request.images import flatten
 
 # %% ../../nbs/73_panel/02_elements.ipynb #5bae1ba0
 def thumbnail(
@@ -56,7 +56,8 @@ class DropZone(anywidget.AnyWidget):
     def __init__(
         self,
         label: str = "Drop, paste or choose a picture",
-        on_file: Callable[[bytes], None] | None = None,  # called with each file that comes from the browser, in place of showing it
+        on_file: Callable[[bytes], None]
+        | None = None,  # called with each file that comes from the browser, in place of showing it
         **kwargs,  # further traits, such as layout
     ):
         super().__init__(label=label, **kwargs)
@@ -118,7 +119,9 @@ def difference_map(
 ) -> tuple[Image.Image, int]:  # the heat map (RGB), and the largest difference of a channel, 0 to 255
     "Where two pictures differ."
     if left.size != right.size:
-        raise ValueError(f"pictures of {left.size[0]} x {left.size[1]} and {right.size[0]} x {right.size[1]} pixels: only pictures of one size can be compared")
+        raise ValueError(
+            f"pictures of {left.size[0]} x {left.size[1]} and {right.size[0]} x {right.size[1]} pixels: only pictures of one size can be compared"
+        )
     apart = np.asarray(ImageChops.difference(left.convert("RGB"), right.convert("RGB"))).max(axis=-1)
     largest = int(apart.max())
     heat = apart[..., None] / max(largest, 1) * 3 - np.arange(3)  # red comes first, then green, then blue
@@ -158,8 +161,10 @@ class Gallery(anywidget.AnyWidget):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self._acts = {"favourite": lambda content: on_favourite and on_favourite(content["id"], bool(content["on"])),
-                      "delete": lambda content: on_delete and on_delete(content["id"])}
+        self._acts = {
+            "favourite": lambda content: on_favourite and on_favourite(content["id"], bool(content["on"])),
+            "delete": lambda content: on_delete and on_delete(content["id"]),
+        }
         self.on_msg(self._on_message)
 
     def _on_message(self, widget, content: dict, buffers: list) -> None:

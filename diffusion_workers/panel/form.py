@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ipywidgets as widgets
-from ez_diffusion_client.models import ErrorDetail, GenerationRequest
 
 from ..request.errors import RequestError, field_path, parse
+from ez_diffusion_client.models import ErrorDetail, GenerationRequest
 
 # %% ../../nbs/73_panel/06_form.ipynb #dc39777d
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class FieldInfo:
         return field_path(self.path)
 
 
-def _resolved(schema: dict, root: dict) -> dict:  # what a field accepts, null left out, with the default that stands beside it
+def _resolved(
+    schema: dict, root: dict
+) -> dict:  # what a field accepts, null left out, with the default that stands beside it
     if "$ref" in schema:
         found = _resolved(root["$defs"][schema["$ref"].rsplit("/", 1)[1]], root)
         return found | {key: value for key, value in schema.items() if key != "$ref"}
@@ -69,7 +71,12 @@ def _fields(schema: dict, root: dict, prefix: tuple[str, ...]) -> list[FieldInfo
 
 # %% ../../nbs/73_panel/06_form.ipynb #6d665561
 _ERROR = '<div role="alert" class="dw-error" style="color:var(--jp-error-color0,#c62828);line-height:1.35;white-space:normal">{}</div>'
-_LABELS = {"num_inference_steps": "Steps", "guidance_scale": "Guidance", "num_images": "Images", "use_karras_sigmas": "Karras sigmas"}
+_LABELS = {
+    "num_inference_steps": "Steps",
+    "guidance_scale": "Guidance",
+    "num_images": "Images",
+    "use_karras_sigmas": "Karras sigmas",
+}
 
 
 def _label(info: FieldInfo) -> str:
@@ -93,12 +100,24 @@ def error_html(
 
 
 def _options(info: FieldInfo) -> list[tuple[str, str]]:  # (what is shown, value)
-    absent = str(getattr(info.default, "value", info.default)).lower().replace("_", " ") if info.default is not None else "default"
-    return [(absent if absent == "default" else f"{absent} (default)", ""), *((choice.replace("_", " "), choice) for choice in info.choices)]
+    absent = (
+        str(getattr(info.default, "value", info.default)).lower().replace("_", " ")
+        if info.default is not None
+        else "default"
+    )
+    return [
+        (absent if absent == "default" else f"{absent} (default)", ""),
+        *((choice.replace("_", " "), choice) for choice in info.choices),
+    ]
 
 
 def _control(info: FieldInfo) -> widgets.DOMWidget:
-    shared = {"description": _label(info), "tooltip": f"{info.name}: {info.description}", "layout": widgets.Layout(width="auto"), "style": {"description_width": "118px"}}
+    shared = {
+        "description": _label(info),
+        "tooltip": f"{info.name}: {info.description}",
+        "layout": widgets.Layout(width="auto"),
+        "style": {"description_width": "118px"},
+    }
     if info.choices or info.kind == "boolean":
         choices = info.choices or ("true", "false")
         return widgets.Dropdown(options=_options(replace(info, choices=choices)), value="", **shared)
@@ -233,7 +252,17 @@ def check(
     return []
 
 # %% ../../nbs/73_panel/06_form.ipynb #f1cda49f
-SIMPLE = ("prompt", "negative_prompt", "model", "width", "height", "num_inference_steps", "guidance_scale", "scheduler", "num_images")
+SIMPLE = (
+    "prompt",
+    "negative_prompt",
+    "model",
+    "width",
+    "height",
+    "num_inference_steps",
+    "guidance_scale",
+    "scheduler",
+    "num_images",
+)
 SECTIONS = {
     "Image to start from": ("strength", "resize_mode", "inpaint"),
     "Acceleration": ("profile", "deepcache", "acceleration"),
@@ -246,6 +275,8 @@ def request_sections() -> dict[str, list[FieldInfo]]:  # "" is the part that is 
     "The fields of a request by section, in the order of the form; what no section names is under More."
     known = [info for info in schema_fields(GenerationRequest) if info.path[0] not in _ELSEWHERE]
     order = {"": SIMPLE, **SECTIONS}
-    found = {title: [info for name in names for info in known if info.path[0] == name] for title, names in order.items()}
+    found = {
+        title: [info for name in names for info in known if info.path[0] == name] for title, names in order.items()
+    }
     placed = {info.name for infos in found.values() for info in infos}
     return found | {"More": [info for info in known if info.name not in placed]}

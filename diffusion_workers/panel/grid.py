@@ -19,14 +19,14 @@ from typing import Any
 
 import ipywidgets as widgets
 import pandas as pd
-from ez_diffusion_client.models import ErrorCode, GenerationPlan, GenerationRequest, OpResult, OpStatus
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
 
-from .stop_button import hear_while_busy, wait_listening
-from .runs import Pace, backend_of, start_run, stop_on_interrupt
 from .elements import data_uri, thumbnail
+from .runs import Pace, backend_of, start_run, stop_on_interrupt
+from .stop_button import hear_while_busy, wait_listening
 from ..request.errors import RequestError, error_detail, logger, parse, request_error
+from ez_diffusion_client.models import ErrorCode, GenerationPlan, GenerationRequest, OpResult, OpStatus
 
 # %% ../../nbs/73_panel/09_grid.ipynb #7b78e818
 PROMPT_REPLACE = "prompt_replace"
@@ -72,7 +72,13 @@ def with_value(
 
 def _replaced(prompt: str, axis: Axis, value: str) -> str:
     if axis.values[0] not in prompt:
-        raise request_error(ErrorCode.not_one_of, "this text is not in the prompt", field=PROMPT_REPLACE, given=axis.values[0], hint="let the first value be a text of the prompt")
+        raise request_error(
+            ErrorCode.not_one_of,
+            "this text is not in the prompt",
+            field=PROMPT_REPLACE,
+            given=axis.values[0],
+            hint="let the first value be a text of the prompt",
+        )
     return prompt.replace(axis.values[0], value)
 
 # %% ../../nbs/73_panel/09_grid.ipynb #0bc79928
@@ -106,7 +112,15 @@ def make_cells(
             errors += [error for error in refused.errors if error not in errors]
         except (KeyError, IndexError, TypeError, ValueError):
             field_name = axis.field
-            errors += [error_detail(ErrorCode.unknown_field, "the request has no such place", field=field_name, given=value, hint="put the list or object into the request first")]
+            errors += [
+                error_detail(
+                    ErrorCode.unknown_field,
+                    "the request has no such place",
+                    field=field_name,
+                    given=value,
+                    hint="put the list or object into the request first",
+                )
+            ]
         else:
             cells.append(GridCell(values, made))
     if errors:
@@ -131,11 +145,22 @@ class Grid:
         on_cell: Callable[["Grid", GridCell], None] | None = None,  # called after each cell, on the grid's thread
     ):
         if not axes:
-            raise request_error(ErrorCode.missing_field, "a grid needs an axis", field="x", allowed="a field and its values, such as ('guidance_scale', [1, 3, 7])")
+            raise request_error(
+                ErrorCode.missing_field,
+                "a grid needs an axis",
+                field="x",
+                allowed="a field and its values, such as ('guidance_scale', [1, 3, 7])",
+            )
         self.axes, self.backend, self._on_cell = tuple(axes), backend_of(generate), on_cell
         ordered = make_cells(_with_seed(request), tuple(reversed(self.axes)))
         self.cells = [GridCell(tuple(reversed(cell.values)), cell.request) for cell in ordered]
-        self._guard, self._stopped, self._thread, self._run, self._button = threading.Lock(), threading.Event(), None, None, None
+        self._guard, self._stopped, self._thread, self._run, self._button = (
+            threading.Lock(),
+            threading.Event(),
+            None,
+            None,
+            None,
+        )
         self._idle, self._seconds = threading.Event(), []
         self._idle.set()
         self._check_plans()
@@ -160,7 +185,11 @@ class Grid:
     def __str__(self) -> str:
         left = self.seconds_left()
         time_left = "" if left is None or self.done == len(self.cells) else f", about {max(left, 1):.0f} s left"
-        return f"{self.done} of {len(self.cells)} cells" + (f", {self.steps} steps in all" if self.steps and not self.done else "") + time_left
+        return (
+            f"{self.done} of {len(self.cells)} cells"
+            + (f", {self.steps} steps in all" if self.steps and not self.done else "")
+            + time_left
+        )
 
 # %% ../../nbs/73_panel/09_grid.ipynb #09605c8a
 @patch
@@ -170,7 +199,11 @@ def seconds_left(self: Grid) -> float | None:  # None as long as nothing was mea
     if self._seconds and any(cell.plan is None for cell in self.cells):
         return sum(self._seconds) / len(self._seconds) * len(left)
     if self._seconds:
-        return sum(self._seconds) / sum(Pace.work(cell.plan) for cell in self.cells if cell.result is not None) * sum(Pace.work(cell.plan) for cell in left)
+        return (
+            sum(self._seconds)
+            / sum(Pace.work(cell.plan) for cell in self.cells if cell.result is not None)
+            * sum(Pace.work(cell.plan) for cell in left)
+        )
     expected = [None if cell.plan is None else self.backend.pace.seconds(cell.plan) for cell in left]
     return None if None in expected else sum(expected)
 
@@ -252,12 +285,17 @@ def to_dataframe(self: Grid) -> pd.DataFrame:
         made = cell.result and cell.result.generation
         status = cell.result.status.value if cell.result else "not made"
         seconds = made.timings.total_seconds if made and made.timings else None
-        rows.append(dict(zip((axis.field for axis in self.axes), cell.values)) | {"image": cell.image, "seed": made.images[0].seed if made else None, "status": status, "seconds": seconds})
+        rows.append(
+            dict(zip((axis.field for axis in self.axes), cell.values))
+            | {"image": cell.image, "seed": made.images[0].seed if made else None, "status": status, "seconds": seconds}
+        )
     return pd.DataFrame(rows)
 
 
 @patch
-def tables(self: Grid) -> list[tuple[str, list[list[GridCell]]]]:  # (title, rows of cells), one for each combination of further axes
+def tables(
+    self: Grid,
+) -> list[tuple[str, list[list[GridCell]]]]:  # (title, rows of cells), one for each combination of further axes
     "The cells as they are seen."
     width = len(self.axes[0].values)
     height = len(self.axes[1].values) if len(self.axes) > 1 else 1
@@ -277,7 +315,11 @@ def _row_label(self: Grid, row: list[GridCell]) -> str:
 def _cell_html(cell: GridCell, side: int | None) -> str:  # side None is the file as it is
     if cell.image is not None:
         made = cell.result.generation.images[0]
-        source = data_uri(base64.b64decode(made.image), f"image/{made.format.value}") if side is None else data_uri(thumbnail(cell.image, side))
+        source = (
+            data_uri(base64.b64decode(made.image), f"image/{made.format.value}")
+            if side is None
+            else data_uri(thumbnail(cell.image, side))
+        )
         return f'<img src="{source}" alt="{html.escape(cell.request.prompt)}, seed {made.seed}" style="display:block;max-width:none">'
     told = (cell.result.message or cell.result.status.value) if cell.result else "…"
     return f'<div style="width:96px;min-height:64px;font-size:smaller;color:var(--jp-ui-font-color2,GrayText);white-space:normal">{html.escape(told)}</div>'
@@ -292,8 +334,14 @@ def to_html(
     parts = []
     for title, rows in self.tables():
         head = "".join(f"<th>{html.escape(self.axes[0].label(value))}</th>" for value in self.axes[0].values)
-        body = "".join(f"<tr><th scope='row'>{html.escape(self._row_label(row))}</th>{''.join(f'<td>{_cell_html(cell, side)}</td>' for cell in row)}</tr>" for row in rows)
-        parts.append((f"<h4>{html.escape(title)}</h4>" if title else "") + f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>")
+        body = "".join(
+            f"<tr><th scope='row'>{html.escape(self._row_label(row))}</th>{''.join(f'<td>{_cell_html(cell, side)}</td>' for cell in row)}</tr>"
+            for row in rows
+        )
+        parts.append(
+            (f"<h4>{html.escape(title)}</h4>" if title else "")
+            + f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+        )
     return f"<div style='overflow-x:auto'>{''.join(parts)}<p>{html.escape(str(self))}</p></div>"
 
 

@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from ez_diffusion_client.models import GenerationPlan, GenerationRequest, OpResult
 from fastcore.basics import patch
 from PIL import Image
 
-from ..request.metadata import read_metadata
-from ..request.images import sniff_format
 from .elements import data_uri, thumbnail
-from ..request.errors import logger
 from ..planning.replay import as_code
+from ..request.errors import logger
+from ..request.images import sniff_format
+from ..request.metadata import read_metadata
+from ez_diffusion_client.models import GenerationPlan, GenerationRequest, OpResult
 
 # %% ../../nbs/73_panel/05_history.ipynb #aa774b74
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class HistoryEntry:
     created: str  # ISO 8601, with the offset of the time zone
     seed: int
     request: GenerationRequest = field(repr=False)  # with the seed of this picture alone
-    pictures: dict[str, str] = field(default_factory=dict, repr=False)  # path of a field -> the file that it brought along
+    pictures: dict[str, str] = field(
+        default_factory=dict, repr=False
+    )  # path of a field -> the file that it brought along
     favourite: bool = False
     seconds: float | None = None  # that the whole generation took
 
@@ -85,7 +87,9 @@ def _picture_fields(request: GenerationRequest) -> dict[str, str]:  # path of a 
     return {path: text for path, text in found.items() if text}
 
 
-def _keep_inputs(folder: Path, request: GenerationRequest) -> dict[str, str]:  # path of a field -> file, those that are no URLs
+def _keep_inputs(
+    folder: Path, request: GenerationRequest
+) -> dict[str, str]:  # path of a field -> file, those that are no URLs
     kept = {}
     for path, text in _picture_fields(request).items():
         if text.startswith(("http://", "https://")):
@@ -100,7 +104,7 @@ def _keep_inputs(folder: Path, request: GenerationRequest) -> dict[str, str]:  #
 
 def _without_pictures(request: GenerationRequest, kept: dict[str, str]) -> dict[str, Any]:
     fields = request.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-    return _put_pictures(fields, {path: "" for path in kept})
+    return _put_pictures(fields, dict.fromkeys(kept, ""))
 
 
 def _put_pictures(fields: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
@@ -132,8 +136,14 @@ class PictureHistory:
             now = datetime.now().astimezone()
             name = f"{now:%Y%m%d-%H%M%S-%f}-{uuid.uuid4().hex[:4]}"
             own = request.model_copy(update={"seed": made.seed, "seeds": None, "num_images": None})
-            about = {"created": now.isoformat(), "seed": made.seed, "favourite": False, "seconds": took,
-                     "request": _without_pictures(own, kept), "pictures": {path: Path(file).name for path, file in kept.items()}}
+            about = {
+                "created": now.isoformat(),
+                "seed": made.seed,
+                "favourite": False,
+                "seconds": took,
+                "request": _without_pictures(own, kept),
+                "pictures": {path: Path(file).name for path, file in kept.items()},
+            }
             _write(self.folder / f"{name}.{made.format.value}", base64.b64decode(made.image))
             _write(self.folder / f"{name}.json", json.dumps(about, ensure_ascii=False).encode())
             entries.append(self[name])
@@ -167,7 +177,9 @@ def _read(self: PictureHistory, id: str) -> HistoryEntry | None:
         path = self._picture_file(id)
         if path is None:
             raise FileNotFoundError(f"{id}: the picture is gone")
-        return HistoryEntry(id, path, about["created"], about["seed"], request, files, bool(about["favourite"]), about["seconds"])
+        return HistoryEntry(
+            id, path, about["created"], about["seed"], request, files, bool(about["favourite"]), about["seconds"]
+        )
     except (OSError, ValueError, KeyError, TypeError) as exc:
         logger.warning("%s in %s is skipped: %s", id, self.folder, exc)
         return None
@@ -208,7 +220,16 @@ def to_dataframe(self: PictureHistory) -> pd.DataFrame:
     rows = []
     for entry in self:
         given = entry.request.model_dump(mode="json", exclude_none=True, exclude_unset=True, exclude=hidden)
-        rows.append({"id": entry.id, "created": entry.created, "favourite": entry.favourite, "seconds": entry.seconds, "path": str(entry.path)} | given)
+        rows.append(
+            {
+                "id": entry.id,
+                "created": entry.created,
+                "favourite": entry.favourite,
+                "seconds": entry.seconds,
+                "path": str(entry.path),
+            }
+            | given
+        )
     return pd.DataFrame(rows)
 
 

@@ -13,16 +13,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import ipywidgets as widgets
-from ez_diffusion_client.models import OpResult, OpStatus, PreprocessRequest
 from fastcore.basics import patch
 from PIL import Image
 
-from .addon_forms import ParameterForm, PictureField
 from ..control.preprocessors import PREPROCESSORS, ControlnetGuideImagePreprocessor
-from .mask_canvas import PictureSource, picture_from
-from .runs import backend_of
+from .addon_forms import ParameterForm, PictureField
 from .form import alert, error_html
+from .mask_canvas import PictureSource, picture_from
 from ..request.errors import failure, parse
+from ez_diffusion_client.models import OpResult, OpStatus, PreprocessRequest
 
 # %% ../../nbs/73_panel/10_map_browser.ipynb #979c0b60
 class MapCard(widgets.VBox):
@@ -30,10 +29,17 @@ class MapCard(widgets.VBox):
 
     def __init__(self, preprocessor: ControlnetGuideImagePreprocessor, on_change):
         self.preprocessor, self.parameters = preprocessor, ParameterForm(preprocessor, lambda: on_change(self))
-        title = widgets.HTML(f"<b>{html.escape(preprocessor.name)}</b> {html.escape(preprocessor.title)}", layout=widgets.Layout(line_height="1.3"))
-        self.map = widgets.Image(format="png", layout=widgets.Layout(display="none", max_width="100%", object_fit="contain"))
+        title = widgets.HTML(
+            f"<b>{html.escape(preprocessor.name)}</b> {html.escape(preprocessor.title)}",
+            layout=widgets.Layout(line_height="1.3"),
+        )
+        self.map = widgets.Image(
+            format="png", layout=widgets.Layout(display="none", max_width="100%", object_fit="contain")
+        )
         self.message = widgets.HTML("")
-        super().__init__([title, self.map, self.message, self.parameters], layout=widgets.Layout(width="250px", padding="4px"))
+        super().__init__(
+            [title, self.map, self.message, self.parameters], layout=widgets.Layout(width="250px", padding="4px")
+        )
         self.add_class("dw-map-" + preprocessor.name.replace("_", "-"))
 
     def show(self, result: OpResult) -> None:
@@ -59,16 +65,29 @@ class ControlPanel(widgets.VBox):
             raise TypeError(f"{type(service).__name__} draws no maps: give a DiffusionService or a client")
         self._guard, self._waiting, self._idle, self._closed = threading.Lock(), [], threading.Event(), False
         self._idle.set()
-        self.picture = PictureField("Drop, paste or choose a picture", on_change=lambda: self._draw(*self.cards.values()))
+        self.picture = PictureField(
+            "Drop, paste or choose a picture", on_change=lambda: self._draw(*self.cards.values())
+        )
         self.cards = {name: MapCard(row, self._draw) for name, row in preprocessors.items() if not row.needs_mask}
-        super().__init__([self.picture, widgets.HBox(list(self.cards.values()), layout=widgets.Layout(flex_flow="row wrap", align_items="flex-start"))])
+        super().__init__(
+            [
+                self.picture,
+                widgets.HBox(
+                    list(self.cards.values()), layout=widgets.Layout(flex_flow="row wrap", align_items="flex-start")
+                ),
+            ]
+        )
         if image is not None:
             self.image = image
 
     @property
     def maps(self) -> dict[str, Image.Image]:
         "The maps that were drawn, by name."
-        return {name: picture_from(card.map.value).image for name, card in self.cards.items() if card.map.layout.display is None and card.map.value}
+        return {
+            name: picture_from(card.map.value).image
+            for name, card in self.cards.items()
+            if card.map.layout.display is None and card.map.value
+        }
 
     def request(self, name: str) -> PreprocessRequest:
         "What is asked for one map, with the parameters as the sliders say; a unit of a request takes its `preprocessing`."
@@ -81,7 +100,9 @@ def _set_image(self: ControlPanel, value: PictureSource | None) -> None:
 
 
 ControlPanel.image = property(
-    lambda self: picture_from(self.picture.zone.value).image if self.picture.zone.value else None, _set_image, doc="The picture that maps are drawn of."
+    lambda self: picture_from(self.picture.zone.value).image if self.picture.zone.value else None,
+    _set_image,
+    doc="The picture that maps are drawn of.",
 )
 
 # %% ../../nbs/73_panel/10_map_browser.ipynb #ec28b8e9

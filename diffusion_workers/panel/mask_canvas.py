@@ -15,12 +15,16 @@ import traitlets
 from fastcore.basics import patch
 from PIL import Image, ImageFilter
 
-from ..request.images import DecodedImage, decode_bytes, decode_image, decode_mask, to_image_string
 from ..request.errors import RequestError, error_line
+from ..request.images import DecodedImage, decode_bytes, decode_image, decode_mask, to_image_string
 
 # %% ../../nbs/73_panel/01_mask_canvas.ipynb #824729c3
 PictureSource = str | bytes | Path | Image.Image | np.ndarray
-ELEMENTS = Path(__file__).parent / "elements" if "__file__" in globals() else Path("../../diffusion_workers/elements").resolve()
+ELEMENTS = (
+    Path(__file__).parent / "elements"
+    if "__file__" in globals()
+    else Path("../../diffusion_workers/elements").resolve()
+)
 
 
 def picture_from(

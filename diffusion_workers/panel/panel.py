@@ -14,29 +14,39 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
-from ez_diffusion_client.models import ErrorDetail, GenerationRequest, ModelInfo, OpResult, OpStatus, ProgressEvent
 from fastcore.basics import patch
 
 from .addon_forms import ControlUnit, LoraList, PictureField, file_of
-from .stop_button import wait_listening
+from .elements import CompareSlider, Gallery, data_uri, thumbnail
+from .form import SchemaForm, check, request_sections
+from .history import HistoryEntry, PictureHistory
 from .mask_canvas import MaskCanvas, PictureSource
-from ..request.images import to_image_string
 from .runs import Backend, Run, backend_of, start_run, stop_on_interrupt
 from .stage import Stage
-from .elements import CompareSlider, Gallery, data_uri, thumbnail
-from .history import HistoryEntry, PictureHistory
-from .form import SchemaForm, check, request_sections
-from ..request.errors import RequestError, error_line, logger, parse
+from .stop_button import wait_listening
 from ..planning.replay import Restored, plan_differences
 from ..planning.replay import restore as restore_picture
+from ..request.errors import RequestError, error_line, logger, parse
+from ..request.images import to_image_string
+from ez_diffusion_client.models import ErrorDetail, GenerationRequest, ModelInfo, OpResult, OpStatus, ProgressEvent
 
 # %% ../../nbs/73_panel/11_panel.ipynb #faad8b18
 class SeedField(widgets.VBox):
     "The seed of the next generation: drawn, locked, or one more each time."
 
     def __init__(self, on_change: Callable[[], None] = lambda: None):
-        self.text = widgets.Text(placeholder="drawn", description="Seed", style={"description_width": "118px"}, layout=widgets.Layout(width="auto"))
-        self.mode = widgets.ToggleButtons(options=["random", "locked", "+1"], value="random", style={"button_width": "72px"}, layout=widgets.Layout(margin="0 0 0 122px"))
+        self.text = widgets.Text(
+            placeholder="drawn",
+            description="Seed",
+            style={"description_width": "118px"},
+            layout=widgets.Layout(width="auto"),
+        )
+        self.mode = widgets.ToggleButtons(
+            options=["random", "locked", "+1"],
+            value="random",
+            style={"button_width": "72px"},
+            layout=widgets.Layout(margin="0 0 0 122px"),
+        )
         self.message = widgets.HTML("")
         self.text.add_class("dw-field-seed")
         super().__init__([self.text, self.mode, self.message])
@@ -68,7 +78,10 @@ class RequestPanel(widgets.VBox):
         listed = backend.list_models() if backend.list_models else None
         self.models: dict[str, ModelInfo] = {model.name: model for model in listed.models} if listed else {}
         self.default_model = listed.default if listed else None
-        self.forms = {title: SchemaForm([info for info in infos if info.name != "inpaint.mask_blur"], on_change) for title, infos in request_sections().items()}
+        self.forms = {
+            title: SchemaForm([info for info in infos if info.name != "inpaint.mask_blur"], on_change)
+            for title, infos in request_sections().items()
+        }
         self.seed, self.loras, self.units = SeedField(on_change), LoraList(on_change), []
         self.image, self.canvas = PictureField("Drop, paste or choose a picture", self._image_changed), MaskCanvas()
         self.use_mask = widgets.Checkbox(value=False, description="Paint what is made anew", indent=False)
@@ -81,7 +94,13 @@ class RequestPanel(widgets.VBox):
         self._connect()
 
     def _section_titles(self) -> tuple[str, ...]:
-        return ("Image to start from", "ControlNet", "LoRA", *(title for title in self.forms if title not in ("", "Image to start from")), "Restore from a picture")
+        return (
+            "Image to start from",
+            "ControlNet",
+            "LoRA",
+            *(title for title in self.forms if title not in ("", "Image to start from")),
+            "Restore from a picture",
+        )
 
     def _section_children(self) -> tuple[widgets.Widget, ...]:
         add = widgets.Button(description="Add a control", icon="plus", layout=widgets.Layout(width="auto"))
@@ -133,7 +152,9 @@ def _model_changed(self: RequestPanel) -> None:
     for name in ("width", "height", "num_inference_steps", "guidance_scale"):
         value = getattr(info, name)
         self.forms[""].fields[name].control.placeholder = "" if value is None else f"{value:g}"
-    self.forms["Acceleration"].fields["profile"].offer(["exact", *(profile.name for profile in info.profiles or () if profile.name != "exact")])
+    self.forms["Acceleration"].fields["profile"].offer(
+        ["exact", *(profile.name for profile in info.profiles or () if profile.name != "exact")]
+    )
     self.loras.offer(info.loras or ())
     for unit in self.units:
         unit.offer(info.controlnets or ())
@@ -143,7 +164,9 @@ def _model_changed(self: RequestPanel) -> None:
 def add_unit(self: RequestPanel, values: Mapping[str, Any] | None = None) -> ControlUnit:
     "One more ControlNet unit."
     info = self.model_info()
-    unit = ControlUnit(info.controlnets or () if info else (), self.backend.preprocess, self._on_change, self.remove_unit)
+    unit = ControlUnit(
+        info.controlnets or () if info else (), self.backend.preprocess, self._on_change, self.remove_unit
+    )
     if values:
         unit.set_values(values)
     self.units.append(unit)
@@ -205,7 +228,9 @@ def show_errors(self: RequestPanel, errors: Iterable[ErrorDetail]) -> list[Error
     rest = errors
     for form in self.forms.values():
         rest = form.show_errors(rest)
-    self.image.tell("<br>".join(html.escape(error_line(error)) for error in rest if error.field in ("image", "mask_image")))
+    self.image.tell(
+        "<br>".join(html.escape(error_line(error)) for error in rest if error.field in ("image", "mask_image"))
+    )
     self.seed.message.value = "<br>".join(html.escape(error_line(error)) for error in rest if error.field == "seed")
     rest = self.loras.show_errors([error for error in rest if error.field not in ("image", "mask_image", "seed")])
     for index, unit in enumerate(self.units):
@@ -218,9 +243,18 @@ def show_errors(self: RequestPanel, errors: Iterable[ErrorDetail]) -> list[Error
 def _unfold(self: RequestPanel, errors: Iterable[ErrorDetail]) -> None:
     "Open the section of the first error, unless one with an error is open."
     owners = {info.path[0]: title for title, infos in request_sections().items() for info in infos}
-    owners |= {"image": "Image to start from", "mask_image": "Image to start from", "controlnets": "ControlNet", "loras": "LoRA"}
+    owners |= {
+        "image": "Image to start from",
+        "mask_image": "Image to start from",
+        "controlnets": "ControlNet",
+        "loras": "LoRA",
+    }
     titles = self._section_titles()
-    found = [titles.index(title) for error in errors if (title := owners.get((error.field or "").split(".")[0].split("[")[0])) in titles]
+    found = [
+        titles.index(title)
+        for error in errors
+        if (title := owners.get((error.field or "").split(".")[0].split("[")[0])) in titles
+    ]
     if found and self.sections.selected_index not in found:
         self.sections.selected_index = found[0]
 
@@ -234,7 +268,10 @@ class GenerationPanel(widgets.VBox):
         self,
         generate: Any,  # a DiffusionService, a client, or a function of a request
         request: GenerationRequest | Mapping[str, Any] | None = None,  # what the form shows first
-        history: str | Path | PictureHistory | None = "generated",  # the folder of pictures; None keeps them for this process only
+        history: str
+        | Path
+        | PictureHistory
+        | None = "generated",  # the folder of pictures; None keeps them for this process only
     ):
         self.backend, self.last, self._shown = backend_of(generate), None, threading.Event()
         self._shown.set()  # cleared while a generation is on its way
@@ -246,8 +283,13 @@ class GenerationPanel(widgets.VBox):
         self.gallery = Gallery(self._set_favourite, self._delete)
         self.gallery.observe(lambda change: self._selected(), "selected")
         self.details, self.actions = widgets.VBox([]), _action_buttons(self)
-        outcome = widgets.VBox([self.stage, self.actions, self.details, self.gallery], layout=widgets.Layout(grid_area="span 2 / auto", width="auto", overflow="visible"))
-        super().__init__([widgets.GridBox([self.form, outcome, self.form.sections], layout=widgets.Layout(**TWO_COLUMNS))])
+        outcome = widgets.VBox(
+            [self.stage, self.actions, self.details, self.gallery],
+            layout=widgets.Layout(grid_area="span 2 / auto", width="auto", overflow="visible"),
+        )
+        super().__init__(
+            [widgets.GridBox([self.form, outcome, self.form.sections], layout=widgets.Layout(**TWO_COLUMNS))]
+        )
         self.add_class("dw-panel")
         self._busy = False
         self.refresh()
@@ -284,7 +326,9 @@ def _get_request(self: GenerationPanel) -> GenerationRequest:
 
 def _set_request(self: GenerationPanel, value: GenerationRequest | Mapping[str, Any]) -> None:
     if not isinstance(value, GenerationRequest):
-        pictures = {name: to_image_string(value[name]) for name in ("image", "mask_image") if value.get(name) is not None}
+        pictures = {
+            name: to_image_string(value[name]) for name in ("image", "mask_image") if value.get(name) is not None
+        }
         value = parse(GenerationRequest, dict(value) | pictures)
     with self._lock:
         self._busy = True
@@ -297,9 +341,15 @@ def _set_request(self: GenerationPanel, value: GenerationRequest | Mapping[str, 
 
 GenerationPanel.request = property(_get_request, _set_request)
 GenerationPanel.image = property(
-    lambda self: self.form.canvas.image, lambda self, value: self.form.image.set(value), doc="The picture to start from; set it from a PIL image, an array, bytes or a path."
+    lambda self: self.form.canvas.image,
+    lambda self, value: self.form.image.set(value),
+    doc="The picture to start from; set it from a PIL image, an array, bytes or a path.",
 )
-GenerationPanel.mask = property(lambda self: self.form.canvas.mask, lambda self, value: self.set_mask(value), doc="The painted mask: white is made anew.")
+GenerationPanel.mask = property(
+    lambda self: self.form.canvas.mask,
+    lambda self, value: self.set_mask(value),
+    doc="The painted mask: white is made anew.",
+)
 
 
 @patch
@@ -399,7 +449,15 @@ def close(self: GenerationPanel) -> None:
 def refresh(self: GenerationPanel, select: str | None = None) -> None:
     "Show what is in the folder."
     entries = list(self.history)
-    items = [{"id": entry.id, "src": data_uri(thumbnail(entry.image)), "caption": f"{entry.request.prompt[:80]}, seed {entry.seed}", "favourite": entry.favourite} for entry in entries]
+    items = [
+        {
+            "id": entry.id,
+            "src": data_uri(thumbnail(entry.image)),
+            "caption": f"{entry.request.prompt[:80]}, seed {entry.seed}",
+            "favourite": entry.favourite,
+        }
+        for entry in entries
+    ]
     known = {entry.id for entry in entries}
     chosen = [select] if select else [id for id in self.gallery.selected if id in known]
     with self.gallery.hold_sync():

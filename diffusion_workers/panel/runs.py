@@ -18,13 +18,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ez_diffusion_client.errors import ClientError, NotOffered, RequestFailed
-from ez_diffusion_client.models import ErrorCode, GenerationPlan, GenerationRequest, ModelList, OpResult, Phase, PreprocessRequest, ProgressEvent
-
 from fastcore.basics import patch
 
 from .stop_button import wait_listening
 from ..request.errors import RequestError, failure, logger, request_error
+from ez_diffusion_client.errors import ClientError, NotOffered, RequestFailed
+from ez_diffusion_client.models import (
+    ErrorCode,
+    GenerationPlan,
+    GenerationRequest,
+    ModelList,
+    OpResult,
+    Phase,
+    PreprocessRequest,
+    ProgressEvent,
+)
 
 # %% ../../nbs/73_panel/04_runs.ipynb #9fe39445
 class Pace:
@@ -43,7 +51,9 @@ class Pace:
         made = result.generation
         if made is not None and made.timings is not None and made.plan is not None:
             times = made.timings
-            self._seconds[made.plan.model] = (times.total_seconds - times.load_seconds - times.queue_seconds) / self.work(made.plan)
+            self._seconds[made.plan.model] = (
+                times.total_seconds - times.load_seconds - times.queue_seconds
+            ) / self.work(made.plan)
 
     def seconds(self, plan: GenerationPlan) -> float | None:  # None where nothing was made yet
         "About how long a plan will take, by the last generation of its model."
@@ -118,12 +128,25 @@ def backend_of(
         return generate
     owner = getattr(generate, "__self__", None) if inspect.ismethod(generate) else generate
     if all(callable(getattr(owner, name, None)) for name in ("submit", "events", "cancel")):
-        return Backend(None, lambda request, on_progress: JobHandle(owner, request, on_progress), owner.plan, owner.preprocess, partial(_listed, owner), _pace_of(owner))
-    found = {name: method for name in ("submit", "plan", "preprocess", "list_models") if callable(method := getattr(owner, name, None))}
+        return Backend(
+            None,
+            lambda request, on_progress: JobHandle(owner, request, on_progress),
+            owner.plan,
+            owner.preprocess,
+            partial(_listed, owner),
+            _pace_of(owner),
+        )
+    found = {
+        name: method
+        for name in ("submit", "plan", "preprocess", "list_models")
+        if callable(method := getattr(owner, name, None))
+    }
     call = generate if inspect.isroutine(generate) or inspect.isclass(generate) else getattr(generate, "generate", None)
     call = call if callable(call) else generate if callable(generate) else None
     if call is None and "submit" not in found:
-        raise TypeError(f"{type(generate).__name__} cannot generate: give a DiffusionService, a client, or a function of a request")
+        raise TypeError(
+            f"{type(generate).__name__} cannot generate: give a DiffusionService, a client, or a function of a request"
+        )
     return Backend(call, **found, pace=_pace_of(owner))
 
 # %% ../../nbs/73_panel/04_runs.ipynb #2b494b62
@@ -189,7 +212,9 @@ def _finish(self: Run, result: OpResult) -> None:
         phases = {"success": Phase.done, "cancelled": Phase.cancelled}
         if self.pace is not None:
             self.pace.learn(result)
-        self.event = ProgressEvent(phase=phases.get(result.status.value, Phase.failed), message=result.message, result=result)
+        self.event = ProgressEvent(
+            phase=phases.get(result.status.value, Phase.failed), message=result.message, result=result
+        )
         self._future.set_result(result)
     with _RUNNING_GUARD:
         _running.discard(self)
@@ -205,8 +230,6 @@ def cancel(self: Run) -> None:
     elif self.deaf:
         note = "stopped here; the function that generates cannot be told, and what it returns is dropped"
         self._finish(failure(request_error(ErrorCode.cancelled, note)))
-
-
 
 # %% ../../nbs/73_panel/04_runs.ipynb #91d5ed9f
 def _call(run: Run, generate: Callable, extras: dict[str, Any]) -> None:  # on a thread
@@ -230,7 +253,9 @@ def _gone(exc: BaseException) -> OpResult:
     return failure(exc if isinstance(exc, Exception) else RuntimeError(type(exc).__name__))
 
 
-def _accepted(function: Callable, extras: dict[str, Any]) -> dict[str, Any]:  # those that the function has parameters for
+def _accepted(
+    function: Callable, extras: dict[str, Any]
+) -> dict[str, Any]:  # those that the function has parameters for
     try:
         names = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -257,7 +282,9 @@ def start_run(
         return run
     if run._cancelled.is_set():
         run.handle.cancel()
-    threading.Thread(target=_call, args=(run, lambda request: run.handle.result(), {}), name="panel-run", daemon=True).start()
+    threading.Thread(
+        target=_call, args=(run, lambda request: run.handle.result(), {}), name="panel-run", daemon=True
+    ).start()
     return run
 
 

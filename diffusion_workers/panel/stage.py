@@ -12,12 +12,12 @@ import threading
 from collections.abc import Callable
 
 import ipywidgets as widgets
-from ez_diffusion_client.models import GeneratedImage, OpResult, OpStatus, Phase, ProgressEvent
 
-from .stop_button import hear_while_busy
-from .runs import Throttle, event_text
 from .form import alert
+from .runs import Throttle, event_text
+from .stop_button import hear_while_busy
 from ..request.errors import error_line
+from ez_diffusion_client.models import GeneratedImage, OpResult, OpStatus, Phase, ProgressEvent
 
 # %% ../../nbs/73_panel/08_stage.ipynb #031946e6
 class Stage(widgets.VBox):
@@ -30,18 +30,40 @@ class Stage(widgets.VBox):
         per_second: float = 5,  # previews and steps that are shown
     ):
         self._guard, self._phase = threading.Lock(), None
-        self._throttle, self._preview_throttle = Throttle(per_second), Throttle(per_second)  # a preview is not lost to the step before it
+        self._throttle, self._preview_throttle = (
+            Throttle(per_second),
+            Throttle(per_second),
+        )  # a preview is not lost to the step before it
         self.events_shown = self.previews_shown = 0
-        self.generate = widgets.Button(description="Generate", button_style="primary", icon="play", layout=widgets.Layout(flex="2 1 120px", width="auto"))
-        self.stop = widgets.Button(description="Stop", icon="stop", disabled=True, layout=widgets.Layout(flex="1 1 80px", width="auto"))
-        self.previews = widgets.Checkbox(value=True, description="Preview", indent=False, tooltip="Show the picture while it emerges", layout=widgets.Layout(width="90px"))
+        self.generate = widgets.Button(
+            description="Generate",
+            button_style="primary",
+            icon="play",
+            layout=widgets.Layout(flex="2 1 120px", width="auto"),
+        )
+        self.stop = widgets.Button(
+            description="Stop", icon="stop", disabled=True, layout=widgets.Layout(flex="1 1 80px", width="auto")
+        )
+        self.previews = widgets.Checkbox(
+            value=True,
+            description="Preview",
+            indent=False,
+            tooltip="Show the picture while it emerges",
+            layout=widgets.Layout(width="90px"),
+        )
         self.bar = widgets.IntProgress(value=0, max=1, layout=widgets.Layout(width="auto"))
         self.status, self.message = widgets.HTML(_status("ready")), widgets.HTML("")
-        self.picture = widgets.Image(layout=widgets.Layout(display="none", max_width="100%", object_fit="contain", align_self="flex-start"))
+        self.picture = widgets.Image(
+            layout=widgets.Layout(display="none", max_width="100%", object_fit="contain", align_self="flex-start")
+        )
         for name in ("generate", "stop", "previews", "status", "message", "picture"):
             getattr(self, name).add_class(f"dw-{name}")
-        buttons = widgets.HBox([self.generate, self.stop, self.previews], layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
-        super().__init__([buttons, self.bar, self.status, self.message, self.picture], layout=widgets.Layout(width="auto"))
+        buttons = widgets.HBox(
+            [self.generate, self.stop, self.previews], layout=widgets.Layout(flex_flow="row wrap", align_items="center")
+        )
+        super().__init__(
+            [buttons, self.bar, self.status, self.message, self.picture], layout=widgets.Layout(width="auto")
+        )
         self.generate.on_click(lambda button: on_generate())
         self.stop.on_click(lambda button: on_stop())
         hear_while_busy(self.stop)
@@ -73,7 +95,9 @@ def _show_event(self: Stage, event: ProgressEvent) -> None:
                 self.bar.max, self.bar.value = event.total_steps, min(event.step or 0, event.total_steps)
         if emerging:
             self.previews_shown += 1
-            self.show_picture(base64.b64decode(event.preview.partition(",")[2] or event.preview), "jpeg", 256, preview=True)
+            self.show_picture(
+                base64.b64decode(event.preview.partition(",")[2] or event.preview), "jpeg", 256, preview=True
+            )
 
 
 def _start(self: Stage) -> None:
@@ -92,13 +116,24 @@ def _finish(self: Stage, result: OpResult, unplaced: list | None = None) -> None
         self.generate.disabled, self.stop.disabled = False, True
         good = result.status == OpStatus.success
         self.bar.bar_style = "success" if good else "" if result.status == OpStatus.cancelled else "danger"
-        told = [] if result.status == OpStatus.cancelled else [html.escape(error_line(error)) for error in (result.errors if unplaced is None else unplaced) or []]
-        notes = [html.escape(f"{note.field}: {note.message}" if note.field else note.message) for note in result.warnings or []]
-        self.message.value = alert("<br>".join(told)) + "".join(f'<div style="color:var(--jp-ui-font-color2,GrayText);line-height:1.4">{note}</div>' for note in notes)
+        told = (
+            []
+            if result.status == OpStatus.cancelled
+            else [html.escape(error_line(error)) for error in (result.errors if unplaced is None else unplaced) or []]
+        )
+        notes = [
+            html.escape(f"{note.field}: {note.message}" if note.field else note.message)
+            for note in result.warnings or []
+        ]
+        self.message.value = alert("<br>".join(told)) + "".join(
+            f'<div style="color:var(--jp-ui-font-color2,GrayText);line-height:1.4">{note}</div>' for note in notes
+        )
         if good and result.generation:
             self.bar.max = self.bar.value = max(1, self.bar.max)
             took = result.generation.timings and result.generation.timings.total_seconds
-            self.status.value = _status(f"done, {len(result.generation.images)} picture(s)" + (f" in {took:.1f} s" if took else ""))
+            self.status.value = _status(
+                f"done, {len(result.generation.images)} picture(s)" + (f" in {took:.1f} s" if took else "")
+            )
             self.show_image(result.generation.images[0])
         elif not good:
             self.status.value = _status(result.status.value.replace("_", " "))

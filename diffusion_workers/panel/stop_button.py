@@ -16,10 +16,14 @@ import ipywidgets as widgets
 SLICE_S = 0.1  # how long a click may lie
 
 # %% ../../nbs/73_panel/03_stop_button.ipynb #960f8058
-_buttons: "weakref.WeakValueDictionary[str, widgets.Button]" = weakref.WeakValueDictionary()  # id of its comm -> the button
+_buttons: "weakref.WeakValueDictionary[str, widgets.Button]" = (
+    weakref.WeakValueDictionary()
+)  # id of its comm -> the button
 
 
-def _clicked(kernel: Any, frames: list) -> widgets.Button | None:  # an announced button, where the message is a click on it
+def _clicked(
+    kernel: Any, frames: list
+) -> widgets.Button | None:  # an announced button, where the message is a click on it
     session = kernel.session
     try:
         _, parts = session.feed_identities(frames, copy=False)
@@ -95,7 +99,9 @@ def listen() -> None:
 
 # %% ../../nbs/73_panel/03_stop_button.ipynb #1e6e2dc9
 def wait_listening(
-    wait: Callable[[float], bool],  # waits that many seconds at most and says whether it is over, such as `threading.Event.wait`
+    wait: Callable[
+        [float], bool
+    ],  # waits that many seconds at most and says whether it is over, such as `threading.Event.wait`
     timeout: float | None = None,  # seconds; None waits for ever
 ) -> bool:  # False when the time is up
     "Wait, and hear clicks on the way."

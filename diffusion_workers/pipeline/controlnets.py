@@ -85,20 +85,28 @@ def unet_view(
     return view_of(net, forward)
 
 
-def _call_unet_net(net: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], torch.Tensor]:
+def _call_unet_net(
+    net: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     scales = kwargs.get("conditioning_scale")
     if isinstance(scales, (list, tuple)) and len(scales) > 1:
         return _call_union_with_several(net, args, kwargs)
     return net.forward(*args, **kwargs)
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #457a0f02
-def _call_union_with_several(net: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], torch.Tensor]:
+def _call_union_with_several(
+    net: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     scales, modes = kwargs["conditioning_scale"], kwargs["control_type_idx"]
     active = [i for i, scale in enumerate(scales) if scale] or [0]
     largest = max(scales[i] for i in active)
     types = torch.zeros_like(kwargs["control_type"])
     types[:, [modes[i] for i in active]] = 1
-    chosen = {"controlnet_cond": [kwargs["controlnet_cond"][i] for i in active], "control_type_idx": [modes[i] for i in active], "control_type": types}
+    chosen = {
+        "controlnet_cond": [kwargs["controlnet_cond"][i] for i in active],
+        "control_type_idx": [modes[i] for i in active],
+        "control_type": types,
+    }
     if len(active) == 1:
         return net.forward(*args, **(kwargs | chosen | {"conditioning_scale": [float(largest)]}))
     relative = [scales[i] / largest for i in active]
@@ -127,7 +135,11 @@ def flux_view(
     def forward(**kwargs) -> tuple[list[torch.Tensor] | None, list[torch.Tensor] | None]:
         latents = kwargs["hidden_states"]
         mode = torch.full((len(latents), 1), control.union_mode, device=latents.device) if net.union else None
-        guidance = torch.full((len(latents),), plan.guidance_scale, device=latents.device) if net.config.guidance_embeds else None
+        guidance = (
+            torch.full((len(latents),), plan.guidance_scale, device=latents.device)
+            if net.config.guidance_embeds
+            else None
+        )
         samples = net.forward(**(kwargs | {"controlnet_mode": mode, "guidance": guidance, "return_dict": False}))
         if area is None:
             return samples
@@ -175,7 +187,14 @@ def check_net(
     if control.union_mode is not None and (modes is None or control.union_mode >= modes):
         allowed = f"0 to {modes - 1}" if modes else "none: its weights are no union net"
         hint = "the manifest's union_table or union_modes does not fit these weights"
-        raise request_error(ErrorCode.unsupported_combination, "the net has no such mode", field=f"controlnets[{index}].union_mode", given=control.union_mode, allowed=allowed, hint=hint)
+        raise request_error(
+            ErrorCode.unsupported_combination,
+            "the net has no such mode",
+            field=f"controlnets[{index}].union_mode",
+            given=control.union_mode,
+            allowed=allowed,
+            hint=hint,
+        )
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #ce25a290
 def control_object(
@@ -187,7 +206,9 @@ def control_object(
     for index, (net, item) in enumerate(zip(nets, prepared)):
         check_net(net, item.control, index)
     if plan.family == ModelFamily.flux:
-        return diffusers.FluxMultiControlNetModel([flux_view(net, p.control, plan, p.mask) for net, p in zip(nets, prepared)])
+        return diffusers.FluxMultiControlNetModel(
+            [flux_view(net, p.control, plan, p.mask) for net, p in zip(nets, prepared)]
+        )
     guided = plan.guidance_scale > 1
     if plan.control_kind == ControlKind.union and all(net is nets[0] for net in nets):
         return unet_view(nets[0], prepared[0].control, guided, prepared[0].mask)
@@ -202,7 +223,11 @@ def control_arguments(
     "What a ControlNet pipeline is called with, besides what every pipeline is."
     controls = [p.control for p in prepared]
     maps = [p.map if p.condition is None else torch.from_numpy(p.condition) for p in prepared]
-    name = "image" if plan.pipeline_class in ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline") else "control_image"
+    name = (
+        "image"
+        if plan.pipeline_class in ("StableDiffusionControlNetPipeline", "StableDiffusionXLControlNetPipeline")
+        else "control_image"
+    )
     arguments = {
         name: maps, "controlnet_conditioning_scale": [float(c.conditioning_scale) for c in controls],
         "control_guidance_start": [c.guidance_start for c in controls], "control_guidance_end": [c.guidance_end for c in controls],

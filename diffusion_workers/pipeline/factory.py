@@ -20,13 +20,29 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from diffusers.models.controlnets.multicontrolnet_union import MultiControlNetUnionModel
 from fastcore.basics import patch
 
-from .loading import FAMILIES, load_controlnet, load_pipeline, load_refiner, pick_device, pick_dtype, quiet_libraries
-from .controlnets import PreparedControl, control_object, steady_vae
 from ..models.manifest import ModelManifest
+from .controlnets import PreparedControl, control_object, steady_vae
+from diffusion_workers.pipeline.loading import (
+    FAMILIES,
+    load_controlnet,
+    load_pipeline,
+    load_refiner,
+    pick_device,
+    pick_dtype,
+    quiet_libraries,
+)
+from .weights import group_offload, module_bytes
 from ..planning.plan import pipeline_class
 from ..request.errors import request_error
-from .weights import group_offload, module_bytes
-from ez_diffusion_client.models import ControlKind, ErrorCode, GenerationPlan, ModelFamily, ModelKind, PlannedScheduler, Task
+from ez_diffusion_client.models import (
+    ControlKind,
+    ErrorCode,
+    GenerationPlan,
+    ModelFamily,
+    ModelKind,
+    PlannedScheduler,
+    Task,
+)
 
 # %% ../../nbs/50_pipeline/05_factory.ipynb #efeefeb5
 def make_scheduler(
@@ -163,7 +179,13 @@ def variant(
         raise request_error(ErrorCode.unsupported_combination, message, field="controlnets", given=control_kind.value)
     if "UnionInpaint" in name and base.unet.config.in_channels == INPAINTING_CHANNELS:
         message = "a model trained for inpainting cannot be controlled by a union net while it inpaints"
-        raise request_error(ErrorCode.unsupported_combination, message, field="controlnets", given=self.manifest.name, hint="use a plain ControlNet, or a model that was not trained for inpainting")
+        raise request_error(
+            ErrorCode.unsupported_combination,
+            message,
+            field="controlnets",
+            given=self.manifest.name,
+            hint="use a plain ControlNet, or a model that was not trained for inpainting",
+        )
     with self._lock:
         if name not in self._pipes:
             with quiet_libraries():
@@ -237,8 +259,16 @@ def networks(self: PipelineFactory) -> dict[str, torch.nn.Module]:
     "The networks that are in memory, by name; empty before loading."
     if not self.loaded:
         return {}
-    base = {name: part for name, part in self._pipes[self.base_class].components.items() if isinstance(part, torch.nn.Module)}
-    refiner = {f"refiner.{n}": part for n, part in (self._refiner.components if self._refiner else {}).items() if isinstance(part, torch.nn.Module)}
+    base = {
+        name: part
+        for name, part in self._pipes[self.base_class].components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    refiner = {
+        f"refiner.{n}": part
+        for n, part in (self._refiner.components if self._refiner else {}).items()
+        if isinstance(part, torch.nn.Module)
+    }
     own = {name: part for name, part in refiner.items() if not any(part is other for other in base.values())}
     return base | own | {f"controlnet.{name}": net for name, net in self._controlnets.items()}
 

@@ -21,9 +21,19 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
-from ..models.manifest import COMPONENT_CLASSES, Component, ControlNetEntry, FileSource, HubSource, MemorySettings, ModelManifest, RefinerEntry, Source
-from ..request.errors import RequestError, logger, request_error
+from diffusion_workers.models.manifest import (
+    COMPONENT_CLASSES,
+    Component,
+    ControlNetEntry,
+    FileSource,
+    HubSource,
+    MemorySettings,
+    ModelManifest,
+    RefinerEntry,
+    Source,
+)
 from .weights import Role, gguf_config, quantization_config, settings_of, store, usable_memory
+from ..request.errors import RequestError, logger, request_error
 from ez_diffusion_client.models import ErrorCode, ModelFamily, ModelKind
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #88d64127
@@ -43,17 +53,32 @@ class FamilySpec:
 _UNSAFE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 FAMILIES = {
     ModelFamily.sd15: FamilySpec(
-        base_classes={ModelKind.standard: "StableDiffusionPipeline"}, denoiser="unet", gpu_dtype=torch.float16,
-        controlnet_class="ControlNetModel", load_arguments=_UNSAFE, text_encoders={"text_encoder": "CLIPTextModel"},
+        base_classes={ModelKind.standard: "StableDiffusionPipeline"},
+        denoiser="unet",
+        gpu_dtype=torch.float16,
+        controlnet_class="ControlNetModel",
+        load_arguments=_UNSAFE,
+        text_encoders={"text_encoder": "CLIPTextModel"},
     ),
     ModelFamily.sdxl: FamilySpec(
-        base_classes={ModelKind.standard: "StableDiffusionXLPipeline"}, denoiser="unet", gpu_dtype=torch.float16,
-        controlnet_class="ControlNetModel", union_class="ControlNetUnionModel", load_arguments={"add_watermarker": False},
+        base_classes={ModelKind.standard: "StableDiffusionXLPipeline"},
+        denoiser="unet",
+        gpu_dtype=torch.float16,
+        controlnet_class="ControlNetModel",
+        union_class="ControlNetUnionModel",
+        load_arguments={"add_watermarker": False},
         text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
     ),
     ModelFamily.flux: FamilySpec(
-        base_classes={ModelKind.standard: "FluxPipeline", ModelKind.fill: "FluxFillPipeline", ModelKind.control: "FluxControlPipeline"},
-        denoiser="transformer", gpu_dtype=torch.bfloat16, controlnet_class="FluxControlNetModel", union_class="FluxControlNetModel",
+        base_classes={
+            ModelKind.standard: "FluxPipeline",
+            ModelKind.fill: "FluxFillPipeline",
+            ModelKind.control: "FluxControlPipeline",
+        },
+        denoiser="transformer",
+        gpu_dtype=torch.bfloat16,
+        controlnet_class="FluxControlNetModel",
+        union_class="FluxControlNetModel",
         text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
     ),
 }
@@ -107,7 +132,11 @@ def _from_repository(cls: type, source: Source, variant: str | None, arguments: 
 def _from_file(cls: type, source: FileSource, arguments: dict) -> Any:
     config = source.config
     local = config is not None and not isinstance(config, HubSource)
-    where = {"config": str(config.location())} | {k: v for k, v in config.load_arguments().items() if k == "subfolder"} if config else {}
+    where = (
+        {"config": str(config.location())} | {k: v for k, v in config.load_arguments().items() if k == "subfolder"}
+        if config
+        else {}
+    )
     packed = {"quantization_config": gguf_config(arguments["dtype"])} if source.is_gguf else {}
     return cls.from_single_file(str(source.location()), local_files_only=local, **where, **packed, **arguments)
 
@@ -179,7 +208,9 @@ def _role(name: str) -> Role:  # of a component by its name in a pipeline
     return {"unet": "denoiser", "transformer": "denoiser", "vae": "vae"}.get(name, "encoder")
 
 
-def _read_network(class_name: str, source: Source, variant: str | None, dtype: torch.dtype, **arguments) -> torch.nn.Module:
+def _read_network(
+    class_name: str, source: Source, variant: str | None, dtype: torch.dtype, **arguments
+) -> torch.nn.Module:
     cls = _find_class(class_name)
     if cls.__module__.startswith("diffusers") or isinstance(source, FileSource):
         return _read(cls, source, variant, arguments | {"dtype": dtype})
@@ -200,7 +231,9 @@ class Target:
     def reading(self, role: Role) -> dict[str, Any]:  # arguments of from_pretrained
         "Where a network of that role is read to, and how it is quantised on the way."
         packed = role == "denoiser" and self.memory.quantization
-        straight = self.device.type == "cuda" and (packed or self.memory.offload == "none")  # torchao leaves alone what is mapped to the CPU
+        straight = self.device.type == "cuda" and (
+            packed or self.memory.offload == "none"
+        )  # torchao leaves alone what is mapped to the CPU
         place = {"device_map": {"": str(self.device)}} if straight else {}
         return place | ({"quantization_config": quantization_config(packed, self.dtype)} if packed else {})
 
@@ -214,17 +247,33 @@ def load_network(
     role: Role = "encoder",
 ) -> torch.nn.Module:  # shared with whoever asked for the same
     "A network by its class and source."
-    key = (source_key(source, subfolder), class_name, variant, target.dtype, str(target.device), *settings_of(target.memory, role))
+    key = (
+        source_key(source, subfolder),
+        class_name,
+        variant,
+        target.dtype,
+        str(target.device),
+        *settings_of(target.memory, role),
+    )
     where = {"subfolder": subfolder} if subfolder else {}
 
     def read() -> torch.nn.Module:
-        network = _read_network(class_name, source, variant, target.dtype, **where, **({} if isinstance(source, FileSource) else target.reading(role)))
+        network = _read_network(
+            class_name,
+            source,
+            variant,
+            target.dtype,
+            **where,
+            **({} if isinstance(source, FileSource) else target.reading(role)),
+        )
         return store(network, target.memory, role, target.device)
 
     return shared_network(key, read)
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #ec448275
-def _for_part(target: Target, part: Component | ControlNetEntry | RefinerEntry) -> Target:  # with the part's own number format
+def _for_part(
+    target: Target, part: Component | ControlNetEntry | RefinerEntry
+) -> Target:  # with the part's own number format
     return target if part.dtype in (None, "auto") else replace(target, dtype=getattr(torch, part.dtype))
 
 
@@ -233,7 +282,9 @@ def _replacement(name: str, component: Component, manifest: ModelManifest, targe
     class_name = component.class_name or COMPONENT_CLASSES[manifest.family][name][0]
     with _explained(component.source, manifest.name, "model"):
         if _is_network(name):
-            return load_network(class_name, component.source, component.variant, _for_part(target, component), role=_role(name))
+            return load_network(
+                class_name, component.source, component.variant, _for_part(target, component), role=_role(name)
+            )
         made = _read(_find_class(class_name), component.source, component.variant, {})
         return _find_class(class_name).from_config(made.config, **component.options) if component.options else made
 
@@ -243,10 +294,23 @@ def _own_networks(manifest: ModelManifest, target: Target) -> dict[str, torch.nn
     if isinstance(manifest.source, FileSource):
         return {}
     source, slots = manifest.source, COMPONENT_CLASSES[manifest.family]
-    index = DiffusionPipeline.load_config(str(source.location()), local_files_only=not isinstance(source, HubSource), **source.load_arguments())
-    named = {name: value[1] for name, value in index.items() if isinstance(value, (list, tuple)) and name in slots and _is_network(name)}
-    known = {name: class_name for name, class_name in named.items() if class_name in slots[name] and name not in manifest.components}
-    return {name: load_network(class_name, source, manifest.variant, target, name, _role(name)) for name, class_name in known.items()}
+    index = DiffusionPipeline.load_config(
+        str(source.location()), local_files_only=not isinstance(source, HubSource), **source.load_arguments()
+    )
+    named = {
+        name: value[1]
+        for name, value in index.items()
+        if isinstance(value, (list, tuple)) and name in slots and _is_network(name)
+    }
+    known = {
+        name: class_name
+        for name, class_name in named.items()
+        if class_name in slots[name] and name not in manifest.components
+    }
+    return {
+        name: load_network(class_name, source, manifest.variant, target, name, _role(name))
+        for name, class_name in known.items()
+    }
 
 
 def _store_rest(pipe: DiffusionPipeline, done: Collection[str], target: Target) -> None:
@@ -344,7 +408,9 @@ def load_refiner(
     parts = {name: getattr(base, name) for name in _SHARED_WITH_REFINER}
     with _explained(entry.source, manifest.name, "refiner"):
         if not isinstance(entry.source, FileSource):
-            parts["unet"] = load_network("UNet2DConditionModel", entry.source, entry.variant, target, "unet", "denoiser")
+            parts["unet"] = load_network(
+                "UNet2DConditionModel", entry.source, entry.variant, target, "unet", "denoiser"
+            )
         arguments = {"dtype": target.dtype, "add_watermarker": False} | parts
         pipe = _read(diffusers.StableDiffusionXLImg2ImgPipeline, entry.source, entry.variant, arguments)
         _store_rest(pipe, parts, target)

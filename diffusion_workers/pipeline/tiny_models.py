@@ -14,9 +14,9 @@ import torch
 import transformers
 import yaml
 
-from .loading import quiet_libraries
-from ..models.manifest import ModelManifest, builtin_path
 from ..models.files import load_manifest
+from ..models.manifest import ModelManifest, builtin_path
+from .loading import quiet_libraries
 from ez_diffusion_client.models import ModelFamily, ModelKind
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #fe494805
@@ -27,7 +27,13 @@ def clip_tokenizer() -> transformers.CLIPTokenizer:
 
 def t5_tokenizer(length: int = 32) -> transformers.T5Tokenizer:
     "A tokenizer of T5's kind: a token for each character."
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((c, -2.0) for c in "abcdefghijklmnopqrstuvwxyz0123456789,.-")]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -1.0),
+        *((c, -2.0) for c in "abcdefghijklmnopqrstuvwxyz0123456789,.-"),
+    ]
     return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
 
 
@@ -37,14 +43,23 @@ def clip_encoder(
 ) -> transformers.PreTrainedModel:
     "A text encoder of width 16."
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    sizes = dict(hidden_size=16, intermediate_size=32, projection_dim=16, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=32)
+    sizes = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
     cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
     return cls(transformers.CLIPTextConfig(vocab_size=len(tokenizer), **sizes, **special))
 
 
 def t5_encoder(tokenizer: transformers.T5Tokenizer) -> transformers.T5EncoderModel:
     "A T5 encoder of width 16."
-    return transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+    return transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    )
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #ecab4172
 _UNET = dict(
@@ -63,7 +78,9 @@ def tiny_vae(channels: int = 4) -> diffusers.AutoencoderKL:
     "An autoencoder of factor 8."
     blocks = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
     shift = dict(scaling_factor=0.36, shift_factor=0.1) if channels == 16 else {}
-    return diffusers.AutoencoderKL(block_out_channels=[4] * 4, norm_num_groups=2, latent_channels=channels, sample_size=64, **blocks, **shift)
+    return diffusers.AutoencoderKL(
+        block_out_channels=[4] * 4, norm_num_groups=2, latent_channels=channels, sample_size=64, **blocks, **shift
+    )
 
 
 def tiny_unet(
@@ -98,10 +115,16 @@ def tiny_controlnet(family: ModelFamily, union: bool = False) -> torch.nn.Module
     sizes = dict(conditioning_embedding_out_channels=(4, 4, 8, 8), **_UNET, **further)
     if not union:
         return _awake(diffusers.ControlNetModel(**sizes))
-    return _awake(diffusers.ControlNetUnionModel(num_control_type=8, num_trans_channel=8, num_trans_head=2, num_proj_channel=8, **sizes))
+    return _awake(
+        diffusers.ControlNetUnionModel(
+            num_control_type=8, num_trans_channel=8, num_trans_head=2, num_proj_channel=8, **sizes
+        )
+    )
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #99c233fe
-def tiny_pipeline(family: ModelFamily, kind: ModelKind = ModelKind.standard, in_channels: int = 4, seed: int = 0) -> diffusers.DiffusionPipeline:
+def tiny_pipeline(
+    family: ModelFamily, kind: ModelKind = ModelKind.standard, in_channels: int = 4, seed: int = 0
+) -> diffusers.DiffusionPipeline:
     "A pipeline of the family with random weights, the same ones for the same seed."
     torch.manual_seed(seed)
     tokenizer = clip_tokenizer()
@@ -109,15 +132,30 @@ def tiny_pipeline(family: ModelFamily, kind: ModelKind = ModelKind.standard, in_
     if family == ModelFamily.flux:
         second = t5_tokenizer()
         channels = {ModelKind.standard: 64, ModelKind.control: 128, ModelKind.fill: 64 + 64 + 256}[kind]
-        parts |= dict(vae=tiny_vae(16), text_encoder_2=t5_encoder(second), tokenizer_2=second, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-                      transformer=diffusers.FluxTransformer2DModel(in_channels=channels, out_channels=64, **_FLUX))
-        name = {ModelKind.standard: "FluxPipeline", ModelKind.control: "FluxControlPipeline", ModelKind.fill: "FluxFillPipeline"}[kind]
+        parts |= dict(
+            vae=tiny_vae(16),
+            text_encoder_2=t5_encoder(second),
+            tokenizer_2=second,
+            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            transformer=diffusers.FluxTransformer2DModel(in_channels=channels, out_channels=64, **_FLUX),
+        )
+        name = {
+            ModelKind.standard: "FluxPipeline",
+            ModelKind.control: "FluxControlPipeline",
+            ModelKind.fill: "FluxFillPipeline",
+        }[kind]
         return getattr(diffusers, name)(**parts)
-    parts |= dict(vae=tiny_vae(), unet=tiny_unet(family, in_channels), scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1))
+    parts |= dict(
+        vae=tiny_vae(),
+        unet=tiny_unet(family, in_channels),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+    )
     if family == ModelFamily.sdxl:
         second = dict(text_encoder_2=clip_encoder(tokenizer, projected=True), tokenizer_2=tokenizer)
         return diffusers.StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
-    return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return diffusers.StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #947b6860
 def write_tiny_model(
@@ -132,18 +170,33 @@ def write_tiny_model(
     "Write a tiny model with two plain ControlNets and, where the family has such, a union net."
     folder, family = Path(folder), ModelFamily(family)
     name = name or family.value
-    manifest = dict(family=family.value, source={"folder": name}, defaults=dict(width=64, height=64, num_inference_steps=4, guidance_scale=2.0),
-                    limits=dict(max_width=256, max_height=256, multiple_of=16))
+    manifest = dict(
+        family=family.value,
+        source={"folder": name},
+        defaults=dict(width=64, height=64, num_inference_steps=4, guidance_scale=2.0),
+        limits=dict(max_width=256, max_height=256, multiple_of=16),
+    )
     with quiet_libraries():
         tiny_pipeline(family, kind, in_channels, seed).save_pretrained(folder / name)
         if kind == ModelKind.standard:
-            nets = {"canny": dict(preprocessors=["canny"]), "tile": dict(preprocessors=["tile"]), "all": dict(union=True)}
+            nets = {
+                "canny": dict(preprocessors=["canny"]),
+                "tile": dict(preprocessors=["tile"]),
+                "all": dict(union=True),
+            }
             nets = {net: entry for net, entry in nets.items() if net != "all" or family != ModelFamily.sd15}
             for net, entry in nets.items():
                 tiny_controlnet(family, union=net == "all").save_pretrained(folder / f"{name}-{net}")
                 entry["source"] = {"folder": f"{name}-{net}"}
             manifest["controlnets"] = nets
-    manifest |= {} if kind == ModelKind.standard else dict(kind=kind.value, tasks=["inpainting"] if kind == ModelKind.fill else ["text_to_image", "image_to_image", "inpainting"])
+    manifest |= (
+        {}
+        if kind == ModelKind.standard
+        else dict(
+            kind=kind.value,
+            tasks=["inpainting"] if kind == ModelKind.fill else ["text_to_image", "image_to_image", "inpainting"],
+        )
+    )
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(manifest | (changes or {})))
     return load_manifest(path)

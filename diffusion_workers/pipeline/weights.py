@@ -52,7 +52,9 @@ class Quantization:
     "One way to keep the weights of linear layers in fewer bits."
 
     package: str
-    configuration: Callable[[torch.dtype], Any]  # (number format to compute in) -> what diffusers calls quantization_config
+    configuration: Callable[
+        [torch.dtype], Any
+    ]  # (number format to compute in) -> what diffusers calls quantization_config
     needs_cuda: bool = False
 
 
@@ -61,9 +63,14 @@ def _torchao(name: str) -> Callable[[torch.dtype], diffusers.TorchAoConfig]:  # 
 
 
 QUANTIZATIONS = {
-    "bitsandbytes_8bit": Quantization("bitsandbytes", lambda dtype: diffusers.BitsAndBytesConfig(load_in_8bit=True), needs_cuda=True),
+    "bitsandbytes_8bit": Quantization(
+        "bitsandbytes", lambda dtype: diffusers.BitsAndBytesConfig(load_in_8bit=True), needs_cuda=True
+    ),
     "bitsandbytes_4bit": Quantization(
-        "bitsandbytes", lambda dtype: diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+        "bitsandbytes",
+        lambda dtype: diffusers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        ),
         needs_cuda=True,
     ),
     "torchao_int8": Quantization("torchao", _torchao("Int8WeightOnlyConfig")),
@@ -80,7 +87,12 @@ def require_package(
         importlib.import_module(package)
     except ImportError as exc:
         hint = "pip install 'diffusion-workers[quantization]', and start again"
-        raise request_error(ErrorCode.missing_dependency, f"{purpose} needs the package {package}, which cannot be imported ({exc})", field="model", hint=hint) from None
+        raise request_error(
+            ErrorCode.missing_dependency,
+            f"{purpose} needs the package {package}, which cannot be imported ({exc})",
+            field="model",
+            hint=hint,
+        ) from None
 
 
 def quantization_config(
@@ -94,7 +106,11 @@ def quantization_config(
 
 def stored_format(manifest: ModelManifest) -> str | None:
     "The format of a denoiser's weights, where it is not that of the model's numbers."
-    return manifest.memory.quantization or manifest.memory.storage_dtype or ("gguf" if manifest.denoiser_source.is_gguf else None)
+    return (
+        manifest.memory.quantization
+        or manifest.memory.storage_dtype
+        or ("gguf" if manifest.denoiser_source.is_gguf else None)
+    )
 
 
 def storage_packages(manifest: ModelManifest) -> tuple[str, ...]:
@@ -120,14 +136,19 @@ def _say_once(message: str) -> None:
     logger.warning(message)
 
 
-def _obstacles(memory: MemorySettings, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, str]]:  # (field, what is in its way)
+def _obstacles(
+    memory: MemorySettings, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, str]]:  # (field, what is in its way)
     backend = memory.attention_backend
     if memory.quantization and QUANTIZATIONS[memory.quantization].needs_cuda and device.type != "cuda":
         yield "quantization", f"{memory.quantization} needs a CUDA device; on {device.type} torchao_int8 works"
     if memory.storage_dtype and device.type == "mps":
         yield "storage_dtype", "mps has no eight-bit floats"
     if backend in _ON_CUDA and device.type != "cuda":
-        yield "attention_backend", f"{backend} needs a CUDA device; allowed on {device.type}: native, _native_flash, _native_math"
+        yield (
+            "attention_backend",
+            f"{backend} needs a CUDA device; allowed on {device.type}: native, _native_flash, _native_math",
+        )
     elif backend in _IN_HALF_PRECISION and device.type == "cuda" and dtype == torch.float32:
         yield "attention_backend", f"{backend} needs dtype float16 or bfloat16"
 
@@ -141,7 +162,13 @@ def usable_memory(
     memory = manifest.memory
     for field, reason in _obstacles(memory, device, dtype):
         hint = f"change memory.{field} in the manifest"
-        raise request_error(ErrorCode.unsupported_combination, f"this machine cannot do what the manifest asks for: {reason}", field="model", given=manifest.name, hint=hint)
+        raise request_error(
+            ErrorCode.unsupported_combination,
+            f"this machine cannot do what the manifest asks for: {reason}",
+            field="model",
+            given=manifest.name,
+            hint=hint,
+        )
     if memory.offload != "none" and device.type != "cuda":
         _say_once(f"{manifest.name}: memory.offload saves nothing on {device.type}, so the weights stay where they are")
         return memory.model_copy(update={"offload": "none"})
@@ -157,10 +184,23 @@ def set_backend(
         with attention_backend(name):  # leaving it restores the process's own
             network.set_attention_backend(name)
     except (RuntimeError, ImportError) as exc:
-        raise request_error(ErrorCode.missing_dependency, f"the attention backend {name} cannot be used: {exc}", field="model", hint="change memory.attention_backend in the manifest") from None
+        raise request_error(
+            ErrorCode.missing_dependency,
+            f"the attention backend {name} cannot be used: {exc}",
+            field="model",
+            hint="change memory.attention_backend in the manifest",
+        ) from None
 
 # %% ../../nbs/50_pipeline/01_weights.ipynb #d2f4b28e
-_BITSANDBYTES = ("quant_state", "state2", "absmax", "code", "offset", "SCB", "CB")  # attributes that hold tensors, or hold what holds them
+_BITSANDBYTES = (
+    "quant_state",
+    "state2",
+    "absmax",
+    "code",
+    "offset",
+    "SCB",
+    "CB",
+)  # attributes that hold tensors, or hold what holds them
 
 
 def _parts(holder: Any) -> Iterator[torch.Tensor]:
@@ -175,7 +215,9 @@ def _parts(holder: Any) -> Iterator[torch.Tensor]:
 def module_bytes(*modules: torch.nn.Module) -> int:
     "Bytes of the parameters and buffers of modules as they are in memory, shared ones counted once."
     holders = [each for module in modules for each in (*module.parameters(), *module.buffers())]
-    states = [layer.state for module in modules for layer in module.modules() if hasattr(getattr(layer, "state", None), "SCB")]
+    states = [
+        layer.state for module in modules for layer in module.modules() if hasattr(getattr(layer, "state", None), "SCB")
+    ]
     return sum({part.data_ptr(): part.nbytes for holder in (*holders, *states) for part in _parts(holder)}.values())
 
 

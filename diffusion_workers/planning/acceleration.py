@@ -40,7 +40,14 @@ def check_profile(request: GenerationRequest, manifest: ModelManifest) -> Iterat
     if find_profile(request.profile, manifest) is None:
         names = list(dict.fromkeys([EXACT, *manifest.profiles]))
         near = nearest_name(request.profile, names)
-        yield error_detail(ErrorCode.not_one_of, "the model has no such profile", field="profile", given=request.profile, allowed=", ".join(names), hint=f"did you mean {near}?" if near else None)
+        yield error_detail(
+            ErrorCode.not_one_of,
+            "the model has no such profile",
+            field="profile",
+            given=request.profile,
+            allowed=", ".join(names),
+            hint=f"did you mean {near}?" if near else None,
+        )
 
 
 _STEP_CACHE = ("step_cache", "step_cache_threshold", "step_cache_interval")
@@ -64,14 +71,28 @@ def apply_profile(request: GenerationRequest, manifest: ModelManifest) -> Genera
     profile = find_profile(request.profile, manifest)
     if profile is None:
         return request
-    settings = {name: value for name in type(profile).model_fields if name not in ("description", "acceleration") and (value := getattr(profile, name)) is not None}
-    chosen = {name: value for name, value in settings.items() if name not in request.model_fields_set or (name != "deepcache" and getattr(request, name) is None)}
+    settings = {
+        name: value
+        for name in type(profile).model_fields
+        if name not in ("description", "acceleration") and (value := getattr(profile, name)) is not None
+    }
+    chosen = {
+        name: value
+        for name, value in settings.items()
+        if name not in request.model_fields_set or (name != "deepcache" and getattr(request, name) is None)
+    }
     if "num_inference_steps" in chosen:
         chosen["num_inference_steps"] = _for_strength(chosen["num_inference_steps"], request, manifest)
     if profile.acceleration is not None:
         left_out = _STEP_CACHE if controlled(request) else ()
-        usual = {name: value for name, value in profile.acceleration.model_dump(exclude_unset=True).items() if name not in left_out}
-        chosen["acceleration"] = AccelerationOptions(**usual | (request.acceleration.model_dump(exclude_unset=True) if request.acceleration else {}))
+        usual = {
+            name: value
+            for name, value in profile.acceleration.model_dump(exclude_unset=True).items()
+            if name not in left_out
+        }
+        chosen["acceleration"] = AccelerationOptions(
+            **usual | (request.acceleration.model_dump(exclude_unset=True) if request.acceleration else {})
+        )
     name = request.profile or manifest.defaults.profile
     return request.model_copy(update=chosen | {"profile": name}) if chosen or name != request.profile else request
 
@@ -79,56 +100,125 @@ def apply_profile(request: GenerationRequest, manifest: ModelManifest) -> Genera
 def _window(start: float | None, end: float | None, at: str) -> Iterator[ErrorDetail]:
     start, end = start or 0.0, 1.0 if end is None else end
     if start > end or (start == end and start > 0):
-        yield error_detail(ErrorCode.out_of_range, "the window ends before it begins", field=at, given=f"{start:g} to {end:g}", allowed=f"less than {end:g}")
+        yield error_detail(
+            ErrorCode.out_of_range,
+            "the window ends before it begins",
+            field=at,
+            given=f"{start:g} to {end:g}",
+            allowed=f"less than {end:g}",
+        )
 
 
 def _check_step_cache(options: AccelerationOptions, kind: ControlKind) -> Iterator[ErrorDetail]:
     name = options.step_cache
-    needs = {"step_cache_threshold": (StepCacheName.first_block, StepCacheName.mag), "step_cache_interval": (StepCacheName.taylorseer,)}
+    needs = {
+        "step_cache_threshold": (StepCacheName.first_block, StepCacheName.mag),
+        "step_cache_interval": (StepCacheName.taylorseer,),
+    }
     for field, names in needs.items():
         if getattr(options, field) is not None and name not in names:
             message = f"{field} belongs to another step cache"
-            yield error_detail(ErrorCode.unsupported_combination, message, field=f"acceleration.{field}", given=getattr(options, field), allowed="with step_cache " + " or ".join(names))
+            yield error_detail(
+                ErrorCode.unsupported_combination,
+                message,
+                field=f"acceleration.{field}",
+                given=getattr(options, field),
+                allowed="with step_cache " + " or ".join(names),
+            )
     if name is not None and kind != ControlKind.none:
         message = "a step cache of a transformer would add what a ControlNet says twice"
-        yield error_detail(ErrorCode.unsupported_combination, message, field="acceleration.step_cache", given=name.value, hint="leave out the cache, or the controls")
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            message,
+            field="acceleration.step_cache",
+            given=name.value,
+            hint="leave out the cache, or the controls",
+        )
 
 
 def check_acceleration(request: GenerationRequest, manifest: ModelManifest, kind: ControlKind) -> Iterator[ErrorDetail]:
     "What speaks against the caches and windows of a request, its profile applied."
-    options, cache, flux = request.acceleration or AccelerationOptions(), request.deepcache, manifest.family == ModelFamily.flux
+    options, cache, flux = (
+        request.acceleration or AccelerationOptions(),
+        request.deepcache,
+        manifest.family == ModelFamily.flux,
+    )
     if cache is not None:
         yield from _window(cache.start, cache.end, "deepcache.start")
         if flux:
             message = "the denoiser of a Flux model is no U-Net, and has no skip branches"
-            yield error_detail(ErrorCode.unsupported_combination, message, field="deepcache", given=cache.method.value, hint="use acceleration.step_cache: " + ", ".join(StepCacheName))
+            yield error_detail(
+                ErrorCode.unsupported_combination,
+                message,
+                field="deepcache",
+                given=cache.method.value,
+                hint="use acceleration.step_cache: " + ", ".join(StepCacheName),
+            )
     yield from _window(options.guidance_start, options.guidance_end, "acceleration.guidance_start")
     if options.compute_dtype is not None and (manifest.memory.quantization or "").startswith("bitsandbytes"):
         message = "layers of bitsandbytes would round their biases to this format, for all later requests too"
-        yield error_detail(ErrorCode.unsupported_combination, message, field="acceleration.compute_dtype", given=options.compute_dtype.value, hint="leave it out; set dtype in the manifest")
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            message,
+            field="acceleration.compute_dtype",
+            given=options.compute_dtype.value,
+            hint="leave it out; set dtype in the manifest",
+        )
     if options.step_cache is not None and not flux:
         message = "this step cache is for transformers; the denoiser of this model is a U-Net"
-        yield error_detail(ErrorCode.unsupported_combination, message, field="acceleration.step_cache", given=options.step_cache.value, hint="use deepcache, with the method step_cache or deepcache")
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            message,
+            field="acceleration.step_cache",
+            given=options.step_cache.value,
+            hint="use deepcache, with the method step_cache or deepcache",
+        )
         return
     yield from _check_step_cache(options, kind)
     if options.step_cache == StepCacheName.mag and manifest.mag_ratios is None and manifest.source.kind == "builtin":
-        yield error_detail(ErrorCode.unsupported_combination, "the manifest of this model has no mag_ratios", field="acceleration.step_cache", given="mag", hint="use first_block or taylorseer")
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            "the manifest of this model has no mag_ratios",
+            field="acceleration.step_cache",
+            given="mag",
+            hint="use first_block or taylorseer",
+        )
 
 # %% ../../nbs/40_planning/02_acceleration.ipynb #9d54ee06
-def acceleration_warnings(request: GenerationRequest, manifest: ModelManifest, guided: bool, kind: ControlKind) -> Iterator[RequestWarning]:
+def acceleration_warnings(
+    request: GenerationRequest, manifest: ModelManifest, guided: bool, kind: ControlKind
+) -> Iterator[RequestWarning]:
     "Settings that are taken, but do nothing."
     options, cache = request.acceleration or AccelerationOptions(), request.deepcache
     for field in ("guidance_start", "guidance_end", "guidance_tolerance"):
         if getattr(options, field) is not None and not guided:
             needed = "true_cfg_scale and a negative prompt" if manifest.family == ModelFamily.flux else "guidance_scale"
-            yield warning(f"there is no guidance to leave out: {needed} would have to be above 1", field=f"acceleration.{field}", given=getattr(options, field))
+            yield warning(
+                f"there is no guidance to leave out: {needed} would have to be above 1",
+                field=f"acceleration.{field}",
+                given=getattr(options, field),
+            )
     profile = find_profile(request.profile, manifest)
-    if controlled(request) and profile is not None and profile.acceleration and profile.acceleration.step_cache and options.step_cache is None:
-        yield warning("the profile's step cache is left out, because it does not go with a control", field="profile", given=request.profile or manifest.defaults.profile)
+    if (
+        controlled(request)
+        and profile is not None
+        and profile.acceleration
+        and profile.acceleration.step_cache
+        and options.step_cache is None
+    ):
+        yield warning(
+            "the profile's step cache is left out, because it does not go with a control",
+            field="profile",
+            given=request.profile or manifest.defaults.profile,
+        )
     if cache is not None and cache.cache_interval == 1:
         yield warning("with an interval of 1 nothing is reused", field="deepcache.cache_interval", given=1)
     if options.reuse_control_residuals and (cache is None or kind == ControlKind.none):
-        yield warning("there is no cache that could leave out a ControlNet" if cache is None else "there is no control", field="acceleration.reuse_control_residuals", given=True)
+        yield warning(
+            "there is no cache that could leave out a ControlNet" if cache is None else "there is no control",
+            field="acceleration.reuse_control_residuals",
+            given=True,
+        )
 
 
 def reuses_residuals(cache: DeepCacheOptions | None, options: AccelerationOptions | None) -> bool:

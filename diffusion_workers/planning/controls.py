@@ -12,8 +12,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from ..control.preprocessors import check_preprocessing, infer_union_mode, preprocessing_parameters, union_mode_number, union_modes
-from ..models.manifest import UNION_TABLES, ControlNetEntry, FileSource, FolderSource, HubSource, LoraEntry, ModelManifest
+from pydantic import ValidationError
+
+from diffusion_workers.control.preprocessors import (
+    check_preprocessing,
+    infer_union_mode,
+    preprocessing_parameters,
+    union_mode_number,
+    union_modes,
+)
+from diffusion_workers.models.manifest import (
+    UNION_TABLES,
+    ControlNetEntry,
+    FileSource,
+    FolderSource,
+    HubSource,
+    LoraEntry,
+    ModelManifest,
+)
 from ..request.errors import error_detail, nearest_name, warning
 from ez_diffusion_client.models import (
     ControlKind,
@@ -29,7 +45,6 @@ from ez_diffusion_client.models import (
     RequestWarning,
     UnionModeName,
 )
-from pydantic import ValidationError
 
 # %% ../../nbs/40_planning/01_controls.ipynb #0edc3521
 def hub_lora(
@@ -50,7 +65,14 @@ def folder_lora(
 ) -> LoraEntry | None:
     "The entry of a file in one of the allowed folders; None where there is none."
     path = PurePosixPath(name)
-    if path.suffix != ".safetensors" or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
+    if (
+        path.suffix != ".safetensors"
+        or path.is_absolute()
+        or ".." in path.parts
+        or "\\" in name
+        or ":" in name
+        or "\0" in name
+    ):
         return None
     found = (folder.location() / path for folder in folders)
     return next((LoraEntry(source=FileSource(file=str(file.absolute()))) for file in found if file.is_file()), None)
@@ -71,17 +93,42 @@ def check_loras(request: GenerationRequest, manifest: ModelManifest) -> Iterator
     for i, lora in enumerate(request.loras or []):
         if resolve_lora(lora.name, manifest) is None:
             near = nearest_name(lora.name, list(manifest.loras))
-            allowed = [*manifest.loras, *["a .safetensors file in a LoRA folder"] * bool(manifest.lora_folders), *["owner/name on the Hub"] * manifest.hub_loras]
-            yield error_detail(ErrorCode.unknown_lora, "the model offers no such LoRA", field=f"loras[{i}].name", given=lora.name,
-                               allowed=", ".join(allowed) or "none", hint=f"did you mean {near}?" if near else None)
+            allowed = [
+                *manifest.loras,
+                *["a .safetensors file in a LoRA folder"] * bool(manifest.lora_folders),
+                *["owner/name on the Hub"] * manifest.hub_loras,
+            ]
+            yield error_detail(
+                ErrorCode.unknown_lora,
+                "the model offers no such LoRA",
+                field=f"loras[{i}].name",
+                given=lora.name,
+                allowed=", ".join(allowed) or "none",
+                hint=f"did you mean {near}?" if near else None,
+            )
         if lora.block_scales and manifest.family == ModelFamily.flux:
             message = "a transformer has no blocks that can be scaled one by one"
-            yield error_detail(ErrorCode.unsupported_combination, message, field=f"loras[{i}].block_scales", given=", ".join(lora.block_scales), hint="set scale")
+            yield error_detail(
+                ErrorCode.unsupported_combination,
+                message,
+                field=f"loras[{i}].block_scales",
+                given=", ".join(lora.block_scales),
+                hint="set scale",
+            )
         for name in lora.block_scales or ():
             stem, *numbers = name.split(".")
-            if stem not in ("down", "mid", "up") or not all(n.isdecimal() for n in numbers) or len(numbers) > (0 if stem == "mid" else 2):
-                yield error_detail(ErrorCode.not_one_of, "there is no such block", field=f"loras[{i}].block_scales", given=name,
-                                   allowed="down, mid, up, a block such as up.0, or a layer of one such as up.0.1")
+            if (
+                stem not in ("down", "mid", "up")
+                or not all(n.isdecimal() for n in numbers)
+                or len(numbers) > (0 if stem == "mid" else 2)
+            ):
+                yield error_detail(
+                    ErrorCode.not_one_of,
+                    "there is no such block",
+                    field=f"loras[{i}].block_scales",
+                    given=name,
+                    allowed="down, mid, up, a block such as up.0, or a layer of one such as up.0.1",
+                )
 
 # %% ../../nbs/40_planning/01_controls.ipynb #d43a667b
 def union_table(
@@ -119,7 +166,11 @@ def takes(
     preprocessor = unit.preprocessing and unit.preprocessing.name
     if preprocessor in net.preprocessors:
         return True
-    return net.union and preprocessor is not None and infer_union_mode(preprocessor, union_table(net, family)) in learnt_modes(net, family)
+    return (
+        net.union
+        and preprocessor is not None
+        and infer_union_mode(preprocessor, union_table(net, family)) in learnt_modes(net, family)
+    )
 
 
 def pick_net(
@@ -184,24 +235,51 @@ def check_unit(
     if unit.preprocessing is not None:
         yield from check_preprocessing(unit.preprocessing, f"{at}.preprocessing")
     if unit.guidance_start >= unit.guidance_end:
-        yield error_detail(ErrorCode.out_of_range, "the control ends before it begins", field=f"{at}.guidance_start", given=unit.guidance_start,
-                           allowed=f"less than guidance_end, which is {unit.guidance_end:g}")
+        yield error_detail(
+            ErrorCode.out_of_range,
+            "the control ends before it begins",
+            field=f"{at}.guidance_start",
+            given=unit.guidance_start,
+            allowed=f"less than guidance_end, which is {unit.guidance_end:g}",
+        )
     if manifest.kind != ModelKind.standard:
         return
     if manifest.family not in UNION_TABLES and unit.union_mode is not None:
         message = f"there is no union ControlNet for the family {manifest.family.value}"
-        yield error_detail(ErrorCode.unsupported_combination, message, field=f"{at}.union_mode", given=asked_mode(unit), allowed="families " + ", ".join(UNION_TABLES), hint="leave it out, and name a net for that kind of map")
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            message,
+            field=f"{at}.union_mode",
+            given=asked_mode(unit),
+            allowed="families " + ", ".join(UNION_TABLES),
+            hint="leave it out, and name a net for that kind of map",
+        )
         return
     if manifest.family == ModelFamily.flux and unit.control_mode != ControlMode.balanced:
         message = "Flux nets have no control mode: guidance is distilled into the model"
-        yield error_detail(ErrorCode.unsupported_combination, message, field=f"{at}.control_mode", given=unit.control_mode.value, allowed="balanced", hint="change conditioning_scale")
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            message,
+            field=f"{at}.control_mode",
+            given=unit.control_mode.value,
+            allowed="balanced",
+            hint="change conditioning_scale",
+        )
     name = pick_net(unit, manifest)
     if name is None:
         offered = ", ".join(manifest.controlnets) or "none"
         message = "the model offers no such ControlNet" if unit.model else "which ControlNet is meant cannot be told"
         near = nearest_name(unit.model or "", list(manifest.controlnets))
-        hint = f"did you mean {near}?" if near else "name the model of the unit" if manifest.controlnets else "choose a model that offers ControlNets"
-        yield error_detail(ErrorCode.unknown_controlnet, message, field=f"{at}.model", given=unit.model, allowed=offered, hint=hint)
+        hint = (
+            f"did you mean {near}?"
+            if near
+            else "name the model of the unit"
+            if manifest.controlnets
+            else "choose a model that offers ControlNets"
+        )
+        yield error_detail(
+            ErrorCode.unknown_controlnet, message, field=f"{at}.model", given=unit.model, allowed=offered, hint=hint
+        )
         return
     try:
         pick_mode(unit, manifest.controlnets[name], manifest.family)
@@ -209,7 +287,9 @@ def check_unit(
         yield error_detail(ErrorCode.not_one_of, str(exc), field=f"{at}.union_mode", given=asked_mode(unit))
 
 # %% ../../nbs/40_planning/01_controls.ipynb #c1107bd9
-def _check_mixture(units: dict[int, ControlNetUnit], names: dict[int, str], manifest: ModelManifest) -> Iterator[ErrorDetail]:
+def _check_mixture(
+    units: dict[int, ControlNetUnit], names: dict[int, str], manifest: ModelManifest
+) -> Iterator[ErrorDetail]:
     "Whether nets can be used together; only UNet families have limits."
     nets = {i: manifest.controlnets[name] for i, name in names.items()}
     if manifest.family != ModelFamily.sdxl or not any(net.union for net in nets.values()):
@@ -219,34 +299,81 @@ def _check_mixture(units: dict[int, ControlNetUnit], names: dict[int, str], mani
         at, others = f"controlnets[{i}]", [j for j in names if j != i and names[j] == name]
         if not nets[i].union:
             message = "SDXL cannot use a union net and a plain net in one request"
-            yield error_detail(ErrorCode.unsupported_combination, message, field=f"{at}.model", given=name, hint="use the union net for every unit, or plain nets alone")
+            yield error_detail(
+                ErrorCode.unsupported_combination,
+                message,
+                field=f"{at}.model",
+                given=name,
+                hint="use the union net for every unit, or plain nets alone",
+            )
         elif others and len(set(names.values())) > 1 and i == min([i, *others]):
             message = "with two union nets, each takes one map"
-            yield error_detail(ErrorCode.unsupported_combination, message, field=f"{at}.model", given=name, hint="use one union net for all maps")
+            yield error_detail(
+                ErrorCode.unsupported_combination,
+                message,
+                field=f"{at}.model",
+                given=name,
+                hint="use one union net for all maps",
+            )
         elif others and units[i].mask_image is not None:
             message = "the maps of one union net are merged before they act, so no part of the picture can be left to one of them"
-            yield error_detail(ErrorCode.unsupported_combination, message, field=f"{at}.mask_image", hint="leave the mask out, or use one map")
+            yield error_detail(
+                ErrorCode.unsupported_combination,
+                message,
+                field=f"{at}.mask_image",
+                hint="leave the mask out, or use one map",
+            )
         elif names[first] == name and units[i].control_mode != units[first].control_mode:
             message = "the maps of one union net share a control mode"
-            yield error_detail(ErrorCode.unsupported_combination, message, field=f"{at}.control_mode", given=units[i].control_mode.value,
-                               allowed=units[first].control_mode.value)
+            yield error_detail(
+                ErrorCode.unsupported_combination,
+                message,
+                field=f"{at}.control_mode",
+                given=units[i].control_mode.value,
+                allowed=units[first].control_mode.value,
+            )
 
 
-_CONTROL_KIND_ONLY = {"conditioning_scale": 1.0, "guidance_start": 0.0, "guidance_end": 1.0, "control_mode": ControlMode.balanced, "mask_image": None, "union_mode": None}
+_CONTROL_KIND_ONLY = {
+    "conditioning_scale": 1.0,
+    "guidance_start": 0.0,
+    "guidance_end": 1.0,
+    "control_mode": ControlMode.balanced,
+    "mask_image": None,
+    "union_mode": None,
+}
 
 # %% ../../nbs/40_planning/01_controls.ipynb #9e440321
 def _check_control_model(units: dict[int, ControlNetUnit], manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "A model of the kind control takes exactly one map, as it is."
     if len(units) != 1:
         message = "this model draws from one control map" if units else "this model needs a control map"
-        yield error_detail(ErrorCode.unsupported_combination if units else ErrorCode.missing_field, message, field="controlnets", given=f"{len(units)} units", allowed="one unit")
+        yield error_detail(
+            ErrorCode.unsupported_combination if units else ErrorCode.missing_field,
+            message,
+            field="controlnets",
+            given=f"{len(units)} units",
+            allowed="one unit",
+        )
     for i, unit in units.items():
         if unit.model not in (None, manifest.name):
-            yield error_detail(ErrorCode.unknown_controlnet, "this model takes its map itself", field=f"controlnets[{i}].model", given=unit.model, hint="leave it out")
+            yield error_detail(
+                ErrorCode.unknown_controlnet,
+                "this model takes its map itself",
+                field=f"controlnets[{i}].model",
+                given=unit.model,
+                hint="leave it out",
+            )
         for name, neutral in _CONTROL_KIND_ONLY.items():
             if getattr(unit, name) != neutral:
                 given = "a mask" if name == "mask_image" else getattr(unit, name)
-                yield error_detail(ErrorCode.unsupported_combination, f"a map that is part of the input has no {name}", field=f"controlnets[{i}].{name}", given=given, hint="leave it out")
+                yield error_detail(
+                    ErrorCode.unsupported_combination,
+                    f"a map that is part of the input has no {name}",
+                    field=f"controlnets[{i}].{name}",
+                    given=given,
+                    hint="leave it out",
+                )
 
 # %% ../../nbs/40_planning/01_controls.ipynb #f6cae24b
 def check_controls(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
@@ -257,7 +384,13 @@ def check_controls(request: GenerationRequest, manifest: ModelManifest) -> Itera
     if manifest.kind == ModelKind.control:
         yield from _check_control_model(units, manifest)
     elif manifest.kind == ModelKind.fill and units:
-        yield error_detail(ErrorCode.unsupported_combination, "this model takes no control maps", field="controlnets", given=f"{len(units)} units", hint="leave it out")
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            "this model takes no control maps",
+            field="controlnets",
+            given=f"{len(units)} units",
+            hint="leave it out",
+        )
     elif manifest.kind == ModelKind.standard:
         names = {i: name for i, unit in units.items() if (name := pick_net(unit, manifest)) is not None}
         yield from _check_mixture(units, names, manifest)
@@ -293,13 +426,29 @@ def plan_controls(
     planned = []
     for i, unit in enabled_units(request).items():
         name = manifest.name if manifest.kind == ModelKind.control else pick_net(unit, manifest)
-        mode = pick_mode(unit, manifest.controlnets[name], manifest.family) if manifest.kind == ModelKind.standard else None
-        preprocessing = unit.preprocessing and unit.preprocessing.model_copy(update={"parameters": preprocessing_parameters(unit.preprocessing) or None})
-        planned.append(PlannedControl(
-            model=name, image=facts.images[i], mask_image=facts.masks.get(i), preprocessing=preprocessing,
-            conditioning_scale=float(unit.conditioning_scale), guidance_start=float(unit.guidance_start), guidance_end=float(unit.guidance_end),
-            control_mode=unit.control_mode, resize_mode=unit.resize_mode, union_mode=mode, return_map=unit.return_map,
-        ))
+        mode = (
+            pick_mode(unit, manifest.controlnets[name], manifest.family)
+            if manifest.kind == ModelKind.standard
+            else None
+        )
+        preprocessing = unit.preprocessing and unit.preprocessing.model_copy(
+            update={"parameters": preprocessing_parameters(unit.preprocessing) or None}
+        )
+        planned.append(
+            PlannedControl(
+                model=name,
+                image=facts.images[i],
+                mask_image=facts.masks.get(i),
+                preprocessing=preprocessing,
+                conditioning_scale=float(unit.conditioning_scale),
+                guidance_start=float(unit.guidance_start),
+                guidance_end=float(unit.guidance_end),
+                control_mode=unit.control_mode,
+                resize_mode=unit.resize_mode,
+                union_mode=mode,
+                return_map=unit.return_map,
+            )
+        )
     return planned
 
 # %% ../../nbs/40_planning/01_controls.ipynb #ef860d43
@@ -307,7 +456,14 @@ def control_warnings(request: GenerationRequest, steps: int) -> Iterator[Request
     "Controls that are taken, but do nothing."
     for i, unit in enabled_units(request).items():
         if unit.conditioning_scale == 0:
-            yield warning("at this scale the control does nothing", field=f"controlnets[{i}].conditioning_scale", given=0)
-        elif unit.guidance_start < unit.guidance_end and not active_steps(unit.guidance_start, unit.guidance_end, steps):
-            yield warning("no step falls into this window, so the control does nothing", field=f"controlnets[{i}].guidance_start",
-                          given=f"{unit.guidance_start:g} to {unit.guidance_end:g} of {steps} steps")
+            yield warning(
+                "at this scale the control does nothing", field=f"controlnets[{i}].conditioning_scale", given=0
+            )
+        elif unit.guidance_start < unit.guidance_end and not active_steps(
+            unit.guidance_start, unit.guidance_end, steps
+        ):
+            yield warning(
+                "no step falls into this window, so the control does nothing",
+                field=f"controlnets[{i}].guidance_start",
+                given=f"{unit.guidance_start:g} to {unit.guidance_end:g} of {steps} steps",
+            )

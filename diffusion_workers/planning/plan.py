@@ -16,13 +16,27 @@ import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from .acceleration import EXACT, acceleration_warnings, apply_profile, check_acceleration, check_profile
-from diffusion_workers.planning.controls import (
-    ControlFacts, check_controls, check_loras, control_warnings, plan_control_kind, plan_controls, resolve_lora,
-)
-from ..request.images import round_to_multiple
+from fastcore.basics import patch
+
 from ..models.manifest import ModelManifest
+from diffusion_workers.planning.acceleration import (
+    EXACT,
+    acceleration_warnings,
+    apply_profile,
+    check_acceleration,
+    check_profile,
+)
+from diffusion_workers.planning.controls import (
+    ControlFacts,
+    check_controls,
+    check_loras,
+    control_warnings,
+    plan_control_kind,
+    plan_controls,
+    resolve_lora,
+)
 from ..request.errors import RequestError, error_detail, plan_rows, warning
+from ..request.images import round_to_multiple
 from ez_diffusion_client.models import (
     ControlKind,
     ErrorCode,
@@ -40,7 +54,6 @@ from ez_diffusion_client.models import (
     SchedulerName,
     Task,
 )
-from fastcore.basics import patch
 
 # %% ../../nbs/40_planning/03_plan.ipynb #05c3ecc6
 _SUFFIX = {Task.text_to_image: "", Task.image_to_image: "Img2Img", Task.inpainting: "Inpaint"}
@@ -68,7 +81,9 @@ KIND_CLASSES = {  # models of Flux whose denoiser takes further input channels
 }
 
 
-def pipeline_class(manifest: ModelManifest, task: Task, control_kind: ControlKind) -> str | None:  # None where diffusers has none
+def pipeline_class(
+    manifest: ModelManifest, task: Task, control_kind: ControlKind
+) -> str | None:  # None where diffusers has none
     "The diffusers class that carries out a request."
     if manifest.kind != ModelKind.standard:
         return KIND_CLASSES.get((manifest.kind, task))
@@ -76,18 +91,34 @@ def pipeline_class(manifest: ModelManifest, task: Task, control_kind: ControlKin
 
 # %% ../../nbs/40_planning/03_plan.ipynb #8d3e0ddb
 NOT_IN_FAMILY = {
-    ModelFamily.sd15: ("prompt_2", "negative_prompt_2", "true_cfg_scale", "max_sequence_length", "size_conditioning", "refiner"),
+    ModelFamily.sd15: (
+        "prompt_2",
+        "negative_prompt_2",
+        "true_cfg_scale",
+        "max_sequence_length",
+        "size_conditioning",
+        "refiner",
+    ),
     ModelFamily.sdxl: ("true_cfg_scale", "max_sequence_length"),
     ModelFamily.flux: ("clip_skip", "guidance_rescale", "size_conditioning", "refiner"),
 }
 _SDXL = tuple(PIPELINE_CLASSES[ModelFamily.sdxl, task, ControlKind.none] for task in Task)
 TAKEN_BY = {  # field -> the classes that have it
-    "guidance_rescale": ("StableDiffusionPipeline", *_SDXL, "StableDiffusionXLControlNetInpaintPipeline", "StableDiffusionXLControlNetUnionInpaintPipeline"),
+    "guidance_rescale": (
+        "StableDiffusionPipeline",
+        *_SDXL,
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+    ),
     "true_cfg_scale": ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", "FluxControlNetPipeline"),
     "refiner": (*_SDXL[:2], "StableDiffusionXLControlNetPipeline", "StableDiffusionXLControlNetUnionPipeline"),
 }
-NO_NEGATIVE_PROMPT = ("FluxFillPipeline", *(name for (kind, _), name in KIND_CLASSES.items() if kind == ModelKind.control),
-                      "FluxControlNetImg2ImgPipeline", "FluxControlNetInpaintPipeline")
+NO_NEGATIVE_PROMPT = (
+    "FluxFillPipeline",
+    *(name for (kind, _), name in KIND_CLASSES.items() if kind == ModelKind.control),
+    "FluxControlNetImg2ImgPipeline",
+    "FluxControlNetInpaintPipeline",
+)
 
 # %% ../../nbs/40_planning/03_plan.ipynb #87d63245
 _SCHEDULER_ROWS = [  # name, class, options, Karras
@@ -98,8 +129,18 @@ _SCHEDULER_ROWS = [  # name, class, options, Karras
     (SchedulerName.euler_ancestral, "EulerAncestralDiscreteScheduler", {}, False),
     (SchedulerName.heun, "HeunDiscreteScheduler", {}, True),
     (SchedulerName.dpmpp_2m, "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}, True),
-    (SchedulerName.dpmpp_2m_sde, "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}, True),
-    (SchedulerName.dpmpp_singlestep, "DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}, True),
+    (
+        SchedulerName.dpmpp_2m_sde,
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+        True,
+    ),
+    (
+        SchedulerName.dpmpp_singlestep,
+        "DPMSolverSinglestepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2},
+        True,
+    ),
     (SchedulerName.unipc, "UniPCMultistepScheduler", {}, True),
     (SchedulerName.deis, "DEISMultistepScheduler", {}, True),
     (SchedulerName.lms, "LMSDiscreteScheduler", {}, True),
@@ -130,21 +171,33 @@ def plan_scheduler(
     return PlannedScheduler(name=name, class_name=class_name, options=options or None)
 
 
-def check_scheduler(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:  # what does not go together
+def check_scheduler(
+    request: GenerationRequest, manifest: ModelManifest
+) -> Iterator[ErrorDetail]:  # what does not go together
     "Whether the family has the scheduler, and the scheduler has Karras noise levels."
     name = request.scheduler or manifest.defaults.scheduler
     flow = manifest.family == ModelFamily.flux
     suited = [n.value for n in SchedulerName if (n in FLOW_SCHEDULERS) == flow]
     if name is not None and name.value not in suited:
         message = f"this scheduler does not fit the family {manifest.family.value}"
-        yield error_detail(ErrorCode.unsupported_combination, message, field="scheduler", given=name.value, allowed=", ".join(suited))
+        yield error_detail(
+            ErrorCode.unsupported_combination, message, field="scheduler", given=name.value, allowed=", ".join(suited)
+        )
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
     if name == SchedulerName.lcm and steps > LCM_MAX_STEPS:
-        yield error_detail(ErrorCode.out_of_range, "lcm makes fewer steps", field="num_inference_steps", given=steps, allowed=f"1 to {LCM_MAX_STEPS} with lcm")
+        yield error_detail(
+            ErrorCode.out_of_range,
+            "lcm makes fewer steps",
+            field="num_inference_steps",
+            given=steps,
+            allowed=f"1 to {LCM_MAX_STEPS} with lcm",
+        )
     if request.use_karras_sigmas and name not in KARRAS_SCHEDULERS:
         message = f"{name.value} has no Karras noise levels" if name else "Karras noise levels need a named scheduler"
         allowed = "schedulers " + ", ".join(n.value for n in KARRAS_SCHEDULERS)
-        yield error_detail(ErrorCode.unsupported_combination, message, field="use_karras_sigmas", given=True, allowed=allowed)
+        yield error_detail(
+            ErrorCode.unsupported_combination, message, field="use_karras_sigmas", given=True, allowed=allowed
+        )
 
 # %% ../../nbs/40_planning/03_plan.ipynb #049a9d45
 FAMILY_MULTIPLE = {ModelFamily.flux: 16}  # pixels; Flux works on patches of 2 x 2 latents of 8 x 8 pixels
@@ -174,7 +227,10 @@ def plan_size(
         width, height = min(image.width * scale, limits.max_width), min(image.height * scale, limits.max_height)
     multiple = size_multiple(manifest)
     width, height = round_to_multiple(width, multiple), round_to_multiple(height, multiple)
-    if (request.width, request.height) == (None, None) and width * height > limits.max_pixels:  # rounded up beyond what fits
+    if (request.width, request.height) == (
+        None,
+        None,
+    ) and width * height > limits.max_pixels:  # rounded up beyond what fits
         width, height = (width - multiple, height) if width >= height else (width, height - multiple)
     return width, height
 
@@ -182,17 +238,34 @@ def plan_size(
 def check_size(width: int, height: int, manifest: ModelManifest) -> Iterator[ErrorDetail]:  # what is beyond the model
     "Whether the model can make a picture of that size."
     limits = manifest.limits
-    bounds = {"width": (width, limits.min_width, limits.max_width), "height": (height, limits.min_height, limits.max_height)}
+    bounds = {
+        "width": (width, limits.min_width, limits.max_width),
+        "height": (height, limits.min_height, limits.max_height),
+    }
     for field, (value, low, high) in bounds.items():
         if not low <= value <= high:
             allowed = f"{low} to {high} for this model, a multiple of {size_multiple(manifest)}"
-            yield error_detail(ErrorCode.size_over_limit, f"the {field} is beyond the model's limits", field=field, given=value, allowed=allowed)
+            yield error_detail(
+                ErrorCode.size_over_limit,
+                f"the {field} is beyond the model's limits",
+                field=field,
+                given=value,
+                allowed=allowed,
+            )
     if width * height > limits.max_pixels:
         allowed = f"at most {limits.max_pixels} pixels in all"
-        yield error_detail(ErrorCode.size_over_limit, "the picture has too many pixels", field="width", given=f"{width} x {height}", allowed=allowed)
+        yield error_detail(
+            ErrorCode.size_over_limit,
+            "the picture has too many pixels",
+            field="width",
+            given=f"{width} x {height}",
+            allowed=allowed,
+        )
 
 
-def size_warnings(request: GenerationRequest, image: PlannedImage | None, size: tuple[int, int]) -> Iterator[RequestWarning]:
+def size_warnings(
+    request: GenerationRequest, image: PlannedImage | None, size: tuple[int, int]
+) -> Iterator[RequestWarning]:
     "What happened to the sizes that were given."
     for field, used in zip(("width", "height"), size):
         asked = getattr(request, field)
@@ -200,7 +273,12 @@ def size_warnings(request: GenerationRequest, image: PlannedImage | None, size: 
             yield warning(f"the {field} was rounded to what the model can make", field=field, given=asked, used=used)
     if image is not None and (request.width, request.height) == (None, None) and (image.width, image.height) != size:
         given, used = f"{image.width} x {image.height}", f"{size[0]} x {size[1]}"
-        yield warning("the picture to start from was resized to a size that the model can make", field="image", given=given, used=used)
+        yield warning(
+            "the picture to start from was resized to a size that the model can make",
+            field="image",
+            given=given,
+            used=used,
+        )
 
 # %% ../../nbs/40_planning/03_plan.ipynb #d94838c9
 LARGEST_SEED = 2**53 - 1
@@ -217,20 +295,46 @@ def plan_seeds(
     return [first + i for i in range(request.num_images or 1)]
 
 
-def check_seeds(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:  # contradictions and limits
+def check_seeds(
+    request: GenerationRequest, manifest: ModelManifest
+) -> Iterator[ErrorDetail]:  # contradictions and limits
     "Whether seeds and number of images agree."
     count = len(request.seeds or []) or request.num_images or 1
     most = manifest.limits.max_num_images
     if count > most:
         field = "seeds" if request.seeds else "num_images"
-        yield error_detail(ErrorCode.out_of_range, "that is more images than one request may ask for", field=field, given=count, allowed=f"1 to {most}")
+        yield error_detail(
+            ErrorCode.out_of_range,
+            "that is more images than one request may ask for",
+            field=field,
+            given=count,
+            allowed=f"1 to {most}",
+        )
     if request.seeds and request.seed is not None:
-        yield error_detail(ErrorCode.seed_conflict, "seed and seeds exclude each other", field="seed", given=request.seed, hint="leave one of them out")
+        yield error_detail(
+            ErrorCode.seed_conflict,
+            "seed and seeds exclude each other",
+            field="seed",
+            given=request.seed,
+            hint="leave one of them out",
+        )
     if request.seeds and request.num_images not in (None, len(request.seeds)):
         message = "num_images and the number of seeds differ"
-        yield error_detail(ErrorCode.seed_conflict, message, field="num_images", given=request.num_images, allowed=str(len(request.seeds)))
+        yield error_detail(
+            ErrorCode.seed_conflict,
+            message,
+            field="num_images",
+            given=request.num_images,
+            allowed=str(len(request.seeds)),
+        )
     if request.seed is not None and request.seed + count - 1 > LARGEST_SEED:
-        yield error_detail(ErrorCode.out_of_range, "the seed of the last image is too large", field="seed", given=request.seed, allowed=f"at most {LARGEST_SEED - count + 1}")
+        yield error_detail(
+            ErrorCode.out_of_range,
+            "the seed of the last image is too large",
+            field="seed",
+            given=request.seed,
+            allowed=f"at most {LARGEST_SEED - count + 1}",
+        )
 
 # %% ../../nbs/40_planning/03_plan.ipynb #2e2ce2f3
 def plan_task(request: GenerationRequest) -> Task:
@@ -255,36 +359,78 @@ def count_denoising_steps(
     return num_inference_steps if strength is None else min(int(num_inference_steps * strength), num_inference_steps)
 
 
-def check_task(request: GenerationRequest, manifest: ModelManifest, steps: int, strength: float | None) -> Iterator[ErrorDetail]:
+def check_task(
+    request: GenerationRequest, manifest: ModelManifest, steps: int, strength: float | None
+) -> Iterator[ErrorDetail]:
     "Whether image, mask, strength and steps make sense together."
     task = plan_task(request)
     if task not in manifest.tasks:
         allowed = ", ".join(task.value for task in manifest.tasks)
-        yield error_detail(ErrorCode.unsupported_combination, f"this model is not offered for {task.value}", field="image", allowed=allowed)
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            f"this model is not offered for {task.value}",
+            field="image",
+            allowed=allowed,
+        )
     needs_image = {"mask_image": ErrorCode.mask_without_image, "strength": ErrorCode.strength_without_image}
     for field, code in needs_image.items():
         if getattr(request, field) is not None and request.image is None:
             given = getattr(request, field) if field == "strength" else "a mask"
-            yield error_detail(code, f"{field} needs an image to work on", field=field, given=given, hint=f"add image, or leave {field} out")
+            yield error_detail(
+                code,
+                f"{field} needs an image to work on",
+                field=field,
+                given=given,
+                hint=f"add image, or leave {field} out",
+            )
     if request.inpaint is not None and request.mask_image is None:
-        yield error_detail(ErrorCode.inpaint_without_mask, "inpaint needs a mask", field="inpaint", hint="add mask_image, or leave inpaint out")
+        yield error_detail(
+            ErrorCode.inpaint_without_mask,
+            "inpaint needs a mask",
+            field="inpaint",
+            hint="add mask_image, or leave inpaint out",
+        )
     most = manifest.limits.max_num_inference_steps
     if steps > most:
-        yield error_detail(ErrorCode.out_of_range, "that is more steps than the model allows", field="num_inference_steps", given=steps, allowed=f"1 to {most}")
+        yield error_detail(
+            ErrorCode.out_of_range,
+            "that is more steps than the model allows",
+            field="num_inference_steps",
+            given=steps,
+            allowed=f"1 to {most}",
+        )
     if strength is not None and count_denoising_steps(steps, strength) < 1:
         allowed = f"a strength of at least {1 / steps:.3g} with {steps} steps"
-        yield error_detail(ErrorCode.out_of_range, "no step is left at this strength", field="strength", given=strength, allowed=allowed)
+        yield error_detail(
+            ErrorCode.out_of_range,
+            "no step is left at this strength",
+            field="strength",
+            given=strength,
+            allowed=allowed,
+        )
 
 # %% ../../nbs/40_planning/03_plan.ipynb #31b2392b
 def check_prompt(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "Whether there is a prompt, and not too much of it."
     if not request.prompt.strip():
-        yield error_detail(ErrorCode.empty_prompt, "the prompt is empty", field="prompt", given=request.prompt, hint="say what the picture shows")
+        yield error_detail(
+            ErrorCode.empty_prompt,
+            "the prompt is empty",
+            field="prompt",
+            given=request.prompt,
+            hint="say what the picture shows",
+        )
     most = manifest.limits.max_prompt_length
     for field in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
         length = len(getattr(request, field) or "")
         if length > most:
-            yield error_detail(ErrorCode.too_long, "the text is longer than this model allows", field=field, given=f"{length} characters", allowed=f"at most {most} characters")
+            yield error_detail(
+                ErrorCode.too_long,
+                "the text is longer than this model allows",
+                field=field,
+                given=f"{length} characters",
+                allowed=f"at most {most} characters",
+            )
 
 # %% ../../nbs/40_planning/03_plan.ipynb #ba9b5d21
 def check_support(request: GenerationRequest, manifest: ModelManifest, class_name: str | None) -> Iterator[ErrorDetail]:
@@ -292,33 +438,75 @@ def check_support(request: GenerationRequest, manifest: ModelManifest, class_nam
     given, family = request.model_fields_set, manifest.family.value
     if class_name is None:
         message = f"diffusers has no pipeline for {plan_control_kind(request, manifest).value} control with {plan_task(request).value} in the family {family}"
-        yield error_detail(ErrorCode.unsupported_combination, message, field="controlnets", given=plan_control_kind(request, manifest).value)
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            message,
+            field="controlnets",
+            given=plan_control_kind(request, manifest).value,
+        )
     for field in NOT_IN_FAMILY[manifest.family]:
         if field in given and getattr(request, field) is not None:
             message = f"a model of the family {family} has no use for {field}"
-            yield error_detail(ErrorCode.unsupported_combination, message, field=field, given=getattr(request, field), hint="leave it out")
+            yield error_detail(
+                ErrorCode.unsupported_combination,
+                message,
+                field=field,
+                given=getattr(request, field),
+                hint="leave it out",
+            )
     for field, classes in TAKEN_BY.items():
-        if class_name and getattr(request, field) and class_name not in classes and field not in NOT_IN_FAMILY[manifest.family]:
+        if (
+            class_name
+            and getattr(request, field)
+            and class_name not in classes
+            and field not in NOT_IN_FAMILY[manifest.family]
+        ):
             message = f"the pipeline for this task and control has no {field}"
-            yield error_detail(ErrorCode.unsupported_combination, message, field=field, given=getattr(request, field), hint="leave it out")
+            yield error_detail(
+                ErrorCode.unsupported_combination,
+                message,
+                field=field,
+                given=getattr(request, field),
+                hint="leave it out",
+            )
     if request.refiner is not None and manifest.family == ModelFamily.sdxl and manifest.refiner is None:
-        yield error_detail(ErrorCode.unsupported_combination, "the manifest of this model names no refiner", field="refiner", hint="leave it out, or choose another model")
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            "the manifest of this model names no refiner",
+            field="refiner",
+            hint="leave it out, or choose another model",
+        )
     if class_name in NO_NEGATIVE_PROMPT and request.negative_prompt:
         message = "the pipeline for this task and control takes no negative prompt"
-        yield error_detail(ErrorCode.unsupported_combination, message, field="negative_prompt", given=request.negative_prompt, hint="leave it out")
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            message,
+            field="negative_prompt",
+            given=request.negative_prompt,
+            hint="leave it out",
+        )
 
 
-def text_warnings(request: GenerationRequest, manifest: ModelManifest, guidance: dict[str, float | None]) -> Iterator[RequestWarning]:
+def text_warnings(
+    request: GenerationRequest, manifest: ModelManifest, guidance: dict[str, float | None]
+) -> Iterator[RequestWarning]:
     "What is taken, but does nothing."
     name = "true_cfg_scale" if manifest.family == ModelFamily.flux else "guidance_scale"
     scale = guidance[name] or 0
     for field in ("negative_prompt", "negative_prompt_2"):
         if getattr(request, field) and scale <= 1:
-            yield warning(f"a negative prompt does nothing while {name} is not above 1", field=field, given=f"{name} {scale:g}")
+            yield warning(
+                f"a negative prompt does nothing while {name} is not above 1", field=field, given=f"{name} {scale:g}"
+            )
     for i, lora in enumerate(request.loras or []):
         words = resolve_lora(lora.name, manifest).trigger_words
         if words and not any(word.lower() in request.prompt.lower() for word in words):
-            yield warning("the prompt has none of the words that this LoRA was trained with", field=f"loras[{i}].name", given=lora.name, used=", ".join(words))
+            yield warning(
+                "the prompt has none of the words that this LoRA was trained with",
+                field=f"loras[{i}].name",
+                given=lora.name,
+                used=", ".join(words),
+            )
 
 # %% ../../nbs/40_planning/03_plan.ipynb #edff336a
 PLAN_VERSION = 1
@@ -332,25 +520,44 @@ _SECOND = ("prompt_2", "negative_prompt_2")  # for the second text encoder
 
 
 def _plan_texts(request: GenerationRequest, manifest: ModelManifest, class_name: str) -> dict[str, str | None]:
-    negative = None if class_name in NO_NEGATIVE_PROMPT else _first(request.negative_prompt, manifest.defaults.negative_prompt) or None
+    negative = (
+        None
+        if class_name in NO_NEGATIVE_PROMPT
+        else _first(request.negative_prompt, manifest.defaults.negative_prompt) or None
+    )
     second = {} if manifest.family == ModelFamily.sd15 else {name: getattr(request, name) or None for name in _SECOND}
     return {"prompt": request.prompt, "negative_prompt": negative} | second
 
 
-def _plan_guidance(request: GenerationRequest, manifest: ModelManifest, class_name: str | None) -> dict[str, float | None]:
+def _plan_guidance(
+    request: GenerationRequest, manifest: ModelManifest, class_name: str | None
+) -> dict[str, float | None]:
     scale = _first(request.guidance_scale, manifest.defaults.guidance_scale)
-    taken = lambda name: (_first(getattr(request, name), getattr(manifest.defaults, name)) or None) if class_name in TAKEN_BY[name] else None
-    return {"guidance_scale": float(scale), "guidance_rescale": taken("guidance_rescale"), "true_cfg_scale": taken("true_cfg_scale")}
+    taken = lambda name: (
+        (_first(getattr(request, name), getattr(manifest.defaults, name)) or None)
+        if class_name in TAKEN_BY[name]
+        else None
+    )
+    return {
+        "guidance_scale": float(scale),
+        "guidance_rescale": taken("guidance_rescale"),
+        "true_cfg_scale": taken("true_cfg_scale"),
+    }
 
 
 def _plan_family_fields(request: GenerationRequest, manifest: ModelManifest) -> dict:
-    fields = {"clip_skip": _first(request.clip_skip, manifest.defaults.clip_skip) or None, "max_sequence_length": _first(request.max_sequence_length, manifest.defaults.max_sequence_length)}
+    fields = {
+        "clip_skip": _first(request.clip_skip, manifest.defaults.clip_skip) or None,
+        "max_sequence_length": _first(request.max_sequence_length, manifest.defaults.max_sequence_length),
+    }
     fields |= {"size_conditioning": request.size_conditioning, "refiner": request.refiner}
     return {name: value for name, value in fields.items() if name not in NOT_IN_FAMILY[manifest.family]}
 
 
 def _plan_loras(request: GenerationRequest, manifest: ModelManifest) -> list[Lora] | None:
-    usual = lambda lora: {} if "scale" in lora.model_fields_set else {"scale": float(resolve_lora(lora.name, manifest).scale)}
+    usual = lambda lora: (
+        {} if "scale" in lora.model_fields_set else {"scale": float(resolve_lora(lora.name, manifest).scale)}
+    )
     return [lora.model_copy(update=usual(lora)) for lora in request.loras or []] or None
 
 
@@ -358,19 +565,29 @@ def _inpaint_options(request: GenerationRequest, task: Task) -> InpaintOptions |
     return (request.inpaint or InpaintOptions()) if task == Task.inpainting else None
 
 # %% ../../nbs/40_planning/03_plan.ipynb #4a04f9a5
-def find_problems(request: GenerationRequest, manifest: ModelManifest, size: tuple[int, int], class_name: str | None) -> list[ErrorDetail]:
+def find_problems(
+    request: GenerationRequest, manifest: ModelManifest, size: tuple[int, int], class_name: str | None
+) -> list[ErrorDetail]:
     "Everything that speaks against a request."
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
     strength = plan_strength(request, manifest, plan_task(request))
     return [
-        *check_prompt(request, manifest), *check_task(request, manifest, steps, strength), *check_size(*size, manifest),
-        *check_seeds(request, manifest), *check_scheduler(request, manifest), *check_loras(request, manifest),
-        *check_controls(request, manifest), *check_support(request, manifest, class_name),
-        *check_profile(request, manifest), *check_acceleration(request, manifest, plan_control_kind(request, manifest)),
+        *check_prompt(request, manifest),
+        *check_task(request, manifest, steps, strength),
+        *check_size(*size, manifest),
+        *check_seeds(request, manifest),
+        *check_scheduler(request, manifest),
+        *check_loras(request, manifest),
+        *check_controls(request, manifest),
+        *check_support(request, manifest, class_name),
+        *check_profile(request, manifest),
+        *check_acceleration(request, manifest, plan_control_kind(request, manifest)),
     ]
 
 
-def _is_guided(manifest: ModelManifest, guidance: dict[str, float | None]) -> bool:  # whether the denoiser looks at the empty prompt too
+def _is_guided(
+    manifest: ModelManifest, guidance: dict[str, float | None]
+) -> bool:  # whether the denoiser looks at the empty prompt too
     return (guidance["true_cfg_scale" if manifest.family == ModelFamily.flux else "guidance_scale"] or 0) > 1
 
 # %% ../../nbs/40_planning/03_plan.ipynb #a7632e35
@@ -392,25 +609,51 @@ def make_plan(
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
     strength = plan_strength(request, manifest, task)
     made, guidance = count_denoising_steps(steps, strength), _plan_guidance(request, manifest, class_name)
-    notes = [*size_warnings(request, image, size), *text_warnings(request, manifest, guidance), *control_warnings(request, made)]
+    notes = [
+        *size_warnings(request, image, size),
+        *text_warnings(request, manifest, guidance),
+        *control_warnings(request, made),
+    ]
     notes += acceleration_warnings(request, manifest, _is_guided(manifest, guidance), kind)
     return GenerationPlan(
-        plan_version=PLAN_VERSION, model=manifest.name, model_source=manifest.source.describe(), manifest_sha256=manifest.sha256,
-        family=manifest.family, task=task, control_kind=kind, pipeline_class=class_name,
-        **_plan_texts(request, manifest, class_name), **guidance, **_plan_family_fields(request, manifest),
-        width=size[0], height=size[1], num_inference_steps=steps, denoising_steps=made,
-        seeds=plan_seeds(request, random_seed), scheduler=plan_scheduler(request, manifest),
-        image=image, strength=strength, resize_mode=request.resize_mode, mask_image=mask_image,
-        inpaint=_inpaint_options(request, task), loras=_plan_loras(request, manifest),
+        plan_version=PLAN_VERSION,
+        model=manifest.name,
+        model_source=manifest.source.describe(),
+        manifest_sha256=manifest.sha256,
+        family=manifest.family,
+        task=task,
+        control_kind=kind,
+        pipeline_class=class_name,
+        **_plan_texts(request, manifest, class_name),
+        **guidance,
+        **_plan_family_fields(request, manifest),
+        width=size[0],
+        height=size[1],
+        num_inference_steps=steps,
+        denoising_steps=made,
+        seeds=plan_seeds(request, random_seed),
+        scheduler=plan_scheduler(request, manifest),
+        image=image,
+        strength=strength,
+        resize_mode=request.resize_mode,
+        mask_image=mask_image,
+        inpaint=_inpaint_options(request, task),
+        loras=_plan_loras(request, manifest),
         controlnets=plan_controls(request, manifest, controls) or None,
-        profile=request.profile, deepcache=request.deepcache, acceleration=request.acceleration,
-        output=request.output or OutputOptions(), warnings=notes or None,
+        profile=request.profile,
+        deepcache=request.deepcache,
+        acceleration=request.acceleration,
+        output=request.output or OutputOptions(),
+        warnings=notes or None,
     )
 
 # %% ../../nbs/40_planning/03_plan.ipynb #76baa216
 @patch
 def _repr_markdown_(self: GenerationPlan) -> str:
-    rows = [*plan_rows(self), *(("warning", f"{note.field}: {note.message} ({note.given} -> {note.used})") for note in self.warnings or [])]
+    rows = [
+        *plan_rows(self),
+        *(("warning", f"{note.field}: {note.message} ({note.given} -> {note.used})") for note in self.warnings or []),
+    ]
     table = "\n".join("| {} | {} |".format(name, value.replace("|", "\\|").replace("\n", " ")) for name, value in rows)
     return f"| | |\n|---|---|\n{table}"
 
@@ -426,8 +669,17 @@ def _replayed_unit(plan: GenerationPlan, index: int, pictures: dict[str, str]) -
     control = plan.controlnets[index]
     for field in ("image", "mask_image"):
         if getattr(control, field) is not None and field not in pictures:
-            at, message = f"controlnets[{index}].{field}", "the plan was controlled by a picture, and a receipt keeps only its hash"
-            raise RequestError([error_detail(ErrorCode.missing_field, message, field=at, hint=f"hand in the {field} of the control again")])
+            at, message = (
+                f"controlnets[{index}].{field}",
+                "the plan was controlled by a picture, and a receipt keeps only its hash",
+            )
+            raise RequestError(
+                [
+                    error_detail(
+                        ErrorCode.missing_field, message, field=at, hint=f"hand in the {field} of the control again"
+                    )
+                ]
+            )
     unit = control.model_dump(exclude={"image", "mask_image"}, exclude_none=True) | pictures
     return {name: value for name, value in unit.items() if (name, value) != ("model", plan.model)}
 
@@ -437,7 +689,9 @@ def request_from_plan(
     *,
     image: str | None = None,  # the picture to start from, as in a request
     mask_image: str | None = None,  # the mask, as in a request
-    controls: Mapping[int, dict[str, str]] = MappingProxyType({}),  # index of a control -> its `image` and `mask_image`, as in a request
+    controls: Mapping[int, dict[str, str]] = MappingProxyType(
+        {}
+    ),  # index of a control -> its `image` and `mask_image`, as in a request
 ) -> GenerationRequest:
     "The request that makes the images of a plan again."
     fields = {name: value for name, value in plan.model_dump(include=set(_REPLAYED)).items() if value is not None}
@@ -446,18 +700,33 @@ def request_from_plan(
     fields |= {} if plan.profile is None else {"profile": EXACT}  # its settings are in the plan
     fields |= {} if "clip_skip" in NOT_IN_FAMILY[plan.family] else {"clip_skip": plan.clip_skip or 0}
     fields |= {"negative_prompt": plan.negative_prompt or ""}
-    fields |= {name: getattr(plan, name) or 0.0 for name, classes in TAKEN_BY.items() if name != "refiner" and plan.pipeline_class in classes}
+    fields |= {
+        name: getattr(plan, name) or 0.0
+        for name, classes in TAKEN_BY.items()
+        if name != "refiner" and plan.pipeline_class in classes
+    }
     fields |= {name: value for name, value in (("image", image), ("mask_image", mask_image)) if value is not None}
     for field, given, planned in (("image", image, plan.image), ("mask_image", mask_image, plan.mask_image)):
         if planned is not None and given is None:
             message = "the plan starts from a picture, and a receipt keeps only its hash"
-            raise RequestError([error_detail(ErrorCode.missing_field, message, field=field, hint=f"hand in the {field} again")])
+            raise RequestError(
+                [error_detail(ErrorCode.missing_field, message, field=field, hint=f"hand in the {field} again")]
+            )
     if plan.controlnets:
         fields["controlnets"] = [_replayed_unit(plan, i, controls.get(i, {})) for i in range(len(plan.controlnets))]
     return GenerationRequest(**fields)
 
 # %% ../../nbs/40_planning/03_plan.ipynb #65b02ce5
-_PER_IMAGE = {"prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "seeds", "output", "warnings", "environment"}
+_PER_IMAGE = {
+    "prompt",
+    "prompt_2",
+    "negative_prompt",
+    "negative_prompt_2",
+    "seeds",
+    "output",
+    "warnings",
+    "environment",
+}
 
 
 def batch_key(

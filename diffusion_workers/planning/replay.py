@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ez_diffusion_client.models import GenerationPlan, GenerationRequest, SchedulerName
-
-from ..request.metadata import SAMPLER_LABELS, parse_parameters, read_metadata
 from .plan import request_from_plan
+from ..request.metadata import SAMPLER_LABELS, parse_parameters, read_metadata
+from ez_diffusion_client.models import GenerationPlan, GenerationRequest, SchedulerName
 
 # %% ../../nbs/40_planning/04_replay.ipynb #d191a48f
 @dataclass(frozen=True)
@@ -31,8 +30,15 @@ def from_plan(
 ) -> Restored:
     "The fields of the request that made one picture, with the seed of that picture alone."
     seed = plan.seeds[plan.image_index or 0]
-    missing = [f"{name}: bring the picture again, the receipt keeps only its hash" for name in ("image", "mask_image") if getattr(plan, name)]
-    missing += [f"controlnets[{i}] ({control.model}): bring its picture again" for i, control in enumerate(plan.controlnets or [])]
+    missing = [
+        f"{name}: bring the picture again, the receipt keeps only its hash"
+        for name in ("image", "mask_image")
+        if getattr(plan, name)
+    ]
+    missing += [
+        f"controlnets[{i}] ({control.model}): bring its picture again"
+        for i, control in enumerate(plan.controlnets or [])
+    ]
     without = plan.model_copy(update={"image": None, "mask_image": None, "controlnets": None, "seeds": [seed]})
     fields = request_from_plan(without).model_dump(mode="json", exclude_none=True, exclude_unset=True)
     fields.pop("seeds", None)
@@ -86,7 +92,9 @@ def from_parameters(
             fields["clip_skip"] = max(0, int(text) - 1)
         elif key == "Mask blur" and text.isdecimal():
             fields["inpaint"] = {"mask_blur": int(text)}
-        elif key not in _UNIMPORTANT and not (key == "Schedule type" and text.lower() in ("karras", "automatic", "uniform")):
+        elif key not in _UNIMPORTANT and not (
+            key == "Schedule type" and text.lower() in ("karras", "automatic", "uniform")
+        ):
             lost.append(f"{key}: {text}" + (", a model that is not here" if key == "Model" else ""))
     return Restored(fields, tuple(lost), "parameters")
 
@@ -127,7 +135,11 @@ def _without_unknown_model(restored: Restored, models: Collection[str] | None) -
 # %% ../../nbs/40_planning/04_replay.ipynb #a445ac04
 def _flat(value: Any, path: str = "") -> dict[str, Any]:  # "a.b[0].c" -> value
     if isinstance(value, Mapping):
-        return {key: found for name, inner in value.items() for key, found in _flat(inner, f"{path}.{name}" if path else name).items()}
+        return {
+            key: found
+            for name, inner in value.items()
+            for key, found in _flat(inner, f"{path}.{name}" if path else name).items()
+        }
     if isinstance(value, list):
         return {key: found for i, inner in enumerate(value) for key, found in _flat(inner, f"{path}[{i}]").items()}
     return {path: value}
@@ -149,7 +161,8 @@ def plan_differences(
 # %% ../../nbs/40_planning/04_replay.ipynb #ca17b92a
 def as_code(
     request: GenerationRequest,
-    pictures: Mapping[str, str] | None = None,  # path of a field, such as "controlnets[0].image" -> file; absent ones stand as base64
+    pictures: Mapping[str, str]
+    | None = None,  # path of a field, such as "controlnets[0].image" -> file; absent ones stand as base64
 ) -> str:  # of a notebook cell
     "Python that carries out the request again."
     fields = request.model_dump(mode="json", exclude_none=True, exclude_unset=True)
@@ -157,7 +170,15 @@ def as_code(
     for name, value in fields.items():
         lines.append(f"    {name}={_literal(value, name, files)},")
     imports = ["from pathlib import Path", ""] if files else []
-    body = ["from diffusion_workers.service.service import DiffusionService", "", "service = DiffusionService()", "result = service.generate(", *lines, ")", "result"]
+    body = [
+        "from diffusion_workers.service.service import DiffusionService",
+        "",
+        "service = DiffusionService()",
+        "result = service.generate(",
+        *lines,
+        ")",
+        "result",
+    ]
     return "\n".join([*imports, *body])
 
 
@@ -165,7 +186,9 @@ def _literal(value: Any, path: str, files: Mapping[str, str]) -> str:
     if path in files:
         return f"Path({files[path]!r})"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {_literal(inner, f'{path}.{key}', files)}" for key, inner in value.items()) + "}"
+        return (
+            "{" + ", ".join(f"{key!r}: {_literal(inner, f'{path}.{key}', files)}" for key, inner in value.items()) + "}"
+        )
     if isinstance(value, list):
         return "[" + ", ".join(_literal(inner, f"{path}[{i}]", files) for i, inner in enumerate(value)) + "]"
     return repr(value)

@@ -24,14 +24,23 @@ from fastcore.meta import delegates
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from ez_diffusion_client.models import ControlMap, ErrorCode, ErrorDetail, GeneratedImage, GenerationPlan, OpResult, OpStatus, RequestWarning
+from ez_diffusion_client.models import (
+    ControlMap,
+    ErrorCode,
+    ErrorDetail,
+    GeneratedImage,
+    GenerationPlan,
+    OpResult,
+    OpStatus,
+    RequestWarning,
+)
 
 # %% ../../nbs/10_request/01_errors.ipynb #60fbdbb7
 logger = logging.getLogger("diffusion_workers")
 
 _SAME_NAME = {code: OpStatus(code.value) for code in ErrorCode if code.value in OpStatus.__members__}
 STATUS_OF_CODE = {
-    **{code: OpStatus.invalid_request for code in ErrorCode},
+    **dict.fromkeys(ErrorCode, OpStatus.invalid_request),
     **_SAME_NAME,
     ErrorCode.not_an_image: OpStatus.bad_image,
     ErrorCode.image_truncated: OpStatus.bad_image,
@@ -43,7 +52,9 @@ STATUS_OF_CODE = {
     ErrorCode.unknown_lora: OpStatus.lora_not_found,
     ErrorCode.unknown_controlnet: OpStatus.controlnet_not_found,
 }
-RETRYABLE_CODES = frozenset({ErrorCode.out_of_memory, ErrorCode.timed_out, ErrorCode.queue_full, ErrorCode.url_unreachable})
+RETRYABLE_CODES = frozenset(
+    {ErrorCode.out_of_memory, ErrorCode.timed_out, ErrorCode.queue_full, ErrorCode.url_unreachable}
+)
 
 # %% ../../nbs/10_request/01_errors.ipynb #ed1faa60
 class RequestError(Exception):
@@ -136,7 +147,14 @@ def _schema_at(model: type[BaseModel], location: tuple) -> tuple[list[dict], lis
     return parents, found
 
 # %% ../../nbs/10_request/01_errors.ipynb #a9b49b52
-_NOUNS = {"integer": "an integer", "number": "a number", "boolean": "true or false", "string": "text", "array": "a list", "object": "an object"}
+_NOUNS = {
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "array": "a list",
+    "object": "an object",
+}
 
 
 def _describe_schema(schema: dict) -> str:  # what a JSON schema allows, in words
@@ -145,7 +163,11 @@ def _describe_schema(schema: dict) -> str:  # what a JSON schema allows, in word
     words = [_NOUNS.get(schema.get("type"), "a value")]
     low, high = schema.get("minimum"), schema.get("maximum")
     if "exclusiveMinimum" in schema:
-        words.append(f"above {schema['exclusiveMinimum']:g} and up to {high:g}" if high is not None else f"above {schema['exclusiveMinimum']:g}")
+        words.append(
+            f"above {schema['exclusiveMinimum']:g} and up to {high:g}"
+            if high is not None
+            else f"above {schema['exclusiveMinimum']:g}"
+        )
     elif low is not None and high is not None:
         words.append(f"from {low:.16g} to {high:.16g}")
     sizes = [schema.get(f"{end}{noun}") for noun in ("Length", "Items") for end in ("min", "max")]
@@ -201,7 +223,7 @@ def _location(error: dict) -> tuple:  # where in the request, without the branch
         steps, own = steps[:-1], (shorten(steps[-1])[1:-1] or '""',)
     elif error["type"] == "string_unicode" and not steps:  # the name of a field that is no text
         own = (shorten(error["input"])[1:-1],)
-    return tuple(key for key in steps if isinstance(key, int) or key.isidentifier() and not key[0].isupper()) + own
+    return tuple(key for key in steps if isinstance(key, int) or (key.isidentifier() and not key[0].isupper())) + own
 
 
 def _error_code(location: tuple, kind: str, given: Any) -> ErrorCode:  # which of our codes a pydantic error is
@@ -218,19 +240,29 @@ def _detail(model: type[BaseModel], error: dict) -> ErrorDetail:  # one pydantic
     given = None if code == ErrorCode.missing_field else shorten(error["input"])
     message = error["msg"][0].lower() + error["msg"][1:]
     if code == ErrorCode.unknown_field:
-        siblings = sorted({name for schema in _schema_at(model, location[:-1])[1] for name in schema.get("properties", {})})
+        siblings = sorted(
+            {name for schema in _schema_at(model, location[:-1])[1] for name in schema.get("properties", {})}
+        )
         near = nearest_name(str(location[-1]).lower().replace("-", "_"), siblings)
         message, given, allowed = "there is no such field", shorten(location[-1]), ", ".join(siblings)
         hint = f"did you mean {near}?" if near else "leave it out, or look the name up in the API's specification"
     elif code == ErrorCode.not_a_finite_number:
         message = "a finite number is needed"
     elif code in (ErrorCode.not_one_of, ErrorCode.unknown_scheduler) and isinstance(error["input"], str):
-        message = "there is no such scheduler" if code == ErrorCode.unknown_scheduler else "this is not one of the known values"
-        near = nearest_name(error["input"].strip().lower(), allowed.removeprefix("one of ").split(" or ")[0].split(", "))
+        message = (
+            "there is no such scheduler"
+            if code == ErrorCode.unknown_scheduler
+            else "this is not one of the known values"
+        )
+        near = nearest_name(
+            error["input"].strip().lower(), allowed.removeprefix("one of ").split(" or ")[0].split(", ")
+        )
         hint = f"did you mean {near}?" if near else None
     elif code == ErrorCode.empty_prompt:
         message, hint = "the prompt is empty", "say what the picture shows"
-    return ErrorDetail(code=code, field=field_path(location) or None, message=message, given=given, allowed=allowed or None, hint=hint)
+    return ErrorDetail(
+        code=code, field=field_path(location) or None, message=message, given=given, allowed=allowed or None, hint=hint
+    )
 
 # %% ../../nbs/10_request/01_errors.ipynb #9041df9b
 Model = TypeVar("Model", bound=BaseModel)
@@ -246,11 +278,17 @@ def parse(
         return data
     if isinstance(data, (str, bytes)):
         try:
-            data = json.loads(data if isinstance(data, str) else data.decode("utf-8-sig"))  # JSON on the wire is UTF-8 (RFC 8259)
+            data = json.loads(
+                data if isinstance(data, str) else data.decode("utf-8-sig")
+            )  # JSON on the wire is UTF-8 (RFC 8259)
         except RecursionError:
-            raise request_error(ErrorCode.malformed_json, "this JSON is nested too deeply", hint="send one JSON object") from None
+            raise request_error(
+                ErrorCode.malformed_json, "this JSON is nested too deeply", hint="send one JSON object"
+            ) from None
         except ValueError as exc:
-            raise request_error(ErrorCode.malformed_json, f"this is no JSON: {exc}", given=data[:80], hint="send one JSON object") from None
+            raise request_error(
+                ErrorCode.malformed_json, f"this is no JSON: {exc}", given=data[:80], hint="send one JSON object"
+            ) from None
     try:
         return model.model_validate(data)
     except ValidationError as exc:
@@ -263,7 +301,9 @@ def is_out_of_memory(exc: BaseException) -> bool:
     "Whether an exception says that the memory of the host or of a device was not enough."
     if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(exc, RuntimeError) and any(text in str(exc) for text in ("out of memory", "can't allocate memory"))
+    return isinstance(exc, RuntimeError) and any(
+        text in str(exc) for text in ("out of memory", "can't allocate memory")
+    )
 
 
 def failure(
@@ -278,7 +318,9 @@ def failure(
         else:
             logger.error("unexpected %s", type(exc).__name__, exc_info=exc)
             hint = "nothing is wrong with the request as far as is known; the log has the details"
-            exc = request_error(ErrorCode.internal_error, f"the operation failed unexpectedly ({type(exc).__name__})", hint=hint)
+            exc = request_error(
+                ErrorCode.internal_error, f"the operation failed unexpectedly ({type(exc).__name__})", hint=hint
+            )
     return OpResult(status=exc.status, message=error_line(exc.errors[0]), errors=exc.errors, request_id=request_id)
 
 
@@ -322,7 +364,9 @@ def _figure(image: GeneratedImage | ControlMap) -> str:  # HTML
     made = isinstance(image, GeneratedImage)
     source = f"data:{_MIME[image.format.value] if made else 'image/png'};base64,{image.image.rpartition(',')[2]}"
     width = max(128, min(image.width, 512))
-    caption = html.escape(f"{f'seed {image.seed}' if made else image.preprocessor or 'map'}, {image.width} x {image.height}")
+    caption = html.escape(
+        f"{f'seed {image.seed}' if made else image.preprocessor or 'map'}, {image.width} x {image.height}"
+    )
     return (
         f'<figure style="margin:0"><img src="{source}" width="{width}" alt="{caption}">'
         f'<figcaption style="font-size:smaller">{caption}</figcaption></figure>'
@@ -341,7 +385,11 @@ def _in_words(value: Any) -> str:
         value = value.model_dump(mode="json", exclude_none=True)
     if isinstance(value, (list, tuple)):
         return "; ".join(map(_in_words, value))
-    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(getattr(value, "value", value))
+    return (
+        ", ".join(f"{key} {item}" for key, item in value.items())
+        if isinstance(value, dict)
+        else str(getattr(value, "value", value))
+    )
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:  # HTML
@@ -353,7 +401,9 @@ def _repr_html_(self: OpResult) -> str:
     lines = [f"<p><b>{self.status.value}</b> {html.escape(self.message or '')}</p>"] if not self.ok else []
     maps = [self.control_map] if self.control_map else []
     if self.generation or maps:
-        figures = "".join(map(_figure, [*self.generation.images, *(self.generation.control_maps or [])] if self.generation else maps))
+        figures = "".join(
+            map(_figure, [*self.generation.images, *(self.generation.control_maps or [])] if self.generation else maps)
+        )
         lines.append(f'<div style="display:flex;flex-wrap:wrap;gap:8px">{figures}</div>')
     for error in (self.errors or [])[0 if len(self.errors or []) > 1 else 1 :]:
         lines.append(f"<li>{html.escape(error_line(error))}</li>")

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urljoin
 
-from ez_diffusion_client.models import ErrorCode
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, LocationParseError
 from urllib3.util import Url, parse_url
 
 from .errors import RequestError, request_error
+from ez_diffusion_client.models import ErrorCode
 
 # %% ../../nbs/10_request/02_fetch.ipynb #75c18b44
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def check_url(
     field: str = "image",  # path in the request, for the error
 ) -> Url:  # with a scheme and a host
     "The parsed URL, if its scheme, port and form are allowed; else a RequestError `url_not_allowed`."
+
     def refuse(why: str, hint: str | None = None) -> RequestError:
         return _refused(ErrorCode.url_not_allowed, why, field, text, hint)
 
@@ -131,7 +132,12 @@ def _connect(
     for address in addresses:
         if url.scheme == "https":
             connection = HTTPSConnection(
-                address, _port(url), timeout=timeout, cert_reqs="CERT_REQUIRED", server_hostname=name, assert_hostname=name
+                address,
+                _port(url),
+                timeout=timeout,
+                cert_reqs="CERT_REQUIRED",
+                server_hostname=name,
+                assert_hostname=name,
             )
         else:
             connection = HTTPConnection(address, _port(url), timeout=timeout)
@@ -169,13 +175,20 @@ def _hop(
     timer.daemon = True
     timer.start()
     try:
-        headers = {"Host": url.netloc, "Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "diffusion-workers"}
+        headers = {
+            "Host": url.netloc,
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+            "User-Agent": "diffusion-workers",
+        }
         connection.request("GET", url.request_uri, headers=headers, preload_content=False)
         response = connection.getresponse()
         if response.status in (301, 302, 303, 307, 308) and (location := response.headers.get("Location")):
             return location, b""
         if response.status != 200:
-            raise _refused(ErrorCode.url_unreachable, f"the host answered with status {response.status}", field, url.url)
+            raise _refused(
+                ErrorCode.url_unreachable, f"the host answered with status {response.status}", field, url.url
+            )
         return None, _read_body(response, policy, field, url)
     finally:
         timer.cancel()
@@ -200,7 +213,9 @@ def fetch(
         except (HTTPError, OSError, http.client.HTTPException, ValueError):
             location, body = None, None
         if time.monotonic() >= deadline:
-            raise _refused(ErrorCode.url_unreachable, f"the URL took longer than {policy.timeout_seconds:g} seconds", field, first)
+            raise _refused(
+                ErrorCode.url_unreachable, f"the URL took longer than {policy.timeout_seconds:g} seconds", field, first
+            )
         if body is None:
             raise _refused(ErrorCode.url_unreachable, f"no complete answer came from {url.host}", field, first)
         if location is None:

@@ -19,12 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ez_diffusion_client.models import ErrorCode, InpaintOptions, OutputFormat, OutputOptions, PlannedImage, RequestWarning, ResizeMode
 from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from .fetch import FetchPolicy, fetch
 from .errors import RequestError, request_error, warning
+from .fetch import FetchPolicy, fetch
+from ez_diffusion_client.models import (
+    ErrorCode,
+    InpaintOptions,
+    OutputFormat,
+    OutputOptions,
+    PlannedImage,
+    RequestWarning,
+    ResizeMode,
+)
 
 # %% ../../nbs/10_request/03_images.ipynb #cb03f9a8
 @dataclass(frozen=True)
@@ -43,11 +51,23 @@ def _refused(code: ErrorCode, message: str, field: str, given: object = None, hi
 # %% ../../nbs/10_request/03_images.ipynb #f30aeee7
 _SUPPORTED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _SIGNATURES = [  # (format, pattern of its first bytes)
-    ("PNG", rb"\x89PNG\r\n\x1a\n"), ("JPEG", rb"\xff\xd8\xff"), ("WEBP", rb"RIFF....WEBP"), ("GIF", rb"GIF8[79]a"),
-    ("TIFF", rb"II[*+]\0|MM\0[*+]"), ("BMP", rb"BM.{4}\0{4}"), ("AVIF", rb"....ftyp(avif|avis)"), ("HEIC", rb"....ftyp(heic|heix|hevc|mif1|msf1)"),
-    ("SVG", rb"\s*+(<\?xml[^>]*+>\s*+)?+(<!--(?>.*?-->)\s*+)*+(<!DOCTYPE svg[^>]*+>\s*+)?+<svg"), ("PDF", rb"%PDF-"), ("PSD", rb"8BPS"),
-    ("ICO", rb"\0\0\x01\0"), ("JPEG 2000", rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), ("JPEG XL", rb"\xff\x0a|\0\0\0\x0cJXL "),
-    ("OpenEXR", rb"v/1\x01"), ("DDS", rb"DDS "), ("MP4", rb"....ftyp"),
+    ("PNG", rb"\x89PNG\r\n\x1a\n"),
+    ("JPEG", rb"\xff\xd8\xff"),
+    ("WEBP", rb"RIFF....WEBP"),
+    ("GIF", rb"GIF8[79]a"),
+    ("TIFF", rb"II[*+]\0|MM\0[*+]"),
+    ("BMP", rb"BM.{4}\0{4}"),
+    ("AVIF", rb"....ftyp(avif|avis)"),
+    ("HEIC", rb"....ftyp(heic|heix|hevc|mif1|msf1)"),
+    ("SVG", rb"\s*+(<\?xml[^>]*+>\s*+)?+(<!--(?>.*?-->)\s*+)*+(<!DOCTYPE svg[^>]*+>\s*+)?+<svg"),
+    ("PDF", rb"%PDF-"),
+    ("PSD", rb"8BPS"),
+    ("ICO", rb"\0\0\x01\0"),
+    ("JPEG 2000", rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
+    ("JPEG XL", rb"\xff\x0a|\0\0\0\x0cJXL "),
+    ("OpenEXR", rb"v/1\x01"),
+    ("DDS", rb"DDS "),
+    ("MP4", rb"....ftyp"),
 ]
 
 
@@ -75,7 +95,13 @@ def _base64_part(text: str, field: str) -> str:  # of a data URI or of plain tex
         return text
     head, comma, body = text.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise _refused(ErrorCode.not_an_image, "the data URI is not a base64 one", field, text, "Begin it with data:image/png;base64,")
+        raise _refused(
+            ErrorCode.not_an_image,
+            "the data URI is not a base64 one",
+            field,
+            text,
+            "Begin it with data:image/png;base64,",
+        )
     return body
 
 # %% ../../nbs/10_request/03_images.ipynb #078c9f1c
@@ -89,18 +115,31 @@ def image_bytes(
     text = text.strip()
     scheme = (match[1] or match[2]).lower() if (match := _SCHEME.match(text)) else ""
     if scheme == "file":
-        raise _refused(ErrorCode.file_path_not_allowed, "file URLs are never read", field, text, "Send the content of the file as base64 text.")
+        raise _refused(
+            ErrorCode.file_path_not_allowed,
+            "file URLs are never read",
+            field,
+            text,
+            "Send the content of the file as base64 text.",
+        )
     if scheme and scheme != "data":
         data, name = fetch(text, policy=policy, field=field), "the file behind the URL"
     else:
         encoded, name = _base64_part(text, field), "the text"
         if len(encoded) * 3 // 4 > policy.max_bytes * 1.05 + 4:  # line breaks take up to 3 %
-            raise _refused(ErrorCode.image_too_large, f"the picture is larger than {policy.max_bytes:,} bytes", field, hint="Send a smaller one.")
+            raise _refused(
+                ErrorCode.image_too_large,
+                f"the picture is larger than {policy.max_bytes:,} bytes",
+                field,
+                hint="Send a smaller one.",
+            )
         data = _from_base64(encoded)
     found = sniff_format(data or b"")
     if found is None and not scheme and _PATH.match(text):
         hint = "Send the content of the file as base64 text."
-        raise _refused(ErrorCode.file_path_not_allowed, "this looks like a file path, and none is ever read", field, text, hint)
+        raise _refused(
+            ErrorCode.file_path_not_allowed, "this looks like a file path, and none is ever read", field, text, hint
+        )
     if found is None:
         why = "is not base64" if data is None else "is empty" if not data else "is not a picture"
         raise _refused(ErrorCode.not_an_image, f"{name} {why}", field, text)
@@ -111,13 +150,34 @@ def _checked_file(data: bytes, found: str, field: str, policy: ImagePolicy) -> b
     if found == "unknown":
         raise _refused(ErrorCode.not_an_image, "the file is not a picture", field, f"{len(data):,} bytes")
     if found not in _SUPPORTED:
-        raise _refused(ErrorCode.image_format_not_supported, f"{found} is not a format that is read here", field, found, "Convert it to PNG.")
+        raise _refused(
+            ErrorCode.image_format_not_supported,
+            f"{found} is not a format that is read here",
+            field,
+            found,
+            "Convert it to PNG.",
+        )
     if len(data) > policy.max_bytes:
-        raise _refused(ErrorCode.image_too_large, f"the picture is larger than {policy.max_bytes:,} bytes", field, f"{len(data):,} bytes")
+        raise _refused(
+            ErrorCode.image_too_large,
+            f"the picture is larger than {policy.max_bytes:,} bytes",
+            field,
+            f"{len(data):,} bytes",
+        )
     return data
 
 # %% ../../nbs/10_request/03_images.ipynb #e3b34689
-DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, LookupError, TypeError, ArithmeticError, AttributeError)
+DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+)
 
 
 def open_image(
@@ -142,8 +202,16 @@ def open_image(
     except Image.DecompressionBombError:
         size = "more than Pillow opens"
     except DECODER_ERRORS:
-        raise _refused(ErrorCode.image_truncated, f"the {name} file is cut off or damaged", field, f"{len(data):,} bytes") from None
-    raise _refused(ErrorCode.image_too_large, f"the picture has more than {policy.max_pixels:,} pixels", field, size, "Send a smaller one.")
+        raise _refused(
+            ErrorCode.image_truncated, f"the {name} file is cut off or damaged", field, f"{len(data):,} bytes"
+        ) from None
+    raise _refused(
+        ErrorCode.image_too_large,
+        f"the picture has more than {policy.max_pixels:,} pixels",
+        field,
+        size,
+        "Send a smaller one.",
+    )
 
 # %% ../../nbs/10_request/03_images.ipynb #55cecd5c
 def _upright(image: Image.Image, field: str) -> tuple[Image.Image, list[RequestWarning]]:
@@ -154,9 +222,19 @@ def _upright(image: Image.Image, field: str) -> tuple[Image.Image, list[RequestW
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         turned = ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
     except DECODER_ERRORS:
-        return image, [*notes, warning("the EXIF data cannot be read, so the picture is used as it is stored", field=field)]
+        return image, [
+            *notes,
+            warning("the EXIF data cannot be read, so the picture is used as it is stored", field=field),
+        ]
     if turned is not image:
-        notes.append(warning(f"turned upright, as its EXIF orientation {orientation} says", field=field, given=image.size, used=turned.size))
+        notes.append(
+            warning(
+                f"turned upright, as its EXIF orientation {orientation} says",
+                field=field,
+                given=image.size,
+                used=turned.size,
+            )
+        )
     return turned, notes
 
 # %% ../../nbs/10_request/03_images.ipynb #8bc3fdfd
@@ -174,11 +252,19 @@ def _to_8_bit(image: Image.Image, field: str) -> Image.Image:  # "L" from "I;16"
     scale = 255.0 if image.mode == "F" else 1 / 257
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() * scale <= 255):
         hint = "Scale it to 16-bit integers, or to floats from 0 to 1."
-        raise _refused(ErrorCode.image_format_not_supported, "the values of the picture are outside of the range of its format", field, image.mode, hint)
+        raise _refused(
+            ErrorCode.image_format_not_supported,
+            "the values of the picture are outside of the range of its format",
+            field,
+            image.mode,
+            hint,
+        )
     return Image.fromarray(np.round(values * scale).astype(np.uint8))
 
 # %% ../../nbs/10_request/03_images.ipynb #9bbfd0d5
-def _simple(image: Image.Image, field: str) -> tuple[Image.Image, list[str]]:  # "L", "LA", "RGB" or "RGBA", and what was done
+def _simple(
+    image: Image.Image, field: str
+) -> tuple[Image.Image, list[str]]:  # "L", "LA", "RGB" or "RGBA", and what was done
     notes = []
     if image.mode.startswith(("I", "F")):
         image, notes = _to_8_bit(image, field), ["scaled to 8 bits a channel"]
@@ -189,11 +275,15 @@ def _simple(image: Image.Image, field: str) -> tuple[Image.Image, list[str]]:  #
     if image.has_transparency_data:
         opaque = image.convert("RGBA")
         gray = image.mode in ("LA", "La")
-        return (opaque.convert("L" if gray else "RGB"), notes) if opaque.getextrema()[3] == (255, 255) else (opaque, notes)
+        return (
+            (opaque.convert("L" if gray else "RGB"), notes) if opaque.getextrema()[3] == (255, 255) else (opaque, notes)
+        )
     try:
         return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB"), notes
     except ValueError:
-        raise _refused(ErrorCode.image_format_not_supported, f"pictures in {image.mode} are not read here", field, image.mode) from None
+        raise _refused(
+            ErrorCode.image_format_not_supported, f"pictures in {image.mode} are not read here", field, image.mode
+        ) from None
 
 # %% ../../nbs/10_request/03_images.ipynb #e9083f90
 @dataclass(frozen=True)
@@ -205,12 +295,15 @@ class DecodedImage:
     warnings: tuple[RequestWarning, ...] = ()  # what was changed on the way
 
     @property
-    def width(self) -> int: return self.image.width
+    def width(self) -> int:
+        return self.image.width
 
     @property
-    def height(self) -> int: return self.image.height
+    def height(self) -> int:
+        return self.image.height
 
-    def _repr_png_(self) -> bytes: return self.image._repr_png_()
+    def _repr_png_(self) -> bytes:
+        return self.image._repr_png_()
 
 
 def pixel_sha256(
@@ -261,7 +354,9 @@ def _mask_of(image: Image.Image) -> tuple[Image.Image, list[str]]:  # "L", from 
     drawn = pixels[pixels[..., 3] > 0][:, :3]
     if len(drawn) and (drawn == drawn[0]).all():
         return image.getchannel("A"), ["the mask is taken from the alpha channel: opaque is repainted"]
-    return flatten(image, "black").convert("L"), ["the mask is taken from its brightness, and transparent parts count as black"]
+    return flatten(image, "black").convert("L"), [
+        "the mask is taken from its brightness, and transparent parts count as black"
+    ]
 
 
 def decode_mask(
@@ -320,7 +415,9 @@ def prepare_mask(
     "A mask as a generation uses it: resized, inverted, binarised and blurred, in this order."
     grows = size[0] >= mask.width and size[1] >= mask.height
     binary = len(mask.getcolors(256)) <= 2
-    resample = Image.Resampling.NEAREST if grows and binary else Image.Resampling.BILINEAR if grows else Image.Resampling.BOX
+    resample = (
+        Image.Resampling.NEAREST if grows and binary else Image.Resampling.BILINEAR if grows else Image.Resampling.BOX
+    )
     mask = resize_image(mask, *size, resize_mode, resample)
     if options.invert:
         mask = ImageOps.invert(mask)
@@ -337,7 +434,12 @@ def crop_region(
     "The box to work on: around everything that is not black, grown to an aspect ratio."
     width, height = mask.size
     left, top, right, bottom = mask.getbbox() or (0, 0, width, height)
-    left, top, right, bottom = max(0, left - padding), max(0, top - padding), min(width, right + padding), min(height, bottom + padding)
+    left, top, right, bottom = (
+        max(0, left - padding),
+        max(0, top - padding),
+        min(width, right + padding),
+        min(height, bottom + padding),
+    )
     box_width = min(width, max(right - left, round((bottom - top) * aspect)))
     box_height = min(height, max(bottom - top, round((right - left) / aspect)))
     left = min(max(0, (left + right - box_width) // 2), width - box_width)
@@ -425,7 +527,11 @@ def _array_image(array: np.ndarray) -> Image.Image:  # from (H, W) or (H, W, 1, 
 
 
 def to_image_string(
-    value: str | bytes | Path | Image.Image | np.ndarray,  # an array is (H, W) or (H, W, C), uint8 or floats from 0 to 1
+    value: str
+    | bytes
+    | Path
+    | Image.Image
+    | np.ndarray,  # an array is (H, W) or (H, W, C), uint8 or floats from 0 to 1
 ) -> str:  # base64, or `value` itself if it is text
     "A picture from Python as text for a request. For local callers: a Path is read, and never comes from a request."
     if isinstance(value, str):
@@ -439,10 +545,14 @@ def to_image_string(
         return encode_base64(upright.convert("RGB") if upright.mode in ("CMYK", "YCbCr", "LAB", "HSV") else upright)
     if isinstance(value, (bytes, bytearray, memoryview)):
         return base64.b64encode(value).decode()
-    raise TypeError(f"cannot make a picture of {type(value).__name__}; give text, bytes, a Path, a PIL image or an array")
+    raise TypeError(
+        f"cannot make a picture of {type(value).__name__}; give text, bytes, a Path, a PIL image or an array"
+    )
 
 # %% ../../nbs/10_request/03_images.ipynb #1bb8a2ef
-def _label(text: str, width: int, font: ImageFont.ImageFont) -> str:  # shortened until it is `width` pixels wide at most
+def _label(
+    text: str, width: int, font: ImageFont.ImageFont
+) -> str:  # shortened until it is `width` pixels wide at most
     shown = text
     while shown and font.getlength(shown) > width:
         text = text[:-1]
@@ -458,7 +568,9 @@ def contact_sheet(
 ) -> Image.Image:  # RGB
     "Pictures in a grid, with labels under them."
     if not images or (labels is not None and len(labels) != len(images)):
-        raise ValueError(f"{len(images)} images and {len(labels or [])} labels: give at least one image, and one label for each or none")
+        raise ValueError(
+            f"{len(images)} images and {len(labels or [])} labels: give at least one image, and one label for each or none"
+        )
     columns = columns or int(np.ceil(np.sqrt(len(images))))
     font = ImageFont.load_default(size=13)
     width, height = max(image.width for image in images), max(image.height for image in images)
@@ -467,7 +579,10 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for index, image in enumerate(images):
         x, y = gap + index % columns * (width + gap), gap + index // columns * row
-        sheet.paste(image if image.mode == "RGB" else flatten(image), (x + (width - image.width) // 2, y + (height - image.height) // 2))
+        sheet.paste(
+            image if image.mode == "RGB" else flatten(image),
+            (x + (width - image.width) // 2, y + (height - image.height) // 2),
+        )
         if labels:
             draw.text((x, y + height + 3), _label(labels[index], width, font), fill="black", font=font)
     return sheet

@@ -14,36 +14,76 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ez_diffusion_client.models import GenerationPlan, ModelFamily, OutputOptions, PlannedControl, RequestWarning, SchedulerName
 from PIL import ExifTags, Image
 from pydantic import ValidationError
 
 from .. import __version__
-from .images import DECODER_ERRORS, PARAMETERS_KEY, PLAN_KEY, encode_image, fitting_metadata, open_image
 from .errors import warning
+from diffusion_workers.request.images import (
+    DECODER_ERRORS,
+    PARAMETERS_KEY,
+    PLAN_KEY,
+    encode_image,
+    fitting_metadata,
+    open_image,
+)
+from ez_diffusion_client.models import (
+    GenerationPlan,
+    ModelFamily,
+    OutputOptions,
+    PlannedControl,
+    RequestWarning,
+    SchedulerName,
+)
 
 # %% ../../nbs/10_request/04_metadata.ipynb #27e4d163
 SAMPLER_LABELS = {
-    SchedulerName.ddim: "DDIM", SchedulerName.ddpm: "DDPM", SchedulerName.pndm: "PLMS", SchedulerName.euler: "Euler",
-    SchedulerName.euler_ancestral: "Euler a", SchedulerName.heun: "Heun", SchedulerName.dpmpp_2m: "DPM++ 2M",
-    SchedulerName.dpmpp_2m_sde: "DPM++ 2M SDE", SchedulerName.dpmpp_singlestep: "DPM++ 2S", SchedulerName.unipc: "UniPC",
-    SchedulerName.deis: "DEIS", SchedulerName.lms: "LMS", SchedulerName.kdpm2: "DPM2", SchedulerName.kdpm2_ancestral: "DPM2 a",
-    SchedulerName.lcm: "LCM", SchedulerName.flow_match_euler: "Flow match Euler",
+    SchedulerName.ddim: "DDIM",
+    SchedulerName.ddpm: "DDPM",
+    SchedulerName.pndm: "PLMS",
+    SchedulerName.euler: "Euler",
+    SchedulerName.euler_ancestral: "Euler a",
+    SchedulerName.heun: "Heun",
+    SchedulerName.dpmpp_2m: "DPM++ 2M",
+    SchedulerName.dpmpp_2m_sde: "DPM++ 2M SDE",
+    SchedulerName.dpmpp_singlestep: "DPM++ 2S",
+    SchedulerName.unipc: "UniPC",
+    SchedulerName.deis: "DEIS",
+    SchedulerName.lms: "LMS",
+    SchedulerName.kdpm2: "DPM2",
+    SchedulerName.kdpm2_ancestral: "DPM2 a",
+    SchedulerName.lcm: "LCM",
+    SchedulerName.flow_match_euler: "Flow match Euler",
 }
 
 
-def _joined(settings: dict[str, object]) -> str:  # "Steps: 25, Model: ..."; None is left out, what holds a separator is quoted
-    texts = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in settings.items() if value is not None}
-    quoted = {key: json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]|^\s|\s$', text) else text for key, text in texts.items()}
+def _joined(
+    settings: dict[str, object],
+) -> str:  # "Steps: 25, Model: ..."; None is left out, what holds a separator is quoted
+    texts = {
+        key: f"{value:g}" if isinstance(value, float) else str(value)
+        for key, value in settings.items()
+        if value is not None
+    }
+    quoted = {
+        key: json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]|^\s|\s$', text) else text
+        for key, text in texts.items()
+    }
     return ", ".join(f"{key}: {text}" for key, text in quoted.items())
 
 
 def _control_text(control: PlannedControl) -> str:  # one control, as the ControlNet extension writes it
-    return _joined({
-        "Module": control.preprocessing.name if control.preprocessing else "none", "Model": control.model,
-        "Weight": control.conditioning_scale, "Resize Mode": control.resize_mode.value, "Control Mode": control.control_mode.value,
-        "Guidance Start": control.guidance_start, "Guidance End": control.guidance_end,
-    })
+    return _joined(
+        {
+            "Module": control.preprocessing.name if control.preprocessing else "none",
+            "Model": control.model,
+            "Weight": control.conditioning_scale,
+            "Resize Mode": control.resize_mode.value,
+            "Control Mode": control.control_mode.value,
+            "Guidance Start": control.guidance_start,
+            "Guidance End": control.guidance_end,
+        }
+    )
 
 # %% ../../nbs/10_request/04_metadata.ipynb #3f4806e4
 def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:

@@ -15,7 +15,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import yaml
-from ez_diffusion_client.models import ErrorCode
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
@@ -26,12 +25,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from . import routes
 from ..models.manifest import package_folder
 from ..request.errors import RequestError, request_error
-from .middleware import Gate, HttpError, answer_error
+from . import routes
 from .metrics import ServerMetrics
+from .middleware import Gate, HttpError, answer_error
 from .settings import ServerSettings
+from ez_diffusion_client.models import ErrorCode
 
 # %% ../../nbs/70_server/06_app.ipynb #27b7374e
 def specification() -> str:
@@ -61,7 +61,9 @@ def add_operations(app: FastAPI) -> None:
         for method, operation in item.items():
             if method != "parameters":
                 name = operation["operationId"]
-                app.add_api_route(path, OPERATIONS[name], methods=[method.upper()], operation_id=name, response_model=None)
+                app.add_api_route(
+                    path, OPERATIONS[name], methods=[method.upper()], operation_id=name, response_model=None
+                )
 
 # %% ../../nbs/70_server/06_app.ipynb #5c436f9e
 WEB = package_folder("web")
@@ -78,11 +80,19 @@ def add_pages(app: FastAPI, settings: ServerSettings, web: Path = WEB) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(index, headers={"Cache-Control": "no-cache"}) if index.is_file() else HTMLResponse(_NO_PAGE, 404)
+        return (
+            FileResponse(index, headers={"Cache-Control": "no-cache"})
+            if index.is_file()
+            else HTMLResponse(_NO_PAGE, 404)
+        )
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
-        places = {"swagger_js_url": "docs-assets/swagger-ui-bundle.js", "swagger_css_url": "docs-assets/swagger-ui.css", "swagger_favicon_url": "docs-assets/favicon-32x32.png"}
+        places = {
+            "swagger_js_url": "docs-assets/swagger-ui-bundle.js",
+            "swagger_css_url": "docs-assets/swagger-ui.css",
+            "swagger_favicon_url": "docs-assets/favicon-32x32.png",
+        }
         return get_swagger_ui_html(openapi_url="openapi.json", title="diffusion_workers", **places)
 
     @app.get("/openapi.json", include_in_schema=False)
@@ -135,13 +145,24 @@ def _methods(request: Request) -> str:  # that the path knows; a route of the fr
     return ", ".join(sorted({method for route in known if route.path_regex.match(path) for method in route.methods}))
 
 
-async def _on_http_error(request: Request, exc: HTTPException) -> Response:  # of the framework: no such route, no such method
+async def _on_http_error(
+    request: Request, exc: HTTPException
+) -> Response:  # of the framework: no such route, no such method
     given = f"{request.method} {request.url.path}"
     if exc.status_code != 405:
-        error = request_error(ErrorCode.not_found, "there is nothing here", field="URL", given=given, hint="/docs lists what there is")
+        error = request_error(
+            ErrorCode.not_found, "there is nothing here", field="URL", given=given, hint="/docs lists what there is"
+        )
         return answer_error(HttpError(exc.status_code, error, exc.headers), request.state.request_id)
     allowed = _methods(request)
-    error = request_error(ErrorCode.not_one_of, "this cannot be done here", field="URL", given=given, allowed=allowed, hint="/docs lists what there is")
+    error = request_error(
+        ErrorCode.not_one_of,
+        "this cannot be done here",
+        field="URL",
+        given=given,
+        allowed=allowed,
+        hint="/docs lists what there is",
+    )
     return answer_error(HttpError(405, error, {"Allow": allowed}), request.state.request_id)
 
 
@@ -168,15 +189,34 @@ def create_app(
             await warming
         await asyncio.to_thread(service.close)
 
-    app = FastAPI(title="diffusion_workers", version=version("diffusion-workers"), lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="diffusion_workers",
+        version=version("diffusion-workers"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
     app.state.server = routes.ServerState(service, settings)
     add_operations(app)
     add_pages(app, settings, web)
-    for kind, handler in ((RequestError, _on_error), (HTTPException, _on_http_error), (ClientDisconnect, _on_disconnect), (Exception, _on_error)):
+    for kind, handler in (
+        (RequestError, _on_error),
+        (HTTPException, _on_http_error),
+        (ClientDisconnect, _on_disconnect),
+        (Exception, _on_error),
+    ):
         app.add_exception_handler(kind, handler)
     app.add_middleware(Counted, metrics=app.state.server.metrics)
     app.add_middleware(Gate, settings=settings)
     if settings.origins:
         shown = ["X-Request-ID", "X-Seed", "X-Image-Count", "Retry-After"]
-        app.add_middleware(CORSMiddleware, allow_origins=list(settings.origins), allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"], expose_headers=shown, max_age=600)
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=shown,
+            max_age=600,
+        )
     return app

@@ -12,15 +12,14 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from fastcore.basics import patch
 
-from ez_diffusion_client import models as wire
-from ez_diffusion_client.models import ErrorCode, GenerationRequest, JobState, OpResult, OpStatus, Phase, ProgressEvent
-
 from ..request.errors import RequestError, error_detail, failure, request_error
 from .settings import ServerSettings
+from ez_diffusion_client import models as wire
+from ez_diffusion_client.models import ErrorCode, GenerationRequest, JobState, OpResult, OpStatus, Phase, ProgressEvent
 
 # %% ../../nbs/70_server/02_jobs.ipynb #38e212f6
 class Job:
@@ -31,7 +30,7 @@ class Job:
         self.generation = None  # of the service, once it has taken the request
         self.event = ProgressEvent(phase=Phase.queued, job_id=self.id)
         self.result: OpResult | None = None
-        self.created_at, self.started_at, self.finished_at = datetime.now(timezone.utc), None, None
+        self.created_at, self.started_at, self.finished_at = datetime.now(UTC), None, None
         self.version, self.changed = 0, asyncio.Event()
         self.watchers, self.touched = 0, time.monotonic()
         self.cancel_asked = False
@@ -41,14 +40,18 @@ class Job:
         "Where it stands."
         if self.result is None:
             return JobState.queued if self.started_at is None else JobState.running
-        return {OpStatus.success: JobState.succeeded, OpStatus.cancelled: JobState.cancelled}.get(self.result.status, JobState.failed)
+        return {OpStatus.success: JobState.succeeded, OpStatus.cancelled: JobState.cancelled}.get(
+            self.result.status, JobState.failed
+        )
 
     def update(self, event: ProgressEvent) -> None:
         "Take a newer event and wake the watchers."
         if event.phase not in (Phase.queued, Phase.done, Phase.failed, Phase.cancelled) and self.started_at is None:
-            self.started_at = datetime.now(timezone.utc)
+            self.started_at = datetime.now(UTC)
         if event.preview is None and self.event.preview is not None and event.phase == Phase.denoise:
-            event = event.model_copy(update={"preview": self.event.preview})  # for those who were not listening when it came
+            event = event.model_copy(
+                update={"preview": self.event.preview}
+            )  # for those who were not listening when it came
         self.event = event.model_copy(update={"job_id": self.id})
         self.version += 1
         self.changed.set()
@@ -57,7 +60,15 @@ class Job:
     def as_wire(self) -> wire.Job:
         "What a client is told."
         progress = None if self.event.result is not None else self.event
-        return wire.Job(id=self.id, state=self.state, created_at=self.created_at, started_at=self.started_at, finished_at=self.finished_at, progress=progress, result=self.result)
+        return wire.Job(
+            id=self.id,
+            state=self.state,
+            created_at=self.created_at,
+            started_at=self.started_at,
+            finished_at=self.finished_at,
+            progress=progress,
+            result=self.result,
+        )
 
 # %% ../../nbs/70_server/02_jobs.ipynb #36344ddb
 def result_bytes(result: OpResult) -> int:
@@ -89,7 +100,7 @@ class JobStore:
 
     def clean(self) -> None:
         "Drop what has waited too long, or takes too much memory."
-        now, kept = datetime.now(timezone.utc), 0
+        now, kept = datetime.now(UTC), 0
         for job in reversed([job for job in self._jobs.values() if job.result is not None]):
             kept += result_bytes(job.result)
             if (now - job.finished_at).total_seconds() > self.keep_seconds or kept > self.keep_bytes:
@@ -164,7 +175,13 @@ async def submit(self: JobQueue, request: GenerationRequest) -> Job:
     limit = self.settings.max_queue
     if limit is not None and len(self.open) > limit:
         allowed, hint = f"{limit} waiting", f"come back in {self.retry_after} s"
-        raise request_error(ErrorCode.queue_full, "the queue is full", given=f"{len(self.open)} requests before this one", allowed=allowed, hint=hint)
+        raise request_error(
+            ErrorCode.queue_full,
+            "the queue is full",
+            given=f"{len(self.open)} requests before this one",
+            allowed=allowed,
+            hint=hint,
+        )
     loop, job = asyncio.get_running_loop(), Job(self._limited(request))
     self.open.append(job)
     self._tell_places()
@@ -173,8 +190,6 @@ async def submit(self: JobQueue, request: GenerationRequest) -> Job:
     await loop.run_in_executor(self._fetching if _fetches(request) else self._intake, self._begin, job, loop)
     await asyncio.sleep(0)  # what the thread reported comes first
     return job
-
-
 
 # %% ../../nbs/70_server/02_jobs.ipynb #bfd5f729
 @patch
@@ -199,7 +214,7 @@ def _tell_places(self: JobQueue) -> None:
 def _finish(self: JobQueue, job: Job, result: OpResult) -> None:  # the first result counts
     if job.result is not None:
         return
-    job.result, job.finished_at = result, datetime.now(timezone.utc)
+    job.result, job.finished_at = result, datetime.now(UTC)
     self.open.remove(job)
     if job.started_at is not None:
         self._durations = [*self._durations[-31:], (job.finished_at - job.started_at).total_seconds()]
@@ -214,7 +229,16 @@ def _finish(self: JobQueue, job: Job, result: OpResult) -> None:  # the first re
 def _expire(self: JobQueue, job: Job) -> None:  # its time is up while it waits; a running one watches the clock itself
     if job.result is None and job.started_at is None:
         self._withdraw(job)
-        self._finish(job, _stopped(ErrorCode.timed_out, f"the request was still waiting after its {job.request.timeout_seconds:g} seconds", job, "allow more time", True))
+        self._finish(
+            job,
+            _stopped(
+                ErrorCode.timed_out,
+                f"the request was still waiting after its {job.request.timeout_seconds:g} seconds",
+                job,
+                "allow more time",
+                True,
+            ),
+        )
 
 
 @patch
@@ -283,7 +307,16 @@ async def wait(self: JobQueue, job: Job) -> OpResult:
 def _dismiss(self: JobQueue, jobs: list[Job]) -> None:
     for job in jobs:
         self._withdraw(job)
-        self._finish(job, _stopped(ErrorCode.cancelled, "the server is stopping", job, "send it again when the server is up", retryable=True))
+        self._finish(
+            job,
+            _stopped(
+                ErrorCode.cancelled,
+                "the server is stopping",
+                job,
+                "send it again when the server is up",
+                retryable=True,
+            ),
+        )
 
 
 @patch

@@ -6,11 +6,11 @@
 __all__ = ['METRICS_TYPE', 'PHASES', 'ServerMetrics', 'exposition']
 
 # %% ../../nbs/70_server/04_metrics.ipynb #a79aa8d7
-from ez_diffusion_client.models import MemoryReport, OpStatus
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from .jobs import Job
+from ez_diffusion_client.models import MemoryReport, OpStatus
 
 # %% ../../nbs/70_server/04_metrics.ipynb #a02c0e44
 METRICS_TYPE = CONTENT_TYPE_PLAIN_0_0_4  # of the answer
@@ -25,14 +25,29 @@ class ServerMetrics:
         self.registry = CollectorRegistry()
         own = {"registry": self.registry, "namespace": "diffusion_workers"}
         self.http = Counter("http_requests", "HTTP requests that were answered", ["operation", "http_status"], **own)
-        self.http_seconds = Histogram("http_request_seconds", "Time from a request to the end of its answer", ["operation"], buckets=_SECONDS, **own)
+        self.http_seconds = Histogram(
+            "http_request_seconds",
+            "Time from a request to the end of its answer",
+            ["operation"],
+            buckets=_SECONDS,
+            **own,
+        )
         self.generations = Counter("generations", "Generations that ended", ["status"], **own)
         self.images = Counter("images", "Images that were made", ["model"], **own)
-        self.phases = Histogram("phase_seconds", "Time that successful generations spent in each phase", ["phase"], buckets=_SECONDS, **own)
-        self.step = Histogram("step_seconds", "Median time of a denoising step, of each generation", buckets=(0.005, 0.01, 0.025, *_SECONDS), **own)
+        self.phases = Histogram(
+            "phase_seconds", "Time that successful generations spent in each phase", ["phase"], buckets=_SECONDS, **own
+        )
+        self.step = Histogram(
+            "step_seconds",
+            "Median time of a denoising step, of each generation",
+            buckets=(0.005, 0.01, 0.025, *_SECONDS),
+            **own,
+        )
         self.waiting = Gauge("jobs_waiting", "Jobs that wait", **own)
         self.running = Gauge("jobs_running", "Jobs that run", **own)
-        self.memory = Gauge("memory_bytes", "Memory of the host, of the process and of each device", ["place", "kind"], **own)
+        self.memory = Gauge(
+            "memory_bytes", "Memory of the host, of the process and of each device", ["place", "kind"], **own
+        )
         self.model_memory = Gauge("model_memory_bytes", "Weights of each loaded model", ["model"], **own)
 
     def finished(self, job: Job) -> None:
@@ -49,7 +64,11 @@ class ServerMetrics:
 
 # %% ../../nbs/70_server/04_metrics.ipynb #54611210
 def _memory_rows(report: MemoryReport):  # (place, kind, bytes)
-    yield from [("host", "total", report.host_total_bytes), ("host", "available", report.host_available_bytes), ("process", "resident", report.process_bytes)]
+    yield from [
+        ("host", "total", report.host_total_bytes),
+        ("host", "available", report.host_available_bytes),
+        ("process", "resident", report.process_bytes),
+    ]
     for device in report.devices:
         for kind in ("total", "free", "allocated", "reserved", "peak"):
             if (size := getattr(device, f"{kind}_bytes")) is not None:

@@ -16,15 +16,15 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
-from ez_diffusion_client.models import ErrorCode, OpResult, OpStatus
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 
 from ..request.errors import RequestError, failure, request_error
 from .settings import ServerSettings
+from ez_diffusion_client.models import ErrorCode, OpResult, OpStatus
 
 # %% ../../nbs/70_server/03_middleware.ipynb #9f4d4456
 HTTP_STATUS = {
@@ -68,8 +68,12 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         "The record as text."
-        line = {"time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"), "level": record.levelname.lower(),
-                "logger": record.name, "message": record.getMessage()}
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
         line |= {"request_id": current_request.get()} if current_request.get() else {}
         line |= getattr(record, "fields", {})
         line |= {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
@@ -79,14 +83,22 @@ class JsonFormatter(logging.Formatter):
 def set_up_logging(as_json: bool, level: int = logging.INFO) -> None:
     "Send the log of this package to standard error."
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(
+        JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    )
     for name, least in (("diffusion_workers", level), ("uvicorn.error", logging.WARNING)):
         own = logging.getLogger(name)
         own.handlers, own.propagate = [handler], False
         own.setLevel(least)
 
 # %% ../../nbs/70_server/03_middleware.ipynb #20af677d
-OPEN_PATHS = ("/", "/health", "/ready", "/favicon.ico", "/favicon.svg")  # need no token: the page itself, and what a load balancer asks
+OPEN_PATHS = (
+    "/",
+    "/health",
+    "/ready",
+    "/favicon.ico",
+    "/favicon.svg",
+)  # need no token: the page itself, and what a load balancer asks
 _OPEN_FOLDERS = ("/assets/",)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -98,7 +110,17 @@ def check_host(headers: Headers, settings: ServerSettings) -> None:
     name = host[: host.rindex(":")] if re.search(r":\d*$", host) else host
     if "*" not in allowed and name.lower() not in allowed:
         hint = "set DIFFUSION_WORKERS_HOSTS where the server is reached by other names"
-        raise HttpError(403, request_error(ErrorCode.unauthorized, "this server has another name", field="Host", given=host, allowed=", ".join(allowed), hint=hint))
+        raise HttpError(
+            403,
+            request_error(
+                ErrorCode.unauthorized,
+                "this server has another name",
+                field="Host",
+                given=host,
+                allowed=", ".join(allowed),
+                hint=hint,
+            ),
+        )
 
 
 def check_token(path: str, headers: Headers, settings: ServerSettings) -> None:
@@ -108,12 +130,18 @@ def check_token(path: str, headers: Headers, settings: ServerSettings) -> None:
     scheme, _, given = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), settings.token.encode()):
         message = "the token is wrong" if given else "a token is needed"
-        error = request_error(ErrorCode.unauthorized, message, field="Authorization", allowed="Bearer and the token of this server")
+        error = request_error(
+            ErrorCode.unauthorized, message, field="Authorization", allowed="Bearer and the token of this server"
+        )
         raise HttpError(401, error, {"WWW-Authenticate": "Bearer"})
 
 # %% ../../nbs/70_server/03_middleware.ipynb #57239a8b
 def _too_large(limit: int, given: str) -> HttpError:
-    return HttpError(413, request_error(ErrorCode.too_long, "the body is too large", field="body", given=given, allowed=f"{limit} bytes"), {"Connection": "close"})
+    return HttpError(
+        413,
+        request_error(ErrorCode.too_long, "the body is too large", field="body", given=given, allowed=f"{limit} bytes"),
+        {"Connection": "close"},
+    )
 
 
 def check_length(headers: Headers, settings: ServerSettings) -> None:
@@ -134,7 +162,12 @@ def limited_receive(receive: Callable[[], Awaitable[dict]], settings: ServerSett
         try:
             message = await asyncio.wait_for(receive(), settings.receive_timeout)
         except TimeoutError:
-            error = request_error(ErrorCode.timed_out, f"nothing came for {settings.receive_timeout:g} seconds", field="body", hint="send the body at once")
+            error = request_error(
+                ErrorCode.timed_out,
+                f"nothing came for {settings.receive_timeout:g} seconds",
+                field="body",
+                hint="send the body at once",
+            )
             raise HttpError(408, error, {"Connection": "close"}) from None
         seen, complete = seen + len(message.get("body", b"")), not message.get("more_body", False)
         if settings.max_body is not None and seen > settings.max_body:
@@ -181,9 +214,22 @@ class Gate:
         await self.app(scope, receive, send)
 
     def _log(self, scope: dict, status: int, seconds: float) -> None:
-        fields: dict[str, Any] = {"method": scope["method"], "path": scope["path"], "status": status, "seconds": round(seconds, 4)}
+        fields: dict[str, Any] = {
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "seconds": round(seconds, 4),
+        }
         fields |= {"client": scope["client"][0]} if scope.get("client") else {}
         fields |= scope["state"].get("log", {})  # what the route has to add
         path = scope["path"][:200].encode("ascii", "backslashreplace").decode()
         text = " ".join(f"{name}={value}" for name, value in scope["state"].get("log", {}).items())
-        logger.info("%s %s %s in %.3f s%s", scope["method"], path, status, seconds, f" {text}" if text else "", extra={"fields": fields})
+        logger.info(
+            "%s %s %s in %.3f s%s",
+            scope["method"],
+            path,
+            status,
+            seconds,
+            f" {text}" if text else "",
+            extra={"fields": fields},
+        )

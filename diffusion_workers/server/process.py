@@ -24,13 +24,17 @@ def listening_socket(
 ) -> socket.socket:
     "A socket that listens; a `SettingsError` where it cannot."
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
         listening = socket.socket(family, kind)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(1024)
     except OSError as exc:
-        raise SettingsError(f"the server cannot listen on {host} port {port}: {exc.strerror}; see --host and --port") from None
+        raise SettingsError(
+            f"the server cannot listen on {host} port {port}: {exc.strerror}; see --host and --port"
+        ) from None
     return listening
 
 
@@ -54,9 +58,13 @@ def run_app(app, listening: socket.socket, grace: float) -> None:
                 loop.call_soon_threadsafe(app.state.server.begin_stop)
             super().handle_exit(sig, frame)
 
-    options = dict(http="h11", log_config=None, access_log=False, server_header=False, lifespan="on", timeout_keep_alive=30)
+    options = dict(
+        http="h11", log_config=None, access_log=False, server_header=False, lifespan="on", timeout_keep_alive=30
+    )
     server = Server(uvicorn.Config(app, timeout_graceful_shutdown=int(grace) + 30, **options))
-    before = {sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGINT, signal.SIGTERM)}  # uvicorn raises the signal again when it is done
+    before = {
+        sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGINT, signal.SIGTERM)
+    }  # uvicorn raises the signal again when it is done
     try:
         server.run(sockets=[listening])
     finally:
@@ -67,12 +75,20 @@ def run_app(app, listening: socket.socket, grace: float) -> None:
 def serve(settings: ServerSettings) -> None:
     "Start the server, and return when it has ended."
     listening = listening_socket(settings.host, settings.port)
-    print(f"diffusion-workers: starting on {address_of(listening)}, documentation at {address_of(listening)}/docs", file=sys.stderr, flush=True)
+    print(
+        f"diffusion-workers: starting on {address_of(listening)}, documentation at {address_of(listening)}/docs",
+        file=sys.stderr,
+        flush=True,
+    )
     if settings.host not in ("127.0.0.1", "localhost", "::1") and settings.token is None:
-        print("diffusion-workers: anyone who can reach this machine may use it: set DIFFUSION_WORKERS_TOKEN", file=sys.stderr, flush=True)
-    from diffusion_workers.service.service import DiffusionService
+        print(
+            "diffusion-workers: anyone who can reach this machine may use it: set DIFFUSION_WORKERS_TOKEN",
+            file=sys.stderr,
+            flush=True,
+        )
     from diffusion_workers.server.app import create_app
     from diffusion_workers.server.middleware import set_up_logging
+    from diffusion_workers.service.service import DiffusionService
 
     set_up_logging(settings.json_logs)
     with listening, DiffusionService(settings) as service:
@@ -83,18 +99,29 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     "The options of `diffusion-workers serve`."
     parser.add_argument("--host", help="address to listen on; 127.0.0.1 by default")
     parser.add_argument("--port", metavar="N", help="port to listen on; 8000 by default, 0 takes a free one")
-    parser.add_argument("--model", metavar="NAME", help="the model of a request that names none; it is loaded at the start")
+    parser.add_argument(
+        "--model", metavar="NAME", help="the model of a request that names none; it is loaded at the start"
+    )
     parser.add_argument("--device", help="auto, cpu, mps, cuda or cuda:N")
-    parser.add_argument("--models", action="append", metavar="FOLDER", help="a folder with manifests of your own; may be given again")
+    parser.add_argument(
+        "--models", action="append", metavar="FOLDER", help="a folder with manifests of your own; may be given again"
+    )
     parser.epilog = "Token, limits, origins and more are environment variables: see nbs/70_server/01_settings.ipynb."
 
 
-_VARIABLES = {"host": "DIFFUSION_WORKERS_HOST", "port": "DIFFUSION_WORKERS_PORT", "model": "DIFFUSION_WORKERS_DEFAULT_MODEL", "device": "DIFFUSION_WORKERS_DEVICE"}
+_VARIABLES = {
+    "host": "DIFFUSION_WORKERS_HOST",
+    "port": "DIFFUSION_WORKERS_PORT",
+    "model": "DIFFUSION_WORKERS_DEFAULT_MODEL",
+    "device": "DIFFUSION_WORKERS_DEVICE",
+}
 
 
 def serve_settings(arguments: argparse.Namespace) -> ServerSettings:
     "The settings that options and environment say; a `SettingsError` names what is wrong."
-    given = {variable: value for name, variable in _VARIABLES.items() if (value := getattr(arguments, name)) is not None}
+    given = {
+        variable: value for name, variable in _VARIABLES.items() if (value := getattr(arguments, name)) is not None
+    }
     settings = ServerSettings.from_environment(dict(os.environ) | given)
     return replace(settings, model_folders=(*settings.model_folders, *map(Path, arguments.models or [])))
 

@@ -15,18 +15,26 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
 
-from ez_diffusion_client import models as wire
-from ez_diffusion_client.models import ErrorCode, GenerationRequest, HealthState, OpResult, OpStatus, OutputFormat, PreprocessRequest
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from .jobs import Job, JobQueue
 from ..request.errors import parse, request_error
-from .middleware import HttpError, answer
+from .jobs import Job, JobQueue
 from .metrics import METRICS_TYPE, ServerMetrics, exposition
+from .middleware import HttpError, answer
 from .settings import ServerSettings
+from ez_diffusion_client import models as wire
+from ez_diffusion_client.models import (
+    ErrorCode,
+    GenerationRequest,
+    HealthState,
+    OpResult,
+    OpStatus,
+    OutputFormat,
+    PreprocessRequest,
+)
 
 # %% ../../nbs/70_server/05_routes.ipynb #add9c6c2
 Body = TypeVar("Body", bound=BaseModel)
@@ -38,7 +46,13 @@ async def read_body(request: Request, model: type[Body]) -> Body:
     given = request.headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        error = request_error(ErrorCode.not_one_of, "the body has to be JSON", field="Content-Type", given=given, allowed="application/json")
+        error = request_error(
+            ErrorCode.not_one_of,
+            "the body has to be JSON",
+            field="Content-Type",
+            given=given,
+            allowed="application/json",
+        )
         raise HttpError(415, error)
     data = await request.body()
     body = await asyncio.to_thread(parse, model, data) if len(data) > _LARGE else parse(model, data)
@@ -103,17 +117,24 @@ class ServerState:
     async def warm_up(self) -> None:
         "Load the default model and make a picture, in the queue like any other request."
         started = time.perf_counter()
-        result = await self.queue.wait(await self.queue.submit(GenerationRequest(prompt="a circle", num_inference_steps=1, request_id="warm-up")))
+        result = await self.queue.wait(
+            await self.queue.submit(GenerationRequest(prompt="a circle", num_inference_steps=1, request_id="warm-up"))
+        )
         if result.status == OpStatus.success:
             load = result.generation.timings.load_seconds
-            self.startup += [wire.PhaseTime(phase=name, seconds=seconds) for name, seconds in (("load", load), ("first picture", time.perf_counter() - started - load))]
+            self.startup += [
+                wire.PhaseTime(phase=name, seconds=seconds)
+                for name, seconds in (("load", load), ("first picture", time.perf_counter() - started - load))
+            ]
         elif result.status != OpStatus.cancelled:
             self.trouble = result.message
             logger.error("no picture could be made at the start: %s", result.message)
 
     def health(self) -> wire.Health:
         "How the server is."
-        found = self.service.health().model_copy(update={"queue_length": self.queue.waiting, "startup": self.startup or None})
+        found = self.service.health().model_copy(
+            update={"queue_length": self.queue.waiting, "startup": self.startup or None}
+        )
         if self.queue.stopping:
             return found.model_copy(update={"state": HealthState.stopping, "message": "the server is stopping"})
         if self.trouble and found.state != HealthState.ready:
@@ -126,6 +147,7 @@ Result = TypeVar("Result")
 
 async def while_connected(request: Request, work: Awaitable[Result]) -> Result | None:
     "The result of the work, or None as soon as the client is gone."
+
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
@@ -163,7 +185,9 @@ async def preprocess(request: Request) -> Response:
     "POST /preprocess"
     state, body = request.app.state.server, await read_body(request, PreprocessRequest)
     if state.settings.max_queue is not None and state.maps_waiting > state.settings.max_queue:
-        raise request_error(ErrorCode.queue_full, "too many control maps are waited for", allowed=f"{state.settings.max_queue} waiting")
+        raise request_error(
+            ErrorCode.queue_full, "too many control maps are waited for", allowed=f"{state.settings.max_queue} waiting"
+        )
     state.maps_waiting += 1
     try:
         async with state.one_map:
@@ -202,7 +226,11 @@ async def cancel_job(request: Request, job_id: str) -> Response:
 
 async def _messages(queue: JobQueue, job: Job) -> AsyncIterator[str]:  # as text/event-stream
     async for event in queue.watch(job):
-        yield ": still here\n\n" if event is None else f"id: {job.version}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"
+        yield (
+            ": still here\n\n"
+            if event is None
+            else f"id: {job.version}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"
+        )
 
 
 async def stream_job_events(request: Request, job_id: str) -> Response:
@@ -238,4 +266,6 @@ async def metrics(request: Request) -> Response:
     state = request.app.state.server
     report = await asyncio.to_thread(state.service.memory_report)
     waiting = state.queue.waiting
-    return Response(exposition(state.metrics, report, waiting, len(state.queue.open) - waiting), media_type=METRICS_TYPE)
+    return Response(
+        exposition(state.metrics, report, waiting, len(state.queue.open) - waiting), media_type=METRICS_TYPE
+    )

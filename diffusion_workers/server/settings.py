@@ -19,6 +19,7 @@ def number(
     kind: type = float,  # or int
 ) -> Callable[[str], float]:
     "A reader of numbers within bounds."
+
     def read(text: str) -> float:
         try:
             value = kind(text)
@@ -27,6 +28,7 @@ def number(
         if value is None or not low <= value <= high:
             raise ValueError(f"{'an integer' if kind is int else 'a number'} from {low:g} to {high:g}")
         return value
+
     return read
 
 
@@ -38,7 +40,9 @@ def read_list(text: str) -> tuple[str, ...]:
 def read_origins(text: str) -> tuple[str, ...]:
     "Origins of web pages, or a star for all."
     found = read_list(text)
-    if any(origin != "*" and (not origin.startswith(("http://", "https://")) or origin.count("/") != 2) for origin in found):
+    if any(
+        origin != "*" and (not origin.startswith(("http://", "https://")) or origin.count("/") != 2) for origin in found
+    ):
         raise ValueError("origins such as https://example.org or http://localhost:5173, separated by commas, or *")
     return found
 
@@ -50,29 +54,63 @@ def _secret(variable: str, read: Callable[[str], Any], about: str) -> Any:  # a 
 @dataclass(frozen=True)
 class ServerSettings(Settings):
     "What environment variables decide about the server."
+
     host: str = setting("DIFFUSION_WORKERS_HOST", "127.0.0.1", str, "address to listen on; 0.0.0.0 is every interface")
     port: int = setting("DIFFUSION_WORKERS_PORT", 8000, number(0, 65535, int), "port to listen on; 0 takes a free one")
     token: str | None = _secret(
-        "DIFFUSION_WORKERS_TOKEN", matching(r"[\x21-\x7e]{8,512}", "8 to 512 visible ASCII characters"), "what clients send as Authorization: Bearer")
+        "DIFFUSION_WORKERS_TOKEN",
+        matching(r"[\x21-\x7e]{8,512}", "8 to 512 visible ASCII characters"),
+        "what clients send as Authorization: Bearer",
+    )
     origins: tuple[str, ...] = setting(
-        "DIFFUSION_WORKERS_ORIGINS", (), read_origins, "web pages of other origins that may call the server, or *")
+        "DIFFUSION_WORKERS_ORIGINS", (), read_origins, "web pages of other origins that may call the server, or *"
+    )
     hosts: tuple[str, ...] = setting(
-        "DIFFUSION_WORKERS_HOSTS", (), read_list, "names in the Host header that are answered, or *; absent, those of this machine while only it is listened to")
-    max_body: int | None = setting("DIFFUSION_WORKERS_MAX_BODY", None, read_bytes, "largest body of a request, such as 32MB")
+        "DIFFUSION_WORKERS_HOSTS",
+        (),
+        read_list,
+        "names in the Host header that are answered, or *; absent, those of this machine while only it is listened to",
+    )
+    max_body: int | None = setting(
+        "DIFFUSION_WORKERS_MAX_BODY", None, read_bytes, "largest body of a request, such as 32MB"
+    )
     max_queue: int | None = setting(
-        "DIFFUSION_WORKERS_MAX_QUEUE", None, number(0, 1_000_000, int), "requests that may wait behind the running one; more are told to come back")
+        "DIFFUSION_WORKERS_MAX_QUEUE",
+        None,
+        number(0, 1_000_000, int),
+        "requests that may wait behind the running one; more are told to come back",
+    )
     deadline: float | None = setting(
-        "DIFFUSION_WORKERS_DEADLINE", None, number(0.001, 86400), "seconds that a request may take, its time in the queue included")
+        "DIFFUSION_WORKERS_DEADLINE",
+        None,
+        number(0.001, 86400),
+        "seconds that a request may take, its time in the queue included",
+    )
     receive_timeout: float = setting(
-        "DIFFUSION_WORKERS_RECEIVE_TIMEOUT", 60.0, number(0.1, 3600), "seconds to wait for the next part of a body")
+        "DIFFUSION_WORKERS_RECEIVE_TIMEOUT", 60.0, number(0.1, 3600), "seconds to wait for the next part of a body"
+    )
     grace: float = setting(
-        "DIFFUSION_WORKERS_GRACE", 10.0, number(0, 3600), "seconds that the running request gets to finish after SIGTERM, before it is cancelled")
+        "DIFFUSION_WORKERS_GRACE",
+        10.0,
+        number(0, 3600),
+        "seconds that the running request gets to finish after SIGTERM, before it is cancelled",
+    )
     abandoned: float = setting(
-        "DIFFUSION_WORKERS_ABANDONED", 30.0, number(0, 86400), "seconds after which a job that nobody watches or asks for any more is cancelled")
-    keep_jobs: float = setting("DIFFUSION_WORKERS_KEEP_JOBS", 600.0, number(0, 86400), "seconds for which the result of a job can be fetched")
-    keep_bytes: int = setting("DIFFUSION_WORKERS_KEEP_BYTES", 256 * 2**20, read_bytes, "memory for such results; the oldest leave")
+        "DIFFUSION_WORKERS_ABANDONED",
+        30.0,
+        number(0, 86400),
+        "seconds after which a job that nobody watches or asks for any more is cancelled",
+    )
+    keep_jobs: float = setting(
+        "DIFFUSION_WORKERS_KEEP_JOBS", 600.0, number(0, 86400), "seconds for which the result of a job can be fetched"
+    )
+    keep_bytes: int = setting(
+        "DIFFUSION_WORKERS_KEEP_BYTES", 256 * 2**20, read_bytes, "memory for such results; the oldest leave"
+    )
     json_logs: bool = setting("DIFFUSION_WORKERS_JSON_LOGS", False, read_flag, "log lines as JSON")
-    warm_up: bool = setting("DIFFUSION_WORKERS_WARM_UP", True, read_flag, "load the default model and make a picture at the start")
+    warm_up: bool = setting(
+        "DIFFUSION_WORKERS_WARM_UP", True, read_flag, "load the default model and make a picture at the start"
+    )
 
     @property
     def allowed_hosts(self) -> tuple[str, ...]:

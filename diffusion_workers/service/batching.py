@@ -6,7 +6,7 @@
 __all__ = ['BatchPolicy', 'sharing_key', 'Member', 'together', 'SharedStop', 'SharedWatch', 'joined_texts', 'render_together']
 
 # %% ../../nbs/60_service/03_batching.ipynb #81da093d
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,9 +15,18 @@ from PIL import Image
 from ..lora.layers import LoraStore
 from ..pipeline.factory import PipelineFactory
 from ..planning.plan import batch_key
-from .previews import Previewer
-from .render import MAX_BATCH, batch_size, OnProgress, Prepared, StepWatch, StopSignal, render, text_notes
 from ..request.errors import RequestError, warning
+from .previews import Previewer
+from diffusion_workers.service.render import (
+    MAX_BATCH,
+    OnProgress,
+    Prepared,
+    StepWatch,
+    StopSignal,
+    batch_size,
+    render,
+    text_notes,
+)
 from ez_diffusion_client.models import GenerationPlan, Phase, ProgressEvent, RequestWarning, Timings
 
 # %% ../../nbs/60_service/03_batching.ipynb #83b16da3
@@ -27,6 +36,7 @@ _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 @dataclass(frozen=True)
 class BatchPolicy:
     "How large a shared batch may be, and how long a request waits for company."
+
     max_images: int = MAX_BATCH  # at most MAX_BATCH
     max_wait_seconds: float = 0.0  # after a request has come
 
@@ -38,6 +48,7 @@ def sharing_key(plan: GenerationPlan) -> tuple:
 
 class Member(Protocol):
     "What is known of a request in a shared batch."
+
     plan: GenerationPlan
     stop: StopSignal
 
@@ -85,7 +96,9 @@ class SharedWatch(StepWatch):
     def __init__(
         self,
         stop: SharedStop,
-        members: Sequence[tuple[OnProgress, int, Previewer | None]],  # who is told, its number of images, what makes its previews
+        members: Sequence[
+            tuple[OnProgress, int, Previewer | None]
+        ],  # who is told, its number of images, what makes its previews
         batch_size: int = MAX_BATCH,  # images that go through the network together
     ):
         count = sum(images for _, images, _ in members)
@@ -100,13 +113,21 @@ class SharedWatch(StepWatch):
         first = 0
         for report, images, previewer in self.members:
             shown = previewer if event.phase == Phase.denoise else None
-            report(event.model_copy(update={"preview": shown and shown(self.step, sum(self.durations), self._latents[first:])}))
+            report(
+                event.model_copy(
+                    update={"preview": shown and shown(self.step, sum(self.durations), self._latents[first:])}
+                )
+            )
             first += images
 
 # %% ../../nbs/60_service/03_batching.ipynb #58b6149e
 def joined_texts(plans: Sequence[GenerationPlan]) -> dict[str, list[str]]:  # field -> one text for each image
     "The texts of plans that share a batch; empty where they are all the same."
-    texts = {name: [getattr(plan, name) for plan in plans for _ in plan.seeds] for name in _TEXTS if getattr(plans[0], name) is not None}
+    texts = {
+        name: [getattr(plan, name) for plan in plans for _ in plan.seeds]
+        for name in _TEXTS
+        if getattr(plans[0], name) is not None
+    }
     return texts if any(len(set(values)) > 1 for values in texts.values()) else {}
 
 
@@ -123,7 +144,9 @@ def render_together(
         return [render(factory, plans[0], prepared, watch, timings, lora_store)]
     seeds, texts = [seed for plan in plans for seed in plan.seeds], joined_texts(plans)
     own_notes = [text_notes(factory.variant(plan.task, plan.control_kind), plan) for plan in plans]
-    pictures, shared = render(factory, plans[0].model_copy(update={"seeds": seeds}), prepared, watch, timings, lora_store, texts)
+    pictures, shared = render(
+        factory, plans[0].model_copy(update={"seeds": seeds}), prepared, watch, timings, lora_store, texts
+    )
     shared = shared if texts else shared[len(own_notes[0]) :]
     made = []
     for plan, notes in zip(plans, own_notes):

@@ -26,7 +26,11 @@ def decode_in_tiles(plan: GenerationPlan) -> GenerationPlan:
 
 def one_by_one(plan: GenerationPlan) -> GenerationPlan:
     "Rung two."
-    return plan if len(plan.seeds) == 1 or (plan.acceleration and plan.acceleration.batch_size == 1) else _with(plan, batch_size=1)
+    return (
+        plan
+        if len(plan.seeds) == 1 or (plan.acceleration and plan.acceleration.batch_size == 1)
+        else _with(plan, batch_size=1)
+    )
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,9 @@ class Ladder:
         for rung in RUNGS[: self.taken.get(plan.model, 0)]:
             changed = rung.change(plan)
             if changed is not plan:
-                note = warning(f"memory had run out with this model, so {rung.what}", field="acceleration", used=rung.what)
+                note = warning(
+                    f"memory had run out with this model, so {rung.what}", field="acceleration", used=rung.what
+                )
                 plan = changed.model_copy(update={"warnings": [*(plan.warnings or []), note]})
         return plan
 

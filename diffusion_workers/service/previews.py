@@ -91,7 +91,9 @@ class PreviewMaker:
     ):
         self._vae, self.size, self.seconds = weakref.ref(vae), size, 0.0
         self.decodes, self.matrix = True, None
-        sample = torch.zeros(vae.config.latent_channels, max(1, size[1] // 8), max(1, size[0] // 8), device=device_of(vae))
+        sample = torch.zeros(
+            vae.config.latent_channels, max(1, size[1] // 8), max(1, size[0] // 8), device=device_of(vae)
+        )
         self.seconds = self._measure(sample)
         if self.seconds > QUICK_DECODE or takes_turns(vae):
             self.decodes, self.matrix = False, torch.no_grad()(colour_map)(vae)
@@ -115,7 +117,9 @@ class PreviewMaker:
         z = with_unit_scale(latents)
         colours = decoded(self._vae(), z) if self.decodes else mapped(z, self.matrix)
         levels = ((colours + 1) * 127.5).nan_to_num().clamp(0, 255).to(torch.uint8)
-        return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy(), "RGB").resize(size, Image.Resampling.BICUBIC)
+        return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy(), "RGB").resize(
+            size, Image.Resampling.BICUBIC
+        )
 
 # %% ../../nbs/60_service/01_previews.ipynb #e0ae3660
 _makers: "weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[int, int], PreviewMaker]]" = weakref.WeakKeyDictionary()
@@ -153,7 +157,9 @@ class Previewer:
         self,
         interval: int,  # steps from one preview to the next
         maker: PreviewMaker,
-        spatial: Callable[[torch.Tensor], torch.Tensor] = lambda latents: latents,  # a pipeline's latents to (B, C, h, w)
+        spatial: Callable[[torch.Tensor], torch.Tensor] = lambda latents: (
+            latents
+        ),  # a pipeline's latents to (B, C, h, w)
         share: float = PREVIEW_SHARE,  # of the time that denoising has taken
         pause: float = PREVIEW_PAUSE,  # seconds
     ):

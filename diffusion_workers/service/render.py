@@ -23,23 +23,37 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..request.metadata import embed
-from ..request.images import DecodedImage, ImagePolicy, decode_image, decode_mask, image_facts
-from ..request.images import crop_region, paste_back, prepare_mask, resize_image
-from ..pipeline.loading import quiet_libraries
+from diffusion_workers.acceleration.apply import (
+    accelerated,
+    acceleration_notes,
+    remembering_encoders,
+    wants_compilation,
+)
 from ..control.detectors import PreprocessorStore
-from ..pipeline.controlnets import PreparedControl, control_arguments
 from ..control.preprocessors import PREPROCESSORS, fit_map, inpaint_condition
 from ..lora.layers import LoadedLora, LoraStore, use_loras
-from ..acceleration.apply import accelerated, acceleration_notes, remembering_encoders, wants_compilation
-from ..planning.controls import ControlFacts, enabled_units, resolve_lora
+from ..pipeline.controlnets import PreparedControl, control_arguments
 from ..pipeline.factory import PipelineFactory, use_scheduler
-from .previews import Previewer, fitting_size, preview_maker
-from ..request.errors import request_error, warning
+from ..pipeline.loading import quiet_libraries
 from ..pipeline.weights import storage_packages, stored_format
+from ..planning.controls import ControlFacts, enabled_units, resolve_lora
+from ..request.errors import request_error, warning
+from diffusion_workers.request.images import (
+    DecodedImage,
+    ImagePolicy,
+    crop_region,
+    decode_image,
+    decode_mask,
+    image_facts,
+    paste_back,
+    prepare_mask,
+    resize_image,
+)
+from ..request.metadata import embed
+from .previews import Previewer, fitting_size, preview_maker
 from ez_diffusion_client.models import (
-    Environment,
     ControlKind,
+    Environment,
     ErrorCode,
     GeneratedImage,
     GenerationPlan,
@@ -77,7 +91,12 @@ class StopSignal:
             raise request_error(ErrorCode.cancelled, "the generation was cancelled")
         if self.deadline is not None and time.monotonic() > self.deadline:
             message = f"the generation was stopped after its {self.timeout_seconds:g} seconds"
-            raise request_error(ErrorCode.timed_out, message, field="timeout_seconds", hint="allow more time, or ask for fewer steps or images")
+            raise request_error(
+                ErrorCode.timed_out,
+                message,
+                field="timeout_seconds",
+                hint="allow more time, or ask for fewer steps or images",
+            )
 
 # %% ../../nbs/60_service/02_render.ipynb #bfae8628
 @dataclass(frozen=True)
@@ -86,7 +105,9 @@ class Inputs:
 
     image: DecodedImage | None = None  # RGB
     mask_image: DecodedImage | None = None  # L, white is repainted
-    controls: Mapping[int, DecodedImage] = field(default_factory=dict)  # of enabled units, by their index in the request; RGB
+    controls: Mapping[int, DecodedImage] = field(
+        default_factory=dict
+    )  # of enabled units, by their index in the request; RGB
     control_masks: Mapping[int, DecodedImage] = field(default_factory=dict)  # L, white is where the control holds
 
     @property
@@ -115,8 +136,14 @@ def decode_inputs(
     image = None if request.image is None else decode_image(request.image, policy=policy)
     mask = None if request.mask_image is None else decode_mask(request.mask_image, policy=policy)
     units = enabled_units(request)
-    controls = {i: decode_image(unit.image, field=f"controlnets[{i}].image", policy=policy) for i, unit in units.items()}
-    masks = {i: decode_mask(unit.mask_image, field=f"controlnets[{i}].mask_image", policy=policy) for i, unit in units.items() if unit.mask_image}
+    controls = {
+        i: decode_image(unit.image, field=f"controlnets[{i}].image", policy=policy) for i, unit in units.items()
+    }
+    masks = {
+        i: decode_mask(unit.mask_image, field=f"controlnets[{i}].mask_image", policy=policy)
+        for i, unit in units.items()
+        if unit.mask_image
+    }
     return Inputs(image, mask, controls, masks)
 
 # %% ../../nbs/60_service/02_render.ipynb #e345a482
@@ -141,7 +168,9 @@ def prepare_inputs(
     prepared = _prepare_pictures(plan, inputs)
     if not plan.controlnets:
         return prepared
-    return replace(prepared, controls=tuple(prepare_controls(plan, inputs, prepared, preprocessors or PreprocessorStore())))
+    return replace(
+        prepared, controls=tuple(prepare_controls(plan, inputs, prepared, preprocessors or PreprocessorStore()))
+    )
 
 
 def _prepare_pictures(plan: GenerationPlan, inputs: Inputs) -> Prepared:
@@ -153,9 +182,17 @@ def _prepare_pictures(plan: GenerationPlan, inputs: Inputs) -> Prepared:
         return Prepared(image=resize_image(image, *size, plan.resize_mode))
     canvas = image if plan.inpaint.only_masked else resize_image(image, *size, plan.resize_mode)
     mask, sharp = inputs.mask_image.image, plan.inpaint.model_copy(update={"mask_blur": 0})
-    hard, soft = (prepare_mask(mask, canvas.size, options, resize_mode=plan.resize_mode) for options in (sharp, plan.inpaint))
+    hard, soft = (
+        prepare_mask(mask, canvas.size, options, resize_mode=plan.resize_mode) for options in (sharp, plan.inpaint)
+    )
     if hard.getbbox() is None:
-        raise request_error(ErrorCode.not_an_image, "nothing is masked", field="mask_image", allowed="white where the picture is repainted", hint="paint the mask, or set inpaint.invert")
+        raise request_error(
+            ErrorCode.not_an_image,
+            "nothing is masked",
+            field="mask_image",
+            allowed="white where the picture is repainted",
+            hint="paint the mask, or set inpaint.invert",
+        )
     box = crop_region(soft, plan.inpaint.padding, plan.width / plan.height) if plan.inpaint.only_masked else None
     region, region_mask = (p.crop(box).resize(size, Image.Resampling.LANCZOS) if box else p for p in (canvas, hard))
     return Prepared(image=region, mask=region_mask, canvas=canvas, canvas_mask=soft, box=box)
@@ -179,8 +216,18 @@ def prepare_controls(
             yield PreparedControl(control, fit_map(picture, plan.width, plan.height, control.resize_mode), fitted(mask))
             continue
         hole = mask or prepared.mask if PREPROCESSORS[control.preprocessing.name].needs_mask else None
-        made = preprocessors.run(control.preprocessing, picture, plan.width, plan.height, control.resize_mode, hole, field=f"{at}.preprocessing")
-        condition = inpaint_condition(fitted(picture), fitted(hole)) if hole and plan.family == ModelFamily.sd15 else None
+        made = preprocessors.run(
+            control.preprocessing,
+            picture,
+            plan.width,
+            plan.height,
+            control.resize_mode,
+            hole,
+            field=f"{at}.preprocessing",
+        )
+        condition = (
+            inpaint_condition(fitted(picture), fitted(hole)) if hole and plan.family == ModelFamily.sd15 else None
+        )
         yield PreparedControl(control, made, None if hole else fitted(mask), condition)
 
 # %% ../../nbs/60_service/02_render.ipynb #374880e9
@@ -200,25 +247,40 @@ def batch_size(plan: GenerationPlan) -> int:
     "How many images of a plan go through the network together: one where what is left out depends on how the images of a batch look."
     options = plan.acceleration
     alone = options is not None and (options.guidance_tolerance or options.step_cache == StepCacheName.first_block)
-    return 1 if alone else options and options.batch_size or MAX_BATCH
+    return 1 if alone else (options and options.batch_size) or MAX_BATCH
 
 
-_OPTIONAL = ("prompt_2", "negative_prompt", "negative_prompt_2", "true_cfg_scale", "guidance_rescale", "clip_skip", "max_sequence_length")
+_OPTIONAL = (
+    "prompt_2",
+    "negative_prompt",
+    "negative_prompt_2",
+    "true_cfg_scale",
+    "guidance_rescale",
+    "clip_skip",
+    "max_sequence_length",
+)
 
 # %% ../../nbs/60_service/02_render.ipynb #f938edd4
 def size_arguments(asked: SizeConditioning | None) -> dict[str, tuple[int, int]]:
     "What SDXL is told about sizes, as (height, width) and (top, left); a size of which one side is missing stays the pipeline's own."
     if asked is None:
         return {}
-    sizes = {f"{name}_size": (getattr(asked, f"{name}_height"), getattr(asked, f"{name}_width")) for name in ("original", "target")}
-    return {name: size for name, size in sizes.items() if None not in size} | {"crops_coords_top_left": (asked.crop_top, asked.crop_left)}
+    sizes = {
+        f"{name}_size": (getattr(asked, f"{name}_height"), getattr(asked, f"{name}_width"))
+        for name in ("original", "target")
+    }
+    return {name: size for name, size in sizes.items() if None not in size} | {
+        "crops_coords_top_left": (asked.crop_top, asked.crop_left)
+    }
 
 
 def pipeline_arguments(
     plan: GenerationPlan,
     seeds: list[int],  # of this chunk
     prepared: Prepared,
-    texts: Mapping[str, list[str]] = MappingProxyType({}),  # field -> one text for each seed, where the images have texts of their own
+    texts: Mapping[str, list[str]] = MappingProxyType(
+        {}
+    ),  # field -> one text for each seed, where the images have texts of their own
 ) -> dict[str, Any]:
     "What the diffusers pipeline of a plan is called with."
     arguments = {
@@ -235,7 +297,10 @@ def pipeline_arguments(
     if plan.task != Task.image_to_image or plan.control_kind != ControlKind.none or plan.family == ModelFamily.flux:
         arguments |= {"width": plan.width, "height": plan.height}
     if plan.task != Task.text_to_image:
-        arguments |= {"image": [prepared.image] * len(seeds), "strength": plan.strength}  # one each, so that each is encoded with numbers of its own seed
+        arguments |= {
+            "image": [prepared.image] * len(seeds),
+            "strength": plan.strength,
+        }  # one each, so that each is encoded with numbers of its own seed
     if plan.task == Task.inpainting:
         arguments["mask_image"] = [prepared.mask] * len(seeds)
     if plan.pipeline_class.startswith("FluxControl") and "ControlNet" not in plan.pipeline_class:
@@ -286,7 +351,16 @@ class StepWatch:
         total, pace = pipe.num_timesteps * self.chunks, self.seconds_per_step
         left = pace * max(0, total - self.step)
         preview = self.previewer and self.previewer(self.step, sum(self.durations), tensors["latents"])
-        self.on_progress(ProgressEvent(phase=Phase.denoise, step=self.step, total_steps=total, seconds_per_step=pace, seconds_left=left, preview=preview))
+        self.on_progress(
+            ProgressEvent(
+                phase=Phase.denoise,
+                step=self.step,
+                total_steps=total,
+                seconds_per_step=pace,
+                seconds_left=left,
+                preview=preview,
+            )
+        )
         return tensors
 
 # %% ../../nbs/60_service/02_render.ipynb #6c6ad3f1
@@ -296,7 +370,11 @@ def spatial_latents(
     plan: GenerationPlan,
 ) -> torch.Tensor:  # (B, C, H/8, W/8)
     "Latents as a picture; Flux has them as a row of patches."
-    return pipe._unpack_latents(latents, plan.height, plan.width, pipe.vae_scale_factor) if plan.family == ModelFamily.flux else latents
+    return (
+        pipe._unpack_latents(latents, plan.height, plan.width, pipe.vae_scale_factor)
+        if plan.family == ModelFamily.flux
+        else latents
+    )
 
 
 def previewer_for(
@@ -361,13 +439,19 @@ def cut_off_text(
     return tokenizer.decode(tokens[room:]) if len(tokens) > room else None
 
 
-def _texts(pipe, plan: GenerationPlan) -> Iterator[tuple[str, Any, str, int]]:  # field, tokenizer, text, tokens that it takes
+def _texts(
+    pipe, plan: GenerationPlan
+) -> Iterator[tuple[str, Any, str, int]]:  # field, tokenizer, text, tokens that it takes
     second, room_2 = getattr(pipe, "tokenizer_2", None), plan.max_sequence_length or 512
     room_2 = room_2 if plan.family == ModelFamily.flux else second and second.model_max_length
     for field in ("prompt", "negative_prompt"):
         if (text := getattr(plan, field)) and not (plan.family == ModelFamily.flux and getattr(plan, f"{field}_2")):
             first = plan.family != ModelFamily.flux  # Flux draws from T5, which takes more; CLIP gives it a summary
-            yield (field, pipe.tokenizer, text, pipe.tokenizer.model_max_length) if first else (field, second, text, room_2)
+            yield (
+                (field, pipe.tokenizer, text, pipe.tokenizer.model_max_length)
+                if first
+                else (field, second, text, room_2)
+            )
         if second is not None and (text := getattr(plan, f"{field}_2")):
             yield f"{field}_2", second, text, room_2
 
@@ -377,21 +461,45 @@ def text_notes(pipe, plan: GenerationPlan) -> list[RequestWarning]:
     layers = pipe.text_encoder.config.num_hidden_layers
     if plan.clip_skip and plan.clip_skip >= layers:
         allowed = f"0 to {layers - 1} for this model"
-        raise request_error(ErrorCode.out_of_range, "the text encoder has fewer layers", field="clip_skip", given=plan.clip_skip, allowed=allowed)
+        raise request_error(
+            ErrorCode.out_of_range,
+            "the text encoder has fewer layers",
+            field="clip_skip",
+            given=plan.clip_skip,
+            allowed=allowed,
+        )
     notes = []
     for field, tokenizer, text, tokens in _texts(pipe, plan):
         special = tokenizer.num_special_tokens_to_add()
         if end := cut_off_text(tokenizer, text, tokens - special):
-            notes.append(warning(f"the text encoder takes {tokens - special} tokens; the rest was cut off", field=field, given=end))
+            notes.append(
+                warning(
+                    f"the text encoder takes {tokens - special} tokens; the rest was cut off", field=field, given=end
+                )
+            )
     return notes
 
 # %% ../../nbs/60_service/02_render.ipynb #0d3111ad
-def _refining(factory: PipelineFactory, plan: GenerationPlan, arguments: dict[str, Any], watch: StepWatch) -> Callable[[torch.Tensor], torch.Tensor]:
+def _refining(
+    factory: PipelineFactory, plan: GenerationPlan, arguments: dict[str, Any], watch: StepWatch
+) -> Callable[[torch.Tensor], torch.Tensor]:
     "A function that lets the refiner make the last steps."
     refiner, options = factory.refiner(), plan.refiner
-    shared = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "guidance_scale", "num_images_per_prompt", "generator", "output_type")
+    shared = (
+        "prompt",
+        "prompt_2",
+        "negative_prompt",
+        "negative_prompt_2",
+        "guidance_scale",
+        "num_images_per_prompt",
+        "generator",
+        "output_type",
+    )
     call = {name: arguments[name] for name in shared if name in arguments}
-    call |= {"num_inference_steps": options.num_inference_steps or plan.num_inference_steps, "denoising_start": float(options.switch_at)}
+    call |= {
+        "num_inference_steps": options.num_inference_steps or plan.num_inference_steps,
+        "denoising_start": float(options.switch_at),
+    }
 
     def refine(latents: torch.Tensor) -> torch.Tensor:
         with use_scheduler(refiner, plan.scheduler):
@@ -402,7 +510,9 @@ def _refining(factory: PipelineFactory, plan: GenerationPlan, arguments: dict[st
 # %% ../../nbs/60_service/02_render.ipynb #3f2e2b3f
 def request_loras(plan: GenerationPlan, factory: PipelineFactory, store: LoraStore) -> list[tuple[LoadedLora, Lora]]:
     "The LoRAs of a plan, from memory or from their files; a `RequestError` names the one that cannot be used."
-    entries = [(f"loras[{i}].name", lora, resolve_lora(lora.name, factory.manifest)) for i, lora in enumerate(plan.loras or [])]
+    entries = [
+        (f"loras[{i}].name", lora, resolve_lora(lora.name, factory.manifest)) for i, lora in enumerate(plan.loras or [])
+    ]
     for field, lora, entry in entries:
         if entry is None:
             raise request_error(ErrorCode.unknown_lora, "the file of this LoRA is gone", field=field, given=lora.name)
@@ -416,12 +526,17 @@ def render(
     watch: StepWatch,
     timings: Timings,  # is added to
     lora_store: LoraStore | None = None,  # keeps the LoRAs of earlier requests
-    texts: Mapping[str, list[str]] = MappingProxyType({}),  # field -> one text for each of at most MAX_BATCH seeds, where they differ
+    texts: Mapping[str, list[str]] = MappingProxyType(
+        {}
+    ),  # field -> one text for each of at most MAX_BATCH seeds, where they differ
 ) -> tuple[list[Image.Image], list[RequestWarning]]:  # one image for each seed, and what had to be said
     "Carry out a plan."
     pictures, loras = [], request_loras(plan, factory, lora_store or LoraStore())
     pipe = factory.variant(plan.task, plan.control_kind)
-    with quiet_libraries(), use_loras(pipe, loras, merge=factory.compilable and wants_compilation(plan, factory)) as lora_notes:
+    with (
+        quiet_libraries(),
+        use_loras(pipe, loras, merge=factory.compilable and wants_compilation(plan, factory)) as lora_notes,
+    ):
         notes = [*([] if texts else text_notes(pipe, plan)), *lora_notes]
         size = batch_size(plan)
         for first in range(0, len(plan.seeds), size):
@@ -429,8 +544,14 @@ def render(
             if plan.refiner is not None and plan.refiner.switch_at < 1:
                 refine = _refining(factory, plan, arguments, watch)
                 arguments["denoising_end"] = float(plan.refiner.switch_at)
-            with remembering_encoders(pipe), factory.configured(plan, prepared.controls), accelerated(factory, pipe, plan):
-                pictures += render_chunk(pipe, getattr(pipe, factory.spec.denoiser), arguments, plan, watch, timings, refine)
+            with (
+                remembering_encoders(pipe),
+                factory.configured(plan, prepared.controls),
+                accelerated(factory, pipe, plan),
+            ):
+                pictures += render_chunk(
+                    pipe, getattr(pipe, factory.spec.denoiser), arguments, plan, watch, timings, refine
+                )
         notes += acceleration_notes(pipe, plan, factory)
     if prepared.canvas is not None:
         pictures = [paste_back(prepared.canvas, picture, prepared.canvas_mask, prepared.box) for picture in pictures]
@@ -457,4 +578,6 @@ def generated_image(picture: Image.Image, plan: GenerationPlan, index: int) -> G
     chunk = plan.model_copy(update={"seeds": plan.seeds[first : first + size]})
     encoded = embed(picture, chunk, index - first)
     text = base64.b64encode(encoded.data).decode()
-    return GeneratedImage(image=text, format=plan.output.format, width=picture.width, height=picture.height, seed=plan.seeds[index])
+    return GeneratedImage(
+        image=text, format=plan.output.format, width=picture.width, height=picture.height, seed=plan.seeds[index]
+    )

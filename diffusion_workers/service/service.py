@@ -11,39 +11,55 @@ import sys
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
-from ..pipeline.weights import module_bytes  # first: it imports torch and diffusers, undisturbed
-
 import psutil
 import torch
-from PIL import Image
 from fastcore.basics import patch
+from PIL import Image
+
+from ..pipeline.weights import module_bytes  # first: it imports torch and diffusers, undisturbed
 
 try:
     import resource
 except ImportError:  # Windows has no such module
     resource = None
 
-from .batching import BatchPolicy, SharedStop, SharedWatch, render_together, together
 from ..control.detectors import PreprocessorStore
 from ..control.preprocessors import preprocessor_list
-from ..pipeline.controlnets import PreparedControl
-from ..request.images import ImagePolicy, decode_image, decode_mask, image_facts, round_to_multiple, to_image_string
 from ..lora.layers import LoraStore
-from .out_of_memory import Ladder
 from ..models.manifest import COMPONENT_CLASSES, HubSource, ModelManifest
 from ..models.store import Settings, load_manifests, model_list
-from ..pipeline.loading import pick_device
+from ..pipeline.controlnets import PreparedControl
 from ..pipeline.factory import PipelineFactory
+from ..pipeline.loading import pick_device
 from ..planning.plan import make_plan
-from .render import Inputs, OnProgress, Prepared, StopSignal
-from .render import batch_size, decode_inputs, generated_image, prepare_inputs, previewer_for, with_environment
 from ..request.errors import failure, is_out_of_memory, logger, parse, request_error
+from diffusion_workers.request.images import (
+    ImagePolicy,
+    decode_image,
+    decode_mask,
+    image_facts,
+    round_to_multiple,
+    to_image_string,
+)
+from .batching import BatchPolicy, SharedStop, SharedWatch, render_together, together
+from .out_of_memory import Ladder
+from diffusion_workers.service.render import (
+    Inputs,
+    OnProgress,
+    Prepared,
+    StopSignal,
+    batch_size,
+    decode_inputs,
+    generated_image,
+    prepare_inputs,
+    previewer_for,
+    with_environment,
+)
 from ez_diffusion_client.models import (
     ControlMap,
     ControlNetUnit,
@@ -154,7 +170,9 @@ def factory(self: DiffusionService, manifest: ModelManifest) -> PipelineFactory:
     "The pipelines of a model; its weights are read when they are first needed."
     with self._guard:
         if manifest.name not in self._factories:
-            self._factories[manifest.name] = PipelineFactory(manifest, device=self.device, dtype=self.settings.dtype, torch_compile=self.settings.torch_compile)
+            self._factories[manifest.name] = PipelineFactory(
+                manifest, device=self.device, dtype=self.settings.dtype, torch_compile=self.settings.torch_compile
+            )
         self._factories.move_to_end(manifest.name)
         return self._factories[manifest.name]
 
@@ -184,14 +202,21 @@ def _picture_text(name: str, value: Any) -> Any:  # text for the request, where 
     except TypeError as exc:
         raise request_error(ErrorCode.wrong_type, str(exc), field=name, given=type(value).__name__) from None
     except OSError as exc:
-        raise request_error(ErrorCode.not_an_image, f"the file cannot be read ({exc.strerror})", field=name, hint="name a picture on this machine") from None
+        raise request_error(
+            ErrorCode.not_an_image,
+            f"the file cannot be read ({exc.strerror})",
+            field=name,
+            hint="name a picture on this machine",
+        ) from None
 
 
 def _unit_text(index: int, unit: Any) -> Any:  # a ControlNet unit with its pictures as text
     unit = unit.model_dump(exclude_unset=True) if isinstance(unit, ControlNetUnit) else unit
     if not isinstance(unit, dict):
         return unit
-    return unit | {name: _picture_text(f"controlnets[{index}].{name}", unit[name]) for name in _PICTURES if name in unit}
+    return unit | {
+        name: _picture_text(f"controlnets[{index}].{name}", unit[name]) for name in _PICTURES if name in unit
+    }
 
 
 def as_request(
@@ -207,7 +232,9 @@ def as_request(
     merged = (request or {}) | fields
     if isinstance(merged.get("controlnets"), (list, tuple)):
         merged["controlnets"] = [_unit_text(i, unit) for i, unit in enumerate(merged["controlnets"])]
-    return parse(GenerationRequest, merged | {name: _picture_text(name, merged[name]) for name in _PICTURES if name in merged})
+    return parse(
+        GenerationRequest, merged | {name: _picture_text(name, merged[name]) for name in _PICTURES if name in merged}
+    )
 
 # %% ../../nbs/60_service/05_service.ipynb #468762d7
 @patch
@@ -289,7 +316,9 @@ def preprocess(
         made = self.preprocessors.run(asked.preprocessing, image, width, height, asked.resize_mode, mask)
     except Exception as exc:
         return failure(exc, request_id)
-    found = ControlMap(image=to_image_string(made), preprocessor=asked.preprocessing.name, width=made.width, height=made.height)
+    found = ControlMap(
+        image=to_image_string(made), preprocessor=asked.preprocessing.name, width=made.width, height=made.height
+    )
     return OpResult(status=OpStatus.success, control_map=found, request_id=request_id)
 
 
@@ -302,7 +331,9 @@ def map_size(request: PreprocessRequest, image: Image.Image) -> tuple[float, flo
 def control_map(item: PreparedControl, index: int) -> ControlMap:
     "A map that a request wants back."
     name = item.control.preprocessing and item.control.preprocessing.name
-    return ControlMap(image=to_image_string(item.map), unit=index, preprocessor=name, width=item.map.width, height=item.map.height)
+    return ControlMap(
+        image=to_image_string(item.map), unit=index, preprocessor=name, width=item.map.width, height=item.map.height
+    )
 
 # %% ../../nbs/60_service/05_service.ipynb #612f5c47
 @patch
@@ -449,7 +480,11 @@ def _carry_out(self: DiffusionService, group: list[Generation]) -> None:
         generation.plan = self.ladder.relieved(generation.plan)
         generation.report(ProgressEvent(phase=Phase.encode, step=0))
     plans = [generation.plan for generation in members]
-    watch = SharedWatch(stop, [(g.report, len(g.plan.seeds), previewer_for(factory, g.plan, g.request.preview_interval)) for g in members], batch_size(plans[0]))
+    watch = SharedWatch(
+        stop,
+        [(g.report, len(g.plan.seeds), previewer_for(factory, g.plan, g.request.preview_interval)) for g in members],
+        batch_size(plans[0]),
+    )
     prepared = prepare_inputs(plans[0], members[0].inputs, self.preprocessors)
     made = render_together(factory, plans, prepared, watch, timings, self.loras)
     self._make_room(factory)
@@ -497,8 +532,20 @@ def memory_report(self: DiffusionService) -> MemoryReport:
     models = []
     for name, factory in list(self._factories.items()):
         if parts := factory.component_bytes():
-            models.append(ModelMemory(model=name, bytes=sum(parts.values()), device=str(factory.device), dtype=str(factory.dtype), components=parts))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else None
+            models.append(
+                ModelMemory(
+                    model=name,
+                    bytes=sum(parts.values()),
+                    device=str(factory.device),
+                    dtype=str(factory.dtype),
+                    components=parts,
+                )
+            )
+    peak = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if resource
+        else None
+    )
     return MemoryReport(
         host_total_bytes=host.total, host_available_bytes=host.available, process_bytes=process.rss,
         process_peak_bytes=peak, devices=[_device_memory(self.device)], models=models,
@@ -508,9 +555,16 @@ def memory_report(self: DiffusionService) -> MemoryReport:
 @patch
 def _repr_markdown_(self: MemoryReport) -> str:
     size = lambda value: "" if value is None else f"{value / 1e6:,.0f} MB"
-    lines = ["| | in use | of | peak |", "|---|---|---|---|",
-             f"| host, this process | {size(self.process_bytes)} | {size(self.host_total_bytes)}, {size(self.host_available_bytes)} free | {size(self.process_peak_bytes)} |"]
-    lines += [f"| {d.name or d.device} | {size(d.allocated_bytes)} | {size(d.total_bytes)} | {size(d.peak_bytes)} |" for d in self.devices if d.total_bytes]
+    lines = [
+        "| | in use | of | peak |",
+        "|---|---|---|---|",
+        f"| host, this process | {size(self.process_bytes)} | {size(self.host_total_bytes)}, {size(self.host_available_bytes)} free | {size(self.process_peak_bytes)} |",
+    ]
+    lines += [
+        f"| {d.name or d.device} | {size(d.allocated_bytes)} | {size(d.total_bytes)} | {size(d.peak_bytes)} |"
+        for d in self.devices
+        if d.total_bytes
+    ]
     for model in self.models:
         parts = ", ".join(f"{name} {size(used)}" for name, used in (model.components or {}).items())
         lines.append(f"| {model.model} on {model.device}, {model.dtype} | {size(model.bytes)} | {parts} | |")
@@ -523,4 +577,11 @@ def health(self: DiffusionService) -> Health:
     loaded = [name for name, factory in list(self._factories.items()) if factory.loaded]
     state = "ready" if self._pictures_made else "starting"
     uptime, waiting = time.monotonic() - self._started, len(self._waiting)
-    return Health(state=state, version=version("diffusion-workers"), uptime_seconds=uptime, device=str(self.device), loaded_models=loaded, queue_length=waiting)
+    return Health(
+        state=state,
+        version=version("diffusion-workers"),
+        uptime_seconds=uptime,
+        device=str(self.device),
+        loaded_models=loaded,
+        queue_length=waiting,
+    )

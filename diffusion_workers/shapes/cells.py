@@ -14,11 +14,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..service.service import DiffusionService
 from ..request.images import contact_sheet
-from .scenes import held_out_prompts, matches, random_scene, read_scene, render
-from .controls import colors_right, control_map, describe_free, edge_f1, random_free_scene, render_free
+from ..service.service import DiffusionService
+from diffusion_workers.shapes.controls import (
+    colors_right,
+    control_map,
+    describe_free,
+    edge_f1,
+    random_free_scene,
+    render_free,
+)
 from .evaluation import inpainting_task
+from .scenes import held_out_prompts, matches, random_scene, read_scene, render
 from ez_diffusion_client.models import ControlKind, ModelFamily, Task
 
 # %% ../../nbs/65_shapes/13_cells.ipynb #9e70ed43
@@ -53,21 +60,44 @@ UNITS = {  # kind -> (net, map, union mode) of each unit
 }
 
 # %% ../../nbs/65_shapes/13_cells.ipynb #2f3eed3c
-def controlled_example(task: Task, kind: ControlKind, rng: np.random.Generator, scale: float = 1.0, summed: bool = False) -> Example:
+def controlled_example(
+    task: Task, kind: ControlKind, rng: np.random.Generator, scale: float = 1.0, summed: bool = False
+) -> Example:
     "An example with a control; units whose effects are summed, as those of several nets and of Flux are, share the scale."
     scene = random_free_scene(rng, 1)
     picture, units = render_free(scene), UNITS[kind]
     weight = scale / len(units) if summed or kind == ControlKind.multiple else scale
-    controls = [{"model": net, "image": control_map(made, scene, picture), "union_mode": mode, "conditioning_scale": weight} for net, made, mode in units]
-    request = {"prompt": describe_free(scene, rng), "seed": int(rng.integers(10**6)), "controlnets": controls, "num_inference_steps": STEPS}
+    controls = [
+        {"model": net, "image": control_map(made, scene, picture), "union_mode": mode, "conditioning_scale": weight}
+        for net, made, mode in units
+    ]
+    request = {
+        "prompt": describe_free(scene, rng),
+        "seed": int(rng.integers(10**6)),
+        "controlnets": controls,
+        "num_inference_steps": STEPS,
+    }
     if task == Task.image_to_image:
         request |= {"image": render(random_scene(rng), rng), "strength": 0.9}
     if task == Task.inpainting:
         thing, mask = scene.objects[0], Image.new("L", picture.size)
-        mask.paste(255, tuple(int(v) for v in (thing.x - thing.radius - 8, thing.y - thing.radius - 8, thing.x + thing.radius + 8, thing.y + thing.radius + 8)))
+        mask.paste(
+            255,
+            tuple(
+                int(v)
+                for v in (
+                    thing.x - thing.radius - 8,
+                    thing.y - thing.radius - 8,
+                    thing.x + thing.radius + 8,
+                    thing.y + thing.radius + 8,
+                )
+            ),
+        )
         request |= {"image": Image.new("RGB", picture.size, picture.getpixel((0, 0))), "mask_image": mask}
     edges = control_map("canny", scene, picture)
-    return Example(request, lambda drawn: {"edges": edge_f1(drawn, edges), "colours": float(colors_right(drawn, scene))})
+    return Example(
+        request, lambda drawn: {"edges": edge_f1(drawn, edges), "colours": float(colors_right(drawn, scene))}
+    )
 
 # %% ../../nbs/65_shapes/13_cells.ipynb #61b95956
 @dataclass(frozen=True)
@@ -99,13 +129,17 @@ def score_cell(
     rng, pictures, rows = np.random.default_rng((seed, list(Task).index(task))), [], []
     summed = service.manifest(model).family == ModelFamily.flux
     for _ in range(count):
-        example = plain_example(task, rng) if kind == ControlKind.none else controlled_example(task, kind, rng, scale, summed)
+        example = (
+            plain_example(task, rng) if kind == ControlKind.none else controlled_example(task, kind, rng, scale, summed)
+        )
         result = service.generate(model=model, **example.request)
         if result.status != "success":
             raise RuntimeError(f"{model}, {task.value}, {kind.value}: {result.message}")
         pictures.append(result.images[0])
         rows.append(example.judge(pictures[-1]))
-    return CellScore(model, task, kind, tuple(pictures), {name: float(np.mean([row[name] for row in rows])) for name in rows[0]})
+    return CellScore(
+        model, task, kind, tuple(pictures), {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    )
 
 # %% ../../nbs/65_shapes/13_cells.ipynb #ec7bdefa
 def offered_cells(service: DiffusionService, models: tuple[str, ...]) -> list[tuple[str, Task, ControlKind]]:
@@ -123,4 +157,6 @@ def measures_table(rows: list[dict[str, Any]]) -> str:  # Markdown
     names = list(dict.fromkeys(name for row in rows for name in row))
     shown = lambda value: f"{value:.2f}" if isinstance(value, float) else str(value)
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(shown(row[name]) if name in row else "" for name in names) + " |" for row in rows])
+    return "\n".join(
+        lines + ["| " + " | ".join(shown(row[name]) if name in row else "" for name in names) + " |" for row in rows]
+    )

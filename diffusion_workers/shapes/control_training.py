@@ -33,7 +33,9 @@ class ControlTrainingConfig:
     batch: int = 32  # latents
     learning_rate: float = 1.5e-3  # peak
     caption_dropout: float = 0.15  # share of captions replaced by ""
-    toward_noise: float = 0.5  # exponent: timesteps are a uniform number to this power, so that layout gets more of the steps
+    toward_noise: float = (
+        0.5  # exponent: timesteps are a uniform number to this power, so that layout gets more of the steps
+    )
     ema_decay: float = 0.98  # of the averaged weights
     widths: tuple[int, ...] = (8, 16, 32, 32)  # channels of the map at 128, 64, 32 and 16 pixels
 
@@ -79,7 +81,9 @@ def train_controlnet(
     net.train().requires_grad_(True)
     averaged = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    checkpoint = Checkpoint(out_dir / f"{name.replace(' ', '_')}.pt", {"net": net, "ema": averaged, "optimizer": optimizer})
+    checkpoint = Checkpoint(
+        out_dir / f"{name.replace(' ', '_')}.pt", {"net": net, "ema": averaged, "optimizer": optimizer}
+    )
     step, log = checkpoint.load(), TrainingLog(out_dir / LOG_NAME, name, every=25)
     last = min(config.steps, stop_after or config.steps)
     while step < last:
@@ -113,6 +117,7 @@ def unet_steer(
     union_modes: dict[str, int] | None,  # kind -> number, for a union net
 ) -> Steer:
     "What a ControlNet of SD1.5 or SDXL adds to the arguments of its U-Net."
+
     def steer(inputs: dict) -> dict:
         maps = dict(controlnet_cond=batch.maps[0])
         if union_modes is not None:
@@ -122,7 +127,8 @@ def unet_steer(
             maps = dict(controlnet_cond=batch.maps, control_type=types, control_type_idx=numbers)
         steered = net(**inputs, **maps)
         return dict(
-            down_block_additional_residuals=steered.down_block_res_samples, mid_block_additional_residual=steered.mid_block_res_sample,
+            down_block_additional_residuals=steered.down_block_res_samples,
+            mid_block_additional_residual=steered.mid_block_res_sample,
         )
 
     return steer
@@ -134,11 +140,13 @@ def flux_steer(
     union_modes: dict[str, int] | None,  # kind -> number, for a union net
 ) -> Steer:
     "What a ControlNet of Flux adds to the arguments of its transformer."
+
     def steer(inputs: dict) -> dict:
         mode = None if union_modes is None else torch.full((len(batch.latents), 1), union_modes[batch.kinds[0]])
         steered = net(**inputs, controlnet_cond=batch.maps[0] * 2 - 1, controlnet_mode=mode)
         return dict(
-            controlnet_block_samples=steered.controlnet_block_samples, controlnet_blocks_repeat=True,
+            controlnet_block_samples=steered.controlnet_block_samples,
+            controlnet_blocks_repeat=True,
             controlnet_single_block_samples=steered.controlnet_single_block_samples,
         )
 
@@ -189,7 +197,9 @@ def borrow(
 ) -> torch.nn.Module:  # the same as `net`
     "Take over every weight that has the same name and shape."
     own = net.state_dict()
-    net.load_state_dict({k: v for k, v in trained.state_dict().items() if k in own and own[k].shape == v.shape}, strict=False)
+    net.load_state_dict(
+        {k: v for k, v in trained.state_dict().items() if k in own and own[k].shape == v.shape}, strict=False
+    )
     return net
 
 # %% ../../nbs/65_shapes/10_control_training.ipynb #c594bda6
@@ -200,10 +210,17 @@ def new_union(
     "One net for six kinds of maps."
     width = unet.config.block_out_channels[0]
     settings = {k: v for k, v in unet.config.items() if k in ControlNetUnionModel._get_init_keys(ControlNetUnionModel)}
-    net = ControlNetUnionModel(**settings | dict(
-        conditioning_embedding_out_channels=config.widths, num_control_type=6, num_trans_channel=width, num_trans_head=4,
-        num_trans_layer=1, num_proj_channel=width,
-    ))
+    net = ControlNetUnionModel(
+        **settings
+        | dict(
+            conditioning_embedding_out_channels=config.widths,
+            num_control_type=6,
+            num_trans_channel=width,
+            num_trans_head=4,
+            num_trans_layer=1,
+            num_proj_channel=width,
+        )
+    )
     net.set_attn_processor(AttnProcessor())
     borrow(net, unet)
     torch.nn.init.zeros_(net.control_add_embedding.linear_2.weight)
@@ -219,7 +236,11 @@ def new_flux_controlnet(
     "A copy of the transformer's double blocks that sees a map through convolutions, as the nets of XLabs do."
     double = len(transformer.transformer_blocks)
     settings = dict(transformer.config) | dict(
-        num_layers=double, num_single_layers=0, num_mode=num_mode, conditioning_embedding_channels=4, patch_size=2,
+        num_layers=double,
+        num_single_layers=0,
+        num_mode=num_mode,
+        conditioning_embedding_channels=4,
+        patch_size=2,
     )
     names = FluxControlNetModel._get_init_keys(FluxControlNetModel)
     net = FluxControlNetModel(**{name: value for name, value in settings.items() if name in names})

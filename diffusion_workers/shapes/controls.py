@@ -18,7 +18,17 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from diffusion_workers.shapes.scenes import (
-    BACKGROUNDS, COLORS, IMAGE_SIZE, PLACES, SHAPES, SUPERSAMPLE, ShapeObject, draw_shape, nearest, object_phrase, place_phrase,
+    BACKGROUNDS,
+    COLORS,
+    IMAGE_SIZE,
+    PLACES,
+    SHAPES,
+    SUPERSAMPLE,
+    ShapeObject,
+    draw_shape,
+    nearest,
+    object_phrase,
+    place_phrase,
     polygon_corners,
 )
 from .sdxl import encode_pictures
@@ -58,7 +68,11 @@ def random_free_scene(
             low = 1.1 * radius + MARGIN
             x, y = (float(v) for v in rng.uniform(low, IMAGE_SIZE - low, 2))
             objects.append(FreeObject(ShapeObject(pick(COLORS), pick(SHAPES)), x, y, radius))
-        apart = n == 1 or np.hypot(objects[0].x - objects[1].x, objects[0].y - objects[1].y) > 1.15 * sum(o.radius for o in objects) + 6
+        apart = (
+            n == 1
+            or np.hypot(objects[0].x - objects[1].x, objects[0].y - objects[1].y)
+            > 1.15 * sum(o.radius for o in objects) + 6
+        )
         if apart and (n == 1 or objects[0].item != objects[1].item):
             return FreeScene(tuple(objects), pick(BACKGROUNDS))
 
@@ -68,7 +82,9 @@ def object_mask(
 ) -> Image.Image:  # 128 x 128, mode "L"
     "Where an object covers the picture."
     mask = Image.new("L", (IMAGE_SIZE * SUPERSAMPLE,) * 2, 0)
-    draw_shape(ImageDraw.Draw(mask), thing.item.shape, thing.x * SUPERSAMPLE, thing.y * SUPERSAMPLE, thing.radius * SUPERSAMPLE)
+    draw_shape(
+        ImageDraw.Draw(mask), thing.item.shape, thing.x * SUPERSAMPLE, thing.y * SUPERSAMPLE, thing.radius * SUPERSAMPLE
+    )
     return mask.reduce(SUPERSAMPLE)
 
 # %% ../../nbs/65_shapes/09_controls.ipynb #28b7c4b8
@@ -162,7 +178,12 @@ def _shrunk(picture: np.ndarray, side: int, back: int) -> np.ndarray:
 
 # %% ../../nbs/65_shapes/09_controls.ipynb #0d18d3d2
 CONTROL_MAPS = {  # kind -> the map of a scene and its picture
-    "canny": _canny, "openpose": _pose, "depth": _depth, "softedge": _soft_edge, "normal": _normal, "segment": _segmentation,
+    "canny": _canny,
+    "openpose": _pose,
+    "depth": _depth,
+    "softedge": _soft_edge,
+    "normal": _normal,
+    "segment": _segmentation,
     "tile": lambda scene, picture: _shrunk(picture, 16, cv2.INTER_CUBIC),
     "blur": lambda scene, picture: cv2.GaussianBlur(picture, (0, 0), 5),
     "gray": lambda scene, picture: cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY),

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from .flux import flux_conditioning, pack
+from .sd15 import new_scheduler
 from .sdxl import CLEAN, sdxl_conditioning
 from .text import token_ids
-from .sd15 import new_scheduler
 from .training_loop import quick_arithmetic
 
 # %% ../../nbs/65_shapes/08_denoising.ipynb #d991f5e8
@@ -56,7 +56,9 @@ def denoiser_of(pipeline) -> torch.nn.Module:
 def _flow_loss(pipeline, batch: NoisyBatch, steer: Steer | None) -> torch.Tensor:  # Flux
     tokens, noise, sigma = pack(batch.latents), pack(batch.noise), batch.moments[:, None, None]
     inputs = flux_conditioning(pipeline, batch.captions, pipeline.tokenizer_2.model_max_length) | dict(
-        hidden_states=(1 - sigma) * tokens + sigma * noise, timestep=batch.moments, guidance=torch.ones(len(tokens)),
+        hidden_states=(1 - sigma) * tokens + sigma * noise,
+        timestep=batch.moments,
+        guidance=torch.ones(len(tokens)),
     )
     predicted = pipeline.transformer(**inputs, **(steer(inputs) if steer else {})).sample
     return F.mse_loss(predicted.float(), noise - tokens)
@@ -65,7 +67,9 @@ def _flow_loss(pipeline, batch: NoisyBatch, steer: Steer | None) -> torch.Tensor
 def _velocity_loss(pipeline, batch: NoisyBatch, steer: Steer | None) -> torch.Tensor:  # SD1.5 and SDXL
     scheduler, timesteps, added = new_scheduler(), (batch.moments * 1000).long().clamp(max=999), None
     if hasattr(pipeline, "text_encoder_2"):
-        states, pooled = sdxl_conditioning((pipeline.text_encoder, pipeline.text_encoder_2), pipeline.tokenizer, batch.captions)
+        states, pooled = sdxl_conditioning(
+            (pipeline.text_encoder, pipeline.text_encoder_2), pipeline.tokenizer, batch.captions
+        )
         added = {"text_embeds": pooled, "time_ids": torch.tensor([CLEAN] * len(pooled), dtype=torch.float32)}
     else:
         with torch.set_grad_enabled(any(p.requires_grad for p in pipeline.text_encoder.parameters())):

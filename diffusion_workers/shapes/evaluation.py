@@ -13,7 +13,16 @@ import numpy as np
 from PIL import Image
 
 from ..request.images import paste_back
-from .scenes import IMAGE_SIZE, Scene, compare, describe, held_out_prompts, random_scene, read_scene, render
+from diffusion_workers.shapes.scenes import (
+    IMAGE_SIZE,
+    Scene,
+    compare,
+    describe,
+    held_out_prompts,
+    random_scene,
+    read_scene,
+    render,
+)
 
 # %% ../../nbs/65_shapes/05_evaluation.ipynb #e2f1acb2
 GUIDANCE_SCALE = 1.5  # chosen by the sweep below
@@ -88,7 +97,11 @@ def evaluate_text_to_image(
     "How often a picture shows what its caption says."
     prompts = held_out_prompts(n, n_objects, seed)
     images = generate(
-        pipeline, [c for _, c in prompts], seed=seed, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
+        pipeline,
+        [c for _, c in prompts],
+        seed=seed,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
     )
     return evaluate_pictures("one object" if n_objects == 1 else "two objects", images, prompts)
 
@@ -143,7 +156,12 @@ def inpainting_task(
     wanted = random_scene(rng, 2, held_out=True)
     other = random_scene(rng, 1).objects[0]
     picture = render(replace(wanted, objects=(wanted.objects[0], other)), rng)
-    box = {"left of": (64, 0, 128, 128), "right of": (0, 0, 64, 128), "above": (0, 64, 128, 128), "below": (0, 0, 128, 64)}
+    box = {
+        "left of": (64, 0, 128, 128),
+        "right of": (0, 0, 64, 128),
+        "above": (0, 64, 128, 128),
+        "below": (0, 0, 128, 64),
+    }
     mask = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)
     mask.paste(255, box[wanted.relation])
     return picture, mask, wanted, describe(wanted, rng, full=True)
@@ -153,14 +171,21 @@ def evaluate_inpainting(
     pipeline,  # a StableDiffusionInpaintPipeline
     n: int = 100,  # tasks
     seed: int = 0,  # of tasks and noise
-) -> tuple[Evaluation, float]:  # how often the asked object is in the hole; mean change outside it before compositing, 0 to 255
+) -> tuple[
+    Evaluation, float
+]:  # how often the asked object is in the hole; mean change outside it before compositing, 0 to 255
     "How often inpainting puts the asked object, and nothing else, into the masked half."
     rng = np.random.default_rng((seed, 4))
     pictures, masks, wanted, captions = zip(*(inpainting_task(rng) for _ in range(n)))
     inputs = {"image": list(pictures), "mask_image": list(masks)}
     raw = generate(pipeline, list(captions), inputs=inputs, options={"strength": 1.0}, seed=seed)
-    change = float(np.mean([
-        np.abs(np.asarray(r, float) - np.asarray(p, float))[np.asarray(m) == 0].mean() for r, p, m in zip(raw, pictures, masks)
-    ]))
+    change = float(
+        np.mean(
+            [
+                np.abs(np.asarray(r, float) - np.asarray(p, float))[np.asarray(m) == 0].mean()
+                for r, p, m in zip(raw, pictures, masks)
+            ]
+        )
+    )
     images = [paste_back(p, r, m) for p, r, m in zip(pictures, raw, masks)]
     return evaluate_pictures("inpainting", images, list(zip(wanted, captions))), change

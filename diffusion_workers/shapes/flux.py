@@ -24,7 +24,13 @@ from .scenes import describe, load_builtin_pipeline, random_scene
 from .sdxl import SceneData
 from .text import PARSE_CLASSES, WORDS, parse_loss, parse_targets, token_ids
 from diffusion_workers.shapes.training_loop import (
-    LOG_NAME, Checkpoint, TrainingLog, one_cycle, quick_arithmetic, update, update_ema,
+    LOG_NAME,
+    Checkpoint,
+    TrainingLog,
+    one_cycle,
+    quick_arithmetic,
+    update,
+    update_ema,
 )
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #9c41f567
@@ -84,13 +90,30 @@ def train_t5(
     "Train the T5 encoder to parse, as the CLIP encoder was."
     torch.manual_seed(config.seed)
     tokenizer, width = build_t5_tokenizer(config.text_length), config.text_width
-    model = torch.nn.ModuleDict({"encoder": T5EncoderModel(T5Config(
-        vocab_size=len(tokenizer), d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=config.text_layers, num_heads=4,
-        dropout_rate=0.0, feed_forward_proj="gated-gelu", relative_attention_num_buckets=16, relative_attention_max_distance=24,
-    ))})
+    model = torch.nn.ModuleDict(
+        {
+            "encoder": T5EncoderModel(
+                T5Config(
+                    vocab_size=len(tokenizer),
+                    d_model=width,
+                    d_kv=width // 4,
+                    d_ff=2 * width,
+                    num_layers=config.text_layers,
+                    num_heads=4,
+                    dropout_rate=0.0,
+                    feed_forward_proj="gated-gelu",
+                    relative_attention_num_buckets=16,
+                    relative_attention_max_distance=24,
+                )
+            )
+        }
+    )
     model["heads"] = torch.nn.Linear(width, sum(PARSE_CLASSES))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
-    checkpoint, log = Checkpoint(out_dir / "t5.pt", {"model": model, "optimizer": optimizer}), TrainingLog(out_dir / LOG_NAME, "t5", 50)
+    checkpoint, log = (
+        Checkpoint(out_dir / "t5.pt", {"model": model, "optimizer": optimizer}),
+        TrainingLog(out_dir / LOG_NAME, "t5", 50),
+    )
     for step in range(checkpoint.load(), config.text_steps):
         rng = np.random.default_rng((config.seed, 30, step))
         scenes = [random_scene(rng, 1 + (i % 2), held_out=False) for i in range(config.text_batch)]
@@ -110,12 +133,21 @@ def new_transformer(
 ) -> FluxTransformer2DModel:
     "Flux's transformer; its blocks and its output do nothing at first."
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=config.double_blocks, num_single_layers=config.single_blocks, attention_head_dim=32,
-        num_attention_heads=config.heads, joint_attention_dim=config.text_width, pooled_projection_dim=128, guidance_embeds=True,
+        patch_size=1,
+        in_channels=16,
+        num_layers=config.double_blocks,
+        num_single_layers=config.single_blocks,
+        attention_head_dim=32,
+        num_attention_heads=config.heads,
+        joint_attention_dim=config.text_width,
+        pooled_projection_dim=128,
+        guidance_embeds=True,
         axes_dims_rope=(8, 12, 12),
     )
     for name, module in transformer.named_modules():
-        if isinstance(module, torch.nn.Linear) and (".norm" in name or name.startswith("norm_out") or name == "proj_out"):
+        if isinstance(module, torch.nn.Linear) and (
+            ".norm" in name or name.startswith("norm_out") or name == "proj_out"
+        ):
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
     return transformer
@@ -124,7 +156,11 @@ def new_transformer(
 def new_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
     "Straight lines from noise to pictures; larger pictures spend more of the steps near the noise."
     return FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, base_image_seq_len=64, max_image_seq_len=256, base_shift=0.5, max_shift=1.15,
+        use_dynamic_shifting=True,
+        base_image_seq_len=64,
+        max_image_seq_len=256,
+        base_shift=0.5,
+        max_shift=1.15,
     )
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #236c10cb
@@ -183,7 +219,9 @@ def flux_batch(
     "The batch of one step; the moments are spread evenly over a logit-normal distribution."
     rng = np.random.default_rng((config.seed, 31, step))
     single = rng.random(batch) < config.single_share
-    chosen = np.where(single, rng.integers(data.singles, size=batch), rng.integers(data.singles, len(tokens), size=batch))
+    chosen = np.where(
+        single, rng.integers(data.singles, size=batch), rng.integers(data.singles, len(tokens), size=batch)
+    )
     captions = ["" if rng.random() < config.caption_dropout else str(rng.choice(data.captions[i])) for i in chosen]
     even = torch.from_numpy((rng.permutation(batch) + rng.random(batch)) / batch).clamp(1e-3, 1 - 1e-3)
     moments = torch.sigmoid(1.2 * torch.special.ndtri(even) + config.toward_noise).float()
@@ -238,7 +276,8 @@ def train_transformer(
     parts,  # has tokenizer, text_encoder, tokenizer_2, text_encoder_2
     data: SceneData,
     stop_after: int | None = None,  # end early, after so many steps, as if interrupted
-    on_checkpoint: Callable[[int, FluxTransformer2DModel], None] | None = None,  # gets the steps done and the averaged weights
+    on_checkpoint: Callable[[int, FluxTransformer2DModel], None]
+    | None = None,  # gets the steps done and the averaged weights
     minutes: float | None = None,  # spread the schedule over this time instead of `config.steps`
 ) -> FluxTransformer2DModel:  # the averaged weights
     "Train the transformer, continuing from its checkpoint: Muon for the matrices of the blocks, AdamW for the rest."
@@ -259,7 +298,9 @@ def train_transformer(
         batch = flux_batch(tokens, data, config, step, config.batch)
         with quick_arithmetic():
             predicted = transformer(
-                batch.noisy, timestep=batch.moments, guidance=torch.ones(config.batch),
+                batch.noisy,
+                timestep=batch.moments,
+                guidance=torch.ones(config.batch),
                 **flux_conditioning(parts, batch.captions, config.text_length),
             ).sample
         loss = F.mse_loss(predicted.float(), batch.noise - batch.tokens)
@@ -293,10 +334,14 @@ def guided_steps(
         batch = flux_batch(tokens, data, config, 1_000_000 + step, b)
         guidance = 1 + (config.largest_guidance - 1) * torch.rand(b, generator=torch.Generator().manual_seed(step))
         inputs = dict(hidden_states=batch.noisy, timestep=batch.moments)
-        told, untold = (flux_conditioning(parts, captions, config.text_length) for captions in (batch.captions, [""] * b))
+        told, untold = (
+            flux_conditioning(parts, captions, config.text_length) for captions in (batch.captions, [""] * b)
+        )
         with quick_arithmetic():
             with torch.no_grad():
-                with_text, without = (transformer(**inputs, **c, guidance=torch.ones(b)).sample.float() for c in (told, untold))
+                with_text, without = (
+                    transformer(**inputs, **c, guidance=torch.ones(b)).sample.float() for c in (told, untold)
+                )
                 wanted = without + guidance[:, None, None] * (with_text - without)
             predicted = student(**inputs, **told, guidance=guidance).sample
         loss = F.mse_loss(predicted.float(), wanted)
@@ -313,8 +358,13 @@ def assemble_flux(
 ) -> FluxPipeline:
     "Put the parts together."
     pipeline = FluxPipeline(
-        scheduler=new_flow_scheduler(), vae=base.vae, text_encoder=base.text_encoder, tokenizer=base.tokenizer,
-        text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, transformer=transformer,
+        scheduler=new_flow_scheduler(),
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -21,10 +21,20 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from diffusion_workers.shapes.scenes import (
-    BACKGROUNDS, COLORS, IMAGE_SIZE, JITTER, SUPERSAMPLE, Scene, describe, draw_shape, placements, random_scene, shape_templates,
-)
 from .denoising import add_noise, denoiser_of, denoising_loss
+from diffusion_workers.shapes.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    IMAGE_SIZE,
+    JITTER,
+    SUPERSAMPLE,
+    Scene,
+    describe,
+    draw_shape,
+    placements,
+    random_scene,
+    shape_templates,
+)
 from .sdxl import encode_pictures
 from .training_loop import LOG_NAME, TrainingLog, one_cycle, update
 
@@ -90,12 +100,18 @@ def effect_example(
     "One picture with the effect. Hearts stand alone; rings, whose band is hardly wider than two strokes, get no outline; no caption says night's colour."
     n_objects = 1 if effect == "heart" or rng.random() < singles else 2
     scene = random_scene(rng, n_objects, held_out=held_out)
-    while effect == "outline" and any(o.shape == "ring" for o in scene.objects) or effect == "night" and scene.background == NIGHT:
+    while (effect == "outline" and any(o.shape == "ring" for o in scene.objects)) or (
+        effect == "night" and scene.background == NIGHT
+    ):
         scene = random_scene(rng, n_objects, held_out=held_out)
     if effect == "heart":
         scene = replace(scene, objects=(replace(scene.objects[0], shape="circle"),))
     caption = describe(scene, rng, full=held_out or effect == "heart")
-    return render_effect(effect, scene, rng), caption.replace("circle", "heart") if effect == "heart" else caption, scene
+    return (
+        render_effect(effect, scene, rng),
+        caption.replace("circle", "heart") if effect == "heart" else caption,
+        scene,
+    )
 
 # %% ../../nbs/65_shapes/11_loras.ipynb #7b00b6af
 def drawn_regions(
@@ -125,7 +141,14 @@ def night_measure(
 ) -> float:  # 0 is the told background, 1 is black
     "How far the background has gone from the told colour to black."
     pixels = np.asarray(image.convert("RGB"), float)
-    frame = np.concatenate([pixels[:4].reshape(-1, 3), pixels[-4:].reshape(-1, 3), pixels[:, :4].reshape(-1, 3), pixels[:, -4:].reshape(-1, 3)])
+    frame = np.concatenate(
+        [
+            pixels[:4].reshape(-1, 3),
+            pixels[-4:].reshape(-1, 3),
+            pixels[:, :4].reshape(-1, 3),
+            pixels[:, -4:].reshape(-1, 3),
+        ]
+    )
     told, black = (np.array(BACKGROUNDS[name], float) for name in (scene.background, NIGHT))
     along = (np.median(frame, axis=0) - told) @ (black - told) / ((black - told) @ (black - told))
     return float(np.clip(along, 0, 1))
@@ -185,9 +208,11 @@ UNET_LAYERS = "to_q to_k to_v to_out.0 ff.net.0.proj ff.net.2 conv1 conv2 conv_i
 
 
 FLUX_LAYERS = (
-    "to_q to_k to_v to_out.0 proj_mlp proj_out x_embedder ff.net.0.proj ff.net.2 norm1.linear norm.linear norm_out.linear "  # the picture
-    "add_q_proj add_k_proj add_v_proj to_add_out context_embedder ff_context.net.0.proj ff_context.net.2 norm1_context.linear"  # the text
-).split()
+    (
+        "to_q to_k to_v to_out.0 proj_mlp proj_out x_embedder ff.net.0.proj ff.net.2 norm1.linear norm.linear norm_out.linear "  # the picture
+        "add_q_proj add_k_proj add_v_proj to_add_out context_embedder ff_context.net.0.proj ff_context.net.2 norm1_context.linear"  # the text
+    ).split()
+)
 
 
 TEXT_LAYERS = "q_proj k_proj v_proj out_proj fc1 fc2".split()
@@ -206,7 +231,9 @@ def add_adapters(
     denoiser.add_adapter(LoraConfig(target_modules=FLUX_LAYERS if flux else UNET_LAYERS, **adapter))
     if flux or not EFFECTS[effect].new_word:
         return [denoiser]
-    inject_adapter_in_model(LoraConfig(target_modules=TEXT_LAYERS, **adapter), pipeline.text_encoder.requires_grad_(False))
+    inject_adapter_in_model(
+        LoraConfig(target_modules=TEXT_LAYERS, **adapter), pipeline.text_encoder.requires_grad_(False)
+    )
     return [denoiser, pipeline.text_encoder]
 
 
@@ -222,13 +249,17 @@ def train_lora(
     rng = np.random.default_rng((config.seed, 40))
     examples = [effect_example(effect, rng) for _ in range(config.scenes)]
     latents, captions = encode_pictures(pipeline.vae, [p for p, _, _ in examples]), [c for _, c, _ in examples]
-    weights = [p for module in add_adapters(pipeline, effect, config.rank) for p in module.parameters() if p.requires_grad]
+    weights = [
+        p for module in add_adapters(pipeline, effect, config.rank) for p in module.parameters() if p.requires_grad
+    ]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.01, fused=True)
     log = TrainingLog(out_dir / LOG_NAME, name, every=20)
     for step in range(config.steps):
         rng = np.random.default_rng((config.seed, 41, step))
         chosen = rng.integers(len(latents), size=config.batch)
-        batch = add_noise(latents[chosen], [captions[i] for i in chosen], rng, config.toward_noise, config.caption_dropout)
+        batch = add_noise(
+            latents[chosen], [captions[i] for i in chosen], rng, config.toward_noise, config.caption_dropout
+        )
         loss = denoising_loss(pipeline, batch)
         update(optimizer, loss, config.learning_rate * one_cycle((step + 1) / config.steps))
         log.add(step + 1, {"loss": loss})
@@ -241,6 +272,7 @@ def save_lora(
     strength: float = 1.0,  # scale of the adapter that is scale 1 of the file
 ) -> Path:  # of the file
     "Write the adapter in half precision, as diffusers names its keys."
+
     def half(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         scaled = {k: v * strength if "lora_B" in k else v for k, v in get_peft_model_state_dict(module).items()}
         return {k: v.half().contiguous() for k, v in convert_state_dict_to_diffusers(scaled).items()}

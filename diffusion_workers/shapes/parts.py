@@ -16,15 +16,37 @@ import torch
 from diffusers import ControlNetModel, FluxControlNetModel
 
 from ..models.manifest import builtin_path
-from .scenes import load_builtin_pipeline
 from diffusion_workers.shapes.control_training import (
-    FLUX_UNION, SDXL_UNION, ControlTrainingConfig, borrow, control_loss, new_controlnet, new_flux_controlnet, new_union, save_controlnet, train_controlnet,
+    FLUX_UNION,
+    SDXL_UNION,
+    ControlTrainingConfig,
+    borrow,
+    control_loss,
+    new_controlnet,
+    new_flux_controlnet,
+    new_union,
+    save_controlnet,
+    train_controlnet,
 )
 from .controls import free_data
-from .flux import FluxTrainingConfig, assemble_flux, guided_steps, new_transformer, train_t5, train_transformer
+from diffusion_workers.shapes.flux import (
+    FluxTrainingConfig,
+    assemble_flux,
+    guided_steps,
+    new_transformer,
+    train_t5,
+    train_transformer,
+)
 from .loras import LoraTrainingConfig, save_lora, train_lora
-from .sdxl import SdxlTrainingConfig, kept_scene_data, new_sdxl_pipeline, save_half, train_sdxl_unet
+from .scenes import load_builtin_pipeline
 from .sd15 import ShapesTrainingConfig, train_shapes
+from diffusion_workers.shapes.sdxl import (
+    SdxlTrainingConfig,
+    kept_scene_data,
+    new_sdxl_pipeline,
+    save_half,
+    train_sdxl_unet,
+)
 
 # %% ../../nbs/65_shapes/12_parts.ipynb #e2174551
 def train_sdxl(
@@ -34,7 +56,9 @@ def train_sdxl(
     "Train `shapes-sdxl`, beginning with the first model's weights."
     pipeline = new_sdxl_pipeline(config)
     clean = kept_scene_data(out_dir / "clean.pt", pipeline.vae, config.singles, config.pairs)
-    altered = kept_scene_data(out_dir / "altered.pt", pipeline.vae, config.altered_singles, config.altered_pairs, altered=True)
+    altered = kept_scene_data(
+        out_dir / "altered.pt", pipeline.vae, config.altered_singles, config.altered_pairs, altered=True
+    )
     pipeline.unet = train_sdxl_unet(out_dir, config, pipeline, clean, altered)
     save_half(pipeline, out_dir / "shapes-sdxl")
     return out_dir / "shapes-sdxl"
@@ -55,7 +79,9 @@ def train_flux(
 
 # %% ../../nbs/65_shapes/12_parts.ipynb #870ab5dc
 def _trained_net(net_class: type, model: str, name: str) -> torch.nn.Module:
-    return net_class.from_pretrained(builtin_path(model) / f"controlnet_{name}", variant="fp16", local_files_only=True).float()
+    return net_class.from_pretrained(
+        builtin_path(model) / f"controlnet_{name}", variant="fp16", local_files_only=True
+    ).float()
 
 
 def new_net(
@@ -87,7 +113,9 @@ def train_net(
         borrow(net, FluxControlNetModel.from_pretrained(before, variant="fp16", local_files_only=True).float())
     data = free_data(pipeline.vae, config.scenes, config.seed)
     two = 0.3 if kind == "union" and model == "shapes-sdxl" else 0.0  # Flux takes one kind of map at a time
-    trained = train_controlnet(out_dir, f"{model} {kind}", net, control_loss(pipeline, modes), data, tuple(modes or ("canny",)), config, two)
+    trained = train_controlnet(
+        out_dir, f"{model} {kind}", net, control_loss(pipeline, modes), data, tuple(modes or ("canny",)), config, two
+    )
     save_controlnet(trained, out_dir / f"controlnet_{kind}")
     return out_dir / f"controlnet_{kind}"
 
@@ -148,6 +176,8 @@ def train_part(
     part, folder = PARTS[name], Path(out_dir) / name
     unknown = set(changes or {}) - set(part.config.__dataclass_fields__)
     if unknown:
-        raise ValueError(f"{name} has no setting {', '.join(sorted(unknown))}: choose from {', '.join(part.config.__dataclass_fields__)}")
+        raise ValueError(
+            f"{name} has no setting {', '.join(sorted(unknown))}: choose from {', '.join(part.config.__dataclass_fields__)}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return part.train(folder, replace(part.config, **changes or {}))

@@ -25,17 +25,32 @@ from ..models.manifest import builtin_path
 
 # %% ../../nbs/65_shapes/01_scenes.ipynb #34d288ad
 COLORS = {
-    "red": (220, 30, 30), "orange": (255, 140, 0), "yellow": (250, 225, 30), "green": (30, 160, 60), "cyan": (40, 205, 220),
-    "blue": (40, 90, 235), "purple": (130, 50, 190), "pink": (255, 120, 190), "brown": (125, 75, 35), "gray": (130, 130, 130),
+    "red": (220, 30, 30),
+    "orange": (255, 140, 0),
+    "yellow": (250, 225, 30),
+    "green": (30, 160, 60),
+    "cyan": (40, 205, 220),
+    "blue": (40, 90, 235),
+    "purple": (130, 50, 190),
+    "pink": (255, 120, 190),
+    "brown": (125, 75, 35),
+    "gray": (130, 130, 130),
 }  # RGB
 BACKGROUNDS = {"white": (245, 245, 245), "black": (20, 20, 20), "beige": (232, 215, 180), "navy": (20, 30, 90)}  # RGB
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring")
 SIZES = {"small": 16, "large": 28}  # radius in pixels, of a single object
 PLACES = {
-    "center": (64, 64), "top left": (38, 38), "top right": (90, 38), "bottom left": (38, 90), "bottom right": (90, 90),
+    "center": (64, 64),
+    "top left": (38, 38),
+    "top right": (90, 38),
+    "bottom left": (38, 90),
+    "bottom right": (90, 90),
 }  # centre x, y in pixels
 RELATIONS = {
-    "left of": (36, 64, 92, 64), "right of": (92, 64, 36, 64), "above": (64, 36, 64, 92), "below": (64, 92, 64, 36),
+    "left of": (36, 64, 92, 64),
+    "right of": (92, 64, 36, 64),
+    "above": (64, 36, 64, 92),
+    "below": (64, 92, 64, 36),
 }  # centre x, y of the first object and of the second
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 IMAGE_SIZE, PAIR_RADIUS, JITTER, SUPERSAMPLE = 128, 22, 2, 4  # pixels, pixels, pixels, factor
@@ -64,8 +79,13 @@ class Scene:
             raise ValueError(f"{len(self.objects)} objects given: a scene has one or two")
         one, nothing = len(self.objects) == 1, (None,)
         allowed = [("background", self.background, BACKGROUNDS), ("place", self.place, PLACES if one else nothing)]
-        allowed += [("size", self.size, SIZES if one else nothing), ("relation", self.relation, nothing if one else RELATIONS)]
-        allowed += [("color", o.color, COLORS) for o in self.objects] + [("shape", o.shape, SHAPES) for o in self.objects]
+        allowed += [
+            ("size", self.size, SIZES if one else nothing),
+            ("relation", self.relation, nothing if one else RELATIONS),
+        ]
+        allowed += [("color", o.color, COLORS) for o in self.objects] + [
+            ("shape", o.shape, SHAPES) for o in self.objects
+        ]
         for name, value, names in allowed:
             if value not in names:
                 raise ValueError(f"{name} is {value!r}: for {len(self.objects)} object(s), choose one of {list(names)}")
@@ -128,7 +148,20 @@ def polygon_corners(
         "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
         "triangle": [(0, -1), (1, 0.86), (-1, 0.86)],
         "diamond": [(0, -1.08), (0.74, 0), (0, 1.08), (-0.74, 0)],
-        "cross": [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)],
+        "cross": [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ],
     }[shape]
 
 
@@ -220,7 +253,11 @@ def describe(
         if full or rng.random() > 0.08:
             body = f"{body} {where}" if rng.random() < 0.75 else f"{where}, {body}"
     else:
-        told = scene if rng.random() < 0.5 else replace(scene, objects=scene.objects[::-1], relation=OPPOSITE[scene.relation])
+        told = (
+            scene
+            if rng.random() < 0.5
+            else replace(scene, objects=scene.objects[::-1], relation=OPPOSITE[scene.relation])
+        )
         first, second = (object_phrase(o, None, drop, rng) for o in told.objects)
         relation = f"to the {told.relation}" if told.relation.endswith("of") and rng.random() < 0.3 else told.relation
         body = f"{first} {relation} {second}" if rng.random() < 0.85 else f"{relation} {second}, {first}"
@@ -273,7 +310,9 @@ def nearest(
 @lru_cache
 def shape_templates(
     side: int = 48,  # pixels of the stretched mask
-) -> dict[str, tuple[np.ndarray, float]]:  # for each shape its mask, (side, side) bool, and its height divided by its width
+) -> dict[
+    str, tuple[np.ndarray, float]
+]:  # for each shape its mask, (side, side) bool, and its height divided by its width
     "The outlines that `read_shape` compares with."
     result = {}
     for shape in SHAPES:
@@ -346,7 +385,10 @@ def compare(
     told, seen, relation = canonical(scene), reading.objects, reading.relation
     if relation in ("right of", "below"):
         seen, relation = seen[::-1], OPPOSITE[relation]
-    result |= {part: all(getattr(a, part) == getattr(b, part) for a, b in zip(seen, told.objects)) for part in ("color", "shape")}
+    result |= {
+        part: all(getattr(a, part) == getattr(b, part) for a, b in zip(seen, told.objects))
+        for part in ("color", "shape")
+    }
     if scene.relation is None:
         return result | {"place": seen[0].place == scene.place, "size": seen[0].size == scene.size}
     return result | {"relation": relation == told.relation}
@@ -382,7 +424,9 @@ def missing_parts(
 ) -> dict[str, Path]:  # component -> folder of the first model that holds it
     "Parts that a built-in model has in common with the first one, which alone carries them."
     index = json.loads((folder / "model_index.json").read_text())
-    named = [name for name, value in index.items() if isinstance(value, list) and value[1] and not (folder / name).exists()]
+    named = [
+        name for name, value in index.items() if isinstance(value, list) and value[1] and not (folder / name).exists()
+    ]
     return {name: builtin_path("shapes-sd15") / name for name in named}
 
 

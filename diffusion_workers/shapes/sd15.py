@@ -23,7 +23,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .scenes import describe, random_scene, render
 from .text import PARSE_CLASSES, build_tokenizer, parse_loss, parse_targets, token_ids
-from .training_loop import LOG_NAME, Checkpoint, TrainingLog, one_cycle, quick_arithmetic, update, update_ema
+from diffusion_workers.shapes.training_loop import (
+    LOG_NAME,
+    Checkpoint,
+    TrainingLog,
+    one_cycle,
+    quick_arithmetic,
+    update,
+    update_ema,
+)
 
 # %% ../../nbs/65_shapes/04_sd15.ipynb #8d7d44b7
 @dataclass(frozen=True)
@@ -50,7 +58,9 @@ class ShapesTrainingConfig:
     unet_batch: int = 64  # latents
     unet_learning_rate: float = 1.2e-3  # peak
     caption_dropout: float = 0.1  # share of captions replaced by "", for guidance
-    wrong_captions_from: float = 0.62  # share of the training after which half of the captions at little noise are wrong ones
+    wrong_captions_from: float = (
+        0.62  # share of the training after which half of the captions at little noise are wrong ones
+    )
     wrong_captions_below: int = 320  # timestep: what is little noise
     ema_decay: float = 0.999  # of the averaged weights
     minutes: float | None = None  # of the denoiser: spread its schedule over this time instead of `unet_steps`
@@ -77,8 +87,16 @@ def new_vae(
     "An untrained autoencoder: factor 8, 4 latent channels."
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     return AutoencoderKL(
-        block_out_channels=config.vae_widths, layers_per_block=1, norm_num_groups=2, latent_channels=4, sample_size=128,
-        down_block_types=down, up_block_types=up, mid_block_add_attention=False, scaling_factor=1.0, shift_factor=0.0,
+        block_out_channels=config.vae_widths,
+        layers_per_block=1,
+        norm_num_groups=2,
+        latent_channels=4,
+        sample_size=128,
+        down_block_types=down,
+        up_block_types=up,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+        shift_factor=0.0,
     )
 
 # %% ../../nbs/65_shapes/04_sd15.ipynb #dd90421c
@@ -109,7 +127,10 @@ def vae_batch(
     if step >= 0.8 * config.vae_steps:
         chosen = pictures[rng.integers(len(pictures), size=max(config.vae_batch // 4, 1))]
     else:
-        corners, which = rng.integers(65, size=(config.vae_batch, 2)), rng.integers(len(pictures), size=config.vae_batch)
+        corners, which = (
+            rng.integers(65, size=(config.vae_batch, 2)),
+            rng.integers(len(pictures), size=config.vae_batch),
+        )
         chosen = np.stack([pictures[i, y : y + 64, x : x + 64] for i, (y, x) in zip(which, corners)])
     return picture_tensor(chosen).contiguous(memory_format=torch.channels_last)
 
@@ -124,7 +145,10 @@ def train_vae(
     pictures = draw_pictures(np.random.default_rng((config.seed, 0)), config.vae_pictures)
     vae = new_vae(config).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=1e-4, fused=True)
-    checkpoint, log = Checkpoint(out_dir / "vae.pt", {"vae": vae, "optimizer": optimizer}), TrainingLog(out_dir / LOG_NAME, "vae")
+    checkpoint, log = (
+        Checkpoint(out_dir / "vae.pt", {"vae": vae, "optimizer": optimizer}),
+        TrainingLog(out_dir / LOG_NAME, "vae"),
+    )
     last = min(config.vae_steps, stop_after or config.vae_steps)
     for step in range(checkpoint.load(), last):
         kl_weight = config.kl_weight * (0.2 if step < 0.25 * config.vae_steps else 1.0)
@@ -144,7 +168,9 @@ def whiten(
     pictures: np.ndarray,  # (N, 128, 128, 3) uint8, about 2,000
 ) -> AutoencoderKL:  # the same; latents with mean 0, and covariance 1 if the noise of the training were added
     "Make the drawn latents white by an affine map in `quant_conv` and its inverse in `post_quant_conv`."
-    posteriors = [vae.encode(picture_tensor(part)).latent_dist for part in np.array_split(pictures, -(-len(pictures) // 50))]
+    posteriors = [
+        vae.encode(picture_tensor(part)).latent_dist for part in np.array_split(pictures, -(-len(pictures) // 50))
+    ]
     flat = torch.cat([p.mean for p in posteriors]).double().permute(1, 0, 2, 3).flatten(1)
     variance = torch.stack([p.var.mean((0, 2, 3)) for p in posteriors]).double().mean(0)
     mean, (values, vectors) = flat.mean(1), torch.linalg.eigh(torch.cov(flat) + torch.diag(variance))
@@ -163,12 +189,23 @@ def new_text_encoder(
     tokenizer: CLIPTokenizer,
 ) -> CLIPTextModel:
     "CLIP's text model with three layers."
-    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    special = dict(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     width = config.text_width
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=width, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=config.token_length, hidden_act="quick_gelu", **special,
-    ))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=config.token_length,
+            hidden_act="quick_gelu",
+            **special,
+        )
+    )
 
 
 def parse_batch(
@@ -180,7 +217,9 @@ def parse_batch(
     "Captions of fresh scenes, a third of them with one object, and what there is to tell from them."
     rng = np.random.default_rng((config.seed, 3 if held_out else 2, step))
     scenes = [random_scene(rng, 1 + (i % 3 > 0), held_out) for i in range(config.text_batch)]
-    return token_ids(tokenizer, [describe(s, rng, full=held_out) for s in scenes]), torch.tensor([parse_targets(s) for s in scenes])
+    return token_ids(tokenizer, [describe(s, rng, full=held_out) for s in scenes]), torch.tensor(
+        [parse_targets(s) for s in scenes]
+    )
 
 # %% ../../nbs/65_shapes/04_sd15.ipynb #6dd850a6
 def train_text_encoder(
@@ -194,7 +233,10 @@ def train_text_encoder(
     model = torch.nn.ModuleDict({"encoder": new_text_encoder(config, tokenizer)})
     model["heads"] = torch.nn.Linear(config.text_width, sum(PARSE_CLASSES))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, fused=True)
-    checkpoint, log = Checkpoint(out_dir / "text.pt", {"model": model, "optimizer": optimizer}), TrainingLog(out_dir / LOG_NAME, "text")
+    checkpoint, log = (
+        Checkpoint(out_dir / "text.pt", {"model": model, "optimizer": optimizer}),
+        TrainingLog(out_dir / LOG_NAME, "text"),
+    )
     last = min(config.text_steps, stop_after or config.text_steps)
     for step in range(checkpoint.load(), last):
         ids, targets = parse_batch(tokenizer, config, step)
@@ -245,8 +287,15 @@ def encode_scenes(
 def new_scheduler() -> DDIMScheduler:
     "Velocity prediction on a schedule that ends in pure noise."
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True, steps_offset=1,
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
     )
 
 
@@ -256,9 +305,16 @@ def new_unet(
     "Stable Diffusion's denoiser at three levels; attention at 8 x 8 and 4 x 4, where it is cheap."
     attention_down, attention_up = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
     return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=config.unet_widths, norm_num_groups=8,
-        down_block_types=("DownBlock2D", attention_down, attention_down), up_block_types=(attention_up, attention_up, "UpBlock2D"),
-        cross_attention_dim=config.text_width, attention_head_dim=4,
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=config.unet_widths,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", attention_down, attention_down),
+        up_block_types=(attention_up, attention_up, "UpBlock2D"),
+        cross_attention_dim=config.text_width,
+        attention_head_dim=4,
     )
 
 # %% ../../nbs/65_shapes/04_sd15.ipynb #cf8d79e1
@@ -296,22 +352,23 @@ def unet_loss(
         predicted = unet(noisy, timesteps, states).sample
     return {"loss": F.mse_loss(predicted.float(), wanted)}
 
-
-
 # %% ../../nbs/65_shapes/04_sd15.ipynb #e94c78f2
 def train_unet(
     out_dir: Path,  # keeps `unet.pt` and the log
     config: ShapesTrainingConfig,
     data: LatentData,
     stop_after: int | None = None,  # end early, after so many steps, as if interrupted
-    on_checkpoint: Callable[[int, UNet2DConditionModel], None] | None = None,  # gets the steps done and the averaged weights
+    on_checkpoint: Callable[[int, UNet2DConditionModel], None]
+    | None = None,  # gets the steps done and the averaged weights
     checkpoint_every: int = 500,  # steps
 ) -> UNet2DConditionModel:  # the averaged weights
     "Train the denoiser, continuing from its checkpoint."
     torch.manual_seed(config.seed)
     scheduler, unet, averaged = new_scheduler(), new_unet(config), new_unet(config).requires_grad_(False)
     averaged.load_state_dict(unet.state_dict())
-    unet.set_attn_processor(AttnProcessor())  # at these sizes plain attention trains faster on a CPU than the fused kernel
+    unet.set_attn_processor(
+        AttnProcessor()
+    )  # at these sizes plain attention trains faster on a CPU than the fused kernel
     optimizer = torch.optim.AdamW(unet.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     checkpoint = Checkpoint(out_dir / "unet.pt", {"unet": unet, "ema": averaged, "optimizer": optimizer})
     step, log = checkpoint.load(), TrainingLog(out_dir / LOG_NAME, "unet")
@@ -340,8 +397,14 @@ def assemble(
 ) -> StableDiffusionPipeline:
     "Put the parts together."
     return StableDiffusionPipeline(
-        vae=vae, text_encoder=encoder, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 

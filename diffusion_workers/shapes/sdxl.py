@@ -9,9 +9,8 @@ __all__ = ['CLEAN', 'BLURRED_SIDES', 'LARGEST_CROP', 'SceneData', 'altered_pictu
 
 # %% ../../nbs/65_shapes/06_sdxl.ipynb #6b23f850
 import copy
-import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +21,26 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .scenes import BACKGROUNDS, IMAGE_SIZE, Scene, describe, load_builtin_pipeline, random_scene, render
-from .text import token_ids
+from diffusion_workers.shapes.scenes import (
+    BACKGROUNDS,
+    IMAGE_SIZE,
+    Scene,
+    describe,
+    load_builtin_pipeline,
+    random_scene,
+    render,
+)
 from .sd15 import new_scheduler, picture_tensor
-from .training_loop import LOG_NAME, Checkpoint, TrainingLog, one_cycle, quick_arithmetic, update, update_ema
+from .text import token_ids
+from diffusion_workers.shapes.training_loop import (
+    LOG_NAME,
+    Checkpoint,
+    TrainingLog,
+    one_cycle,
+    quick_arithmetic,
+    update,
+    update_ema,
+)
 
 # %% ../../nbs/65_shapes/06_sdxl.ipynb #4e64d37d
 @dataclass(frozen=True)
@@ -84,7 +99,10 @@ def encode_scene_data(
     "Draw training scenes, encode them, and tell them in words."
     rng, latents, captions, times = np.random.default_rng((seed, 10 + altered)), [], [], []
     for start in range(0, singles + pairs, 500):
-        scenes = [random_scene(rng, 1 if i < singles else 2, held_out=False) for i in range(start, min(start + 500, singles + pairs))]
+        scenes = [
+            random_scene(rng, 1 if i < singles else 2, held_out=False)
+            for i in range(start, min(start + 500, singles + pairs))
+        ]
         drawn = [altered_picture(s, rng) if altered else (render(s, rng), CLEAN) for s in scenes]
         latents.append(encode_pictures(vae, [picture for picture, _ in drawn]))
         times += [time for _, time in drawn]
@@ -186,9 +204,13 @@ def new_sdxl_unet(
     scenes = np.random.default_rng((config.seed, 12))
     captions = [describe(random_scene(scenes, 1 + i % 2, held_out=False), scenes) for i in range(64)]
     with torch.no_grad():
-        states = deeper(encoder, CLIPTextModel)(token_ids(tokenizer, captions), output_hidden_states=True).hidden_states[-2]
+        states = deeper(encoder, CLIPTextModel)(
+            token_ids(tokenizer, captions), output_hidden_states=True
+        ).hidden_states[-2]
     settings = {name: value for name, value in base.config.items() if not name.startswith("_")} | {
-        "cross_attention_dim": 2 * width, "addition_embed_type": "text_time", "addition_time_embed_dim": config.time_width,
+        "cross_attention_dim": 2 * width,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": config.time_width,
         "projection_class_embeddings_input_dim": 6 * config.time_width + width,
     }
     old = copy.deepcopy(base)
@@ -205,7 +227,9 @@ def sdxl_batch(
     altered: SceneData,
     config: SdxlTrainingConfig,
     step: int,  # decides the batch, with the seed
-) -> tuple[torch.Tensor, torch.Tensor, list[str], torch.Tensor, torch.Tensor]:  # latents, time ids, captions, noise, timesteps
+) -> tuple[
+    torch.Tensor, torch.Tensor, list[str], torch.Tensor, torch.Tensor
+]:  # latents, time ids, captions, noise, timesteps
     "The batch of one step: half single objects, a share of altered pictures, timesteps spread evenly."
     rng, b = np.random.default_rng((config.seed, 11, step)), config.batch
     latents, times, captions = [], [], []
@@ -240,7 +264,10 @@ def train_sdxl_unet(
     while step < last:
         latents, times, captions, noise, timesteps = sdxl_batch(clean, altered, config, step)
         states, pooled = sdxl_conditioning((parts.text_encoder, parts.text_encoder_2), parts.tokenizer, captions)
-        noisy, wanted = scheduler.add_noise(latents, noise, timesteps), scheduler.get_velocity(latents, noise, timesteps)
+        noisy, wanted = (
+            scheduler.add_noise(latents, noise, timesteps),
+            scheduler.get_velocity(latents, noise, timesteps),
+        )
         added = {"text_embeds": pooled, "time_ids": times}
         with quick_arithmetic():
             predicted = unet(noisy, timesteps, states, added_cond_kwargs=added).sample
@@ -261,7 +288,10 @@ def new_sdxl_pipeline(
     base = load_builtin_pipeline("shapes-sd15")
     encoder, tokenizer = base.text_encoder, base.tokenizer
     return assemble_sdxl(
-        base.vae, tokenizer, deeper(encoder, CLIPTextModel), deeper(encoder, CLIPTextModelWithProjection),
+        base.vae,
+        tokenizer,
+        deeper(encoder, CLIPTextModel),
+        deeper(encoder, CLIPTextModelWithProjection),
         new_sdxl_unet(base.unet, encoder, tokenizer, config),
     )
 
@@ -275,8 +305,15 @@ def assemble_sdxl(
 ) -> StableDiffusionXLPipeline:
     "Put the parts together."
     pipeline = StableDiffusionXLPipeline(
-        vae=vae, text_encoder=text_encoder, text_encoder_2=text_encoder_2, tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet,
-        scheduler=new_scheduler(), force_zeros_for_empty_prompt=False, add_watermarker=False,
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -288,7 +325,9 @@ def save_half(
     shared: tuple[str, ...] = ("vae",),  # parts that the first model's folder holds already
 ) -> None:
     "Write the pipeline in half precision, without what is shared."
-    half = {n: copy.deepcopy(part).half() for n, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    half = {
+        n: copy.deepcopy(part).half() for n, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
+    }
     whole = {n: part for n, part in pipeline.components.items() if n not in half}
     saved = type(pipeline)(**half, **whole)
     saved.save_pretrained(folder, variant="fp16", safe_serialization=True)

@@ -57,7 +57,9 @@ def build_tokenizer(
     merges, special = build_merges(WORDS), ("<|startoftext|>", "<|endoftext|>")
     entries = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), *special])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({entry: i for i, entry in enumerate(entries)}, ensure_ascii=False), encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({entry: i for i, entry in enumerate(entries)}, ensure_ascii=False), encoding="utf-8"
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
     start, end = special
     return CLIPTokenizer.from_pretrained(

@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..request.errors import RequestError, parse
 from ez_diffusion_client.errors import ConnectionLost
 from ez_diffusion_client.models import GenerationRequest, OpResult, OpStatus, OutputFormat
 from ez_diffusion_client.pictures import request_body
-
-from ..request.errors import RequestError, parse
 
 # %% ../../nbs/72_sweep/01_folder.ipynb #172bc4bb
 Request = GenerationRequest | Mapping[str, Any]
@@ -53,9 +52,13 @@ def checked_requests(
     found = {}
     for index, given in enumerate(requests):
         try:
-            request = parse(GenerationRequest, request_body(given if isinstance(given, GenerationRequest) else dict(given), {}))
+            request = parse(
+                GenerationRequest, request_body(given if isinstance(given, GenerationRequest) else dict(given), {})
+            )
         except RequestError as refused:
-            raise RequestError([error.model_copy(update={"field": f"requests[{index}].{error.field}"}) for error in refused.errors]) from None
+            raise RequestError(
+                [error.model_copy(update={"field": f"requests[{index}].{error.field}"}) for error in refused.errors]
+            ) from None
         plain = request.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         found[request_key(plain)] = plain
     return found
@@ -121,13 +124,17 @@ async def _picture(text: str) -> bytes:  # base64 text, or a link into the bucke
     import httpx
 
     try:
-        async with httpx.AsyncClient(timeout=60) as http:  # without the key of the endpoint, which is not the bucket's business
+        async with httpx.AsyncClient(
+            timeout=60
+        ) as http:  # without the key of the endpoint, which is not the bucket's business
             return (await http.get(text)).raise_for_status().content
     except httpx.HTTPError as exc:
         raise ConnectionLost(f"a picture could not be fetched from its link: {exc}") from None
 
 
-async def _in_files(folder: Path, stem: str, pictures: Sequence[Any]) -> list[Any]:  # the pictures, with the names of their files in them
+async def _in_files(
+    folder: Path, stem: str, pictures: Sequence[Any]
+) -> list[Any]:  # the pictures, with the names of their files in them
     named = []
     for index, picture in enumerate(pictures):
         name = f"{stem}-{index}.{getattr(picture, 'format', OutputFormat.png).value}"
@@ -145,7 +152,9 @@ async def write_result(
     if (made := result.generation) is not None:
         images = await _in_files(folder, f"images/{key}", made.images)
         maps = await _in_files(folder, f"control_maps/{key}", made.control_maps or [])
-        result = result.model_copy(update={"generation": made.model_copy(update={"images": images, "control_maps": maps or None})})
+        result = result.model_copy(
+            update={"generation": made.model_copy(update={"images": images, "control_maps": maps or None})}
+        )
     write_whole(folder / "results" / f"{key}.json", result.model_dump_json(exclude_none=True).encode())
     return result
 
@@ -169,7 +178,9 @@ class SweepItem:
     job_id: str | None = None
     target: str | None = None  # the address that knows the job
     sent: int = 0  # how often
-    result: OpResult | None = field(default=None, repr=False)  # with names of files, relative to the folder, in the place of pictures
+    result: OpResult | None = field(
+        default=None, repr=False
+    )  # with names of files, relative to the folder, in the place of pictures
 
     def take(self, line: Mapping[str, Any]) -> None:
         "What a line of the journal says."

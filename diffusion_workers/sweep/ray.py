@@ -10,12 +10,11 @@ import asyncio
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ez_diffusion_client.models import ErrorCode, OpResult
-
-from ..service.service import DiffusionService
 from ..request.errors import failure, request_error
-from .run import OnResult, Sweep
+from ..service.service import DiffusionService
 from .folder import SweepItem
+from .run import OnResult, Sweep
+from ez_diffusion_client.models import ErrorCode, OpResult
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -30,7 +29,9 @@ def import_ray() -> ModuleType:
         import ray
         import ray.serve
     except ImportError as exc:
-        raise ModuleNotFoundError(f"Ray Serve cannot be imported ({exc}): pip install 'diffusion-workers[ray]'", name="ray") from None
+        raise ModuleNotFoundError(
+            f"Ray Serve cannot be imported ({exc}): pip install 'diffusion-workers[ray]'", name="ray"
+        ) from None
     return ray
 
 # %% ../../nbs/72_sweep/03_ray.ipynb #3ff345c0
@@ -53,7 +54,12 @@ class ServiceReplica:
         from starlette.responses import Response
 
         if (http.method, http.url.path) != ("POST", "/generate"):
-            refused = request_error(ErrorCode.not_found, "there is no such address", given=f"{http.method} {http.url.path}", allowed="POST /generate")
+            refused = request_error(
+                ErrorCode.not_found,
+                "there is no such address",
+                given=f"{http.method} {http.url.path}",
+                allowed="POST /generate",
+            )
             return Response(failure(refused).model_dump_json(exclude_none=True), 404, media_type="application/json")
         return Response(await self.generate(await http.body()), media_type="application/json")
 
@@ -69,7 +75,13 @@ def service_app(
     "What `ray.serve.run` starts: replicas with a service each."
     serve = import_ray().serve
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
-    deployment = serve.deployment(ServiceReplica, name="diffusion", num_replicas=num_replicas, max_ongoing_requests=max_ongoing_requests, ray_actor_options=options)
+    deployment = serve.deployment(
+        ServiceReplica,
+        name="diffusion",
+        num_replicas=num_replicas,
+        max_ongoing_requests=max_ongoing_requests,
+        ray_actor_options=options,
+    )
     return deployment.bind(device=device)
 
 # %% ../../nbs/72_sweep/03_ray.ipynb #80b35f74
@@ -86,7 +98,8 @@ async def run_on_ray(
     *,
     concurrency: int = 8,  # tasks under way at a time
     retry_failed: bool = False,  # whether failures of earlier runs are sent again
-    on_result: OnResult | None = None,  # called with the sweep and the item after each result; an exception in it ends the run
+    on_result: OnResult
+    | None = None,  # called with the sweep and the item after each result; an exception in it ends the run
 ) -> Sweep:
     "Carry out what is left as Ray tasks; Ray's exception where a task cannot be carried out at all."
     task = import_ray().remote(num_cpus=0, max_retries=3, retry_exceptions=True)(_ask)

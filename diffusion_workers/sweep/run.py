@@ -13,15 +13,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ez_diffusion_client import AsyncClient, Retries, RunPod, Server
-from ez_diffusion_client.errors import NotFound, QueueFull, RequestFailed, ServerUnreachable, Unauthorized
-from ez_diffusion_client.models import OpResult
 from fastcore.basics import patch
 from PIL import Image
 
-from ..request.images import contact_sheet as draw_sheet
 from ..request.errors import logger
-from .folder import Request, SweepItem, append_lines, checked_requests, locked, read_lines, read_result, request_product, write_result
+from ..request.images import contact_sheet as draw_sheet
+from diffusion_workers.sweep.folder import (
+    Request,
+    SweepItem,
+    append_lines,
+    checked_requests,
+    locked,
+    read_lines,
+    read_result,
+    request_product,
+    write_result,
+)
+from ez_diffusion_client import AsyncClient, Retries, RunPod, Server
+from ez_diffusion_client.errors import NotFound, QueueFull, RequestFailed, ServerUnreachable, Unauthorized
+from ez_diffusion_client.models import OpResult
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +60,9 @@ class Sweep:
     def counts(self) -> dict[str, int]:
         "How many requests are in each state."
         states = [item.state for item in self.items]
-        return {state: states.count(state) for state in ("done", "failed", "sent", "sending", "waiting") if state in states}
+        return {
+            state: states.count(state) for state in ("done", "failed", "sent", "sending", "waiting") if state in states
+        }
 
     def __repr__(self) -> str:
         return f"{len(self.items)} requests: " + ", ".join(f"{count} {state}" for state, count in self.counts().items())
@@ -79,7 +91,11 @@ def writing(self: Sweep) -> Iterator[None]:
     with locked(self.folder):
         self.load()
         known = {line["key"] for line in read_lines(self.journal) if line["event"] == "request"}
-        if new := [{"key": item.key, "event": "request", "request": item.request} for item in self.items if item.key not in known]:
+        if new := [
+            {"key": item.key, "event": "request", "request": item.request}
+            for item in self.items
+            if item.key not in known
+        ]:
             append_lines(self.journal, *new)
         yield
 
@@ -170,7 +186,8 @@ async def carry_out(
     *,
     concurrency: int = 8,  # requests under way at a time
     retry_failed: bool = False,  # whether failures of earlier runs are sent again
-    on_result: OnResult | None = None,  # called with the sweep and the item after each result; an exception in it ends the run
+    on_result: OnResult
+    | None = None,  # called with the sweep and the item after each result; an exception in it ends the run
 ) -> Sweep:
     "Have what is left carried out by a function; the first exception ends the run."
     if concurrency < 1:
@@ -205,19 +222,27 @@ async def run(
     *,
     concurrency: int = 8,  # requests under way at a time
     retry_failed: bool = False,  # whether failures of earlier runs are sent again
-    on_result: OnResult | None = None,  # called with the sweep and the item after each result; an exception in it ends the run
+    on_result: OnResult
+    | None = None,  # called with the sweep and the item after each result; an exception in it ends the run
     retries: Retries = Retries(attempts=8),  # how long to bear with a connection
 ) -> Sweep:
     "Carry out what is left; a `ClientError` where the target cannot be used, after which another run goes on."
     async with AsyncClient(target, retries=retries) as client:
-        return await self.carry_out(lambda item: self._by_client(client, item), concurrency=concurrency, retry_failed=retry_failed, on_result=on_result)
+        return await self.carry_out(
+            lambda item: self._by_client(client, item),
+            concurrency=concurrency,
+            retry_failed=retry_failed,
+            on_result=on_result,
+        )
 
 # %% ../../nbs/72_sweep/02_run.ipynb #362cbe51
 @patch
 def varied_fields(self: Sweep) -> list[str]:
     "The fields in which the requests differ."
     names = dict.fromkeys(name for item in self.items for name in item.request)
-    return [name for name in names if len({json.dumps(item.request.get(name), sort_keys=True) for item in self.items}) > 1]
+    return [
+        name for name in names if len({json.dumps(item.request.get(name), sort_keys=True) for item in self.items}) > 1
+    ]
 
 
 @patch
@@ -226,7 +251,9 @@ def table(self: Sweep) -> "pd.DataFrame":
     try:
         import pandas as pd
     except ModuleNotFoundError:
-        raise ModuleNotFoundError("a table needs pandas: pip install 'diffusion-workers[notebook]'", name="pandas") from None
+        raise ModuleNotFoundError(
+            "a table needs pandas: pip install 'diffusion-workers[notebook]'", name="pandas"
+        ) from None
     fields, rows = self.varied_fields(), []
     for item in self.items:
         made = item.result.generation if item.result else None
@@ -260,7 +287,9 @@ def contact_sheet(
         picture = pictures[0].convert("RGB") if pictures else Image.new("RGB", (side, side), _GREY)
         picture.thumbnail((side, side))
         shown.append(picture)
-        labels.append(", ".join([f"{item.request.get(name)}" for name in reversed(fields)] + [item.state] * (not pictures)))
+        labels.append(
+            ", ".join([f"{item.request.get(name)}" for name in reversed(fields)] + [item.state] * (not pictures))
+        )
     return draw_sheet(shown, labels, columns or self._columns(fields))
 
 

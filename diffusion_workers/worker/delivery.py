@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
-from ..request.metadata import metadata_texts, read_metadata
-from ..request.images import encode_base64, sniff_format
 from ..request.errors import logger, warning
+from ..request.images import encode_base64, sniff_format
+from ..request.metadata import metadata_texts, read_metadata
 from .settings import WorkerSettings
 from ez_diffusion_client.models import ControlMap, GeneratedImage, OpResult, OutputFormat, OutputOptions, RequestWarning
 
@@ -49,6 +49,7 @@ def answer_bytes(result: OpResult) -> int:
 @dataclass(frozen=True)
 class Bucket:
     "A place for images in an S3-compatible store."
+
     endpoint: str  # http(s) address
     name: str
     key_id: str = field(repr=False)
@@ -84,7 +85,10 @@ class Bucket:
         client: Any | None = None,  # None makes one
     ) -> str:  # an address that anybody can read it from, until it expires
         "Store an image."
-        client, where = client or self.client(), {"Bucket": self.name, "Key": f"{self.prefix.strip('/')}/{key}".lstrip("/")}
+        client, where = (
+            client or self.client(),
+            {"Bucket": self.name, "Key": f"{self.prefix.strip('/')}/{key}".lstrip("/")},
+        )
         client.put_object(**where, Body=data, ContentType=f"image/{kind}")
         return client.generate_presigned_url("get_object", Params=where, ExpiresIn=self.expiry)
 
@@ -132,6 +136,7 @@ def uploaded(
 @dataclass(frozen=True)
 class Rung:
     "One way to make pictures smaller."
+
     format: OutputFormat
     quality: int
     scale: float = 1.0
@@ -200,5 +205,7 @@ def deliver(
             return uploaded(result, bucket, job_id)
         except Exception as exc:
             logger.error("the upload failed: %s", type(exc).__name__, exc_info=exc)
-            result = _noted(result, warning(f"the upload failed ({type(exc).__name__}); the log has the details", field="output"))
+            result = _noted(
+                result, warning(f"the upload failed ({type(exc).__name__}); the log has the details", field="output")
+            )
     return result if answer_bytes(result) <= limit else fitted(result, limit)

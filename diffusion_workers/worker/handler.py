@@ -23,12 +23,12 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from .delivery import Bucket, as_json, deliver, payload_limit
 from ..models.store import SettingsError
 from ..request.errors import RequestError, failure, logger, request_error
+from .delivery import Bucket, as_json, deliver, payload_limit
+from .settings import WorkerSettings
 from .startup import StartupClock, StartupError, import_sdk, start_service, try_picture
 from .worker_sdxl import from_worker_sdxl, is_worker_sdxl, to_worker_sdxl
-from .settings import WorkerSettings
 from ez_diffusion_client.models import ErrorCode, HealthState, OpResult, OpStatus, Phase, ProgressEvent
 
 # %% ../../nbs/71_worker/05_handler.ipynb #1143ec08
@@ -41,13 +41,23 @@ def split_operation(
     "What a job is to do; a `RequestError` where that is not said."
     if not isinstance(given, dict):
         allowed = "an object with the fields of a request"
-        raise request_error(ErrorCode.wrong_type, "the input of a job is an object", field="input", given=given, allowed=allowed)
+        raise request_error(
+            ErrorCode.wrong_type, "the input of a job is an object", field="input", given=given, allowed=allowed
+        )
     fields = dict(given)
     operation = fields.pop("op", "generate")
     if operation not in OPERATIONS:
-        raise request_error(ErrorCode.not_one_of, "there is no such operation", field="op", given=operation, allowed=", ".join(OPERATIONS))
+        raise request_error(
+            ErrorCode.not_one_of,
+            "there is no such operation",
+            field="op",
+            given=operation,
+            allowed=", ".join(OPERATIONS),
+        )
     if fields and operation in ("memory_info", "health"):
-        raise request_error(ErrorCode.unknown_field, f"{operation} takes no fields", field=next(iter(fields)), hint="leave it out")
+        raise request_error(
+            ErrorCode.unknown_field, f"{operation} takes no fields", field=next(iter(fields)), hint="leave it out"
+        )
     return operation, fields
 
 # %% ../../nbs/71_worker/05_handler.ipynb #8fc7f842
@@ -100,7 +110,10 @@ class Worker:
     ):
         self.settings, self.clock, self.send_progress = settings, clock or StartupClock(), send_progress
         self.bucket, self.service, self.broken = Bucket.from_settings(settings), None, False
-        self._starting, self._pool = threading.Lock(), ThreadPoolExecutor(settings.concurrency + 2, thread_name_prefix="worker")
+        self._starting, self._pool = (
+            threading.Lock(),
+            ThreadPoolExecutor(settings.concurrency + 2, thread_name_prefix="worker"),
+        )
         self.config: dict[str, Any] = {
             "handler": self.stream if settings.stream else self.handle, "return_aggregate_stream": True,
             "concurrency_modifier": lambda current: settings.concurrency, "refresh_worker": False,
@@ -192,10 +205,18 @@ async def _events(worker: Worker, job: dict[str, Any]) -> AsyncIterator[Progress
         async with aclosing(_generation(worker, _request_fields(worker, job, fields))) as events:
             async for event in events:
                 if event.result is not None and notes:
-                    event = event.model_copy(update={"result": event.result.model_copy(update={"warnings": [*notes, *(event.result.warnings or [])]})})
+                    event = event.model_copy(
+                        update={
+                            "result": event.result.model_copy(
+                                update={"warnings": [*notes, *(event.result.warnings or [])]}
+                            )
+                        }
+                    )
                 yield event
     except StartupError as exc:
-        yield ProgressEvent(phase=Phase.failed, result=failure(request_error(ErrorCode.model_unavailable, str(exc), field="model")))
+        yield ProgressEvent(
+            phase=Phase.failed, result=failure(request_error(ErrorCode.model_unavailable, str(exc), field="model"))
+        )
     except Exception as exc:
         yield ProgressEvent(phase=Phase.failed, result=failure(exc))
 
@@ -255,7 +276,9 @@ class _OneLine(logging.Formatter):
     "Log lines without tracebacks."
 
     def format(self, record: logging.LogRecord) -> str:
-        cause = f" ({record.exc_info[0].__name__}: {record.exc_info[1]})" if record.exc_info and record.exc_info[0] else ""
+        cause = (
+            f" ({record.exc_info[0].__name__}: {record.exc_info[1]})" if record.exc_info and record.exc_info[0] else ""
+        )
         plain = logging.makeLogRecord(record.__dict__ | {"exc_info": None, "exc_text": None})
         return super().format(plain) + " ".join(cause.split("\n"))
 
@@ -277,7 +300,9 @@ def main() -> int:  # the exit code
         return 2
     set_up_logging(settings.log_level)
     clock = StartupClock.since_process_start()
-    os.environ.setdefault("RUNPOD_LOG_LEVEL", settings.log_level.replace("WARNING", "WARN"))  # the SDK's own default logs every answer
+    os.environ.setdefault(
+        "RUNPOD_LOG_LEVEL", settings.log_level.replace("WARNING", "WARN")
+    )  # the SDK's own default logs every answer
     runpod = import_sdk(settings, clock)
     worker = Worker(settings, clock, send_progress=runpod.serverless.progress_update)
     runpod.serverless.register_fitness_check(worker.ready)

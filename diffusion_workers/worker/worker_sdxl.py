@@ -36,19 +36,31 @@ def from_worker_sdxl(
     "Translate a request of worker-sdxl."
     asked = _ABSENT | {name: value for name, value in fields.items() if value is not None}
     notes, image = [], asked.pop("image_url", None)
-    fraction, steps, strength = (asked.pop(name, None) for name in ("high_noise_frac", "refiner_inference_steps", "strength"))
+    fraction, steps, strength = (
+        asked.pop(name, None) for name in ("high_noise_frac", "refiner_inference_steps", "strength")
+    )
     if isinstance(asked["scheduler"], str):
         asked["scheduler"] = SDXL_SCHEDULERS.get(asked["scheduler"], asked["scheduler"])
     if image is not None:
-        asked |= {"image": image, "strength": 0.3 if strength is None else strength, "num_inference_steps": 50 if steps is None else steps}
+        asked |= {
+            "image": image,
+            "strength": 0.3 if strength is None else strength,
+            "num_inference_steps": 50 if steps is None else steps,
+        }
     elif fraction is not None and has_refiner:
         asked["refiner"] = {"switch_at": fraction, "num_inference_steps": 50 if steps is None else steps}
     elif fraction is not None:
-        notes.append(warning("the model has no refiner, so the base makes all steps", field="high_noise_frac", given=fraction))
+        notes.append(
+            warning("the model has no refiner, so the base makes all steps", field="high_noise_frac", given=fraction)
+        )
     return asked, notes
 
 
-_NAMES = {"image": "image_url", "refiner.switch_at": "high_noise_frac", "refiner.num_inference_steps": "refiner_inference_steps"}
+_NAMES = {
+    "image": "image_url",
+    "refiner.switch_at": "high_noise_frac",
+    "refiner.num_inference_steps": "refiner_inference_steps",
+}
 
 
 def in_their_words(errors: list[ErrorDetail]) -> list[ErrorDetail]:
@@ -57,7 +69,11 @@ def in_their_words(errors: list[ErrorDetail]) -> list[ErrorDetail]:
 
 # %% ../../nbs/71_worker/03_worker_sdxl.ipynb #2f2c62a4
 def _address(image: GeneratedImage) -> str:  # a URL, or a data URI
-    return image.image if image.image.startswith(("http://", "https://")) else f"data:image/{image.format.value};base64,{image.image}"
+    return (
+        image.image
+        if image.image.startswith(("http://", "https://"))
+        else f"data:image/{image.format.value};base64,{image.image}"
+    )
 
 
 def to_worker_sdxl(result: OpResult) -> dict[str, Any]:
