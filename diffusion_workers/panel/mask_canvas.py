@@ -15,16 +15,13 @@ import traitlets
 from fastcore.basics import patch
 from PIL import Image, ImageFilter
 
+from ..models.manifest import package_folder
 from ..request.errors import RequestError, error_line
 from ..request.images import DecodedImage, decode_bytes, decode_image, decode_mask, to_image_string
 
 # %% ../../nbs/73_panel/01_mask_canvas.ipynb #824729c3
 PictureSource = str | bytes | Path | Image.Image | np.ndarray
-ELEMENTS = (
-    Path(__file__).parent / "elements"
-    if "__file__" in globals()
-    else Path("../../diffusion_workers/elements").resolve()
-)
+ELEMENTS = package_folder("elements")
 
 
 def picture_from(
