@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/90_public/01_public_api.ipynb #7534f813
+# %% ../nbs/90_public/01_public_api.ipynb #87ffc3c0
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-
-# %% ../nbs/90_public/01_public_api.ipynb #55861aa1
+# %% ../nbs/90_public/01_public_api.ipynb #4844f6eb
 if TYPE_CHECKING:
-    from ez_diffusion_client import AsyncClient, Client, RunPod, Server
+    from ez_diffusion_client import AsyncClient, Client, RunPod, Server, models
     from ez_diffusion_client.models import GenerationPlan, GenerationRequest, OpResult
 
     from diffusion_workers.benchmark.benchmark import run_benchmark
