@@ -13,9 +13,6 @@ __version__ = "0.1.0"
 
 # %% ../nbs/90_public/01_public_api.ipynb #4844f6eb
 if TYPE_CHECKING:
-    from ez_diffusion_client import AsyncClient, Client, RunPod, Server, models
-    from ez_diffusion_client.models import GenerationPlan, GenerationRequest, OpResult
-
     from diffusion_workers.benchmark.benchmark import run_benchmark
     from diffusion_workers.models.store import Settings, load_manifests
     from diffusion_workers.panel.grid import grid
@@ -27,6 +24,8 @@ if TYPE_CHECKING:
     from diffusion_workers.request.metadata import read_metadata
     from diffusion_workers.service.service import DiffusionService
     from diffusion_workers.sweep.run import Sweep
+    from ez_diffusion_client import AsyncClient, Client, RunPod, Server
+    from ez_diffusion_client.models import GenerationPlan, GenerationRequest, OpResult
 
 _HOMES = {  # name -> the module that defines it
     "AsyncClient": "ez_diffusion_client",
