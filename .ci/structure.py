@@ -150,6 +150,17 @@ def public_classes() -> set[str]:
     }
 
 
+def is_patch(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("patch" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def assigned_class(node: ast.AST) -> str | None:
+    "The class in a statement `Class.method = f`."
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+        return ast.unparse(node.targets[0].value)
+    return None
+
+
 def patched_classes() -> list[str]:
     "Methods that are added to a public class from outside: `@patch`, and `Class.method = f` for any class."
     public, found = public_classes(), []
