@@ -37,6 +37,7 @@ from ..pipeline.controlnets import PreparedControl
 from ..pipeline.factory import PipelineFactory
 from ..pipeline.loading import pick_device
 from ..planning.plan import make_plan
+from ..planning.replay import restore_request, restore_result
 from ..request.errors import failure, is_out_of_memory, logger, parse, request_error
 from diffusion_workers.request.images import (
     ImagePolicy,
@@ -78,6 +79,7 @@ from ez_diffusion_client.models import (
     PreprocessRequest,
     ProgressEvent,
     RequestWarning,
+    RestoreRequest,
     Timings,
 )
 
@@ -334,6 +336,25 @@ def control_map(item: PreparedControl, index: int) -> ControlMap:
     return ControlMap(
         image=to_image_string(item.map), unit=index, preprocessor=name, width=item.map.width, height=item.map.height
     )
+
+# %% ../../nbs/60_service/05_service.ipynb #d9d75b41
+@patch
+def restore(
+    self: DiffusionService,
+    image: Any = None,  # a file (bytes, path, base64, URL), or a PIL image that was opened from one
+    *,
+    parameters: str | None = None,  # prompt, negative prompt and settings as other programs write them
+    request_id: str | None = None,
+) -> OpResult:  # its `restored` holds the request
+    "Restore the request that made an image from the image's metadata."
+    try:
+        if isinstance(image, Image.Image):
+            return restore_result(image, self.list_models(), request_id)
+        given = {"image": _picture_text("image", image), "parameters": parameters, "request_id": request_id}
+        asked = parse(RestoreRequest, {name: value for name, value in given.items() if value is not None})
+    except Exception as exc:
+        return failure(exc, request_id)
+    return restore_request(asked, self.list_models(), self.image_policy)
 
 # %% ../../nbs/60_service/05_service.ipynb #612f5c47
 @patch
