@@ -186,9 +186,9 @@ def tiny_clip(tokenizer: str = "tokenizer", projected: bool = False) -> TinyComp
     return TinyComponent(name, CLIP_SIZES, "CLIPTextConfig", tokenizer)
 
 
-def tiny_t5(tokenizer: str) -> TinyComponent:
-    "A T5 text encoder of width 16."
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+def tiny_t5(tokenizer: str, width: int = 16) -> TinyComponent:
+    "A T5 text encoder."
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     return TinyComponent("T5EncoderModel", sizes, "T5Config", tokenizer)
 
 

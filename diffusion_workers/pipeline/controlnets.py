@@ -160,7 +160,7 @@ def joint_token_view(
     called = net
     if net.pos_embed is None:
         called = copy.copy(net)
-        called._modules = net._modules | {"pos_embed": denoiser.pos_embed}
+        vars(called)["pos_embed"] = denoiser.pos_embed  # an attribute, not a child: nothing is moved or saved with it
 
     def forward(**kwargs) -> tuple[list[torch.Tensor]]:
         samples = type(net).forward(called, **(kwargs | {"return_dict": False}))[0]

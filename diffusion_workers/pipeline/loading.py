@@ -241,7 +241,7 @@ def _replacement(name: str, component: Component, manifest: ModelManifest, targe
         return _find_class(class_name).from_config(made.config, **component.options) if component.options else made
 
 
-def _own_networks(manifest: ModelManifest, target: Target) -> dict[str, torch.nn.Module]:
+def _own_networks(manifest: ModelManifest, target: Target) -> dict[str, torch.nn.Module | None]:
     "The networks of the model's own repository that the manifest does not replace; none for a single file."
     if isinstance(manifest.source, FileSource):
         return {}
@@ -259,10 +259,12 @@ def _own_networks(manifest: ModelManifest, target: Target) -> dict[str, torch.nn
         for name, class_name in named.items()
         if class_name in slots[name] and name not in manifest.components
     }
-    return {
+    networks = {
         name: load_network(class_name, source, manifest.variant, target, name, _role(name))
         for name, class_name in known.items()
     }
+    empty = [name for name in slots if isinstance(index.get(name), (list, tuple)) and index[name][1] is None]
+    return dict.fromkeys(empty) | networks  # diffusers wants to be told that a repository comes without a component
 
 
 def _store_rest(pipe: DiffusionPipeline, done: Collection[str], target: Target) -> None:
