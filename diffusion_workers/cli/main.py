@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXIT_CODES', 'CONTROL_KEYS', 'LORA_KEYS', 'COMMANDS', 'request_fields', 'add_request_options', 'split_pairs',
-           'control_unit', 'lora_entry', 'build_request', 'ProgressBar', 'fail', 'output_paths', 'check_output',
-           'write_images', 'write_maps', 'command_generate', 'command_plan', 'command_models', 'command_preprocessors',
+           'control_unit', 'lora_entry', 'build_request', 'ProgressBar', 'fail', 'check_output', 'write_images',
+           'write_maps', 'command_generate', 'command_plan', 'command_models', 'command_preprocessors',
            'command_preprocess', 'command_replay', 'command_train_shapes', 'make_parser', 'main']
 
 # %% ../../nbs/80_cli/07_main.ipynb #984bd5fb
@@ -326,15 +326,6 @@ def fail(result: OpResult) -> int:  # the exit code
     return EXIT_CODES[result.status]
 
 # %% ../../nbs/80_cli/07_main.ipynb #c04733cf
-def output_paths(
-    output: str,  # as given with -o
-    count: int,  # images
-) -> list[Path]:
-    "Where each image goes."
-    path = Path(output)
-    return [path] if count == 1 else [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, count + 1)]
-
-
 def check_output(
     output: str,  # as given with -o
     suffixes: Sequence[str] = tuple(_FORMAT_OF_SUFFIX),  # that it may end in
@@ -366,8 +357,7 @@ def _write_base64(path: Path, text: str) -> Path:
 
 def write_images(result: OpResult, output: str) -> list[Path]:
     "Write the images of a result."
-    images = result.generation.images
-    return [_write_base64(path, image.image) for path, image in zip(output_paths(output, len(images)), images)]
+    return result.save(output)
 
 
 def write_maps(result: OpResult, output: str) -> list[Path]:
@@ -400,12 +390,32 @@ def _notes(result: OpResult) -> None:
         print(f"note: {note.field}: {note.message}{shown}", file=sys.stderr)
 
 
-def _carried_out(arguments: argparse.Namespace, request: GenerationRequest) -> OpResult:  # here or elsewhere
+def _check_device(device: str | None) -> None:
+    if device is not None and not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", device):
+        allowed = "auto, cpu, mps, cuda or cuda:N"
+        raise request_error(
+            ErrorCode.not_one_of, "there is no such device", field="--device", given=device, allowed=allowed
+        )
+
+
+def _planned(arguments: argparse.Namespace, request: GenerationRequest):  # a PlannedRequest
+    "Plan a request without importing torch; a `RequestError` names every mistake."
+    from diffusion_workers.models.store import load_manifests
+    from diffusion_workers.planning.inputs import plan_request
+
+    settings = _settings(arguments)
+    models = load_manifests(settings.model_folders, settings.default_model, settings.lora_folders)
+    return plan_request(request, models.find(request.model))
+
+
+def _carried_out(arguments: argparse.Namespace, request: GenerationRequest) -> OpResult:  # here or on a server
     shown = sys.stderr.isatty() and not arguments.quiet
     if is_remote(arguments):
         return remote_generate(arguments, request, ProgressBar(True) if shown else None)
+    _check_device(arguments.device)
+    planned = _planned(arguments, request)  # before torch is imported
     with _service(arguments) as service:
-        return service.generate(request, on_progress=ProgressBar(shown))
+        return service.generate(planned, on_progress=ProgressBar(shown))
 
 
 def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
@@ -429,23 +439,7 @@ def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
 # %% ../../nbs/80_cli/07_main.ipynb #5015bcf0
 def command_plan(arguments: argparse.Namespace) -> int:  # the exit code
     "Print the plan of a request as JSON, without loading a model."
-    from diffusion_workers.models.store import load_manifests
-    from diffusion_workers.planning.controls import ControlFacts, enabled_units
-    from diffusion_workers.planning.plan import make_plan
-    from diffusion_workers.request.images import decode_image, decode_mask, image_facts
-
-    request, settings = build_request(arguments), _settings(arguments)
-    manifest = load_manifests(settings.model_folders, settings.default_model).find(request.model)
-    image = image_facts(decode_image(request.image)) if request.image else None
-    mask = image_facts(decode_mask(request.mask_image)) if request.mask_image else None
-    units = enabled_units(request)
-    maps = {i: image_facts(decode_image(unit.image, field=f"controlnets[{i}].image")) for i, unit in units.items()}
-    masks = {
-        i: image_facts(decode_mask(unit.mask_image, field=f"controlnets[{i}].mask_image"))
-        for i, unit in units.items()
-        if unit.mask_image
-    }
-    plan = make_plan(request, manifest, image=image, mask_image=mask, controls=ControlFacts(maps, masks))
+    plan = _planned(arguments, build_request(arguments)).plan
     print(plan.model_dump_json(indent=2, exclude_none=True))
     return 0
 
@@ -558,19 +552,6 @@ def _preprocess_request(arguments: argparse.Namespace) -> PreprocessRequest:
     return parse(PreprocessRequest, fields)
 
 # %% ../../nbs/80_cli/07_main.ipynb #7bf633c4
-_LARGEST_MAP = 8192  # pixels, a side
-
-
-def _map_size(
-    asked: PreprocessRequest, size: tuple[int, int]
-) -> list[int]:  # a missing side follows from the shape of the picture
-    from diffusion_workers.request.images import round_to_multiple
-
-    width = asked.width or (asked.height * size[0] / size[1] if asked.height else size[0])
-    height = asked.height or width * size[1] / size[0]
-    return [round_to_multiple(min(side, _LARGEST_MAP), 8) for side in (width, height)]
-
-
 def _detector_device(arguments: argparse.Namespace, settings) -> str:
     from diffusion_workers.pipeline.loading import pick_device
 
@@ -579,19 +560,20 @@ def _detector_device(arguments: argparse.Namespace, settings) -> str:
 
 def command_preprocess(arguments: argparse.Namespace) -> int:  # the exit code
     "Draw the control map of a picture and write it."
-    from diffusion_workers.control.detectors import PreprocessorStore
+    from diffusion_workers.control.detectors import PreprocessorStore, find_weights
     from diffusion_workers.control.preprocessors import PREPROCESSORS
     from diffusion_workers.models.store import Settings
-    from diffusion_workers.request.images import decode_image, decode_mask
+    from diffusion_workers.planning.inputs import plan_map
 
     check_output(arguments.output, [".png"])
     asked, settings = _preprocess_request(arguments), Settings.from_environment()
-    image = decode_image(asked.image).image
-    mask = decode_mask(asked.mask_image).image if asked.mask_image else None
-    row = PREPROCESSORS.get(asked.preprocessing.name)
-    device = _detector_device(arguments, settings) if row and row.detector else "cpu"
+    planned = plan_map(asked)
+    row, device = PREPROCESSORS[asked.preprocessing.name], "cpu"
+    if row.detector:
+        find_weights(row, settings.annotator_folders)  # before torch is imported
+        device = _detector_device(arguments, settings)
     store = PreprocessorStore(settings.annotator_folders, device)
-    made = store.run(asked.preprocessing, image, *_map_size(asked, image.size), asked.resize_mode, mask)
+    made = store.run(asked.preprocessing, planned.image, planned.width, planned.height, asked.resize_mode, planned.mask)
     path = Path(arguments.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     made.save(path)
@@ -694,6 +676,7 @@ def _same_pictures(plan, replanned) -> None:  # the pictures handed in must be t
 # %% ../../nbs/80_cli/07_main.ipynb #2f8e0c47
 def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
     "Make an image again from its receipt, and say whether the pixels are the same."
+    from diffusion_workers.planning.loras import changed_loras
     from diffusion_workers.planning.plan import request_from_plan
 
     plan = _receipt(arguments.file)
@@ -704,12 +687,14 @@ def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
         )
         holder[field] = _picture_text(file, at)
     request = request_from_plan(plan, **given, controls=controls)
+    planned = _planned(arguments, request)
+    _same_pictures(plan, planned.plan)
+    if planned.plan.manifest_sha256 != plan.manifest_sha256:
+        print("note: the manifest of the model has changed since", file=sys.stderr)
+    for note in changed_loras(plan, planned.plan):
+        print(f"note: {note.field}: {note.message} ({note.given} -> {note.used})", file=sys.stderr)
     with _service(arguments) as service:
-        planned, _ = service.prepare(request)
-        _same_pictures(plan, planned)
-        if planned.manifest_sha256 != plan.manifest_sha256:
-            print("note: the manifest of the model has changed since", file=sys.stderr)
-        result = service.generate(request, on_progress=ProgressBar(sys.stderr.isatty() and not arguments.quiet))
+        result = service.generate(planned, on_progress=ProgressBar(sys.stderr.isatty() and not arguments.quiet))
     if not result.ok:
         return fail(result)
     return _compare(arguments, plan.image_index or 0, result)

@@ -13,7 +13,7 @@ __all__ = ['PIPELINE_CLASSES', 'KIND_CLASSES', 'NOT_IN_FAMILY', 'TAKEN_BY', 'NO_
 # %% ../../nbs/40_planning/04_plan.ipynb #93aae149
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from fastcore.basics import patch
@@ -29,12 +29,11 @@ from diffusion_workers.planning.acceleration import (
 from diffusion_workers.planning.controls import (
     ControlFacts,
     check_controls,
-    check_loras,
     control_warnings,
     plan_control_kind,
     plan_controls,
-    resolve_lora,
 )
+from .loras import ResolvedLora, check_loras, lora_warnings, plan_loras, resolve_loras
 from ..request.errors import RequestError, error_detail, plan_rows, warning
 from ..request.images import round_to_multiple
 from ez_diffusion_client.models import (
@@ -44,7 +43,6 @@ from ez_diffusion_client.models import (
     GenerationPlan,
     GenerationRequest,
     InpaintOptions,
-    Lora,
     ModelFamily,
     ModelKind,
     OutputOptions,
@@ -498,15 +496,6 @@ def text_warnings(
             yield warning(
                 f"a negative prompt does nothing while {name} is not above 1", field=field, given=f"{name} {scale:g}"
             )
-    for i, lora in enumerate(request.loras or []):
-        words = resolve_lora(lora.name, manifest).trigger_words
-        if words and not any(word.lower() in request.prompt.lower() for word in words):
-            yield warning(
-                "the prompt has none of the words that this LoRA was trained with",
-                field=f"loras[{i}].name",
-                given=lora.name,
-                used=", ".join(words),
-            )
 
 # %% ../../nbs/40_planning/04_plan.ipynb #edff336a
 PLAN_VERSION = 1
@@ -554,19 +543,16 @@ def _plan_family_fields(request: GenerationRequest, manifest: ModelManifest) -> 
     return {name: value for name, value in fields.items() if name not in NOT_IN_FAMILY[manifest.family]}
 
 
-def _plan_loras(request: GenerationRequest, manifest: ModelManifest) -> list[Lora] | None:
-    usual = lambda lora: (
-        {} if "scale" in lora.model_fields_set else {"scale": float(resolve_lora(lora.name, manifest).scale)}
-    )
-    return [lora.model_copy(update=usual(lora)) for lora in request.loras or []] or None
-
-
 def _inpaint_options(request: GenerationRequest, task: Task) -> InpaintOptions | None:
     return (request.inpaint or InpaintOptions()) if task == Task.inpainting else None
 
 # %% ../../nbs/40_planning/04_plan.ipynb #4a04f9a5
 def find_problems(
-    request: GenerationRequest, manifest: ModelManifest, size: tuple[int, int], class_name: str | None
+    request: GenerationRequest,
+    manifest: ModelManifest,
+    size: tuple[int, int],
+    class_name: str | None,
+    loras: Sequence[ResolvedLora | None],
 ) -> list[ErrorDetail]:
     "Everything that speaks against a request."
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
@@ -577,7 +563,7 @@ def find_problems(
         *check_size(*size, manifest),
         *check_seeds(request, manifest),
         *check_scheduler(request, manifest),
-        *check_loras(request, manifest),
+        *check_loras(request, manifest, loras),
         *check_controls(request, manifest),
         *check_support(request, manifest, class_name),
         *check_profile(request, manifest),
@@ -598,13 +584,15 @@ def make_plan(
     image: PlannedImage | None = None,  # facts of the decoded `request.image`
     mask_image: PlannedImage | None = None,  # facts of the decoded `request.mask_image`
     controls: ControlFacts = ControlFacts(),  # facts of the decoded pictures of the enabled ControlNet units
+    loras: Sequence[ResolvedLora | None] | None = None,  # files of `request.loras`; None looks up the names alone
     random_seed: int = 0,  # 0 to 2**53 - 64, taken when the request names no seed
 ) -> GenerationPlan:
     "Decide everything that decides the pixels; raises a `RequestError` with all mistakes."
     request = apply_profile(request, manifest)
     task, kind, size = plan_task(request), plan_control_kind(request, manifest), plan_size(request, manifest, image)
     class_name = pipeline_class(manifest, task, kind)
-    if problems := find_problems(request, manifest, size, class_name):
+    loras = resolve_loras(request, manifest, read_files=False) if loras is None else loras
+    if problems := find_problems(request, manifest, size, class_name, loras):
         raise RequestError(problems)
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
     strength = plan_strength(request, manifest, task)
@@ -612,6 +600,7 @@ def make_plan(
     notes = [
         *size_warnings(request, image, size),
         *text_warnings(request, manifest, guidance),
+        *lora_warnings(request, loras),
         *control_warnings(request, made),
     ]
     notes += acceleration_warnings(request, manifest, _is_guided(manifest, guidance), kind)
@@ -638,7 +627,7 @@ def make_plan(
         resize_mode=request.resize_mode,
         mask_image=mask_image,
         inpaint=_inpaint_options(request, task),
-        loras=_plan_loras(request, manifest),
+        loras=plan_loras(request, loras),
         controlnets=plan_controls(request, manifest, controls) or None,
         profile=request.profile,
         deepcache=request.deepcache,
@@ -694,7 +683,9 @@ def request_from_plan(
     ),  # index of a control -> its `image` and `mask_image`, as in a request
 ) -> GenerationRequest:
     "The request that makes the images of a plan again."
-    fields = {name: value for name, value in plan.model_dump(include=set(_REPLAYED)).items() if value is not None}
+    files = {"loras": {"__all__": {"source", "sha256"}}}  # which file a name stood for, is not part of a request
+    told = plan.model_dump(include=set(_REPLAYED), exclude=files)
+    fields = {name: value for name, value in told.items() if value is not None}
     karras = (plan.scheduler.options or {}).get("use_karras_sigmas")
     fields |= {"scheduler": plan.scheduler.name, "use_karras_sigmas": karras}
     fields |= {} if plan.profile is None else {"profile": EXACT}  # its settings are in the plan
