@@ -74,7 +74,7 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   const pen = layer.getContext("2d", { willReadFrequently: true });
   const state = { erase: false, brush: 24, undo: [], last: null, at: null };
 
-  const paint = button("Paint", "Paint what is made anew", "B");
+  const paint = button("Paint", "Paint the mask", "B");
   const erase = button("Erase", "Take paint away", "E");
   const undo = button("Undo", "Take the last change back", "Z");
   const invert = button("Invert", "Paint what is not painted", "I");

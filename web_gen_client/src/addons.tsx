@@ -130,7 +130,7 @@ function useMap(unit: JsonObject, size: { width: number; height: number } | null
   return { map, problem, busy };
 }
 
-/** The inputs of a preprocessor, from what the server says of its parameters. */
+/** The inputs of a preprocessor, from the list of its parameters. */
 function parameterFields(info: PreprocessorInfo | undefined, path: string): Field[] {
   return (info?.parameters ?? []).map(({ name, kind, default: initial, minimum, maximum, description }) => ({
     name,

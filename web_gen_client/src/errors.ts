@@ -74,7 +74,7 @@ function detailsOf(reason: unknown): ErrorDetail[] {
   if (reason instanceof OperationError) {
     const { result } = reason;
     if (result.errors?.length) return result.errors;
-    return [{ code: 'internal_error', message: result.message ?? `the server says ${result.status}` }];
+    return [{ code: 'internal_error', message: result.message ?? `the server returned the status ${result.status}` }];
   }
   return [{ code: 'internal_error', message: reason instanceof Error ? reason.message : String(reason) }];
 }

@@ -11,7 +11,7 @@ export interface InputProps {
   title?: string | undefined;
   /** Ends of a slider below the number */
   slider?: [number, number] | undefined;
-  /** What is used while the field is empty; absent, what the dry run says */
+  /** What is used while the field is empty; absent, the value of the dry run */
   placeholder?: string | undefined;
   choices?: string[] | undefined;
   wide?: boolean | undefined;
@@ -84,7 +84,7 @@ export function Wrap({ path, title, description, wide, inline, extra, children }
   );
 }
 
-/** What the request would use where the form says nothing. */
+/** What the request would use where a field is empty. */
 function planned({ path, initial }: Field): string {
   const plan = dryRun.value as unknown as JsonObject | null;
   if (path === 'num_images' && plan && Array.isArray(plan['seeds'])) return String(plan['seeds'].length);
@@ -346,7 +346,7 @@ interface SectionProps {
   children: ComponentChildren;
 }
 
-/** A part of the form that can be folded; folded, it says how many errors are in it. */
+/** A part of the form that can be folded; folded, it shows how many errors are in it. */
 export function Section({ title, note, paths, open, children }: SectionProps) {
   const wrong = paths.reduce((sum, path) => sum + errorsBelow(path), 0);
   return (

@@ -71,7 +71,7 @@ export function choicesOf({ path, field }: Parameter): string[] {
 function range(text: string): number[] {
   const [start = NaN, stop = start, step = 1] = text.split(':').map(Number);
   if (![start, stop, step].every(Number.isFinite) || step <= 0 || stop < start)
-    throw new Error(`${text} is no range: write start:stop:step, such as 10:30:5`);
+    throw new Error(`${text} is not a range: write start:stop:step, such as 10:30:5`);
   return Array.from({ length: Math.floor((stop - start) / step + 1e-9) + 1 }, (_, i) =>
     Number((start + i * step).toFixed(10)),
   );
@@ -178,7 +178,7 @@ export async function gridSheet({ x, y, cells }: Grid): Promise<Blob> {
   canvas.width = left + x.values.length * (width + gap);
   canvas.height = top + y.values.length * (height + gap);
   const pen = canvas.getContext('2d');
-  if (!pen) throw new Error('the browser gives no canvas');
+  if (!pen) throw new Error('the browser has no canvas');
   pen.fillStyle = '#fff';
   pen.fillRect(0, 0, canvas.width, canvas.height);
   pen.fillStyle = '#111';

@@ -127,7 +127,7 @@ async function show(made: Promise<GalleryItem[]>): Promise<void> {
     if (first && view.value.kind === 'live') view.value = { kind: 'item', id: first.id };
     status.value = `Made in ${((performance.now() - began) / 1000).toFixed(1)} s.`;
   } catch (error) {
-    status.value = isCancelled(error) ? 'Cancelled.' : 'Not made.';
+    status.value = isCancelled(error) ? 'Cancelled.' : 'Not generated.';
     if (!isCancelled(error)) showErrors(error, true);
   }
 }
@@ -154,7 +154,7 @@ export async function findRunning(): Promise<void> {
   }
 }
 
-/** Seconds that a job still takes; `null` where nobody knows. */
+/** Seconds that a job still takes; `null` where there is no estimate. */
 export function secondsLeft(event: ProgressEvent): number | null {
   if (typeof event.seconds_left === 'number') return event.seconds_left;
   if (event.seconds_per_step && event.total_steps && typeof event.step === 'number')

@@ -25,7 +25,7 @@ function maskOf(layer: HTMLCanvasElement): string {
   const canvas = document.createElement('canvas');
   [canvas.width, canvas.height] = [layer.width, layer.height];
   const pen = canvas.getContext('2d');
-  if (!pen) throw new Error('the browser gives no canvas');
+  if (!pen) throw new Error('the browser has no canvas');
   pen.drawImage(layer, 0, 0);
   pen.globalCompositeOperation = 'source-in';
   pen.fillStyle = '#fff';
@@ -55,7 +55,7 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
 
   const pen = () => {
     const found = layer.current?.getContext('2d', { willReadFrequently: true });
-    if (!found) throw new Error('the browser gives no canvas');
+    if (!found) throw new Error('the browser has no canvas');
     return found;
   };
   useEffect(() => {
@@ -201,8 +201,8 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
         </div>
       </div>
       <p class="note">
-        What is painted is made anew. <kbd>[</kbd> <kbd>]</kbd> brush size, <kbd>E</kbd> erase, <kbd>Ctrl</kbd>{' '}
-        <kbd>Z</kbd> undo.
+        Paint what is repainted. <kbd>[</kbd> <kbd>]</kbd> brush size, <kbd>E</kbd> erase, <kbd>Ctrl</kbd> <kbd>Z</kbd>{' '}
+        undo.
       </p>
     </dialog>
   );

@@ -43,12 +43,12 @@ export async function meetServer(): Promise<void> {
     health.value = await orThrow(askHealth({ client: client.value }));
     connectionError.value = null;
   } catch (error) {
-    const told = error instanceof OperationError && error.httpStatus === 401 ? notAllowed() : error;
-    connectionError.value = told instanceof Error ? told.message : String(told);
+    const shown = error instanceof OperationError && error.httpStatus === 401 ? notAllowed() : error;
+    connectionError.value = shown instanceof Error ? shown.message : String(shown);
   }
 }
 
-/** Look at the server now and then, so that the page says when it is gone and goes on when it is back. */
+/** Poll the server, so that the page shows when it is not reachable, and continues when it is back. */
 export function keepMeeting(): void {
   void meetServer();
   setInterval(() => document.visibilityState === 'visible' && void meetServer(), LOOK_AGAIN_MS);

@@ -1,4 +1,4 @@
-/** What the page knows: the form, the server, the gallery, and what is on the stage. */
+/** The state of the page: the form, the server, the gallery, and what is on the stage. */
 import { computed, effect, signal } from '@preact/signals';
 import { connect, type GenerationPlan, type GenerationRequest, type Health, type ModelList } from 'ez-diffusion-client';
 import { clearErrors } from './errors';

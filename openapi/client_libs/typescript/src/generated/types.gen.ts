@@ -745,6 +745,26 @@ export type PlannedControl = {
 };
 
 /**
+ * A LoRA with the file that its name stands for
+ */
+export type PlannedLora = {
+    name: string;
+    scale?: number;
+    text_encoder_scale?: number | null;
+    block_scales?: {
+        [key: string]: number;
+    } | null;
+    /**
+     * Where the file comes from, such as file:ink.safetensors or hub:owner/name
+     */
+    source?: string | null;
+    /**
+     * Of the file; absent in receipts of older versions
+     */
+    sha256?: string | null;
+};
+
+/**
  * Where the plan was carried out
  */
 export type Environment = {
@@ -820,7 +840,7 @@ export type GenerationPlan = {
     resize_mode?: ResizeMode;
     mask_image?: PlannedImage | null;
     inpaint?: InpaintOptions | null;
-    loras?: Array<Lora> | null;
+    loras?: Array<PlannedLora> | null;
     controlnets?: Array<PlannedControl> | null;
     /**
      * The profile that settings were taken from
