@@ -24,7 +24,7 @@ class RequestFields(TypedDict, total=False):
     prompt: str
     """What the picture shows"""
     prompt_2: str | None
-    """For the second text encoder (SDXL, Flux); absent repeats prompt"""
+    """For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt"""
     negative_prompt: str | None
     """What the picture should not show"""
     negative_prompt_2: str | None

@@ -39,6 +39,7 @@ class ModelFamily(StrEnum):
     sd15 = "sd15"
     sdxl = "sdxl"
     flux = "flux"
+    sd35 = "sd35"
 
 
 class ModelKind(StrEnum):
@@ -678,7 +679,7 @@ class GenerationRequest(BaseModel):
     prompt_2: Annotated[
         StrictStr | None,
         Field(
-            description="For the second text encoder (SDXL, Flux); absent repeats prompt",
+            description="For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt",
             max_length=10000,
         ),
     ] = None
