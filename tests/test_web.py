@@ -13,9 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from project import ROOT
 from server_process import PATIENCE, needs, running_server
 
+from diffusion_workers.request.images import PLAN_KEY
 from diffusion_workers.request.metadata import read_metadata
 from ez_diffusion_client import Client, image_bytes
 
@@ -37,6 +40,7 @@ FLAGS = [
     "--disable-sync",
 ]
 PROMPT = "a red circle left of a blue square on a white background"
+RECEIPTS = ROOT / "tests" / "receipts_v1"  # images of an earlier version
 
 
 # --- a browser, and hands to use it -----------------------------------------
@@ -204,6 +208,19 @@ def test_control(page: Page) -> None:
     assert (red & wanted).sum() / max((red | wanted).sum(), 1) > 0.5, "the circle is not where the map has it"
 
 
+def bring(page: Page, data: bytes, kind: str, way: str) -> None:
+    "Drop or paste an image file."
+    script = """([way, kind, data]) => {
+        const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
+        const carried = new DataTransfer();
+        carried.items.add(new File([bytes], 'star.' + kind, { type: 'image/' + kind }));
+        const told = { bubbles: true, cancelable: true };
+        const event = way === 'drop' ? new DragEvent('drop', { dataTransfer: carried, ...told }) : new ClipboardEvent('paste', { clipboardData: carried, ...told });
+        (way === 'drop' ? document.querySelector('.stage') : document.body).dispatchEvent(event);
+    }"""
+    page.evaluate(script, [way, kind, base64.b64encode(data).decode()])
+
+
 @pytest.mark.parametrize(("kind", "way"), [("png", "drop"), ("jpeg", "paste"), ("webp", "drop")])
 def test_restore_from_a_picture(page: Page, server: str, kind: str, way: str) -> None:
     "A picture that was made elsewhere is dropped on the page, or pasted, which then makes the very same pixels again."
@@ -217,15 +234,7 @@ def test_restore_from_a_picture(page: Page, server: str, kind: str, way: str) ->
             output={"format": kind},
         )
         original = image_bytes(client.generate(**asked))[0]
-    bring = """([way, kind, data]) => {
-        const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
-        const carried = new DataTransfer();
-        carried.items.add(new File([bytes], 'star.' + kind, { type: 'image/' + kind }));
-        const told = { bubbles: true, cancelable: true };
-        const event = way === 'drop' ? new DragEvent('drop', { dataTransfer: carried, ...told }) : new ClipboardEvent('paste', { clipboardData: carried, ...told });
-        (way === 'drop' ? document.querySelector('.stage') : document.body).dispatchEvent(event);
-    }"""
-    page.evaluate(bring, [way, kind, base64.b64encode(original).decode()])
+    bring(page, original, kind, way)
     expect(page.locator(".status")).to_have_text("Settings restored.")
     for name, value in {
         "prompt": "a green star on a navy background",
@@ -238,6 +247,61 @@ def test_restore_from_a_picture(page: Page, server: str, kind: str, way: str) ->
     made = generate(page)
     assert Image.open(io.BytesIO(made)).format == kind.upper()
     assert (pixels(made) == pixels(original)).all()
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_restore_from_an_image_of_an_earlier_version(page: Page, kind: str) -> None:
+    "Settings that had other names then are in the fields of today, and the request is one of today."
+    bring(page, (RECEIPTS / f"everything_unet.{kind}").read_bytes(), kind, "drop")
+    expect(page.locator(".status")).to_have_text("Settings restored.")
+    values = {
+        "seed": "4",
+        "step_cache.method": "deep_features",
+        "step_cache.interval": "2",
+        "acceleration.dtype": "bfloat16",
+        "acceleration.vae_dtype": "bfloat16",
+        "memory.batch_size": "2",
+    }
+    for name, value in values.items():
+        expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
+    plan = read_metadata(generate(page)).plan
+    assert (plan.step_cache.method.value, plan.memory.vae_tiling) == ("deep_features", True)
+
+
+def test_an_image_of_a_newer_version(page: Page) -> None:
+    "It says why its settings are not restored."
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_text(PLAN_KEY, '{"plan_version": 99, "prompt": "a"}')
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
+    bring(page, buffer.getvalue(), "png", "drop")
+    expect(page.locator(".status")).to_contain_text("made by a newer version: plan_version is 99")
+
+
+def test_a_form_that_an_earlier_version_has_stored(page: Page) -> None:
+    "The browser keeps the form; after an update its settings are those of today."
+    fill(page, prompt=PROMPT)
+    old = {
+        "prompt": PROMPT,
+        "deepcache": {"cache_interval": 2},
+        "acceleration": {"vae_precision": "bf16", "batch_size": 1},
+    }
+    store = """(form) => new Promise((resolve) => {
+        const opened = indexedDB.open('diffusion-workers', 1);
+        opened.onsuccess = () => {
+            const change = opened.result.transaction('settings', 'readwrite');
+            change.objectStore('settings').put({ key: 'form', value: form });
+            change.oncomplete = resolve;
+        };
+    })"""
+    page.evaluate(store, old)
+    page.reload()
+    for name, value in {
+        "step_cache.method": "deepcache",
+        "step_cache.interval": "2",
+        "acceleration.vae_dtype": "bfloat16",
+        "memory.batch_size": "1",
+    }.items():
+        expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
 
 
 def test_token_is_asked_for(browser: Browser) -> None:
@@ -263,7 +327,7 @@ def test_profile(page: Page) -> None:
     fill(page, prompt=PROMPT)
     page.locator("[data-path=profile]").select_option("fast")
     plan = read_metadata(generate(page)).plan
-    assert (plan.profile, plan.num_inference_steps, plan.acceleration.vae_precision.value) == ("fast", 2, "bf16")
+    assert (plan.profile, plan.num_inference_steps, plan.acceleration.vae_dtype.value) == ("fast", 2, "bfloat16")
 
 
 def test_error_at_the_field(page: Page) -> None:

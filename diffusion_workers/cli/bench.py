@@ -53,7 +53,7 @@ def read_scenarios(path: Path | str) -> dict[str, dict[str, Any]]:
             ErrorCode.malformed_json, f"the scenarios cannot be read ({reason})", field="--scenarios", given=str(path)
         ) from None
     if not isinstance(content, dict) or not content or not all(isinstance(fields, dict) for fields in content.values()):
-        allowed = 'such as {"exact": {}, "cached": {"deepcache": {"cache_interval": 3}}}'
+        allowed = 'such as {"exact": {}, "cached": {"step_cache": {"method": "deepcache"}}}'
         raise request_error(
             ErrorCode.wrong_type, "these are no scenarios", field="--scenarios", given=Path(path).name, allowed=allowed
         )
@@ -63,9 +63,11 @@ def read_scenarios(path: Path | str) -> dict[str, dict[str, Any]]:
 def usual_scenarios(manifest) -> dict[str, dict[str, Any]]:
     "The profiles of a model, and the step caches of its family at their usual settings."
     caches = {
-        "DeepCache, interval 3": {"deepcache": {"cache_interval": 3}}, "step cache, interval 3": {"deepcache": {"method": "step_cache", "cache_interval": 3}},
+        "DeepCache, interval 3": {"step_cache": {"method": "deepcache", "interval": 3}},
+        "deep features, interval 3": {"step_cache": {"method": "deep_features", "interval": 3}},
     } if manifest.family != ModelFamily.flux else {
-        "first block cache": {"acceleration": {"step_cache": "first_block"}}, "TaylorSeer": {"acceleration": {"step_cache": "taylorseer"}},
+        "first block cache": {"step_cache": {"method": "first_block"}},
+        "TaylorSeer": {"step_cache": {"method": "taylorseer"}},
     }  # fmt: skip
     return (
         {"exact": {"profile": "exact"}}

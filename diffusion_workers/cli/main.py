@@ -56,7 +56,7 @@ EXIT_CODES = {
 
 # %% ../../nbs/80_cli/04_main.ipynb #fb9d8c7a
 _FILES = ("image", "mask_image")  # options that take a file
-_NESTED = ("inpaint", "output", "deepcache", "acceleration", "refiner", "size_conditioning")
+_NESTED = ("inpaint", "output", "step_cache", "acceleration", "memory", "refiner", "size_conditioning")
 _SKIPPED = ("prompt", "preview_interval")  # given in another way, or without use here
 
 

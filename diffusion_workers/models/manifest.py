@@ -26,10 +26,11 @@ from pydantic_core import PydanticCustomError
 from ..request.errors import field_path, nearest_name
 from ez_diffusion_client.models import (
     AccelerationOptions,
-    DeepCacheOptions,
+    MemoryOptions,
     ModelFamily,
     ModelKind,
     SchedulerName,
+    StepCacheOptions,
     Task,
     UnionModeName,
 )
@@ -299,8 +300,9 @@ class Profile(_Section):
     num_inference_steps: Annotated[Count, Field(le=1000)] | None = None
     scheduler: SchedulerName | None = None
     use_karras_sigmas: Annotated[bool, Field(strict=True)] | None = None
-    deepcache: DeepCacheOptions | None = None
+    step_cache: StepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
+    memory: MemoryOptions | None = None
 
 # %% ../../nbs/20_models/01_manifest.ipynb #7b12f987
 Offload = Literal["none", "model", "group"]

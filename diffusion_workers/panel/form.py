@@ -265,7 +265,7 @@ SIMPLE = (
 )
 SECTIONS = {
     "Image to start from": ("strength", "resize_mode", "inpaint"),
-    "Acceleration": ("profile", "deepcache", "acceleration"),
+    "Acceleration": ("profile", "step_cache", "acceleration", "memory"),
     "Output": ("output", "timeout_seconds", "request_id"),
 }
 _ELSEWHERE = ("image", "mask_image", "loras", "controlnets", "preview_interval", "seed")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PIPELINE_CLASSES', 'KIND_CLASSES', 'NOT_IN_FAMILY', 'TAKEN_BY', 'NO_NEGATIVE_PROMPT', 'SCHEDULERS',
-           'KARRAS_SCHEDULERS', 'FLOW_SCHEDULERS', 'LCM_MAX_STEPS', 'FAMILY_MULTIPLE', 'LARGEST_SEED', 'PLAN_VERSION',
-           'pipeline_class', 'plan_scheduler', 'check_scheduler', 'size_multiple', 'plan_size', 'check_size',
-           'size_warnings', 'plan_seeds', 'check_seeds', 'plan_task', 'plan_strength', 'count_denoising_steps',
-           'check_task', 'check_prompt', 'check_support', 'text_warnings', 'find_problems', 'make_plan',
-           'request_from_plan', 'batch_key']
+           'KARRAS_SCHEDULERS', 'FLOW_SCHEDULERS', 'LCM_MAX_STEPS', 'FAMILY_MULTIPLE', 'LARGEST_SEED', 'pipeline_class',
+           'plan_scheduler', 'check_scheduler', 'size_multiple', 'plan_size', 'check_size', 'size_warnings',
+           'plan_seeds', 'check_seeds', 'plan_task', 'plan_strength', 'count_denoising_steps', 'check_task',
+           'check_prompt', 'check_support', 'text_warnings', 'find_problems', 'make_plan', 'request_from_plan',
+           'batch_key']
 
 # %% ../../nbs/40_planning/03_plan.ipynb #93aae149
 import hashlib
@@ -25,6 +25,7 @@ from diffusion_workers.planning.acceleration import (
     apply_profile,
     check_acceleration,
     check_profile,
+    complete,
 )
 from diffusion_workers.planning.controls import (
     ControlFacts,
@@ -37,6 +38,7 @@ from diffusion_workers.planning.controls import (
 )
 from ..request.errors import RequestError, error_detail, plan_rows, warning
 from ..request.images import round_to_multiple
+from ..request.metadata import PLAN_VERSION
 from ez_diffusion_client.models import (
     ControlKind,
     ErrorCode,
@@ -509,9 +511,6 @@ def text_warnings(
             )
 
 # %% ../../nbs/40_planning/03_plan.ipynb #edff336a
-PLAN_VERSION = 1
-
-
 def _first(*values):  # the first that is not None
     return next((value for value in values if value is not None), None)
 
@@ -641,8 +640,9 @@ def make_plan(
         loras=_plan_loras(request, manifest),
         controlnets=plan_controls(request, manifest, controls) or None,
         profile=request.profile,
-        deepcache=request.deepcache,
+        step_cache=complete(request.step_cache),
         acceleration=request.acceleration,
+        memory=request.memory,
         output=request.output or OutputOptions(),
         warnings=notes or None,
     )
@@ -661,7 +661,7 @@ def _repr_markdown_(self: GenerationPlan) -> str:
 _REPLAYED = (
     "model", "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "width", "height", "num_inference_steps",
     "guidance_scale", "true_cfg_scale", "guidance_rescale", "seeds", "max_sequence_length", "size_conditioning", "refiner",
-    "strength", "resize_mode", "inpaint", "loras", "deepcache", "acceleration", "output",
+    "strength", "resize_mode", "inpaint", "loras", "step_cache", "acceleration", "memory", "output",
 )  # fmt: skip
 
 

@@ -11,26 +11,22 @@ from dataclasses import dataclass, field
 
 from ..pipeline.factory import PipelineFactory
 from ..request.errors import warning
-from ez_diffusion_client.models import AccelerationOptions, GenerationPlan
+from ez_diffusion_client.models import GenerationPlan, MemoryOptions
 
 # %% ../../nbs/60_service/04_out_of_memory.ipynb #3f671f27
 def _with(plan: GenerationPlan, **settings) -> GenerationPlan:
-    options = (plan.acceleration or AccelerationOptions()).model_copy(update=settings)
-    return plan.model_copy(update={"acceleration": options})
+    memory = (plan.memory or MemoryOptions()).model_copy(update=settings)
+    return plan.model_copy(update={"memory": memory})
 
 
 def decode_in_tiles(plan: GenerationPlan) -> GenerationPlan:
     "Rung one."
-    return plan if plan.acceleration and plan.acceleration.vae_tiling else _with(plan, vae_tiling=True)
+    return plan if plan.memory and plan.memory.vae_tiling else _with(plan, vae_tiling=True)
 
 
 def one_by_one(plan: GenerationPlan) -> GenerationPlan:
     "Rung two."
-    return (
-        plan
-        if len(plan.seeds) == 1 or (plan.acceleration and plan.acceleration.batch_size == 1)
-        else _with(plan, batch_size=1)
-    )
+    return plan if len(plan.seeds) == 1 or (plan.memory and plan.memory.batch_size == 1) else _with(plan, batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -60,9 +56,7 @@ class Ladder:
         for rung in RUNGS[: self.taken.get(plan.model, 0)]:
             changed = rung.change(plan)
             if changed is not plan:
-                note = warning(
-                    f"memory had run out with this model, so {rung.what}", field="acceleration", used=rung.what
-                )
+                note = warning(f"memory had run out with this model, so {rung.what}", field="memory", used=rung.what)
                 plan = changed.model_copy(update={"warnings": [*(plan.warnings or []), note]})
         return plan
 

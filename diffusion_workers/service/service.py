@@ -537,7 +537,7 @@ def memory_report(self: DiffusionService) -> MemoryReport:
                     model=name,
                     bytes=sum(parts.values()),
                     device=str(factory.device),
-                    dtype=str(factory.dtype),
+                    dtype=str(factory.dtype).removeprefix("torch."),
                     components=parts,
                 )
             )

@@ -1,6 +1,7 @@
 /** What an image file says about how it was made: the plan of its generation, and the line of parameters that other programs write. */
 import type { GenerationPlan } from 'ez-diffusion-client';
 import { isObject } from './paths';
+import { upgradePlan } from './upgrade';
 
 export interface Metadata {
   plan: GenerationPlan | null;
@@ -52,13 +53,18 @@ export async function pngTexts(file: Uint8Array): Promise<Map<string, string>> {
   return texts;
 }
 
-function parsePlan(text: string | undefined): GenerationPlan | null {
+function parseJson(text: string): unknown {
   try {
-    const plan: unknown = JSON.parse(text ?? '');
-    return isObject(plan) && typeof plan['plan_version'] === 'number' && typeof plan['prompt'] === 'string' ? (plan as unknown as GenerationPlan) : null;
+    return JSON.parse(text);
   } catch {
     return null;
   }
+}
+
+/** The plan in a text, in the schema of today; throws where it is of a newer version. */
+function parsePlan(text: string | undefined): GenerationPlan | null {
+  const plan = parseJson(text ?? '');
+  return isObject(plan) && typeof plan['plan_version'] === 'number' && typeof plan['prompt'] === 'string' ? upgradePlan(plan) : null;
 }
 
 /** A plan in the EXIF data of a JPEG or WebP: it is written in ASCII and begins like this. */

@@ -8,7 +8,7 @@ import type { GalleryItem } from './storage';
 
 const SAME_NAME = [
   'model', 'prompt', 'prompt_2', 'negative_prompt_2', 'width', 'height', 'num_inference_steps', 'guidance_scale', 'true_cfg_scale', 'guidance_rescale',
-  'clip_skip', 'max_sequence_length', 'size_conditioning', 'refiner', 'strength', 'resize_mode', 'inpaint', 'loras', 'deepcache', 'acceleration', 'output',
+  'clip_skip', 'max_sequence_length', 'size_conditioning', 'refiner', 'strength', 'resize_mode', 'inpaint', 'loras', 'step_cache', 'acceleration', 'memory', 'output',
 ] as const satisfies readonly (keyof GenerationPlan)[];
 
 function withoutNulls(value: Json): Json {

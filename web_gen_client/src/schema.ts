@@ -17,8 +17,8 @@ export interface Field {
 const LABELS: Record<string, string> = {
   num_inference_steps: 'Steps', guidance_scale: 'Guidance', num_images: 'Images', clip_skip: 'CLIP skip', true_cfg_scale: 'True CFG',
   prompt_2: 'Second prompt', negative_prompt_2: 'Second negative prompt', use_karras_sigmas: 'Karras sigmas', preview_interval: 'Preview every',
-  timeout_seconds: 'Time limit', deepcache: 'DeepCache', conditioning_scale: 'Weight', guidance_start: 'Start', guidance_end: 'End',
-  max_sequence_length: 'T5 tokens', vae_precision: 'VAE precision', torch_compile: 'torch.compile', mask_blur: 'Mask blur',
+  timeout_seconds: 'Time limit', conditioning_scale: 'Weight', guidance_start: 'Start', guidance_end: 'End',
+  max_sequence_length: 'T5 tokens', vae_dtype: 'VAE dtype', vae_tiling: 'VAE tiling', torch_compile: 'torch.compile', mask_blur: 'Mask blur',
 };
 
 /** The name of a field as the page shows it. */

@@ -6,6 +6,7 @@ import { get, isObject, set, type Json, type JsonObject } from './paths';
 import { bringBack, withData } from './pictures';
 import type { Schema } from './schema';
 import { loadSetting, saveSetting, type GalleryItem } from './storage';
+import { upgradeSettings } from './upgrade';
 
 export type Theme = 'auto' | 'light' | 'dark';
 export type View = { kind: 'live' } | { kind: 'item'; id: string } | { kind: 'compare'; a: string; b: string } | { kind: 'grid' };
@@ -74,7 +75,7 @@ export async function restoreSettings(): Promise<void> {
   const [storedForm, locked, storedTheme, storedToken] = await Promise.all([
     loadSetting<JsonObject>('form'), loadSetting<boolean>('seedLocked'), loadSetting<Theme>('theme'), loadSetting<string>('token'),
   ]);
-  if (isObject(storedForm)) form.value = await bringBack(storedForm);
+  if (isObject(storedForm)) form.value = await bringBack(upgradeSettings(storedForm));
   seedLocked.value = locked ?? false;
   theme.value = storedTheme ?? 'auto';
   token.value = storedToken ?? '';

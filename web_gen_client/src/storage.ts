@@ -2,6 +2,7 @@
 import type { GenerationPlan } from 'ez-diffusion-client';
 import type { JsonObject } from './paths';
 import type { Picture } from './pictures';
+import { upgradePlan, upgradeSettings } from './upgrade';
 
 export interface GalleryItem {
   id: string;
@@ -48,9 +49,20 @@ async function act<Result>(store: Store, mode: IDBTransactionMode, action: (stor
   });
 }
 
+/** An item as an earlier version of this page has stored it, in the schema of today. */
+function upgradeItem(item: GalleryItem): GalleryItem {
+  let plan: GenerationPlan | null = null;
+  try {
+    plan = item.plan && upgradePlan(item.plan as unknown as JsonObject);
+  } catch {
+    // of a newer version: the image is shown, its settings cannot be restored
+  }
+  return { ...item, plan, form: upgradeSettings(item.form) };
+}
+
 export async function loadItems(): Promise<GalleryItem[]> {
   const items = ((await act('images', 'readonly', (store) => store.getAll())) ?? []) as GalleryItem[];
-  return items.sort((a, b) => b.created - a.created);
+  return items.map(upgradeItem).sort((a, b) => b.created - a.created);
 }
 
 export async function saveItem(item: GalleryItem): Promise<void> {
