@@ -166,10 +166,10 @@ def test_caches_of_receipts_change_pixels(service: DiffusionService) -> None:
 def test_an_old_image_is_restored(ending: str) -> None:
     path = RECEIPTS / f"everything_unet.{ending}"
     restored = restore(path)
-    assert (restored.source, restored.lost) == ("plan", ())
-    assert restored.fields["step_cache"] == DEEP_FEATURES | {"branch": 0, "start": 0.0, "end": 1.0}
-    assert restored.fields["acceleration"] == EQUIVALENT["everything_unet"]["acceleration"]
-    assert restored.fields["memory"] == EQUIVALENT["everything_unet"]["memory"]
+    assert (restored.source, restored.lost) == ("plan", None)
+    assert restored.request["step_cache"] == DEEP_FEATURES | {"branch": 0, "start": 0.0, "end": 1.0}
+    assert restored.request["acceleration"] == EQUIVALENT["everything_unet"]["acceleration"]
+    assert restored.request["memory"] == EQUIVALENT["everything_unet"]["memory"]
 
 
 def test_an_old_image_is_replayed_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -189,7 +189,7 @@ def test_a_receipt_of_a_newer_version_says_so(tmp_path: Path) -> None:
     found = read_metadata(path)
     assert found.plan is None
     assert f"plan_version is {PLAN_VERSION + 1}" in found.problem
-    assert any("newer version of diffusion_workers" in line for line in restore(path).lost)
+    assert "newer version of diffusion_workers" in restore(path).lost[0].reason
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-/** The names of earlier versions, read here and nowhere else: plans inside images, and what the browser has stored. */
+/** The names of earlier versions in forms and plans that the browser has stored; the server reads those inside images. */
 import type { GenerationPlan } from 'ez-diffusion-client';
 import { isObject, type Json, type JsonObject } from './paths';
 
@@ -6,7 +6,8 @@ const PLAN_VERSION = 2;
 const RENAMED: Record<string, string> = { cache_interval: 'interval', cache_branch_id: 'branch' };
 const VALUES: Record<string, Json> = { step_cache: 'deep_features', bf16: 'bfloat16', full: null };
 
-const renamedValue = (value: Json | undefined): Json => (typeof value === 'string' ? (VALUES[value] ?? (value in VALUES ? null : value)) : (value ?? null));
+const renamedValue = (value: Json | undefined): Json =>
+  typeof value === 'string' ? (VALUES[value] ?? (value in VALUES ? null : value)) : (value ?? null);
 
 function withoutNulls(section: JsonObject): JsonObject | undefined {
   const given = Object.entries(section).filter(([, value]) => value !== null && value !== undefined);
@@ -17,8 +18,15 @@ function withoutNulls(section: JsonObject): JsonObject | undefined {
 export function upgradeSettings(fields: JsonObject): JsonObject {
   const { deepcache, acceleration, ...others } = fields;
   const {
-    step_cache: method = null, step_cache_threshold: threshold = null, step_cache_interval: interval = null, reuse_control_residuals: reuse = null,
-    batch_size = null, vae_tiling = null, compute_dtype = null, vae_precision, ...rest
+    step_cache: method = null,
+    step_cache_threshold: threshold = null,
+    step_cache_interval: interval = null,
+    reuse_control_residuals: reuse = null,
+    batch_size = null,
+    vae_tiling = null,
+    compute_dtype = null,
+    vae_precision,
+    ...rest
   } = isObject(acceleration) ? acceleration : {};
   const upgraded: JsonObject = { ...others };
   const add = (name: string, section: JsonObject) => {
@@ -27,7 +35,11 @@ export function upgradeSettings(fields: JsonObject): JsonObject {
   };
   if (isObject(deepcache)) {
     const named = Object.entries(deepcache).map(([name, value]) => [RENAMED[name] ?? name, value] as const);
-    add('step_cache', { ...Object.fromEntries(named), method: renamedValue(deepcache['method'] ?? 'deepcache'), reuse_control_residuals: reuse });
+    add('step_cache', {
+      ...Object.fromEntries(named),
+      method: renamedValue(deepcache['method'] ?? 'deepcache'),
+      reuse_control_residuals: reuse,
+    });
   } else if (method !== null) {
     add('step_cache', { method, threshold, interval });
   }
@@ -36,11 +48,8 @@ export function upgradeSettings(fields: JsonObject): JsonObject {
   return upgraded;
 }
 
-/** A plan of any version in the schema of today; throws where it is of a newer version. */
-export function upgradePlan(plan: JsonObject): GenerationPlan {
-  const version = plan['plan_version'];
-  if (typeof version === 'number' && version > PLAN_VERSION) {
-    throw new Error(`This image was made by a newer version: plan_version is ${version}, this page reads 1 to ${PLAN_VERSION}.`);
-  }
-  return (version === 1 ? { ...upgradeSettings(plan), plan_version: PLAN_VERSION } : plan) as unknown as GenerationPlan;
+/** A stored plan of version 1 in the schema of today. */
+export function upgradePlan(plan: GenerationPlan): GenerationPlan {
+  if (plan.plan_version !== 1) return plan;
+  return { ...upgradeSettings(plan as unknown as JsonObject), plan_version: PLAN_VERSION } as unknown as GenerationPlan;
 }
