@@ -50,7 +50,7 @@ from ez_diffusion_client.models import (
     ProgressEvent,
     RequestWarning,
     SizeConditioning,
-    StepCacheName,
+    StepCacheMethod,
     Task,
     Timings,
 )
@@ -69,9 +69,10 @@ MAX_BATCH = 8  # images that go through the network together
 
 def batch_size(plan: GenerationPlan) -> int:
     "How many images of a plan go through the network together: one where what is left out depends on how the images of a batch look."
-    options = plan.acceleration
-    alone = options is not None and (options.guidance_tolerance or options.step_cache == StepCacheName.first_block)
-    return 1 if alone else (options and options.batch_size) or MAX_BATCH
+    tolerance = plan.acceleration is not None and plan.acceleration.guidance_tolerance
+    if tolerance or (plan.step_cache is not None and plan.step_cache.method == StepCacheMethod.first_block):
+        return 1
+    return (plan.memory and plan.memory.batch_size) or MAX_BATCH
 
 
 _OPTIONAL = (

@@ -73,8 +73,9 @@ class RequestFields(TypedDict, total=False):
     profile: str | None
     """A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or
     fast"""
-    deepcache: models.DeepCacheOptions | dict[str, Any] | None
+    step_cache: models.StepCacheOptions | dict[str, Any] | None
     acceleration: models.AccelerationOptions | dict[str, Any] | None
+    memory: models.MemoryOptions | dict[str, Any] | None
     output: models.OutputOptions | dict[str, Any] | None
     preview_interval: int | None
     """Steps between two previews in the progress events; 0 is none"""
