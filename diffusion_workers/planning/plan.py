@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PIPELINE_CLASSES', 'KIND_CLASSES', 'NOT_IN_FAMILY', 'TAKEN_BY', 'NO_NEGATIVE_PROMPT', 'SCHEDULERS',
-           'KARRAS_SCHEDULERS', 'FLOW_SCHEDULERS', 'LCM_MAX_STEPS', 'FAMILY_MULTIPLE', 'LARGEST_SEED', 'PLAN_VERSION',
-           'pipeline_class', 'plan_scheduler', 'check_scheduler', 'size_multiple', 'plan_size', 'check_size',
-           'size_warnings', 'plan_seeds', 'check_seeds', 'plan_task', 'plan_strength', 'count_denoising_steps',
-           'check_task', 'check_prompt', 'check_support', 'text_warnings', 'find_problems', 'make_plan',
-           'request_from_plan', 'batch_key']
+           'KARRAS_SCHEDULERS', 'FLOW_SCHEDULERS', 'LCM_MAX_STEPS', 'FAMILY_MULTIPLE', 'LARGEST_SEED', 'DRAWN_SEED',
+           'PLAN_VERSION', 'pipeline_class', 'plan_scheduler', 'check_scheduler', 'size_multiple', 'plan_size',
+           'check_size', 'size_warnings', 'plan_seeds', 'check_seeds', 'plan_task', 'plan_strength',
+           'count_denoising_steps', 'check_task', 'may_be_empty', 'check_prompt', 'check_support', 'text_warnings',
+           'find_problems', 'make_plan', 'request_from_plan', 'batch_key']
 
 # %% ../../nbs/40_planning/04_plan.ipynb #93aae149
 import hashlib
@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from fastcore.basics import patch
 
+from ..control.preprocessors import PREPROCESSORS
 from ..models.manifest import ModelManifest
 from diffusion_workers.planning.acceleration import (
     EXACT,
@@ -30,6 +31,7 @@ from diffusion_workers.planning.controls import (
     ControlFacts,
     check_controls,
     control_warnings,
+    enabled_units,
     plan_control_kind,
     plan_controls,
 )
@@ -38,6 +40,7 @@ from ..request.errors import RequestError, error_detail, plan_rows, warning
 from ..request.images import round_to_multiple
 from ez_diffusion_client.models import (
     ControlKind,
+    ControlMode,
     ErrorCode,
     ErrorDetail,
     GenerationPlan,
@@ -280,6 +283,7 @@ def size_warnings(
 
 # %% ../../nbs/40_planning/04_plan.ipynb #d94838c9
 LARGEST_SEED = 2**53 - 1
+DRAWN_SEED = -1  # asks for a random one, as in other front ends
 
 
 def plan_seeds(
@@ -289,7 +293,7 @@ def plan_seeds(
     "The seed of each image."
     if request.seeds:
         return [seed.root for seed in request.seeds]
-    first = random_seed if request.seed is None else request.seed
+    first = random_seed if request.seed in (None, DRAWN_SEED) else request.seed
     return [first + i for i in range(request.num_images or 1)]
 
 
@@ -308,7 +312,7 @@ def check_seeds(
             given=count,
             allowed=f"1 to {most}",
         )
-    if request.seeds and request.seed is not None:
+    if request.seeds and request.seed not in (None, DRAWN_SEED):
         yield error_detail(
             ErrorCode.seed_conflict,
             "seed and seeds exclude each other",
@@ -408,14 +412,26 @@ def check_task(
         )
 
 # %% ../../nbs/40_planning/04_plan.ipynb #31b2392b
+def may_be_empty(request: GenerationRequest) -> bool:
+    "Whether a prompt can be left empty: to remove something by inpainting, or where a control decides (guess mode)."
+    if request.mask_image is not None:
+        return True
+    for unit in enabled_units(request).values():
+        row = unit.preprocessing and PREPROCESSORS.get(unit.preprocessing.name)
+        if unit.control_mode == ControlMode.control or (row and row.needs_mask):
+            return True
+    return False
+
+
 def check_prompt(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "Whether there is a prompt, and not too much of it."
-    if not request.prompt.strip():
+    if not request.prompt.strip() and not may_be_empty(request):
         yield error_detail(
             ErrorCode.empty_prompt,
             "the prompt is empty",
             field="prompt",
             given=request.prompt,
+            allowed="text of 1 to 10000 characters",
             hint="say what the picture shows",
         )
     most = manifest.limits.max_prompt_length

@@ -579,7 +579,7 @@ export type GenerationRequest = {
      */
     model?: string | null;
     /**
-     * What the picture shows
+     * What the image shows; may be empty for inpainting, and with a ControlNet unit in control mode control
      */
     prompt: string;
     /**
@@ -623,9 +623,9 @@ export type GenerationRequest = {
      */
     num_images?: number | null;
     /**
-     * Seed of the first image, image i takes seed + i; absent draws one
+     * Seed of the first image, image i takes seed + i; absent or -1 draws one, which the plan names
      */
-    seed?: Seed | null;
+    seed?: number | null;
     /**
      * One seed for each image
      */
@@ -744,6 +744,26 @@ export type PlannedControl = {
 };
 
 /**
+ * A LoRA with the file that its name stands for
+ */
+export type PlannedLora = {
+    name: string;
+    scale?: number;
+    text_encoder_scale?: number | null;
+    block_scales?: {
+        [key: string]: number;
+    } | null;
+    /**
+     * Where the file comes from, such as file:ink.safetensors or hub:owner/name
+     */
+    source?: string | null;
+    /**
+     * Of the file; absent in receipts of older versions
+     */
+    sha256?: string | null;
+};
+
+/**
  * Where the plan was carried out
  */
 export type Environment = {
@@ -819,7 +839,7 @@ export type GenerationPlan = {
     resize_mode?: ResizeMode;
     mask_image?: PlannedImage | null;
     inpaint?: InpaintOptions | null;
-    loras?: Array<Lora> | null;
+    loras?: Array<PlannedLora> | null;
     controlnets?: Array<PlannedControl> | null;
     /**
      * The profile that settings were taken from
