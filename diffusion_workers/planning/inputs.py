@@ -63,12 +63,17 @@ def image_text(
         ) from None
 
 
-def plain_value(value: Any) -> Any:
+def plain_value(
+    value: Any,
+    depth: int = 8,  # levels of lists and objects that are looked into; no request has more
+) -> Any:
     "A value with the scalars and arrays of NumPy and torch in it as Python's numbers and lists; images stay."
+    if isinstance(value, (dict, list, tuple)) and depth == 0:
+        return value
     if isinstance(value, dict):
-        return {key: item if key in IMAGE_FIELDS else plain_value(item) for key, item in value.items()}
+        return {key: item if key in IMAGE_FIELDS else plain_value(item, depth - 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain_value(item) for item in value]
+        return [plain_value(item, depth - 1) for item in value]
     if isinstance(value, (np.generic, np.ndarray)) or type(value).__module__.partition(".")[0] == "torch":
         as_list = getattr(value, "tolist", None)
         return value if as_list is None else as_list()
