@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from diffusion_workers.planning.inputs import as_request
-from diffusion_workers.request.images import to_srgb
+from diffusion_workers.models.store import load_manifests
+from diffusion_workers.planning.inputs import as_request, plan_request
 from diffusion_workers.service.service import DiffusionService
 from ez_diffusion_client.models import ErrorCode, GenerationRequest, OpResult
 
@@ -81,15 +81,56 @@ def test_an_srgb_profile_changes_nothing_and_a_broken_one_is_left_out(service: D
     assert texts["broken"][0] == texts["none"][0] and "not applied" in texts["broken"][1]
 
 
-def test_cmyk_and_gray_profiles(service: DiffusionService) -> None:
-    gray = bytearray(ImageCms.ImageCmsProfile(SRGB).tobytes())
-    for image in (colours().convert("CMYK"), colours().convert("L")):
-        buffer = io.BytesIO()
-        image.save(buffer, "TIFF", icc_profile=bytes(gray))
-        planned = service.plan(**FEW, image=buffer.getvalue())
-        assert planned.ok and planned.plan.image.width == SIZE
-    kept, note = to_srgb(colours().convert("CMYK"), bytes(gray))
-    assert kept.mode == "CMYK" and "not applied" in note  # a profile for RGB
+def profile_of(space: bytes, connection: bytes, tags: dict[bytes, bytes], device: bytes) -> bytes:
+    "An ICC profile of version 4, by hand: Pillow makes none for gray or CMYK."
+    name = b"mluc" + bytes(4) + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 8, 28) + "Test".encode("utf-16-be")
+    white = struct.pack(">3i", *(round(value * 65536) for value in (0.9642, 1, 0.8249)))
+    tags = {b"desc": name, b"cprt": name, b"wtpt": b"XYZ " + bytes(4) + white} | tags
+    table, body, start = b"", b"", 132 + 12 * len(tags)
+    for tag, data in tags.items():
+        table += struct.pack(">4sII", tag, start + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    head = struct.pack(">I4sI4s4s4s", start + len(body), b"lcms", 0x04300000, device, space, connection)
+    head += bytes(12) + b"acsp" + bytes(28) + white
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+def gray_profile() -> bytes:
+    "Linear light."
+    return profile_of(b"GRAY", b"XYZ ", {b"kTRC": b"curv" + bytes(4) + struct.pack(">IHH", 1, 256, 0)}, b"mntr")
+
+
+def cmyk_profile() -> bytes:
+    "An ink of which only black prints, from white paper to black; the other three do nothing."
+    straight = bytes(range(256))
+    corners = b"".join(bytes([0 if index & 1 else 255, 128, 128]) for index in range(16))  # Lab; black runs fastest
+    matrix = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + straight * 4 + corners + straight * 3
+    return profile_of(b"CMYK", b"Lab ", {b"A2B0": table, b"A2B1": table}, b"prtr")
+
+
+def decoded_of(image: Image.Image, kind: str, profile: bytes) -> tuple[tuple[int, int, int], str]:
+    "The pixel at (64, 0) of a file as a request gets it, and the warnings."
+    buffer = io.BytesIO()
+    image.save(buffer, kind, icc_profile=profile)
+    planned = plan_request(request_of(image=buffer.getvalue()), load_manifests((), "shapes-sd15").find())
+    return planned.inputs.image.image.getpixel((64, 0)), " ".join(w.message for w in planned.plan.warnings or [])
+
+
+def test_gray_and_cmyk_profiles_are_applied() -> None:
+    ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (64, 1)))
+    expected = round(255 * (1.055 * (64 / 255) ** (1 / 2.4) - 0.055))  # the curve of sRGB
+    for image in (ramp, ramp.convert("LA")):
+        pixel, said = decoded_of(image, "PNG", gray_profile())
+        assert pixel == (expected,) * 3 and "converted to sRGB from the colour profile Test" in said
+    inks = Image.merge("CMYK", [Image.new("L", ramp.size, 255), *[Image.new("L", ramp.size)] * 2, ramp])
+    pixel, said = decoded_of(inks, "TIFF", cmyk_profile())
+    assert np.ptp(pixel) <= 3 and 150 < pixel[0] < 220 and "converted to sRGB" in said  # no cyan: it does not print
+
+
+def test_a_profile_of_another_kind_of_image_is_not_applied() -> None:
+    for image, profile in ((colours(), gray_profile()), (colours().convert("CMYK"), wide_profile())):
+        assert "not applied" in decoded_of(image, "TIFF", profile)[1]
 
 
 def test_gray_images_of_more_than_eight_bits_are_read_as_what_they_show(service: DiffusionService) -> None:

@@ -24,7 +24,6 @@ from ez_diffusion_client.models import (
     GenerationPlan,
     GenerationRequest,
     Lora,
-    ModelFamily,
     PlannedLora,
     RequestWarning,
 )
@@ -172,7 +171,7 @@ def _is_block(name: str) -> bool:
 
 
 def _check_block_scales(lora: Lora, field: str, manifest: ModelManifest) -> Iterator[ErrorDetail]:
-    if lora.block_scales and manifest.family == ModelFamily.flux:
+    if lora.block_scales and not manifest.record.lora.block_scales:
         yield error_detail(
             ErrorCode.unsupported_combination,
             "a transformer has no blocks that can be scaled one by one",

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image
 from pydantic import ValidationError
 
 from .. import __version__
+from ..families.registry import FAMILIES
 from .errors import warning
 from diffusion_workers.request.images import (
     DECODER_ERRORS,
@@ -27,7 +28,6 @@ from diffusion_workers.request.images import (
 )
 from ez_diffusion_client.models import (
     GenerationPlan,
-    ModelFamily,
     OutputOptions,
     PlannedControl,
     RequestWarning,
@@ -86,13 +86,14 @@ def _control_text(control: PlannedControl) -> str:  # one control, as the Contro
 
 # %% ../../nbs/10_request/04_metadata.ipynb #3f4806e4
 def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
-    flux, options = plan.family == ModelFamily.flux, plan.scheduler.options or {}
+    guidance, options = FAMILIES[plan.family].guidance, plan.scheduler.options or {}
+    embedded = guidance.embedded_field
     return {
         "Steps": plan.num_inference_steps,
         "Sampler": SAMPLER_LABELS.get(plan.scheduler.name, plan.scheduler.class_name),
         "Schedule type": "Karras" if options.get("use_karras_sigmas") else None,
-        "CFG scale": plan.true_cfg_scale if flux else plan.guidance_scale,
-        "Distilled CFG Scale": plan.guidance_scale if flux else None,
+        "CFG scale": getattr(plan, guidance.field),
+        "Distilled CFG Scale": None if embedded is None else getattr(plan, embedded),
         "Seed": seed,
         "Size": f"{plan.width}x{plan.height}",
         "Model": plan.model,
@@ -212,11 +213,11 @@ def _texts(image: Image.Image) -> dict[str, str]:  # under PLAN_KEY and PARAMETE
 
 
 def read_metadata(
-    source: bytes | Path,  # a file, or where it lies; for local callers, a Path never comes from a request
+    source: bytes | Path | Image.Image,  # a file, its path (local callers only), or an image that was opened from one
 ) -> ImageMetadata:
     "What a PNG, JPEG or WebP says about itself; a RequestError only if it is no picture that can be read."
     data = source.read_bytes() if isinstance(source, Path) else source
-    texts = _texts(open_image(data))
+    texts = _texts(data if isinstance(data, Image.Image) else open_image(data))
     text, parameters = texts.get(PLAN_KEY), texts.get(PARAMETERS_KEY)
     plan, problem = _parse_plan(text) if text is not None else (None, None)
     return ImageMetadata(plan, parameters, problem)

@@ -14,7 +14,7 @@ import torch
 from ..pipeline.weights import module_bytes  # first: it imports torch and diffusers, undisturbed
 
 # isort: split
-from ..models.manifest import COMPONENT_CLASSES, HubSource, ModelManifest
+from ..models.manifest import HubSource, ModelManifest
 from ..models.store import Settings
 from ..pipeline.factory import PipelineFactory
 from ..request.errors import logger
@@ -27,7 +27,7 @@ def weight_files_bytes(manifest: ModelManifest) -> int:  # 0 where it is not kno
     path = manifest.source.location()
     if path.is_file():
         return path.stat().st_size
-    files = [file for name in COMPONENT_CLASSES[manifest.family] for file in path.glob(f"{name}/*.safetensors")]
+    files = [file for name in manifest.record.components for file in path.glob(f"{name}/*.safetensors")]
     if manifest.variant:
         files = [file for file in files if f".{manifest.variant}." in file.name] or files
     return sum(file.stat().st_size for file in files)

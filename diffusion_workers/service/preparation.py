@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..control.detectors import PreprocessorStore
 from ..control.preprocessors import PREPROCESSORS, fit_map, inpaint_condition
+from ..families.registry import FAMILIES
 from ..models.manifest import LoraEntry
 from ..pipeline.controlnets import PreparedControl
 from ..planning.inputs import Inputs
@@ -25,7 +26,7 @@ from diffusion_workers.request.masks import (
     painted_mask,
     prepare_mask,
 )
-from ez_diffusion_client.models import GenerationPlan, ModelFamily, Task
+from ez_diffusion_client.models import GenerationPlan, Task
 
 # %% ../../nbs/60_service/03_preparation.ipynb #7e42227e
 @dataclass(frozen=True)
@@ -115,6 +116,6 @@ def prepare_controls(
             field=f"controlnets[{index}].preprocessing",
         )
         condition = None
-        if hole and plan.family == ModelFamily.sd15:
+        if hole and FAMILIES[plan.family].controls.marks_masked_pixels:
             condition = inpaint_condition(fitted(image), fitted(hole))
         yield PreparedControl(control, made, None if hole else fitted(mask), condition)
