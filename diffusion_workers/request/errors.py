@@ -202,7 +202,6 @@ _CODE_OF_TYPE = {
     **dict.fromkeys(["greater_than", "greater_than_equal", "less_than", "less_than_equal"], ErrorCode.out_of_range),
 }
 _CODE_OF_FIELD = {
-    (("prompt",), ErrorCode.too_short): ErrorCode.empty_prompt,
     (("scheduler",), ErrorCode.not_one_of): ErrorCode.unknown_scheduler,
 }
 
@@ -292,8 +291,6 @@ def _detail(model: type[BaseModel], error: dict) -> ErrorDetail:  # one pydantic
             error["input"].strip().lower(), allowed.removeprefix("one of ").split(" or ")[0].split(", ")
         )
         hint = f"did you mean {near}?" if near else None
-    elif code == ErrorCode.empty_prompt:
-        message, hint = "the prompt is empty", "say what the picture shows"
     return ErrorDetail(
         code=code, field=field_path(location) or None, message=message, given=given, allowed=allowed or None, hint=hint
     )

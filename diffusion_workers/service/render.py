@@ -35,7 +35,7 @@ from ..pipeline.loading import quiet_libraries
 from ..pipeline.weights import storage_packages, stored_format
 from ..planning.loras import with_lora_hashes
 from ..request.errors import request_error, warning
-from ..request.images import paste_back
+from ..request.masks import cover_cells, paste_back
 from ..request.metadata import embed
 from .handle import OnProgress, StopSignal
 from .preparation import Prepared
@@ -128,7 +128,9 @@ def pipeline_arguments(
             "strength": plan.strength,
         }  # one each, so that each is encoded with numbers of its own seed
     if plan.task == Task.inpainting:
-        arguments["mask_image"] = [prepared.mask] * len(seeds)
+        # most pipelines take the first pixel of each latent cell for the whole cell
+        mask = prepared.mask if call.mask_in_pixels else cover_cells(prepared.mask)
+        arguments["mask_image"] = [mask] * len(seeds)
     if call.map_is_input:
         return arguments | {"control_image": prepared.controls[0].map}
     return arguments | (control_arguments(plan, prepared.controls) if prepared.controls else {})

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-from ..request.images import paste_back
+from ..request.masks import paste_back
 from diffusion_workers.shapes.scenes import (
     IMAGE_SIZE,
     Scene,

@@ -681,7 +681,10 @@ class GenerationRequest(BaseModel):
     ] = None
     prompt: Annotated[
         StrictStr,
-        Field(description="What the picture shows", max_length=10000, min_length=1),
+        Field(
+            description="What the image shows; may be empty for inpainting, and with a ControlNet unit in control mode control",
+            max_length=10000,
+        ),
     ]
     prompt_2: Annotated[
         StrictStr | None,
@@ -755,8 +758,8 @@ class GenerationRequest(BaseModel):
     seed: Annotated[
         StrictInt | None,
         Field(
-            description="Seed of the first image, image i takes seed + i; absent draws one",
-            ge=0,
+            description="Seed of the first image, image i takes seed + i; absent or -1 draws one, which the plan names",
+            ge=-1,
             le=9007199254740991,
         ),
     ] = None

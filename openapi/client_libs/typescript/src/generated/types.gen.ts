@@ -583,7 +583,7 @@ export type GenerationRequest = {
      */
     model?: string | null;
     /**
-     * What the picture shows
+     * What the image shows; may be empty for inpainting, and with a ControlNet unit in control mode control
      */
     prompt: string;
     /**
@@ -627,9 +627,9 @@ export type GenerationRequest = {
      */
     num_images?: number | null;
     /**
-     * Seed of the first image, image i takes seed + i; absent draws one
+     * Seed of the first image, image i takes seed + i; absent or -1 draws one, which the plan names
      */
-    seed?: Seed | null;
+    seed?: number | null;
     /**
      * One seed for each image
      */
