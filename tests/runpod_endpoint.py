@@ -54,7 +54,7 @@ class Endpoint:
                 job["output"] = event.result.model_dump(mode="json", exclude_none=True)
             job["done"].set()
 
-    def told(self, job: dict, *more: str) -> Response:
+    def response_for(self, job: dict, *more: str) -> Response:
         return JSONResponse({name: job[name] for name in ("id", "status", *more) if name in job})
 
 
@@ -71,7 +71,7 @@ def endpoint_app(endpoint: Endpoint) -> Starlette:
             if action == "runsync":
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(job["done"].wait(), SYNC_SECONDS)
-            return endpoint.told(job, "output")
+            return endpoint.response_for(job, "output")
         if job_id not in endpoint.jobs:
             return JSONResponse({"error": "job not found"}, 404)
         job = endpoint.jobs[job_id]
@@ -82,7 +82,7 @@ def endpoint_app(endpoint: Endpoint) -> Starlette:
         if action == "cancel" and job["status"] == "IN_PROGRESS":
             job["status"] = "CANCELLED"
             job["generation"].cancel()
-        return endpoint.told(job, "output")
+        return endpoint.response_for(job, "output")
 
     return Starlette(
         routes=[

@@ -40,7 +40,7 @@ class QueuedJob:
     answer_bytes: int = 0
 
     @property
-    def told(self) -> dict[str, Any]:
+    def client_view(self) -> dict[str, Any]:
         "The response to a client. RunPod keeps the error of a failed job, but not its output."
         shown = {"id": self.id, "status": self.status}
         if self.status == "FAILED":
@@ -95,34 +95,35 @@ class QueueServer:
         for job in taken:
             job.taken.append(worker)
             job.status = "IN_PROGRESS"
-        told = [{"id": job.id, "input": job.input} for job in taken]
-        return web.json_response(told if "job-take-batch" in request.path else told[0])
+        assigned = [{"id": job.id, "input": job.input} for job in taken]
+        return web.json_response(assigned if "job-take-batch" in request.path else assigned[0])
 
     async def _done(self, request: web.Request) -> web.Response:
         job, body = self.jobs[request.match_info["job"]], await request.text()
-        said = json.loads(body, parse_constant=_no_constants)
+        message = json.loads(body, parse_constant=_no_constants)
 
         def note() -> None:
             if job.status in ENDED:  # an update may come late
                 return
-            if said.get("status") == "IN_PROGRESS":
-                job.updates.append(said["output"])
+            if message.get("status") == "IN_PROGRESS":
+                job.updates.append(message["output"])
                 return
             job.answer_bytes = len(body.encode())
-            job.stop_pod = bool(said.get("stopPod"))
-            job.output = said.get("output")
-            job.error = said.get("error")
+            job.stop_pod = bool(message.get("stopPod"))
+            job.output = message.get("output")
+            job.error = message.get("error")
             job.status = "FAILED" if job.error else "COMPLETED"
 
         self._change(note)
         return web.json_response({"status": "ok"})
 
     async def _stream(self, request: web.Request) -> web.Response:
-        job, said = self.jobs[request.match_info["job"]], json.loads(await request.text(), parse_constant=_no_constants)
+        job = self.jobs[request.match_info["job"]]
+        message = json.loads(await request.text(), parse_constant=_no_constants)
 
         def note() -> None:
-            job.stream.append(said["output"])
-            job.streamed.append(said["output"])
+            job.stream.append(message["output"])
+            job.streamed.append(message["output"])
 
         self._change(note)
         return web.json_response({"status": "ok"})
@@ -159,7 +160,7 @@ class QueueServer:
         until = time.monotonic() + int(request.query.get("wait", 90_000)) / 1000
         while job.status not in ENDED and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        return web.json_response(job.told)
+        return web.json_response(job.client_view)
 
     async def _known(self, request: web.Request) -> QueuedJob:
         job = self.jobs.get(request.match_info["job"])
@@ -168,7 +169,7 @@ class QueueServer:
         return job
 
     async def _status(self, request: web.Request) -> web.Response:
-        return web.json_response((await self._known(request)).told)
+        return web.json_response((await self._known(request)).client_view)
 
     async def _fetch(self, request: web.Request) -> web.Response:
         job, until = await self._known(request), time.monotonic() + HOLD
@@ -183,7 +184,7 @@ class QueueServer:
     async def _cancel(self, request: web.Request) -> web.Response:
         job = await self._known(request)
         self.stop(job.id)
-        return web.json_response(job.told)
+        return web.json_response(job.client_view)
 
     # --- what tests do ---
 

@@ -184,7 +184,7 @@ def draw_shape(
 def placements(
     scene: Scene,  # any scene
 ) -> list[tuple[ShapeObject, int, int, int]]:  # object, centre x, centre y, radius, in pixels
-    "Where each object stands, before the jitter."
+    "The position and radius of each object, before the jitter."
     if scene.relation is None:
         return [(scene.objects[0], *PLACES[scene.place], SIZES[scene.size])]
     x1, y1, x2, y2 = RELATIONS[scene.relation]

@@ -413,7 +413,7 @@ def export_fp16(
 def train_shapes(
     out_dir: Path | str,  # checkpoints, the log, and the finished repository in `shapes-sd15`
     *,
-    config: ShapesTrainingConfig = ShapesTrainingConfig(),  # the defaults made the weights that ship
+    config: ShapesTrainingConfig = ShapesTrainingConfig(),  # the defaults are those of the published weights
     seed: int | None = None,  # instead of `config.seed`
     minutes: float | None = None,  # instead of `config.minutes`: time for the denoiser, the longest stage
     resume: bool = True,  # False: start anew; checkpoints and log in `out_dir` are deleted
