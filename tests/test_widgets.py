@@ -175,7 +175,7 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
 
     # what is no picture is refused, and the form stays
     choose_file(page, ".dw-restore", "letter.png", b"a letter")
-    expect(page.locator(".dw-restore .dw-error")).to_contain_text("not a picture")
+    expect(page.locator(".dw-restore .dw-error")).to_contain_text("not an image")
     expect(field(page, "prompt")).to_have_value(PROMPT)
 
 

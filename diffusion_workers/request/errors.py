@@ -260,7 +260,7 @@ def _detail(model: type[BaseModel], error: dict) -> ErrorDetail:  # one pydantic
         )
         hint = f"did you mean {near}?" if near else None
     elif code == ErrorCode.empty_prompt:
-        message, hint = "the prompt is empty", "say what the picture shows"
+        message, hint = "the prompt is empty", "say what the image shows"
     return ErrorDetail(
         code=code, field=field_path(location) or None, message=message, given=given, allowed=allowed or None, hint=hint
     )
@@ -284,11 +284,11 @@ def parse(
             )  # JSON on the wire is UTF-8 (RFC 8259)
         except RecursionError:
             raise request_error(
-                ErrorCode.malformed_json, "this JSON is nested too deeply", hint="send one JSON object"
+                ErrorCode.malformed_json, "the JSON is nested too deeply", hint="send one JSON object"
             ) from None
         except ValueError as exc:
             raise request_error(
-                ErrorCode.malformed_json, f"this is no JSON: {exc}", given=data[:80], hint="send one JSON object"
+                ErrorCode.malformed_json, f"not valid JSON: {exc}", given=data[:80], hint="send one JSON object"
             ) from None
     try:
         return model.model_validate(data)
@@ -299,7 +299,7 @@ def parse(
 
 # %% ../../nbs/10_request/01_errors.ipynb #c6797d55
 def is_out_of_memory(exc: BaseException) -> bool:
-    "Whether an exception says that the memory of the host or of a device was not enough."
+    "Whether an exception means that the host or a device ran out of memory."
     if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
         return True
     return isinstance(exc, RuntimeError) and any(
@@ -315,12 +315,12 @@ def failure(
     if not isinstance(exc, RequestError):
         if is_out_of_memory(exc):
             hint = "ask for fewer images or a smaller size"
-            exc = request_error(ErrorCode.out_of_memory, "the memory of the device was not enough", hint=hint)
+            exc = request_error(ErrorCode.out_of_memory, "out of device memory", hint=hint)
         else:
             logger.error("unexpected %s", type(exc).__name__, exc_info=exc)
-            hint = "nothing is wrong with the request as far as is known; the log has the details"
+            hint = "internal error; see the server log"
             exc = request_error(
-                ErrorCode.internal_error, f"the operation failed unexpectedly ({type(exc).__name__})", hint=hint
+                ErrorCode.internal_error, f"the operation failed unexpectedly: {type(exc).__name__}", hint=hint
             )
     return OpResult(status=exc.status, message=error_line(exc.errors[0]), errors=exc.errors, request_id=request_id)
 
@@ -416,7 +416,8 @@ def _in_words(value: Any) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:  # HTML
-    return f"<table>{''.join(f'<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>' for name, value in rows)}</table>"
+    cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    return f"<table>{''.join(cells)}</table>"
 
 
 @patch

@@ -215,7 +215,7 @@ def _texts(image: Image.Image) -> dict[str, str]:  # under PLAN_KEY and PARAMETE
 def read_metadata(
     source: bytes | Path,  # a file, or where it lies; for local callers, a Path never comes from a request
 ) -> ImageMetadata:
-    "What a PNG, JPEG or WebP says about itself; a RequestError only if it is no picture that can be read."
+    "What a PNG, JPEG or WebP says about itself; a RequestError only if it is no image that can be read."
     data = source.read_bytes() if isinstance(source, Path) else source
     texts = _texts(open_image(data))
     text, parameters = texts.get(PLAN_KEY), texts.get(PARAMETERS_KEY)
