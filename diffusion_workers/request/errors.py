@@ -314,11 +314,11 @@ def parse(
             )  # JSON on the wire is UTF-8 (RFC 8259)
         except RecursionError:
             raise request_error(
-                ErrorCode.malformed_json, "this JSON is nested too deeply", hint="send one JSON object"
+                ErrorCode.malformed_json, "the JSON is nested too deeply", hint="send one JSON object"
             ) from None
         except ValueError as exc:
             raise request_error(
-                ErrorCode.malformed_json, f"this is no JSON: {exc}", given=data[:80], hint="send one JSON object"
+                ErrorCode.malformed_json, f"not valid JSON: {exc}", given=data[:80], hint="send one JSON object"
             ) from None
     try:
         return model.model_validate(data)
@@ -329,7 +329,7 @@ def parse(
 
 # %% ../../nbs/10_request/01_errors.ipynb #c6797d55
 def is_out_of_memory(exc: BaseException) -> bool:
-    "Whether an exception says that the memory of the host or of a device was not enough."
+    "Whether an exception means that the host or a device ran out of memory."
     if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
         return True
     return isinstance(exc, RuntimeError) and any(
@@ -345,12 +345,12 @@ def failure(
     if not isinstance(exc, RequestError):
         if is_out_of_memory(exc):
             hint = "ask for fewer images or a smaller size"
-            exc = request_error(ErrorCode.out_of_memory, "the memory of the device was not enough", hint=hint)
+            exc = request_error(ErrorCode.out_of_memory, "out of device memory", hint=hint)
         else:
             logger.error("unexpected %s", type(exc).__name__, exc_info=exc)
-            hint = "nothing is wrong with the request as far as is known; the log has the details"
+            hint = "internal error; see the server log"
             exc = request_error(
-                ErrorCode.internal_error, f"the operation failed unexpectedly ({type(exc).__name__})", hint=hint
+                ErrorCode.internal_error, f"the operation failed unexpectedly: {type(exc).__name__}", hint=hint
             )
     return OpResult(status=exc.status, message=error_line(exc.errors[0]), errors=exc.errors, request_id=request_id)
 
@@ -446,7 +446,8 @@ def _in_words(value: Any) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:  # HTML
-    return f"<table>{''.join(f'<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>' for name, value in rows)}</table>"
+    cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    return f"<table>{''.join(cells)}</table>"
 
 
 @patch

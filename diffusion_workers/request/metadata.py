@@ -287,7 +287,7 @@ def _texts(image: Image.Image) -> dict[str, str]:  # under PLAN_KEY and PARAMETE
 def read_metadata(
     source: bytes | Path | Image.Image,  # a file, its path (local callers only), or an image that was opened from one
 ) -> ImageMetadata:
-    "What a PNG, JPEG or WebP says about itself; a RequestError only if it is no picture that can be read."
+    "What a PNG, JPEG or WebP says about itself; a RequestError only if it is no image that can be read."
     data = source.read_bytes() if isinstance(source, Path) else source
     texts = _texts(data if isinstance(data, Image.Image) else open_image(data))
     text, parameters = texts.get(PLAN_KEY), texts.get(PARAMETERS_KEY)
