@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from project import ROOT
 
-from diffusion_workers.models.store import Settings
+from diffusion_workers.settings.service import Settings
 from diffusion_workers.planning.plan import KARRAS_SCHEDULERS
 from diffusion_workers.request.errors import error_line
 from diffusion_workers.request.images import ImagePolicy

@@ -24,7 +24,7 @@ from load_server import figures
 from project import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 
-from diffusion_workers.models.store import Settings
+from diffusion_workers.settings.service import Settings
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.service.service import DiffusionService
 from ez_diffusion_client.models import Job, OpResult, ProgressEvent
@@ -326,7 +326,7 @@ def test_the_page_is_served_where_it_is_built(service: DiffusionService, tmp_pat
     from live_server import KeptOpen, serving
 
     from diffusion_workers.server.app import create_app
-    from diffusion_workers.server.settings import ServerSettings
+    from diffusion_workers.settings.server import ServerSettings
 
     (tmp_path / "assets").mkdir()
     (tmp_path / "index.html").write_text("<title>the page</title>")

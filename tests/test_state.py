@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusion_workers.models.store import Settings
+from diffusion_workers.settings.service import Settings
 from diffusion_workers.pipeline.loading import FAMILIES, load_pipeline, pick_device, quiet_libraries
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.planning.plan import FLOW_SCHEDULERS, SCHEDULERS

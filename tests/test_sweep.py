@@ -20,7 +20,7 @@ from runpod_queue import ENDPOINT, PATIENCE, QueueServer, running_worker
 
 import diffusion_workers.sweep.folder as folder_module
 import diffusion_workers.sweep.run as sweep_module
-from diffusion_workers.models.store import Settings
+from diffusion_workers.settings.service import Settings
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.request.errors import RequestError
 from diffusion_workers.request.metadata import read_metadata

@@ -377,21 +377,17 @@ def write_maps(result: OpResult, output: str) -> list[Path]:
 
 # %% ../../nbs/80_cli/04_main.ipynb #ac84ef1d
 def _service(arguments: argparse.Namespace):
-    from dataclasses import replace
-
     from diffusion_workers.service.service import DiffusionService
 
-    settings = _settings(arguments)
-    return DiffusionService(replace(settings, device=arguments.device or settings.device))
+    return DiffusionService(_settings(arguments), device=arguments.device)
 
 
 def _settings(arguments: argparse.Namespace):
-    from dataclasses import replace
-
-    from diffusion_workers.models.store import Settings
+    from diffusion_workers.settings.service import Settings
 
     settings = Settings.from_environment()
-    return replace(settings, model_folders=(*settings.model_folders, *map(Path, arguments.models or [])))
+    folders = (*settings.model_folders, *map(Path, arguments.models or []))
+    return settings.model_copy(update={"model_folders": folders})
 
 
 def _notes(result: OpResult) -> None:
@@ -435,7 +431,7 @@ def command_plan(arguments: argparse.Namespace) -> int:  # the exit code
     from diffusion_workers.request.images import decode_image, decode_mask, image_facts
 
     request, settings = build_request(arguments), _settings(arguments)
-    manifest = load_manifests(settings.model_folders, settings.default_model).find(request.model)
+    manifest = load_manifests(settings).find(request.model)
     image = image_facts(decode_image(request.image)) if request.image else None
     mask = image_facts(decode_mask(request.mask_image)) if request.mask_image else None
     units = enabled_units(request)
@@ -479,7 +475,7 @@ def command_models(arguments: argparse.Namespace) -> int:  # the exit code
     from diffusion_workers.models.store import load_manifests, model_list
 
     settings = _settings(arguments)
-    store = load_manifests(settings.model_folders, settings.default_model)
+    store = load_manifests(settings)
     listed = model_list(store)
     if arguments.json:
         print(listed.model_dump_json(indent=2, exclude_none=True))
@@ -514,7 +510,7 @@ def command_preprocessors(arguments: argparse.Namespace) -> int:  # the exit cod
     "List what can draw control maps."
     from diffusion_workers.control.detectors import weights_at_hand
     from diffusion_workers.control.preprocessors import PREPROCESSORS
-    from diffusion_workers.models.store import Settings
+    from diffusion_workers.settings.service import Settings
 
     weights = weights_at_hand(Settings.from_environment().annotator_folders)
     facts = [_preprocessor_facts(row, weights[name]) for name, row in PREPROCESSORS.items()]
@@ -581,8 +577,8 @@ def command_preprocess(arguments: argparse.Namespace) -> int:  # the exit code
     "Draw the control map of a picture and write it."
     from diffusion_workers.control.detectors import PreprocessorStore
     from diffusion_workers.control.preprocessors import PREPROCESSORS
-    from diffusion_workers.models.store import Settings
     from diffusion_workers.request.images import decode_image, decode_mask
+    from diffusion_workers.settings.service import Settings
 
     check_output(arguments.output, [".png"])
     asked, settings = _preprocess_request(arguments), Settings.from_environment()

@@ -32,7 +32,7 @@ from ..control.detectors import PreprocessorStore
 from ..control.preprocessors import preprocessor_list
 from ..lora.layers import LoraStore
 from ..models.manifest import COMPONENT_CLASSES, HubSource, ModelManifest
-from ..models.store import Settings, load_manifests, model_list
+from ..models.store import load_manifests, model_list
 from ..pipeline.controlnets import PreparedControl
 from ..pipeline.factory import PipelineFactory
 from ..pipeline.loading import pick_device
@@ -60,6 +60,7 @@ from diffusion_workers.service.render import (
     previewer_for,
     with_environment,
 )
+from ..settings.service import Settings
 from ez_diffusion_client.models import (
     ControlMap,
     ControlNetUnit,
@@ -140,7 +141,7 @@ class DiffusionService:
     ):
         self.settings = settings or Settings.from_environment()
         self.device = pick_device(device or self.settings.device)
-        self.models = load_manifests(self.settings.model_folders, self.settings.default_model)
+        self.models = load_manifests(self.settings)
         self.image_policy, self.batching = image_policy, batching
         self.preprocessors = PreprocessorStore(self.settings.annotator_folders, str(self.device))
         self.loras, self.ladder = LoraStore(), Ladder()

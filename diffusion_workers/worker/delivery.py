@@ -20,7 +20,7 @@ from PIL import Image
 from ..request.errors import logger, warning
 from ..request.images import encode_base64, sniff_format
 from ..request.metadata import metadata_texts, read_metadata
-from .settings import WorkerSettings
+from ..settings.worker import WorkerSettings
 from ez_diffusion_client.models import ControlMap, GeneratedImage, OpResult, OutputFormat, OutputOptions, RequestWarning
 
 # %% ../../nbs/71_worker/02_delivery.ipynb #9456eb09
@@ -61,8 +61,17 @@ class Bucket:
     @classmethod
     def from_settings(cls, settings: WorkerSettings) -> "Bucket | None":
         "The bucket of a worker, if it has one."
-        names = ("endpoint", "name", "key_id", "secret", "region", "prefix", "expiry")
-        return cls(**{name: getattr(settings, f"bucket_{name}") for name in names}) if settings.has_bucket else None
+        if not settings.has_bucket:
+            return None
+        return cls(
+            endpoint=settings.bucket_endpoint,
+            name=settings.bucket_name,
+            key_id=settings.bucket_key_id.get_secret_value(),
+            secret=settings.bucket_secret.get_secret_value(),
+            region=settings.bucket_region,
+            prefix=settings.bucket_prefix,
+            expiry=settings.bucket_expiry,
+        )
 
     def client(self) -> Any:
         "A boto3 client; an upload that fails is tried three times."

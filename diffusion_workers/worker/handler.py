@@ -23,10 +23,10 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..models.store import SettingsError
 from ..request.errors import RequestError, failure, logger, request_error
+from ..settings.environment import SettingsError
+from ..settings.worker import WorkerSettings, share_log_level
 from .delivery import Bucket, as_json, deliver, payload_limit
-from .settings import WorkerSettings
 from .startup import StartupClock, StartupError, import_sdk, start_service, try_picture
 from .worker_sdxl import from_worker_sdxl, is_worker_sdxl, to_worker_sdxl
 from ez_diffusion_client.models import ErrorCode, HealthState, OpResult, OpStatus, Phase, ProgressEvent
@@ -300,9 +300,7 @@ def main() -> int:  # the exit code
         return 2
     set_up_logging(settings.log_level)
     clock = StartupClock.since_process_start()
-    os.environ.setdefault(
-        "RUNPOD_LOG_LEVEL", settings.log_level.replace("WARNING", "WARN")
-    )  # the SDK's own default logs every answer
+    share_log_level(settings)
     runpod = import_sdk(settings, clock)
     worker = Worker(settings, clock, send_progress=runpod.serverless.progress_update)
     runpod.serverless.register_fitness_check(worker.ready)

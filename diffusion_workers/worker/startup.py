@@ -22,7 +22,8 @@ import psutil
 from ..models.manifest import COMPONENT_CLASSES, HubSource, ModelManifest
 from ..models.store import ManifestStore, load_manifests
 from ..request.errors import RequestError, logger
-from .settings import PlacedSource, WorkerSettings, placed_models
+from ..settings.worker import WorkerSettings
+from .placement import PlacedSource, placed_models
 from ez_diffusion_client.models import PhaseTime
 
 if TYPE_CHECKING:
@@ -113,9 +114,7 @@ def look_up_processor() -> None:
 
 def find_models(settings: WorkerSettings) -> ManifestStore:
     "The models of a worker, after telling the kernel which files the default one will be read from."
-    models = placed_models(
-        load_manifests(settings.model_folders, settings.default_model, settings.lora_folders), settings.hub_folders
-    )
+    models = placed_models(load_manifests(settings), settings.hub_folders)
     read_ahead(weight_paths(models.find()))
     return models
 
