@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes README.md from nbs/index.ipynb: the cells that are not hidden, their outputs, and links that hold from the top level.
+"""Makes README.md from nbs/index.ipynb: its visible cells and outputs, with links that hold from the top level.
 
 python .ci/readme.py           write README.md and the pictures it shows
 python .ci/readme.py --check   write nothing; exit 1 and show a diff where README.md is stale

@@ -131,7 +131,7 @@ def family_comparisons() -> list[str]:
 
 
 def public_classes() -> set[str]:
-    "The classes that users meet: those that the package offers, and those that a module lists in `__all__` with a capital."
+    "The classes that users create or hold."
     return {
         "DiffusionService",
         "Generation",
@@ -150,6 +150,17 @@ def public_classes() -> set[str]:
     }
 
 
+def is_patch(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("patch" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def assigned_class(node: ast.AST) -> str | None:
+    "The class in a statement `Class.method = f`."
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+        return ast.unparse(node.targets[0].value)
+    return None
+
+
 def patched_classes() -> list[str]:
     "Methods that are added to a public class from outside: `@patch`, and `Class.method = f` for any class."
     public, found = public_classes(), []
@@ -157,23 +168,13 @@ def patched_classes() -> list[str]:
         tree = ast.parse(module.path.read_text(encoding="utf-8"))
         classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and any(
-                "patch" in ast.unparse(d) for d in node.decorator_list
-            ):
+            at = place(module.path, getattr(node, "lineno", 0))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and is_patch(node):
                 target = ast.unparse(node.args.args[0].annotation)
                 if target in public:
-                    found.append(
-                        f"{place(module.path, node.lineno)}: {target}.{node.name} is patched: write it in the class"
-                    )
-            if (
-                isinstance(node, ast.Assign)
-                and isinstance(node.targets[0], ast.Attribute)
-                and isinstance(node.targets[0].value, ast.Name)
-            ):
-                if node.targets[0].value.id in classes | public and node in tree.body:
-                    found.append(
-                        f"{place(module.path, node.lineno)}: {ast.unparse(node.targets[0])} is assigned: write it in the class"
-                    )
+                    found.append(f"{at}: {target}.{node.name} is patched: write it in the class")
+            elif node in tree.body and assigned_class(node) in classes | public:
+                found.append(f"{at}: {ast.unparse(node.targets[0])} is assigned: write it in the class")
     return found
 
 

@@ -76,6 +76,11 @@ def test_readme_is_made_from_index() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_indexes_and_sidebar_follow_the_chapters() -> None:
+    done = run(sys.executable, ".ci/chapters.py", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_models_are_generated_from_the_spec() -> None:
     done = run("./build.sh", "check", "python")
     assert done.returncode == 0, done.stdout + done.stderr
