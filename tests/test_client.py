@@ -238,6 +238,37 @@ def test_the_command_line_sends_elsewhere(
     assert "there is no such model" in capsys.readouterr().err
 
 
+# Characters that str.splitlines takes for ends of lines and that JSON leaves as they are.
+SEPARATORS = "a red\u2028circle\u2029on\u0085white"
+
+
+def test_line_separators_in_a_prompt_survive_the_stream(target: Server | RunPod) -> None:
+    "The plan that comes with the last event holds the prompt as it was sent, in step and with await."
+    with Client(target) as client:
+        watched = client.generate(SMALL, prompt=SEPARATORS, on_progress=lambda event: None)
+
+    async def awaited() -> list[ProgressEvent]:
+        async with AsyncClient(target) as client:
+            job = await client.submit(SMALL, prompt=SEPARATORS)
+            return [event async for event in client.events(job.id)]
+
+    result = asyncio.run(awaited())[-1].result
+    assert watched.generation.plan.prompt == SEPARATORS
+    assert result is not None and result.generation.plan.prompt == SEPARATORS
+
+
+def test_line_separators_in_a_prompt_survive_the_command_line(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "With progress shown, which is what streams the events; the receipt in the file has the prompt."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_WORKERS_TOKEN", "correct-horse")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    sent = ["generate", SEPARATORS, "--seed", "1", "--num-inference-steps", "2", "--url", url, "-o", "out.png"]
+    assert main(sent) == 0
+    assert read_metadata(tmp_path / "out.png").plan.prompt == SEPARATORS
+
+
 # --- of a server alone ------------------------------------------------------
 
 

@@ -1,12 +1,13 @@
 """One call for a local server and for a RunPod endpoint, in step with the caller or with `await`."""
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
+from httpx_sse import EventSource, ServerSentEvent, SSEError
 
 from .errors import ClientError, ConnectionLost, RequestFailed, ServerUnreachable, UnexpectedAnswer, WaitTimeout, raise_for_status
 from .models import GenerationRequest, Health, Job, JobState, MemoryReport, ModelList, OpResult, OpStatus, PreprocessRequest, ProgressEvent
@@ -85,26 +86,30 @@ def failures_so_far(
     return failures
 
 
-class _EventDecoder:
-    def __init__(self) -> None:
-        self.data: list[str] = []
-
-    def __call__(self, line: str) -> ProgressEvent | None:  # the event that the line completes
-        if line.startswith("data:"):
-            self.data.append(line[5:].removeprefix(" "))
-        elif not line and self.data:
-            text, self.data = "\n".join(self.data), []
-            try:
-                return ProgressEvent.model_validate_json(text)
-            except ValueError:
-                raise UnexpectedAnswer(f"this is no ProgressEvent: {text[:200]!r}") from None
+def progress_event(message: ServerSentEvent) -> ProgressEvent | None:
+    """The event in a message of a stream; None where the message carries none, such as a sign of life."""
+    if not message.data:
         return None
+    try:
+        return ProgressEvent.model_validate_json(message.data)
+    except ValueError:
+        raise UnexpectedAnswer(f"this is not a ProgressEvent: {message.data[:200]!r}") from None
 
 
-def decode_events(lines: Iterable[str]) -> Iterator[ProgressEvent]:
-    """The events in the lines of a text/event-stream."""
-    decode = _EventDecoder()
-    yield from (event for line in lines if (event := decode(line)) is not None)
+class _UntilDeadline(httpx.SyncByteStream):
+    """A response body that is given up once the time is up: a server sends at least a comment every 15 seconds."""
+
+    def __init__(self, stream: httpx.SyncByteStream, check: Callable[[], Any]):
+        self._stream = stream
+        self._check = check
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self._stream:
+            self._check()
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 class _Base:
@@ -253,20 +258,21 @@ class Client(_Base):
                     if not response.is_success:
                         response.read()
                         raise_for_status(parse_answer(OpResult, response))
-                    for event in decode_events(self._timed(response.iter_lines(), deadline)):
+                    response.stream = _UntilDeadline(response.stream, lambda: self._left(deadline))
+                    for message in EventSource(response).iter_sse():
+                        event = progress_event(message)
+                        if event is None:
+                            continue
                         seen += 1
                         yield event
                         if event.result is not None:
                             return
+            except SSEError as exc:
+                raise UnexpectedAnswer(f"{self.target.base} does not stream events: {exc}") from None
             except httpx.TransportError as exc:
                 broke = exc
             failures = failures_so_far(failures, seen, broke, self.retries, self.target.base)
             time.sleep(self.retries.first_pause)
-
-    def _timed(self, lines: Iterable[str], deadline: float | None) -> Iterator[str]:  # a server sends at least a comment every 15 seconds
-        for line in lines:
-            self._left(deadline)
-            yield line
 
     def _polled(self, job_id: str, deadline: float | None = None) -> Iterator[ProgressEvent]:
         looks = 0
@@ -424,18 +430,23 @@ class AsyncClient(_Base):
     async def _streamed(self, job_id: str) -> AsyncIterator[ProgressEvent]:
         failures = 0
         while True:
-            seen, broke, decode = 0, None, _EventDecoder()
+            seen, broke = 0, None
             try:
                 async with self._http.stream("GET", f"/jobs/{job_id}/events", timeout=_STREAM_TIMEOUT) as response:
                     if not response.is_success:
                         await response.aread()
                         raise_for_status(parse_answer(OpResult, response))
-                    async for line in response.aiter_lines():
-                        if (event := decode(line)) is not None:
+                    async with aclosing(EventSource(response).aiter_sse()) as messages:
+                        async for message in messages:
+                            event = progress_event(message)
+                            if event is None:
+                                continue
                             seen += 1
                             yield event
                             if event.result is not None:
                                 return
+            except SSEError as exc:
+                raise UnexpectedAnswer(f"{self.target.base} does not stream events: {exc}") from None
             except httpx.TransportError as exc:
                 broke = exc
             failures = failures_so_far(failures, seen, broke, self.retries, self.target.base)
