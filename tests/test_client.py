@@ -14,10 +14,10 @@ from PIL import Image
 from runpod_endpoint import API_KEY, Endpoint, endpoint_app
 
 from diffusion_workers.cli.main import main
-from diffusion_workers.settings.service import Settings
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.request.metadata import read_metadata
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client import AsyncClient, Client, Retries, RunPod, Server, image_bytes, pil_images, raise_for_status
 from ez_diffusion_client.errors import (
     FAILURES,

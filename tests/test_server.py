@@ -24,9 +24,9 @@ from load_server import figures
 from project import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 
-from diffusion_workers.settings.service import Settings
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import Job, OpResult, ProgressEvent
 
 SMALL = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2}
@@ -202,7 +202,7 @@ def test_a_slow_sender_is_sent_away(service: DiffusionService) -> None:
             assert picture(url)
             answer = slow.recv(65536)
         assert answer.startswith(b"HTTP/1.1 408")
-        assert b"nothing came for 0.3 seconds" in answer + b""
+        assert b"no data for 0.3 seconds" in answer + b""
 
 
 # --- going away, cancelling, watching ---------------------------------------

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusion_workers.settings.service import Settings
 from diffusion_workers.pipeline.loading import FAMILIES, load_pipeline, pick_device, quiet_libraries
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.planning.plan import FLOW_SCHEDULERS, SCHEDULERS
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 
 SEQUENCES, MANY_SEQUENCES = 30, 2000  # of each seed
 FAMILY_NAMES = ("sd15", "sdxl", "flux")

@@ -20,11 +20,11 @@ from runpod_queue import ENDPOINT, PATIENCE, QueueServer, running_worker
 
 import diffusion_workers.sweep.folder as folder_module
 import diffusion_workers.sweep.run as sweep_module
-from diffusion_workers.settings.service import Settings
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.request.errors import RequestError
 from diffusion_workers.request.metadata import read_metadata
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from diffusion_workers.sweep.folder import request_product
 from diffusion_workers.sweep.run import Sweep
 from ez_diffusion_client import Retries, RunPod, Server

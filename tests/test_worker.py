@@ -213,7 +213,7 @@ def test_an_answer_over_10_mb_is_encoded_anew(queue: QueueServer, worker) -> Non
     whole = queue.ended(queue.submit(asked, sync=True))
     assert small.status == whole.status == "COMPLETED"
     assert small.answer_bytes < 10_000_000 < whole.answer_bytes < 20_000_000
-    assert "encoded anew" in small.output["warnings"][0]["message"] and "warnings" not in whole.output
+    assert "re-encoded" in small.output["warnings"][0]["message"] and "warnings" not in whole.output
     picture = Image.open(io.BytesIO(base64.b64decode(small.output["control_map"]["image"])))
     assert picture.size == (small.output["control_map"]["width"], small.output["control_map"]["height"])
 

@@ -84,7 +84,7 @@ def result_bytes(result: OpResult) -> int:
     made = result.generation
     if made is None:
         return 1000
-    return sum(len(image.image) for image in [*made.images, *(made.control_maps or [])])
+    return sum(len(image.image) for image in made.images) + sum(len(map.image) for map in made.control_maps or [])
 
 
 class JobStore:
@@ -113,7 +113,9 @@ class JobStore:
         "Drop what has waited too long, or takes too much memory."
         now = datetime.now(UTC)
         kept = 0
-        for job in reversed([job for job in self._jobs.values() if job.result is not None]):
+        for job in reversed(list(self._jobs.values())):
+            if job.result is None or job.finished_at is None:
+                continue
             kept += result_bytes(job.result)
             if (now - job.finished_at).total_seconds() > self.keep_seconds or kept > self.keep_bytes:
                 del self._jobs[job.id]
@@ -138,11 +140,11 @@ class Intake:
         self._in_order = ThreadPoolExecutor(max_workers=1, thread_name_prefix="intake")
         self._fetching = ThreadPoolExecutor(max_workers=8, thread_name_prefix="fetch")
 
-    async def submit(self, job: Job, report: Callable[[ProgressEvent], None]) -> None:
+    async def submit(self, job: Job, report: Callable[[ProgressEvent], Any]) -> None:
         "Hand a job to the service; `report` is called on the event loop."
         loop = asyncio.get_running_loop()
         pool = self._fetching if fetches_images(job.request) else self._in_order
-        await loop.run_in_executor(pool, self._begin, job, partial(loop.call_soon_threadsafe, report))
+        await loop.run_in_executor(pool, self._begin, job, lambda event: loop.call_soon_threadsafe(report, event))
         await asyncio.sleep(0)  # what the thread reported comes first
 
     def _begin(self, job: Job, report: Callable[[ProgressEvent], Any]) -> None:  # on a thread

@@ -6,6 +6,8 @@
 __all__ = ['METRICS_TYPE', 'PHASES', 'ServerMetrics', 'exposition']
 
 # %% ../../nbs/70_server/03_metrics.ipynb #a79aa8d7
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
@@ -13,53 +15,64 @@ from .jobs import Job
 from ez_diffusion_client.models import MemoryReport, OpStatus
 
 # %% ../../nbs/70_server/03_metrics.ipynb #a02c0e44
-METRICS_TYPE = CONTENT_TYPE_PLAIN_0_0_4  # of the answer
+METRICS_TYPE = CONTENT_TYPE_PLAIN_0_0_4  # of the response
+_NAMESPACE = "diffusion_workers"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 PHASES = ("queue", "load", "encode", "denoise", "decode", "total")
 
 
 class ServerMetrics:
-    "What is counted."
+    "Counters and timings of a server."
 
     def __init__(self):
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry, "namespace": "diffusion_workers"}
-        self.http = Counter("http_requests", "HTTP requests that were answered", ["operation", "http_status"], **own)
-        self.http_seconds = Histogram(
-            "http_request_seconds",
-            "Time from a request to the end of its answer",
-            ["operation"],
-            buckets=_SECONDS,
-            **own,
+        self.http = self._counter("http_requests", "HTTP requests that were answered", ["operation", "http_status"])
+        self.http_seconds = self._histogram(
+            "http_request_seconds", "Time from a request to the end of its response", ["operation"]
         )
-        self.generations = Counter("generations", "Generations that ended", ["status"], **own)
-        self.images = Counter("images", "Images that were made", ["model"], **own)
-        self.phases = Histogram(
-            "phase_seconds", "Time that successful generations spent in each phase", ["phase"], buckets=_SECONDS, **own
+        self.generations = self._counter("generations", "Generations that ended", ["status"])
+        self.images = self._counter("images", "Images that were made", ["model"])
+        self.phases = self._histogram(
+            "phase_seconds", "Time that successful generations spent in each phase", ["phase"]
         )
-        self.step = Histogram(
+        self.step = self._histogram(
             "step_seconds",
             "Median time of a denoising step, of each generation",
             buckets=(0.005, 0.01, 0.025, *_SECONDS),
-            **own,
         )
-        self.waiting = Gauge("jobs_waiting", "Jobs that wait", **own)
-        self.running = Gauge("jobs_running", "Jobs that run", **own)
-        self.memory = Gauge(
-            "memory_bytes", "Memory of the host, of the process and of each device", ["place", "kind"], **own
+        self.waiting = self._gauge("jobs_waiting", "Jobs that wait")
+        self.running = self._gauge("jobs_running", "Jobs that run")
+        self.memory = self._gauge(
+            "memory_bytes", "Memory of the host, of the process and of each device", ["place", "kind"]
         )
-        self.model_memory = Gauge("model_memory_bytes", "Weights of each loaded model", ["model"], **own)
+        self.model_memory = self._gauge("model_memory_bytes", "Weights of each loaded model", ["model"])
+
+    def _counter(self, name: str, about: str, labels: Sequence[str] = ()) -> Counter:
+        return Counter(name, about, labels, namespace=_NAMESPACE, registry=self.registry)
+
+    def _gauge(self, name: str, about: str, labels: Sequence[str] = ()) -> Gauge:
+        return Gauge(name, about, labels, namespace=_NAMESPACE, registry=self.registry)
+
+    def _histogram(
+        self, name: str, about: str, labels: Sequence[str] = (), buckets: Sequence[float] = _SECONDS
+    ) -> Histogram:
+        return Histogram(name, about, labels, namespace=_NAMESPACE, registry=self.registry, buckets=buckets)
 
     def finished(self, job: Job) -> None:
         "Count a job that ended."
+        if job.result is None:
+            raise ValueError(f"job {job.id} has no result yet")
         self.generations.labels(job.result.status.value).inc()
-        if job.result.status != OpStatus.success:
-            return
         made = job.result.generation
-        self.images.labels(made.plan.model).inc(len(made.images))
-        for phase in PHASES if made.timings else ():
+        if made is None or job.result.status != OpStatus.success:
+            return
+        if made.plan is not None:
+            self.images.labels(made.plan.model).inc(len(made.images))
+        if made.timings is None:
+            return
+        for phase in PHASES:
             self.phases.labels(phase).observe(getattr(made.timings, f"{phase}_seconds"))
-        if made.timings and made.timings.seconds_per_step:
+        if made.timings.seconds_per_step:
             self.step.observe(made.timings.seconds_per_step)
 
 # %% ../../nbs/70_server/03_metrics.ipynb #54611210

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HTTP_STATUS', 'logger', 'current_request', 'OPEN_PATHS', 'HttpError', 'answer', 'answer_error', 'JsonFormatter',
-           'set_up_logging', 'check_host', 'check_token', 'check_length', 'limited_receive', 'Gate']
+           'set_up_logging', 'check_host', 'check_token', 'check_length', 'limited_receive', 'RequestMiddleware']
 
 # %% ../../nbs/70_server/02_middleware.ipynb #26f2a308
 import asyncio
@@ -14,7 +14,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
@@ -28,19 +28,32 @@ from ez_diffusion_client.models import ErrorCode, OpResult, OpStatus
 
 # %% ../../nbs/70_server/02_middleware.ipynb #9f4d4456
 HTTP_STATUS = {
-    OpStatus.success: 200, OpStatus.invalid_request: 422, OpStatus.unknown_model: 422, OpStatus.unsupported_combination: 422,
-    OpStatus.bad_image: 422, OpStatus.lora_not_found: 422, OpStatus.controlnet_not_found: 422, OpStatus.missing_dependency: 501,
-    OpStatus.model_unavailable: 503, OpStatus.out_of_memory: 503, OpStatus.cancelled: 503, OpStatus.timed_out: 504,
-    OpStatus.queue_full: 429, OpStatus.unauthorized: 401, OpStatus.not_found: 404, OpStatus.internal_error: 500,
-}  # fmt: skip
+    OpStatus.success: 200,
+    OpStatus.invalid_request: 422,
+    OpStatus.unknown_model: 422,
+    OpStatus.unsupported_combination: 422,
+    OpStatus.bad_image: 422,
+    OpStatus.lora_not_found: 422,
+    OpStatus.controlnet_not_found: 422,
+    OpStatus.missing_dependency: 501,
+    OpStatus.model_unavailable: 503,
+    OpStatus.out_of_memory: 503,
+    OpStatus.cancelled: 503,
+    OpStatus.timed_out: 504,
+    OpStatus.queue_full: 429,
+    OpStatus.unauthorized: 401,
+    OpStatus.not_found: 404,
+    OpStatus.internal_error: 500,
+}
 
 
 class HttpError(RequestError):
     "A `RequestError` with an HTTP status of its own."
 
-    def __init__(self, http_status: int, error: RequestError, headers: dict[str, str] | None = None):
+    def __init__(self, http_status: int, error: RequestError, headers: Mapping[str, str] | None = None):
         super().__init__(error.errors)
-        self.http_status, self.headers = http_status, headers
+        self.http_status = http_status
+        self.headers = headers
 
 
 def answer(
@@ -68,27 +81,31 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         "The record as text."
-        line = {
+        line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
-        line |= {"request_id": current_request.get()} if current_request.get() else {}
+        if current_request.get():
+            line["request_id"] = current_request.get()
         line |= getattr(record, "fields", {})
-        line |= {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
 def set_up_logging(as_json: bool, level: int = logging.INFO) -> None:
     "Send the log of this package to standard error."
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        JsonFormatter() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    )
+    if as_json:
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name, least in (("diffusion_workers", level), ("uvicorn.error", logging.WARNING)):
         own = logging.getLogger(name)
-        own.handlers, own.propagate = [handler], False
+        own.handlers = [handler]
+        own.propagate = False
         own.setLevel(least)
 
 # %% ../../nbs/70_server/02_middleware.ipynb #20af677d
@@ -98,13 +115,13 @@ OPEN_PATHS = (
     "/ready",
     "/favicon.ico",
     "/favicon.svg",
-)  # need no token: the page itself, and what a load balancer asks
+)  # need no token: the page itself, and the checks of a load balancer
 _OPEN_FOLDERS = ("/assets/",)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 def check_host(headers: Headers, settings: ServerSettings) -> None:
-    "A `RequestError` where the `Host` header names another machine."
+    "A `RequestError` where the `Host` header is not allowed."
     allowed = settings.allowed_hosts
     host = headers.get("host", "")
     name = host[: host.rindex(":")] if re.search(r":\d*$", host) else host
@@ -114,7 +131,7 @@ def check_host(headers: Headers, settings: ServerSettings) -> None:
             403,
             request_error(
                 ErrorCode.unauthorized,
-                "this server has another name",
+                "Host header not allowed",
                 field="Host",
                 given=host,
                 allowed=", ".join(allowed),
@@ -155,7 +172,8 @@ def check_length(headers: Headers, settings: ServerSettings) -> None:
 
 def limited_receive(receive: Callable[[], Awaitable[dict]], settings: ServerSettings) -> Callable[[], Awaitable[dict]]:
     "The same `receive`, with an error where too much comes, or nothing for too long."
-    seen, complete = 0, False
+    seen = 0
+    complete = False
 
     async def limited() -> dict:
         nonlocal seen, complete
@@ -166,12 +184,13 @@ def limited_receive(receive: Callable[[], Awaitable[dict]], settings: ServerSett
         except TimeoutError:
             error = request_error(
                 ErrorCode.timed_out,
-                f"nothing came for {settings.receive_timeout:g} seconds",
+                f"no data for {settings.receive_timeout:g} seconds",
                 field="body",
                 hint="send the body at once",
             )
             raise HttpError(408, error, {"Connection": "close"}) from None
-        seen, complete = seen + len(message.get("body", b"")), not message.get("more_body", False)
+        seen += len(message.get("body", b""))
+        complete = not message.get("more_body", False)
         if settings.max_body is not None and seen > settings.max_body:
             raise _too_large(settings.max_body, f"at least {seen} bytes")
         return message
@@ -179,31 +198,35 @@ def limited_receive(receive: Callable[[], Awaitable[dict]], settings: ServerSett
     return limited
 
 # %% ../../nbs/70_server/02_middleware.ipynb #26f9dffe
-class Gate:
-    "ASGI middleware: names, checks, limits and logs every request."
+class RequestMiddleware:
+    "ASGI middleware: request ids, host check, authentication, limits and the access log."
 
     def __init__(self, app, settings: ServerSettings):
-        self.app, self.settings = app, settings
+        self.app = app
+        self.settings = settings
 
     async def __call__(self, scope: dict, receive, send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers, started, seen = Headers(scope=scope), time.perf_counter(), {"status": 499}
+        headers = Headers(scope=scope)
+        started = time.perf_counter()
+        status = 499  # the client disconnected, unless a response starts
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
         current_request.set(request_id)
 
-        async def named(message: dict) -> None:
+        async def send_with_headers(message: dict) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                seen["status"] = message["status"]
+                status = message["status"]
                 MutableHeaders(scope=message).update({"X-Request-ID": request_id, "X-Content-Type-Options": "nosniff"})
             await send(message)
 
         try:
-            await self._pass(scope, headers, limited_receive(receive, self.settings), named)
+            await self._pass(scope, headers, limited_receive(receive, self.settings), send_with_headers)
         finally:
-            self._log(scope, seen["status"], time.perf_counter() - started)
+            self._log(scope, status, time.perf_counter() - started)
 
     async def _pass(self, scope: dict, headers: Headers, receive, send) -> None:
         try:
@@ -222,10 +245,12 @@ class Gate:
             "status": status,
             "seconds": round(seconds, 4),
         }
-        fields |= {"client": scope["client"][0]} if scope.get("client") else {}
-        fields |= scope["state"].get("log", {})  # what the route has to add
+        if scope.get("client"):
+            fields["client"] = scope["client"][0]
+        from_route = scope["state"].get("log", {})
+        fields |= from_route
         path = scope["path"][:200].encode("ascii", "backslashreplace").decode()
-        text = " ".join(f"{name}={value}" for name, value in scope["state"].get("log", {}).items())
+        text = " ".join(f"{name}={value}" for name, value in from_route.items())
         logger.info(
             "%s %s %s in %.3f s%s",
             scope["method"],

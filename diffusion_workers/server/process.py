@@ -22,9 +22,8 @@ def listening_socket(
 ) -> socket.socket:
     "A socket that listens; a `SettingsError` where it cannot."
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
         listening = socket.socket(family, kind)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
@@ -56,13 +55,19 @@ def run_app(app, listening: socket.socket, grace: float) -> None:
                 loop.call_soon_threadsafe(app.state.server.begin_stop)
             super().handle_exit(sig, frame)
 
-    options = dict(
-        http="h11", log_config=None, access_log=False, server_header=False, lifespan="on", timeout_keep_alive=30
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(grace) + 30,
     )
-    server = Server(uvicorn.Config(app, timeout_graceful_shutdown=int(grace) + 30, **options))
-    before = {
-        sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGINT, signal.SIGTERM)
-    }  # uvicorn raises the signal again when it is done
+    server = Server(config)
+    # uvicorn raises the signal again when it is done
+    before = {sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[listening])
     finally:
@@ -80,7 +85,8 @@ def serve(settings: ServerSettings) -> None:
     )
     if not settings.listens_locally and settings.token is None:
         print(
-            "diffusion-workers: anyone who can reach this machine may use it: set DIFFUSION_WORKERS_TOKEN",
+            "diffusion-workers: no token is set, so anyone who can reach this machine can use the server: "
+            "set DIFFUSION_WORKERS_TOKEN",
             file=sys.stderr,
             flush=True,
         )

@@ -37,7 +37,7 @@ from ez_diffusion_client.models import (
 )
 
 # %% ../../nbs/70_server/04_routes.ipynb #add9c6c2
-Body = TypeVar("Body", bound=BaseModel)
+Body = TypeVar("Body", GenerationRequest, PreprocessRequest)
 _LARGE = 1_000_000  # bytes from which a body is parsed beside the event loop
 
 
@@ -65,13 +65,15 @@ _ANY_IMAGE = "image/*"
 
 def wanted_image(accept: str) -> str | None:  # a media type, "image/*", or None for JSON
     "What an Accept header prefers."
-    best, best_weight = None, 0.0
+    best: str | None = None
+    best_weight = 0.0
     for part in accept.lower().split(","):
         kind, *parameters = [piece.strip() for piece in part.split(";")]
-        weight = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
-        weight = float(weight) if weight.replace(".", "", 1).isdecimal() else 0.0
+        given = next((piece[2:] for piece in parameters if piece.startswith("q=")), "1")
+        weight = float(given) if given.replace(".", "", 1).isdecimal() else 0.0
         if kind in (*_MEDIA, _ANY_IMAGE, "application/json", "*/*", "application/*") and weight > best_weight:
-            best, best_weight = kind if kind.startswith("image/") else None, weight
+            best = kind if kind.startswith("image/") else None
+            best_weight = weight
     return best
 
 
@@ -84,9 +86,11 @@ def as_wanted(request: GenerationRequest, media: str | None) -> GenerationReques
 
 
 def image_answer(result: OpResult) -> Response:
-    "The bytes of the first image."
-    image = result.generation.images[0]
-    headers = {"X-Seed": str(image.seed), "X-Image-Count": str(len(result.generation.images))}
+    "The bytes of the first image of a success."
+    assert result.generation is not None
+    images = result.generation.images
+    image = images[0]
+    headers = {"X-Seed": str(image.seed), "X-Image-Count": str(len(images))}
     return Response(base64.b64decode(image.image), 200, headers, media_type=f"image/{image.format.value}")
 
 # %% ../../nbs/70_server/04_routes.ipynb #225f4551
@@ -97,38 +101,44 @@ class ServerState:
     "What the routes share."
 
     def __init__(self, service, settings: ServerSettings):
-        self.service, self.settings, self.metrics = service, settings, ServerMetrics()
+        self.service = service
+        self.settings = settings
+        self.metrics = ServerMetrics()
         self.queue = JobQueue(service, settings, on_finish=self.metrics.finished)
-        self.one_map = asyncio.Semaphore(1)  # control maps are drawn one at a time
-        self.maps_waiting, self.startup, self.trouble = 0, [], None
+        self.one_map = asyncio.Semaphore(1)  # preprocessors run one at a time
+        self.maps_waiting = 0
+        self.startup: list[wire.PhaseTime] = []
+        self.trouble: str | None = None  # why the warm-up failed
         self._stop: asyncio.Task | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def begin_stop(self) -> None:
-        "Start stopping, from the event loop; what comes from now on is refused."
+        "Start stopping, from the event loop; further requests are refused."
+        self._stopping()
+
+    def _stopping(self) -> asyncio.Task:
         if self._stop is None:
             self._stop = asyncio.ensure_future(self.queue.stop())
+        return self._stop
 
     async def stopped(self) -> None:
         "Wait until everything is answered."
-        self.begin_stop()
-        await self._stop
+        await self._stopping()
 
     async def warm_up(self) -> None:
-        "Load the default model and make a picture, in the queue like any other request."
+        "Load the default model and make an image, in the queue like any other request."
         started = time.perf_counter()
-        result = await self.queue.wait(
-            await self.queue.submit(GenerationRequest(prompt="a circle", num_inference_steps=1, request_id="warm-up"))
-        )
-        if result.status == OpStatus.success:
-            load = result.generation.timings.load_seconds
-            self.startup += [
-                wire.PhaseTime(phase=name, seconds=seconds)
-                for name, seconds in (("load", load), ("first picture", time.perf_counter() - started - load))
-            ]
-        elif result.status != OpStatus.cancelled:
+        request = GenerationRequest(prompt="a circle", num_inference_steps=1, request_id="warm-up")
+        result = await self.queue.wait(await self.queue.submit(request))
+        seconds = time.perf_counter() - started
+        made = result.generation
+        if made is not None and made.timings is not None:
+            load = made.timings.load_seconds or 0.0
+            self.startup.append(wire.PhaseTime(phase="load", seconds=load))
+            self.startup.append(wire.PhaseTime(phase="first image", seconds=seconds - load))
+        elif result.status not in (OpStatus.success, OpStatus.cancelled):
             self.trouble = result.message
-            logger.error("no picture could be made at the start: %s", result.message)
+            logger.error("no image could be made at the start: %s", result.message)
 
     def health(self) -> wire.Health:
         "How the server is."
@@ -163,15 +173,18 @@ async def while_connected(request: Request, work: Awaitable[Result]) -> Result |
 # %% ../../nbs/70_server/04_routes.ipynb #b9fba814
 async def generate(request: Request) -> Response:
     "POST /generate"
-    state, media = request.app.state.server, wanted_image(request.headers.get("accept", ""))
+    state = request.app.state.server
+    media = wanted_image(request.headers.get("accept", ""))
     job = await state.queue.submit(as_wanted(await read_body(request, GenerationRequest), media))
     result = await while_connected(request, state.queue.wait(job))
     if result is None:
-        state.queue.cancel(job, "the client went away")
+        state.queue.cancel(job, "the client disconnected")
         return Response(status_code=499)
     request.state.log = {"outcome": result.status.value, "job": job.id}
-    retry = {"Retry-After": str(state.queue.retry_after)} if result.errors and result.errors[0].retryable else None
-    return image_answer(result) if media and result.status == OpStatus.success else answer(result, headers=retry)
+    if media and result.status == OpStatus.success:
+        return image_answer(result)
+    retryable = result.errors and result.errors[0].retryable
+    return answer(result, headers={"Retry-After": str(state.queue.retry_after)} if retryable else None)
 
 
 async def plan(request: Request) -> Response:
@@ -183,10 +196,11 @@ async def plan(request: Request) -> Response:
 
 async def preprocess(request: Request) -> Response:
     "POST /preprocess"
-    state, body = request.app.state.server, await read_body(request, PreprocessRequest)
+    state = request.app.state.server
+    body = await read_body(request, PreprocessRequest)
     if state.settings.max_queue is not None and state.maps_waiting > state.settings.max_queue:
         raise request_error(
-            ErrorCode.queue_full, "too many control maps are waited for", allowed=f"{state.settings.max_queue} waiting"
+            ErrorCode.queue_full, "too many control maps are waiting", allowed=f"{state.settings.max_queue} waiting"
         )
     state.maps_waiting += 1
     try:
@@ -226,11 +240,10 @@ async def cancel_job(request: Request, job_id: str) -> Response:
 
 async def _messages(queue: JobQueue, job: Job) -> AsyncIterator[str]:  # as text/event-stream
     async for event in queue.watch(job):
-        yield (
-            ": still here\n\n"
-            if event is None
-            else f"id: {job.version}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"
-        )
+        if event is None:
+            yield ": still here\n\n"
+        else:
+            yield f"id: {job.version}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"
 
 
 async def stream_job_events(request: Request, job_id: str) -> Response:

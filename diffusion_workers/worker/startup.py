@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -72,19 +72,21 @@ def _weights_in(folder: Path, names: Iterable[str], variant: str | None) -> list
 
 def weight_paths(manifest: ModelManifest) -> list[Path]:  # on this machine; none for what is downloaded
     "The files that loading a model will read."
-    sources = {(): (manifest.source, manifest.variant)} | {
-        (name,): (part.source, part.variant) for name, part in manifest.components.items() if part.source
-    }
-    found = []
-    for name, (source, variant) in sources.items():
-        if isinstance(source, HubSource) and not isinstance(source, PlacedSource):
-            continue
-        place = Path(source.location())
-        own = (
-            [slot for slot in COMPONENT_CLASSES[manifest.family] if (slot,) not in sources] if not name else ["", *name]
-        )
-        found += [place] if place.is_file() else _weights_in(place, own, variant)
+    own_source = {name for name, part in manifest.components.items() if part.source}
+    shared = [name for name in COMPONENT_CLASSES[manifest.family] if name not in own_source]
+    found = _paths(manifest.source, shared, manifest.variant)
+    for name, part in manifest.components.items():
+        if part.source:
+            found += _paths(part.source, ["", name], part.variant)
     return found
+
+
+def _paths(source: Any, names: Iterable[str], variant: str | None) -> list[Path]:
+    "The file of a source, or those in its folders of these names."
+    if isinstance(source, HubSource) and not isinstance(source, PlacedSource):
+        return []
+    place = Path(source.location())
+    return [place] if place.is_file() else _weights_in(place, names, variant)
 
 
 def read_ahead(paths: Iterable[Path]) -> int:  # bytes that were asked for
@@ -102,7 +104,7 @@ def read_ahead(paths: Iterable[Path]) -> int:  # bytes that were asked for
 
 # %% ../../nbs/71_worker/04_startup.ipynb #1daec0c9
 def look_up_processor() -> None:
-    "Let py-cpuinfo look at the processor in a thread; whoever asks it from now on gets that answer."
+    "Let py-cpuinfo look at the processor in a thread; later callers get that answer."
     try:
         import cpuinfo
     except ImportError:
@@ -123,7 +125,7 @@ def import_sdk(
     settings: WorkerSettings,
     clock: StartupClock,
 ) -> ModuleType:  # runpod
-    "Import all that is heavy, and RunPod's SDK beside it. What is wrong with the settings is left to `start_service`, which has words for it."
+    "Import all that is heavy, and RunPod's SDK beside it; wrong settings are left to `start_service` to report."
     look_up_processor()
     gc.disable()  # imports make hardly any garbage, and looking for it makes them longer
     try:
