@@ -236,6 +236,108 @@ def test_a_mistake_in_a_control_or_a_lora(
     assert {path.name for path in tiny.iterdir()} == {PHOTO, "text.png"}
 
 
+# --- planning without torch --------------------------------------------------
+
+
+def test_plan_is_the_plan_of_the_service(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    "The command line and the service plan one request alike, with the same warnings; a seed is drawn where none is given."
+    from diffusion_workers.service.service import DiffusionService
+
+    Image.open(PHOTO).convert("CMYK").save("print.tiff")
+    options = ["--image", "print.tiff", "--negative-prompt", "blue", "--guidance-scale", "1", "--width", "104"]
+    plans = []
+    for _ in range(2):
+        assert main(["plan", "a red circle", *options]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0]["seeds"] != plans[1]["seeds"]
+    with DiffusionService() as service:
+        result = service.plan(
+            prompt="a red circle", image=Path("print.tiff"), negative_prompt="blue", guidance_scale=1.0, width=104
+        )
+    told = result.plan.model_dump(mode="json", exclude_none=True)
+    assert len(told["warnings"]) >= 3  # the negative prompt, the size, the conversion of the image
+    for plan in (*plans, told):
+        plan.pop("seeds")
+    assert plans[0] == plans[1] == told
+
+
+REFUSED = [  # arguments that planning refuses
+    ["generate", "x", "--model", "nobody"],
+    ["generate", "x", "--lora", "nobody"],
+    ["generate", "x", "--lora", "gone"],
+    ["generate", "x", "--image", "missing.png"],
+    ["generate", "x", "--image", "text.png"],
+    ["generate", "x", "--control", f"nobody:{PHOTO}"],
+    ["generate", "x", "--width", "4096"],
+    ["generate", "x", "--num-inference-steps", "0"],
+    ["generate", "x", "--scheduler", "eular"],
+    ["generate", "x", "--profile", "nobody"],
+    ["generate", "x", "--device", "tpu"],
+    ["generate", "x", "-o", "out.bmp"],
+    ["plan", "x", "--model", "nobody"],
+    ["plan", "x", "--lora", "nobody"],
+    ["plan", "x", "--image", "missing.png"],
+    ["plan", "x", "--guidance-scale", "-1"],
+    ["preprocess", "missing.png", "--preprocessor", "canny"],
+    ["preprocess", PHOTO, "--preprocessor", "cany"],
+    ["preprocess", PHOTO, "--preprocessor", "midas"],  # its weights are not on this machine
+    ["preprocess", PHOTO, "--preprocessor", "canny", "--parameter", "low_threshold=999"],
+    ["preprocess", PHOTO, "--preprocessor", "inpaint_mask"],
+    ["preprocess", PHOTO, "--preprocessor", "canny", "--width", "60"],
+    ["replay", "missing.png"],
+    ["replay", PHOTO],
+]
+
+
+def test_what_planning_refuses_imports_no_torch(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    "A wrong name, path or value is told at once, and not after the seconds that torch and diffusers take to import."
+    Path("text.png").write_text("no image")
+    models = tmp_path_factory.mktemp("lora")
+    gone = {"gone": {"source": {"file": str(models / "gone.safetensors")}}}
+    (models / "lora.yaml").write_text(
+        json.dumps({"family": "sd15", "source": {"builtin": "shapes-sd15"}, "loras": gone})
+    )
+    program = """
+import json, sys
+from diffusion_workers.cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    code = main(arguments)
+    print(json.dumps([arguments, code, "torch" in sys.modules or "diffusers" in sys.modules]))
+"""
+    env = environment() | {"DIFFUSION_WORKERS_MODELS": str(models), "DIFFUSION_WORKERS_DEFAULT_MODEL": "lora"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(REFUSED)], cwd=tiny, env=env, capture_output=True, text=True
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [arguments for arguments, _, _ in lines] == REFUSED, done.stderr
+    assert [arguments for arguments, code, _ in lines if code == 0] == []
+    assert [arguments for arguments, _, imported in lines if imported] == []
+
+
+def test_replay_notes_a_lora_that_has_changed(tiny: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    "The receipt names the file of a LoRA by its hash, so a replay with another file under that name says so."
+    import hashlib
+
+    from diffusion_workers.models.manifest import builtin_path
+
+    styles = tiny / "styles"
+    styles.mkdir()
+    source, other = (builtin_path("shapes-sd15") / "loras" / f"{name}.safetensors" for name in ("outline", "night"))
+    (styles / "style.safetensors").write_bytes(source.read_bytes())
+    monkeypatch.setenv("DIFFUSION_WORKERS_LORAS", str(styles))
+    arguments = ["--model", "shapes-sd15", "--lora", "style.safetensors", "--num-inference-steps", "2", "--seed", "1"]
+    assert main(["generate", "a red circle", *arguments, "-o", "styled.png"]) == 0
+    planned = read_metadata(Path("styled.png")).plan.loras[0]
+    assert planned.sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert planned.source == "file:style.safetensors"
+    assert main(["replay", "styled.png"]) == 0
+    assert "has changed" not in capsys.readouterr().err
+    (styles / "style.safetensors").write_bytes(other.read_bytes())
+    assert main(["replay", "styled.png"]) == 1
+    said = capsys.readouterr().err
+    assert "loras[0].name: the file of this LoRA has changed since the image was made" in said
+
+
 # --- interrupting -----------------------------------------------------------
 
 

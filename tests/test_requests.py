@@ -16,12 +16,14 @@ import pytest
 from PIL import Image
 from project import ROOT
 
-from diffusion_workers.settings.service import Settings
-from diffusion_workers.planning.plan import KARRAS_SCHEDULERS
+from diffusion_workers.planning.plan import KARRAS_SCHEDULERS, request_from_plan
 from diffusion_workers.request.errors import error_line
 from diffusion_workers.request.images import ImagePolicy
+from diffusion_workers.request.metadata import read_metadata
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client import models as wire
+from ez_diffusion_client import pil_images
 
 REFERENCE = {
     "prompt": "a red circle left of a blue square",
@@ -37,6 +39,39 @@ PRIVATE = [
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of schedulers beside a newer numpy
 FIELDS = list(wire.GenerationRequest.model_fields)
+
+
+# --- saving -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "jpeg", "webp"])
+def test_saved_images_keep_their_receipt(service: DiffusionService, tmp_path: Path, ending: str) -> None:
+    "Whichever way an image of a result is saved, the file says how it was made, and can be replayed."
+    result = service.generate(**REFERENCE | {"num_images": 2})
+    result.save(tmp_path / f"both.{ending}")
+    result.save(tmp_path / f"seed-{{seed}}.{ending}")
+    result.image.save(tmp_path / f"image.{ending}")
+    for index, image in enumerate(result.images):
+        image.save(str(tmp_path / f"copy{index}.{ending}"))
+        image.copy().save(tmp_path / f"copied{index}.{ending}", quality=90)
+    pil_images(result)[1].save(tmp_path / f"client.{ending}")
+    places = {"both-1": 0, "both-2": 1, "seed-11": 0, "seed-12": 1, "image": 0, "client": 1}
+    places |= {f"{name}{index}": index for name in ("copy", "copied") for index in (0, 1)}
+    assert {path.stem for path in tmp_path.iterdir()} == set(places)
+    for name, index in places.items():
+        found = read_metadata(tmp_path / f"{name}.{ending}")
+        assert (found.plan.image_index, found.plan.seeds) == (index, [11, 12]), name
+        assert found.parameters.startswith(REFERENCE["prompt"]), name
+    replayed = service.generate(request_from_plan(read_metadata(tmp_path / f"image.{ending}").plan))
+    assert [image.tobytes() for image in replayed.images] == [image.tobytes() for image in result.images]
+
+
+def test_an_image_without_a_receipt_stays_without(service: DiffusionService, tmp_path: Path) -> None:
+    "What a request forbids is not written by saving either."
+    result = service.generate(**REFERENCE | {"output": {"embed_metadata": False}})
+    result.save(tmp_path / "a.png")
+    result.image.save(tmp_path / "b.jpg")
+    assert [read_metadata(path).plan for path in tmp_path.iterdir()] == [None, None]
 
 
 # --- what an answer has to be -----------------------------------------------

@@ -13,6 +13,7 @@ from live_server import live_server
 
 from diffusion_workers.models.manifest import package_folder
 from diffusion_workers.models.store import load_manifests
+from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.service import Settings
 from diffusion_workers.settings.table import variable_rows
@@ -38,10 +39,9 @@ def misleading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     "An environment in which every setting of the service has a valid value that nobody asked for."
     other = tmp_path / "other"
     other.mkdir()
-    (other / "shapes-sd15.yaml").write_text(
-        "family: sd15\nsource: {builtin: shapes-sd15}\ntitle: From the environment\n"
-    )
-    (other / "elsewhere.yaml").write_text("family: sd15\nsource: {builtin: shapes-sd15}\n")
+    builtin = "family: sd15\nsource: {builtin: shapes-sd15}\n"
+    (other / "shapes-sd15.yaml").write_text(f"{builtin}title: From the environment\n")
+    (other / "elsewhere.yaml").write_text(builtin)
     values = {
         "DIFFUSION_WORKERS_MODELS": str(other),
         "DIFFUSION_WORKERS_DEFAULT_MODEL": "elsewhere",
@@ -68,7 +68,7 @@ def test_a_service_takes_the_settings_it_is_given(loras: Path, misleading: Path)
         assert "elsewhere" not in service.models and service.device.type == "cpu"
         assert [folder.location() for folder in manifest.lora_folders] == [loras]
         assert str(factory.dtype) == "torch.float32" and not factory.torch_compile
-        assert service.memory_budget(manifest) is None
+        assert service.pool.budget(manifest) is None
         assert planned.ok, planned.message
         assert str(misleading) not in repr(vars(service.preprocessors))
 
@@ -80,7 +80,7 @@ def test_a_service_without_settings_reads_the_environment(
     monkeypatch.setenv("DIFFUSION_WORKERS_LORAS", str(loras))
     with DiffusionService(device="cpu") as service:
         manifest = service.manifest()
-        assert manifest.name == "elsewhere" and service.memory_budget(manifest) == 1000
+        assert manifest.name == "elsewhere" and service.pool.budget(manifest) == 1000
         assert service.models["shapes-sd15"].title == "From the environment"
         assert service.plan(WITH_LORA).ok
 
@@ -117,6 +117,24 @@ def test_a_worker_takes_the_settings_it_is_given(loras: Path, misleading: Path) 
     assert worker.service.models.default == "shapes-sd15" and "elsewhere" not in worker.service.models
     lines = config_lines(settings, {})
     assert not any("elsewhere" in line for line in lines) and any(str(loras) in line for line in lines)
+
+
+def test_a_worker_reads_every_model_from_the_folders_of_its_settings(tmp_path: Path) -> None:
+    "A model that is not the default one, and whose repository lies on the volume, is not downloaded."
+    write_tiny_model(tmp_path / "volume" / "someone", "sd15", "tiny")
+    manifests = tmp_path / "manifests"
+    manifests.mkdir()
+    (manifests / "placed.yaml").write_text(
+        "family: sd15\nsource: {hub: someone/tiny}\ndefaults: {width: 64, height: 64}\n"
+    )
+    settings = WorkerSettings(device="cpu", model_folders=manifests, hub_folders=tmp_path / "volume")
+    worker = Worker(settings)
+    request = {"prompt": "a red circle", "model": "placed", "num_inference_steps": 1}
+    try:
+        answer = asyncio.run(worker.handle({"id": "job-1", "input": request}))
+    finally:
+        worker.close()
+    assert answer["status"] == "success", answer
 
 
 def test_the_environment_is_read_in_one_chapter() -> None:

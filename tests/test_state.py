@@ -191,7 +191,7 @@ def check_sequences(models: Path, count: int, seed: int) -> dict[str, int]:
     with DiffusionService(Settings(model_folders=(models,)), device="cpu") as fresh:
         wanted = {(family, index): base_pixels(fresh, family, index) for family in FAMILY_NAMES for index in (0, 1)}
         assert all(wanted[family, 0] != wanted[family, 1] for family in FAMILY_NAMES)
-        budget = sum(sum(factory.component_bytes().values()) for factory in fresh._factories.values()) * 4 // 5
+        budget = sum(sum(factory.component_bytes().values()) for factory in fresh.pool.factories) * 4 // 5
     rng, wrong, ends = random.Random(seed), disturbances(), {}
     with DiffusionService(Settings(model_folders=(models,), memory_budget=budget), device="cpu") as service:
         for number in range(count):

@@ -5,23 +5,22 @@
 # %% auto #0
 __all__ = ['logger', 'STATUS_OF_CODE', 'RETRYABLE_CODES', 'Model', 'MAX_ERRORS', 'RequestError', 'shorten', 'error_line',
            'error_detail', 'request_error', 'describe_field', 'field_path', 'nearest_name', 'parse', 'is_out_of_memory',
-           'failure', 'warning', 'plan_rows']
+           'failure', 'warning', 'save_map', 'plan_rows']
 
 # %% ../../nbs/10_request/01_errors.ipynb #da29ae5c
 import base64
 import difflib
 import functools
 import html
-import io
 import json
 import logging
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from ez_diffusion_client.models import (
@@ -34,6 +33,8 @@ from ez_diffusion_client.models import (
     OpStatus,
     RequestWarning,
 )
+from ez_diffusion_client.pictures import pil_images
+from ez_diffusion_client.receipts import ReceiptImage, save_images
 
 # %% ../../nbs/10_request/01_errors.ipynb #60fbdbb7
 logger = logging.getLogger("diffusion_workers")
@@ -343,18 +344,40 @@ def ok(self: OpResult) -> bool:
 
 
 @patch(as_prop=True)
-def images(self: OpResult) -> list[Image.Image]:
-    "The generated images as PIL; raises the `RequestError` of a result that failed."
+def images(self: OpResult) -> list[ReceiptImage]:
+    "The generated images for PIL, their `save` keeps the receipt; raises the `RequestError` of a result that failed."
     if not self.ok:
         raise RequestError(self.errors)
-    made = self.generation.images if self.generation else []
-    return [Image.open(io.BytesIO(base64.b64decode(image.image))) for image in made]
+    return pil_images(self)
 
 
 @patch(as_prop=True)
-def image(self: OpResult) -> Image.Image:
+def image(self: OpResult) -> ReceiptImage:
     "The first generated image."
     return self.images[0]
+
+
+@patch
+def save(
+    self: OpResult,
+    path: str | Path,  # ends in .png, .jpg, .jpeg or .webp; for several images it may hold {index} and {seed}
+) -> list[Path]:  # the files, in the order of the images
+    "Write the images with their receipts, or the control map; raises the `RequestError` of a result that failed."
+    if not self.ok:
+        raise RequestError(self.errors)
+    if self.control_map is not None:
+        return [save_map(self.control_map, path)]
+    return save_images(self, path)
+
+
+def save_map(found: ControlMap, path: str | Path) -> Path:
+    "Write a control map as a PNG."
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path.name}: a control map is saved as .png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(base64.b64decode(found.image))
+    return path
 
 # %% ../../nbs/10_request/01_errors.ipynb #c948543d
 _MIME = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}

@@ -18,23 +18,22 @@ from PIL import ExifTags, Image
 from pydantic import ValidationError
 
 from .. import __version__
+from ..families.registry import FAMILIES
 from .errors import warning
 from diffusion_workers.request.images import (
     DECODER_ERRORS,
-    PARAMETERS_KEY,
-    PLAN_KEY,
     encode_image,
     fitting_metadata,
     open_image,
 )
 from ez_diffusion_client.models import (
     GenerationPlan,
-    ModelFamily,
     OutputOptions,
     PlannedControl,
     RequestWarning,
     SchedulerName,
 )
+from ez_diffusion_client.receipts import PARAMETERS_KEY, PLAN_KEY, read_texts
 
 # %% ../../nbs/10_request/04_metadata.ipynb #27e4d163
 SAMPLER_LABELS = {
@@ -87,13 +86,14 @@ def _control_text(control: PlannedControl) -> str:  # one control, as the Contro
 
 # %% ../../nbs/10_request/04_metadata.ipynb #3f4806e4
 def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
-    flux, options = plan.family == ModelFamily.flux, plan.scheduler.options or {}
+    guidance, options = FAMILIES[plan.family].guidance, plan.scheduler.options or {}
+    embedded = guidance.embedded_field
     return {
         "Steps": plan.num_inference_steps,
         "Sampler": SAMPLER_LABELS.get(plan.scheduler.name, plan.scheduler.class_name),
         "Schedule type": "Karras" if options.get("use_karras_sigmas") else None,
-        "CFG scale": plan.true_cfg_scale if flux else plan.guidance_scale,
-        "Distilled CFG Scale": plan.guidance_scale if flux else None,
+        "CFG scale": getattr(plan, guidance.field),
+        "Distilled CFG Scale": None if embedded is None else getattr(plan, embedded),
         "Seed": seed,
         "Size": f"{plan.width}x{plan.height}",
         "Model": plan.model,
@@ -196,16 +196,6 @@ class ImageMetadata:
     problem: str | None = None  # why there is a plan that cannot be read
 
 
-def _user_comment(raw: object) -> str | None:
-    if not isinstance(raw, bytes) or len(raw) <= 8:
-        return raw if isinstance(raw, str) else None
-    head, body = raw[:8], raw[8:]
-    if head == b"UNICODE\0":
-        little = body[1::2].count(0) > body[0::2].count(0)
-        return body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff")
-    return (body if head in (b"ASCII\0\0\0", bytes(8)) else raw).decode("utf-8", "replace").strip("\0")
-
-
 def _parse_plan(text: str) -> tuple[GenerationPlan | None, str | None]:  # (plan, problem)
     try:
         return GenerationPlan.model_validate_json(text), None
@@ -215,17 +205,11 @@ def _parse_plan(text: str) -> tuple[GenerationPlan | None, str | None]:  # (plan
         return None, f"{place}: {first['msg']}"
 
 # %% ../../nbs/10_request/04_metadata.ipynb #1501b332
-def _texts(image: Image.Image) -> tuple[str | None, str | None]:  # (plan, parameters), as they stand in the file
-    plan, parameters = image.info.get(PLAN_KEY), image.info.get(PARAMETERS_KEY)
-    if plan is None and parameters is None:
-        try:
-            exif = image.getexif()
-            plan = exif.get(ExifTags.Base.ImageDescription)
-            parameters = _user_comment(exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment))
-        except DECODER_ERRORS:  # damaged EXIF data: there is nothing to read then
-            return None, None
-        plan = plan if isinstance(plan, str) and plan.startswith('{"plan_version"') else None
-    return tuple(text if isinstance(text, str) else None for text in (plan, parameters))
+def _texts(image: Image.Image) -> dict[str, str]:  # under PLAN_KEY and PARAMETERS_KEY
+    try:
+        return read_texts(image)
+    except DECODER_ERRORS:  # damaged EXIF data
+        return {}
 
 
 def read_metadata(
@@ -233,6 +217,7 @@ def read_metadata(
 ) -> ImageMetadata:
     "What a PNG, JPEG or WebP says about itself; a RequestError only if it is no picture that can be read."
     data = source.read_bytes() if isinstance(source, Path) else source
-    text, parameters = _texts(open_image(data))
+    texts = _texts(open_image(data))
+    text, parameters = texts.get(PLAN_KEY), texts.get(PARAMETERS_KEY)
     plan, problem = _parse_plan(text) if text is not None else (None, None)
     return ImageMetadata(plan, parameters, problem)

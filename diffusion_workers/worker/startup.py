@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ..models.manifest import COMPONENT_CLASSES, HubSource, ModelManifest
+from ..models.manifest import HubSource, ModelManifest
 from ..models.store import ManifestStore, load_manifests
 from ..request.errors import RequestError, logger
 from ..settings.worker import WorkerSettings
@@ -73,7 +73,7 @@ def _weights_in(folder: Path, names: Iterable[str], variant: str | None) -> list
 def weight_paths(manifest: ModelManifest) -> list[Path]:  # on this machine; none for what is downloaded
     "The files that loading a model will read."
     own_source = {name for name, part in manifest.components.items() if part.source}
-    shared = [name for name in COMPONENT_CLASSES[manifest.family] if name not in own_source]
+    shared = [name for name in manifest.record.components if name not in own_source]
     found = _paths(manifest.source, shared, manifest.variant)
     for name, part in manifest.components.items():
         if part.source:
@@ -164,8 +164,7 @@ def start_service(
             from diffusion_workers.service.service import DiffusionService
         with clock.phase("device"):
             policy = BatchPolicy(max_wait_seconds=0.05) if settings.concurrency > 1 else None
-            service = DiffusionService(settings, batching=policy)
-            service.models = models
+            service = DiffusionService(settings, models=models, batching=policy)
             torch.zeros(1, device=service.device)
         with clock.phase("weights"):
             service.factory(models.find()).load()

@@ -39,6 +39,7 @@ class ModelFamily(StrEnum):
     sd15 = "sd15"
     sdxl = "sdxl"
     flux = "flux"
+    sd35 = "sd35"
 
 
 class ModelKind(StrEnum):
@@ -678,7 +679,7 @@ class GenerationRequest(BaseModel):
     prompt_2: Annotated[
         StrictStr | None,
         Field(
-            description="For the second text encoder (SDXL, Flux); absent repeats prompt",
+            description="For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt",
             max_length=10000,
         ),
     ] = None
@@ -904,6 +905,30 @@ class PlannedControl(BaseModel):
     return_map: StrictBool = False
 
 
+class PlannedLora(BaseModel):
+    """
+    A LoRA with the file that its name stands for
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    name: StrictStr
+    scale: StrictFloat = 1.0
+    text_encoder_scale: StrictFloat | None = None
+    block_scales: dict[str, StrictFloat] | None = None
+    source: Annotated[
+        StrictStr | None,
+        Field(
+            description="Where the file comes from, such as file:ink.safetensors or hub:owner/name"
+        ),
+    ] = None
+    sha256: Annotated[
+        StrictStr | None,
+        Field(description="Of the file; absent in receipts of older versions"),
+    ] = None
+
+
 class Environment(BaseModel):
     """
     Where the plan was carried out
@@ -977,7 +1002,7 @@ class GenerationPlan(BaseModel):
     resize_mode: ResizeMode = ResizeMode.just_resize
     mask_image: PlannedImage | None = None
     inpaint: InpaintOptions | None = None
-    loras: list[Lora] | None = None
+    loras: list[PlannedLora] | None = None
     controlnets: list[PlannedControl] | None = None
     profile: Annotated[
         StrictStr | None, Field(description="The profile that settings were taken from")

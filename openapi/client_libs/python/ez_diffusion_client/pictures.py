@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from .models import GenerationRequest, OpResult
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from .receipts import ReceiptImage
 
 _FIELDS = ("image", "mask_image")
 
@@ -64,8 +64,8 @@ def image_bytes(
     return [base64.b64decode(image.image) for image in made.images] if made else []
 
 
-def pil_images(result: OpResult) -> "list[Image.Image]":
-    """The images for Pillow, which has to be installed."""
-    from PIL import Image
+def pil_images(result: OpResult) -> "list[ReceiptImage]":
+    """The images for Pillow, which has to be installed; their `save` keeps the receipt."""
+    from .receipts import ReceiptImage
 
-    return [Image.open(io.BytesIO(data)) for data in image_bytes(result)]
+    return [ReceiptImage.open(data) for data in image_bytes(result)]

@@ -20,7 +20,8 @@ export type Seed = number;
 export const ModelFamily = {
     SD15: 'sd15',
     SDXL: 'sdxl',
-    FLUX: 'flux'
+    FLUX: 'flux',
+    SD35: 'sd35'
 } as const;
 
 /**
@@ -583,7 +584,7 @@ export type GenerationRequest = {
      */
     prompt: string;
     /**
-     * For the second text encoder (SDXL, Flux); absent repeats prompt
+     * For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt
      */
     prompt_2?: string | null;
     /**
