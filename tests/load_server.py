@@ -2,9 +2,9 @@
 
     python tests/load_server.py [--clients 32] [--requests 4] [--url http://127.0.0.1:8000]
 
-Without --url it starts a server of its own. It sends clients x requests generations at most, and then ends. Every second request goes
-through /generate, the others through /jobs, whose answers say when a request was taken and when it was done: a request that was sent
-after another one had been taken has to be done after it.
+Without --url it starts a server of its own. It sends clients x requests generations at most, and then ends. Every
+second request goes through /generate, the others through /jobs, whose responses say when a request was taken and when
+it was done: a request that was sent after another one had been taken has to be done after it.
 """
 
 import argparse
@@ -79,9 +79,11 @@ def figures(url: str, clients: int, requests: int) -> dict:
     took, after = time.monotonic() - began, memory()
     seconds = sorted(row["seconds"] for row in rows)
     return {
-        "clients": clients, "requests": len(rows), "expected": clients * requests, "answered": sum(row["status"] == "success" for row in rows + warm) - len(warm),
-        "right_seed": sum(row["seed"] == row["wanted"] for row in rows), "out_of_order": out_of_order(rows), "seconds": round(took, 1),
-        "requests_per_second": round(len(rows) / took, 1), "median_seconds": round(seconds[len(seconds) // 2], 2), "slowest_seconds": round(seconds[-1], 2),
+        "clients": clients, "requests": len(rows), "expected": clients * requests,
+        "answered": sum(row["status"] == "success" for row in rows + warm) - len(warm),
+        "right_seed": sum(row["seed"] == row["wanted"] for row in rows), "out_of_order": out_of_order(rows),
+        "seconds": round(took, 1), "requests_per_second": round(len(rows) / took, 1),
+        "median_seconds": round(seconds[len(seconds) // 2], 2), "slowest_seconds": round(seconds[-1], 2),
         "process_mb_before": before // 10**6, "process_mb_after": after // 10**6,
     }  # fmt: skip
 

@@ -1,11 +1,12 @@
-"""RunPod's side of a serverless endpoint on this machine: /run, /runsync, /status, /stream, /cancel, with one worker behind it.
+"""RunPod's side of a serverless endpoint on this machine: /run, /runsync, /status, /stream, /cancel, and one worker.
 
-Only RunPod's own part is stood in for. The pictures are made by a `DiffusionService`, and what is streamed and returned is what the
-worker sends: events as they come, and the result.
+Only RunPod's own part is stood in for. The images are made by a `DiffusionService`, and what is streamed and returned
+is what the worker sends: events as they come, and the result.
 """
 
 import asyncio
 import json
+from contextlib import suppress
 from itertools import count
 
 from starlette.applications import Starlette
@@ -66,10 +67,8 @@ def endpoint_app(endpoint: Endpoint) -> Starlette:
         if action in ("run", "runsync"):
             job = endpoint.begin(json.loads(await request.body())["input"])
             if action == "runsync":
-                try:
+                with suppress(TimeoutError):
                     await asyncio.wait_for(job["done"].wait(), SYNC_SECONDS)
-                except TimeoutError:
-                    pass
             return endpoint.told(job, "output")
         if job_id not in endpoint.jobs:
             return JSONResponse({"error": "job not found"}, 404)

@@ -1,4 +1,4 @@
-"""RunPod on loopback: the queue that a worker's SDK talks to, and the endpoint that clients talk to, with faults on demand."""
+"""RunPod on loopback: the queue that a worker's SDK talks to, and the endpoint of clients, with faults on demand."""
 
 import asyncio
 import json
@@ -234,8 +234,10 @@ class QueueServer:
         "The variables that RunPod gives a worker."
         base, tail = f"{self.url}/{ENDPOINT}", "?gpu=none"
         return {
-            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID{tail}", "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID{tail}",
-            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID{tail}", "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
+            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID{tail}",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID{tail}",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID{tail}",
+            "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
             "RUNPOD_PING_INTERVAL": "1000", "RUNPOD_AI_API_KEY": API_KEY, "RUNPOD_POD_ID": worker,
             "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true", "RUNPOD_SKIP_GPU_CHECK": "true",
         }  # fmt: skip

@@ -144,7 +144,10 @@ class JobRun:
         "The events of a generation; the last one has the result."
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[ProgressEvent] = asyncio.Queue()
-        report = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def report(event: ProgressEvent) -> None:  # on the service's thread
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
         submit = partial(self.worker.loaded_service.submit, fields, on_progress=report)
         submitting = asyncio.ensure_future(self.worker.in_thread(submit))
         try:

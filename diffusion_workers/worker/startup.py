@@ -24,7 +24,7 @@ from ..models.store import ManifestStore, load_manifests
 from ..request.errors import RequestError, logger
 from ..settings.worker import WorkerSettings
 from .placement import PlacedSource, placed_models
-from ez_diffusion_client.models import PhaseTime
+from ez_diffusion_client.models import OpStatus, PhaseTime
 
 if TYPE_CHECKING:
     from diffusion_workers.service.service import DiffusionService
@@ -178,5 +178,5 @@ def start_service(
 def try_picture(service: "DiffusionService") -> None:
     "Make a small picture with the default model; a `StartupError` says why that fails."
     result = service.generate(TRIAL)
-    if not result.ok:
+    if result.status != OpStatus.success:
         raise StartupError(result.message)
