@@ -261,7 +261,7 @@ def test_a_client_that_goes_away_stops_its_work(service: DiffusionService, recor
         wait_until(lambda: steps(recorded) >= 2, "it runs")
         job = app.state.server.queue.open[0]
         connection.close()
-        wait_until(lambda: job.cancel_asked, "the server notices")
+        wait_until(lambda: job.cancel_requested, "the server notices")
         noticed = steps(recorded)
         wait_until(lambda: job.result is not None, "the work stops")
         assert job.result.status == "cancelled"
