@@ -8,6 +8,9 @@ __all__ = ['DiffusionService']
 # %% ../../nbs/60_service/11_service.ipynb #c0080944
 import time
 from importlib.metadata import version
+from typing import Any, Unpack
+
+from PIL import Image
 
 from ..pipeline.loading import pick_device  # first: it imports torch and diffusers, undisturbed
 
@@ -19,15 +22,19 @@ from ..models.manifest import ModelManifest
 from ..models.store import ManifestStore, load_manifests, model_list
 from ..pipeline.factory import PipelineFactory
 from diffusion_workers.planning.inputs import (
+    ImageInput,
     PlannedMap,
     PlannedRequest,
     as_preprocess_request,
     as_request,
+    image_text,
     plan_map,
     plan_request,
 )
-from ..request.errors import failure, logger
+from ..planning.replay import restore_request, restore_result
+from ..request.errors import RequestError, failure, logger, parse
 from ..request.images import ImagePolicy, to_image_string
+from ..request.schema import takes_fields_of
 from .batching import BatchPolicy
 from .execution import Executor
 from .handle import Generation, OnProgress
@@ -35,6 +42,7 @@ from .model_pool import ModelPool
 from .queue import RequestQueue
 from .reports import memory_report
 from ..settings.service import Settings
+from ez_diffusion_client.fields import PreprocessFields, RequestFields
 from ez_diffusion_client.models import (
     ControlMap,
     GenerationRequest,
@@ -44,9 +52,14 @@ from ez_diffusion_client.models import (
     OpResult,
     OpStatus,
     PreprocessRequest,
+    RestoreRequest,
 )
 
 # %% ../../nbs/60_service/11_service.ipynb #569134ea
+_takes_request_fields = takes_fields_of(GenerationRequest, image=ImageInput, mask_image=ImageInput)
+_takes_preprocess_fields = takes_fields_of(PreprocessRequest, image=ImageInput, mask_image=ImageInput)
+
+
 class DiffusionService:
     "Turns requests into results, one at a time on a device."
 
@@ -87,12 +100,13 @@ class DiffusionService:
 
     # --- generating ---
 
+    @_takes_request_fields
     def generate(
         self,
         request: GenerationRequest | PlannedRequest | dict | str | bytes | None = None,  # an object, a dict or JSON
         *,
         on_progress: OnProgress | None = None,  # called on the worker thread
-        **fields,  # of the request
+        **fields: Unpack[RequestFields],  # of the request
     ) -> OpResult:
         "Make images and wait for them; interrupting the wait cancels the generation."
         generation = self.submit(request, on_progress=on_progress, **fields)
@@ -103,12 +117,13 @@ class DiffusionService:
             generation.result()
             raise
 
+    @_takes_request_fields
     def submit(
         self,
         request: GenerationRequest | PlannedRequest | dict | str | bytes | None = None,  # an object, a dict or JSON
         *,
         on_progress: OnProgress | None = None,  # called on the worker thread
-        **fields,  # of the request
+        **fields: Unpack[RequestFields],  # of the request
     ) -> Generation:
         "Queue a request and return its handle at once; an invalid request has its result already."
         generation = Generation(None, on_progress)
@@ -122,10 +137,11 @@ class DiffusionService:
             generation.finish(failure(exc, generation.request and generation.request.request_id))
         return generation
 
+    @_takes_request_fields
     def plan(
         self,
         request: GenerationRequest | dict | str | bytes | None = None,  # an object, a dict or JSON
-        **fields,  # of the request
+        **fields: Unpack[RequestFields],  # of the request
     ) -> OpResult:
         "What a request would do, without doing it: a result that holds the plan."
         try:
@@ -138,10 +154,11 @@ class DiffusionService:
         "Decode and plan; a `RequestError` names every mistake that can be found without the weights."
         return plan_request(request, self.manifest(request.model), self.image_policy)
 
+    @_takes_preprocess_fields
     def preprocess(
         self,
         request: PreprocessRequest | PlannedMap | dict | str | bytes | None = None,  # an object, a dict or JSON
-        **fields,  # of the request
+        **fields: Unpack[PreprocessFields],  # of the request
     ) -> OpResult:
         "Run a ControlNet preprocessor on an image: a result that holds the control map."
         request_id = None
@@ -159,6 +176,25 @@ class DiffusionService:
             image=to_image_string(made), preprocessor=asked.preprocessing.name, width=made.width, height=made.height
         )
         return OpResult(status=OpStatus.success, control_map=found, request_id=request_id)
+
+    def restore(
+        self,
+        image: Any = None,  # an image file (bytes, a path, base64 text, a URL), or a PIL image that was opened from one
+        *,
+        parameters: str | None = None,  # prompt, negative prompt and settings as other programs write them
+        request_id: str | None = None,
+    ) -> OpResult:
+        "Restore the request that made an image from its metadata: a result that holds it, and what is lost."
+        models = self.list_models()
+        if isinstance(image, Image.Image):
+            return restore_result(image, models, request_id)
+        try:
+            text = None if image is None else image_text(image, "image")
+            given = {"image": text, "parameters": parameters, "request_id": request_id}
+            asked = parse(RestoreRequest, {name: value for name, value in given.items() if value is not None})
+        except RequestError as refused:
+            return failure(refused, request_id)
+        return restore_request(asked, models, self.image_policy)
 
     # --- models and reports ---
 
