@@ -10,7 +10,7 @@ from fastapi import FastAPI
 
 from diffusion_workers.server.app import create_app
 from diffusion_workers.server.process import address_of, listening_socket
-from diffusion_workers.server.settings import ServerSettings
+from diffusion_workers.settings.server import ServerSettings
 
 PATIENCE = 300  # seconds until something counts as stuck; never a measure of speed
 INPUTS = sorted((Path(__file__).resolve().parent.parent / "diffusion_workers" / "test_inputs").glob("*.json"))

@@ -16,10 +16,10 @@ from diffusion_workers.families.sd35 import sd35_original_names
 from diffusion_workers.lora.files import LoraName, fits
 from diffusion_workers.lora.keys import module_shapes
 from diffusion_workers.lora.layers import _rows, load_lora
-from diffusion_workers.models.store import Settings
 from diffusion_workers.pipeline.loading import quiet_libraries
 from diffusion_workers.pipeline.tiny_models import tiny_pipeline, write_tiny_model
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import ModelFamily, OpStatus
 
 ROUNDING = 1  # of 255: a batch adds in another order than an image alone

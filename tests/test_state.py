@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from diffusion_workers.families.record import Family
 from diffusion_workers.families.registry import FAMILIES
-from diffusion_workers.models.store import Settings
 from diffusion_workers.pipeline.loading import load_pipeline, pick_device, quiet_libraries
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import Task
 
 SEQUENCES, MANY_SEQUENCES = 30, 2000  # of each seed

@@ -88,11 +88,11 @@ def prepare_controls(
             "The part of an image that belongs to the inpainted region."
             if prepared.box is None:
                 return image
-            return resize_image(image, *prepared.canvas.size, control.resize_mode).crop(prepared.box)  # noqa: B023
+            return resize_image(image, *prepared.canvas.size, control.resize_mode).crop(prepared.box)
 
         def fitted(image: Image.Image | None) -> Image.Image | None:
             "An image at the size of the generation."
-            return image and resize_image(image, plan.width, plan.height, control.resize_mode)  # noqa: B023
+            return image and resize_image(image, plan.width, plan.height, control.resize_mode)
 
         image = cut_out(decoded.image)
         mask = inputs.control_masks.get(index)
