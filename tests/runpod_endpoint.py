@@ -7,7 +7,6 @@ what the worker sends: events as they occur, and the result.
 import asyncio
 import contextlib
 import json
-from contextlib import suppress
 from itertools import count
 
 from starlette.applications import Starlette

@@ -113,7 +113,7 @@ def decoded_of(image: Image.Image, kind: str, profile: bytes) -> tuple[tuple[int
     "The pixel at (64, 0) of a file as a request gets it, and the warnings."
     buffer = io.BytesIO()
     image.save(buffer, kind, icc_profile=profile)
-    planned = plan_request(request_of(image=buffer.getvalue()), load_manifests((), "shapes-sd15").find())
+    planned = plan_request(request_of(image=buffer.getvalue()), load_manifests().find())
     return planned.inputs.image.image.getpixel((64, 0)), " ".join(w.message for w in planned.plan.warnings or [])
 
 
