@@ -64,7 +64,7 @@ def test_sample(
     assert len(made.control_maps or []) == sum(unit.return_map for unit in request.controlnets or [])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "diffusion_workers.cli.main._service", lambda arguments: nullcontext(service)
+        "diffusion_workers.cli.commands.make_service", lambda arguments: nullcontext(service)
     )  # whose models are read already
     assert main(["generate", "--request", str(path), "--quiet", "-o", f"out.{made.images[0].format.value}"]) == 0
     written = sorted(file for file in tmp_path.iterdir() if "map" not in file.name)
