@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Tensors', 'DTYPES', 'LAYOUTS', 'NEVER_USED', 'TracedTensor', 'announced_tensors', 'sources_of', 'read_tensors',
-           'unpack_gguf', 'scaled', 'four_bit', 'unpacked', 'Layout', 'find_prefix']
+           'unpack_gguf', 'scaled', 'four_bit', 'unpacked', 'Layout', 'layout_of', 'find_prefix']
 
 # %% ../../nbs/50_pipeline/06_layouts.ipynb #7c5795bc
 import json
@@ -422,7 +422,9 @@ def _t5(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
         tensors = renamed
     result = {f"encoder.{name}" if name.startswith("block.") else name: tensor for name, tensor in tensors.items()}
     shared = result.get("shared.weight", result.get("encoder.embed_tokens.weight"))
-    return result if shared is None else result | {"shared.weight": shared, "encoder.embed_tokens.weight": shared}
+    if shared is None:
+        return result
+    return {"shared.weight": shared, "encoder.embed_tokens.weight": shared} | result  # one tensor under two names
 
 # %% ../../nbs/50_pipeline/06_layouts.ipynb #99313a76
 @dataclass(frozen=True)
@@ -494,6 +496,11 @@ NEVER_USED = re.compile(  # training state, and constants that are computed anew
     r"^model_ema\.|position_ids$|^(?:alphas|betas|sqrt|log_one|posterior|logvar|lvlb|denoiser\.sigmas|scale_factor)"
     r"|^(?:v_pred|ztsnr|global_step|epoch|vae_config)$|^(?:model\.)?diffusion_model\.(?:v_pred|ztsnr)$"
 )
+
+
+def layout_of(class_name: str) -> Layout:
+    "The row of a class; for one without a row, the names of its library alone."
+    return LAYOUTS.get(class_name) or Layout(f"a {class_name}", ("",), "")
 
 
 def find_prefix(
