@@ -21,9 +21,10 @@ from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
 from diffusers.models.autoencoders.vae import DecoderOutput
 
 from .compilation import CompiledBlocks
-from .denoiser_calls import Arithmetic, FluxRun, UNetRun
+from .denoiser_calls import Arithmetic, DoubledRun, SeparateRun
 from .encoder_cache import EncoderMemory, use_encoder_memory
 from .step_cache import CacheSchedule, use_unet_cache
+from ..families.record import remaining_steps
 from ..models.manifest import MemorySettings
 from ..pipeline.controlnets import view_of
 from ..pipeline.factory import PipelineFactory, use_part
@@ -36,7 +37,6 @@ from ez_diffusion_client.models import (
     ControlMode,
     ErrorCode,
     GenerationPlan,
-    ModelFamily,
     RequestWarning,
     StepCacheName,
     VaePrecision,
@@ -208,13 +208,13 @@ def measure_mag_ratios(
     return (1.0, *(float((after / before.clamp_min(1e-8)).mean()) for before, after in pairwise(lengths)))
 
 # %% ../../nbs/52_acceleration/05_apply.ipynb #2c52551a
-def _unet_run(
+def _doubled_run(
     stack: ExitStack,
     pipe: DiffusionPipeline,
     plan: GenerationPlan,
     options: AccelerationOptions,
     arithmetic: Arithmetic,
-) -> UNetRun:
+) -> DoubledRun:
     cache, cached, schedule = plan.deepcache, None, None
     if cache is not None and cache.cache_interval > 1:
         cached = stack.enter_context(use_unet_cache(pipe.unet, cache))
@@ -222,23 +222,26 @@ def _unet_run(
     halve = not any(
         control.control_mode == ControlMode.control for control in plan.controlnets or ()
     )  # that mode looks at both halves
-    return UNetRun(pipe, options, cached, schedule, reuses_residuals(cache, plan.acceleration), halve, arithmetic)
+    return DoubledRun(pipe, options, cached, schedule, reuses_residuals(cache, plan.acceleration), halve, arithmetic)
 
 
-def _flux_run(
+def _separate_run(
     stack: ExitStack,
     pipe: DiffusionPipeline,
     plan: GenerationPlan,
     options: AccelerationOptions,
     arithmetic: Arithmetic,
     factory: PipelineFactory,
-) -> FluxRun:
+) -> SeparateRun:
+    steps = plan.denoising_steps
+    if plan.strength is not None:  # the count by which images were cached before plans counted as the pipeline does
+        steps = remaining_steps(plan.num_inference_steps, plan.strength) or steps
     config = transformer_cache(
-        options, plan.denoising_steps, plan.num_inference_steps, factory.manifest.mag_ratios, pipe.transformer.dtype
+        options, steps, plan.num_inference_steps, factory.manifest.mag_ratios, pipe.transformer.dtype
     )
     if config is not None:
         stack.enter_context(use_transformer_cache(pipe.transformer, config))
-    return FluxRun(pipe, options, arithmetic, contexts=config is not None)
+    return SeparateRun(pipe, options, arithmetic, contexts=config is not None)
 
 # %% ../../nbs/52_acceleration/05_apply.ipynb #90e90319
 def wants_compilation(plan: GenerationPlan, factory: PipelineFactory) -> bool:
@@ -252,7 +255,7 @@ def accelerated(
     factory: PipelineFactory,
     pipe: DiffusionPipeline,  # of the factory, configured for the plan
     plan: GenerationPlan,
-) -> Iterator[UNetRun | FluxRun]:  # counts what was computed
+) -> Iterator[DoubledRun | SeparateRun]:  # counts what was computed
     "Run a pipeline as fast as its plan allows, inside the block."
     options, state = options_here(plan, factory.device)[0], model_state(pipe)
     around, arithmetic = number_format(options, factory.device)
@@ -261,12 +264,10 @@ def accelerated(
         stack.enter_context(use_decoder(pipe, options, factory.manifest.memory))
         if wants_compilation(plan, factory) and factory.compilable:
             stack.enter_context(state.blocks.use(getattr(pipe, denoiser_name(pipe))))
-        flux = plan.family == ModelFamily.flux
-        run = (
-            _flux_run(stack, pipe, plan, options, arithmetic, factory)
-            if flux
-            else _unet_run(stack, pipe, plan, options, arithmetic)
-        )
+        if factory.record.denoiser_calls == "separate":
+            run = _separate_run(stack, pipe, plan, options, arithmetic, factory)
+        else:
+            run = _doubled_run(stack, pipe, plan, options, arithmetic)
         name = denoiser_name(pipe)
         stack.enter_context(use_part(pipe, name, view_of(getattr(pipe, name), run.denoise)))
         if plan.controlnets and run.net is not None:

@@ -99,7 +99,7 @@ def fingerprint(*values: Any) -> str:  # hexadecimal
     return digest.hexdigest()
 
 # %% ../../nbs/52_acceleration/02_encoder_cache.ipynb #f5af7894
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def remembering(

@@ -14,6 +14,9 @@ from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ..families.record import OriginalName
+from ..families.registry import family_of
+
 # %% ../../nbs/51_lora/01_keys.ipynb #13b8995e
 _PARTS = {  # part -> how a key ends
     "down": r"(?:\.lora_down|[._]lora[12]?\.down|\.lora_linear_layer\.down|\.lora_A(?:\.default\w*)?)(?:\.weight)?$",
@@ -22,7 +25,7 @@ _PARTS = {  # part -> how a key ends
     "magnitude": r"(?:\.dora_scale|[._]lora_magnitude_vector(?:\.default\w*)?(?:\.weight)?)$",
     "alpha": r"\.alpha$",
 }
-DENOISER, TEXT_ENCODERS = "denoiser", ("text_encoder", "text_encoder_2")
+DENOISER, TEXT_ENCODERS = "denoiser", ("text_encoder", "text_encoder_2", "text_encoder_3")
 _COMPONENTS = (  # how a key begins, and the component that this names
     (r"lora_(?:unet|transformer)_", DENOISER),
     (r"lora_te1?_", "text_encoder"),
@@ -30,7 +33,8 @@ _COMPONENTS = (  # how a key begins, and the component that this names
     (r"lora_te3_|text_encoder_3\.", "text_encoder_3"),
     (r"(?:model\.)?diffusion_model\.|unet\.|transformer\.(?!text_model)", DENOISER),
     (r"text_encoder\.|text_encoders\.clip_l\.(?:transformer\.)?", "text_encoder"),
-    (r"text_encoder_2\.|text_encoders\.(?:clip_g|t5xxl)\.(?:transformer\.)?", "text_encoder_2"),
+    (r"text_encoder_2\.|text_encoders\.clip_g\.(?:transformer\.)?", "text_encoder_2"),
+    (r"text_encoders\.t5xxl\.(?:transformer\.)?", "text_encoder_3"),
     (r"(?=text_model\.|encoder\.layers\.)", "text_encoder"),
     (r"", DENOISER),
 )
@@ -94,128 +98,16 @@ def _text_encoder_names(path: str) -> Iterator[str]:  # in diffusers' and peft's
     ):
         yield from (name, f"text_model.{name}", name.removeprefix("text_model."))
 
-# %% ../../nbs/51_lora/01_keys.ipynb #583fde44
-_RESNET_NAMES = {
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_UNET_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-
-
-def _original_blocks(unet: Any) -> Iterator[tuple[str, str]]:  # (beginning of a path, the same in the original's names)
-    count = 1
-    for i, block in enumerate(unet.down_blocks):
-        for j in range(len(block.resnets)):
-            yield f"down_blocks.{i}.resnets.{j}.", f"input_blocks.{count}.0."
-            yield f"down_blocks.{i}.attentions.{j}.", f"input_blocks.{count}.1."
-            count += 1
-        if block.downsamplers:
-            yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{count}.0.op"
-            count += 1
-    yield from (
-        ("mid_block.resnets.0.", "middle_block.0."),
-        ("mid_block.attentions.0.", "middle_block.1."),
-        ("mid_block.resnets.1.", "middle_block.2."),
-    )
-    count = 0
-    for i, block in enumerate(unet.up_blocks):
-        for j in range(len(block.resnets)):
-            yield f"up_blocks.{i}.resnets.{j}.", f"output_blocks.{count + j}.0."
-            yield f"up_blocks.{i}.attentions.{j}.", f"output_blocks.{count + j}.1."
-        count += len(block.resnets)
-        if block.upsamplers:
-            yield (
-                f"up_blocks.{i}.upsamplers.0.",
-                f"output_blocks.{count - 1}.{2 if getattr(block, 'attentions', None) else 1}.",
-            )
-
-
-def _unet_names(unet: Any, paths: list[str]) -> Iterator[tuple[str, str]]:  # (name in a file, path)
-    blocks = list(_original_blocks(unet))
-    for path in paths:
-        names = [path, re.sub(r"to_out\.0$", "to_out", path), _UNET_ENDS.get(path, path)]
-        for start, original in blocks:
-            if path.startswith(start):
-                rest = path.removeprefix(start)
-                names.append(original + (_RESNET_NAMES.get(rest, rest) if "resnets" in start else rest))
-        yield from ((name, path) for name in dict.fromkeys(names))
-
-# %% ../../nbs/51_lora/01_keys.ipynb #c2744b6c
-_DOUBLE = {  # original name below double_blocks.i -> modules below transformer_blocks.i
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-}
-_DOUBLE |= {
-    "qkv1": _DOUBLE["img_attn.qkv"],
-    "qkv2": _DOUBLE["txt_attn.qkv"],
-    "proj1": _DOUBLE["img_attn.proj"],
-    "proj2": _DOUBLE["txt_attn.proj"],
-}
-_SINGLE = {  # below single_blocks.i -> below single_transformer_blocks.i
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "linear2": ("proj_out",),
-    "proj": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
-}
-_FLUX_ENDS = {
-    "img_in": ("x_embedder",),
-    "txt_in": ("context_embedder",),
-    "final_layer.linear": ("proj_out",),
-    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
-    **{
-        f"{name}.{side}_layer": (f"time_text_embed.{embedder}.linear_{number}",)
-        for name, embedder in (
-            ("time_in", "timestep_embedder"),
-            ("vector_in", "text_embedder"),
-            ("guidance_in", "guidance_embedder"),
-        )
-        for side, number in (("in", 1), ("out", 2))
-    },
-}
-
-
-def _flux_names(
-    transformer: Any,
-) -> Iterator[tuple[str, tuple[str, ...]]]:  # (original name, paths of the modules in that matrix)
-    yield from _FLUX_ENDS.items()
-    for table, original, ours, blocks in (
-        (_DOUBLE, "double_blocks", "transformer_blocks", transformer.transformer_blocks),
-        (_SINGLE, "single_blocks", "single_transformer_blocks", transformer.single_transformer_blocks),
-    ):
-        for i in range(len(blocks)):
-            yield from (
-                (f"{original}.{i}.{name}", tuple(f"{ours}.{i}.{path}" for path in paths))
-                for name, paths in table.items()
-            )
-
 # %% ../../nbs/51_lora/01_keys.ipynb #9ab78d16
-def _fused(
-    component: str, paths: tuple[str, ...], shapes: Shapes
+def _places(
+    component: str, name: OriginalName, shapes: Shapes
 ) -> tuple[Place, ...]:  # () where the pipeline lacks one of them
-    if not all(path in shapes for path in paths):
+    if not all(path in shapes for path in name.paths):
         return ()
-    swapped, ends, places = paths == ("norm_out.linear",), 0, []
-    for path in paths:
-        rows = None if len(paths) == 1 else (ends, ends + shapes[path][0])
-        places.append(Place(component, path, rows, swapped))
+    ends, places = 0, []
+    for path in name.paths:
+        rows = None if len(name.paths) == 1 else (ends, ends + shapes[path][0])
+        places.append(Place(component, path, rows, name.halves_swapped))
         ends += shapes[path][0]
     return tuple(places)
 
@@ -229,18 +121,18 @@ def component_of(
     return getattr(part, "_orig_mod", part)
 
 
-def _places_in(part: Any, component: str) -> tuple[dict[str, tuple[Place, ...]], Shapes]:
+def _places_in(pipe: Any, component: str) -> tuple[dict[str, tuple[Place, ...]], Shapes]:
+    part, record = component_of(pipe, component), family_of(pipe)
     shapes = module_shapes(part)
     named: dict[str, tuple[Place, ...]] = {}
-    if component == "transformer":
-        named = {
-            plain(name): places for name, paths in _flux_names(part) if (places := _fused(component, paths, shapes))
-        }
-        own = ((path, path) for path in shapes)
-    elif component == "unet":
-        own = _unet_names(part, list(shapes))
+    if component in TEXT_ENCODERS:
+        own = [(name, path) for path in shapes for name in _text_encoder_names(path)]
     else:
-        own = ((name, path) for path in shapes for name in _text_encoder_names(path))
+        own = [(path, path) for path in shapes]
+        original = [] if record is None else record.lora.original_names(part, list(shapes))
+        for name in original:
+            if places := _places(component, name, shapes):
+                named[plain(name.name)] = places
     return named | {plain(name): (Place(component, path),) for name, path in own}, shapes
 
 
@@ -257,5 +149,5 @@ def component_places(
         return {}, {}
     known = _known.setdefault(part, {})
     if component not in known:
-        known[component] = _places_in(part, component)
+        known[component] = _places_in(pipe, component)
     return known[component]

@@ -27,8 +27,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 
+from ..families.registry import FAMILIES, family_of
 from diffusion_workers.lora.files import (
-    FAMILY_WORDS,
     LoraHeader,
     LoraModule,
     LoraName,
@@ -37,7 +37,7 @@ from diffusion_workers.lora.files import (
     fits,
     read_lora,
 )
-from .keys import Place, component_of
+from .keys import TEXT_ENCODERS, Place, component_of
 from ..models.manifest import FileSource, HubSource, LoraEntry
 from ..pipeline.weights import is_quantised
 from ..request.errors import request_error, warning
@@ -345,18 +345,10 @@ def _rows(
     return replace(weights, up=up, magnitude=magnitude)
 
 
-def pipeline_family(pipe: DiffusionPipeline) -> ModelFamily | None:  # None for what is none of ours
+def pipeline_family(pipe: DiffusionPipeline) -> ModelFamily | None:  # None for a family that is not supported
     "The family of a pipeline, whatever its task."
-    transformer, unet = component_of(pipe, "transformer"), component_of(pipe, "unet")
-    if transformer is not None:
-        return ModelFamily.flux if type(transformer).__name__ == "FluxTransformer2DModel" else None
-    return (
-        None
-        if unet is None
-        else ModelFamily.sdxl
-        if unet.config.addition_embed_type == "text_time"
-        else ModelFamily.sd15
-    )
+    record = family_of(pipe)
+    return None if record is None else record.name
 
 
 def _notes(loaded: LoadedLora, unknown: Sequence[str], asked: Lora, field: str) -> Iterator[RequestWarning]:
@@ -392,7 +384,7 @@ def _check_fit(
         check_family(loaded.header, family, lora)
     fit = fits(loaded.header, pipe)
     if not fit.ok:
-        model = FAMILY_WORDS.get(family, type(pipe).__name__)
+        model = type(pipe).__name__ if family is None else FAMILIES[family].title
         why = (
             f"{len(fit.wrong)} modules have other shapes ({fit.wrong[0]})"
             if fit.wrong
@@ -499,7 +491,7 @@ def _prepare(
     denoiser = component_of(pipe, "transformer") or component_of(pipe, "unet")
     weights = tuple(loaded.weights for loaded, _ in loras)
     key = (
-        *(id(component_of(pipe, name)) for name in ("text_encoder", "text_encoder_2")),
+        *(id(component_of(pipe, name)) for name in TEXT_ENCODERS),
         *map(id, weights),
         *(repr(asked) for _, asked in loras),
     )
@@ -529,7 +521,7 @@ def merged_weight(layer: LoraLayer) -> torch.Tensor:  # the shape and number for
 def _can_merge(place: _Placed) -> bool:
     weight = place.layer.base_layer.weight
     plain = weight.device.type != "meta" and not is_quantised(weight) and weight.itemsize > 1
-    return plain and place.component in ("unet", "transformer") and not hasattr(place.layer.base_layer, "_hf_hook")
+    return plain and place.component not in TEXT_ENCODERS and not hasattr(place.layer.base_layer, "_hf_hook")
 
 # %% ../../nbs/51_lora/03_layers.ipynb #6e991de9
 @contextmanager

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PATTERN_WORDS', 'Name', 'Text', 'Pixels', 'Count', 'Subfolder', 'GGUF', 'WeightsFile', 'NetworkFile', 'Dtype',
-           'SOURCE_KINDS', 'Source', 'SCHEDULER_CLASSES', 'COMPONENT_CLASSES', 'UNION_TABLES', 'Offload',
-           'StorageDtype', 'QuantizationName', 'AttentionBackend', 'FAMILY_DEFAULTS', 'Share', 'Complaint',
-           'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource', 'HubSource', 'FileSource', 'Component',
-           'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Profile', 'MemorySettings', 'Defaults', 'Limits', 'suggest',
-           'ModelManifest']
+           'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype', 'QuantizationName', 'AttentionBackend', 'Share',
+           'Complaint', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource', 'HubSource', 'FileSource',
+           'Component', 'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Profile', 'MemorySettings', 'Defaults',
+           'Limits', 'suggest', 'ModelManifest']
 
 # %% ../../nbs/20_models/01_manifest.ipynb #e7db61b6
 import hashlib
@@ -23,6 +22,8 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from ..families.record import Family
+from ..families.registry import FAMILIES, UNION_MODE_NUMBERS
 from ..request.errors import field_path, nearest_name
 from ez_diffusion_client.models import (
     AccelerationOptions,
@@ -208,56 +209,17 @@ class FileSource(_Source):
 SOURCE_KINDS = (BuiltinSource, FolderSource, FileSource, HubSource)
 Source = _choice(*SOURCE_KINDS)
 
-# %% ../../nbs/20_models/01_manifest.ipynb #d46ded12
-SCHEDULER_CLASSES = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "PNDMScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-    "LMSDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "LCMScheduler",
-)
-_VAES = ("AutoencoderKL", "AutoencoderTiny")
-_CLIP = {"text_encoder": ("CLIPTextModel",), "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast")}
-_UNET = {"vae": _VAES, "unet": ("UNet2DConditionModel",), "scheduler": SCHEDULER_CLASSES, **_CLIP}
-COMPONENT_CLASSES = {  # family -> slot -> classes, the default first
-    ModelFamily.sd15: _UNET,
-    ModelFamily.sdxl: {**_UNET, "text_encoder_2": ("CLIPTextModelWithProjection",), "tokenizer_2": _CLIP["tokenizer"]},
-    ModelFamily.flux: {
-        **_CLIP,
-        "vae": _VAES,
-        "transformer": ("FluxTransformer2DModel",),
-        "scheduler": ("FlowMatchEulerDiscreteScheduler",),
-        "text_encoder_2": ("T5EncoderModel",),
-        "tokenizer_2": ("T5TokenizerFast", "T5Tokenizer"),
-    },
-}
-
 # %% ../../nbs/20_models/01_manifest.ipynb #869cec4f
 class Component(_Section):
     "One part of the pipeline that replaces the model's own."
 
     source: Source | None = None  # absent only for a scheduler, which then takes the model's configuration
-    class_name: Name | None = Field(default=None, alias="class")  # from COMPONENT_CLASSES; absent takes the first there
+    class_name: Name | None = Field(default=None, alias="class")  # one that the family allows; absent: its first
     dtype: Dtype | None = None  # absent follows the model
     variant: Name | None = None  # such as fp16, for weights in a repository or folder
     options: dict[Name, Annotated[Any, AfterValidator(_scalar)]] = {}  # changes to the configuration of a scheduler
 
 # %% ../../nbs/20_models/01_manifest.ipynb #cc58c965
-UNION_TABLES = {  # family -> numberings of the modes, the default first
-    ModelFamily.sdxl: ("sdxl_union", "sdxl_union_promax"),
-    ModelFamily.flux: ("flux_union_pro", "flux_union_pro_2"),
-}
-
-
 class ControlNetEntry(_Section):
     "A ControlNet that the model offers."
 
@@ -266,7 +228,9 @@ class ControlNetEntry(_Section):
     variant: Name | None = None  # such as fp16
     preprocessors: tuple[Name, ...] = ()  # those that make maps for this net, the usual one first
     union: bool = Field(default=False, strict=True)  # one net for several kinds of maps
-    union_table: Literal["sdxl_union", "sdxl_union_promax", "flux_union_pro", "flux_union_pro_2"] | None = None
+    union_table: Literal[tuple(UNION_MODE_NUMBERS)] | None = (
+        None  # how its modes are numbered; absent: the family's first
+    )
     union_modes: tuple[UnionModeName, ...] | None = None  # kinds that the net has learnt; absent is the whole table
 
 # %% ../../nbs/20_models/01_manifest.ipynb #6f18a569
@@ -321,20 +285,13 @@ class MemorySettings(_Section):
         None  # of the denoiser's weights; each layer is converted for as long as it computes
     )
     quantization: QuantizationName | None = None  # of the denoiser's linear layers, when they are read
-    attention_backend: AttentionBackend | None = (
-        None  # of the transformer and its ControlNets, by diffusers' name; Flux only
-    )
+    attention_backend: AttentionBackend | None = None  # of a transformer and its ControlNets, by diffusers' name
     vae_slicing: Annotated[bool, Field(strict=True)] = False  # pictures are decoded one after the other
     vae_tiling: Annotated[bool, Field(strict=True)] = (
         False  # a picture is decoded in tiles, where a request does not say
     )
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ed4f0a23
-FAMILY_DEFAULTS = {
-    ModelFamily.sd15: {"width": 512, "height": 512, "num_inference_steps": 25, "guidance_scale": 7.5},
-    ModelFamily.sdxl: {"width": 1024, "height": 1024, "num_inference_steps": 30, "guidance_scale": 5.0},
-    ModelFamily.flux: {"width": 1024, "height": 1024, "num_inference_steps": 28, "guidance_scale": 3.5},
-}
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 
 
@@ -345,12 +302,14 @@ class Defaults(_Section):
     height: Pixels
     num_inference_steps: Annotated[Count, Field(le=1000)]
     guidance_scale: Annotated[float, Field(strict=True, ge=0, le=100)]
-    true_cfg_scale: Annotated[float, Field(strict=True, ge=0, le=100)] | None = None  # Flux only
+    true_cfg_scale: Annotated[float, Field(strict=True, ge=0, le=100)] | None = (
+        None  # where guidance_scale is distilled into the model
+    )
     guidance_rescale: Share = 0.0  # 0 is none
     scheduler: SchedulerName | None = None  # absent: the model's own
     use_karras_sigmas: Annotated[bool, Field(strict=True)] | None = None
     clip_skip: Annotated[int, Field(strict=True, ge=0, le=24)] | None = None  # absent and 0 are none
-    max_sequence_length: Annotated[Count, Field(le=512)] | None = None  # tokens for T5, Flux only
+    max_sequence_length: Annotated[Count, Field(le=512)] | None = None  # tokens for T5
     strength: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.8  # of image-to-image
     negative_prompt: Annotated[str, Field(strict=True, max_length=10000)] = ""
     profile: Name | None = None  # of `profiles`; absent is exact
@@ -412,7 +371,7 @@ def _size_complaints(defaults: Defaults, limits: Limits) -> Iterator[Complaint]:
 
 # %% ../../nbs/20_models/01_manifest.ipynb #267db709
 def _component_complaints(family: ModelFamily, components: Mapping[str, Component]) -> Iterator[Complaint]:
-    slots = COMPONENT_CLASSES[family]
+    slots = FAMILIES[family].components
     for slot, component in components.items():
         at = ("components", slot)
         if slot not in slots:
@@ -427,7 +386,7 @@ def _component_complaints(family: ModelFamily, components: Mapping[str, Componen
 
 # %% ../../nbs/20_models/01_manifest.ipynb #787d489e
 def _entry_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
-    tables = UNION_TABLES.get(manifest.family, ())
+    tables = manifest.record.controls.union_tables
     for name, net in manifest.controlnets.items():
         at = ("controlnets", name)
         if net.union and not tables:
@@ -446,8 +405,9 @@ def _entry_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
 # %% ../../nbs/20_models/01_manifest.ipynb #b85c1c2c
 def _kind_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     kind = manifest.kind
-    if kind != ModelKind.standard and manifest.family != ModelFamily.flux:
-        yield ("kind",), f"given {kind}; only flux has models of this kind"
+    if kind not in manifest.record.base_classes:
+        having = ", ".join(name for name, family in FAMILIES.items() if kind in family.base_classes)
+        yield ("kind",), f"given {kind}; only {having} has models of this kind"
     if kind == ModelKind.fill and manifest.tasks != (Task.inpainting,):
         yield ("tasks",), "a model of the kind fill is for inpainting alone; write tasks: [inpainting]"
     if kind != ModelKind.standard and manifest.controlnets:
@@ -457,8 +417,9 @@ def _kind_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
             ("control_preprocessors",),
             "only a model of the kind control has these; a ControlNet has preprocessors of its own",
         )
-    if manifest.refiner and manifest.family != ModelFamily.sdxl:
-        yield ("refiner",), f"{manifest.family} has no refiner; only sdxl has"
+    if manifest.refiner and manifest.record.refiner is None:
+        having = ", ".join(name for name, family in FAMILIES.items() if family.refiner)
+        yield ("refiner",), f"{manifest.family} has no refiner; only {having} has"
 
 # %% ../../nbs/20_models/01_manifest.ipynb #144ee5a9
 def _sources(manifest: "ModelManifest") -> Iterator[tuple[tuple[str, ...], _Source]]:  # with their locations
@@ -472,17 +433,21 @@ def _sources(manifest: "ModelManifest") -> Iterator[tuple[tuple[str, ...], _Sour
 
 
 def _memory_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
-    memory, flux = manifest.memory, manifest.family == ModelFamily.flux
+    memory, record = manifest.memory, manifest.record
     for at, source in _sources(manifest):
-        if source.is_gguf and not (flux and at == ("components", "transformer", "source")):
+        if source.is_gguf and not (record.reads_gguf and at == ("components", record.denoiser, "source")):
+            having = " or ".join(family.title for family in FAMILIES.values() if family.reads_gguf)
             yield (
                 (*at, "file"),
-                "a .gguf file can be the transformer of a Flux model and nothing else; write components: {transformer: {source: {file: ...}}}",
+                f"a .gguf file can be the transformer of a {having} model and nothing else; "
+                "write components: {transformer: {source: {file: ...}}}",
             )
-    if memory.attention_backend and not flux:
+    if memory.attention_backend and not record.attention_backends:
+        having = ", ".join(name for name, family in FAMILIES.items() if family.attention_backends)
         yield (
             ("memory", "attention_backend"),
-            f"given {memory.attention_backend!r}; only the transformer of flux has a choice, a U-Net takes PyTorch's own",
+            f"given {memory.attention_backend!r}; only the transformer of {having} has a choice, "
+            "a U-Net takes PyTorch's own",
         )
     denoisers = [manifest.denoiser_source, *([manifest.refiner.source] if manifest.refiner else [])]
     packed = memory.quantization or ("a .gguf file" if denoisers[0].is_gguf else None)
@@ -512,7 +477,7 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
             f"given {manifest.defaults.profile!r}; {suggest(manifest.defaults.profile, ['exact', *manifest.profiles])}",
         )
     scheduler = manifest.defaults.scheduler
-    if scheduler and (scheduler == SchedulerName.flow_match_euler) != (manifest.family == ModelFamily.flux):
+    if scheduler and scheduler not in manifest.record.schedulers:
         yield (
             ("defaults", "scheduler"),
             f"given {scheduler}, which does not fit {manifest.family}; leave it out for the model's own",
@@ -525,7 +490,7 @@ class ModelManifest(_Section):
     name: Name  # of the file, without its ending
     source: Source  # where the pipeline comes from
     family: ModelFamily
-    kind: ModelKind = ModelKind.standard  # fill and control: Flux models whose denoiser takes further input channels
+    kind: ModelKind = ModelKind.standard  # fill and control: the denoiser takes further input channels
     title: Text | None = None  # for people
     description: Text | None = None
     license: Text | None = None
@@ -538,10 +503,10 @@ class ModelManifest(_Section):
     loras: dict[Name, LoraEntry] = {}  # name in a request -> LoRA
     lora_folders: tuple[FolderSource, ...] = ()  # whose .safetensors files a request may name
     hub_loras: Annotated[bool, Field(strict=True)] = False  # whether a request may name a LoRA on the Hub
-    refiner: RefinerEntry | None = None  # SDXL only
+    refiner: RefinerEntry | None = None  # for families that have one
     profiles: dict[Name, Profile] = {}  # name in a request -> settings
     mag_ratios: tuple[Annotated[float, Field(gt=0)], ...] | None = (
-        None  # for the step cache `mag`, Flux only; absent, those of FLUX.1-dev
+        None  # for the step cache `mag`; absent, those of FLUX.1-dev
     )
     memory: MemorySettings = MemorySettings()
     memory_budget_gb: Annotated[float, Field(strict=True, gt=0, le=100000)] | None = (
@@ -556,9 +521,9 @@ class ModelManifest(_Section):
         if not isinstance(data, dict) or not isinstance(data.get("defaults"), dict | None):
             return data
         data = {key: value for key, value in data.items() if value is not None}  # an empty section is an absent one
-        row = FAMILY_DEFAULTS.get(
-            data.get("family") if isinstance(data.get("family"), str) else "", FAMILY_DEFAULTS[ModelFamily.sd15]
-        )
+        name = data.get("family")
+        known = FAMILIES.get(name) if isinstance(name, str) else None
+        row = (known or next(iter(FAMILIES.values()))).defaults  # an unknown family is refused by its field
         given = {key: value for key, value in (data.get("defaults") or {}).items() if value is not None}
         return {**data, "defaults": {**row, **given}}
 
@@ -578,9 +543,14 @@ class ModelManifest(_Section):
         return self
 
     @property
+    def record(self) -> Family:
+        "What holds for every model of this family."
+        return FAMILIES[self.family]
+
+    @property
     def denoiser_source(self) -> _Source:
         "Where the network that is called at each step comes from."
-        part = self.components.get("transformer" if self.family == ModelFamily.flux else "unet")
+        part = self.components.get(self.record.denoiser)
         return part.source if part and part.source else self.source
 
     @property

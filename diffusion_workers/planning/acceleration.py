@@ -19,7 +19,6 @@ from ez_diffusion_client.models import (
     ErrorCode,
     ErrorDetail,
     GenerationRequest,
-    ModelFamily,
     RequestWarning,
     StepCacheName,
     UNetCacheMethod,
@@ -138,21 +137,18 @@ def _check_step_cache(options: AccelerationOptions, kind: ControlKind) -> Iterat
 
 def check_acceleration(request: GenerationRequest, manifest: ModelManifest, kind: ControlKind) -> Iterator[ErrorDetail]:
     "What speaks against the caches and windows of a request, its profile applied."
-    options, cache, flux = (
-        request.acceleration or AccelerationOptions(),
-        request.deepcache,
-        manifest.family == ModelFamily.flux,
-    )
+    options, cache = request.acceleration or AccelerationOptions(), request.deepcache
+    title, methods = manifest.record.title, manifest.record.step_caches
     if cache is not None:
         yield from _window(cache.start, cache.end, "deepcache.start")
-        if flux:
-            message = "the denoiser of a Flux model is no U-Net, and has no skip branches"
+        if cache.method not in methods:
+            message = f"the denoiser of a {title} model is not a U-Net and has no skip branches"
             yield error_detail(
                 ErrorCode.unsupported_combination,
                 message,
                 field="deepcache",
                 given=cache.method.value,
-                hint="use acceleration.step_cache: " + ", ".join(StepCacheName),
+                hint="use acceleration.step_cache: " + ", ".join(methods) if methods else "leave it out",
             )
     yield from _window(options.guidance_start, options.guidance_end, "acceleration.guidance_start")
     if options.compute_dtype is not None and (manifest.memory.quantization or "").startswith("bitsandbytes"):
@@ -164,14 +160,14 @@ def check_acceleration(request: GenerationRequest, manifest: ModelManifest, kind
             given=options.compute_dtype.value,
             hint="leave it out; set dtype in the manifest",
         )
-    if options.step_cache is not None and not flux:
-        message = "this step cache is for transformers; the denoiser of this model is a U-Net"
+    if options.step_cache is not None and options.step_cache not in methods:
+        message = f"this step cache does not work on the denoiser of a {title} model"
         yield error_detail(
             ErrorCode.unsupported_combination,
             message,
             field="acceleration.step_cache",
             given=options.step_cache.value,
-            hint="use deepcache, with the method step_cache or deepcache",
+            hint="use deepcache, with the method " + " or ".join(methods) if methods else "leave it out",
         )
         return
     yield from _check_step_cache(options, kind)
@@ -192,7 +188,7 @@ def acceleration_warnings(
     options, cache = request.acceleration or AccelerationOptions(), request.deepcache
     for field in ("guidance_start", "guidance_end", "guidance_tolerance"):
         if getattr(options, field) is not None and not guided:
-            needed = "true_cfg_scale and a negative prompt" if manifest.family == ModelFamily.flux else "guidance_scale"
+            needed = manifest.record.guidance.needed
             yield warning(
                 f"there is no guidance to leave out: {needed} would have to be above 1",
                 field=f"acceleration.{field}",

@@ -21,8 +21,8 @@ from diffusion_workers.control.preprocessors import (
     union_mode_number,
     union_modes,
 )
+from ..families.registry import FAMILIES
 from diffusion_workers.models.manifest import (
-    UNION_TABLES,
     ControlNetEntry,
     FileSource,
     FolderSource,
@@ -106,7 +106,7 @@ def check_loras(request: GenerationRequest, manifest: ModelManifest) -> Iterator
                 allowed=", ".join(allowed) or "none",
                 hint=f"did you mean {near}?" if near else None,
             )
-        if lora.block_scales and manifest.family == ModelFamily.flux:
+        if lora.block_scales and not manifest.record.lora.block_scales:
             message = "a transformer has no blocks that can be scaled one by one"
             yield error_detail(
                 ErrorCode.unsupported_combination,
@@ -136,7 +136,7 @@ def union_table(
     family: ModelFamily,
 ) -> str:  # a key of UNION_MODE_NUMBERS
     "How the modes of a union net are numbered."
-    return net.union_table or UNION_TABLES[family][0]
+    return net.union_table or next(iter(FAMILIES[family].controls.union_tables))
 
 
 def learnt_modes(
@@ -244,25 +244,26 @@ def check_unit(
         )
     if manifest.kind != ModelKind.standard:
         return
-    if manifest.family not in UNION_TABLES and unit.union_mode is not None:
+    controls = manifest.record.controls
+    if controls.union_class is None and unit.union_mode is not None:
         message = f"there is no union ControlNet for the family {manifest.family.value}"
         yield error_detail(
             ErrorCode.unsupported_combination,
             message,
             field=f"{at}.union_mode",
             given=asked_mode(unit),
-            allowed="families " + ", ".join(UNION_TABLES),
+            allowed="families " + ", ".join(name for name, family in FAMILIES.items() if family.controls.union_class),
             hint="leave it out, and name a net for that kind of map",
         )
         return
-    if manifest.family == ModelFamily.flux and unit.control_mode != ControlMode.balanced:
-        message = "Flux nets have no control mode: guidance is distilled into the model"
+    if unit.control_mode not in controls.modes:
+        message = f"ControlNets of {manifest.record.title} have no control mode"
         yield error_detail(
             ErrorCode.unsupported_combination,
             message,
             field=f"{at}.control_mode",
             given=unit.control_mode.value,
-            allowed="balanced",
+            allowed=", ".join(controls.modes),
             hint="change conditioning_scale",
         )
     name = pick_net(unit, manifest)
@@ -290,15 +291,15 @@ def check_unit(
 def _check_mixture(
     units: dict[int, ControlNetUnit], names: dict[int, str], manifest: ModelManifest
 ) -> Iterator[ErrorDetail]:
-    "Whether nets can be used together; only UNet families have limits."
+    "Whether ControlNets can be used together."
     nets = {i: manifest.controlnets[name] for i, name in names.items()}
-    if manifest.family != ModelFamily.sdxl or not any(net.union for net in nets.values()):
+    if not manifest.record.controls.exclusive_unions or not any(net.union for net in nets.values()):
         return
     first = min(names)
     for i, name in names.items():
         at, others = f"controlnets[{i}]", [j for j in names if j != i and names[j] == name]
         if not nets[i].union:
-            message = "SDXL cannot use a union net and a plain net in one request"
+            message = f"{manifest.record.title} cannot use a union ControlNet and a plain ControlNet in one request"
             yield error_detail(
                 ErrorCode.unsupported_combination,
                 message,

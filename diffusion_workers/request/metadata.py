@@ -18,6 +18,7 @@ from PIL import ExifTags, Image
 from pydantic import ValidationError
 
 from .. import __version__
+from ..families.registry import FAMILIES
 from .errors import warning
 from diffusion_workers.request.images import (
     DECODER_ERRORS,
@@ -29,7 +30,6 @@ from diffusion_workers.request.images import (
 )
 from ez_diffusion_client.models import (
     GenerationPlan,
-    ModelFamily,
     OutputOptions,
     PlannedControl,
     RequestWarning,
@@ -87,13 +87,14 @@ def _control_text(control: PlannedControl) -> str:  # one control, as the Contro
 
 # %% ../../nbs/10_request/04_metadata.ipynb #3f4806e4
 def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
-    flux, options = plan.family == ModelFamily.flux, plan.scheduler.options or {}
+    guidance, options = FAMILIES[plan.family].guidance, plan.scheduler.options or {}
+    embedded = guidance.embedded_field
     return {
         "Steps": plan.num_inference_steps,
         "Sampler": SAMPLER_LABELS.get(plan.scheduler.name, plan.scheduler.class_name),
         "Schedule type": "Karras" if options.get("use_karras_sigmas") else None,
-        "CFG scale": plan.true_cfg_scale if flux else plan.guidance_scale,
-        "Distilled CFG Scale": plan.guidance_scale if flux else None,
+        "CFG scale": getattr(plan, guidance.field),
+        "Distilled CFG Scale": None if embedded is None else getattr(plan, embedded),
         "Seed": seed,
         "Size": f"{plan.width}x{plan.height}",
         "Model": plan.model,

@@ -31,6 +31,7 @@ from diffusion_workers.acceleration.apply import (
 )
 from ..control.detectors import PreprocessorStore
 from ..control.preprocessors import PREPROCESSORS, fit_map, inpaint_condition
+from ..families.registry import FAMILIES
 from ..lora.layers import LoadedLora, LoraStore, use_loras
 from ..pipeline.controlnets import PreparedControl, control_arguments
 from ..pipeline.factory import PipelineFactory, use_scheduler
@@ -52,14 +53,12 @@ from diffusion_workers.request.images import (
 from ..request.metadata import embed
 from .previews import Previewer, fitting_size, preview_maker
 from ez_diffusion_client.models import (
-    ControlKind,
     Environment,
     ErrorCode,
     GeneratedImage,
     GenerationPlan,
     GenerationRequest,
     Lora,
-    ModelFamily,
     Phase,
     ProgressEvent,
     RequestWarning,
@@ -225,9 +224,8 @@ def prepare_controls(
             hole,
             field=f"{at}.preprocessing",
         )
-        condition = (
-            inpaint_condition(fitted(picture), fitted(hole)) if hole and plan.family == ModelFamily.sd15 else None
-        )
+        marks = FAMILIES[plan.family].controls.marks_masked_pixels
+        condition = inpaint_condition(fitted(picture), fitted(hole)) if hole and marks else None
         yield PreparedControl(control, made, None if hole else fitted(mask), condition)
 
 # %% ../../nbs/60_service/02_render.ipynb #374880e9
@@ -294,7 +292,8 @@ def pipeline_arguments(
         arguments |= {**texts, "num_images_per_prompt": 1}
         arguments |= {"negative_prompt": [""] * len(seeds)} if arguments.get("negative_prompt") == "" else {}
     arguments |= size_arguments(plan.size_conditioning)
-    if plan.task != Task.image_to_image or plan.control_kind != ControlKind.none or plan.family == ModelFamily.flux:
+    call = FAMILIES[plan.family].call_named(plan.pipeline_class)
+    if call.takes_size:
         arguments |= {"width": plan.width, "height": plan.height}
     if plan.task != Task.text_to_image:
         arguments |= {
@@ -303,7 +302,7 @@ def pipeline_arguments(
         }  # one each, so that each is encoded with numbers of its own seed
     if plan.task == Task.inpainting:
         arguments["mask_image"] = [prepared.mask] * len(seeds)
-    if plan.pipeline_class.startswith("FluxControl") and "ControlNet" not in plan.pipeline_class:
+    if call.map_is_input:
         return arguments | {"control_image": prepared.controls[0].map}
     return arguments | (control_arguments(plan, prepared.controls) if prepared.controls else {})
 
@@ -366,15 +365,13 @@ class StepWatch:
 # %% ../../nbs/60_service/02_render.ipynb #6c6ad3f1
 def spatial_latents(
     pipe,
-    latents: torch.Tensor,  # of a Flux pipeline (B, H/16 * W/16, 4 C), of others (B, C, H/8, W/8)
+    latents: torch.Tensor,  # (B, H/16 * W/16, 4 C) where the family packs them, else (B, C, H/8, W/8)
     plan: GenerationPlan,
 ) -> torch.Tensor:  # (B, C, H/8, W/8)
-    "Latents as a picture; Flux has them as a row of patches."
-    return (
-        pipe._unpack_latents(latents, plan.height, plan.width, pipe.vae_scale_factor)
-        if plan.family == ModelFamily.flux
-        else latents
-    )
+    "Latents in rows and columns, as the VAE takes them."
+    if FAMILIES[plan.family].latents.packed:
+        return pipe._unpack_latents(latents, plan.height, plan.width, pipe.vae_scale_factor)
+    return latents
 
 
 def previewer_for(
@@ -442,18 +439,18 @@ def cut_off_text(
 def _texts(
     pipe, plan: GenerationPlan
 ) -> Iterator[tuple[str, Any, str, int]]:  # field, tokenizer, text, tokens that it takes
-    second, room_2 = getattr(pipe, "tokenizer_2", None), plan.max_sequence_length or 512
-    room_2 = room_2 if plan.family == ModelFamily.flux else second and second.model_max_length
-    for field in ("prompt", "negative_prompt"):
-        if (text := getattr(plan, field)) and not (plan.family == ModelFamily.flux and getattr(plan, f"{field}_2")):
-            first = plan.family != ModelFamily.flux  # Flux draws from T5, which takes more; CLIP gives it a summary
-            yield (
-                (field, pipe.tokenizer, text, pipe.tokenizer.model_max_length)
-                if first
-                else (field, second, text, room_2)
-            )
-        if second is not None and (text := getattr(plan, f"{field}_2")):
-            yield f"{field}_2", second, text, room_2
+    for negative in ("", "negative_"):
+        for row in FAMILIES[plan.family].texts:
+            text = getattr(plan, negative + row.field)
+            replaced = row.unless is not None and getattr(plan, negative + row.unless)
+            if not text or replaced:
+                continue
+            tokenizer, limit = getattr(pipe, row.tokenizer, None), row.max_tokens
+            if tokenizer is None and row.instead is not None:
+                tokenizer, limit = getattr(pipe, row.instead), None
+            if tokenizer is not None:
+                room = tokenizer.model_max_length if limit is None else plan.max_sequence_length or limit
+                yield negative + row.field, tokenizer, text, room
 
 
 def text_notes(pipe, plan: GenerationPlan) -> list[RequestWarning]:
@@ -550,7 +547,7 @@ def render(
                 accelerated(factory, pipe, plan),
             ):
                 pictures += render_chunk(
-                    pipe, getattr(pipe, factory.spec.denoiser), arguments, plan, watch, timings, refine
+                    pipe, getattr(pipe, factory.record.denoiser), arguments, plan, watch, timings, refine
                 )
         notes += acceleration_notes(pipe, plan, factory)
     if prepared.canvas is not None:

@@ -31,7 +31,7 @@ except ImportError:  # Windows has no such module
 from ..control.detectors import PreprocessorStore
 from ..control.preprocessors import preprocessor_list
 from ..lora.layers import LoraStore
-from ..models.manifest import COMPONENT_CLASSES, HubSource, ModelManifest
+from ..models.manifest import HubSource, ModelManifest
 from ..models.store import Settings, load_manifests, model_list
 from ..pipeline.controlnets import PreparedControl
 from ..pipeline.factory import PipelineFactory
@@ -264,7 +264,7 @@ def weight_files_bytes(manifest: ModelManifest) -> int:  # 0 where it is not kno
     path = manifest.source.location()
     if path.is_file():
         return path.stat().st_size
-    chosen = [file for name in COMPONENT_CLASSES[manifest.family] for file in path.glob(f"{name}/*.safetensors")]
+    chosen = [file for name in manifest.record.components for file in path.glob(f"{name}/*.safetensors")]
     wanted = [file for file in chosen if manifest.variant and f".{manifest.variant}." in file.name]
     return sum(file.stat().st_size for file in wanted or chosen)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from ..models.manifest import COMPONENT_CLASSES, HubSource, ModelManifest
+from ..models.manifest import HubSource, ModelManifest
 from ..models.store import ManifestStore, load_manifests
 from ..request.errors import RequestError, logger
 from .settings import PlacedSource, WorkerSettings, placed_models
@@ -79,9 +79,7 @@ def weight_paths(manifest: ModelManifest) -> list[Path]:  # on this machine; non
         if isinstance(source, HubSource) and not isinstance(source, PlacedSource):
             continue
         place = Path(source.location())
-        own = (
-            [slot for slot in COMPONENT_CLASSES[manifest.family] if (slot,) not in sources] if not name else ["", *name]
-        )
+        own = [slot for slot in manifest.record.components if (slot,) not in sources] if not name else ["", *name]
         found += [place] if place.is_file() else _weights_in(place, own, variant)
     return found
 
