@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Tensors', 'DTYPES', 'LAYOUTS', 'NEVER_USED', 'TracedTensor', 'announced_tensors', 'sources_of', 'read_tensors',
-           'unpack_gguf', 'scaled', 'four_bit', 'unpacked', 'Layout', 'layout_of', 'find_prefix']
+           'require_gguf', 'unpack_gguf', 'scaled', 'four_bit', 'unpacked', 'Layout', 'layout_of', 'find_prefix']
 
 # %% ../../nbs/45_checkpoints/01_layouts.ipynb #7c5795bc
+import importlib
 import json
 import math
 import re
@@ -94,9 +95,10 @@ def read_tensors(
     return tensors
 
 
-def _read_gguf_tensors(header: WeightHeader, names: Callable[[str], bool]) -> Tensors:
+def require_gguf() -> None:
+    "Raise a `RequestError` (missing_dependency) where .gguf files cannot be read."
     try:
-        from gguf import GGUFReader
+        importlib.import_module("gguf")
     except ImportError as exc:
         raise request_error(
             ErrorCode.missing_dependency,
@@ -104,7 +106,12 @@ def _read_gguf_tensors(header: WeightHeader, names: Callable[[str], bool]) -> Te
             field="model",
             hint="pip install 'diffusion-workers[quantization]', and start again",
         ) from None
+
+
+def _read_gguf_tensors(header: WeightHeader, names: Callable[[str], bool]) -> Tensors:
+    require_gguf()
     from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES, GGUFParameter, dequantize_gguf_tensor
+    from gguf import GGUFReader
 
     tensors = {}
     for item in GGUFReader(header.files[0]).tensors:

@@ -6,7 +6,7 @@
 __all__ = ['DENOISER_PREFIXES', 'PART_PREFIXES', 'ADAPTERS', 'CONTROLNETS', 'FOREIGN', 'PARTS', 'UNETS_BY_WIDTH', 'EDM', 'SCALES',
            'INPUT_SCALES', 'QUANTISED_WEIGHTS', 'UNPACKED_FORMATS', 'parts_of', 'denoiser_prefix', 'Signature',
            'first_match', 'cross_attention_width', 'FileKind', 'identify', 'Prediction', 'prediction_of', 'packing_of',
-           'check_packing', 'DenoiserFacts', 'source_facts', 'denoiser_facts']
+           'check_packing', 'check_channels', 'DenoiserFacts', 'source_facts', 'denoiser_facts']
 
 # %% ../../nbs/20_models/05_weight_kinds.ipynb #d6a95d65
 import json
@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..families.record import Latents
 from .manifest import FileSource, HubSource, ModelManifest, Source
 from diffusion_workers.models.weight_headers import (
     WeightFileError,
@@ -24,6 +25,7 @@ from diffusion_workers.models.weight_headers import (
     read_config,
     read_header,
 )
+from ez_diffusion_client.models import ModelKind
 
 # %% ../../nbs/20_models/05_weight_kinds.ipynb #ca965a41
 DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "unet.", "transformer.", "")
@@ -253,27 +255,52 @@ def check_packing(header: WeightHeader) -> None:
             raise WeightFileError(f"it has {what}, which are not supported", "get the file in float16, fp8 or GGUF")
 
 # %% ../../nbs/20_models/05_weight_kinds.ipynb #51094750
+_HALVES = {ModelKind.standard: 2, ModelKind.control: 4, ModelKind.fill: 12}  # input channels for two output channels
+
+
+def check_channels(
+    config: Mapping[str, Any],  # of the denoiser
+    latents: Latents,  # of the family
+    kind: ModelKind,  # that the manifest declares
+) -> None:
+    "Raise a `WeightFileError` for a denoiser that no task of its kind can use."
+    channels, own = config.get("in_channels"), latents.channels
+    if channels is None:
+        return
+    if latents.packed:
+        _check_packed_channels(channels, config.get("out_channels") or channels, kind)
+    elif channels == 2 * own:
+        raise WeightFileError(
+            f"its U-Net takes {channels} channels: it was trained to edit images (InstructPix2Pix)",
+            "declare another model; this kind is not supported",
+        )
+    elif channels not in (own, 2 * own + 1):
+        raise WeightFileError(
+            f"its U-Net takes {channels} channels; supported are {own}, and {2 * own + 1} of a model for inpainting",
+            "declare another model",
+        )
+
+
+def _check_packed_channels(channels: int, outputs: int, kind: ModelKind) -> None:
+    if kind not in _HALVES or channels * 2 == outputs * _HALVES[kind]:
+        return
+    actual = next((each.value for each, halves in _HALVES.items() if channels * 2 == outputs * halves), None)
+    raise WeightFileError(
+        f"its transformer takes {channels} channels, which is not a model of the kind {kind.value}",
+        f"write kind: {actual} in the manifest" if actual else "declare another model",
+    )
+
+# %% ../../nbs/20_models/05_weight_kinds.ipynb #6aadec89
 @dataclass(frozen=True)
 class DenoiserFacts:
     "What is known of a model's denoiser without loading it."
 
     in_channels: int | None = None  # None where nothing is known
-    latent_channels: int = 4
     prediction: Prediction = Prediction()
 
-    @property
-    def is_transformer(self) -> bool:
-        return self.in_channels is not None and self.in_channels >= 16 * 4
-
-    @property
-    def needs_mask(self) -> bool:
-        "Whether it was trained for inpainting, with a masked image and its mask as further channels."
-        return self.in_channels == 2 * self.latent_channels + 1
-
-    @property
-    def edits(self) -> bool:
-        "Whether it was trained to edit, with an image as further channels (InstructPix2Pix)."
-        return self.in_channels == 2 * self.latent_channels
+    def needs_mask(self, latents: Latents) -> bool:
+        "Whether it was trained for inpainting alone, with a masked image and its mask as further channels."
+        return not latents.packed and self.in_channels == 2 * latents.channels + 1
 
 
 _SLOTS = ("unet", "transformer")
@@ -283,11 +310,8 @@ def _folder_facts(folder: Path) -> DenoiserFacts:
     config = read_config(folder / "config.json")
     for slot in _SLOTS:
         config = config or read_config(folder / slot / "config.json")
-    vae = read_config(folder / "vae" / "config.json") or read_config(folder.parent / "vae" / "config.json")
-    channels, latents = config.get("in_channels"), vae.get("latent_channels")
-    return DenoiserFacts(
-        channels if isinstance(channels, int) else None, latents if isinstance(latents, int) else 4, Prediction()
-    )
+    channels = config.get("in_channels")
+    return DenoiserFacts(channels if isinstance(channels, int) else None)
 
 
 @lru_cache(maxsize=256)
