@@ -172,7 +172,7 @@ def test_a_control_from_a_photo_to_a_replay(tiny: Path, capsys: pytest.CaptureFi
         main(["replay", "out.png", "--control-image", "0=photo, red.png", "--control-image", "1=photo, red.png"]) == 0
     )
     assert main(["replay", "out.png", "--control-image", "0=map.png", "--control-image", "1=photo, red.png"]) == 13
-    assert "--control-image 0=FILE: this is not the picture that was used" in capsys.readouterr().err
+    assert "--control-image 0=FILE: this is not the image that was used" in capsys.readouterr().err
 
 
 def test_lists_name_nets_and_preprocessors(tiny: Path, capsys: pytest.CaptureFixture) -> None:
@@ -198,7 +198,7 @@ PHOTO = "photo, red.png"
 @pytest.mark.parametrize("arguments, code, said", [
     (["plan", "x", "--controlnet", "scael=0.8"], 2, ["--controlnet: there is no such key", "did you mean scale?"]),
     (["plan", "x", "--controlnet", "scale=1,scale=2"], 2, ["--controlnet: scale is given twice"]),
-    (["plan", "x", "--control", "photo.png"], 2, ["--control", "NET:FILE"]),
+    (["plan", "x", "--control", "photo.png"], 2, ["--control", "NAME:FILE"]),
     (["plan", "x", "--control", "canny:missing.png"], 5, ["controlnets[0].image: cannot be read", "missing.png"]),
     (["plan", "x", "--control", f"cany:{PHOTO}"], 7, ["controlnets[0].model", "did you mean canny?"]),
     (["plan", "x", "--controlnet", f"model=canny,image={PHOTO},scale=much"], 2, ["controlnets[0].conditioning_scale", "'much'"]),
@@ -213,7 +213,7 @@ PHOTO = "photo, red.png"
     (["plan", "x", "--max-sequence-length", "64"], 4, ["max_sequence_length"]),
     (["plan", "x", "--loar", "style"], 2, ["did you mean --lora?"]),
     (["preprocess", PHOTO], 2, ["preprocessing.name"]),
-    (["preprocess", "text.png", "--preprocessor", "canny"], 5, ["image: this file is no picture", "text.png"]),
+    (["preprocess", "text.png", "--preprocessor", "canny"], 5, ["image: this file is not an image", "text.png"]),
     (["preprocess", "missing.png", "--preprocessor", "canny"], 5, ["image: cannot be read", "missing.png"]),
     (["preprocess", PHOTO, "--preprocessor", "cany"], 2, ["preprocessing.name", "did you mean canny?"]),
     (["preprocess", PHOTO, "--preprocessor", "canny", "--parameter", "low_threshold=many"], 2, ["preprocessing.parameters.low_threshold", "'many'"]),
@@ -430,12 +430,12 @@ def call(
     (["plan", "x", "--width", "many"], "", 2, ["width", "'many'", "a multiple of 8"]),
     (["plan", "x", "--scheduler", "eular"], "", 2, ["scheduler", "did you mean euler?"]),
     (["plan", "x", "--model", "shapes-sd51"], "", 3, ["there is no such model", "did you mean shapes-sd15?"]),
-    (["plan", "--request", "-"], '{"prompt": ', 2, ["this is no JSON"]),
+    (["plan", "--request", "-"], '{"prompt": ', 2, ["not valid JSON"]),
     (["plan", "--request", "-"], '{"prompt": "x", "promt": 3}', 2, ["promt", "there is no such field", "did you mean prompt?"]),
     (["plan", "--request", "-"], '{"prompt": ' + "[" * 100_000, 2, ["JSON"]),
     (["plan", "--request", "missing.json"], "", 2, ["--request", "missing.json"]),
     (["replay", "missing.png"], "", 5, ["missing.png"]),
-    (["models", "--models", "missing"], "", 2, ["missing is no folder"]),
+    (["models", "--models", "missing"], "", 2, ["missing is not a folder"]),
     (["train-shapes"], "", 2, ["--out", "a folder is needed"]),
     (["train-shapes", "--part", "shapes-flx", "--out", "x"], "", 2, ["--part", "did you mean shapes-flux?"]),
     (["train-shapes", "--part", "shapes-flux", "--out", "x", "--minutes", "3"], "", 4, ["--part", "belong to shapes-sd15"]),
@@ -453,7 +453,9 @@ def test_each_kind_of_mistake_has_its_exit_code(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "folder.png").mkdir()
-    monkeypatch.setattr("diffusion_workers.cli.main._service", pytest.fail)  # no mistake here is worth loading a model
+    monkeypatch.setattr(
+        "diffusion_workers.cli.commands.make_service", pytest.fail
+    )  # no mistake here is worth loading a model
     assert_fails(call(arguments, stdin, capsys, monkeypatch), code, *said)
 
 

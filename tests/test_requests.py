@@ -1,10 +1,12 @@
 """Whatever comes in, an answer comes out: an `OpResult` that says what is wrong, and a service that goes on as before."""
 
 import base64
+import inspect
 import io
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,14 +18,16 @@ import pytest
 from PIL import Image
 from project import ROOT
 
-from diffusion_workers.models.store import Settings
 from diffusion_workers.planning.plan import KARRAS_SCHEDULERS, request_from_plan
 from diffusion_workers.request.errors import error_line
 from diffusion_workers.request.images import ImagePolicy
 from diffusion_workers.request.metadata import read_metadata
+from diffusion_workers.request.schema import schema_fields
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client import models as wire
 from ez_diffusion_client import pil_images
+from ez_diffusion_client.fields import PreprocessFields, RequestFields
 
 REFERENCE = {
     "prompt": "a red circle left of a blue square",
@@ -39,6 +43,37 @@ PRIVATE = [
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of schedulers beside a newer numpy
 FIELDS = list(wire.GenerationRequest.model_fields)
+
+
+# --- signatures -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["generate", "submit", "plan", "preprocess"])
+def test_signatures_follow_the_schema(method: str) -> None:
+    "Every field is a keyword argument with its type, its help names bounds and choices, and type checkers see it too."
+    model = wire.PreprocessRequest if method == "preprocess" else wire.GenerationRequest
+    typed = PreprocessFields if method == "preprocess" else RequestFields
+    function = getattr(DiffusionService, method)
+    parameters = inspect.signature(function).parameters
+    fields = [name for name in parameters if name not in ("self", "request", "on_progress")]
+    assert fields == list(model.model_fields) == list(typed.__annotations__)
+    lines = re.sub(r"\n +", " ", function.__doc__).splitlines()
+    for info in schema_fields(model, nested=False):
+        parameter = parameters[info.name]
+        assert parameter.kind == inspect.Parameter.KEYWORD_ONLY and parameter.default == info.default
+        told = next(line for line in lines if line.startswith(f"{info.name}: "))
+        assert info.is_image or info.members or info.allowed in told
+        assert " ".join(info.description.split()).rstrip(".") in told
+    kinds = {"width": int | None, "guidance_scale": float | None, "seeds": list[int] | None} if "seed" in fields else {}
+    assert {name: parameters[name].annotation for name in kinds} == kinds
+
+
+def test_a_keyword_that_is_none_is_left_out(service: DiffusionService) -> None:
+    "What a signature shows as the default can be passed."
+    none = dict.fromkeys(set(FIELDS) - {"prompt"})
+    assert service.plan(prompt="a", seed=1).plan == service.plan(prompt="a", **none | {"seed": 1}).plan
+    assert service.plan({"prompt": "a", "width": 100}, width=None).ok
+    assert service.plan(prompt=None).errors[0].code == "missing_field"
 
 
 # --- saving -------------------------------------------------------------------
@@ -253,7 +288,7 @@ def mangled(chance: random.Random) -> dict[str, Any]:
         elif accident == 6:
             request.pop(chance.choice(list(request)), None)
         else:
-            request[chance.choice(["output", "inpaint", "deepcache", "refiner", "size_conditioning"])] = {
+            request[chance.choice(["output", "inpaint", "step_cache", "memory", "refiner", "size_conditioning"])] = {
                 chance.choice(["format", "quality", "mask_blur", "Padding", "x"]): junk(chance)
             }
     return request

@@ -8,7 +8,7 @@ __all__ = ['DiffusionService']
 # %% ../../nbs/60_service/11_service.ipynb #c0080944
 import time
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Unpack
 
 from PIL import Image
 
@@ -19,9 +19,10 @@ from ..control.detectors import PreprocessorStore
 from ..control.preprocessors import preprocessor_list
 from ..lora.layers import LoraStore
 from ..models.manifest import ModelManifest
-from ..models.store import Settings, load_manifests, model_list
+from ..models.store import ManifestStore, load_manifests, model_list
 from ..pipeline.factory import PipelineFactory
 from diffusion_workers.planning.inputs import (
+    ImageInput,
     PlannedMap,
     PlannedRequest,
     as_preprocess_request,
@@ -33,12 +34,15 @@ from diffusion_workers.planning.inputs import (
 from ..planning.replay import restore_request, restore_result
 from ..request.errors import RequestError, failure, logger, parse
 from ..request.images import ImagePolicy, to_image_string
+from ..request.schema import takes_fields_of
 from .batching import BatchPolicy
 from .execution import Executor
 from .handle import Generation, OnProgress
 from .model_pool import ModelPool
 from .queue import RequestQueue
 from .reports import memory_report
+from ..settings.service import Settings
+from ez_diffusion_client.fields import PreprocessFields, RequestFields
 from ez_diffusion_client.models import (
     ControlMap,
     GenerationRequest,
@@ -52,6 +56,10 @@ from ez_diffusion_client.models import (
 )
 
 # %% ../../nbs/60_service/11_service.ipynb #569134ea
+_takes_request_fields = takes_fields_of(GenerationRequest, image=ImageInput, mask_image=ImageInput)
+_takes_preprocess_fields = takes_fields_of(PreprocessRequest, image=ImageInput, mask_image=ImageInput)
+
+
 class DiffusionService:
     "Turns requests into results, one at a time on a device."
 
@@ -60,14 +68,13 @@ class DiffusionService:
         settings: Settings | None = None,  # None reads the environment
         *,
         device: str | None = None,  # overrides the settings
+        models: ManifestStore | None = None,  # default: the models of the settings
         image_policy: ImagePolicy = ImagePolicy(),  # which images a request may bring along
         batching: BatchPolicy | None = None,  # which requests may share a batch; None makes each alone
     ):
         self.settings = settings or Settings.from_environment()
         self.device = pick_device(device or self.settings.device)
-        self.models = load_manifests(
-            self.settings.model_folders, self.settings.default_model, self.settings.lora_folders
-        )
+        self.models = load_manifests(self.settings) if models is None else models
         self.image_policy = image_policy
         self.preprocessors = PreprocessorStore(self.settings.annotator_folders, str(self.device))
         self.loras = LoraStore()
@@ -93,12 +100,13 @@ class DiffusionService:
 
     # --- generating ---
 
+    @_takes_request_fields
     def generate(
         self,
         request: GenerationRequest | PlannedRequest | dict | str | bytes | None = None,  # an object, a dict or JSON
         *,
         on_progress: OnProgress | None = None,  # called on the worker thread
-        **fields,  # of the request
+        **fields: Unpack[RequestFields],  # of the request
     ) -> OpResult:
         "Make images and wait for them; interrupting the wait cancels the generation."
         generation = self.submit(request, on_progress=on_progress, **fields)
@@ -109,12 +117,13 @@ class DiffusionService:
             generation.result()
             raise
 
+    @_takes_request_fields
     def submit(
         self,
         request: GenerationRequest | PlannedRequest | dict | str | bytes | None = None,  # an object, a dict or JSON
         *,
         on_progress: OnProgress | None = None,  # called on the worker thread
-        **fields,  # of the request
+        **fields: Unpack[RequestFields],  # of the request
     ) -> Generation:
         "Queue a request and return its handle at once; an invalid request has its result already."
         generation = Generation(None, on_progress)
@@ -128,10 +137,11 @@ class DiffusionService:
             generation.finish(failure(exc, generation.request and generation.request.request_id))
         return generation
 
+    @_takes_request_fields
     def plan(
         self,
         request: GenerationRequest | dict | str | bytes | None = None,  # an object, a dict or JSON
-        **fields,  # of the request
+        **fields: Unpack[RequestFields],  # of the request
     ) -> OpResult:
         "What a request would do, without doing it: a result that holds the plan."
         try:
@@ -144,10 +154,11 @@ class DiffusionService:
         "Decode and plan; a `RequestError` names every mistake that can be found without the weights."
         return plan_request(request, self.manifest(request.model), self.image_policy)
 
+    @_takes_preprocess_fields
     def preprocess(
         self,
         request: PreprocessRequest | PlannedMap | dict | str | bytes | None = None,  # an object, a dict or JSON
-        **fields,  # of the request
+        **fields: Unpack[PreprocessFields],  # of the request
     ) -> OpResult:
         "Run a ControlNet preprocessor on an image: a result that holds the control map."
         request_id = None
