@@ -21,6 +21,7 @@ from PIL import Image
 from project import ROOT
 from runpod_queue import ENDPOINT, PATIENCE, QueuedJob, QueueServer, running_worker, worker_environment
 
+import diffusion_workers.request.errors  # noqa: F401, gives OpResult its images
 from ez_diffusion_client import Client, RunPod
 from ez_diffusion_client.errors import NotFound
 from ez_diffusion_client.models import OpResult
