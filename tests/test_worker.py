@@ -137,7 +137,7 @@ def test_compatible_jobs_share_a_batch(queue: QueueServer, worker) -> None:
     asked = [{"prompt": prompt, "seed": seed, "num_inference_steps": 6} for seed, prompt in enumerate(prompts)]
     jobs = queue.answers({**LONG, "num_inference_steps": 60}, *asked)
     shared = [job.output for job in jobs[1:]]
-    assert sum("in one batch" in note["message"] for output in shared for note in output.get("warnings", [])) >= 2
+    assert sum("batched with" in note["message"] for output in shared for note in output.get("warnings", [])) >= 2
     for output, given in zip(shared, asked):
         alone = queue.answers(given)[0].output
         assert alone.get("warnings") is None
