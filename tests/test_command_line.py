@@ -430,7 +430,7 @@ def call(
     (["plan", "x", "--width", "many"], "", 2, ["width", "'many'", "a multiple of 8"]),
     (["plan", "x", "--scheduler", "eular"], "", 2, ["scheduler", "did you mean euler?"]),
     (["plan", "x", "--model", "shapes-sd51"], "", 3, ["there is no such model", "did you mean shapes-sd15?"]),
-    (["plan", "--request", "-"], '{"prompt": ', 2, ["this is no JSON"]),
+    (["plan", "--request", "-"], '{"prompt": ', 2, ["not valid JSON"]),
     (["plan", "--request", "-"], '{"prompt": "x", "promt": 3}', 2, ["promt", "there is no such field", "did you mean prompt?"]),
     (["plan", "--request", "-"], '{"prompt": ' + "[" * 100_000, 2, ["JSON"]),
     (["plan", "--request", "missing.json"], "", 2, ["--request", "missing.json"]),

@@ -288,7 +288,7 @@ def mangled(chance: random.Random) -> dict[str, Any]:
         elif accident == 6:
             request.pop(chance.choice(list(request)), None)
         else:
-            request[chance.choice(["output", "inpaint", "deepcache", "refiner", "size_conditioning"])] = {
+            request[chance.choice(["output", "inpaint", "step_cache", "memory", "refiner", "size_conditioning"])] = {
                 chance.choice(["format", "quality", "mask_blur", "Padding", "x"]): junk(chance)
             }
     return request

@@ -114,8 +114,8 @@ def test_controls_count_and_leave_nothing_behind(service: DiffusionService) -> N
     [
         ({"true_cfg_scale": 2.0}, "has no use for true_cfg_scale"),
         ({"scheduler": "ddim"}, "allowed: flow_match_euler"),
-        ({"deepcache": {"cache_interval": 3}}, "not a U-Net"),
-        ({"acceleration": {"step_cache": "first_block"}}, "does not work on the denoiser"),
+        ({"step_cache": {"method": "deepcache"}}, "cannot use this method"),
+        ({"step_cache": {"method": "first_block"}}, "cannot use this method"),
         ({"image": photo(), "controlnets": [CANNY]}, "no pipeline for single control with image_to_image"),
         ({"controlnets": [CANNY | {"union_mode": "canny"}]}, "no union ControlNet"),
         ({"controlnets": [CANNY | {"control_mode": "prompt"}]}, "no control mode"),

@@ -269,7 +269,8 @@ def _add_addon_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=lambda text: ("--controlnet", text),
         metavar="KEY=VALUE,...",
-        help="a control in full, such as model=canny,image=photo.png,preprocessor=canny,param.low_threshold=50,scale=0.8; "
+        help="a control in full, such as "
+        "model=canny,image=photo.png,preprocessor=canny,param.low_threshold=50,scale=0.8; "
         f"keys: {keys}, and param.NAME for each parameter of the preprocessor; "
         "`diffusion-workers preprocessors` lists those",
     )

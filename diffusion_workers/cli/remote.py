@@ -15,7 +15,7 @@ from ez_diffusion_client.models import ErrorCode, GenerationRequest, OpResult, P
 # %% ../../nbs/80_cli/02_remote.ipynb #06ade661
 def add_remote_options(parser: argparse.ArgumentParser) -> None:
     "The options that send a request elsewhere."
-    group = parser.add_argument_group("elsewhere", "Without these, the picture is made by this process.")
+    group = parser.add_argument_group("elsewhere", "Without these, the image is made by this process.")
     group.add_argument(
         "--url", metavar="URL", help="a server, such as http://127.0.0.1:8000; its token in DIFFUSION_WORKERS_TOKEN"
     )

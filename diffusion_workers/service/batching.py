@@ -84,7 +84,7 @@ class SharedStop:
 
 
 class SharedWatch(StepWatch):
-    "Tells each member of a batch how far it is, with a preview of its own picture."
+    "Tells each member of a batch how far it is, with a preview of its own image."
 
     def __init__(
         self,

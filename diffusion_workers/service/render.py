@@ -35,7 +35,7 @@ from ..pipeline.loading import quiet_libraries
 from ..pipeline.weights import storage_packages, stored_format
 from ..planning.loras import with_lora_hashes
 from ..request.errors import request_error, warning
-from ..request.images import paste_back
+from ..request.masks import cover_cells, paste_back
 from ..request.metadata import embed
 from .handle import OnProgress, StopSignal
 from .preparation import Prepared
@@ -50,7 +50,7 @@ from ez_diffusion_client.models import (
     ProgressEvent,
     RequestWarning,
     SizeConditioning,
-    StepCacheName,
+    StepCacheMethod,
     Task,
     Timings,
 )
@@ -60,7 +60,7 @@ def largest_difference(
     a: Image.Image,
     b: Image.Image,  # the same size
 ) -> int:  # 0 to 255
-    "The largest difference between two pictures, over all pixels and channels."
+    "The largest difference between two images, over all pixels and channels."
     return int(np.abs(np.asarray(a, dtype=np.int16) - np.asarray(b, dtype=np.int16)).max())
 
 # %% ../../nbs/60_service/04_render.ipynb #7ee1f6ef
@@ -68,10 +68,11 @@ MAX_BATCH = 8  # images that go through the network together
 
 
 def batch_size(plan: GenerationPlan) -> int:
-    "How many images of a plan go through the network together: one where what is left out depends on how the images of a batch look."
-    options = plan.acceleration
-    alone = options is not None and (options.guidance_tolerance or options.step_cache == StepCacheName.first_block)
-    return 1 if alone else (options and options.batch_size) or MAX_BATCH
+    "How many images of a plan share a batch: one where a cache decides by the content of the images."
+    tolerance = plan.acceleration is not None and plan.acceleration.guidance_tolerance
+    if tolerance or (plan.step_cache is not None and plan.step_cache.method == StepCacheMethod.first_block):
+        return 1
+    return (plan.memory and plan.memory.batch_size) or MAX_BATCH
 
 
 _OPTIONAL = (
@@ -86,7 +87,7 @@ _OPTIONAL = (
 
 # %% ../../nbs/60_service/04_render.ipynb #f938edd4
 def size_arguments(asked: SizeConditioning | None) -> dict[str, tuple[int, int]]:
-    "What SDXL is told about sizes, as (height, width) and (top, left); a size of which one side is missing stays the pipeline's own."
+    "SDXL's size conditioning, as (height, width) and (top, left); a size without both sides is the pipeline's own."
     if asked is None:
         return {}
     sizes = {
@@ -108,9 +109,13 @@ def pipeline_arguments(
 ) -> dict[str, Any]:
     "What the diffusers pipeline of a plan is called with."
     arguments = {
-        "prompt": plan.prompt, "num_inference_steps": plan.num_inference_steps, "guidance_scale": plan.guidance_scale,
-        "num_images_per_prompt": len(seeds), "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds], "output_type": "latent",
-    }  # fmt: skip
+        "prompt": plan.prompt,
+        "num_inference_steps": plan.num_inference_steps,
+        "guidance_scale": plan.guidance_scale,
+        "num_images_per_prompt": len(seeds),
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        "output_type": "latent",
+    }
     arguments |= {name: value for name in _OPTIONAL if (value := getattr(plan, name)) is not None}
     if plan.negative_prompt_2 and plan.negative_prompt is None:
         arguments["negative_prompt"] = ""  # without one, diffusers does not look at the second
@@ -127,7 +132,9 @@ def pipeline_arguments(
             "strength": plan.strength,
         }  # one each, so that each is encoded with numbers of its own seed
     if plan.task == Task.inpainting:
-        arguments["mask_image"] = [prepared.mask] * len(seeds)
+        # most pipelines take the first pixel of each latent cell for the whole cell
+        mask = prepared.mask if call.mask_in_pixels else cover_cells(prepared.mask)
+        arguments["mask_image"] = [mask] * len(seeds)
     if call.map_is_input:
         return arguments | {"control_image": prepared.controls[0].map}
     return arguments | (control_arguments(plan, prepared.controls) if prepared.controls else {})
@@ -215,16 +222,16 @@ def previewer_for(
 
 def decode_latents(
     pipe,
-    latents: torch.Tensor,  # (B, C, H/8, W/8), scaled by vae.config.scaling_factor after vae.config.shift_factor is taken off
+    latents: torch.Tensor,  # (B, C, H/8, W/8), (x - vae.config.shift_factor) * vae.config.scaling_factor
 ) -> list[Image.Image]:  # B images, RGB
-    "Latents to pictures; refuses to pass off broken numbers as a black picture."
+    "Latents to images; refuses to pass off broken numbers as a black image."
     config = pipe.vae.config
     latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
     with torch.no_grad():
         decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
     if not torch.isfinite(decoded).all():
-        hint = "half precision overflows in some VAEs: set dtype to bfloat16 or float32 in the manifest, or name another VAE"
-        raise request_error(ErrorCode.internal_error, "the picture holds numbers that are not finite", hint=hint)
+        hint = "float16 overflows in some VAEs: set dtype to bfloat16 or float32 in the manifest, or use another VAE"
+        raise request_error(ErrorCode.internal_error, "the image has NaN or infinite values", hint=hint)
     return pipe.image_processor.postprocess(decoded, output_type="pil")
 
 # %% ../../nbs/60_service/04_render.ipynb #72d73a33

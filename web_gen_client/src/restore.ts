@@ -1,4 +1,4 @@
-/** From the metadata of an image back to the form that generates it. The server reads it, also that of other programs. */
+/** From the metadata of an image back to the form that generates it. The server reads it. */
 import { orThrow, restore, type GenerationPlan, type LostSetting, type RestoredRequest } from 'ez-diffusion-client';
 import { asDataUri, bringBack, imageAt } from './images';
 import { get, set, type JsonObject } from './paths';
@@ -49,6 +49,8 @@ function sentence({ name, given, reason }: LostSetting): string {
 /** Restore the settings of a dropped file; false where it has no metadata. What the form held before is gone. */
 export async function restoreFile(file: Blob): Promise<boolean> {
   const found = await readRequest(file);
+  const [problem] = found.lost ?? [];
+  if (found.source === 'none' && problem) throw new Error(sentence(problem));
   if (found.source === 'none') return false;
   const source = found.plan ? sameGeneration(found.plan)?.form : undefined;
   if (source) await bringBack(source);

@@ -25,12 +25,12 @@ const LABELS: Record<string, string> = {
   use_karras_sigmas: 'Karras sigmas',
   preview_interval: 'Preview every',
   timeout_seconds: 'Time limit',
-  deepcache: 'DeepCache',
   conditioning_scale: 'Weight',
   guidance_start: 'Start',
   guidance_end: 'End',
   max_sequence_length: 'T5 tokens',
-  vae_precision: 'VAE precision',
+  vae_dtype: 'VAE dtype',
+  vae_tiling: 'VAE tiling',
   torch_compile: 'torch.compile',
   mask_blur: 'Mask blur',
 };
@@ -127,7 +127,7 @@ export class Schema {
   }
 }
 
-/** A typed number. Other text, and integers that JavaScript cannot hold exactly, stay text, which the server refuses. */
+/** A typed number. Other text, and integers that JavaScript cannot hold, stay text, which the server refuses. */
 export function typedNumber(text: string, kind: Field['kind']): number | string {
   const number = Number(text);
   if (text.trim() === '' || !Number.isFinite(number)) return text;
