@@ -21,6 +21,7 @@ from PIL import Image
 from project import ROOT
 from runpod_queue import ENDPOINT, PATIENCE, QueuedJob, QueueServer, running_worker, worker_environment
 
+import diffusion_workers.request.errors  # noqa: F401, gives OpResult its images
 from ez_diffusion_client import Client, RunPod
 from ez_diffusion_client.errors import NotFound
 from ez_diffusion_client.models import OpResult
@@ -136,7 +137,7 @@ def test_compatible_jobs_share_a_batch(queue: QueueServer, worker) -> None:
     asked = [{"prompt": prompt, "seed": seed, "num_inference_steps": 6} for seed, prompt in enumerate(prompts)]
     jobs = queue.answers({**LONG, "num_inference_steps": 60}, *asked)
     shared = [job.output for job in jobs[1:]]
-    assert sum("in one batch" in note["message"] for output in shared for note in output.get("warnings", [])) >= 2
+    assert sum("batched with" in note["message"] for output in shared for note in output.get("warnings", [])) >= 2
     for output, given in zip(shared, asked):
         alone = queue.answers(given)[0].output
         assert alone.get("warnings") is None
