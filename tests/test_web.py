@@ -294,6 +294,7 @@ def test_a_form_that_an_earlier_version_has_stored(page: Page) -> None:
             const change = opened.result.transaction('settings', 'readwrite');
             change.objectStore('settings').put({ key: 'form', value: form });
             change.oncomplete = resolve;
+            change.onabort = () => reject(change.error);
         };
     })"""
     page.evaluate(store, old)
