@@ -32,6 +32,7 @@ def offers(manifest: ModelManifest) -> list[list[dict]]:
 def test_all_are_read() -> None:
     assert not STORE.errors, STORE.errors
     assert {"shapes-sd15", "sdxl-base-1.0", "flux1-schnell", "flux1-dev", "stable-diffusion-v1-5"} <= set(STORE)
+    assert "stable-diffusion-3.5-medium" in STORE
 
 
 @pytest.mark.parametrize("name", list(STORE))
@@ -47,4 +48,4 @@ def test_every_offer_is_planned(name: str) -> None:
         )
         plan = make_plan(request, manifest, **pictures, controls=ControlFacts(dict.fromkeys(range(len(units)), FACT)))
         assert plan.task == task and len(plan.controlnets or []) == len(units)
-        assert plan.width % 8 == 0 and (manifest.family != "flux" or plan.width % 16 == 0)
+        assert plan.width % manifest.record.size_multiple == 0

@@ -169,7 +169,8 @@ def load_detector(
         if type(exc).__name__ == "OutOfMemoryError":
             raise
         logger.error("%s cannot be loaded", row.name, exc_info=exc)
-        message = f"the weights of {row.name} cannot be read ({type(exc).__name__}): {', '.join(path.name for path in files.values())} of {row.repository}"
+        names = ", ".join(path.name for path in files.values())
+        message = f"the weights of {row.name} cannot be read ({type(exc).__name__}): {names} of {row.repository}"
         hint = "check that the files are complete, or download them again; the log has the details"
         raise request_error(
             ErrorCode.model_unavailable, message, field=f"{field}.name", given=row.name, hint=hint

@@ -355,7 +355,8 @@ def _notes(loaded: LoadedLora, unknown: Sequence[str], asked: Lora, field: str) 
     if unknown:
         shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         yield warning(
-            f"{len(unknown)} of {len(loaded.weights)} modules of this LoRA are not in this model and were left out: {shown}",
+            f"{len(unknown)} of {len(loaded.weights)} modules of this LoRA are not in this model and were left out: "
+            f"{shown}",
             field=f"{field}.name",
             given=loaded.name,
         )
@@ -554,7 +555,7 @@ def use_loras(
     loras: Sequence[tuple[LoadedLora, Lora]],  # what is put on, and what the request says of it
     merge: bool = False,  # whether to write into the denoiser's weights, for one that is compiled
 ) -> Iterator[list[RequestWarning]]:  # what was left out
-    "Put LoRAs on a pipeline inside the block; a `RequestError` that names the one that does not fit, before anything is changed."
+    "Apply LoRAs to a pipeline inside the block; a `RequestError` for one that does not fit, before anything is changed."
     placed, notes = _prepare(pipe, loras) if loras else ([], [])
     written, layered = [], []
     for place in placed:

@@ -271,7 +271,8 @@ Offload = Literal["none", "model", "group"]
 StorageDtype = Literal["float8_e4m3fn", "float8_e5m2"]
 QuantizationName = Literal["bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8", "torchao_float8"]
 AttentionBackend = Literal[
-    "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "_flash_3", "sage", "xformers",
+    "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "_flash_3", "sage",
+    "xformers",
 ]  # fmt: skip
 
 
@@ -575,10 +576,11 @@ def _shown(section: BaseModel, **chosen) -> str:  # its values in one line
 
 
 def _manifest_table(manifest: ModelManifest) -> str:  # Markdown
+    kind = "" if manifest.kind == ModelKind.standard else f" ({manifest.kind})"
+    variant = f", variant {manifest.variant}" if manifest.variant else ""
     rows = {
         "source": f"`{manifest.source.describe()}`",
-        "family": f"{manifest.family}{'' if manifest.kind == ModelKind.standard else f' ({manifest.kind})'}, dtype {manifest.dtype}"
-        + (f", variant {manifest.variant}" if manifest.variant else ""),
+        "family": f"{manifest.family}{kind}, dtype {manifest.dtype}{variant}",
         "about": manifest.description,
         "license": manifest.license,
         "components": ", ".join(

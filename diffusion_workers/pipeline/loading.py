@@ -52,7 +52,7 @@ def pick_dtype(
     device: torch.device,
     name: str | None = None,  # for a manifest that says auto: "float16", "bfloat16" or "float32"
 ) -> torch.dtype:
-    "The number format of the weights: the manifest's, else what is asked for, else the family's on a GPU and fp32 on a CPU."
+    "The dtype of the weights: the manifest's, else what is asked for, else the family's on a GPU and fp32 on a CPU."
     asked = next((dtype for dtype in (manifest.dtype, name) if dtype not in (None, "auto")), None)
     if asked is not None:
         return getattr(torch, asked)
@@ -301,7 +301,7 @@ def load_pipeline(
 
 
 def _complete_text_encoder(encoder: torch.nn.Module) -> None:
-    "The SD 1.5 pipelines of diffusers 0.42 ask for `text_model` when they skip layers; in transformers 5 it is the encoder itself."
+    "Pipelines of diffusers 0.42 ask for `text_model` when they skip layers; in transformers 5 it is the encoder itself."
     if not hasattr(encoder, "text_model"):
         vars(encoder)["text_model"] = encoder  # an attribute, not a child: a module cannot contain itself
 

@@ -53,7 +53,7 @@ _STEP_CACHE = ("step_cache", "step_cache_threshold", "step_cache_interval")
 
 
 def controlled(request: GenerationRequest) -> bool:
-    "Whether a request has a control; a step cache of a transformer, which cannot be used with one, is then left out of a profile."
+    "Whether a request has a control: a profile's step cache of a transformer, which does not work with one, is then left out."
     return any(unit.enabled for unit in request.controlnets or ())
 
 

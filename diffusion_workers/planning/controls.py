@@ -43,7 +43,7 @@ def union_table(
     net: ControlNetEntry,
     family: ModelFamily,
 ) -> str:  # a key of UNION_MODE_NUMBERS
-    "How the modes of a union net are numbered."
+    "How the modes of a union ControlNet are numbered."
     return net.union_table or next(iter(FAMILIES[family].controls.union_tables))
 
 
@@ -51,7 +51,7 @@ def learnt_modes(
     net: ControlNetEntry,
     family: ModelFamily,
 ) -> dict[str, int]:  # name -> number; empty for a net without mode numbers
-    "The modes that a union net has learnt."
+    "The modes that a union ControlNet was trained on."
     modes = union_modes(union_table(net, family))
     return {name: number for name, number in modes.items() if net.union_modes is None or name in net.union_modes}
 
@@ -66,7 +66,7 @@ def takes(
     unit: ControlNetUnit,
     family: ModelFamily,
 ) -> bool:
-    "Whether a net is made for the maps of a unit."
+    "Whether a ControlNet is made for the maps of a unit."
     mode = asked_mode(unit)
     if mode is not None:
         modes = learnt_modes(net, family) if net.union else {}
@@ -85,7 +85,7 @@ def pick_net(
     unit: ControlNetUnit,
     manifest: ModelManifest,
 ) -> str | None:  # None where it cannot be told
-    "The name of the net that a unit means."
+    "The name of the ControlNet that a unit means."
     if unit.model is not None:
         return unit.model if unit.model in manifest.controlnets else None
     if len(manifest.controlnets) == 1:
@@ -101,7 +101,7 @@ def pick_mode(
     "The mode number of a unit for its net; a ValueError says why there is none."
     if not net.union:
         if unit.union_mode is not None:
-            raise ValueError("this net is no union net: leave union_mode out")
+            raise ValueError("this ControlNet is not a union ControlNet: leave union_mode out")
         return None
     table = union_table(net, family)
     if not union_modes(table):
@@ -116,7 +116,7 @@ def pick_mode(
         raise ValueError(f"the kind of the map is not known: set union_mode to {allowed}")
     number = union_mode_number(table, mode)
     if number not in modes.values():
-        raise ValueError(f"this net has not learnt {mode}; it has learnt {allowed}")
+        raise ValueError(f"this ControlNet was not trained on {mode}; it was trained on {allowed}")
     return number
 
 # %% ../../nbs/40_planning/02_controls.ipynb #b8964dcf
@@ -161,7 +161,7 @@ def check_unit(
             field=f"{at}.union_mode",
             given=asked_mode(unit),
             allowed="families " + ", ".join(name for name, family in FAMILIES.items() if family.controls.union_class),
-            hint="leave it out, and name a net for that kind of map",
+            hint="leave it out, and name a ControlNet for that kind of map",
         )
         return
     if unit.control_mode not in controls.modes:
@@ -213,19 +213,21 @@ def _check_mixture(
                 message,
                 field=f"{at}.model",
                 given=name,
-                hint="use the union net for every unit, or plain nets alone",
+                hint="use the union ControlNet for every unit, or plain ControlNets alone",
             )
         elif others and len(set(names.values())) > 1 and i == min([i, *others]):
-            message = "with two union nets, each takes one map"
+            message = "with two union ControlNets, each takes one map"
             yield error_detail(
                 ErrorCode.unsupported_combination,
                 message,
                 field=f"{at}.model",
                 given=name,
-                hint="use one union net for all maps",
+                hint="use one union ControlNet for all maps",
             )
         elif others and units[i].mask_image is not None:
-            message = "the maps of one union net are merged before they act, so no part of the picture can be left to one of them"
+            message = (
+                "the maps of one union ControlNet are merged before they act, so a mask cannot apply to one of them"
+            )
             yield error_detail(
                 ErrorCode.unsupported_combination,
                 message,
@@ -233,7 +235,7 @@ def _check_mixture(
                 hint="leave the mask out, or use one map",
             )
         elif names[first] == name and units[i].control_mode != units[first].control_mode:
-            message = "the maps of one union net share a control mode"
+            message = "the maps of one union ControlNet share a control mode"
             yield error_detail(
                 ErrorCode.unsupported_combination,
                 message,

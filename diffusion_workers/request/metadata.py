@@ -213,11 +213,11 @@ def _texts(image: Image.Image) -> dict[str, str]:  # under PLAN_KEY and PARAMETE
 
 
 def read_metadata(
-    source: bytes | Path,  # a file, or where it lies; for local callers, a Path never comes from a request
+    source: bytes | Path | Image.Image,  # a file, its path (local callers only), or an image that was opened from one
 ) -> ImageMetadata:
     "What a PNG, JPEG or WebP says about itself; a RequestError only if it is no image that can be read."
     data = source.read_bytes() if isinstance(source, Path) else source
-    texts = _texts(open_image(data))
+    texts = _texts(data if isinstance(data, Image.Image) else open_image(data))
     text, parameters = texts.get(PLAN_KEY), texts.get(PARAMETERS_KEY)
     plan, problem = _parse_plan(text) if text is not None else (None, None)
     return ImageMetadata(plan, parameters, problem)

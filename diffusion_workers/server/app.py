@@ -49,7 +49,7 @@ def shown_specification(settings: ServerSettings) -> dict:
 
 # %% ../../nbs/70_server/06_app.ipynb #10677720
 OPERATIONS: dict[str, Callable[..., Awaitable[Response]]] = {  # operationId -> its function
-    "generate": routes.generate, "plan": routes.plan, "preprocess": routes.preprocess, "createJob": routes.create_job, "getJob": routes.get_job,
+    "generate": routes.generate, "plan": routes.plan, "preprocess": routes.preprocess, "restore": routes.restore, "createJob": routes.create_job, "getJob": routes.get_job,
     "cancelJob": routes.cancel_job, "streamJobEvents": routes.stream_job_events, "listModels": routes.list_models, "memoryInfo": routes.memory_info,
     "health": routes.health, "ready": routes.ready, "metrics": routes.metrics,
 }  # fmt: skip

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Body', 'logger', 'Result', 'read_body', 'wanted_image', 'as_wanted', 'image_answer', 'ServerState', 'while_connected',
-           'generate', 'plan', 'preprocess', 'create_job', 'get_job', 'cancel_job', 'stream_job_events', 'list_models',
-           'memory_info', 'health', 'ready', 'metrics']
+           'generate', 'plan', 'preprocess', 'restore', 'create_job', 'get_job', 'cancel_job', 'stream_job_events',
+           'list_models', 'memory_info', 'health', 'ready', 'metrics']
 
 # %% ../../nbs/70_server/05_routes.ipynb #0aebbf0d
 import asyncio
@@ -34,6 +34,7 @@ from ez_diffusion_client.models import (
     OpStatus,
     OutputFormat,
     PreprocessRequest,
+    RestoreRequest,
 )
 
 # %% ../../nbs/70_server/05_routes.ipynb #add9c6c2
@@ -194,6 +195,14 @@ async def preprocess(request: Request) -> Response:
             return answer(await asyncio.to_thread(state.service.preprocess, body))
     finally:
         state.maps_waiting -= 1
+
+# %% ../../nbs/70_server/05_routes.ipynb #8a2c5017
+async def restore(request: Request) -> Response:
+    "POST /restore"
+    body = await read_body(request, RestoreRequest)
+    service = request.app.state.server.service
+    given = {"parameters": body.parameters, "request_id": body.request_id}
+    return answer(await asyncio.to_thread(service.restore, body.image, **given))
 
 # %% ../../nbs/70_server/05_routes.ipynb #148a6f0d
 def _json(model: BaseModel, http_status: int = 200) -> Response:

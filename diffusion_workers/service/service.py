@@ -8,7 +8,9 @@ __all__ = ['DiffusionService']
 # %% ../../nbs/60_service/11_service.ipynb #c0080944
 import time
 from importlib.metadata import version
-from typing import Unpack
+from typing import Any, Unpack
+
+from PIL import Image
 
 from ..pipeline.loading import pick_device  # first: it imports torch and diffusers, undisturbed
 
@@ -25,10 +27,12 @@ from diffusion_workers.planning.inputs import (
     PlannedRequest,
     as_preprocess_request,
     as_request,
+    image_text,
     plan_map,
     plan_request,
 )
-from ..request.errors import failure, logger
+from ..planning.replay import restore_request, restore_result
+from ..request.errors import RequestError, failure, logger, parse
 from ..request.images import ImagePolicy, to_image_string
 from ..request.schema import takes_fields_of
 from .batching import BatchPolicy
@@ -47,6 +51,7 @@ from ez_diffusion_client.models import (
     OpResult,
     OpStatus,
     PreprocessRequest,
+    RestoreRequest,
 )
 
 # %% ../../nbs/60_service/11_service.ipynb #569134ea
@@ -171,6 +176,25 @@ class DiffusionService:
             image=to_image_string(made), preprocessor=asked.preprocessing.name, width=made.width, height=made.height
         )
         return OpResult(status=OpStatus.success, control_map=found, request_id=request_id)
+
+    def restore(
+        self,
+        image: Any = None,  # an image file (bytes, a path, base64 text, a URL), or a PIL image that was opened from one
+        *,
+        parameters: str | None = None,  # prompt, negative prompt and settings as other programs write them
+        request_id: str | None = None,
+    ) -> OpResult:
+        "Restore the request that made an image from its metadata: a result that holds it, and what is lost."
+        models = self.list_models()
+        if isinstance(image, Image.Image):
+            return restore_result(image, models, request_id)
+        try:
+            text = None if image is None else image_text(image, "image")
+            given = {"image": text, "parameters": parameters, "request_id": request_id}
+            asked = parse(RestoreRequest, {name: value for name, value in given.items() if value is not None})
+        except RequestError as refused:
+            return failure(refused, request_id)
+        return restore_request(asked, models, self.image_policy)
 
     # --- models and reports ---
 

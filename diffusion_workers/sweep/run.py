@@ -32,6 +32,7 @@ from diffusion_workers.sweep.folder import (
 from ez_diffusion_client import AsyncClient, Retries, RunPod, Server
 from ez_diffusion_client.errors import NotFound, QueueFull, RequestFailed, ServerUnreachable, Unauthorized
 from ez_diffusion_client.models import OpResult
+from ez_diffusion_client.receipts import ReceiptImage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -265,10 +266,10 @@ def table(self: Sweep) -> "pd.DataFrame":
 
 # %% ../../nbs/72_sweep/02_run.ipynb #8c45ff3c
 @patch
-def images(self: Sweep, item: SweepItem) -> list[Image.Image]:  # none where there is no picture
-    "The pictures of a request, from the disk."
+def images(self: Sweep, item: SweepItem) -> list[ReceiptImage]:  # none where there is no image
+    "The images of a request, from the disk; their `save` keeps the receipt."
     made = item.result.generation if item.result else None
-    return [Image.open(self.folder / image.image) for image in made.images] if made else []
+    return [ReceiptImage.open(self.folder / image.image) for image in made.images] if made else []
 
 
 _GREY = (224, 224, 224)

@@ -10,7 +10,7 @@ import httpx
 
 from .errors import ClientError, ConnectionLost, RequestFailed, ServerUnreachable, UnexpectedAnswer, WaitTimeout, raise_for_status
 from .models import GenerationRequest, Health, Job, JobState, MemoryReport, ModelList, OpResult, OpStatus, PreprocessRequest, ProgressEvent
-from .pictures import request_body
+from .pictures import request_body, restore_body
 from .targets import Call, RunPod, Server, parse_answer
 
 T = TypeVar("T")
@@ -293,6 +293,15 @@ class Client(_Base):
         """The control map of a picture."""
         return self._do(self.target.ask("POST", "/preprocess", OpResult, request_body(request, fields)))
 
+    def restore(
+        self,
+        image: Any = None,  # an image file: bytes, a path, base64 text or a URL
+        *,
+        parameters: str | None = None,  # prompt, negative prompt and settings as other programs write them
+    ) -> OpResult:  # its `restored` holds the request
+        """Restore the request that made an image from the image's metadata."""
+        return self._do(self.target.ask("POST", "/restore", OpResult, restore_body(image, parameters)))
+
     def models(self) -> ModelList:
         """The models that the server offers."""
         return self._do(self.target.ask("GET", "/models", ModelList))
@@ -465,6 +474,15 @@ class AsyncClient(_Base):
     async def preprocess(self, request: PreprocessRequest | dict[str, Any] | None = None, **fields: Any) -> OpResult:
         """The control map of a picture."""
         return await self._do(self.target.ask("POST", "/preprocess", OpResult, request_body(request, fields)))
+
+    async def restore(
+        self,
+        image: Any = None,  # an image file: bytes, a path, base64 text or a URL
+        *,
+        parameters: str | None = None,  # prompt, negative prompt and settings as other programs write them
+    ) -> OpResult:  # its `restored` holds the request
+        """Restore the request that made an image from the image's metadata."""
+        return await self._do(self.target.ask("POST", "/restore", OpResult, restore_body(image, parameters)))
 
     async def models(self) -> ModelList:
         """The models that the server offers."""

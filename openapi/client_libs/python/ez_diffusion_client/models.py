@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -1120,6 +1120,97 @@ class PreprocessRequest(BaseModel):
     ] = None
 
 
+class RestoreRequest(BaseModel):
+    """
+    Where a request is restored from: an image file with metadata, or a text of parameters; give one of them
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    image: Annotated[
+        StrictStr | None,
+        Field(
+            description="The file as it was written (PNG, JPEG or WebP): saving an image again may remove its metadata",
+            max_length=134217728,
+            min_length=1,
+        ),
+    ] = None
+    parameters: Annotated[
+        StrictStr | None,
+        Field(
+            description='Prompt, negative prompt and settings as other programs write them, such as "a cat / Steps: 20, Seed: 1" on two lines',
+            max_length=1000000,
+            min_length=1,
+        ),
+    ] = None
+    request_id: Annotated[
+        StrictStr | None,
+        Field(max_length=128, min_length=1, pattern="^[A-Za-z0-9._:-]+$"),
+    ] = None
+
+
+class MetadataSource(StrEnum):
+    """
+    What a request was restored from: the plan that this project embeds, the parameters that other programs write, or nothing
+    """
+
+    plan = "plan"
+    parameters = "parameters"
+    none = "none"
+
+
+class LostSetting(BaseModel):
+    """
+    A setting that could not be restored
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    name: Annotated[
+        StrictStr,
+        Field(
+            description="As the metadata names it, or the path of the field, such as controlnets[0].image"
+        ),
+    ]
+    given: Annotated[
+        StrictStr | None, Field(description="What the metadata holds, digit by digit")
+    ] = None
+    reason: Annotated[StrictStr, Field(description="Why it could not be restored")]
+
+
+class RestoredRequest(BaseModel):
+    """
+    A request read from metadata
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    source: MetadataSource
+    request: Annotated[
+        dict[str, Any],
+        Field(
+            description="Fields of a GenerationRequest. Metadata holds no images: the fields named by missing_images are absent, and the request is refused until they are given again."
+        ),
+    ]
+    missing_images: Annotated[
+        list[StrictStr] | None,
+        Field(
+            description="Fields that need their image again, such as image or controlnets[0].image"
+        ),
+    ] = None
+    plan: Annotated[
+        GenerationPlan | None,
+        Field(description="The plan that made the image, where it is embedded"),
+    ] = None
+    lost: Annotated[
+        list[LostSetting] | None,
+        Field(description="Everything in the metadata that the request does not hold"),
+    ] = None
+
+
 class DeviceMemory(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -1305,6 +1396,7 @@ class OpResult(BaseModel):
         ),
     ] = None
     control_map: ControlMap | None = None
+    restored: RestoredRequest | None = None
     memory: MemoryReport | None = None
     health: Health | None = None
     request_id: StrictStr | None = None

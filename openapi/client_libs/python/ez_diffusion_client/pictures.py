@@ -54,6 +54,17 @@ def request_body(
     return _with_text(merged)
 
 
+def restore_body(
+    image: Any,  # an image file: bytes, a path, base64 text or a URL
+    parameters: str | None,
+) -> dict[str, Any]:
+    """What is sent to restore a request; a `TypeError` for a PIL image, which would be sent without its metadata."""
+    if hasattr(image, "getbands"):
+        raise TypeError("give the image file (bytes or a path): sending a PIL image would drop its metadata")
+    given = {"image": picture_text(image), "parameters": parameters}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def image_bytes(
     result: OpResult,  # of a generation
 ) -> list[bytes]:

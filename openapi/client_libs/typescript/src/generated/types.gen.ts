@@ -745,6 +745,26 @@ export type PlannedControl = {
 };
 
 /**
+ * A LoRA with the file that its name stands for
+ */
+export type PlannedLora = {
+    name: string;
+    scale?: number;
+    text_encoder_scale?: number | null;
+    block_scales?: {
+        [key: string]: number;
+    } | null;
+    /**
+     * Where the file comes from, such as file:ink.safetensors or hub:owner/name
+     */
+    source?: string | null;
+    /**
+     * Of the file; absent in receipts of older versions
+     */
+    sha256?: string | null;
+};
+
+/**
  * Where the plan was carried out
  */
 export type Environment = {
@@ -820,7 +840,7 @@ export type GenerationPlan = {
     resize_mode?: ResizeMode;
     mask_image?: PlannedImage | null;
     inpaint?: InpaintOptions | null;
-    loras?: Array<Lora> | null;
+    loras?: Array<PlannedLora> | null;
     controlnets?: Array<PlannedControl> | null;
     /**
      * The profile that settings were taken from
@@ -910,6 +930,78 @@ export type PreprocessRequest = {
 };
 
 /**
+ * Where a request is restored from: an image file with metadata, or a text of parameters; give one of them
+ */
+export type RestoreRequest = {
+    /**
+     * The file as it was written (PNG, JPEG or WebP): saving an image again may remove its metadata
+     */
+    image?: ImageString | null;
+    /**
+     * Prompt, negative prompt and settings as other programs write them, such as "a cat / Steps: 20, Seed: 1" on two lines
+     */
+    parameters?: string | null;
+    request_id?: string | null;
+};
+
+/**
+ * What a request was restored from: the plan that this project embeds, the parameters that other programs write, or nothing
+ */
+export const MetadataSource = {
+    PLAN: 'plan',
+    PARAMETERS: 'parameters',
+    NONE: 'none'
+} as const;
+
+/**
+ * What a request was restored from: the plan that this project embeds, the parameters that other programs write, or nothing
+ */
+export type MetadataSource = typeof MetadataSource[keyof typeof MetadataSource];
+
+/**
+ * A setting that could not be restored
+ */
+export type LostSetting = {
+    /**
+     * As the metadata names it, or the path of the field, such as controlnets[0].image
+     */
+    name: string;
+    /**
+     * What the metadata holds, digit by digit
+     */
+    given?: string | null;
+    /**
+     * Why it could not be restored
+     */
+    reason: string;
+};
+
+/**
+ * A request read from metadata
+ */
+export type RestoredRequest = {
+    source: MetadataSource;
+    /**
+     * Fields of a GenerationRequest. Metadata holds no images: the fields named by missing_images are absent, and the request is refused until they are given again.
+     */
+    request: {
+        [key: string]: unknown;
+    };
+    /**
+     * Fields that need their image again, such as image or controlnets[0].image
+     */
+    missing_images?: Array<string> | null;
+    /**
+     * The plan that made the image, where it is embedded
+     */
+    plan?: GenerationPlan | null;
+    /**
+     * Everything in the metadata that the request does not hold
+     */
+    lost?: Array<LostSetting> | null;
+};
+
+/**
  * How an operation ended, with what it made or why it failed
  */
 export type OpResult = {
@@ -926,6 +1018,7 @@ export type OpResult = {
      */
     plan?: GenerationPlan | null;
     control_map?: ControlMap | null;
+    restored?: RestoredRequest | null;
     memory?: MemoryReport | null;
     health?: Health | null;
     request_id?: string | null;
@@ -1245,6 +1338,31 @@ export type PreprocessResponses = {
 };
 
 export type PreprocessResponse = PreprocessResponses[keyof PreprocessResponses];
+
+export type RestoreData = {
+    body: RestoreRequest;
+    path?: never;
+    query?: never;
+    url: '/restore';
+};
+
+export type RestoreErrors = {
+    /**
+     * An OpResult whose status says what went wrong and whose errors name the fields
+     */
+    default: OpResult;
+};
+
+export type RestoreError = RestoreErrors[keyof RestoreErrors];
+
+export type RestoreResponses = {
+    /**
+     * What was asked for
+     */
+    200: OpResult;
+};
+
+export type RestoreResponse = RestoreResponses[keyof RestoreResponses];
 
 export type CreateJobData = {
     body: GenerationRequest;

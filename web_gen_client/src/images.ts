@@ -1,28 +1,30 @@
-/** Pictures that go into a request. The form holds `picture:ID` in their place, and the data travel once, when a request is sent. */
+/** Images in a request. The form holds `image:ID` in their place, and the data are sent once, with the request. */
 import { signal } from '@preact/signals';
 import { mapStrings, type Json } from './paths';
-import { loadPictures, savePicture } from './storage';
+import { loadInputImages, saveInputImage } from './storage';
 
-export interface Picture {
+export interface InputImage {
   id: string;
   dataUri: string;
   width: number;
   height: number;
 }
 
-const PREFIX = 'picture:';
-export const pictures = signal<ReadonlyMap<string, Picture>>(new Map());
+const PREFIX = 'image:';
+export const inputImages = signal<ReadonlyMap<string, InputImage>>(new Map());
 
 export function newId(): string {
   return [...crypto.getRandomValues(new Uint8Array(9))].map((byte) => byte.toString(36).padStart(2, '0')).join('');
 }
 
-export function reference(picture: Picture): string {
-  return PREFIX + picture.id;
+export function reference(image: InputImage): string {
+  return PREFIX + image.id;
 }
 
-export function pictureAt(value: Json | undefined): Picture | undefined {
-  return typeof value === 'string' && value.startsWith(PREFIX) ? pictures.value.get(value.slice(PREFIX.length)) : undefined;
+export function imageAt(value: Json | undefined): InputImage | undefined {
+  return typeof value === 'string' && value.startsWith(PREFIX)
+    ? inputImages.value.get(value.slice(PREFIX.length))
+    : undefined;
 }
 
 export function asDataUri(blob: Blob): Promise<string> {
@@ -47,30 +49,31 @@ export async function loadImage(source: string): Promise<HTMLImageElement> {
   return image;
 }
 
-export async function addPicture(source: Blob | string): Promise<Picture> {
+export async function addImage(source: Blob | string): Promise<InputImage> {
   const dataUri = typeof source === 'string' ? source : await asDataUri(source);
-  const image = await loadImage(dataUri).catch(() => {
-    throw new Error('this is not a picture that the browser can read');
+  const decoded = await loadImage(dataUri).catch(() => {
+    throw new Error('this is not an image that the browser can read');
   });
-  const picture = { id: newId(), dataUri, width: image.naturalWidth, height: image.naturalHeight };
-  pictures.value = new Map(pictures.value).set(picture.id, picture);
-  await savePicture(picture);
-  return picture;
+  const image = { id: newId(), dataUri, width: decoded.naturalWidth, height: decoded.naturalHeight };
+  inputImages.value = new Map(inputImages.value).set(image.id, image);
+  await saveInputImage(image);
+  return image;
 }
 
-/** The pictures that a stored form needs, back from the disk; what is not there any more is left out of the form. */
+/** Load the images of a stored form from the disk. */
 export async function bringBack<Value extends Json>(form: Value): Promise<Value> {
   const ids: string[] = [];
   mapStrings(form, (text) => (text.startsWith(PREFIX) && ids.push(text.slice(PREFIX.length)), text));
-  const missing = ids.filter((id) => !pictures.value.has(id));
-  const found = await loadPictures(missing);
-  if (found.length) pictures.value = new Map([...pictures.value, ...found.map((picture) => [picture.id, picture] as const)]);
+  const missing = ids.filter((id) => !inputImages.value.has(id));
+  const found = await loadInputImages(missing);
+  if (found.length)
+    inputImages.value = new Map([...inputImages.value, ...found.map((image) => [image.id, image] as const)]);
   return form;
 }
 
-/** A form with the data of its pictures in place of their names. */
+/** A form with the data of its images in place of their names. */
 export function withData<Value extends Json>(form: Value): Value {
-  return mapStrings(form, (text) => pictureAt(text)?.dataUri ?? text) as Value;
+  return mapStrings(form, (text) => imageAt(text)?.dataUri ?? text) as Value;
 }
 
 export function idsIn(form: Json): Set<string> {
