@@ -435,7 +435,7 @@ def call(
     (["plan", "--request", "-"], '{"prompt": ' + "[" * 100_000, 2, ["JSON"]),
     (["plan", "--request", "missing.json"], "", 2, ["--request", "missing.json"]),
     (["replay", "missing.png"], "", 5, ["missing.png"]),
-    (["models", "--models", "missing"], "", 2, ["missing is no folder"]),
+    (["models", "--models", "missing"], "", 2, ["missing is not a folder"]),
     (["train-shapes"], "", 2, ["--out", "a folder is needed"]),
     (["train-shapes", "--part", "shapes-flx", "--out", "x"], "", 2, ["--part", "did you mean shapes-flux?"]),
     (["train-shapes", "--part", "shapes-flux", "--out", "x", "--minutes", "3"], "", 4, ["--part", "belong to shapes-sd15"]),

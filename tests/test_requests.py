@@ -18,13 +18,13 @@ import pytest
 from PIL import Image
 from project import ROOT
 
-from diffusion_workers.models.store import Settings
 from diffusion_workers.planning.plan import KARRAS_SCHEDULERS, request_from_plan
 from diffusion_workers.request.errors import error_line
 from diffusion_workers.request.images import ImagePolicy
 from diffusion_workers.request.metadata import read_metadata
 from diffusion_workers.request.schema import schema_fields
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client import models as wire
 from ez_diffusion_client import pil_images
 from ez_diffusion_client.fields import PreprocessFields, RequestFields
@@ -288,7 +288,7 @@ def mangled(chance: random.Random) -> dict[str, Any]:
         elif accident == 6:
             request.pop(chance.choice(list(request)), None)
         else:
-            request[chance.choice(["output", "inpaint", "deepcache", "refiner", "size_conditioning"])] = {
+            request[chance.choice(["output", "inpaint", "step_cache", "memory", "refiner", "size_conditioning"])] = {
                 chance.choice(["format", "quality", "mask_blur", "Padding", "x"]): junk(chance)
             }
     return request

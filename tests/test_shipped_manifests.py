@@ -11,7 +11,7 @@ from diffusion_workers.planning.controls import ControlFacts, learnt_modes
 from diffusion_workers.planning.plan import make_plan
 from ez_diffusion_client.models import GenerationRequest, PlannedImage, Task
 
-STORE = load_manifests(folders=())
+STORE = load_manifests()
 FACT = PlannedImage(sha256="0" * 64, width=1024, height=1024)
 PICTURE = "aGVsbG8="
 

@@ -16,10 +16,10 @@ from diffusion_workers.families.sd35 import sd35_original_names
 from diffusion_workers.lora.files import LoraName, fits
 from diffusion_workers.lora.keys import module_shapes
 from diffusion_workers.lora.layers import _rows, load_lora
-from diffusion_workers.models.store import Settings
 from diffusion_workers.pipeline.loading import quiet_libraries
 from diffusion_workers.pipeline.tiny_models import tiny_pipeline, write_tiny_model
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import ModelFamily, OpStatus
 
 ROUNDING = 1  # of 255: a batch adds in another order than an image alone
@@ -114,8 +114,8 @@ def test_controls_count_and_leave_nothing_behind(service: DiffusionService) -> N
     [
         ({"true_cfg_scale": 2.0}, "has no use for true_cfg_scale"),
         ({"scheduler": "ddim"}, "allowed: flow_match_euler"),
-        ({"deepcache": {"cache_interval": 3}}, "not a U-Net"),
-        ({"acceleration": {"step_cache": "first_block"}}, "does not work on the denoiser"),
+        ({"step_cache": {"method": "deepcache"}}, "cannot use this method"),
+        ({"step_cache": {"method": "first_block"}}, "cannot use this method"),
         ({"image": photo(), "controlnets": [CANNY]}, "no pipeline for single control with image_to_image"),
         ({"controlnets": [CANNY | {"union_mode": "canny"}]}, "no union ControlNet"),
         ({"controlnets": [CANNY | {"control_mode": "prompt"}]}, "no control mode"),

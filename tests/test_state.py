@@ -1,7 +1,7 @@
 """State never leaks: whatever ran before, cancelled, failed or was thrown out of memory, a fixed request draws the same pixels.
 
 Random sequences of requests over all families, every task and kind of control, LoRAs, schedulers, step caches, windows of
-guidance, number formats, errors and cancels go through one service whose memory budget does not hold all models. After each
+guidance, dtypes, memory settings, errors and cancels go through one service whose memory budget does not hold all models. After each
 sequence a fixed request of a family, with or without a cache, is compared with what a fresh service drew. The models are tiny and untrained, the classes are the real ones.
 """
 
@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from diffusion_workers.families.record import Family
 from diffusion_workers.families.registry import FAMILIES
-from diffusion_workers.models.store import Settings
 from diffusion_workers.pipeline.loading import load_pipeline, pick_device, quiet_libraries
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import Task
 
 SEQUENCES, MANY_SEQUENCES = 30, 2000  # of each seed
@@ -111,38 +111,26 @@ def random_acceleration(rng: random.Random, record: Family, controlled: bool) ->
     options = {"guidance_start": start, "guidance_end": end} | rng.choice(
         [
             {},
-            {"compute_dtype": "bfloat16"},
-            {"vae_precision": "bf16"},
-            {"vae_tiling": True},
+            {"dtype": "bfloat16"},
+            {"vae_dtype": "bfloat16"},
             {"guidance_tolerance": 0.5},
         ]
     )
+    memory = rng.choice([None, None, {"vae_tiling": True}, {"batch_size": 1}])
+    common = {"acceleration": options, "memory": memory}
     if not record.step_caches:
-        return {"num_inference_steps": 4, "acceleration": options}
+        return common | {"num_inference_steps": 4}
     if "first_block" in record.step_caches:
-        cache = (
-            {}
-            if controlled
-            else rng.choice(
-                [
-                    {},
-                    {"step_cache": "first_block", "step_cache_threshold": 0.5},
-                    {"step_cache": "taylorseer", "step_cache_interval": 2},
-                ]
-            )
-        )
-        return {"num_inference_steps": 5, "acceleration": options | cache}
+        caches = [None, {"method": "first_block", "threshold": 0.5}, {"method": "taylorseer", "interval": 2}]
+        return common | {"num_inference_steps": 5, "step_cache": None if controlled else rng.choice(caches)}
     cache = {
-        "method": rng.choice(["deepcache", "step_cache"]),
-        "cache_interval": rng.choice([1, 2, 3]),
-        "cache_branch_id": rng.choice([0, 1, 3]),
+        "method": rng.choice(["deepcache", "deep_features"]),
+        "interval": rng.choice([1, 2, 3]),
+        "branch": rng.choice([0, 1, 3]),
         "end": rng.choice([0.5, 1.0]),
+        "reuse_control_residuals": rng.choice([None, True, False]),
     }
-    return {
-        "num_inference_steps": 4,
-        "acceleration": options | {"reuse_control_residuals": rng.choice([None, True, False])},
-        "deepcache": rng.choice([None, cache, cache]),
-    }
+    return common | {"num_inference_steps": 4, "step_cache": rng.choice([None, cache, cache])}
 
 
 def disturbances() -> Iterator[dict]:
@@ -157,8 +145,8 @@ def disturbances() -> Iterator[dict]:
             {"clip_skip": 24},
             {"width": 100000},
             {"profile": "none"},
-            {"deepcache": {"cache_branch_id": 31}},
-            {"acceleration": {"compute_dtype": "float16"}},
+            {"step_cache": {"method": "deepcache", "branch": 31}},
+            {"acceleration": {"dtype": "float16"}},
             {"acceleration": {"guidance_start": 0.9, "guidance_end": 0.1}},
             {"controlnets": [{"model": "canny", "image": picture(1), "preprocessing": {"name": "midas"}}]},
         ]
@@ -168,8 +156,9 @@ def disturbances() -> Iterator[dict]:
 BASES = {  # family -> requests whose pixels must not change
     family: ({"num_inference_steps": 2}, {"num_inference_steps": 5, **cached})
     for family, cached in {
-        "sd15": {"deepcache": {"cache_interval": 2}}, "sdxl": {"deepcache": {"method": "step_cache", "cache_interval": 3}, "acceleration": {"guidance_end": 0.5}},
-        "flux": {"acceleration": {"step_cache": "first_block", "step_cache_threshold": 0.5}},
+        "sd15": {"step_cache": {"method": "deepcache", "interval": 2}},
+        "sdxl": {"step_cache": {"method": "deep_features", "interval": 3}, "acceleration": {"guidance_end": 0.5}},
+        "flux": {"step_cache": {"method": "first_block", "threshold": 0.5}},
         "sd35": {"acceleration": {"guidance_end": 0.5}},
     }.items()
 }  # fmt: skip

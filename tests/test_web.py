@@ -13,10 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from project import ROOT
 from server_process import PATIENCE, needs, running_server
 
-from diffusion_workers.request.images import PARAMETERS_KEY, encode_image
+from diffusion_workers.request.images import PARAMETERS_KEY, PLAN_KEY, encode_image
 from diffusion_workers.request.metadata import read_metadata
 from ez_diffusion_client import Client, image_bytes
 
@@ -38,6 +40,7 @@ FLAGS = [
     "--disable-sync",
 ]
 PROMPT = "a red circle left of a blue square on a white background"
+RECEIPTS = ROOT / "tests" / "receipts_v1"  # images of an earlier version
 
 
 # --- a browser, and hands to use it -----------------------------------------
@@ -248,6 +251,61 @@ def test_restore_from_an_image(page: Page, server: str, kind: str, way: str) -> 
     assert (pixels(made) == pixels(original)).all()
 
 
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_restore_from_an_image_of_an_earlier_version(page: Page, kind: str) -> None:
+    "Settings that had other names then are in the fields of today, and the request is one of today."
+    bring(page, (RECEIPTS / f"everything_unet.{kind}").read_bytes(), kind, "drop")
+    expect(page.locator(".status")).to_have_text("Settings restored.")
+    values = {
+        "seed": "4",
+        "step_cache.method": "deep_features",
+        "step_cache.interval": "2",
+        "acceleration.dtype": "bfloat16",
+        "acceleration.vae_dtype": "bfloat16",
+        "memory.batch_size": "2",
+    }
+    for name, value in values.items():
+        expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
+    plan = read_metadata(generate(page)).plan
+    assert (plan.step_cache.method.value, plan.memory.vae_tiling) == ("deep_features", True)
+
+
+def test_an_image_of_a_newer_version(page: Page) -> None:
+    "It says why its settings are not restored."
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_text(PLAN_KEY, '{"plan_version": 99, "prompt": "a"}')
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
+    bring(page, buffer.getvalue(), "png", "drop")
+    expect(page.locator(".status")).to_contain_text("newer version of diffusion_workers: plan_version is 99")
+
+
+def test_a_form_that_an_earlier_version_has_stored(page: Page) -> None:
+    "The browser keeps the form; after an update its settings are those of today."
+    fill(page, prompt=PROMPT)
+    old = {
+        "prompt": PROMPT,
+        "deepcache": {"cache_interval": 2},
+        "acceleration": {"vae_precision": "bf16", "batch_size": 1},
+    }
+    store = """(form) => new Promise((resolve) => {
+        const opened = indexedDB.open('diffusion-workers', 1);
+        opened.onsuccess = () => {
+            const change = opened.result.transaction('settings', 'readwrite');
+            change.objectStore('settings').put({ key: 'form', value: form });
+            change.oncomplete = resolve;
+        };
+    })"""
+    page.evaluate(store, old)
+    page.reload()
+    for name, value in {
+        "step_cache.method": "deepcache",
+        "step_cache.interval": "2",
+        "acceleration.vae_dtype": "bfloat16",
+        "memory.batch_size": "1",
+    }.items():
+        expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
+
+
 def test_restore_from_another_program(page: Page) -> None:
     "Settings of another program replace the form: what it held before is gone, and what cannot be restored is listed."
     fill(page, prompt=PROMPT, negative_prompt="blurry")
@@ -308,7 +366,7 @@ def test_profile(page: Page) -> None:
     fill(page, prompt=PROMPT)
     page.locator("[data-path=profile]").select_option("fast")
     plan = read_metadata(generate(page)).plan
-    assert (plan.profile, plan.num_inference_steps, plan.acceleration.vae_precision.value) == ("fast", 2, "bf16")
+    assert (plan.profile, plan.num_inference_steps, plan.acceleration.vae_dtype.value) == ("fast", 2, "bfloat16")
 
 
 def test_error_at_the_field(page: Page) -> None:

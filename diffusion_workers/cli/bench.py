@@ -53,28 +53,28 @@ def read_scenarios(path: Path | str) -> dict[str, dict[str, Any]]:
             ErrorCode.malformed_json, f"the scenarios cannot be read ({reason})", field="--scenarios", given=str(path)
         ) from None
     if not isinstance(content, dict) or not content or not all(isinstance(fields, dict) for fields in content.values()):
-        allowed = 'such as {"exact": {}, "cached": {"deepcache": {"cache_interval": 3}}}'
+        allowed = 'such as {"exact": {}, "cached": {"step_cache": {"method": "deepcache"}}}'
         raise request_error(
             ErrorCode.wrong_type, "these are no scenarios", field="--scenarios", given=Path(path).name, allowed=allowed
         )
     return content
 
 
-CACHES = {  # name -> method, and the fields of a request that ask for it
-    "DeepCache, interval 3": ("deepcache", {"deepcache": {"cache_interval": 3}}),
-    "step cache, interval 3": ("step_cache", {"deepcache": {"method": "step_cache", "cache_interval": 3}}),
-    "first block cache": ("first_block", {"acceleration": {"step_cache": "first_block"}}),
-    "TaylorSeer": ("taylorseer", {"acceleration": {"step_cache": "taylorseer"}}),
+CACHES = {  # name -> step_cache of a request
+    "DeepCache, interval 3": {"method": "deepcache", "interval": 3},
+    "deep features, interval 3": {"method": "deep_features", "interval": 3},
+    "first block cache": {"method": "first_block"},
+    "TaylorSeer": {"method": "taylorseer"},
 }
 
 
 def usual_scenarios(manifest) -> dict[str, dict[str, Any]]:
     "The profiles of a model, and the step caches of its family at their usual settings."
-    caches = {name: fields for name, (method, fields) in CACHES.items() if method in manifest.record.step_caches}
+    caches = {name: cache for name, cache in CACHES.items() if cache["method"] in manifest.record.step_caches}
     return (
         {"exact": {"profile": "exact"}}
         | {name: {"profile": name} for name in manifest.profiles if name != "exact"}
-        | {name: {"profile": "exact"} | fields for name, fields in caches.items()}
+        | {name: {"profile": "exact", "step_cache": cache} for name, cache in caches.items()}
     )
 
 # %% ../../nbs/80_cli/05_bench.ipynb #0cfb9da0

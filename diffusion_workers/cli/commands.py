@@ -44,9 +44,10 @@ from ez_diffusion_client.models import (
 
 if TYPE_CHECKING:
     from diffusion_workers.models.manifest import ModelManifest
-    from diffusion_workers.models.store import ManifestStore, Settings
+    from diffusion_workers.models.store import ManifestStore
     from diffusion_workers.planning.inputs import PlannedRequest
     from diffusion_workers.service.service import DiffusionService
+    from diffusion_workers.settings.service import Settings
 
 # %% ../../nbs/80_cli/03_commands.ipynb #02e85f03
 EXIT_CODES = {
@@ -149,20 +150,18 @@ def write_maps(result: OpResult, output: str) -> list[Path]:
 # %% ../../nbs/80_cli/03_commands.ipynb #b792be46
 def read_settings(arguments: argparse.Namespace) -> "Settings":
     "The settings of the environment, with the model folders of the arguments."
-    from dataclasses import replace
-
-    from diffusion_workers.models.store import Settings
+    from diffusion_workers.settings.service import Settings
 
     settings = Settings.from_environment()
-    return replace(settings, model_folders=(*settings.model_folders, *map(Path, arguments.models or [])))
+    folders = (*settings.model_folders, *map(Path, arguments.models or []))
+    return settings.model_copy(update={"model_folders": folders})
 
 
 def read_models(arguments: argparse.Namespace) -> "ManifestStore":
     "The manifests that the arguments offer."
     from diffusion_workers.models.store import load_manifests
 
-    settings = read_settings(arguments)
-    return load_manifests(settings.model_folders, settings.default_model, settings.lora_folders)
+    return load_manifests(read_settings(arguments))
 
 
 def check_device(device: str | None) -> None:
@@ -183,12 +182,9 @@ def plan_here(arguments: argparse.Namespace, request: GenerationRequest) -> "Pla
 
 def make_service(arguments: argparse.Namespace) -> "DiffusionService":
     "A service with the settings of the arguments; it imports torch."
-    from dataclasses import replace
-
     from diffusion_workers.service.service import DiffusionService
 
-    settings = read_settings(arguments)
-    return DiffusionService(replace(settings, device=arguments.device or settings.device))
+    return DiffusionService(read_settings(arguments), device=arguments.device)
 
 # %% ../../nbs/80_cli/03_commands.ipynb #d282bc05
 def _generate(arguments: argparse.Namespace, request: GenerationRequest) -> OpResult:
@@ -334,7 +330,7 @@ def command_preprocessors(arguments: argparse.Namespace) -> int:  # the exit cod
     "List the ControlNet preprocessors."
     from diffusion_workers.control.detectors import weights_at_hand
     from diffusion_workers.control.preprocessors import PREPROCESSORS
-    from diffusion_workers.models.store import Settings
+    from diffusion_workers.settings.service import Settings
 
     weights = weights_at_hand(Settings.from_environment().annotator_folders)
     facts = [_preprocessor_facts(row, weights[name]) for name, row in PREPROCESSORS.items()]
@@ -384,8 +380,8 @@ def command_preprocess(arguments: argparse.Namespace) -> int:  # the exit code
     "Run a ControlNet preprocessor on an image and write its control map."
     from diffusion_workers.control.detectors import PreprocessorStore, find_weights
     from diffusion_workers.control.preprocessors import PREPROCESSORS
-    from diffusion_workers.models.store import Settings
     from diffusion_workers.planning.inputs import plan_map
+    from diffusion_workers.settings.service import Settings
 
     check_output(arguments.output, [".png"])
     check_device(arguments.device)

@@ -29,8 +29,10 @@ def is_remote(arguments: argparse.Namespace) -> bool:
 
 def remote_target(arguments: argparse.Namespace):  # a Server or a RunPod
     "Where the request goes; a `RequestError` where the options do not say it."
+    from diffusion_workers.settings.table import ClientSettings
     from ez_diffusion_client import RunPod, Server
 
+    settings = ClientSettings.from_environment()
     if arguments.url is not None and arguments.runpod is not None:
         raise request_error(
             ErrorCode.wrong_type,
@@ -40,12 +42,12 @@ def remote_target(arguments: argparse.Namespace):  # a Server or a RunPod
             hint="leave out --url or --runpod",
         )
     if arguments.runpod is not None:
-        target = RunPod(arguments.runpod)
-        if target.api_key is None:
+        if settings.runpod_api_key is None:
             raise request_error(
-                ErrorCode.unauthorized, "RunPod wants an API key", field="--runpod", hint="set RUNPOD_API_KEY"
+                ErrorCode.unauthorized, "RunPod needs an API key", field="--runpod", hint="set RUNPOD_API_KEY"
             )
-        return target
+        key = settings.runpod_api_key.get_secret_value()
+        return RunPod(arguments.runpod, api_key=key, url=settings.runpod_url)
     if not arguments.url.startswith(("http://", "https://")):
         raise request_error(
             ErrorCode.wrong_type,
@@ -54,7 +56,8 @@ def remote_target(arguments: argparse.Namespace):  # a Server or a RunPod
             given=arguments.url,
             allowed="such as http://127.0.0.1:8000",
         )
-    return Server(arguments.url)
+    token = None if settings.token is None else settings.token.get_secret_value()
+    return Server(arguments.url, token=token)
 
 
 def remote_generate(

@@ -7,9 +7,11 @@ __all__ = ['add_worker_options', 'sdk_arguments', 'command_worker']
 
 # %% ../../nbs/80_cli/06_worker.ipynb #83b17219
 import argparse
+import os
 import sys
 
-from ..worker.settings import WorkerSettings, config_lines
+from ..settings.worker import WorkerSettings
+from ..worker.placement import config_lines
 
 # %% ../../nbs/80_cli/06_worker.ipynb #e8728935
 _SDK_OPTIONS = {  # option -> what it does; None takes no value
@@ -51,7 +53,7 @@ def sdk_arguments(arguments: argparse.Namespace) -> list[str]:
 def command_worker(arguments: argparse.Namespace) -> int:  # the exit code
     "Run the worker, or say how it is configured."
     if arguments.check_config:
-        print("\n".join(config_lines(WorkerSettings.from_environment())))
+        print("\n".join(config_lines(WorkerSettings.from_environment(), os.environ)))
         return 0
     from diffusion_workers.worker.handler import main
 

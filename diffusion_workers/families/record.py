@@ -52,6 +52,7 @@ class PipelineCall:
     takes_size: bool = True  # whether it has the arguments height and width
     control_argument: str = "control_image"  # the argument for the control maps
     map_is_input: bool = False  # the control map goes into the denoiser itself, without a ControlNet
+    mask_in_pixels: bool = False  # takes every pixel of a mask, instead of the first one of each latent cell
     plain_latents_only: bool = False  # refuses a denoiser that also takes the mask and the masked image
     count_steps: Callable[[int, float], int] = remaining_steps  # (num_inference_steps, strength) -> steps computed
 

@@ -27,10 +27,11 @@ from ..families.registry import FAMILIES, UNION_MODE_NUMBERS
 from ..request.errors import field_path, nearest_name
 from ez_diffusion_client.models import (
     AccelerationOptions,
-    DeepCacheOptions,
+    MemoryOptions,
     ModelFamily,
     ModelKind,
     SchedulerName,
+    StepCacheOptions,
     Task,
     UnionModeName,
 )
@@ -263,8 +264,9 @@ class Profile(_Section):
     num_inference_steps: Annotated[Count, Field(le=1000)] | None = None
     scheduler: SchedulerName | None = None
     use_karras_sigmas: Annotated[bool, Field(strict=True)] | None = None
-    deepcache: DeepCacheOptions | None = None
+    step_cache: StepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
+    memory: MemoryOptions | None = None
 
 # %% ../../nbs/20_models/01_manifest.ipynb #7b12f987
 Offload = Literal["none", "model", "group"]

@@ -25,7 +25,6 @@ _LABELS = {
     "guidance_scale": "Guidance",
     "num_images": "Images",
     "use_karras_sigmas": "Karras sigmas",
-    "deepcache": "DeepCache",
 }
 
 
@@ -216,7 +215,7 @@ SIMPLE = (
 START_IMAGE = "Start image"
 SECTIONS = {
     START_IMAGE: ("strength", "resize_mode", "inpaint"),
-    "Acceleration": ("profile", "deepcache", "acceleration"),
+    "Acceleration": ("profile", "step_cache", "acceleration", "memory"),
     "Output": ("output", "timeout_seconds", "request_id"),
 }
 _ELSEWHERE = ("image", "mask_image", "loras", "controlnets", "preview_interval", "seed")

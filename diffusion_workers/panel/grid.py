@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .elements import data_uri, thumbnail
 from .runs import Backend, Pace, Run, backend_of, start_run, stop_on_interrupt
 from .stop_button import enable_stop_button, wait_with_stop
+from ..planning.plan import DRAWN_SEED
 from ..request.errors import RequestError, logger, parse, request_error
 from ..request.schema import field_at, set_value
 from ez_diffusion_client.models import ErrorCode, ErrorDetail, GenerationPlan, GenerationRequest, OpResult, OpStatus
@@ -111,7 +112,7 @@ def make_cells(
 
 
 def _with_seed(request: GenerationRequest) -> GenerationRequest:
-    if request.seed is not None or request.seeds is not None:
+    if request.seed not in (None, DRAWN_SEED) or request.seeds is not None:
         return request
     return parse(GenerationRequest, request.model_dump(exclude_unset=True) | {"seed": secrets.randbelow(2**32)})
 

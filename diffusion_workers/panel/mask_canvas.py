@@ -16,7 +16,8 @@ from PIL import Image, ImageFilter
 
 from ..models.manifest import package_folder
 from ..request.errors import RequestError, error_line
-from ..request.images import DecodedImage, decode_bytes, decode_image, decode_mask, to_image_string
+from ..request.images import DecodedImage, decode_bytes, decode_image, to_image_string
+from ..request.masks import decode_mask
 
 # %% ../../nbs/73_panel/01_mask_canvas.ipynb #824729c3
 ImageSource = str | bytes | Path | Image.Image | np.ndarray

@@ -9,9 +9,10 @@ __all__ = ['pick_device', 'pick_dtype', 'has_variant', 'quiet_libraries', 'sourc
 # %% ../../nbs/50_pipeline/02_loading.ipynb #6db56816
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -21,6 +22,14 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 
+from ..checkpoints.fit import check_folder, part_mismatches
+from ..checkpoints.layouts import NEVER_USED
+from diffusion_workers.checkpoints.networks import (
+    check_checkpoint,
+    followed_scheduler,
+    network_from_file,
+    published_source,
+)
 from diffusion_workers.models.manifest import (
     Component,
     ControlNetEntry,
@@ -31,7 +40,9 @@ from diffusion_workers.models.manifest import (
     RefinerEntry,
     Source,
 )
-from .weights import Role, gguf_config, quantization_config, settings_of, store, usable_memory
+from ..models.weight_headers import WeightFileError, read_header
+from ..models.weight_kinds import check_channels, prediction_of
+from .weights import Role, quantization_config, settings_of, store, usable_memory
 from ..request.errors import RequestError, logger, request_error
 from ez_diffusion_client.models import ErrorCode
 
@@ -67,10 +78,14 @@ def has_variant(
     return any(folder.glob(f"*/*.{variant}.safetensors")) or any(folder.glob(f"*.{variant}.safetensors"))
 
 
+def _folder(source: Source, arguments: dict) -> Path:  # of one component, or of a pipeline
+    return source.location() / arguments.get("subfolder", "")
+
+
 def _from_repository(cls: type, source: Source, variant: str | None, arguments: dict) -> Any:
     arguments = source.load_arguments() | {"use_safetensors": True} | arguments
     if not isinstance(source, HubSource):
-        variant = variant if variant and has_variant(source.location(), variant) else None
+        variant = variant if variant and has_variant(_folder(source, arguments), variant) else None
         return cls.from_pretrained(str(source.location()), variant=variant, local_files_only=True, **arguments)
     try:
         return cls.from_pretrained(source.location(), variant=variant, **arguments)
@@ -81,22 +96,16 @@ def _from_repository(cls: type, source: Source, variant: str | None, arguments: 
         return cls.from_pretrained(source.location(), **arguments)
 
 
-def _from_file(cls: type, source: FileSource, arguments: dict) -> Any:
-    config = source.config
-    local = config is not None and not isinstance(config, HubSource)
-    where = (
-        {"config": str(config.location())} | {k: v for k, v in config.load_arguments().items() if k == "subfolder"}
-        if config
-        else {}
-    )
-    packed = {"quantization_config": gguf_config(arguments["dtype"])} if source.is_gguf else {}
-    return cls.from_single_file(str(source.location()), local_files_only=local, **where, **packed, **arguments)
+_NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")  # named by some repositories, used by no task
 
 
-def _read(cls: type, source: Source, variant: str | None, arguments: dict) -> Any:
+def _pipeline(class_name: str, source: Source, variant: str | None, arguments: dict) -> DiffusionPipeline:
+    "A pipeline around networks that are read already: its tokenizers and scheduler come from the source."
+    cls = getattr(diffusers, class_name)
     if isinstance(source, FileSource):
-        return _from_file(cls, source, arguments)
-    return _from_repository(cls, source, variant, arguments)
+        source, variant = source.config or published_source(source), None
+    left_out = {name: None for name in _NOT_NEEDED if name in signature(cls.__init__).parameters}
+    return _from_repository(cls, source, variant, left_out | arguments)
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #884987be
 @contextmanager
@@ -131,6 +140,10 @@ def source_key(
     "Equal for sources that hold the same weights."
     if isinstance(source, HubSource):
         return "hub", source.hub, source.revision, "/".join(filter(None, [source.subfolder, subfolder]))
+    if isinstance(source, FileSource):
+        path = source.location().resolve()
+        config = source_key(source.config, subfolder) if source.config else ()
+        return "file", str(path), path.stat().st_mtime_ns if path.is_file() else 0, config
     path = (source.location() / (subfolder or "")).resolve()
     files = [path] if path.is_file() else [file for file in path.glob("*") if file.is_file()]
     return "disk", str(path), max((file.stat().st_mtime_ns for file in files), default=0)
@@ -163,12 +176,15 @@ def _role(name: str) -> Role:  # of a component by its name in a pipeline
 def _read_network(
     class_name: str, source: Source, variant: str | None, dtype: torch.dtype, **arguments
 ) -> torch.nn.Module:
-    cls = _find_class(class_name)
-    if cls.__module__.startswith("diffusers") or isinstance(source, FileSource):
-        return _read(cls, source, variant, arguments | {"dtype": dtype})
-    network, report = _from_repository(cls, source, variant, arguments | {"dtype": dtype, "output_loading_info": True})
-    if report["missing_keys"]:
-        raise ValueError(f"{len(report['missing_keys'])} tensors of {class_name} are not in its file")
+    if not isinstance(source, HubSource):
+        check_folder(_folder(source, arguments), class_name, variant)
+    wanted = {"dtype": dtype, "output_loading_info": True}
+    network, report = _from_repository(_find_class(class_name), source, variant, arguments | wanted)
+    for kind, words in {"missing_keys": "not in its file", "unexpected_keys": "in its file without a place"}.items():
+        names = sorted(name for name in report[kind] if not NEVER_USED.search(name))
+        if names and not (kind == "unexpected_keys" and isinstance(network, transformers.PreTrainedModel)):
+            hint = "check that the repository was published completely"
+            raise WeightFileError(f"{len(names)} tensors of {class_name} are {words}, such as {names[0]}", hint)
     return network
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #d0bc413d
@@ -195,12 +211,14 @@ def load_network(
     source: Source,
     variant: str | None,  # of the files, such as fp16
     target: Target,
-    subfolder: str | None = None,  # below the source's own
+    subfolder: str | None = None,  # below the source's own; of a file, below its configuration's
     role: Role = "encoder",
+    belongs_to: Source | None = None,  # the pipeline whose configuration a file has that names none
 ) -> torch.nn.Module:  # shared with whoever asked for the same
     "A network by its class and source."
     key = (
         source_key(source, subfolder),
+        source_key(belongs_to, subfolder) if belongs_to else (),
         class_name,
         variant,
         target.dtype,
@@ -210,14 +228,10 @@ def load_network(
     where = {"subfolder": subfolder} if subfolder else {}
 
     def read() -> torch.nn.Module:
-        network = _read_network(
-            class_name,
-            source,
-            variant,
-            target.dtype,
-            **where,
-            **({} if isinstance(source, FileSource) else target.reading(role)),
-        )
+        if isinstance(source, FileSource):
+            network = network_from_file(source, class_name, target.dtype, subfolder, belongs_to)
+        else:
+            network = _read_network(class_name, source, variant, target.dtype, **where, **target.reading(role))
         return store(network, target.memory, role, target.device)
 
     return shared_network(key, read)
@@ -234,37 +248,57 @@ def _replacement(name: str, component: Component, manifest: ModelManifest, targe
     class_name = component.class_name or manifest.record.components[name][0]
     with _explained(component.source, manifest.name, "model"):
         if _is_network(name):
+            of_file = isinstance(component.source, FileSource)
+            of_model = None if isinstance(manifest.source, FileSource) else manifest.source
             return load_network(
-                class_name, component.source, component.variant, _for_part(target, component), role=_role(name)
+                class_name,
+                component.source,
+                component.variant,
+                _for_part(target, component),
+                name if of_file else None,
+                _role(name),
+                of_model if of_file and component.source.config is None else None,
             )
-        made = _read(_find_class(class_name), component.source, component.variant, {})
+        made = _from_repository(_find_class(class_name), component.source, component.variant, {})
         return _find_class(class_name).from_config(made.config, **component.options) if component.options else made
 
 
 def _own_networks(manifest: ModelManifest, target: Target) -> dict[str, torch.nn.Module | None]:
-    "The networks of the model's own repository that the manifest does not replace; none for a single file."
-    if isinstance(manifest.source, FileSource):
-        return {}
-    source, slots = manifest.source, manifest.record.components
+    "The networks of the model's own repository or file that the manifest does not replace."
+    source = manifest.source
+    slots = {name: classes for name, classes in manifest.record.components.items() if _is_network(name)}
+    needed = {name: classes[0] for name, classes in slots.items() if name not in manifest.components}
+    if isinstance(source, FileSource):
+        check_checkpoint(source, needed)
+    else:
+        needed = _named_networks(source, manifest, slots)
+    return {  # None for one that a repository says it does without
+        name: class_name and load_network(class_name, source, manifest.variant, target, name, _role(name))
+        for name, class_name in needed.items()
+    }
+
+
+def _named_networks(
+    source: Source, manifest: ModelManifest, slots: Mapping[str, tuple[str, ...]]
+) -> dict[str, str | None]:
+    "The classes of a repository's networks by slot; a `WeightFileError` where it is not a model of the family."
     index = DiffusionPipeline.load_config(
         str(source.location()), local_files_only=not isinstance(source, HubSource), **source.load_arguments()
     )
-    named = {
-        name: value[1]
-        for name, value in index.items()
-        if isinstance(value, (list, tuple)) and name in slots and _is_network(name)
-    }
-    known = {
-        name: class_name
-        for name, class_name in named.items()
-        if class_name in slots[name] and name not in manifest.components
-    }
-    networks = {
-        name: load_network(class_name, source, manifest.variant, target, name, _role(name))
-        for name, class_name in known.items()
-    }
-    empty = [name for name in slots if isinstance(index.get(name), (list, tuple)) and index[name][1] is None]
-    return dict.fromkeys(empty) | networks  # diffusers wants to be told that a repository comes without a component
+    classes = {name: value[1] for name, value in index.items() if isinstance(value, (list, tuple)) and value[1]}
+    networks = {name: value for name, value in classes.items() if _is_network(name) and name not in _NOT_NEEDED}
+    what, title = index.get("_class_name", "pipeline"), manifest.record.title
+    empty = {name for name in slots if isinstance(index.get(name), (list, tuple)) and name not in networks}
+    missing = [name for name in slots if name not in {*networks, *empty, *manifest.components}]
+    wrong = [f"{name}: {value}" for name, value in networks.items() if value not in slots.get(name, ())]
+    wrong = [text for text in wrong if text.partition(":")[0] not in manifest.components]
+    if missing or wrong:
+        reasons = [f"without {', '.join(missing)}"] if missing else []
+        reasons += [f"with {', '.join(wrong)}"] if wrong else []
+        hint = "correct family: in the manifest, or name another folder"
+        raise WeightFileError(f"it is a {what} {' and '.join(reasons)}, not a model of {title}", hint)
+    named = dict.fromkeys(empty) | networks
+    return {name: value for name, value in named.items() if name not in manifest.components}
 
 
 def _store_rest(pipe: DiffusionPipeline, done: Collection[str], target: Target) -> None:
@@ -285,10 +319,14 @@ def load_pipeline(
         sourced = {name: part for name, part in manifest.components.items() if part.source is not None}
         parts = {name: _replacement(name, part, manifest, target) for name, part in sourced.items()}
         parts |= _own_networks(manifest, target)
+        check_channels(getattr(parts[record.denoiser], "config", {}), record.latents, manifest.kind)
+        if reasons := part_mismatches(parts):
+            raise WeightFileError(f"{'; '.join(reasons)}", "correct family: in the manifest, or name parts that fit")
         arguments = {"dtype": dtype} | record.load_arguments | parts
-        pipe = _read(
-            getattr(diffusers, record.base_classes[manifest.kind]), manifest.source, manifest.variant, arguments
-        )
+        pipe = _pipeline(record.base_classes[manifest.kind], manifest.source, manifest.variant, arguments)
+        if isinstance(manifest.denoiser_source, FileSource) and "scheduler" not in parts:
+            marks = prediction_of(read_header(manifest.denoiser_source.location()))
+            pipe.scheduler = followed_scheduler(pipe.scheduler, marks, manifest.name)
         for name in manifest.components.keys() - parts.keys():
             part = manifest.components[name]
             cls = _find_class(part.class_name or manifest.record.components[name][0])
@@ -313,6 +351,9 @@ def _complete_vae(vae: torch.nn.Module) -> None:
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #e38964e5
 def _unavailable(source: Source, name: str, field: str, exc: Exception) -> RequestError:
+    if isinstance(exc, WeightFileError):
+        message = f"the weights of {source.describe()} cannot be loaded: {exc.message}"
+        return request_error(exc.code, message, field=field, given=name, hint=exc.hint)
     logger.error("%s cannot be loaded", name, exc_info=exc)
     if isinstance(source, HubSource):
         hint = "check the network, HF_HUB_OFFLINE and HF_TOKEN, or download the repository and name it as a folder"
@@ -360,12 +401,11 @@ def load_refiner(
     target = _for_part(Target(device, dtype, usable_memory(manifest, device, dtype)), entry)
     parts = {name: getattr(base, name) for name in refiner.shared}
     with _explained(entry.source, manifest.name, "refiner"):
-        if not isinstance(entry.source, FileSource):
-            parts[denoiser] = load_network(
-                refiner.denoiser_class, entry.source, entry.variant, target, denoiser, "denoiser"
-            )
+        parts[denoiser] = load_network(
+            refiner.denoiser_class, entry.source, entry.variant, target, denoiser, "denoiser"
+        )
         arguments = {"dtype": target.dtype} | refiner.load_arguments | parts
-        pipe = _read(getattr(diffusers, refiner.class_name), entry.source, entry.variant, arguments)
+        pipe = _pipeline(refiner.class_name, entry.source, entry.variant, arguments)
         _store_rest(pipe, parts, target)
     pipe.set_progress_bar_config(disable=True)
     return pipe

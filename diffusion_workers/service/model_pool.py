@@ -15,9 +15,9 @@ from ..pipeline.weights import module_bytes  # first: it imports torch and diffu
 
 # isort: split
 from ..models.manifest import HubSource, ModelManifest
-from ..models.store import Settings
 from ..pipeline.factory import PipelineFactory
 from ..request.errors import logger
+from ..settings.service import Settings
 
 # %% ../../nbs/60_service/07_model_pool.ipynb #a4e01709
 def weight_files_bytes(manifest: ModelManifest) -> int:  # 0 where it is not known before loading

@@ -11,24 +11,24 @@ from dataclasses import dataclass, field
 
 from ..pipeline.factory import PipelineFactory
 from ..request.errors import warning
-from ez_diffusion_client.models import AccelerationOptions, GenerationPlan
+from ez_diffusion_client.models import GenerationPlan, MemoryOptions
 
 # %% ../../nbs/60_service/06_out_of_memory.ipynb #3f671f27
 def _with(plan: GenerationPlan, **settings) -> GenerationPlan:
-    "A plan with other acceleration settings."
-    options = (plan.acceleration or AccelerationOptions()).model_copy(update=settings)
-    return plan.model_copy(update={"acceleration": options})
+    "A plan with other memory settings."
+    memory = (plan.memory or MemoryOptions()).model_copy(update=settings)
+    return plan.model_copy(update={"memory": memory})
 
 
 def tile_vae(plan: GenerationPlan) -> GenerationPlan:
     "Decode in tiles."
-    tiled = plan.acceleration is not None and plan.acceleration.vae_tiling
+    tiled = plan.memory is not None and plan.memory.vae_tiling
     return plan if tiled else _with(plan, vae_tiling=True)
 
 
 def one_image_at_a_time(plan: GenerationPlan) -> GenerationPlan:
     "Denoise and decode each image alone."
-    alone = plan.acceleration is not None and plan.acceleration.batch_size == 1
+    alone = plan.memory is not None and plan.memory.batch_size == 1
     return plan if alone or len(plan.seeds) == 1 else _with(plan, batch_size=1)
 
 
@@ -64,7 +64,7 @@ class MemoryFallbacks:
             changed = fallback.change(plan)
             if changed is not plan:
                 message = f"this model ran out of device memory, so {fallback.done}"
-                note = warning(message, field="acceleration", used=fallback.done)
+                note = warning(message, field="memory", used=fallback.done)
                 plan = changed.model_copy(update={"warnings": [*(plan.warnings or []), note]})
         return plan
 

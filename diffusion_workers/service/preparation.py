@@ -17,9 +17,16 @@ from ..families.registry import FAMILIES
 from ..models.manifest import LoraEntry
 from ..pipeline.controlnets import PreparedControl
 from ..planning.inputs import Inputs
-from ..request.errors import request_error
-from ..request.images import crop_region, prepare_mask, resize_image
-from ez_diffusion_client.models import ErrorCode, GenerationPlan, Task
+from ..request.images import resize_image
+from diffusion_workers.request.masks import (
+    check_mask,
+    crop_region,
+    cut_painted,
+    fit_painted,
+    painted_mask,
+    prepare_mask,
+)
+from ez_diffusion_client.models import GenerationPlan, Task
 
 # %% ../../nbs/60_service/03_preparation.ipynb #7e42227e
 @dataclass(frozen=True)
@@ -58,22 +65,14 @@ def _prepare_images(plan: GenerationPlan, inputs: Inputs) -> Prepared:
         return Prepared(image=resize_image(image, *size, plan.resize_mode))
     canvas = image if plan.inpaint.only_masked else resize_image(image, *size, plan.resize_mode)
     mask = inputs.mask_image.image
-    sharp = plan.inpaint.model_copy(update={"mask_blur": 0})
-    hard = prepare_mask(mask, canvas.size, sharp, resize_mode=plan.resize_mode)
+    check_mask(mask, canvas.size, plan.inpaint, plan.resize_mode)
+    hard = painted_mask(mask, canvas.size, plan.inpaint, plan.resize_mode)
     soft = prepare_mask(mask, canvas.size, plan.inpaint, resize_mode=plan.resize_mode)
-    if hard.getbbox() is None:
-        raise request_error(
-            ErrorCode.not_an_image,
-            "nothing is masked",
-            field="mask_image",
-            allowed="white where the image is repainted",
-            hint="paint the mask, or set inpaint.invert",
-        )
     if not plan.inpaint.only_masked:
         return Prepared(image=canvas, mask=hard, canvas=canvas, canvas_mask=soft)
     box = crop_region(soft, plan.inpaint.padding, plan.width / plan.height)
-    image, mask = (part.crop(box).resize(size, Image.Resampling.LANCZOS) for part in (canvas, hard))
-    return Prepared(image=image, mask=mask, canvas=canvas, canvas_mask=soft, box=box)
+    image = canvas.crop(box).resize(size, Image.Resampling.LANCZOS)
+    return Prepared(image=image, mask=cut_painted(hard, box, size), canvas=canvas, canvas_mask=soft, box=box)
 
 # %% ../../nbs/60_service/03_preparation.ipynb #2303ad12
 def prepare_controls(
@@ -89,11 +88,11 @@ def prepare_controls(
             "The part of an image that belongs to the inpainted region."
             if prepared.box is None:
                 return image
-            return resize_image(image, *prepared.canvas.size, control.resize_mode).crop(prepared.box)  # noqa: B023
+            return resize_image(image, *prepared.canvas.size, control.resize_mode).crop(prepared.box)
 
         def fitted(image: Image.Image | None) -> Image.Image | None:
             "An image at the size of the generation."
-            return image and resize_image(image, plan.width, plan.height, control.resize_mode)  # noqa: B023
+            return image and resize_image(image, plan.width, plan.height, control.resize_mode)
 
         image = cut_out(decoded.image)
         mask = inputs.control_masks.get(index)
@@ -105,6 +104,8 @@ def prepare_controls(
         hole = None  # what an inpainting preprocessor blanks out
         if PREPROCESSORS[control.preprocessing.name].needs_mask:
             hole = mask or prepared.mask
+            if hole and (hole.width > plan.width or hole.height > plan.height):
+                hole = fit_painted(hole, (plan.width, plan.height), control.resize_mode)
         made = preprocessors.run(
             control.preprocessing,
             image,

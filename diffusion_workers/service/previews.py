@@ -31,7 +31,7 @@ def colour_chart(
 
 # %% ../../nbs/60_service/02_previews.ipynb #f832d9bb
 def with_unit_scale(latents: torch.Tensor) -> torch.Tensor:
-    "Latents at a standard deviation of at most 1; samplers that add noise begin at about 14."
+    "Latents with a standard deviation of at most 1; Euler and similar samplers begin at about 14."
     latents = latents.detach().float()
     return latents / latents.std().clamp(min=1.0)
 

@@ -35,7 +35,7 @@ from ..pipeline.loading import quiet_libraries
 from ..pipeline.weights import storage_packages, stored_format
 from ..planning.loras import with_lora_hashes
 from ..request.errors import request_error, warning
-from ..request.images import paste_back
+from ..request.masks import cover_cells, paste_back
 from ..request.metadata import embed
 from .handle import OnProgress, StopSignal
 from .preparation import Prepared
@@ -50,7 +50,7 @@ from ez_diffusion_client.models import (
     ProgressEvent,
     RequestWarning,
     SizeConditioning,
-    StepCacheName,
+    StepCacheMethod,
     Task,
     Timings,
 )
@@ -69,9 +69,10 @@ MAX_BATCH = 8  # images that go through the network together
 
 def batch_size(plan: GenerationPlan) -> int:
     "How many images of a plan share a batch: one where a cache decides by the content of the images."
-    options = plan.acceleration
-    alone = options is not None and (options.guidance_tolerance or options.step_cache == StepCacheName.first_block)
-    return 1 if alone else (options and options.batch_size) or MAX_BATCH
+    tolerance = plan.acceleration is not None and plan.acceleration.guidance_tolerance
+    if tolerance or (plan.step_cache is not None and plan.step_cache.method == StepCacheMethod.first_block):
+        return 1
+    return (plan.memory and plan.memory.batch_size) or MAX_BATCH
 
 
 _OPTIONAL = (
@@ -131,7 +132,9 @@ def pipeline_arguments(
             "strength": plan.strength,
         }  # one each, so that each is encoded with numbers of its own seed
     if plan.task == Task.inpainting:
-        arguments["mask_image"] = [prepared.mask] * len(seeds)
+        # most pipelines take the first pixel of each latent cell for the whole cell
+        mask = prepared.mask if call.mask_in_pixels else cover_cells(prepared.mask)
+        arguments["mask_image"] = [mask] * len(seeds)
     if call.map_is_input:
         return arguments | {"control_image": prepared.controls[0].map}
     return arguments | (control_arguments(plan, prepared.controls) if prepared.controls else {})

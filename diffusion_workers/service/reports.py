@@ -55,7 +55,7 @@ def model_memory(factory: PipelineFactory) -> ModelMemory | None:  # None where 
         model=factory.manifest.name,
         bytes=sum(components.values()),
         device=str(factory.device),
-        dtype=str(factory.dtype),
+        dtype=str(factory.dtype).removeprefix("torch."),
         components=components,
     )
 

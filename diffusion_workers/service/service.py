@@ -19,7 +19,7 @@ from ..control.detectors import PreprocessorStore
 from ..control.preprocessors import preprocessor_list
 from ..lora.layers import LoraStore
 from ..models.manifest import ModelManifest
-from ..models.store import Settings, load_manifests, model_list
+from ..models.store import ManifestStore, load_manifests, model_list
 from ..pipeline.factory import PipelineFactory
 from diffusion_workers.planning.inputs import (
     ImageInput,
@@ -41,6 +41,7 @@ from .handle import Generation, OnProgress
 from .model_pool import ModelPool
 from .queue import RequestQueue
 from .reports import memory_report
+from ..settings.service import Settings
 from ez_diffusion_client.fields import PreprocessFields, RequestFields
 from ez_diffusion_client.models import (
     ControlMap,
@@ -67,14 +68,13 @@ class DiffusionService:
         settings: Settings | None = None,  # None reads the environment
         *,
         device: str | None = None,  # overrides the settings
+        models: ManifestStore | None = None,  # default: the models of the settings
         image_policy: ImagePolicy = ImagePolicy(),  # which images a request may bring along
         batching: BatchPolicy | None = None,  # which requests may share a batch; None makes each alone
     ):
         self.settings = settings or Settings.from_environment()
         self.device = pick_device(device or self.settings.device)
-        self.models = load_manifests(
-            self.settings.model_folders, self.settings.default_model, self.settings.lora_folders
-        )
+        self.models = load_manifests(self.settings) if models is None else models
         self.image_policy = image_policy
         self.preprocessors = PreprocessorStore(self.settings.annotator_folders, str(self.device))
         self.loras = LoraStore()

@@ -7,7 +7,7 @@ import { generate } from './jobs';
 import { MaskEditor } from './mask_editor';
 import { ImageInput } from './image_input';
 import { imageAt } from './images';
-import { label, type Schema } from './schema';
+import { label, typedNumber, type Schema } from './schema';
 import { dryRun, edit, form, model, models, replaceForm, schema, seedLocked, shownItem, items, value } from './state';
 import { warnings } from './errors';
 
@@ -141,11 +141,14 @@ function Seed({ known }: { known: Schema }) {
             min="0"
             step="1"
             inputMode="numeric"
-            placeholder="a new one each time"
+            placeholder="random"
             class={locked ? '' : 'idle'}
-            value={typeof stored === 'number' ? stored : ''}
+            value={typeof stored === 'number' || typeof stored === 'string' ? stored : ''}
             onInput={(event) =>
-              edit('seed', event.currentTarget.value === '' ? undefined : Number(event.currentTarget.value))
+              edit(
+                'seed',
+                event.currentTarget.value === '' ? undefined : typedNumber(event.currentTarget.value, 'integer'),
+              )
             }
           />
           <button

@@ -49,6 +49,8 @@ function sentence({ name, given, reason }: LostSetting): string {
 /** Restore the settings of a dropped file; false where it has no metadata. What the form held before is gone. */
 export async function restoreFile(file: Blob): Promise<boolean> {
   const found = await readRequest(file);
+  const [problem] = found.lost ?? [];
+  if (found.source === 'none' && problem) throw new Error(sentence(problem));
   if (found.source === 'none') return false;
   const source = found.plan ? sameGeneration(found.plan)?.form : undefined;
   if (source) await bringBack(source);

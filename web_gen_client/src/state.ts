@@ -6,6 +6,7 @@ import { get, isObject, set, type Json, type JsonObject } from './paths';
 import { bringBack, withData } from './images';
 import type { Schema } from './schema';
 import { loadSetting, saveSetting, type GalleryItem } from './storage';
+import { upgradeSettings } from './upgrade';
 
 export type Theme = 'auto' | 'light' | 'dark';
 export type View =
@@ -80,7 +81,7 @@ export async function restoreSettings(): Promise<void> {
     loadSetting<Theme>('theme'),
     loadSetting<string>('token'),
   ]);
-  if (isObject(storedForm)) form.value = await bringBack(storedForm);
+  if (isObject(storedForm)) form.value = await bringBack(upgradeSettings(storedForm));
   seedLocked.value = locked ?? false;
   theme.value = storedTheme ?? 'auto';
   token.value = storedToken ?? '';

@@ -1,7 +1,8 @@
 /** What survives a reload, in IndexedDB. Without it (a private window), everything works and nothing is kept. */
 import type { GenerationPlan } from 'ez-diffusion-client';
-import type { JsonObject } from './paths';
 import type { InputImage } from './images';
+import type { JsonObject } from './paths';
+import { upgradePlan, upgradeSettings } from './upgrade';
 
 export interface GalleryItem {
   id: string;
@@ -54,9 +55,14 @@ async function act<Result>(
   });
 }
 
+/** An item as an earlier version of this page has stored it, in the schema of today. */
+function upgradeItem(item: GalleryItem): GalleryItem {
+  return { ...item, plan: item.plan && upgradePlan(item.plan), form: upgradeSettings(item.form) };
+}
+
 export async function loadItems(): Promise<GalleryItem[]> {
   const items = ((await act('images', 'readonly', (store) => store.getAll())) ?? []) as GalleryItem[];
-  return items.sort((a, b) => b.created - a.created);
+  return items.map(upgradeItem).sort((a, b) => b.created - a.created);
 }
 
 export async function saveItem(item: GalleryItem): Promise<void> {

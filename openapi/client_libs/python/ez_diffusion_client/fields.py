@@ -22,7 +22,8 @@ class RequestFields(TypedDict, total=False):
     model: str | None
     """Name of a manifest; absent takes the default model"""
     prompt: str
-    """What the picture shows"""
+    """What the image shows; may be empty for inpainting, and with a ControlNet unit in control mode
+    control"""
     prompt_2: str | None
     """For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt"""
     negative_prompt: str | None
@@ -45,7 +46,7 @@ class RequestFields(TypedDict, total=False):
     num_images: int | None
     """How many images; absent is one, or one for each of seeds"""
     seed: int | None
-    """Seed of the first image, image i takes seed + i; absent draws one"""
+    """Seed of the first image, image i takes seed + i; absent or -1 draws one, which the plan names"""
     seeds: Sequence[int] | None
     """One seed for each image"""
     scheduler: models.SchedulerName | Literal['ddim', 'ddpm', 'pndm', 'euler', 'euler_ancestral', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_singlestep', 'unipc', 'deis', 'lms', 'kdpm2', 'kdpm2_ancestral', 'lcm', 'flow_match_euler'] | None
@@ -73,8 +74,9 @@ class RequestFields(TypedDict, total=False):
     profile: str | None
     """A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or
     fast"""
-    deepcache: models.DeepCacheOptions | dict[str, Any] | None
+    step_cache: models.StepCacheOptions | dict[str, Any] | None
     acceleration: models.AccelerationOptions | dict[str, Any] | None
+    memory: models.MemoryOptions | dict[str, Any] | None
     output: models.OutputOptions | dict[str, Any] | None
     preview_interval: int | None
     """Steps between two previews in the progress events; 0 is none"""

@@ -1,4 +1,5 @@
 """Receipts in image files: how an image was made, kept when it is saved again. Needs Pillow."""
+
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,7 +82,7 @@ def read_texts(
 
 
 class ReceiptImage(Image.Image):
-    """A PIL image that keeps its receipt: `save` and `copy` carry it along. What is made from it in other ways does not."""
+    """A PIL image that keeps its receipt in `save` and `copy`; images made from it in other ways lose it."""
 
     receipt: Mapping[str, str]  # texts under PLAN_KEY and PARAMETERS_KEY
 
@@ -157,12 +158,14 @@ def save_images(
     if format is None:
         raise ValueError(f"{Path(path).name}: the name must end in one of {', '.join(FORMATS)}")
     files = image_bytes(result)
-    paths = output_paths(path, [image.seed for image in result.generation.images]) if files else []
-    for target, data, made in zip(paths, files, result.generation.images if files else []):
+    if result.generation is None or not files:
+        return []
+    paths = output_paths(path, [image.seed for image in result.generation.images])
+    for target, data, made in zip(paths, files, result.generation.images):
         target.parent.mkdir(parents=True, exist_ok=True)
         if made.format.value.upper() == format:
             target.write_bytes(data)
         else:
-            quality = {} if format == "PNG" else {"quality": 95}
+            quality: dict[str, Any] = {} if format == "PNG" else {"quality": 95}
             ReceiptImage.open(data).save(target, **quality)
     return paths
