@@ -288,7 +288,8 @@ def _named_networks(
     classes = {name: value[1] for name, value in index.items() if isinstance(value, (list, tuple)) and value[1]}
     networks = {name: value for name, value in classes.items() if _is_network(name) and name not in _NOT_NEEDED}
     what, title = index.get("_class_name", "pipeline"), manifest.record.title
-    empty = {name for name in slots if isinstance(index.get(name), (list, tuple)) and name not in networks}
+    entries = {name: index[name] for name in manifest.record.components if isinstance(index.get(name), (list, tuple))}
+    empty = {name for name, entry in entries.items() if entry[1] is None}  # tokenizers included
     missing = [name for name in slots if name not in {*networks, *empty, *manifest.components}]
     wrong = [f"{name}: {value}" for name, value in networks.items() if value not in slots.get(name, ())]
     wrong = [text for text in wrong if text.partition(":")[0] not in manifest.components]
