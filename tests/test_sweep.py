@@ -119,6 +119,16 @@ def cut_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 ONE_REQUEST = ["sending", "job", ".png", ".json"]  # the writes of one
 
 
+def test_saved_images_keep_their_receipts(instant: Instant, tmp_path: Path) -> None:
+    sweep = run(tmp_path / "sweep", TWELVE[:1], endpoint(instant))
+    made = sweep.images(sweep.items[0])[0]
+    stored = read_metadata(next((tmp_path / "sweep").rglob("*.png")).read_bytes()).plan
+    for name in ("copy.png", "copy.jpg", "copy.webp"):
+        made.save(tmp_path / name)
+        plan = read_metadata((tmp_path / name).read_bytes()).plan
+        assert plan is not None and plan == stored, name
+
+
 @pytest.mark.parametrize("number", range(1, 2 + 3 * len(ONE_REQUEST)))
 def test_a_cut_before_any_write_loses_nothing(
     number: int, instant: Instant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

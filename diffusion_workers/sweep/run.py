@@ -31,6 +31,7 @@ from diffusion_workers.sweep.folder import (
 from ez_diffusion_client import AsyncClient, Retries, RunPod, Server
 from ez_diffusion_client.errors import NotFound, QueueFull, RequestFailed, ServerUnreachable, Unauthorized
 from ez_diffusion_client.models import OpResult
+from ez_diffusion_client.receipts import ReceiptImage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -324,10 +325,10 @@ class Sweep:
         "One row a request: what it varies, how it ended, its seeds, seconds, files, error, and how often it was sent."
         return sweep_table(self.items)
 
-    def images(self, item: SweepItem) -> list[Image.Image]:
+    def images(self, item: SweepItem) -> list[ReceiptImage]:
         "The images of a request, from disk; none where there is no image."
         made = item.result.generation if item.result else None
-        return [Image.open(self.folder / image.image) for image in made.images] if made else []
+        return [ReceiptImage.open(self.folder / image.image) for image in made.images] if made else []
 
     def contact_sheet(
         self,
