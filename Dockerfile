@@ -54,6 +54,6 @@ RUN --mount=from=uv,source=/opt/uv,target=/opt/uv \
 USER 10001
 WORKDIR /home/worker
 ENV DIFFUSION_WORKERS_READY_FILE=/tmp/diffusion-workers-ready
-# The worker writes this file when it has made its first picture, and takes it away when the device fails.
+# The worker writes this file when it has made its first image, and removes it when the device fails.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=15m CMD ["test", "-f", "/tmp/diffusion-workers-ready"]
 CMD ["python", "-m", "diffusion_workers.handler"]

@@ -71,7 +71,7 @@ build_page() {  # $1: where to, absolute
 
 generate() {
     case "$1" in
-        python) generate_models ;;
+        python) generate_models && python .ci/request_fields.py ;;
         typescript) generate_typescript "$PWD/$typescript/src/generated" ;;
         page) build_page "$PWD/$web" ;;
     esac
@@ -85,7 +85,7 @@ differs() {  # $1: what is here, $2: what was made now
 check() {
     local stale=0
     case "$1" in
-        python) generate_models --check || stale=1 ;;
+        python) { generate_models --check && python .ci/request_fields.py --check; } || stale=1 ;;
         typescript) generate_typescript "$scratch/generated" && differs "$typescript/src/generated" "$scratch/generated" || stale=1 ;;
         page) build_page "$scratch/web" && differs "$web" "$scratch/web" || stale=1 ;;
     esac

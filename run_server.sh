@@ -3,7 +3,7 @@
 #
 #   ./run_server.sh [--host ADDRESS] [--port N] [--model NAME] [--device DEVICE] [--models FOLDER]
 #
-# Token, limits, origins and more are environment variables: nbs/70_server/01_settings.ipynb lists them.
+# Token, limits, origins and more are environment variables: nbs/00_settings/06_table.ipynb lists them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,7 @@ def source_lines(cell: dict) -> str:
     return "".join(cell["source"])
 
 
+@cache
 def exported_modules() -> list[Module]:
     "Every module in reading order: by its chapter's folder, then by its notebook's number."
     found = []

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 # %% ../nbs/90_public/01_public_api.ipynb #4844f6eb
 if TYPE_CHECKING:
     from diffusion_workers.benchmark.benchmark import run_benchmark
-    from diffusion_workers.models.store import Settings, load_manifests
+    from diffusion_workers.models.store import load_manifests
     from diffusion_workers.panel.grid import grid
     from diffusion_workers.panel.map_browser import ControlPanel
     from diffusion_workers.panel.mask_canvas import MaskCanvas
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusion_workers.request.images import contact_sheet
     from diffusion_workers.request.metadata import read_metadata
     from diffusion_workers.service.service import DiffusionService
+    from diffusion_workers.settings.service import Settings
     from diffusion_workers.sweep.run import Sweep
     from ez_diffusion_client import AsyncClient, Client, RunPod, Server
     from ez_diffusion_client.models import GenerationPlan, GenerationRequest, OpResult
@@ -40,7 +41,7 @@ _HOMES = {  # name -> the module that defines it
     "RequestError": "diffusion_workers.request.errors",
     "RunPod": "ez_diffusion_client",
     "Server": "ez_diffusion_client",
-    "Settings": "diffusion_workers.models.store",
+    "Settings": "diffusion_workers.settings.service",
     "Sweep": "diffusion_workers.sweep.run",
     "contact_sheet": "diffusion_workers.request.images",
     "grid": "diffusion_workers.panel.grid",

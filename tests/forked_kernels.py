@@ -1,8 +1,9 @@
-"""Kernels that are forked from a process which has imported the large libraries, so that each notebook does not wait for them again.
+"""Kernels that are forked from a process with the large libraries imported, so that each notebook starts faster.
 
-The nursery imports what is not ours, runs nothing, and forks a child for every kernel: names, modules of this project and the state of
-the libraries are as new as in a kernel that was started by itself. As a program, this file is the nursery (`serve SOCKET`) or what
-Jupyter takes for a kernel's process (`run SOCKET -f FILE`): it asks for a child, hands signals on, and ends with it.
+The nursery imports third-party libraries, runs nothing, and forks a child for every kernel. Names, modules of this
+project and the state of the libraries are as new as in a kernel that was started by itself. Run as a program, this
+file is the nursery (`serve SOCKET`), or the process that Jupyter starts as a kernel (`run SOCKET -f FILE`). The latter
+requests a child, forwards signals to it, and ends with it.
 """
 
 import json
@@ -35,13 +36,12 @@ CLASSES = (
     "StableDiffusionControlNetPipeline",
     "StableDiffusionXLControlNetPipeline",
     "FluxControlNetPipeline",
-)  # diffusers imports its modules when they are asked for
+)  # diffusers imports its modules on first use
 INTERRUPT = b"i"
 
 
-def _listen_to(
-    connection: socket.socket,
-) -> None:  # in a child: interrupts; the end of the process that stands for the kernel is the kernel's end
+def _forward_interrupts(connection: socket.socket) -> None:  # in a child
+    "Interrupt this kernel on request, and end it when the process that requested it ends."
     while connection.recv(1) == INTERRUPT:
         os.kill(os.getpid(), signal.SIGINT)
     os._exit(1)
@@ -60,7 +60,7 @@ def _be_kernel(connection: socket.socket, outputs: list[int]) -> None:  # in a c
     for name in ("random", "numpy.random"):  # a fork has its parent's state
         sys.modules[name].seed()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    threading.Thread(target=_listen_to, args=[connection], daemon=True).start()
+    threading.Thread(target=_forward_interrupts, args=[connection], daemon=True).start()
     from ipykernel.kernelapp import IPKernelApp
 
     try:
@@ -71,7 +71,7 @@ def _be_kernel(connection: socket.socket, outputs: list[int]) -> None:  # in a c
 
 
 def serve(path: str) -> None:
-    "Import the libraries, and fork a kernel for whoever connects, until standard input ends."
+    "Import the libraries, and fork a kernel for each connection, until standard input ends."
     import importlib
 
     sys.path.pop(0)  # this folder
@@ -98,7 +98,7 @@ def serve(path: str) -> None:
 
 
 def run(path: str, arguments: list[str]) -> None:
-    "Stand for a kernel that the nursery forks."
+    "Request a kernel from the nursery and act as its process."
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
     signal.signal(signal.SIGINT, lambda *_: connection.send(INTERRUPT))
@@ -142,4 +142,7 @@ def nursery(environment: dict[str, str]) -> Iterator[type]:  # the environment o
 
 if __name__ == "__main__":
     _, command, socket_path, *rest = sys.argv
-    serve(socket_path) if command == "serve" else run(socket_path, rest)
+    if command == "serve":
+        serve(socket_path)
+    else:
+        run(socket_path, rest)

@@ -1,4 +1,4 @@
-"""A real JupyterLab as a process of its own, and hands to use a notebook in it."""
+"""A real JupyterLab in its own process, and functions to open and run a notebook in it."""
 
 import json
 import secrets
@@ -35,15 +35,15 @@ def answers(url: str) -> bool:
 
 @contextmanager
 def running(command: list[str], folder: Path, url: str) -> Iterator[None]:
-    "Start a server in a folder; it is up when `url` answers."
+    "Start a server in a folder, and wait until `url` responds."
     with (folder / "server.log").open("w+") as log:
         process = subprocess.Popen([sys.executable, "-m", *command], cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         try:
             deadline = time.monotonic() + PATIENCE
             while not answers(url):
-                said = (folder / "server.log").read_text()
-                assert process.poll() is None, f"{command[0]} ended at once:\n{said}"
-                assert time.monotonic() < deadline, f"{command[0]} is not up after {PATIENCE} s:\n{said}"
+                output = (folder / "server.log").read_text()
+                assert process.poll() is None, f"{command[0]} exited at startup:\n{output}"
+                assert time.monotonic() < deadline, f"{command[0]} is not ready after {PATIENCE} s:\n{output}"
                 time.sleep(0.3)
             yield
         finally:
@@ -86,7 +86,7 @@ def write_notebook(path: Path, *cells: str) -> None:
 
 
 def open_notebook(page: Page, address: str) -> None:
-    "Show a notebook and wait until its kernel is there."
+    "Open a notebook and wait until its kernel is ready."
     page.goto(address)
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell")
     page.evaluate("""async () => {
@@ -101,5 +101,5 @@ def run_all(page: Page) -> None:
 
 
 def save(page: Page) -> None:
-    "Write the notebook to the disk: a page that is loaded anew shows what was saved."
+    "Save the notebook: a reloaded page shows what was saved."
     page.evaluate("async () => { await window.jupyterapp.commands.execute('docmanager:save'); }")

@@ -1,4 +1,4 @@
-"""A server on a free port of this machine, in a thread of the test's own process."""
+"""A server on a free local port, in a thread of the test process."""
 
 import threading
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from fastapi import FastAPI
 
 from diffusion_workers.server.app import create_app
 from diffusion_workers.server.process import address_of, listening_socket
-from diffusion_workers.server.settings import ServerSettings
+from diffusion_workers.settings.server import ServerSettings
 
 PATIENCE = 300  # seconds until something counts as stuck; never a measure of speed
 INPUTS = sorted((Path(__file__).resolve().parent.parent / "diffusion_workers" / "test_inputs").glob("*.json"))
 
 
 class KeptOpen:
-    "A service that several applications in a row use: closing the application leaves it open."
+    "A service that several applications use in turn: closing an application leaves it open."
 
     def __init__(self, service):
         self._service = service
@@ -45,13 +45,11 @@ def serving(app: FastAPI) -> Iterator[str]:  # the address
         finally:
             server.should_exit = True
             thread.join(PATIENCE)
-            assert not thread.is_alive(), "the server does not end"
+            assert not thread.is_alive(), "the server does not stop"
 
 
 @contextmanager
-def live_server(
-    service, **settings
-) -> Iterator[tuple[str, FastAPI]]:  # the address, and the application for a look inside
+def live_server(service, **settings) -> Iterator[tuple[str, FastAPI]]:  # the address, and the application
     "The server over a service, with these settings."
     app = create_app(KeptOpen(service), ServerSettings(**{"warm_up": False} | settings))
     with serving(app) as url:

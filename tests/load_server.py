@@ -1,10 +1,10 @@
-"""Drives a server on this machine with many clients at once, and prints what happened as JSON.
+"""Load test of a local server with many clients at once; prints the results as JSON.
 
     python tests/load_server.py [--clients 32] [--requests 4] [--url http://127.0.0.1:8000]
 
-Without --url it starts a server of its own. It sends clients x requests generations at most, and then ends. Every second request goes
-through /generate, the others through /jobs, whose answers say when a request was taken and when it was done: a request that was sent
-after another one had been taken has to be done after it.
+Without --url it starts its own server. It sends at most clients x requests generations and then exits. Every second
+request uses /generate, the others use /jobs, whose responses contain the times of acceptance and completion. A request
+that was sent after another one was accepted must be completed after it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PATIENCE = 1800  # seconds until a request counts as lost
 
 
 def one_client(url: str, requests: int, number: int, rows: list[dict], start: threading.Barrier) -> None:
-    "Sends its requests one after another, and notes what came back."
+    "Send requests one after another, and record the responses."
     with httpx.Client(base_url=url, timeout=PATIENCE) as client:
         start.wait()
         for i in range(requests):
@@ -31,10 +31,9 @@ def one_client(url: str, requests: int, number: int, rows: list[dict], start: th
             row = {"client": number, "sent": sent}
             if (number + i) % 2:
                 answer = client.post("/generate", json=request)
-                row |= {
-                    "status": answer.json()["status"],
-                    "seed": answer.json()["generation"]["images"][0]["seed"] if answer.status_code == 200 else None,
-                }
+                row |= {"status": answer.json()["status"], "seed": None}
+                if answer.status_code == 200:
+                    row["seed"] = answer.json()["generation"]["images"][0]["seed"]
             else:
                 job = client.post("/jobs", json=request).json()
                 row |= {"taken": time.monotonic()}
@@ -51,7 +50,7 @@ def one_client(url: str, requests: int, number: int, rows: list[dict], start: th
 
 
 def round_of(url: str, clients: int, requests: int) -> list[dict]:
-    "All clients at once."
+    "Run all clients at once."
     rows: list[dict] = []
     start = threading.Barrier(clients)
     threads = [
@@ -65,30 +64,40 @@ def round_of(url: str, clients: int, requests: int) -> list[dict]:
 
 
 def out_of_order(rows: list[dict]) -> int:
-    "Pairs of which the one that was surely second was done first."
+    "The number of pairs in which the request that was surely second finished first."
     jobs = [row for row in rows if "taken" in row]
     return sum(a["taken"] < b["sent"] and a["finished_at"] > b["finished_at"] for a in jobs for b in jobs)
 
 
 def figures(url: str, clients: int, requests: int) -> dict:
-    "Two rounds: the first one fills caches, memory is compared after it and after the second."
+    "Run two rounds: the first one fills caches; memory is measured after each."
     memory = lambda: httpx.get(f"{url}/memory-info", timeout=PATIENCE).json()["process_bytes"]
     warm = round_of(url, clients, 1)
-    before, began = memory(), time.monotonic()
+    before = memory()
+    began = time.monotonic()
     rows = round_of(url, clients, requests)
-    took, after = time.monotonic() - began, memory()
+    took = time.monotonic() - began
+    after = memory()
     seconds = sorted(row["seconds"] for row in rows)
     return {
-        "clients": clients, "requests": len(rows), "expected": clients * requests, "answered": sum(row["status"] == "success" for row in rows + warm) - len(warm),
-        "right_seed": sum(row["seed"] == row["wanted"] for row in rows), "out_of_order": out_of_order(rows), "seconds": round(took, 1),
-        "requests_per_second": round(len(rows) / took, 1), "median_seconds": round(seconds[len(seconds) // 2], 2), "slowest_seconds": round(seconds[-1], 2),
-        "process_mb_before": before // 10**6, "process_mb_after": after // 10**6,
-    }  # fmt: skip
+        "clients": clients,
+        "requests": len(rows),
+        "expected": clients * requests,
+        "answered": sum(row["status"] == "success" for row in rows + warm) - len(warm),
+        "right_seed": sum(row["seed"] == row["wanted"] for row in rows),
+        "out_of_order": out_of_order(rows),
+        "seconds": round(took, 1),
+        "requests_per_second": round(len(rows) / took, 1),
+        "median_seconds": round(seconds[len(seconds) // 2], 2),
+        "slowest_seconds": round(seconds[-1], 2),
+        "process_mb_before": before // 10**6,
+        "process_mb_after": after // 10**6,
+    }
 
 
 @contextmanager
 def server(url: str | None):
-    "The server that is named, or one of our own."
+    "The address of the given server, or of a new one."
     if url is not None:
         yield url
         return
@@ -103,8 +112,8 @@ def server(url: str | None):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=4, help="of each client")
-    parser.add_argument("--url", help="a server on this machine")
+    parser.add_argument("--requests", type=int, default=4, help="requests per client")
+    parser.add_argument("--url", help="address of a running local server")
     arguments = parser.parse_args()
     with server(arguments.url) as url:
         print(json.dumps(figures(url, arguments.clients, arguments.requests), indent=2))

@@ -1,4 +1,4 @@
-"""A Stable Diffusion 1 pipeline in the layout of the original implementation: one file, and other names."""
+"""Stable Diffusion 1 and Flux weights in the layout of their original implementations: one file, other key names."""
 
 import re
 from collections.abc import Mapping
@@ -48,14 +48,14 @@ LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|u
 
 
 def renamed(key: str, names: Mapping[str, str]) -> str:
-    "The key with every part that `names` knows replaced; a part begins and ends at a dot."
+    "The key with every part in `names` replaced; a part begins and ends at a dot."
     for old, new in names.items():
         key = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", new, key)
     return key
 
 
 def count(weights: Mapping[str, torch.Tensor], pattern: str) -> int:
-    "How many numbers the pattern's group takes among the keys."
+    "How many different numbers the pattern's group matches among the keys."
     return len({found[1] for key in weights if (found := re.match(pattern, key))})
 
 
@@ -93,7 +93,7 @@ def original_vae(weights: Mapping[str, torch.Tensor]) -> Weights:
 
 
 def original_text_encoder(weights: Mapping[str, torch.Tensor]) -> Weights:
-    "The CLIP text encoder: its own names behind a prefix, and the numbers of the positions, which newer files leave out."
+    "The CLIP text encoder: its own names with a prefix, and the position ids, which newer files omit."
     made = {
         f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}": value
         for key, value in weights.items()
@@ -149,7 +149,7 @@ FLUX_SINGLE = {
     "attn.norm_k.weight": "norm.key_norm.scale",
     "proj_out": "linear2",
 }
-FLUX_TOGETHER = {  # the first of the layers that are one product there -> (all of them, its name)
+FLUX_TOGETHER = {  # first of the layers that are one matrix there -> (all of them, its name)
     "transformer_blocks": {
         "attn.to_q": (("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn.qkv"),
         "attn.add_q_proj": (("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "txt_attn.qkv"),
@@ -159,7 +159,7 @@ FLUX_TOGETHER = {  # the first of the layers that are one product there -> (all 
 
 
 def original_flux(weights: Mapping[str, torch.Tensor]) -> Weights:
-    "A Flux transformer: query, key and value are one product, and the last modulation has shift and scale in the other order."
+    "A Flux transformer: query, key and value are one matrix, and the last modulation has shift and scale swapped."
     blocks = {
         "transformer_blocks": ("double_blocks", FLUX_DOUBLE),
         "single_transformer_blocks": ("single_blocks", FLUX_SINGLE),

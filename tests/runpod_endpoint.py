@@ -1,10 +1,11 @@
-"""RunPod's side of a serverless endpoint on this machine: /run, /runsync, /status, /stream, /cancel, with one worker behind it.
+"""A local RunPod serverless endpoint with one worker: /run, /runsync, /status, /stream, /cancel.
 
-Only RunPod's own part is stood in for. The pictures are made by a `DiffusionService`, and what is streamed and returned is what the
-worker sends: events as they come, and the result.
+Only RunPod's own part is simulated. A `DiffusionService` generates the images, and the endpoint streams and returns
+what the worker sends: events as they occur, and the result.
 """
 
 import asyncio
+import contextlib
 import json
 from itertools import count
 
@@ -16,14 +17,15 @@ from starlette.routing import Route
 from ez_diffusion_client.models import ProgressEvent
 
 API_KEY = "rpa_of-a-test"
-SYNC_SECONDS = 0.2  # after which /runsync answers without a result; RunPod waits a minute and a half
+SYNC_SECONDS = 0.2  # after which /runsync responds without a result; RunPod waits 90 seconds
 
 
 class Endpoint:
     "One endpoint and its jobs."
 
     def __init__(self, service):
-        self.service, self.numbers = service, count(1)
+        self.service = service
+        self.numbers = count(1)
         self.jobs: dict[str, dict] = {}
         self.seen: list[str] = []  # method and path of each request
 
@@ -48,10 +50,11 @@ class Endpoint:
         job["events"].append({"output": event.model_dump(mode="json", exclude_none=True)})
         if event.result is not None:
             if job["status"] == "IN_PROGRESS":
-                job["status"], job["output"] = "COMPLETED", event.result.model_dump(mode="json", exclude_none=True)
+                job["status"] = "COMPLETED"
+                job["output"] = event.result.model_dump(mode="json", exclude_none=True)
             job["done"].set()
 
-    def told(self, job: dict, *more: str) -> Response:
+    def response_for(self, job: dict, *more: str) -> Response:
         return JSONResponse({name: job[name] for name in ("id", "status", *more) if name in job})
 
 
@@ -66,21 +69,20 @@ def endpoint_app(endpoint: Endpoint) -> Starlette:
         if action in ("run", "runsync"):
             job = endpoint.begin(json.loads(await request.body())["input"])
             if action == "runsync":
-                try:
+                with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(job["done"].wait(), SYNC_SECONDS)
-                except TimeoutError:
-                    pass
-            return endpoint.told(job, "output")
+            return endpoint.response_for(job, "output")
         if job_id not in endpoint.jobs:
             return JSONResponse({"error": "job not found"}, 404)
         job = endpoint.jobs[job_id]
         if action == "stream":
-            fresh, job["streamed"] = job["events"][job["streamed"] :], len(job["events"])
+            fresh = job["events"][job["streamed"] :]
+            job["streamed"] = len(job["events"])
             return JSONResponse({"status": job["status"], "stream": fresh})
         if action == "cancel" and job["status"] == "IN_PROGRESS":
             job["status"] = "CANCELLED"
             job["generation"].cancel()
-        return endpoint.told(job, "output")
+        return endpoint.response_for(job, "output")
 
     return Starlette(
         routes=[

@@ -1,4 +1,4 @@
-"""RunPod on loopback: the queue that a worker's SDK talks to, and the endpoint that clients talk to, with faults on demand."""
+"""A local RunPod: the queue for the worker's SDK and the endpoint for clients, with fault injection."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ ENDPOINT, API_KEY, WORKER_FILE = "endpoint", "stand-in", "diffusion_workers.hand
 
 @dataclass
 class QueuedJob:
-    "A job, and all that a worker said about it."
+    "A job, and everything that workers sent about it."
 
     id: str
     input: Any
@@ -36,26 +36,24 @@ class QueuedJob:
     stream: list[Any] = field(default_factory=list)  # items that a client has not fetched yet
     streamed: list[Any] = field(default_factory=list)  # all items
     taken: list[str] = field(default_factory=list)  # by which worker, each time
-    stop_pod: bool = False  # whether the worker asked to be replaced
+    stop_pod: bool = False  # whether the worker requested its replacement
     answer_bytes: int = 0
 
     @property
-    def told(self) -> dict[str, Any]:
-        "What a client sees. RunPod keeps the error of a failed job, and not its output."
+    def client_view(self) -> dict[str, Any]:
+        "The response to a client. RunPod keeps the error of a failed job, but not its output."
         shown = {"id": self.id, "status": self.status}
         if self.status == "FAILED":
             return shown | {"error": self.error}
-        return shown | (
-            {"output": self.output}
-            if self.status == "COMPLETED"
-            else {"output": self.updates[-1]}
-            if self.updates
-            else {}
-        )
+        if self.status == "COMPLETED":
+            return shown | {"output": self.output}
+        if self.updates:
+            return shown | {"output": self.updates[-1]}
+        return shown
 
 
 class QueueServer:
-    "Serves on a free port of 127.0.0.1 from a thread of its own, between `with` and its end."
+    "A server on a free local port in its own thread, inside a `with` block."
 
     def __init__(self):
         self.jobs: dict[str, QueuedJob] = {}
@@ -64,8 +62,8 @@ class QueueServer:
         self.pings: list[dict[str, str]] = []
         self.faults: dict[str, deque] = defaultdict(deque)  # route -> a status, "drop", or seconds to wait
         self.met: dict[str, int] = defaultdict(int)  # route -> how many faults were served
-        self.takes: dict[str, int] = defaultdict(int)  # worker -> how often it asked for jobs
-        self.asked: list[str] = []  # the operations that clients asked for, in order
+        self.takes: dict[str, int] = defaultdict(int)  # worker -> how often it requested jobs
+        self.asked: list[str] = []  # the operations that clients requested, in order
         self._changed = threading.Condition()
 
     # --- the worker's side ---
@@ -88,7 +86,7 @@ class QueueServer:
     async def _take(self, request: web.Request) -> web.Response:
         worker, until = request.match_info["worker"], time.monotonic() + HOLD
         wanted = int(request.query.get("batch_size", 1))
-        self._say(lambda: self.takes.update({worker: self.takes[worker] + 1}))
+        self._change(lambda: self.takes.update({worker: self.takes[worker] + 1}))
         while not self.waiting and time.monotonic() < until:
             await asyncio.sleep(0.02)
         taken = [self.jobs[self.waiting.popleft()] for _ in range(min(wanted, len(self.waiting)))]
@@ -97,43 +95,49 @@ class QueueServer:
         for job in taken:
             job.taken.append(worker)
             job.status = "IN_PROGRESS"
-        told = [{"id": job.id, "input": job.input} for job in taken]
-        return web.json_response(told if "job-take-batch" in request.path else told[0])
+        assigned = [{"id": job.id, "input": job.input} for job in taken]
+        return web.json_response(assigned if "job-take-batch" in request.path else assigned[0])
 
     async def _done(self, request: web.Request) -> web.Response:
         job, body = self.jobs[request.match_info["job"]], await request.text()
-        said = json.loads(body, parse_constant=_no_constants)
+        message = json.loads(body, parse_constant=_no_constants)
 
         def note() -> None:
             if job.status in ENDED:  # an update may come late
                 return
-            if said.get("status") == "IN_PROGRESS":
-                job.updates.append(said["output"])
+            if message.get("status") == "IN_PROGRESS":
+                job.updates.append(message["output"])
                 return
-            job.answer_bytes, job.stop_pod = len(body.encode()), bool(said.get("stopPod"))
-            job.output, job.error = said.get("output"), said.get("error")
+            job.answer_bytes = len(body.encode())
+            job.stop_pod = bool(message.get("stopPod"))
+            job.output = message.get("output")
+            job.error = message.get("error")
             job.status = "FAILED" if job.error else "COMPLETED"
 
-        self._say(note)
+        self._change(note)
         return web.json_response({"status": "ok"})
 
     async def _stream(self, request: web.Request) -> web.Response:
-        job, said = self.jobs[request.match_info["job"]], json.loads(await request.text(), parse_constant=_no_constants)
-        self._say(lambda: (job.stream.append(said["output"]), job.streamed.append(said["output"])))
+        job = self.jobs[request.match_info["job"]]
+        message = json.loads(await request.text(), parse_constant=_no_constants)
+
+        def note() -> None:
+            job.stream.append(message["output"])
+            job.streamed.append(message["output"])
+
+        self._change(note)
         return web.json_response({"status": "ok"})
 
     async def _stop(self, request: web.Request) -> web.Response:
         until = time.monotonic() + HOLD
         while not self.stopping and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        return (
-            web.json_response({"jobsToStop": [self.stopping.popleft() for _ in range(len(self.stopping))]})
-            if self.stopping
-            else web.Response(status=204)
-        )
+        if not self.stopping:
+            return web.Response(status=204)
+        return web.json_response({"jobsToStop": [self.stopping.popleft() for _ in range(len(self.stopping))]})
 
     async def _ping(self, request: web.Request) -> web.Response:
-        self._say(lambda: self.pings.append(dict(request.query)))
+        self._change(lambda: self.pings.append(dict(request.query)))
         return web.json_response({"status": "ok"})
 
     # --- the client's side ---
@@ -156,7 +160,7 @@ class QueueServer:
         until = time.monotonic() + int(request.query.get("wait", 90_000)) / 1000
         while job.status not in ENDED and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        return web.json_response(job.told)
+        return web.json_response(job.client_view)
 
     async def _known(self, request: web.Request) -> QueuedJob:
         job = self.jobs.get(request.match_info["job"])
@@ -165,13 +169,14 @@ class QueueServer:
         return job
 
     async def _status(self, request: web.Request) -> web.Response:
-        return web.json_response((await self._known(request)).told)
+        return web.json_response((await self._known(request)).client_view)
 
     async def _fetch(self, request: web.Request) -> web.Response:
         job, until = await self._known(request), time.monotonic() + HOLD
         while not job.stream and job.status not in ENDED and time.monotonic() < until:
             await asyncio.sleep(0.02)
-        items, job.stream = job.stream, []
+        items = job.stream
+        job.stream = []
         return web.json_response(
             {"status": job.status if not items else "IN_PROGRESS", "stream": [{"output": item} for item in items]}
         )
@@ -179,7 +184,7 @@ class QueueServer:
     async def _cancel(self, request: web.Request) -> web.Response:
         job = await self._known(request)
         self.stop(job.id)
-        return web.json_response(job.told)
+        return web.json_response(job.client_view)
 
     # --- what tests do ---
 
@@ -191,7 +196,7 @@ class QueueServer:
         return job.id
 
     def stop(self, job_id: str) -> None:
-        "Cancel a job, as RunPod does: its worker is told, and whatever it still says is not heard."
+        "Cancel a job as RunPod does: its worker is notified, and later messages from it are ignored."
         job = self.jobs[job_id]
         if job.status in ENDED:
             return
@@ -199,7 +204,7 @@ class QueueServer:
             self.waiting.remove(job_id)
         else:
             self.stopping.append(job_id)
-        self._say(lambda: setattr(job, "status", "CANCELLED"))
+        self._change(lambda: setattr(job, "status", "CANCELLED"))
 
     def until(self, holds: Callable[[], Any], what: str) -> Any:
         "Wait until something holds."
@@ -209,7 +214,7 @@ class QueueServer:
             return holds()
 
     def ended(self, job_id: str) -> QueuedJob:
-        "A job, once it has an end."
+        "Wait until a job has ended, and return it."
         job = self.jobs[job_id]
         self.until(lambda: job.status in ENDED, f"the end of {job.input!r:.100}")
         return job
@@ -218,7 +223,7 @@ class QueueServer:
         "Queue jobs and wait for all of them."
         return [self.ended(job_id) for job_id in [self.submit(given) for given in inputs]]
 
-    def _say(self, change: Callable[[], Any]) -> None:
+    def _change(self, change: Callable[[], Any]) -> None:
         with self._changed:
             change()
             self._changed.notify_all()
@@ -227,27 +232,31 @@ class QueueServer:
 
     @property
     def url(self) -> str:
-        "What clients put before the endpoint's name."
+        "The base URL of the API for clients."
         return f"http://127.0.0.1:{self.port}/v2"
 
     def environment(self, worker: str) -> dict[str, str]:
         "The variables that RunPod gives a worker."
         base, tail = f"{self.url}/{ENDPOINT}", "?gpu=none"
         return {
-            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID{tail}", "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID{tail}",
-            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID{tail}", "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
-            "RUNPOD_PING_INTERVAL": "1000", "RUNPOD_AI_API_KEY": API_KEY, "RUNPOD_POD_ID": worker,
-            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true", "RUNPOD_SKIP_GPU_CHECK": "true",
-        }  # fmt: skip
+            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID{tail}",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID{tail}",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID{tail}",
+            "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
+            "RUNPOD_PING_INTERVAL": "1000",
+            "RUNPOD_AI_API_KEY": API_KEY,
+            "RUNPOD_POD_ID": worker,
+            "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+            "RUNPOD_SKIP_GPU_CHECK": "true",
+        }
 
     def __enter__(self) -> "QueueServer":
-        self._loop, started = asyncio.new_event_loop(), threading.Event()
+        self._loop = asyncio.new_event_loop()
+        started = threading.Event()
 
         async def serve() -> None:
-            app, at = (
-                web.Application(client_max_size=2**28, middlewares=[self._guarded, self._faulty]),
-                f"/v2/{ENDPOINT}",
-            )
+            app = web.Application(client_max_size=2**28, middlewares=[self._guarded, self._faulty])
+            at = f"/v2/{ENDPOINT}"
             app.router.add_get(at + "/job-take/{worker}", self._take, name="take")
             app.router.add_get(at + "/job-take-batch/{worker}", self._take, name="take_batch")
             app.router.add_get(at + "/job-stop/{worker}", self._stop, name="stop")
@@ -286,7 +295,7 @@ def _no_constants(name: str) -> None:
 
 
 def worker_environment(**more: str) -> dict[str, str]:
-    "What a worker process gets: the CPU, no network, no settings of whoever runs the tests."
+    "The environment of a worker process: CPU, no network, and no settings of the user who runs the tests."
     foreign = ("DIFFUSION_WORKERS_", "DO_TORCH_", "RUNPOD_", "BUCKET_")
     own = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     return own | {"HF_HUB_OFFLINE": "1", "DIFFUSION_WORKERS_DEVICE": "cpu", "PYTHONUNBUFFERED": "1"} | more
@@ -294,7 +303,7 @@ def worker_environment(**more: str) -> dict[str, str]:
 
 @contextmanager
 def running_worker(queue: QueueServer, name: str, log: Path, **more: str) -> Iterator[subprocess.Popen]:
-    "A worker process that has asked for its first job; ended at the end, if it has not ended before."
+    "A worker process that has requested its first job; terminated on exit if it is still running."
     with log.open("w") as file:
         command = [sys.executable, "-m", WORKER_FILE]
         process = subprocess.Popen(
@@ -304,7 +313,7 @@ def running_worker(queue: QueueServer, name: str, log: Path, **more: str) -> Ite
             deadline = time.monotonic() + PATIENCE
             while not queue.takes[name]:
                 assert process.poll() is None, f"the worker ended with {process.returncode}:\n{log.read_text()}"
-                assert time.monotonic() < deadline, f"the worker does not ask for jobs:\n{log.read_text()}"
+                assert time.monotonic() < deadline, f"the worker does not request jobs:\n{log.read_text()}"
                 time.sleep(0.05)
             yield process
         finally:

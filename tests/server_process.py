@@ -1,4 +1,4 @@
-"""The real server as a process of its own, for the tests that need one."""
+"""The real server in its own process."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def is_ready(url: str) -> bool:
 
 @contextmanager
 def running_server(**environment: str) -> Iterator[str]:  # variables for the server
-    "Start the server with the built-in models on a free port, and give its address once it has made a picture."
+    "Start the server with the built-in models on a free port, and yield its address once it has generated an image."
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-c", SERVE, "serve", "--port", "0"],
@@ -50,12 +50,13 @@ def running_server(**environment: str) -> Iterator[str]:  # variables for the se
             stderr=subprocess.STDOUT,
         )
         try:
-            deadline, url = time.monotonic() + PATIENCE, None
+            deadline = time.monotonic() + PATIENCE
+            url = None
             while not (url and is_ready(url)):
-                said = Path(log.name).read_text()  # opened anew: the server writes where the position of `log` is
-                assert process.poll() is None, f"the server ended at once:\n{said}"
-                assert time.monotonic() < deadline, f"the server is not ready after {PATIENCE} s:\n{said}"
-                found = re.search(r"starting on (http://\S+?),", said)
+                output = Path(log.name).read_text()  # a new handle: the server writes at the position of `log`
+                assert process.poll() is None, f"the server exited at startup:\n{output}"
+                assert time.monotonic() < deadline, f"the server is not ready after {PATIENCE} s:\n{output}"
+                found = re.search(r"starting on (http://\S+?),", output)
                 url = found and found[1]
                 time.sleep(0.2)
             yield url

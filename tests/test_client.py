@@ -14,10 +14,10 @@ from PIL import Image
 from runpod_endpoint import API_KEY, Endpoint, endpoint_app
 
 from diffusion_workers.cli.main import main
-from diffusion_workers.models.store import Settings
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.request.metadata import read_metadata
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client import AsyncClient, Client, Retries, RunPod, Server, image_bytes, pil_images, raise_for_status
 from ez_diffusion_client.errors import (
     FAILURES,
@@ -238,6 +238,37 @@ def test_the_command_line_sends_elsewhere(
     assert "there is no such model" in capsys.readouterr().err
 
 
+# Characters that str.splitlines takes for ends of lines and that JSON leaves as they are.
+SEPARATORS = "a red\u2028circle\u2029on\u0085white"
+
+
+def test_line_separators_in_a_prompt_survive_the_stream(target: Server | RunPod) -> None:
+    "The plan that comes with the last event holds the prompt as it was sent, in step and with await."
+    with Client(target) as client:
+        watched = client.generate(SMALL, prompt=SEPARATORS, on_progress=lambda event: None)
+
+    async def awaited() -> list[ProgressEvent]:
+        async with AsyncClient(target) as client:
+            job = await client.submit(SMALL, prompt=SEPARATORS)
+            return [event async for event in client.events(job.id)]
+
+    result = asyncio.run(awaited())[-1].result
+    assert watched.generation.plan.prompt == SEPARATORS
+    assert result is not None and result.generation.plan.prompt == SEPARATORS
+
+
+def test_line_separators_in_a_prompt_survive_the_command_line(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "With progress shown, which is what streams the events; the receipt in the file has the prompt."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFUSION_WORKERS_TOKEN", "correct-horse")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    sent = ["generate", SEPARATORS, "--seed", "1", "--num-inference-steps", "2", "--url", url, "-o", "out.png"]
+    assert main(sent) == 0
+    assert read_metadata(tmp_path / "out.png").plan.prompt == SEPARATORS
+
+
 # --- of a server alone ------------------------------------------------------
 
 
@@ -259,7 +290,7 @@ def test_what_else_a_server_is_asked(url: str) -> None:
 
 def test_events_are_taken_up_again(service: DiffusionService) -> None:
     "A stream that breaks in the middle is opened again, and the result arrives."
-    with live_server(service) as (url, app), Client(url, retries=QUICK) as client:
+    with live_server(service) as (url, _), Client(url, retries=QUICK) as client:
         job = client.submit(SMALL | {"num_inference_steps": 40})
         broken, send = [], client._http._transport.handle_request
 
@@ -357,7 +388,7 @@ def test_patience_ends() -> None:
     transport, got = answering(*[httpx.ConnectError("refused")] * 3)
     with (
         Client("http://127.0.0.1:9", retries=QUICK, transport=transport) as client,
-        pytest.raises(ServerUnreachable, match="http://127.0.0.1:9"),
+        pytest.raises(ServerUnreachable, match=r"http://127\.0\.0\.1:9"),
     ):
         client.generate(SMALL)
     assert len(got) == 3

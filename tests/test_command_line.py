@@ -172,7 +172,7 @@ def test_a_control_from_a_photo_to_a_replay(tiny: Path, capsys: pytest.CaptureFi
         main(["replay", "out.png", "--control-image", "0=photo, red.png", "--control-image", "1=photo, red.png"]) == 0
     )
     assert main(["replay", "out.png", "--control-image", "0=map.png", "--control-image", "1=photo, red.png"]) == 13
-    assert "--control-image 0=FILE: this is not the picture that was used" in capsys.readouterr().err
+    assert "--control-image 0=FILE: this is not the image that was used" in capsys.readouterr().err
 
 
 def test_lists_name_nets_and_preprocessors(tiny: Path, capsys: pytest.CaptureFixture) -> None:
@@ -198,7 +198,7 @@ PHOTO = "photo, red.png"
 @pytest.mark.parametrize("arguments, code, said", [
     (["plan", "x", "--controlnet", "scael=0.8"], 2, ["--controlnet: there is no such key", "did you mean scale?"]),
     (["plan", "x", "--controlnet", "scale=1,scale=2"], 2, ["--controlnet: scale is given twice"]),
-    (["plan", "x", "--control", "photo.png"], 2, ["--control", "NET:FILE"]),
+    (["plan", "x", "--control", "photo.png"], 2, ["--control", "NAME:FILE"]),
     (["plan", "x", "--control", "canny:missing.png"], 5, ["controlnets[0].image: cannot be read", "missing.png"]),
     (["plan", "x", "--control", f"cany:{PHOTO}"], 7, ["controlnets[0].model", "did you mean canny?"]),
     (["plan", "x", "--controlnet", f"model=canny,image={PHOTO},scale=much"], 2, ["controlnets[0].conditioning_scale", "'much'"]),
@@ -213,7 +213,7 @@ PHOTO = "photo, red.png"
     (["plan", "x", "--max-sequence-length", "64"], 4, ["max_sequence_length"]),
     (["plan", "x", "--loar", "style"], 2, ["did you mean --lora?"]),
     (["preprocess", PHOTO], 2, ["preprocessing.name"]),
-    (["preprocess", "text.png", "--preprocessor", "canny"], 5, ["image: this file is no picture", "text.png"]),
+    (["preprocess", "text.png", "--preprocessor", "canny"], 5, ["image: this file is not an image", "text.png"]),
     (["preprocess", "missing.png", "--preprocessor", "canny"], 5, ["image: cannot be read", "missing.png"]),
     (["preprocess", PHOTO, "--preprocessor", "cany"], 2, ["preprocessing.name", "did you mean canny?"]),
     (["preprocess", PHOTO, "--preprocessor", "canny", "--parameter", "low_threshold=many"], 2, ["preprocessing.parameters.low_threshold", "'many'"]),
@@ -234,6 +234,108 @@ def test_a_mistake_in_a_control_or_a_lora(
     Path("text.png").write_text("no picture")
     assert_fails(call(arguments, "", capsys, monkeypatch), code, *said)
     assert {path.name for path in tiny.iterdir()} == {PHOTO, "text.png"}
+
+
+# --- planning without torch --------------------------------------------------
+
+
+def test_plan_is_the_plan_of_the_service(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    "The command line and the service plan one request alike, with the same warnings; a seed is drawn where none is given."
+    from diffusion_workers.service.service import DiffusionService
+
+    Image.open(PHOTO).convert("CMYK").save("print.tiff")
+    options = ["--image", "print.tiff", "--negative-prompt", "blue", "--guidance-scale", "1", "--width", "104"]
+    plans = []
+    for _ in range(2):
+        assert main(["plan", "a red circle", *options]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0]["seeds"] != plans[1]["seeds"]
+    with DiffusionService() as service:
+        result = service.plan(
+            prompt="a red circle", image=Path("print.tiff"), negative_prompt="blue", guidance_scale=1.0, width=104
+        )
+    told = result.plan.model_dump(mode="json", exclude_none=True)
+    assert len(told["warnings"]) >= 3  # the negative prompt, the size, the conversion of the image
+    for plan in (*plans, told):
+        plan.pop("seeds")
+    assert plans[0] == plans[1] == told
+
+
+REFUSED = [  # arguments that planning refuses
+    ["generate", "x", "--model", "nobody"],
+    ["generate", "x", "--lora", "nobody"],
+    ["generate", "x", "--lora", "gone"],
+    ["generate", "x", "--image", "missing.png"],
+    ["generate", "x", "--image", "text.png"],
+    ["generate", "x", "--control", f"nobody:{PHOTO}"],
+    ["generate", "x", "--width", "4096"],
+    ["generate", "x", "--num-inference-steps", "0"],
+    ["generate", "x", "--scheduler", "eular"],
+    ["generate", "x", "--profile", "nobody"],
+    ["generate", "x", "--device", "tpu"],
+    ["generate", "x", "-o", "out.bmp"],
+    ["plan", "x", "--model", "nobody"],
+    ["plan", "x", "--lora", "nobody"],
+    ["plan", "x", "--image", "missing.png"],
+    ["plan", "x", "--guidance-scale", "-1"],
+    ["preprocess", "missing.png", "--preprocessor", "canny"],
+    ["preprocess", PHOTO, "--preprocessor", "cany"],
+    ["preprocess", PHOTO, "--preprocessor", "midas"],  # its weights are not on this machine
+    ["preprocess", PHOTO, "--preprocessor", "canny", "--parameter", "low_threshold=999"],
+    ["preprocess", PHOTO, "--preprocessor", "inpaint_mask"],
+    ["preprocess", PHOTO, "--preprocessor", "canny", "--width", "60"],
+    ["replay", "missing.png"],
+    ["replay", PHOTO],
+]
+
+
+def test_what_planning_refuses_imports_no_torch(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    "A wrong name, path or value is told at once, and not after the seconds that torch and diffusers take to import."
+    Path("text.png").write_text("no image")
+    models = tmp_path_factory.mktemp("lora")
+    gone = {"gone": {"source": {"file": str(models / "gone.safetensors")}}}
+    (models / "lora.yaml").write_text(
+        json.dumps({"family": "sd15", "source": {"builtin": "shapes-sd15"}, "loras": gone})
+    )
+    program = """
+import json, sys
+from diffusion_workers.cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    code = main(arguments)
+    print(json.dumps([arguments, code, "torch" in sys.modules or "diffusers" in sys.modules]))
+"""
+    env = environment() | {"DIFFUSION_WORKERS_MODELS": str(models), "DIFFUSION_WORKERS_DEFAULT_MODEL": "lora"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(REFUSED)], cwd=tiny, env=env, capture_output=True, text=True
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [arguments for arguments, _, _ in lines] == REFUSED, done.stderr
+    assert [arguments for arguments, code, _ in lines if code == 0] == []
+    assert [arguments for arguments, _, imported in lines if imported] == []
+
+
+def test_replay_notes_a_lora_that_has_changed(tiny: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    "The receipt names the file of a LoRA by its hash, so a replay with another file under that name says so."
+    import hashlib
+
+    from diffusion_workers.models.manifest import builtin_path
+
+    styles = tiny / "styles"
+    styles.mkdir()
+    source, other = (builtin_path("shapes-sd15") / "loras" / f"{name}.safetensors" for name in ("outline", "night"))
+    (styles / "style.safetensors").write_bytes(source.read_bytes())
+    monkeypatch.setenv("DIFFUSION_WORKERS_LORAS", str(styles))
+    arguments = ["--model", "shapes-sd15", "--lora", "style.safetensors", "--num-inference-steps", "2", "--seed", "1"]
+    assert main(["generate", "a red circle", *arguments, "-o", "styled.png"]) == 0
+    planned = read_metadata(Path("styled.png")).plan.loras[0]
+    assert planned.sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert planned.source == "file:style.safetensors"
+    assert main(["replay", "styled.png"]) == 0
+    assert "has changed" not in capsys.readouterr().err
+    (styles / "style.safetensors").write_bytes(other.read_bytes())
+    assert main(["replay", "styled.png"]) == 1
+    said = capsys.readouterr().err
+    assert "loras[0].name: the file of this LoRA has changed since the image was made" in said
 
 
 # --- interrupting -----------------------------------------------------------
@@ -328,12 +430,12 @@ def call(
     (["plan", "x", "--width", "many"], "", 2, ["width", "'many'", "a multiple of 8"]),
     (["plan", "x", "--scheduler", "eular"], "", 2, ["scheduler", "did you mean euler?"]),
     (["plan", "x", "--model", "shapes-sd51"], "", 3, ["there is no such model", "did you mean shapes-sd15?"]),
-    (["plan", "--request", "-"], '{"prompt": ', 2, ["this is no JSON"]),
+    (["plan", "--request", "-"], '{"prompt": ', 2, ["not valid JSON"]),
     (["plan", "--request", "-"], '{"prompt": "x", "promt": 3}', 2, ["promt", "there is no such field", "did you mean prompt?"]),
     (["plan", "--request", "-"], '{"prompt": ' + "[" * 100_000, 2, ["JSON"]),
     (["plan", "--request", "missing.json"], "", 2, ["--request", "missing.json"]),
     (["replay", "missing.png"], "", 5, ["missing.png"]),
-    (["models", "--models", "missing"], "", 2, ["missing is no folder"]),
+    (["models", "--models", "missing"], "", 2, ["missing is not a folder"]),
     (["train-shapes"], "", 2, ["--out", "a folder is needed"]),
     (["train-shapes", "--part", "shapes-flx", "--out", "x"], "", 2, ["--part", "did you mean shapes-flux?"]),
     (["train-shapes", "--part", "shapes-flux", "--out", "x", "--minutes", "3"], "", 4, ["--part", "belong to shapes-sd15"]),
@@ -351,7 +453,9 @@ def test_each_kind_of_mistake_has_its_exit_code(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "folder.png").mkdir()
-    monkeypatch.setattr("diffusion_workers.cli.main._service", pytest.fail)  # no mistake here is worth loading a model
+    monkeypatch.setattr(
+        "diffusion_workers.cli.commands.make_service", pytest.fail
+    )  # no mistake here is worth loading a model
     assert_fails(call(arguments, stdin, capsys, monkeypatch), code, *said)
 
 

@@ -1,4 +1,4 @@
-"""The image's file, without a container engine: a linter, what it copies, and its very lines in a clean virtual environment."""
+"""The Dockerfile without a container engine: a linter, its COPY sources, and its RUN lines in a clean environment."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from project import ROOT
 
-from diffusion_workers.worker.settings import WorkerSettings
+from diffusion_workers.settings.worker import WorkerSettings
 
 BIN = Path(sys.executable).parent
 FINAL = 1  # the stage that becomes the image; stage 0 only installs uv
@@ -32,7 +32,7 @@ def arguments(name: str, stage: int = FINAL) -> list[str]:
     return [text for instruction, text in instructions()[stage] if instruction == name]
 
 
-def test_the_linter_is_content() -> None:
+def test_hadolint_passes() -> None:
     done = subprocess.run([BIN / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -43,7 +43,7 @@ def test_bases_are_pinned_and_for_one_platform() -> None:
 
 
 def test_code_comes_after_what_is_large() -> None:
-    "A change of code invalidates no layer with torch, the other packages or a model."
+    "A code change invalidates no layer with torch, the other packages or a model."
     texts = [f"{name} {text}" for name, text in instructions()[FINAL]]
     at = lambda part: next(i for i, text in enumerate(texts) if part in text)
     assert at("torch==") < at("requirements.txt") < at("snapshot_download") < at("COPY diffusion_workers")
@@ -94,7 +94,7 @@ def test_requirements_are_read_from_settings(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_its_lines_install_a_worker_that_works(tmp_path: Path) -> None:
-    "Every RUN line but those of apt, in order, with folders of this test in the place of those of the image; then its CMD."
+    "Every RUN line except those of apt, in order, in folders of this test; then the CMD."
     places = {
         "/opt/uv": tmp_path / "uv",
         "/opt/venv": tmp_path / "venv",
@@ -131,9 +131,10 @@ def test_its_lines_install_a_worker_that_works(tmp_path: Path) -> None:
                 *sources, target = text.split()
                 for source in sources:
                     to = tmp_path / "src" / (source if target == "./" else target)
-                    shutil.copytree(ROOT / source, to, dirs_exist_ok=True) if (ROOT / source).is_dir() else shutil.copy(
-                        ROOT / source, to
-                    )
+                    if (ROOT / source).is_dir():
+                        shutil.copytree(ROOT / source, to, dirs_exist_ok=True)
+                    else:
+                        shutil.copy(ROOT / source, to)
             elif name == "RUN" and "apt-get" not in text:
                 run(moved(re.sub(r"^(--mount=\S+ +)+", "", text)))
     job = json.dumps({"input": {"prompt": "a red circle", "num_inference_steps": 2, "seed": 1}})
@@ -152,12 +153,10 @@ def hub(name: str) -> dict:
 
 
 def test_the_hub_form_asks_for_variables_that_are_read() -> None:
-    "Each field of the form is a variable of the worker, or one that the Hub's library reads; its default is one that the worker takes."
+    "Each field is a variable of the worker or of the Hub's library, and its default is the worker's."
     config = hub("hub.json")["config"]
     keys = [entry["key"] for entry in config["env"]]
-    from dataclasses import fields
-
-    known = {item.metadata["variable"] for item in fields(WorkerSettings)} | {"HF_TOKEN"}
+    known = {WorkerSettings.variable(name) for name in WorkerSettings.model_fields} | {"HF_TOKEN"}
     assert set(keys) <= known and len(set(keys)) == len(keys)
     defaults = {entry["key"]: str(entry["input"]["default"]) for entry in config["env"]}
     assert WorkerSettings.from_environment(defaults) == WorkerSettings()
@@ -167,4 +166,4 @@ def test_the_hub_form_asks_for_variables_that_are_read() -> None:
         chosen = WorkerSettings.from_environment(
             defaults | {key: str(value) for key, value in preset["defaults"].items()}
         )
-        assert chosen.default_model in load_manifests((), "shapes-sd15")
+        assert chosen.default_model in load_manifests()

@@ -1,4 +1,4 @@
-"""A .gguf file with the names of Flux's original implementation, as published ones have them, at the width that diffusers takes them for."""
+"""A .gguf file with the key names of the original Flux implementation, as in published files, at the real width."""
 
 from pathlib import Path
 
@@ -17,20 +17,23 @@ Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
 def write_gguf(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    "Matrices in eight bits, vectors as they are."
+    "Write matrices in eight bits, vectors unchanged."
     writer = gguf.GGUFWriter(path, "flux")
     for name, tensor in weights.items():
         array = tensor.float().numpy()
-        writer.add_tensor(
-            name, gguf.quantize(array, Q8) if tensor.ndim == 2 else array, raw_dtype=Q8 if tensor.ndim == 2 else None
-        )
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
+        if tensor.ndim == 2:
+            writer.add_tensor(name, gguf.quantize(array, Q8), raw_dtype=Q8)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
     writer.close()
 
 
 @pytest.mark.slow
 def test_the_original_names_are_understood(tmp_path: Path) -> None:
-    "One block of each kind at the width of FLUX.1, half a billion weights: each of them is where it belongs, and a byte in memory."
+    "One block of each kind at the width of FLUX.1, half a billion weights: all in place, one byte each in memory."
     with torch.device("meta"):
         empty = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
     empty.save_config(tmp_path / "config")
@@ -51,7 +54,6 @@ def test_the_original_names_are_understood(tmp_path: Path) -> None:
     assert found.keys() == weights.keys()
     for name, wanted in weights.items():
         value = dequantize_gguf_tensor(found[name]) if isinstance(found[name], GGUFParameter) else found[name]
-        assert value.shape == wanted.shape and (value.float() - wanted).abs().max() < 0.05, (
-            name
-        )  # 127 steps from 0 to about 5
+        assert value.shape == wanted.shape, name
+        assert (value.float() - wanted).abs().max() < 0.05, name  # 127 steps from 0 to about 5
     assert module_bytes(loaded) < 1.1 * sum(tensor.numel() for tensor in weights.values())

@@ -37,7 +37,7 @@ def expected(request: GenerationRequest) -> Task:
 def test_there_is_a_sample_for_every_mode() -> None:
     "Each task of each built-in model, one and several controls, a union net, LoRAs, and each file format."
     requests = [GenerationRequest.model_validate_json(path.read_text()) for path in INPUTS]
-    built_in = [name for name in load_manifests(()) if name.startswith("shapes-")]
+    built_in = [name for name in load_manifests() if name.startswith("shapes-")]
     modes = {(request.model or "shapes-sd15", expected(request)) for request in requests}
     assert {(model, task) for model in built_in for task in Task} <= modes
     assert {1, 2} <= {len(request.loras or []) for request in requests}
@@ -64,7 +64,7 @@ def test_sample(
     assert len(made.control_maps or []) == sum(unit.return_map for unit in request.controlnets or [])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "diffusion_workers.cli.main._service", lambda arguments: nullcontext(service)
+        "diffusion_workers.cli.commands.make_service", lambda arguments: nullcontext(service)
     )  # whose models are read already
     assert main(["generate", "--request", str(path), "--quiet", "-o", f"out.{made.images[0].format.value}"]) == 0
     written = sorted(file for file in tmp_path.iterdir() if "map" not in file.name)

@@ -1,4 +1,4 @@
-"""Clicks that a busy kernel hears, in other releases of ipykernel than the one that is installed."""
+"""The Stop button in other releases of ipykernel than the one that is installed."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ OTHERS = ("6.31.0", "7.0.1")  # messages on the main thread; the first release w
 
 
 @pytest.mark.parametrize("version", OTHERS)
-def test_a_click_is_heard_while_a_cell_waits(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_works_while_a_cell_is_running(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install = [
         sys.executable,
         "-m",

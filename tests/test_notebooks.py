@@ -21,18 +21,18 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def directives(source: str) -> set[str]:
-    "What a cell's `#|` lines say, such as {'export', 'slow'} or {'eval: false'}."
+    "The directives in a cell's `#|` lines, such as {'export', 'slow'} or {'eval: false'}."
     return {re.sub(r"\s*:\s*", ": ", found) for found in DIRECTIVE.findall(source)}
 
 
 def is_skipped(source: str, wanted: set[str]) -> bool:
-    "Whether a cell stays unrun: its flag was not asked for, or it is never to run."
+    "Whether a cell is skipped: its flag was not requested, or it has `eval: false`."
     found = directives(source)
     return "eval: false" in found or bool((found & FLAGS) - wanted)
 
 
 def kernel_env(wanted: set[str]) -> dict[str, str]:
-    "The environment of the kernel: nbdev_export() does nothing, no network unless asked for."
+    "The environment of the kernel: nbdev_export() does nothing, and there is no network unless requested."
     env = {**os.environ, "IN_TEST": "1"}
     if "network" not in wanted:
         env["HF_HUB_OFFLINE"] = "1"
@@ -40,15 +40,17 @@ def kernel_env(wanted: set[str]) -> dict[str, str]:
 
 
 def report(path: Path, index: int, cell: nbformat.NotebookNode, error: Exception) -> str:
-    "Which cell failed, what it holds and what it said."
+    "Which cell failed, with its source and traceback."
     tracebacks = ["\n".join(out.traceback) for out in cell.get("outputs", []) if out.output_type == "error"]
-    said = ANSI.sub("", "\n".join(tracebacks)) or str(error)
-    return f"{name(path)}: cell {index} (id {cell.get('id')}) failed\n\n{cell.source}\n\n{said}"
+    details = ANSI.sub("", "\n".join(tracebacks)) or str(error)
+    return f"{name(path)}: cell {index} (id {cell.get('id')}) failed\n\n{cell.source}\n\n{details}"
 
 
 def run_notebook(
-    path: Path, wanted: set[str], **kernel: type
-) -> None:  # kernel: `kernel_manager_class`, where it is not Jupyter's own
+    path: Path,
+    wanted: set[str],
+    **kernel: type,  # `kernel_manager_class`, if it is not Jupyter's own
+) -> None:
     "Runs the notebook at `path`; fails the test with a report of the first cell that does not pass."
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
@@ -69,7 +71,7 @@ def run_notebook(
         client.execute(env=kernel_env(wanted))
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         failure = report(path, at["index"], nb.cells[at["index"]], error)
-    if failure:  # outside of the except, so that the report is not told twice
+    if failure:  # outside of the except, so that the report is not repeated
         pytest.fail(failure, pytrace=False)
 
 

@@ -1,4 +1,4 @@
-"""The generator of README.md, tried on notebooks made for the purpose."""
+"""The generator of README.md, with notebooks made for the tests."""
 
 import importlib.util
 from types import ModuleType
@@ -13,7 +13,7 @@ ONE_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQE
 
 @pytest.fixture
 def readme(tmp_path, monkeypatch) -> ModuleType:
-    "The script as a module that works on a project in a folder of its own."
+    "The script as a module that works on a project in a temporary folder."
     spec = importlib.util.spec_from_file_location("readme", ROOT / ".ci" / "readme.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -44,19 +44,19 @@ def test_links_hold_from_the_top_level(readme: ModuleType) -> None:
 @pytest.mark.parametrize(
     "data", [{"image/png": ONE_PIXEL}, {"text/html": f'<img src="data:image/png;base64,{ONE_PIXEL}">'}]
 )
-def test_pictures_become_files(readme: ModuleType, data: dict[str, str]) -> None:
+def test_images_become_files(readme: ModuleType, data: dict[str, str]) -> None:
     files = make(readme, new_code_cell("show()", outputs=[new_output("display_data", data=data)]))
-    (picture,) = set(files) - {"README.md"}
-    assert picture in files["README.md"].decode() and files[picture].startswith(b"\x89PNG")
+    (image,) = set(files) - {"README.md"}
+    assert image in files["README.md"].decode() and files[image].startswith(b"\x89PNG")
 
 
-def test_what_is_written_is_in_step_until_it_is_changed(readme: ModuleType) -> None:
+def test_written_files_are_up_to_date_until_they_change(readme: ModuleType) -> None:
     outputs = [new_output("display_data", data={"image/png": ONE_PIXEL})]
     made = make(readme, new_code_cell("show()", outputs=outputs))
     readme.write(made, readme.present_files())
     assert readme.present_files() == made
     (readme.ROOT / "README.md").write_text("edited by hand")
     assert readme.present_files() != made
-    fewer = make(readme, new_markdown_cell("# No picture"))
+    fewer = make(readme, new_markdown_cell("# No image"))
     readme.write(fewer, readme.present_files())
     assert readme.present_files() == fewer

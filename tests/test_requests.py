@@ -1,10 +1,12 @@
 """Whatever comes in, an answer comes out: an `OpResult` that says what is wrong, and a service that goes on as before."""
 
 import base64
+import inspect
 import io
 import json
 import os
 import random
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,12 +18,16 @@ import pytest
 from PIL import Image
 from project import ROOT
 
-from diffusion_workers.models.store import Settings
-from diffusion_workers.planning.plan import KARRAS_SCHEDULERS
+from diffusion_workers.planning.plan import KARRAS_SCHEDULERS, request_from_plan
 from diffusion_workers.request.errors import error_line
 from diffusion_workers.request.images import ImagePolicy
+from diffusion_workers.request.metadata import read_metadata
+from diffusion_workers.request.schema import schema_fields
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client import models as wire
+from ez_diffusion_client import pil_images
+from ez_diffusion_client.fields import PreprocessFields, RequestFields
 
 REFERENCE = {
     "prompt": "a red circle left of a blue square",
@@ -37,6 +43,70 @@ PRIVATE = [
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of schedulers beside a newer numpy
 FIELDS = list(wire.GenerationRequest.model_fields)
+
+
+# --- signatures -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["generate", "submit", "plan", "preprocess"])
+def test_signatures_follow_the_schema(method: str) -> None:
+    "Every field is a keyword argument with its type, its help names bounds and choices, and type checkers see it too."
+    model = wire.PreprocessRequest if method == "preprocess" else wire.GenerationRequest
+    typed = PreprocessFields if method == "preprocess" else RequestFields
+    function = getattr(DiffusionService, method)
+    parameters = inspect.signature(function).parameters
+    fields = [name for name in parameters if name not in ("self", "request", "on_progress")]
+    assert fields == list(model.model_fields) == list(typed.__annotations__)
+    lines = re.sub(r"\n +", " ", function.__doc__).splitlines()
+    for info in schema_fields(model, nested=False):
+        parameter = parameters[info.name]
+        assert parameter.kind == inspect.Parameter.KEYWORD_ONLY and parameter.default == info.default
+        told = next(line for line in lines if line.startswith(f"{info.name}: "))
+        assert info.is_image or info.members or info.allowed in told
+        assert " ".join(info.description.split()).rstrip(".") in told
+    kinds = {"width": int | None, "guidance_scale": float | None, "seeds": list[int] | None} if "seed" in fields else {}
+    assert {name: parameters[name].annotation for name in kinds} == kinds
+
+
+def test_a_keyword_that_is_none_is_left_out(service: DiffusionService) -> None:
+    "What a signature shows as the default can be passed."
+    none = dict.fromkeys(set(FIELDS) - {"prompt"})
+    assert service.plan(prompt="a", seed=1).plan == service.plan(prompt="a", **none | {"seed": 1}).plan
+    assert service.plan({"prompt": "a", "width": 100}, width=None).ok
+    assert service.plan(prompt=None).errors[0].code == "missing_field"
+
+
+# --- saving -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "jpeg", "webp"])
+def test_saved_images_keep_their_receipt(service: DiffusionService, tmp_path: Path, ending: str) -> None:
+    "Whichever way an image of a result is saved, the file says how it was made, and can be replayed."
+    result = service.generate(**REFERENCE | {"num_images": 2})
+    result.save(tmp_path / f"both.{ending}")
+    result.save(tmp_path / f"seed-{{seed}}.{ending}")
+    result.image.save(tmp_path / f"image.{ending}")
+    for index, image in enumerate(result.images):
+        image.save(str(tmp_path / f"copy{index}.{ending}"))
+        image.copy().save(tmp_path / f"copied{index}.{ending}", quality=90)
+    pil_images(result)[1].save(tmp_path / f"client.{ending}")
+    places = {"both-1": 0, "both-2": 1, "seed-11": 0, "seed-12": 1, "image": 0, "client": 1}
+    places |= {f"{name}{index}": index for name in ("copy", "copied") for index in (0, 1)}
+    assert {path.stem for path in tmp_path.iterdir()} == set(places)
+    for name, index in places.items():
+        found = read_metadata(tmp_path / f"{name}.{ending}")
+        assert (found.plan.image_index, found.plan.seeds) == (index, [11, 12]), name
+        assert found.parameters.startswith(REFERENCE["prompt"]), name
+    replayed = service.generate(request_from_plan(read_metadata(tmp_path / f"image.{ending}").plan))
+    assert [image.tobytes() for image in replayed.images] == [image.tobytes() for image in result.images]
+
+
+def test_an_image_without_a_receipt_stays_without(service: DiffusionService, tmp_path: Path) -> None:
+    "What a request forbids is not written by saving either."
+    result = service.generate(**REFERENCE | {"output": {"embed_metadata": False}})
+    result.save(tmp_path / "a.png")
+    result.image.save(tmp_path / "b.jpg")
+    assert [read_metadata(path).plan for path in tmp_path.iterdir()] == [None, None]
 
 
 # --- what an answer has to be -----------------------------------------------
@@ -218,7 +288,7 @@ def mangled(chance: random.Random) -> dict[str, Any]:
         elif accident == 6:
             request.pop(chance.choice(list(request)), None)
         else:
-            request[chance.choice(["output", "inpaint", "deepcache", "refiner", "size_conditioning"])] = {
+            request[chance.choice(["output", "inpaint", "step_cache", "memory", "refiner", "size_conditioning"])] = {
                 chance.choice(["format", "quality", "mask_blur", "Padding", "x"]): junk(chance)
             }
     return request

@@ -2,7 +2,8 @@
 
 import pytest
 
-from diffusion_workers.planning.plan import FLOW_SCHEDULERS, KARRAS_SCHEDULERS, SCHEDULERS
+from diffusion_workers.families.registry import FAMILIES
+from diffusion_workers.planning.plan import KARRAS_SCHEDULERS, SCHEDULERS
 from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.shapes.scenes import Scene, ShapeObject, matches, read_scene
 from ez_diffusion_client.models import SchedulerName
@@ -11,7 +12,7 @@ SCENE = Scene((ShapeObject("red", "circle"),), "white", place="center", size="la
 CASES = [
     (name, karras)
     for name in SCHEDULERS
-    if name not in FLOW_SCHEDULERS
+    if name in FAMILIES["sd15"].schedulers
     for karras in (False, True)
     if not karras or name in KARRAS_SCHEDULERS
 ]

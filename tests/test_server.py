@@ -1,4 +1,4 @@
-"""The server behind a real socket: it keeps its contract, survives what it is sent, and stops work that nobody waits for."""
+"""The server behind a real socket: it keeps its contract, survives invalid input, and stops abandoned work."""
 
 import base64
 import json
@@ -24,9 +24,9 @@ from load_server import figures
 from project import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 
-from diffusion_workers.models.store import Settings
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import Job, OpResult, ProgressEvent
 
 SMALL = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2}
@@ -87,7 +87,7 @@ contract = schemathesis.openapi.from_path(ROOT / "openapi" / "ez_diffusion_api.y
 contract.config.update(base_url="http://127.0.0.1")  # each call names the real one
 LEFT_OUT = [
     schemathesis.checks.not_a_server_error,  # a 503 or 504 is an answer here; what none may be is a 500, see below
-    schemathesis.specs.openapi.checks.positive_data_acceptance,  # a well-formed request may name a model that is not there
+    schemathesis.specs.openapi.checks.positive_data_acceptance,  # a valid request may name an unknown model
 ]
 
 
@@ -101,11 +101,11 @@ LEFT_OUT = [
     suppress_health_check=list(HealthCheck),
 )
 def test_every_operation_keeps_the_contract(case: schemathesis.Case, url: str) -> None:
-    "A hundred requests for each operation, fitting and unfitting ones: the answers are those that the specification promises."
+    "A hundred requests for each operation, valid and invalid ones: the responses are those of the specification."
     response = case.call(base_url=url, timeout=PATIENCE)
     case.validate_response(response, excluded_checks=LEFT_OUT)
     assert response.status_code not in (500, 502), response.text
-    if response.status_code >= 400 and "json" in response.headers.get("content-type", "") and not case.path == "/ready":
+    if response.status_code >= 400 and "json" in response.headers.get("content-type", "") and case.path != "/ready":
         OpResult.model_validate_json(response.text)
 
 
@@ -126,17 +126,36 @@ HUGE_PNG = base64.b64encode(
     b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)) + chunk(b"IEND", b"")
 ).decode()
 BODIES = {
-    "nothing": b"", "null": b"null", "a list": b"[]", "a word": b'"prompt"', "a number": b"1", "half an object": b'{"prompt": "x"',
-    "deep lists": b'{"prompt": ' + b"[" * 100_000, "deep objects": b'{"a":' * 100_000, "closed deep lists": b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
-    "a huge integer": b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "an endless float": b'{"prompt": "x", "guidance_scale": 1e999}',
-    "NaN": b'{"prompt": "x", "guidance_scale": NaN}', "minus infinity": b'{"prompt": "x", "strength": -Infinity}',
-    "invalid UTF-8": b'{"prompt": "\xff\xfe"}', "half a pair": b'{"prompt": "\\ud800"}', "a zero byte": b'{"prompt": "\0"}', "UTF-16": '{"prompt": "x"}'.encode("utf-16"),
-    "a name twice": b'{"prompt": "x", "prompt": 1}', "many unknown names": json.dumps({f"field{i}": i for i in range(20_000)}).encode(),
-    "many seeds": json.dumps({"prompt": "x", "seeds": [1] * 100_000}).encode(), "many controls": json.dumps({"prompt": "x", "controlnets": [{"image": "AAAA"}] * 10_000}).encode(),
-    "50 MB of prompt": b'{"prompt": "' + b"x" * 50_000_000 + b'"}', "50 MB of image": b'{"prompt": "x", "image": "' + b"A" * 50_000_000 + b'"}',
-    "a picture of 30,000 x 30,000": json.dumps({"prompt": "x", "image": HUGE_PNG}).encode(), "a file path": b'{"prompt": "x", "image": "/etc/passwd"}',
-    "an image of XML comments": json.dumps({"prompt": "x", "image": base64.b64encode(b"<!---->" * 70).decode()}).encode(),
-    "a private address": b'{"prompt": "x", "image": "http://127.0.0.1:1/a.png"}', "a class name": b'{"prompt": "x", "scheduler": "os.system"}',
+    "nothing": b"",
+    "null": b"null",
+    "a list": b"[]",
+    "a word": b'"prompt"',
+    "a number": b"1",
+    "half an object": b'{"prompt": "x"',
+    "deep lists": b'{"prompt": ' + b"[" * 100_000,
+    "deep objects": b'{"a":' * 100_000,
+    "closed deep lists": b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    "a huge integer": b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}",
+    "an endless float": b'{"prompt": "x", "guidance_scale": 1e999}',
+    "NaN": b'{"prompt": "x", "guidance_scale": NaN}',
+    "minus infinity": b'{"prompt": "x", "strength": -Infinity}',
+    "invalid UTF-8": b'{"prompt": "\xff\xfe"}',
+    "half a pair": b'{"prompt": "\\ud800"}',
+    "a zero byte": b'{"prompt": "\0"}',
+    "UTF-16": '{"prompt": "x"}'.encode("utf-16"),
+    "a name twice": b'{"prompt": "x", "prompt": 1}',
+    "many unknown names": json.dumps({f"field{i}": i for i in range(20_000)}).encode(),
+    "many seeds": json.dumps({"prompt": "x", "seeds": [1] * 100_000}).encode(),
+    "many controls": json.dumps({"prompt": "x", "controlnets": [{"image": "AAAA"}] * 10_000}).encode(),
+    "50 MB of prompt": b'{"prompt": "' + b"x" * 50_000_000 + b'"}',
+    "50 MB of image": b'{"prompt": "x", "image": "' + b"A" * 50_000_000 + b'"}',
+    "a picture of 30,000 x 30,000": json.dumps({"prompt": "x", "image": HUGE_PNG}).encode(),
+    "a file path": b'{"prompt": "x", "image": "/etc/passwd"}',
+    "an image of XML comments": json.dumps(
+        {"prompt": "x", "image": base64.b64encode(b"<!---->" * 70).decode()}
+    ).encode(),
+    "a private address": b'{"prompt": "x", "image": "http://127.0.0.1:1/a.png"}',
+    "a class name": b'{"prompt": "x", "scheduler": "os.system"}',
 }  # fmt: skip
 
 
@@ -197,12 +216,13 @@ def test_a_slow_sender_is_sent_away(service: DiffusionService) -> None:
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=PATIENCE) as slow:
             slow.sendall(
-                b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+                b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 1000\r\n\r\n{"
             )
             assert picture(url)
             answer = slow.recv(65536)
         assert answer.startswith(b"HTTP/1.1 408")
-        assert b"nothing came for 0.3 seconds" in answer + b""
+        assert b"no data for 0.3 seconds" in answer + b""
 
 
 # --- going away, cancelling, watching ---------------------------------------
@@ -235,14 +255,13 @@ def test_a_client_that_goes_away_stops_its_work(service: DiffusionService, recor
         body = json.dumps(ENDLESS).encode()
         connection = socket.create_connection((host, int(port)), timeout=PATIENCE)
         connection.sendall(
-            b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-            % len(body)
-            + body
+            b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body) + body
         )
         wait_until(lambda: steps(recorded) >= 2, "it runs")
         job = app.state.server.queue.open[0]
         connection.close()
-        wait_until(lambda: job.cancel_asked, "the server notices")
+        wait_until(lambda: job.cancel_requested, "the server notices")
         noticed = steps(recorded)
         wait_until(lambda: job.result is not None, "the work stops")
         assert job.result.status == "cancelled"
@@ -326,7 +345,7 @@ def test_the_page_is_served_where_it_is_built(service: DiffusionService, tmp_pat
     from live_server import KeptOpen, serving
 
     from diffusion_workers.server.app import create_app
-    from diffusion_workers.server.settings import ServerSettings
+    from diffusion_workers.settings.server import ServerSettings
 
     (tmp_path / "assets").mkdir()
     (tmp_path / "index.html").write_text("<title>the page</title>")
@@ -378,7 +397,7 @@ def is_ready(url: str, process: subprocess.Popen) -> bool:
 
 
 def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
-    "run_server.sh warms up, makes a picture, refuses a second one on its port; SIGTERM answers what runs and what waits, and it exits with 0."
+    "run_server.sh warms up, makes an image, refuses a second one on its port; SIGTERM answers all; exit code 0."
     port, log = free_port(), tmp_path / "log"
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as stderr:
@@ -446,7 +465,7 @@ def test_wrong_settings_end_in_one_line(
 
 
 def test_thirty_two_clients_at_once(url: str) -> None:
-    "Every request is answered with its own picture, none overtakes one that was taken before it was sent, and memory stays where it was."
+    "Every request gets its own image, none overtakes one that was taken before it was sent, and memory does not grow."
     found = figures(url, clients=32, requests=3)
     assert found["answered"] == found["requests"] == found["expected"] == found["right_seed"] == 96, found
     assert found["out_of_order"] == 0, found

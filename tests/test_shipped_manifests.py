@@ -11,7 +11,7 @@ from diffusion_workers.planning.controls import ControlFacts, learnt_modes
 from diffusion_workers.planning.plan import make_plan
 from ez_diffusion_client.models import GenerationRequest, PlannedImage, Task
 
-STORE = load_manifests(folders=())
+STORE = load_manifests()
 FACT = PlannedImage(sha256="0" * 64, width=1024, height=1024)
 PICTURE = "aGVsbG8="
 
@@ -32,6 +32,7 @@ def offers(manifest: ModelManifest) -> list[list[dict]]:
 def test_all_are_read() -> None:
     assert not STORE.errors, STORE.errors
     assert {"shapes-sd15", "sdxl-base-1.0", "flux1-schnell", "flux1-dev", "stable-diffusion-v1-5"} <= set(STORE)
+    assert "stable-diffusion-3.5-medium" in STORE
 
 
 @pytest.mark.parametrize("name", list(STORE))
@@ -47,4 +48,4 @@ def test_every_offer_is_planned(name: str) -> None:
         )
         plan = make_plan(request, manifest, **pictures, controls=ControlFacts(dict.fromkeys(range(len(units)), FACT)))
         assert plan.task == task and len(plan.controlnets or []) == len(units)
-        assert plan.width % 8 == 0 and (manifest.family != "flux" or plan.width % 16 == 0)
+        assert plan.width % manifest.record.size_multiple == 0

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from original_layout import original_weights, save_original
 
 from diffusion_workers.models.manifest import builtin_path
-from diffusion_workers.models.store import Settings
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import ErrorCode, OpStatus
 
 REQUEST = {

@@ -1,4 +1,4 @@
-"""The specification is valid OpenAPI, and keeps the promises that every type in it makes."""
+"""The specification is valid OpenAPI, and every type in it follows the rules of the project."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ SCHEMAS = SPEC["components"]["schemas"]
 
 
 def reachable(name: str, seen: set[str]) -> set[str]:
-    "The schemas that a schema is made of, itself included."
+    "The schemas that a schema refers to, including itself."
     if name in seen:
         return seen
     seen.add(name)
@@ -34,7 +34,7 @@ def references(node: object) -> Iterator[str]:
 
 
 def test_is_valid_openapi() -> None:
-    "A description with an unquoted comma would become a keyword of its own, and be refused here."
+    "A description with an unquoted comma would become a separate keyword, which is not valid."
     validate(SPEC)
 
 

@@ -1,7 +1,7 @@
 """State never leaks: whatever ran before, cancelled, failed or was thrown out of memory, a fixed request draws the same pixels.
 
-Random sequences of requests over the three families, every task and kind of control, LoRAs, schedulers, step caches, windows of
-guidance, number formats, errors and cancels go through one service whose memory budget holds two of the three models. After each
+Random sequences of requests over all families, every task and kind of control, LoRAs, schedulers, step caches, windows of
+guidance, dtypes, memory settings, errors and cancels go through one service whose memory budget does not hold all models. After each
 sequence a fixed request of a family, with or without a cache, is compared with what a fresh service drew. The models are tiny and untrained, the classes are the real ones.
 """
 
@@ -15,14 +15,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusion_workers.models.store import Settings
-from diffusion_workers.pipeline.loading import FAMILIES, load_pipeline, pick_device, quiet_libraries
+from diffusion_workers.families.record import Family
+from diffusion_workers.families.registry import FAMILIES
+from diffusion_workers.pipeline.loading import load_pipeline, pick_device, quiet_libraries
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
-from diffusion_workers.planning.plan import FLOW_SCHEDULERS, SCHEDULERS
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
+from ez_diffusion_client.models import Task
 
 SEQUENCES, MANY_SEQUENCES = 30, 2000  # of each seed
-FAMILY_NAMES = ("sd15", "sdxl", "flux")
+FAMILY_NAMES = tuple(name.value for name in FAMILIES)
 
 
 def write_lora(path: Path, pipe, denoiser: str, seed: int) -> None:
@@ -60,15 +62,15 @@ def picture(seed: int) -> Image.Image:
 
 def random_request(rng: random.Random, family: str) -> dict:
     "Any request that the family takes."
-    flux = family == "flux"
-    kind = rng.choice(["none", "none", "single", "multiple", *["union"] * (family != "sd15")])
+    record, task = FAMILIES[family], rng.choice(list(Task))
+    kind = rng.choice([kind for kind in ("none", "none", "single", "multiple", "union") if record.call(task, kind)])
     window = lambda: {
         "conditioning_scale": rng.choice([0.0, 0.5, 1.0, 2.0]),
         "guidance_start": rng.choice([0.0, 0.3]),
         "guidance_end": rng.choice([0.6, 1.0]),
     }
     nets = {"none": [], "single": ["canny"], "multiple": ["canny", "tile"], "union": ["all"] * rng.choice([1, 2])}[kind]
-    mode = "balanced" if flux else rng.choice(["balanced", "prompt", "control"])
+    mode = rng.choice(record.controls.modes).value
     units = [
         {
             "model": net,
@@ -79,7 +81,7 @@ def random_request(rng: random.Random, family: str) -> dict:
         }
         for i, net in enumerate(nets)
     ]
-    names = [name.value for name in SCHEDULERS if (name in FLOW_SCHEDULERS) == flux and name.value != "lcm"]
+    names = [name.value for name in record.schedulers if name.value != "lcm"]
     request = {
         "model": family,
         "prompt": rng.choice(["a cat", "a dog, in the rain"]),
@@ -90,52 +92,45 @@ def random_request(rng: random.Random, family: str) -> dict:
         "controlnets": units,
         "width": rng.choice([64, 96]),
     }
-    request |= rng.choice([{}, {"image": picture(7)}, {"image": picture(7), "mask_image": picture(8).convert("L")}])
+    if task != Task.text_to_image:
+        request["image"] = picture(7)
+    if task == Task.inpainting:
+        request["mask_image"] = picture(8).convert("L")
     request["loras"] = [
         {"name": rng.choice(["one", "two"]), "scale": rng.choice([-1.0, 0.0, 0.5, 1.0])}
         for _ in range(rng.choice([0, 0, 1, 3]))
     ]
-    if not flux:
+    if record.applies("clip_skip"):
         request |= {"guidance_scale": rng.choice([1.0, 3.0]), "clip_skip": rng.choice([0, 1])}
-    return request | (random_acceleration(rng, flux, bool(units)) if rng.random() < 0.5 else {})
+    return request | (random_acceleration(rng, record, bool(units)) if rng.random() < 0.5 else {})
 
 
-def random_acceleration(rng: random.Random, flux: bool, controlled: bool) -> dict:
+def random_acceleration(rng: random.Random, record: Family, controlled: bool) -> dict:
     "Whatever makes a request of a family faster."
     start, end = sorted(rng.choice([(0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0)]))
     options = {"guidance_start": start, "guidance_end": end} | rng.choice(
         [
             {},
-            {"compute_dtype": "bfloat16"},
-            {"vae_precision": "bf16"},
-            {"vae_tiling": True},
+            {"dtype": "bfloat16"},
+            {"vae_dtype": "bfloat16"},
             {"guidance_tolerance": 0.5},
         ]
     )
-    if flux:
-        cache = (
-            {}
-            if controlled
-            else rng.choice(
-                [
-                    {},
-                    {"step_cache": "first_block", "step_cache_threshold": 0.5},
-                    {"step_cache": "taylorseer", "step_cache_interval": 2},
-                ]
-            )
-        )
-        return {"num_inference_steps": 5, "acceleration": options | cache}
+    memory = rng.choice([None, None, {"vae_tiling": True}, {"batch_size": 1}])
+    common = {"acceleration": options, "memory": memory}
+    if not record.step_caches:
+        return common | {"num_inference_steps": 4}
+    if "first_block" in record.step_caches:
+        caches = [None, {"method": "first_block", "threshold": 0.5}, {"method": "taylorseer", "interval": 2}]
+        return common | {"num_inference_steps": 5, "step_cache": None if controlled else rng.choice(caches)}
     cache = {
-        "method": rng.choice(["deepcache", "step_cache"]),
-        "cache_interval": rng.choice([1, 2, 3]),
-        "cache_branch_id": rng.choice([0, 1, 3]),
+        "method": rng.choice(["deepcache", "deep_features"]),
+        "interval": rng.choice([1, 2, 3]),
+        "branch": rng.choice([0, 1, 3]),
         "end": rng.choice([0.5, 1.0]),
+        "reuse_control_residuals": rng.choice([None, True, False]),
     }
-    return {
-        "num_inference_steps": 4,
-        "acceleration": options | {"reuse_control_residuals": rng.choice([None, True, False])},
-        "deepcache": rng.choice([None, cache, cache]),
-    }
+    return common | {"num_inference_steps": 4, "step_cache": rng.choice([None, cache, cache])}
 
 
 def disturbances() -> Iterator[dict]:
@@ -150,8 +145,8 @@ def disturbances() -> Iterator[dict]:
             {"clip_skip": 24},
             {"width": 100000},
             {"profile": "none"},
-            {"deepcache": {"cache_branch_id": 31}},
-            {"acceleration": {"compute_dtype": "float16"}},
+            {"step_cache": {"method": "deepcache", "branch": 31}},
+            {"acceleration": {"dtype": "float16"}},
             {"acceleration": {"guidance_start": 0.9, "guidance_end": 0.1}},
             {"controlnets": [{"model": "canny", "image": picture(1), "preprocessing": {"name": "midas"}}]},
         ]
@@ -161,8 +156,10 @@ def disturbances() -> Iterator[dict]:
 BASES = {  # family -> requests whose pixels must not change
     family: ({"num_inference_steps": 2}, {"num_inference_steps": 5, **cached})
     for family, cached in {
-        "sd15": {"deepcache": {"cache_interval": 2}}, "sdxl": {"deepcache": {"method": "step_cache", "cache_interval": 3}, "acceleration": {"guidance_end": 0.5}},
-        "flux": {"acceleration": {"step_cache": "first_block", "step_cache_threshold": 0.5}},
+        "sd15": {"step_cache": {"method": "deepcache", "interval": 2}},
+        "sdxl": {"step_cache": {"method": "deep_features", "interval": 3}, "acceleration": {"guidance_end": 0.5}},
+        "flux": {"step_cache": {"method": "first_block", "threshold": 0.5}},
+        "sd35": {"acceleration": {"guidance_end": 0.5}},
     }.items()
 }  # fmt: skip
 
@@ -191,7 +188,7 @@ def check_sequences(models: Path, count: int, seed: int) -> dict[str, int]:
     with DiffusionService(Settings(model_folders=(models,)), device="cpu") as fresh:
         wanted = {(family, index): base_pixels(fresh, family, index) for family in FAMILY_NAMES for index in (0, 1)}
         assert all(wanted[family, 0] != wanted[family, 1] for family in FAMILY_NAMES)
-        budget = sum(sum(factory.component_bytes().values()) for factory in fresh._factories.values()) * 4 // 5
+        budget = sum(sum(factory.component_bytes().values()) for factory in fresh.pool.factories) * 4 // 5
     rng, wrong, ends = random.Random(seed), disturbances(), {}
     with DiffusionService(Settings(model_folders=(models,), memory_budget=budget), device="cpu") as service:
         for number in range(count):

@@ -20,11 +20,11 @@ from runpod_queue import ENDPOINT, PATIENCE, QueueServer, running_worker
 
 import diffusion_workers.sweep.folder as folder_module
 import diffusion_workers.sweep.run as sweep_module
-from diffusion_workers.models.store import Settings
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.request.errors import RequestError
 from diffusion_workers.request.metadata import read_metadata
 from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
 from diffusion_workers.sweep.folder import request_product
 from diffusion_workers.sweep.run import Sweep
 from ez_diffusion_client import Retries, RunPod, Server
@@ -38,7 +38,14 @@ PROMPTS = [
 ]
 TWELVE = request_product({"seed": 1, "num_inference_steps": 4}, prompt=PROMPTS, guidance_scale=[1.0, 3.0, 7.0])
 QUICK = Retries(attempts=2, first_pause=0.01, longest_pause=0.05)
-SWEEPING = "import asyncio, json, sys; from ez_diffusion_client import RunPod; from diffusion_workers.sweep.run import Sweep; asyncio.run(Sweep(sys.argv[1], json.loads(sys.argv[2])).run(RunPod('endpoint', api_key='stand-in', url=sys.argv[3]), concurrency=4))"
+SWEEPING = """
+import asyncio, json, sys
+from diffusion_workers.sweep.run import Sweep
+from ez_diffusion_client import RunPod
+
+endpoint = RunPod("endpoint", api_key="stand-in", url=sys.argv[3])
+asyncio.run(Sweep(sys.argv[1], json.loads(sys.argv[2])).run(endpoint, concurrency=4))
+"""
 
 
 def endpoint(queue: QueueServer) -> RunPod:
@@ -116,7 +123,7 @@ ONE_REQUEST = ["sending", "job", ".png", ".json"]  # the writes of one
 def test_a_cut_before_any_write_loses_nothing(
     number: int, instant: Instant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "Three requests, one at a time, and an end before each of the writes: nothing is made twice but what was on its way when its id came back."
+    "Three requests, and an end before each of the writes: only a request whose id was not written yet is made twice."
     with monkeypatch.context() as patched:
         written = cut_at(number, patched)
         with pytest.raises(PowerCut):
@@ -161,7 +168,7 @@ def test_a_task_that_is_cancelled_has_its_ids(instant: Instant, tmp_path: Path) 
 def test_an_endpoint_in_trouble(
     route: str, faults: list, instant: Instant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "Too many requests, bad gateways and broken connections: at once or with another run, each request is carried out once."
+    "Too many requests, bad gateways, broken connections: at once or with another run, each is carried out once."
     monkeypatch.setattr(sweep_module, "_PAUSE", 0.05)
     instant.faults[route].extend(faults)
     for _ in range(len(faults) + 1):

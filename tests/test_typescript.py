@@ -1,4 +1,4 @@
-"""The TypeScript client and the page are made from their sources, and the client works against the real server."""
+"""The TypeScript client and the page are up to date, and the client works with the real server."""
 
 import os
 import shutil
@@ -24,12 +24,12 @@ def run(*command: str, **variables: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["typescript", "page"])
-def test_is_in_step_with_its_sources(part: str) -> None:
+def test_is_up_to_date(part: str) -> None:
     run(str(ROOT / "build.sh"), "check", part)
 
 
 def test_client_works_with_a_server_and_a_worker(server: str, tmp_path: Path) -> None:
-    "The same calls for both; the worker is a process with RunPod's SDK in it, behind a queue on this machine."
+    "The same calls for both; the worker is a process with RunPod's SDK behind a local queue."
     run(str(ROOT / "build.sh"), "packages", "typescript")
     settings = {"DIFFUSION_WORKERS_STREAM": "1", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.05"}
     with QueueServer() as queue, running_worker(queue, "only", tmp_path / "log.txt", **settings):

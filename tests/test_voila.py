@@ -1,4 +1,4 @@
-"""The panel as an app: Voilà serves `nbs/tutorials/panel.ipynb`, and a visitor makes a picture in a real Chromium."""
+"""The panel as an app: Voilà serves `nbs/tutorials/panel.ipynb`, and a visitor generates an image in Chromium."""
 
 import base64
 import io
@@ -22,8 +22,8 @@ from jupyter_lab import free_port, running
 expect = playwright.expect
 
 PROMPT = "a green star in the center on a black background"
-SHOWN_FILE = """async (picture) => {
-    const bytes = new Uint8Array(await (await fetch(picture.src)).arrayBuffer());
+SHOWN_FILE = """async (image) => {
+    const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
     return btoa(String.fromCharCode(...bytes));
 }"""
 
@@ -70,11 +70,11 @@ def page():
 
 
 def shown_file(page) -> bytes:
-    "The file that the visitor sees as the picture."
-    return base64.b64decode(page.locator("img.dw-picture").evaluate(SHOWN_FILE))
+    "The image file that the visitor sees."
+    return base64.b64decode(page.locator("img.dw-image").evaluate(SHOWN_FILE))
 
 
-def test_a_visitor_makes_a_picture(page, app: str) -> None:
+def test_a_visitor_generates_an_image(page, app: str) -> None:
     page.goto(app)
     expect(page.locator(".dw-panel")).to_be_visible()
     expect(page.get_by_role("heading", level=1)).to_contain_text("Shapes")
@@ -83,8 +83,8 @@ def test_a_visitor_makes_a_picture(page, app: str) -> None:
     page.locator(".dw-field-prompt textarea").fill(PROMPT)
     page.locator("button.dw-generate").click()
     expect(page.locator(".dw-gallery li")).to_have_count(1)
-    expect(page.locator(".dw-status")).to_contain_text("done, 1 picture")
-    expect(page.locator("img.dw-picture.dw-emerging")).to_have_count(0)  # no preview any more
+    expect(page.locator(".dw-status")).to_contain_text("done, 1 image")
+    expect(page.locator("img.dw-image.dw-emerging")).to_have_count(0)  # no preview any more
 
     data = shown_file(page)
     reading = read_scene(Image.open(io.BytesIO(data)))

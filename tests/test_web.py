@@ -13,9 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from project import ROOT
 from server_process import PATIENCE, needs, running_server
 
+from diffusion_workers.request.images import PARAMETERS_KEY, PLAN_KEY, encode_image
 from diffusion_workers.request.metadata import read_metadata
 from ez_diffusion_client import Client, image_bytes
 
@@ -37,6 +40,7 @@ FLAGS = [
     "--disable-sync",
 ]
 PROMPT = "a red circle left of a blue square on a white background"
+RECEIPTS = ROOT / "tests" / "receipts_v1"  # images of an earlier version
 
 
 # --- a browser, and hands to use it -----------------------------------------
@@ -83,21 +87,19 @@ def unfold(page: Page, title: str) -> None:
     page.locator("details.section", has_text=title).evaluate("section => { section.open = true }")
 
 
-def choose_picture(page: Page, path: str, picture: Image.Image) -> None:
-    page.set_input_files(
-        f'[data-picture="{path}"]', {"name": "picture.png", "mimeType": "image/png", "buffer": png(picture)}
-    )
+def choose_image(page: Page, path: str, image: Image.Image) -> None:
+    page.set_input_files(f'[data-image="{path}"]', {"name": "image.png", "mimeType": "image/png", "buffer": png(image)})
 
 
 def generate(page: Page, count: int = 1) -> bytes:
-    "Press the button, wait until the gallery has `count` pictures, and give the file that is shown."
+    "Press the button, wait until the gallery has `count` images, and give the file that is shown."
     page.get_by_role("button", name="Generate").click()
     expect(page.locator(".thumbs li")).to_have_count(count)
     return shown_file(page)
 
 
 def shown_file(page: Page) -> bytes:
-    "The file of the picture on the stage."
+    "The file of the image on the stage."
     expect(page.locator(".frame > img[src^='blob:']")).to_be_visible()
     read = """async image => {
         const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
@@ -106,9 +108,9 @@ def shown_file(page: Page) -> bytes:
     return base64.b64decode(page.locator(".frame > img").evaluate(read))
 
 
-def png(picture: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -118,16 +120,16 @@ def pixels(file: bytes) -> np.ndarray:
 
 def scene() -> Image.Image:
     "A red circle on white, left of the middle."
-    picture = Image.new("RGB", (128, 128), (245, 245, 245))
-    ImageDraw.Draw(picture).ellipse((20, 48, 52, 80), fill=(220, 30, 30))
-    return picture
+    image = Image.new("RGB", (128, 128), (245, 245, 245))
+    ImageDraw.Draw(image).ellipse((20, 48, 52, 80), fill=(220, 30, 30))
+    return image
 
 
 # --- what the issue asks of the page ----------------------------------------
 
 
 def test_make(page: Page, server: str) -> None:
-    "From a prompt to a picture, with a live preview on the way; the picture is as it was told, and still there after a reload."
+    "From a prompt to an image, with a live preview; the image shows what the prompt says, and survives a reload."
     fill(page, prompt=PROMPT, num_inference_steps=150, seed=3, preview_interval=1)
     page.keyboard.press("Control+Enter")
     expect(page.locator(".frame img[alt^='Preview']")).to_be_visible()
@@ -161,9 +163,9 @@ def test_cancel(page: Page) -> None:
 def test_inpaint_with_a_painted_mask(page: Page) -> None:
     fill(page, prompt=PROMPT, num_inference_steps=20, seed=1)
     unfold(page, "Image and mask")
-    choose_picture(page, "image", scene())
+    choose_image(page, "image", scene())
     page.get_by_role("button", name="Paint mask").click()
-    box = page.locator(".mask-picture canvas").bounding_box()
+    box = page.locator(".mask-image canvas").bounding_box()
     page.locator(".brush input").fill("30")
     across = [box["x"] + box["width"] * part for part in (0.7, 0.75, 0.8)]
     page.mouse.move(across[0], box["y"] + box["height"] * 0.35)
@@ -185,13 +187,13 @@ def test_inpaint_with_a_painted_mask(page: Page) -> None:
 
 
 def test_control(page: Page) -> None:
-    "The map is shown before anything is made, it is the one that the server draws, and it guides the picture."
+    "The map is shown before anything is generated, it is the one that the server makes, and it guides the image."
     fill(page, prompt="a red circle on a white background", num_inference_steps=20, seed=1)
     unfold(page, "ControlNet")
     page.get_by_role("button", name="Add a control").click()
     offered = page.get_by_label("Preprocessor", exact=True)
     assert offered.locator("option").count() == 30, "29 preprocessors and none"
-    choose_picture(page, "controlnets[0].image", scene())
+    choose_image(page, "controlnets[0].image", scene())
     shown = page.get_by_alt_text("Control map by canny")
     expect(shown).to_be_visible()
     edges = pixels(base64.b64decode(shown.get_attribute("src").split(",")[1]))
@@ -204,32 +206,41 @@ def test_control(page: Page) -> None:
     assert (red & wanted).sum() / max((red | wanted).sum(), 1) > 0.5, "the circle is not where the map has it"
 
 
+BRING = """([way, kind, data]) => {
+    const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
+    const carried = new DataTransfer();
+    carried.items.add(new File([bytes], 'star.' + kind, { type: 'image/' + kind }));
+    const options = { bubbles: true, cancelable: true };
+    const event = way === 'drop'
+        ? new DragEvent('drop', { dataTransfer: carried, ...options })
+        : new ClipboardEvent('paste', { clipboardData: carried, ...options });
+    (way === 'drop' ? document.querySelector('.stage') : document.body).dispatchEvent(event);
+}"""
+
+
+def bring(page: Page, data: bytes, kind: str = "png", way: str = "drop") -> None:
+    "Drop or paste an image file on the page."
+    page.evaluate(BRING, [way, kind, base64.b64encode(data).decode()])
+
+
 @pytest.mark.parametrize(("kind", "way"), [("png", "drop"), ("jpeg", "paste"), ("webp", "drop")])
-def test_restore_from_a_picture(page: Page, server: str, kind: str, way: str) -> None:
-    "A picture that was made elsewhere is dropped on the page, or pasted, which then makes the very same pixels again."
+def test_restore_from_an_image(page: Page, server: str, kind: str, way: str) -> None:
+    "An image that was generated elsewhere is dropped or pasted on the page, which then makes the same pixels."
     with Client(server) as client:
         asked = dict(
             prompt="a green star on a navy background",
-            seed=11,
+            seed=9007199254740991,
             num_inference_steps=7,
             guidance_scale=2.5,
             scheduler="euler",
             output={"format": kind},
         )
         original = image_bytes(client.generate(**asked))[0]
-    bring = """([way, kind, data]) => {
-        const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
-        const carried = new DataTransfer();
-        carried.items.add(new File([bytes], 'star.' + kind, { type: 'image/' + kind }));
-        const told = { bubbles: true, cancelable: true };
-        const event = way === 'drop' ? new DragEvent('drop', { dataTransfer: carried, ...told }) : new ClipboardEvent('paste', { clipboardData: carried, ...told });
-        (way === 'drop' ? document.querySelector('.stage') : document.body).dispatchEvent(event);
-    }"""
-    page.evaluate(bring, [way, kind, base64.b64encode(original).decode()])
+    bring(page, original, kind, way)
     expect(page.locator(".status")).to_have_text("Settings restored.")
     for name, value in {
         "prompt": "a green star on a navy background",
-        "seed": "11",
+        "seed": "9007199254740991",
         "num_inference_steps": "7",
         "guidance_scale": "2.5",
         "scheduler": "euler",
@@ -238,6 +249,98 @@ def test_restore_from_a_picture(page: Page, server: str, kind: str, way: str) ->
     made = generate(page)
     assert Image.open(io.BytesIO(made)).format == kind.upper()
     assert (pixels(made) == pixels(original)).all()
+
+
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_restore_from_an_image_of_an_earlier_version(page: Page, kind: str) -> None:
+    "Settings that had other names then are in the fields of today, and the request is one of today."
+    bring(page, (RECEIPTS / f"everything_unet.{kind}").read_bytes(), kind, "drop")
+    expect(page.locator(".status")).to_have_text("Settings restored.")
+    values = {
+        "seed": "4",
+        "step_cache.method": "deep_features",
+        "step_cache.interval": "2",
+        "acceleration.dtype": "bfloat16",
+        "acceleration.vae_dtype": "bfloat16",
+        "memory.batch_size": "2",
+    }
+    for name, value in values.items():
+        expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
+    plan = read_metadata(generate(page)).plan
+    assert (plan.step_cache.method.value, plan.memory.vae_tiling) == ("deep_features", True)
+
+
+def test_an_image_of_a_newer_version(page: Page) -> None:
+    "It says why its settings are not restored."
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_text(PLAN_KEY, '{"plan_version": 99, "prompt": "a"}')
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
+    bring(page, buffer.getvalue(), "png", "drop")
+    expect(page.locator(".status")).to_contain_text("newer version of diffusion_workers: plan_version is 99")
+
+
+def test_a_form_that_an_earlier_version_has_stored(page: Page) -> None:
+    "The browser keeps the form; after an update its settings are those of today."
+    fill(page, prompt=PROMPT)
+    old = {
+        "prompt": PROMPT,
+        "deepcache": {"cache_interval": 2},
+        "acceleration": {"vae_precision": "bf16", "batch_size": 1},
+    }
+    store = """(form) => new Promise((resolve) => {
+        const opened = indexedDB.open('diffusion-workers', 1);
+        opened.onsuccess = () => {
+            const change = opened.result.transaction('settings', 'readwrite');
+            change.objectStore('settings').put({ key: 'form', value: form });
+            change.oncomplete = resolve;
+        };
+    })"""
+    page.evaluate(store, old)
+    page.reload()
+    for name, value in {
+        "step_cache.method": "deepcache",
+        "step_cache.interval": "2",
+        "acceleration.vae_dtype": "bfloat16",
+        "memory.batch_size": "1",
+    }.items():
+        expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
+
+
+def test_restore_from_another_program(page: Page) -> None:
+    "Settings of another program replace the form: what it held before is gone, and what cannot be restored is listed."
+    fill(page, prompt=PROMPT, negative_prompt="blurry")
+    unfold(page, "LoRA")
+    page.get_by_role("button", name="Add a LoRA").or_(page.get_by_role("button", name="+ other")).first.click()
+    page.locator('[data-path="loras[0].name"]').first.wait_for()
+    unfold(page, "Image and mask")
+    choose_image(page, "image", scene())
+    text = (
+        "a green star\nSteps: 7, Sampler: Euler, CFG scale: 2.5, Seed: 18446744073709551615, Size: 128x128, ENSD: 31337"
+    )
+    bring(page, encode_image(scene(), metadata={PARAMETERS_KEY: text}))
+    status = page.locator(".status")
+    expect(status).to_contain_text("Seed 18446744073709551615")
+    expect(status).to_contain_text("ENSD 31337")
+    values = {"prompt": "a green star", "negative_prompt": "", "seed": "", "num_inference_steps": "7"}
+    for name, value in values.items():
+        expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
+    expect(page.locator('[data-path="loras[0].name"]')).to_have_count(0)
+    plan = read_metadata(generate(page)).plan
+    assert (plan.task.value, plan.scheduler.name, plan.negative_prompt, plan.loras) == (
+        "text_to_image",
+        "euler",
+        None,
+        None,
+    )
+
+
+def test_a_large_seed_is_not_rounded(page: Page) -> None:
+    "A seed that JavaScript cannot hold is refused with all its digits, not replaced by its neighbour."
+    fill(page, prompt=PROMPT, num_inference_steps=2, seed="18446744073709551615")
+    page.get_by_role("button", name="Generate").click()
+    seed = page.locator("[data-path=seed]")
+    expect(seed).to_have_attribute("aria-invalid", "true")
+    expect(seed).to_have_value("18446744073709551615")
 
 
 def test_token_is_asked_for(browser: Browser) -> None:
@@ -263,11 +366,11 @@ def test_profile(page: Page) -> None:
     fill(page, prompt=PROMPT)
     page.locator("[data-path=profile]").select_option("fast")
     plan = read_metadata(generate(page)).plan
-    assert (plan.profile, plan.num_inference_steps, plan.acceleration.vae_precision.value) == ("fast", 2, "bf16")
+    assert (plan.profile, plan.num_inference_steps, plan.acceleration.vae_dtype.value) == ("fast", 2, "bfloat16")
 
 
 def test_error_at_the_field(page: Page) -> None:
-    "An error stands at the field that caused it, is told to screen readers, takes the focus, and leaves when the field is mended."
+    "An error is shown at its field, announced to screen readers, takes the focus, and disappears when it is fixed."
     fill(page, prompt=PROMPT, num_inference_steps=2, width=100)
     unfold(page, "Image and mask")
     page.get_by_role("button", name="Generate").click()
@@ -283,7 +386,7 @@ def test_error_at_the_field(page: Page) -> None:
 
 
 def test_grid_and_comparison(page: Page) -> None:
-    "A grid of two parameters with one seed; two of its pictures under a slider, with what differs."
+    "A grid of two parameters with one seed; two of its images under a slider, with what differs."
     fill(page, prompt=PROMPT)
     page.get_by_role("button", name="X/Y grid").click()
     page.get_by_label("Values of the X axis").fill("2:4:2")
@@ -298,7 +401,7 @@ def test_grid_and_comparison(page: Page) -> None:
     page.locator(".thumbs button:not([aria-pressed=true])").first.click()
     rows = page.locator(".differences tbody th").all_inner_texts()
     assert "seed" not in rows and set(rows) <= {"num_inference_steps", "denoising_steps", "guidance_scale"} and rows
-    slider = page.get_by_label("How much of the left picture is shown")
+    slider = page.get_by_label("How much of the left image is shown")
     slider.fill("25")
     clip = page.locator(".pair .over").evaluate("image => getComputedStyle(image).clipPath")
     assert "75%" in clip, clip
@@ -311,7 +414,7 @@ def test_grid_and_comparison(page: Page) -> None:
 
 
 def test_copied_requests_run(page: Page, server: str, tmp_path) -> None:
-    "What is copied as JSON, as curl and as Python makes the picture that the page makes."
+    "What is copied as JSON, as curl and as Python makes the image that the page makes."
     fill(page, prompt='a "red" circle, it\'s on a white background', num_inference_steps=3, seed=5)
     wanted = pixels(generate(page))
     copied = {}
@@ -338,11 +441,13 @@ def test_narrow_screen(browser: Browser, server: str, scheme: str) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert page.get_by_role("button", name="Generate").bounding_box()["y"] < 800
     unnamed = page.locator("input, select, textarea, button").evaluate_all(
-        "all => all.filter(one => !one.labels?.length && !one.ariaLabel && !one.textContent.trim()).map(one => one.outerHTML)"
+        "all => all.filter(one => !one.labels?.length && !one.ariaLabel && !one.textContent.trim())"
+        ".map(one => one.outerHTML)"
     )
     assert not unnamed, f"no name for screen readers: {unnamed}"
     colours = page.evaluate(
-        "['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name].match(/[0-9.]+/g).slice(0, 3).map(Number))"
+        "['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name]"
+        ".match(/[0-9.]+/g).slice(0, 3).map(Number))"
     )
     assert contrast(*colours) >= 7, colours
     context.close()

@@ -1,4 +1,4 @@
-"""The panels in a real JupyterLab in a real Chromium, with the built-in model: one session, as a user goes through it."""
+"""The panels in JupyterLab in Chromium, with the built-in model: one session, as a user goes through it."""
 
 import re
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ panel
 """
 GRID = """\
 from diffusion_workers.panel.grid import grid
-pictures = grid({"prompt": "a red circle on a white background", "seed": 1, "num_inference_steps": 4},
+images = grid({"prompt": "a red circle on a white background", "seed": 1, "num_inference_steps": 4},
                 x=("guidance_scale", [1.0, 1.5, 3.0]), y=("scheduler", ["ddim", "euler", "dpmpp_2m"]), generate=service)
-pictures
+images
 """
 
 
@@ -60,7 +60,7 @@ def page(browser):
 
 
 def kept(folder: Path) -> list[Path]:
-    "The pictures of the session on the disk, the oldest first."
+    "The images of the session on the disk, the oldest first."
     return sorted((folder / "generated").glob("*.png"))
 
 
@@ -81,7 +81,7 @@ def unfold(page, title: str) -> None:
 
 
 def paint(page, layer, start: tuple[float, float], end: tuple[float, float]) -> None:
-    "One stroke, between places in shares of the picture's width and height; again where the page moved under it, as it may while parts of it still come in."
+    "One stroke between places in shares of the image's width and height; repeated if the page moved while it loaded."
     expect(layer).to_be_visible()
     for _ in range(5):
         layer.scroll_into_view_if_needed()
@@ -111,14 +111,14 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     # the service's models are a list
     page.locator(".dw-field-model select").select_option(label="shapes-sd15")
 
-    # a wrong width is told at the width
+    # an invalid width is reported at the width
     field(page, "prompt").fill(PROMPT)
     field(page, "width").fill("130")
     expect(page.locator(".dw-error", has_text="multiple of 8")).to_be_visible()
     field(page, "width").fill("")
     expect(page.locator(".dw-error", has_text="multiple of 8")).to_have_count(0)
 
-    # previews on the way, and a stop in mid-way
+    # previews, and a stop in the middle
     field(page, "num_inference_steps").fill("150")
     page.locator("button.dw-generate").click()
     expect(page.locator("img.dw-emerging")).to_be_visible()
@@ -127,7 +127,7 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     expect(page.locator(".dw-status")).to_have_text(re.compile("cancelled"))
     assert kept(folder) == []
 
-    # the picture is what the prompt says
+    # the image shows what the prompt says
     field(page, "num_inference_steps").fill("25")
     page.locator(".dw-panel .widget-toggle-button", has_text="locked").click()
     page.locator(".dw-field-seed input").fill("2")
@@ -141,7 +141,7 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
         [("red", "circle")],
     )
 
-    # the page is loaded anew: the panel lives, with its form and its pictures
+    # after a reload of the page, the panel works, with its form and its images
     save(page)
     page.reload()
     open_notebook(page, address.format("session.ipynb"))
@@ -167,21 +167,32 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     )  # brush of 21 pixels, softened over 4
     assert row - 30 < rows.min() and rows.max() < row + 30 and columns.min() > 40, (row, rows, columns)
 
-    # drop the first picture to restore what made it
-    unfold(page, "Restore from a picture")
+    # drop the first image to restore its request; what the form held before is gone
+    unfold(page, "Restore from an image")
     choose_file(page, ".dw-restore", "first.png", first.read_bytes())
     expect(field(page, "prompt")).to_have_value(PROMPT)
     expect(page.locator(".dw-field-seed input")).to_have_value(str(read_metadata(first).plan.seeds[0]))
+    unfold(page, "Start image")
+    expect(page.locator(".dw-mask-layer:visible")).to_have_count(0)
 
-    # what is no picture is refused, and the form stays
+    # a ControlNet unit offers every preprocessor, with its parameters
+    unfold(page, "ControlNet")
+    page.locator("button.dw-add-control").click()
+    preprocessor = page.locator(".dw-field-preprocessing-name select")
+    expect(preprocessor.locator("option", has_not_text="──")).to_have_count(30)  # 29, and none
+    preprocessor.select_option(label="scribble xdog")
+    expect(page.locator(".dw-panel .widget-slider:visible").first).to_be_visible()
+
+    # a file that is not an image is refused, and the form stays
     choose_file(page, ".dw-restore", "letter.png", b"a letter")
-    expect(page.locator(".dw-restore .dw-error")).to_contain_text("not a picture")
+    expect(page.locator(".dw-restore .dw-error")).to_contain_text("image: ")
     expect(field(page, "prompt")).to_have_value(PROMPT)
 
 
-def test_stop_is_heard_while_a_cell_waits(page, lab: tuple[str, Path]) -> None:
+def test_stop_works_while_a_cell_is_running(page, lab: tuple[str, Path]) -> None:
     address, folder = lab
-    waits = f'panel.request = {{"prompt": "{PROMPT}", "num_inference_steps": 150}}\npanel.generate()\nprint("it was", panel.wait().status.value)'
+    asked = f'panel.request = {{"prompt": "{PROMPT}", "num_inference_steps": 150}}'
+    waits = f'{asked}\npanel.generate()\nprint("it was", panel.wait().status.value)'
     write_notebook(folder / "busy.ipynb", SETUP, waits)
     open_notebook(page, address.format("busy.ipynb"))
     run_all(page)

@@ -201,7 +201,7 @@ def noise_png(side: int) -> str:
 
 
 def test_an_answer_over_10_mb_is_encoded_anew(queue: QueueServer, worker) -> None:
-    "Without a bucket, what is too large for /run fits afterwards, says so, and holds a picture; /runsync carries it as it is."
+    "Without a bucket, what is too large for /run is re-encoded with a warning; /runsync carries it as it is."
     asked = {
         "op": "preprocess",
         "image": noise_png(768),
@@ -213,7 +213,7 @@ def test_an_answer_over_10_mb_is_encoded_anew(queue: QueueServer, worker) -> Non
     whole = queue.ended(queue.submit(asked, sync=True))
     assert small.status == whole.status == "COMPLETED"
     assert small.answer_bytes < 10_000_000 < whole.answer_bytes < 20_000_000
-    assert "encoded anew" in small.output["warnings"][0]["message"] and "warnings" not in whole.output
+    assert "re-encoded" in small.output["warnings"][0]["message"] and "warnings" not in whole.output
     picture = Image.open(io.BytesIO(base64.b64decode(small.output["control_map"]["image"])))
     assert picture.size == (small.output["control_map"]["width"], small.output["control_map"]["height"])
 
@@ -242,7 +242,7 @@ def memory_over(queue: QueueServer, process: subprocess.Popen, count: int, settl
 
 
 def test_memory_stays_flat_over_jobs(queue: QueueServer, worker) -> None:
-    "No job leaves anything behind: a picture has 49 KB, and a leak of one a job would be seen in the slope of the longer test."
+    "No job leaves anything behind: an image has 49 KB, and a leak of one a job would show in the longer test."
     resident = memory_over(queue, worker[0], 20, settle=5)
     assert max(resident) - resident[0] < 32 * 2**20
 
@@ -324,7 +324,7 @@ def streaming(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_streaming_with_a_bucket(streaming) -> None:
-    "Previews come as items, the last item has the result, whose picture is read from the bucket; the aggregate has all of them."
+    "Previews come as items, the last item has the result, whose image is in the bucket; the aggregate has them all."
     queue, log = streaming
     job = queue.answers({**LONG, "num_images": 1, "num_inference_steps": 60})[0]
     assert job.status == "COMPLETED" and job.output == job.streamed

@@ -69,7 +69,7 @@ class Guidance:
             self.over = bool(change < self.tolerance)
 
 # %% ../../nbs/52_acceleration/03_denoiser_calls.ipynb #66c41b54
-Arithmetic = Callable[[], AbstractContextManager]  # puts a number format in force
+Arithmetic = Callable[[], AbstractContextManager]  # enters an autocast
 
 
 class DoubledRun:

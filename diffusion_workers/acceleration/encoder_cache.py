@@ -9,12 +9,12 @@ __all__ = ['TEXT_ENCODERS', 'tensor_bytes', 'EncoderMemory', 'fingerprint', 'rem
 # %% ../../nbs/52_acceleration/02_encoder_cache.ipynb #bf8c093d
 import hashlib
 import threading
-from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from diffusers import DiffusionPipeline
 
 from ..lora.layers import LoraLayer
@@ -26,55 +26,56 @@ def tensor_bytes(value: Any) -> int:  # of all tensors inside
     "How much memory something takes."
     if isinstance(value, torch.Tensor):
         return value.nbytes
-    inner = (
-        value.values()
-        if isinstance(value, Mapping)
-        else value
-        if isinstance(value, (list, tuple))
-        else vars(value).values()
-        if hasattr(value, "__dict__")
-        else ()
-    )
-    return sum(tensor_bytes(item) for item in inner)
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(tensor_bytes, value))
+    return sum(map(tensor_bytes, vars(value).values())) if hasattr(value, "__dict__") else 0
 
 
 class EncoderMemory:
-    "Results by key, at most so many bytes of them."
+    "A cache of results, at most so many bytes of them; the least recently used are dropped."
 
     def __init__(self, max_bytes: int = 128 * 2**20):
-        self.max_bytes, self.bytes, self.hits, self.misses = max_bytes, 0, 0, 0
-        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self.hits = 0
+        self.misses = 0
+        self._results: LRUCache[Hashable, Any] = LRUCache(max_bytes, getsizeof=tensor_bytes)
         self._guard = threading.Lock()
 
+    @property
+    def max_bytes(self) -> int:
+        "How much is kept at most."
+        return int(self._results.maxsize)
+
+    @property
+    def bytes(self) -> int:
+        "How much is kept."
+        return int(self._results.currsize)
+
     def get(self, key: Hashable) -> Any:  # None where there is nothing
-        "What was kept, and from now on the newest."
+        "The result of a key, now the most recently used."
         with self._guard:
-            found = self._kept.get(key)
-            self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
+            found = self._results.get(key)
             if found is None:
-                return None
-            self._kept.move_to_end(key)
-            return found[0]
+                self.misses += 1
+            else:
+                self.hits += 1
+            return found
 
     def keep(self, key: Hashable, value: Any) -> None:
-        "Keep a result, and let old ones go; what is larger than the limit is not kept."
-        size = tensor_bytes(value)
+        "Keep a result; one that is larger than the limit is not kept."
         with self._guard:
-            if size > self.max_bytes or key in self._kept:
-                return
-            self._kept[key] = (value, size)
-            self.bytes += size
-            while self.bytes > self.max_bytes:
-                self.bytes -= self._kept.popitem(last=False)[1][1]
+            if key not in self._results:
+                with suppress(ValueError):  # larger than the cache
+                    self._results[key] = value
 
     def clear(self) -> None:
         "Forget everything."
         with self._guard:
-            self._kept.clear()
-            self.bytes = 0
+            self._results.clear()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._results)
 
 # %% ../../nbs/52_acceleration/02_encoder_cache.ipynb #388c296e
 def fingerprint(*values: Any) -> str:  # hexadecimal

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from ..planning.acceleration import complete
 from ..request.errors import request_error
-from ez_diffusion_client.models import DeepCacheOptions, ErrorCode, UNetCacheMethod
+from ez_diffusion_client.models import ErrorCode, StepCacheMethod, StepCacheOptions
 
 # %% ../../nbs/52_acceleration/01_step_cache.ipynb #9b1b7f16
 @dataclass
@@ -65,7 +66,7 @@ def find_branch(
         raise request_error(
             ErrorCode.out_of_range,
             "the denoiser has no such branch",
-            field="deepcache.cache_branch_id",
+            field="step_cache.branch",
             given=branch_id,
             allowed=allowed,
         )
@@ -190,11 +191,11 @@ def _helper(unet: UNet2DConditionModel, branch: Branch):  # a DeepCacheSDHelper 
     try:
         from DeepCache import DeepCacheSDHelper
     except ImportError:
-        hint = "install DeepCache, or set deepcache.method to step_cache, which needs no package"
+        hint = "install DeepCache, or set step_cache.method to deep_features, which needs no package"
         raise request_error(
             ErrorCode.unsupported_combination,
             "the package DeepCache is not installed",
-            field="deepcache.method",
+            field="step_cache.method",
             given="deepcache",
             hint=hint,
         ) from None
@@ -254,14 +255,15 @@ def own_cache(unet: UNet2DConditionModel, branch: Branch) -> Iterator[CachedUNet
         )
 
 
-CACHES = {UNetCacheMethod.deepcache: package_cache, UNetCacheMethod.step_cache: own_cache}
+CACHES = {StepCacheMethod.deepcache: package_cache, StepCacheMethod.deep_features: own_cache}
 
 
 @contextmanager
 def use_unet_cache(
     unet: UNet2DConditionModel,
-    options: DeepCacheOptions,
+    options: StepCacheOptions,  # with a method for U-Nets
 ) -> Iterator[CachedUNet]:
     "The cache that a request asks for, on a U-Net, as long as the block lasts."
-    with CACHES[UNetCacheMethod(options.method)](unet, find_branch(unet, options.cache_branch_id)) as cached:
+    branch = find_branch(unet, complete(options).branch)
+    with CACHES[options.method](unet, branch) as cached:
         yield cached

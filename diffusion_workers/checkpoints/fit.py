@@ -140,10 +140,11 @@ def converted(
     config: Mapping[str, Any],
     expected: Mapping[str, torch.Tensor],  # the network's
     read: Callable[[str], torch.Tensor],  # a small tensor of the file by its name behind the prefix
+    slot: str | None = None,  # of the network in its pipeline
 ) -> Tensors:  # under the names of the network
     "Tensors of a file, unpacked and renamed."
     try:
-        made = layout_of(class_name).convert(unpacked(tensors, read), config)
+        made = layout_of(class_name, slot).convert(unpacked(tensors, read), config)
     except WeightFileError:
         raise
     except (KeyError, IndexError, ValueError, AttributeError, TypeError, RuntimeError) as exc:
@@ -187,15 +188,16 @@ def compare(
     config: Mapping[str, Any],
     network: torch.nn.Module,
     prefix: str = "",
+    slot: str | None = None,  # of the network in its pipeline
 ) -> Fit:
     "The report on a file and a network, from the header alone."
-    layout, expected = layout_of(class_name), network.state_dict()
+    layout, expected = layout_of(class_name, slot), network.state_dict()
     announced = {
         name.removeprefix(prefix): tensor
         for name, tensor in announced_tensors(header).items()
         if name.startswith(prefix)
     }
-    made = converted(announced, class_name, config, expected, lambda name: _small(header, prefix + name))
+    made = converted(announced, class_name, config, expected, lambda name: _small(header, prefix + name), slot)
     used = sources_of({name: tensor for name, tensor in made.items() if name in expected})
     scales = _helpers(announced, prefix, used)
     surplus = [
@@ -234,9 +236,10 @@ def _small(header: WeightHeader, name: str) -> torch.Tensor:
 def locate(
     header: WeightHeader,
     class_name: str,
+    slot: str | None = None,  # of the network in its pipeline
 ) -> str:  # the prefix of its tensors
     "Where a network is in a file; a `WeightFileError` says what the file is instead."
-    kind, layout = identify(header), layout_of(class_name)
+    kind, layout = identify(header), layout_of(class_name, slot)
     for marker, what in EDM.items():
         if marker in header.tensors:
             raise WeightFileError(f"it is of {what}, which is not supported", "declare another model")
@@ -256,11 +259,12 @@ def read_network(
     class_name: str,
     config: Mapping[str, Any],  # of the network
     dtype: torch.dtype,
+    slot: str | None = None,  # of the network in its pipeline
 ) -> torch.nn.Module:
     "A network with the weights of a file; a `WeightFileError` where the two do not fit."
-    prefix = locate(header, class_name)
+    prefix = locate(header, class_name, slot)
     network = empty_network(class_name, config)
-    fit = compare(header, class_name, config, network, prefix)
+    fit = compare(header, class_name, config, network, prefix, slot)
     if not fit.ok:
         raise fit.error()
     expected = network.state_dict()
@@ -268,7 +272,7 @@ def read_network(
         name.removeprefix(prefix): tensor
         for name, tensor in read_tensors(header, lambda name: name.startswith(prefix)).items()
     }
-    made = converted(tensors, class_name, config, expected, tensors.__getitem__)
+    made = converted(tensors, class_name, config, expected, tensors.__getitem__, slot)
     made = {name: tensor for name, tensor in made.items() if name in expected}
     if header.is_gguf and network_class(class_name).__module__.startswith("diffusers"):
         return _with_packed_layers(network, made, config, dtype)
@@ -395,12 +399,24 @@ def _unet_mismatches(unet: Any, parts: Mapping[str, Any]) -> list[str]:
     return found
 
 
+_TEXT_WIDTHS = {  # class of a transformer -> field of its configuration -> the text encoders that fill it
+    "FluxTransformer2DModel": {
+        "joint_attention_dim": ("text_encoder_2",),
+        "pooled_projection_dim": ("text_encoder",),
+    },
+    "SD3Transformer2DModel": {
+        "joint_attention_dim": ("text_encoder_3",),
+        "pooled_projection_dim": ("text_encoder", "text_encoder_2"),
+    },
+}
+
+
 def _transformer_mismatches(transformer: Any, parts: Mapping[str, Any]) -> list[str]:
-    config, found = transformer.config, []
-    for field, name in {"joint_attention_dim": "text_encoder_2", "pooled_projection_dim": "text_encoder"}.items():
-        width = _width(parts.get(name))
-        if width is not None and getattr(config, field, width) != width:
-            found.append(f"its transformer takes {getattr(config, field)} from {name}, which gives {width}")
+    found = []
+    for field, names in _TEXT_WIDTHS.get(type(transformer).__name__, {}).items():
+        widths, needed = [_width(parts.get(name)) for name in names], getattr(transformer.config, field)
+        if None not in widths and sum(widths) != needed:
+            found.append(f"its transformer takes {needed} from {' and '.join(names)}, which give {sum(widths)}")
     return found
 
 
@@ -409,7 +425,9 @@ def part_mismatches(
 ) -> list[str]:  # sentences
     "What does not fit between the parts of a pipeline."
     unet, transformer, vae = (parts.get(name) for name in ("unet", "transformer", "vae"))
-    found = _unet_mismatches(unet, parts) if unet is not None else _transformer_mismatches(transformer, parts)
+    found = _unet_mismatches(unet, parts) if unet is not None else []
+    if transformer is not None:
+        found = _transformer_mismatches(transformer, parts)
     if unet is not None and vae is not None and vae.config.latent_channels != unet.config.out_channels:
         found.append(f"its VAE has {vae.config.latent_channels} latent channels, its U-Net {unet.config.out_channels}")
     return found

@@ -16,12 +16,12 @@ import logging
 import sys
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cachetools import LRUCache
 from PIL import Image
 
 from .preprocessors import PREPROCESSORS, ControlnetGuideImagePreprocessor, make_map
@@ -169,7 +169,8 @@ def load_detector(
         if type(exc).__name__ == "OutOfMemoryError":
             raise
         logger.error("%s cannot be loaded", row.name, exc_info=exc)
-        message = f"the weights of {row.name} cannot be read ({type(exc).__name__}): {', '.join(path.name for path in files.values())} of {row.repository}"
+        names = ", ".join(path.name for path in files.values())
+        message = f"the weights of {row.name} cannot be read ({type(exc).__name__}): {names} of {row.repository}"
         hint = "check that the files are complete, or download them again; the log has the details"
         raise request_error(
             ErrorCode.model_unavailable, message, field=f"{field}.name", given=row.name, hint=hint
@@ -340,14 +341,10 @@ class PreprocessorStore:
     ):
         if max_loaded < 1:
             raise ValueError(f"max_loaded is {max_loaded}: at least one detector stays in memory while it works")
-        self.folders, self.device, self.max_loaded, self.max_maps = (
-            tuple(map(Path, folders)),
-            device,
-            max_loaded,
-            max_maps,
-        )
-        self._maps: OrderedDict[tuple, np.ndarray] = OrderedDict()  # the one used last at the end
-        self._detectors: OrderedDict[tuple, Any] = OrderedDict()  # the one used last at the end
+        self.folders = tuple(map(Path, folders))
+        self.device = device
+        self._maps: LRUCache[tuple, np.ndarray] = LRUCache(max_maps)
+        self._detectors: LRUCache[tuple, Any] = LRUCache(max_loaded)
         self._lock = threading.RLock()
 
     def run(
@@ -373,12 +370,11 @@ class PreprocessorStore:
                     hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest(),
                     repr(sorted(parameters.items())),
                 )
-                if key not in self._maps:
-                    self._maps[key] = detect(self._detector(row, field), row, pixels, parameters)
-                self._maps.move_to_end(key)
-                made = self._maps[key]
-                while len(self._maps) > self.max_maps:
-                    self._maps.popitem(last=False)
+                made = self._maps.get(key)
+                if made is None:
+                    made = detect(self._detector(row, field), row, pixels, parameters)
+                    if self._maps.maxsize:
+                        self._maps[key] = made
                 return made.copy()
 
         return make_map(preprocessing, image, width, height, resize_mode, mask, detect=with_network, field=field)
@@ -386,10 +382,10 @@ class PreprocessorStore:
     def _detector(self, row: ControlnetGuideImagePreprocessor, field: str) -> Any:
         key = _key(row)
         if key not in self._detectors:
-            while len(self._detectors) >= self.max_loaded:  # room first, so that no more than that are ever in memory
-                self._detectors.popitem(last=False)
+            # Room first: the cache by itself would drop a detector only after the next one is in memory.
+            while len(self._detectors) >= self._detectors.maxsize:
+                self._detectors.popitem()
             self._detectors[key] = load_detector(row, self.folders, self.device, field)
-        self._detectors.move_to_end(key)
         return self._detectors[key]
 
     @property

@@ -158,11 +158,12 @@ class PreprocessorTable(dict[str, ControlnetGuideImagePreprocessor]):
             self[row.name] = row
 
     def _repr_markdown_(self) -> str:
-        head = ["| name | map | for nets | union mode | parameters | weights |", "|---|---|---|---|---|---|"]
+        head = ["| name | map | for ControlNets | union mode | parameters | weights |", "|---|---|---|---|---|---|"]
         for row in self.values():
             parameters = ", ".join(f"`{p.name}={p.default}`" for p in row.parameters)
             head.append(
-                f"| `{row.name}` | {row.title} | {row.nets} | {', '.join(row.union_modes)} | {parameters} | {row.weights} |"
+                f"| `{row.name}` | {row.title} | {row.nets} | {', '.join(row.union_modes)} | {parameters} "
+                f"| {row.weights} |"
             )
         return "\n".join(head)
 
@@ -203,7 +204,7 @@ PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "canny",
         "white edges, one pixel wide, on black",
-        "canny nets",
+        "canny ControlNets",
         (
             Parameter("low_threshold", 100, "gradient above which an edge goes on", 0, 255),
             Parameter("high_threshold", 200, "gradient above which an edge begins", 0, 255),
@@ -255,12 +256,12 @@ def invert_map(
     return 255 - pixels
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #724ea92d
-_LINE_NETS = "lineart, anime lineart and scribble nets"
+_LINE_NETS = "lineart, anime lineart and scribble ControlNets"
 PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "lineart_standard",
         "gray lines where the picture is darker than around",
-        "lineart nets",
+        "lineart ControlNets",
         (
             Parameter("gaussian_sigma", 6.0, "pixels that the surroundings reach", 0.5, 100),
             Parameter("intensity_threshold", 8, "difference that counts as a line", 0, 255),
@@ -271,7 +272,7 @@ PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "scribble_xdog",
         "white strokes on black, like a doodle",
-        "scribble nets",
+        "scribble ControlNets",
         (Parameter("threshold", 32, "smaller makes more strokes", 1, 64),),
         (UnionModeName.soft_edge,),
         MapScaling.lines,
@@ -280,7 +281,7 @@ PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "binary",
         "dark in white, bright in black",
-        "scribble nets, and QR code nets",
+        "scribble and QR code ControlNets",
         (Parameter("threshold", 0, "brightness that parts the two; 0 chooses it", 0, 255),),
         (UnionModeName.soft_edge,),
         MapScaling.lines,
@@ -413,7 +414,7 @@ PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "tile",
         "the picture without its fine detail",
-        "tile nets",
+        "tile ControlNets",
         (Parameter("down_sampling_rate", 1.0, "1 keeps all detail, 8 hardly any", 1, 64),),
         (UnionModeName.tile,),
         make_map=tile_map,
@@ -421,7 +422,7 @@ PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "blur",
         "the picture out of focus",
-        "blur and tile nets",
+        "blur and tile ControlNets",
         (Parameter("sigma", 9.0, "radius in pixels", 0.1, 256),),
         (UnionModeName.blur, UnionModeName.tile),
         make_map=blur_map,
@@ -429,7 +430,7 @@ PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "gray",
         "the picture without colour",
-        "gray and recolor nets",
+        "gray and recolor ControlNets",
         (),
         (UnionModeName.gray,),
         make_map=gray_map,
@@ -437,7 +438,7 @@ PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "low_quality",
         "a small, noisy JPEG of the picture",
-        "low quality (lq), upscaling and tile nets",
+        "low quality (lq), upscaling and tile ControlNets",
         (
             Parameter("scale", 4.0, "how much smaller the copy is", 1, 64),
             Parameter("noise", 6.0, "standard deviation, of 255", 0, 128),
@@ -450,7 +451,7 @@ PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "color_palette",
         "a grid of the picture's colours",
-        "color adapters and nets",
+        "color adapters and ControlNets",
         (Parameter("tile_size", 64, "pixels along one side of a patch", 2, 1024),),
         (),
         MapScaling.labels,
@@ -459,14 +460,14 @@ PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "content_shuffle",
         "the picture's colours, its shapes dissolved",
-        "shuffle nets",
+        "shuffle ControlNets",
         (Parameter("scale", 256, "pixels over which neighbours stay neighbours", 8, 4096), _SEED),
         make_map=content_shuffle_map,
     ),
     ControlnetGuideImagePreprocessor(
         "inpaint_mask",
         "the picture with a black hole where the mask is white",
-        "inpaint nets; needs mask_image",
+        "inpaint ControlNets; needs mask_image",
         (),
         (UnionModeName.repaint,),
         MapScaling.labels,
@@ -484,7 +485,7 @@ PREPROCESSORS.add(
 # %% ../../nbs/30_control/01_preprocessors.ipynb #696a2241
 _SAFE = Parameter("safe", False, "round the edges to a few levels, so that nothing of the picture hides in them")
 _SCRIBBLE = Parameter("scribble", False, "strokes of one width, as for a doodle")
-_TWO_NETS = "softedge (and, with scribble, scribble) nets"
+_TWO_NETS = "softedge (and, with scribble, scribble) ControlNets"
 
 
 def _annotator(
@@ -536,7 +537,7 @@ _annotator(
 _annotator(
     "teed",
     "soft edges (TEED), small and fast",
-    "softedge nets",
+    "softedge ControlNets",
     UnionModeName.soft_edge,
     "TEEDdetector",
     {"filename": "5_model.pth"},
@@ -546,7 +547,7 @@ _annotator(
 _annotator(
     "anyline",
     "lines (TEED and intensity together)",
-    "MistoLine and other lineart nets",
+    "MistoLine and other lineart ControlNets",
     UnionModeName.line,
     "AnylineDetector",
     {"filename": "Anyline/MTEED.pth"},
@@ -559,7 +560,7 @@ _annotator(
 _annotator(
     "mlsd",
     "straight lines",
-    "mlsd nets",
+    "mlsd ControlNets",
     UnionModeName.line,
     "MLSDdetector",
     {"filename": "mlsd_large_512_fp32.pth"},
@@ -572,7 +573,7 @@ _annotator(
 _annotator(
     "lineart",
     "lines as an artist would draw them",
-    "lineart nets",
+    "lineart ControlNets",
     UnionModeName.line,
     "LineartDetector",
     {"filename": "sk_model.pth", "coarse_filename": "sk_model2.pth"},
@@ -581,7 +582,7 @@ _annotator(
 _annotator(
     "lineart_anime",
     "lines of a drawing or an anime",
-    "anime lineart nets",
+    "anime lineart ControlNets",
     UnionModeName.line,
     "LineartAnimeDetector",
     {"filename": "netG.pth"},
@@ -591,7 +592,7 @@ _annotator(
 _annotator(
     "normal_bae",
     "where surfaces face, as colours",
-    "normalbae nets",
+    "normalbae ControlNets",
     UnionModeName.normal,
     "NormalBaeDetector",
     {"filename": "scannet.pt"},
@@ -600,7 +601,7 @@ _MIDAS = {"filename": "dpt_hybrid-midas-501f0c75.pt"}
 _annotator(
     "midas",
     "depth (MiDaS), near is white",
-    "depth nets",
+    "depth ControlNets",
     UnionModeName.depth,
     "MidasDetector",
     _MIDAS,
@@ -608,7 +609,7 @@ _annotator(
 _annotator(
     "midas_normal",
     "where surfaces face, by the slope of MiDaS' depth",
-    "the older normal nets, which read the axes in another order",
+    "the older normal ControlNets, which read the axes in another order",
     None,
     "MidasDetector",
     _MIDAS,
@@ -624,7 +625,7 @@ _LERES = [
 _annotator(
     "leres",
     "depth (LeReS), near is white",
-    "depth nets",
+    "depth ControlNets",
     UnionModeName.depth,
     "LeresDetector",
     {"filename": "res101.pth"},
@@ -633,7 +634,7 @@ _annotator(
 _annotator(
     "leres_boost",
     "depth (LeReS, boosted: finer and slower)",
-    "depth nets",
+    "depth ControlNets",
     UnionModeName.depth,
     "LeresDetector",
     {"filename": "res101.pth", "pix2pix_filename": "latest_net_G.pth"},
@@ -642,7 +643,7 @@ _annotator(
 _annotator(
     "zoe",
     "depth (ZoeDepth), near is white",
-    "depth nets",
+    "depth ControlNets",
     UnionModeName.depth,
     "ZoeDetector",
     {"filename": "ZoeD_M12_N.pt"},
@@ -651,7 +652,7 @@ _annotator(
 _annotator(
     "openpose",
     "skeletons of people",
-    "openpose nets",
+    "openpose ControlNets",
     UnionModeName.openpose,
     "OpenposeDetector",
     {"filename": "body_pose_model.pth", "hand_filename": "hand_pose_model.pth", "face_filename": "facenet.pth"},
@@ -669,7 +670,7 @@ _SAM = [
 _annotator(
     "sam",
     "regions in colours without a meaning (Segment Anything)",
-    "segmentation mode of union nets",
+    "segmentation mode of union ControlNets",
     UnionModeName.segmentation,
     "SamDetector",
     {"filename": "checkpoints/sam_vit_h_4b8939.pth"},
@@ -681,7 +682,7 @@ _annotator(
 _annotator(
     "mobile_sam",
     "regions in colours without a meaning (MobileSAM, small)",
-    "segmentation mode of union nets",
+    "segmentation mode of union ControlNets",
     UnionModeName.segmentation,
     "SamDetector",
     {"filename": "mobile_sam.pt"},
@@ -883,7 +884,7 @@ def union_mode_number(
     modes = union_modes(table)
     if not modes:
         raise ValueError(
-            f"{table} has no modes, given {shown(mode)}: leave union_mode out, the net sees the kind of a map by itself"
+            f"{table} has no modes, given {shown(mode)}: leave union_mode out, the ControlNet recognises maps by itself"
         )
     if isinstance(mode, int) and not isinstance(mode, bool) and mode in modes.values():
         return mode
@@ -904,7 +905,7 @@ def infer_union_mode(
     preprocessing_name: str,  # such as "midas"
     table: str,  # a numbering, such as "sdxl_union"
 ) -> UnionModeName | None:
-    "The mode that a preprocessor feeds; None when the net has learnt none for such maps."
+    "The mode that a preprocessor feeds; None where the ControlNet was not trained on such maps."
     row, modes = PREPROCESSORS.get(preprocessing_name), union_modes(table)
     return next((mode for mode in row.union_modes if mode in modes), None) if row else None
 
@@ -922,7 +923,7 @@ def _parameter_info(parameter: Parameter) -> PreprocessorParameter:
 
 
 def preprocessor_list() -> list[PreprocessorInfo]:
-    "What a client learns about the preprocessors: their maps, their parameters with bounds, and whether they need weights."
+    "The preprocessors for a client: their maps, their parameters with bounds, and whether they need weights."
     return [
         PreprocessorInfo(
             name=row.name,

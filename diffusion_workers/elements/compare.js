@@ -1,5 +1,5 @@
 /**
- * Two pictures under one slider, or what differs between them as a heat map.
+ * Two images under one slider, or what differs between them as a heat map.
  *
  * `createComparison(root)` needs nothing but a browser; the default export fits it to anywidget.
  */
@@ -10,11 +10,22 @@ export function createComparison(root) {
   const stage = document.createElement("div");
   stage.className = "dw-compare-stage";
   const names = ["left", "right", "difference"];
-  const pictures = Object.fromEntries(names.map((name) => [name, Object.assign(document.createElement("img"), { className: `dw-compare-${name}`, draggable: false })]));
+  const images = Object.fromEntries(
+    names.map((name) => [
+      name,
+      Object.assign(document.createElement("img"), { className: `dw-compare-${name}`, draggable: false }),
+    ]),
+  );
   const line = Object.assign(document.createElement("div"), { className: "dw-compare-line" });
-  stage.append(pictures.right, pictures.left, pictures.difference, line);
-  const slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 100, value: 50, step: 1 });
-  slider.setAttribute("aria-label", "How much of the left picture is shown");
+  stage.append(images.right, images.left, images.difference, line);
+  const slider = Object.assign(document.createElement("input"), {
+    type: "range",
+    min: 0,
+    max: 100,
+    value: 50,
+    step: 1,
+  });
+  slider.setAttribute("aria-label", "How much of the left image is shown");
   const heat = Object.assign(document.createElement("input"), { type: "checkbox" });
   const label = document.createElement("label");
   label.append(heat, " difference");
@@ -24,10 +35,10 @@ export function createComparison(root) {
   const urls = {};
 
   const show = () => {
-    pictures.left.style.clipPath = `inset(0 ${100 - slider.value}% 0 0)`;
+    images.left.style.clipPath = `inset(0 ${100 - slider.value}% 0 0)`;
     line.style.left = `${slider.value}%`;
     line.hidden = heat.checked;
-    pictures.difference.hidden = !heat.checked;
+    images.difference.hidden = !heat.checked;
     slider.disabled = heat.checked;
   };
   slider.addEventListener("input", show);
@@ -43,14 +54,18 @@ export function createComparison(root) {
   show();
 
   return {
-    setPicture(name, data, caption) {
+    setImage(name, data, caption) {
       if (urls[name]) URL.revokeObjectURL(urls[name]);
       urls[name] = data?.byteLength ? URL.createObjectURL(new Blob([data])) : "";
-      pictures[name].src = urls[name];
-      pictures[name].alt = caption;
+      images[name].src = urls[name];
+      images[name].alt = caption;
     },
-    setWidth(width) { stage.style.setProperty("--dw-width", `${Math.max(256, Math.min(width, 640))}px`); },
-    destroy() { for (const url of Object.values(urls)) if (url) URL.revokeObjectURL(url); },
+    setWidth(width) {
+      stage.style.setProperty("--dw-width", `${Math.max(256, Math.min(width, 640))}px`);
+    },
+    destroy() {
+      for (const url of Object.values(urls)) if (url) URL.revokeObjectURL(url);
+    },
   };
 }
 
@@ -59,10 +74,13 @@ export default {
     const comparison = createComparison(el);
     const show = () => {
       comparison.setWidth(model.get("width"));
-      for (const name of ["left", "right", "difference"]) comparison.setPicture(name, model.get(`_${name}`), name);
+      for (const name of ["left", "right", "difference"]) comparison.setImage(name, model.get(`_${name}`), name);
     };
     model.on("change:_difference", show);
     show();
-    return () => { model.off("change:_difference", show); comparison.destroy(); };
+    return () => {
+      model.off("change:_difference", show);
+      comparison.destroy();
+    };
   },
 };

@@ -1,5 +1,5 @@
 /**
- * A place to drop, paste or choose a picture.
+ * A place to drop, paste or choose an image.
  *
  * `createDropZone(root, callbacks)` needs nothing but a browser; the default export fits it to anywidget and sends the
  * file in pieces, since a notebook server cuts the connection at messages of more than 10 MB.
@@ -16,8 +16,17 @@ export function createDropZone(root, { onFile, onRemove, onProblem, maxBytes = 6
   const shown = document.createElement("img");
   shown.alt = "";
   const text = document.createElement("span");
-  const file = Object.assign(document.createElement("input"), { type: "file", accept: "image/*", hidden: true, tabIndex: -1 });
-  const remove = Object.assign(document.createElement("button"), { type: "button", className: "dw-drop-remove", textContent: "Remove" });
+  const file = Object.assign(document.createElement("input"), {
+    type: "file",
+    accept: "image/*",
+    hidden: true,
+    tabIndex: -1,
+  });
+  const remove = Object.assign(document.createElement("button"), {
+    type: "button",
+    className: "dw-drop-remove",
+    textContent: "Remove",
+  });
   zone.append(shown, text);
   root.append(zone, remove, file);
   let url = null;
@@ -25,22 +34,41 @@ export function createDropZone(root, { onFile, onRemove, onProblem, maxBytes = 6
   const take = (chosen) => {
     if (!chosen) return;
     if (chosen.size > maxBytes) {
-      onProblem(`${chosen.name} has ${(chosen.size / 2 ** 20).toFixed(0)} MB, and at most ${maxBytes / 2 ** 20} MB are taken; save it smaller`);
+      onProblem(
+        `${chosen.name} has ${(chosen.size / 2 ** 20).toFixed(0)} MB; ` +
+          `at most ${maxBytes / 2 ** 20} MB are accepted; save it smaller`,
+      );
       return;
     }
     onFile(chosen);
   };
   zone.onclick = () => file.click();
-  file.onchange = () => { take(file.files[0]); file.value = ""; };
-  remove.onclick = () => { onRemove(); zone.focus(); };
+  file.onchange = () => {
+    take(file.files[0]);
+    file.value = "";
+  };
+  remove.onclick = () => {
+    onRemove();
+    zone.focus();
+  };
   root.addEventListener("paste", (event) => {
     const [chosen] = event.clipboardData?.files ?? [];
-    if (chosen) { event.preventDefault(); event.stopPropagation(); take(chosen); }
+    if (chosen) {
+      event.preventDefault();
+      event.stopPropagation();
+      take(chosen);
+    }
   });
   for (const kind of ["dragenter", "dragover"]) {
-    root.addEventListener(kind, (event) => { event.preventDefault(); event.stopPropagation(); zone.dataset.over = "true"; });
+    root.addEventListener(kind, (event) => {
+      event.preventDefault();
+      event.stopPropagation();
+      zone.dataset.over = "true";
+    });
   }
-  root.addEventListener("dragleave", () => { delete zone.dataset.over; });
+  root.addEventListener("dragleave", () => {
+    delete zone.dataset.over;
+  });
   root.addEventListener("drop", (event) => {
     event.preventDefault();
     event.stopPropagation();
@@ -49,15 +77,20 @@ export function createDropZone(root, { onFile, onRemove, onProblem, maxBytes = 6
   });
 
   return {
-    setLabel(label) { text.textContent = label; zone.setAttribute("aria-label", label); },
-    setPicture(data) {
+    setLabel(label) {
+      text.textContent = label;
+      zone.setAttribute("aria-label", label);
+    },
+    setImage(data) {
       if (url) URL.revokeObjectURL(url);
       url = data?.byteLength ? URL.createObjectURL(new Blob([data])) : null;
       shown.hidden = remove.hidden = !url;
       if (url) shown.src = url;
       else shown.removeAttribute("src");
     },
-    destroy() { if (url) URL.revokeObjectURL(url); },
+    destroy() {
+      if (url) URL.revokeObjectURL(url);
+    },
   };
 }
 
@@ -75,18 +108,22 @@ export default {
           }
         });
       },
-      onRemove() { model.send({ kind: "remove" }); },
-      onProblem(text) { model.send({ kind: "problem", text }); },
+      onRemove() {
+        model.send({ kind: "remove" });
+      },
+      onProblem(text) {
+        model.send({ kind: "problem", text });
+      },
     });
     const showLabel = () => zone.setLabel(model.get("label"));
-    const showPicture = () => zone.setPicture(model.get("_thumbnail"));
+    const showImage = () => zone.setImage(model.get("_thumbnail"));
     model.on("change:label", showLabel);
-    model.on("change:_thumbnail", showPicture);
+    model.on("change:_thumbnail", showImage);
     showLabel();
-    showPicture();
+    showImage();
     return () => {
       model.off("change:label", showLabel);
-      model.off("change:_thumbnail", showPicture);
+      model.off("change:_thumbnail", showImage);
       zone.destroy();
     };
   },

@@ -1,8 +1,8 @@
 /**
- * A mask that is painted over a picture, at the resolution of the picture.
+ * A mask that is painted over an image, at the resolution of the image.
  *
  * `createMaskEditor(root, callbacks)` needs nothing but a browser; the default export fits it to anywidget.
- * A mask is a PNG: white where the picture is repainted, black where it stays.
+ * A mask is a PNG: white where the image is repainted, black where it stays.
  */
 
 const PAINT = [255, 64, 129];
@@ -14,9 +14,10 @@ const button = (label, title, key) => {
   return element;
 };
 
-const pictureFrom = async (data) => createImageBitmap(new Blob([data]));
+const imageFrom = async (data) => createImageBitmap(new Blob([data]));
 
-function sameBytes(one, other) {  // two DataViews
+function sameBytes(one, other) {
+  // two DataViews
   if (one?.byteLength !== other?.byteLength) return false;
   const [left, right] = [one, other].map((view) => new Uint8Array(view.buffer, view.byteOffset, view.byteLength));
   return left.every((value, at) => value === right[at]);
@@ -62,14 +63,18 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   layer.tabIndex = 0;
   layer.className = "dw-mask-layer";
   layer.setAttribute("role", "application");
-  layer.setAttribute("aria-label", "Mask: drag to paint; arrow keys move the brush, space paints, E erases, Z undoes, I inverts, [ and ] size the brush");
+  layer.setAttribute(
+    "aria-label",
+    "Mask: drag to paint; arrow keys move the brush, space paints, E erases, Z undoes, I inverts, " +
+      "[ and ] change the size of the brush",
+  );
   const ring = document.createElement("div");
   ring.className = "dw-mask-ring";
   stage.append(back, layer, ring);
   const pen = layer.getContext("2d", { willReadFrequently: true });
   const state = { erase: false, brush: 24, undo: [], last: null, at: null };
 
-  const paint = button("Paint", "Paint what is made anew", "B");
+  const paint = button("Paint", "Paint the mask", "B");
   const erase = button("Erase", "Take paint away", "E");
   const undo = button("Undo", "Take the last change back", "Z");
   const invert = button("Invert", "Paint what is not painted", "I");
@@ -81,7 +86,9 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   const labelled = (text, input) => {
     const label = document.createElement("label");
     const output = document.createElement("output");
-    const show = () => { output.textContent = `${input.value} px`; };
+    const show = () => {
+      output.textContent = `${input.value} px`;
+    };
     input.addEventListener("input", show);
     show();
     label.append(text, input, output);
@@ -98,7 +105,12 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     if (!state.at) return;
     const factor = scale();
     const diameter = state.brush * factor;
-    Object.assign(ring.style, { width: `${diameter}px`, height: `${diameter}px`, left: `${state.at.x * factor - diameter / 2}px`, top: `${state.at.y * factor - diameter / 2}px` });
+    Object.assign(ring.style, {
+      width: `${diameter}px`,
+      height: `${diameter}px`,
+      left: `${state.at.x * factor - diameter / 2}px`,
+      top: `${state.at.y * factor - diameter / 2}px`,
+    });
   };
   const showTools = () => {
     paint.setAttribute("aria-pressed", String(!state.erase));
@@ -115,7 +127,11 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     showTools();
     onMask(new Uint8Array(await (await maskBlob(layer)).arrayBuffer()));
   };
-  const change = (work) => { remember(); work(); changed(); };
+  const change = (work) => {
+    remember();
+    work();
+    changed();
+  };
   const dab = (from, to) => {
     pen.globalCompositeOperation = state.erase ? "destination-out" : "source-over";
     pen.strokeStyle = pen.fillStyle = `rgb(${PAINT})`;
@@ -129,7 +145,10 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   };
   const point = (event) => {
     const box = layer.getBoundingClientRect();
-    return { x: ((event.clientX - box.left) * layer.width) / box.width, y: ((event.clientY - box.top) * layer.height) / box.height };
+    return {
+      x: ((event.clientX - box.left) * layer.width) / box.width,
+      y: ((event.clientY - box.top) * layer.height) / box.height,
+    };
   };
   layer.addEventListener("pointerdown", (event) => {
     if (event.button) return;
@@ -153,9 +172,17 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   };
   layer.addEventListener("pointerup", end);
   layer.addEventListener("pointercancel", end);
-  layer.addEventListener("pointerleave", () => { if (!state.last) { state.at = null; showRing(); } });
+  layer.addEventListener("pointerleave", () => {
+    if (!state.last) {
+      state.at = null;
+      showRing();
+    }
+  });
 
-  const setErase = (on) => { state.erase = on; showTools(); };
+  const setErase = (on) => {
+    state.erase = on;
+    showTools();
+  };
   const setBrush = (value) => {
     state.brush = Math.min(256, Math.max(1, value));
     size.value = state.brush;
@@ -168,24 +195,38 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     pen.putImageData(before, 0, 0);
     changed();
   };
-  const invertAll = () => change(() => {
-    const pixels = pen.getImageData(0, 0, layer.width, layer.height);
-    for (let i = 0; i < pixels.data.length; i += 4) pixels.data.set([...PAINT, pixels.data[i + 3] > 127 ? 0 : 255], i);
-    pen.putImageData(pixels, 0, 0);
-  });
+  const invertAll = () =>
+    change(() => {
+      const pixels = pen.getImageData(0, 0, layer.width, layer.height);
+      for (let i = 0; i < pixels.data.length; i += 4)
+        pixels.data.set([...PAINT, pixels.data[i + 3] > 127 ? 0 : 255], i);
+      pen.putImageData(pixels, 0, 0);
+    });
   const clearAll = () => change(() => pen.clearRect(0, 0, layer.width, layer.height));
   const move = (dx, dy, event) => {
     const step = event.shiftKey ? 1 : Math.max(1, Math.round(state.brush / 3));
     const from = state.at || { x: layer.width / 2, y: layer.height / 2 };
-    state.at = { x: Math.min(layer.width, Math.max(0, from.x + dx * step)), y: Math.min(layer.height, Math.max(0, from.y + dy * step)) };
+    state.at = {
+      x: Math.min(layer.width, Math.max(0, from.x + dx * step)),
+      y: Math.min(layer.height, Math.max(0, from.y + dy * step)),
+    };
     showRing();
   };
   const keys = {
-    ArrowLeft: (event) => move(-1, 0, event), ArrowRight: (event) => move(1, 0, event),
-    ArrowUp: (event) => move(0, -1, event), ArrowDown: (event) => move(0, 1, event),
-    " ": () => { state.at ||= { x: layer.width / 2, y: layer.height / 2 }; change(() => dab(state.at, state.at)); },
-    b: () => setErase(false), e: () => setErase(true), z: takeBack, i: invertAll,
-    "[": () => setBrush(state.brush - 4), "]": () => setBrush(state.brush + 4),
+    ArrowLeft: (event) => move(-1, 0, event),
+    ArrowRight: (event) => move(1, 0, event),
+    ArrowUp: (event) => move(0, -1, event),
+    ArrowDown: (event) => move(0, 1, event),
+    " ": () => {
+      state.at ||= { x: layer.width / 2, y: layer.height / 2 };
+      change(() => dab(state.at, state.at));
+    },
+    b: () => setErase(false),
+    e: () => setErase(true),
+    z: takeBack,
+    i: invertAll,
+    "[": () => setBrush(state.brush - 4),
+    "]": () => setBrush(state.brush + 4),
   };
   layer.addEventListener("keydown", (event) => {
     const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
@@ -205,15 +246,18 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     file.value = "";
     if (!chosen) return;
     try {
-      const bitmap = await pictureFrom(chosen);
+      const bitmap = await imageFrom(chosen);
       change(() => fillFromMask(pen, bitmap));
       onProblem("");
     } catch {
-      onProblem(`${chosen.name} is no picture that the browser can read; take a PNG, JPEG or WebP`);
+      onProblem(`${chosen.name} is not an image that the browser can read; use a PNG, JPEG or WebP`);
     }
   };
   size.addEventListener("input", () => setBrush(Number(size.value)));
-  feather.addEventListener("input", () => { showTools(); onFeather(Number(feather.value)); });
+  feather.addEventListener("input", () => {
+    showTools();
+    onFeather(Number(feather.value));
+  });
   showTools();
 
   const setMask = (bitmap) => {
@@ -221,28 +265,34 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     else pen.clearRect(0, 0, layer.width, layer.height);
     showTools();
   };
-  const decoded = (data) => (data?.byteLength ? pictureFrom(data) : null);
+  const decoded = (data) => (data?.byteLength ? imageFrom(data) : null);
   stage.hidden = bar.hidden = true;
 
   return {
-    /** Show another picture and its mask; what was painted over the one before goes. Nothing can be painted before both are there. */
-    async setPicture(data, width, height, mask) {
+    /** Show another image and its mask. Nothing can be painted before both are loaded. */
+    async setImage(data, width, height, mask) {
       root.inert = true;
       try {
-        const [picture, bitmap] = await Promise.all([decoded(data), decoded(mask)]);
+        const [image, bitmap] = await Promise.all([decoded(data), decoded(mask)]);
         for (const canvas of [back, layer]) [canvas.width, canvas.height] = [width || 1, height || 1];
         stage.style.setProperty("--dw-width", `${Math.max(256, Math.min(width, 640))}px`);
         state.undo = [];
         setBrush(Math.max(4, Math.round(Math.min(width, height) / 6)));
-        if (picture) back.getContext("2d").drawImage(picture, 0, 0, width, height);
-        stage.hidden = bar.hidden = !picture;
+        if (image) back.getContext("2d").drawImage(image, 0, 0, width, height);
+        stage.hidden = bar.hidden = !image;
         setMask(bitmap);
       } finally {
         root.inert = false;
       }
     },
-    async setMask(data) { setMask(await decoded(data)); },
-    setFeather(value) { feather.value = value; featherLabel.show(); showTools(); },
+    async setMask(data) {
+      setMask(await decoded(data));
+    },
+    setFeather(value) {
+      feather.value = value;
+      featherLabel.show();
+      showTools();
+    },
   };
 }
 
@@ -255,21 +305,35 @@ export default {
         model.set("_mask", own);
         model.save_changes();
       },
-      onFeather(value) { model.set("feather", value); model.save_changes(); },
-      onProblem(text) { model.set("problem", text); model.save_changes(); },
+      onFeather(value) {
+        model.set("feather", value);
+        model.save_changes();
+      },
+      onProblem(text) {
+        model.set("problem", text);
+        model.save_changes();
+      },
     });
     let turn = Promise.resolve();
-    const inTurn = (work) => { turn = turn.then(work, work); return turn; };
-    const show = () => inTurn(() => editor.setPicture(model.get("_picture"), model.get("width"), model.get("height"), model.get("_mask")));
-    const showMask = () => { if (!own || !sameBytes(model.get("_mask"), own)) inTurn(() => editor.setMask(model.get("_mask"))); };
+    const inTurn = (work) => {
+      turn = turn.then(work, work);
+      return turn;
+    };
+    const show = () =>
+      inTurn(() =>
+        editor.setImage(model.get("_background"), model.get("width"), model.get("height"), model.get("_mask")),
+      );
+    const showMask = () => {
+      if (!own || !sameBytes(model.get("_mask"), own)) inTurn(() => editor.setMask(model.get("_mask")));
+    };
     const showFeather = () => editor.setFeather(model.get("feather"));
-    model.on("change:_picture", show);
+    model.on("change:_background", show);
     model.on("change:_mask", showMask);
     model.on("change:feather", showFeather);
     showFeather();
     await show();
     return () => {
-      model.off("change:_picture", show);
+      model.off("change:_background", show);
       model.off("change:_mask", showMask);
       model.off("change:feather", showFeather);
     };

@@ -100,7 +100,7 @@ FLUX_CALLS = (
     _call("FluxControlNetPipeline", Task.text_to_image, _CONTROLLED, takes=_CFG),
     _call("FluxControlNetImg2ImgPipeline", Task.image_to_image, _CONTROLLED),
     _call("FluxControlNetInpaintPipeline", Task.inpainting, _CONTROLLED),
-    _call("FluxFillPipeline", Task.inpainting, model_kind=ModelKind.fill),
+    _call("FluxFillPipeline", Task.inpainting, model_kind=ModelKind.fill, mask_in_pixels=True),
     _call("FluxControlPipeline", Task.text_to_image, model_kind=ModelKind.control, map_is_input=True),
     _call("FluxControlImg2ImgPipeline", Task.image_to_image, model_kind=ModelKind.control, map_is_input=True),
     _call("FluxControlInpaintPipeline", Task.inpainting, model_kind=ModelKind.control, map_is_input=True),

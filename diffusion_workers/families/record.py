@@ -52,6 +52,7 @@ class PipelineCall:
     takes_size: bool = True  # whether it has the arguments height and width
     control_argument: str = "control_image"  # the argument for the control maps
     map_is_input: bool = False  # the control map goes into the denoiser itself, without a ControlNet
+    mask_in_pixels: bool = False  # takes every pixel of a mask, instead of the first one of each latent cell
     plain_latents_only: bool = False  # refuses a denoiser that also takes the mask and the masked image
     count_steps: Callable[[int, float], int] = remaining_steps  # (num_inference_steps, strength) -> steps computed
 
@@ -186,9 +187,9 @@ def tiny_clip(tokenizer: str = "tokenizer", projected: bool = False) -> TinyComp
     return TinyComponent(name, CLIP_SIZES, "CLIPTextConfig", tokenizer)
 
 
-def tiny_t5(tokenizer: str) -> TinyComponent:
-    "A T5 text encoder of width 16."
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+def tiny_t5(tokenizer: str, width: int = 16) -> TinyComponent:
+    "A T5 text encoder."
+    sizes = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     return TinyComponent("T5EncoderModel", sizes, "T5Config", tokenizer)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from .flux import FLUX
 from .record import Family, LoraMark
 from .sd15 import CROSS_ATTENTION, SD15, cross_attention_mark
+from .sd35 import SD35
 from .sdxl import SDXL
 from ez_diffusion_client.models import ModelFamily, UnionModeName
 
@@ -24,6 +25,7 @@ FAMILIES: dict[ModelFamily, Family] = {
         SD15,
         SDXL,
         FLUX,
+        SD35,
     )
 }
 
@@ -50,11 +52,6 @@ def family_of(
 OTHER_FAMILIES: dict[str, tuple[LoraMark, ...]] = {
     "Stable Diffusion 2.x": (cross_attention_mark(1024),),
     "SDXL refiner": (cross_attention_mark(1280),),
-    "Stable Diffusion 3": (
-        LoraMark(r"^joint_blocks_"),
-        LoraMark(r"^transformer_blocks_\d+_attn_", 1536, 5),
-        LoraMark(r"^transformer_blocks_\d+_attn_", 2432, 5),
-    ),
     "AuraFlow": (LoraMark(r"^joint_transformer_blocks_"),),
     "FLUX.2": (
         LoraMark(r"^(?:double|single)_stream_modulation|to_qkv_mlp_proj"),
@@ -64,7 +61,7 @@ OTHER_FAMILIES: dict[str, tuple[LoraMark, ...]] = {
     ),
     "Chroma": (LoraMark(r"^distilled_guidance_layer"),),
     "Qwen-Image": (LoraMark(r"^transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)"),),
-    "PixArt, LTX-Video or a relative of theirs": (LoraMark(r"^transformer_blocks_\d+_attn[12]_"),),
+    "PixArt, LTX-Video or a relative of theirs": (LoraMark(r"^transformer_blocks_\d+_attn1_"),),
     "Wan": (LoraMark(r"^blocks_\d+_(?:self_attn|cross_attn|ffn|attn1|attn2)_"),),
     "Lumina or Z-Image": (LoraMark(r"^(?:layers|noise_refiner|context_refiner)_\d+_"),),
     "HunyuanVideo, Qwen-Image or another transformer deeper than Flux": (
@@ -78,7 +75,6 @@ OTHER_FAMILIES: dict[str, tuple[LoraMark, ...]] = {
 _OTHER_ARCHITECTURES = {
     "sd_v2": "Stable Diffusion 2.x",
     "stable-diffusion-v2": "Stable Diffusion 2.x",
-    "sd3": "Stable Diffusion 3",
 }
 WEAK_ORDER = 90  # marks from here on count only for files without any cross-attention
 

@@ -56,7 +56,7 @@ UNET_COMPONENTS = {
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": CLIP_TOKENIZERS,
 }
-UNET_STEP_CACHES = ("deepcache", "step_cache")
+UNET_STEP_CACHES = ("deepcache", "deep_features")
 
 # %% ../../nbs/05_families/02_sd15.ipynb #479f9998
 _RESNET_NAMES = {

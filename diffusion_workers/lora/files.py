@@ -92,7 +92,7 @@ def read_shapes(
     filename: str,  # its ending is looked at
     lora: LoraName,
 ) -> tuple[Shapes, dict[str, str]]:  # shapes, and the metadata that its author wrote
-    "What a safetensors file says of its tensors; a `RequestError` for a pickle, a damaged file or one that was cut off."
+    "The tensors that a safetensors file declares; a `RequestError` for a pickle, a damaged or a truncated file."
     header, available = _read_json(file, size, filename, lora)
     metadata = header.pop("__metadata__", None) or {}
     try:
@@ -113,15 +113,21 @@ _OTHER_ADAPTERS = {  # pattern of a key -> what has such keys
     r"\.on_input$|ia3_l": "an IA3 adapter",
     r"\.(?:a1|b1)\.weight$": "a GLoRA",
     r"^lora_controlnet$": "a Control-LoRA of Stability AI",
-    r"norm\.(?:query|key)_norm\.scale$|lora_.*\.norm_[qk]\.|\.attn\.norm_(?:added_)?[qk]\.weight$": "a control LoRA of Flux",
+    r"norm\.(?:query|key)_norm\.scale$|lora_.*\.norm_[qk]\.|\.attn\.norm_(?:added_)?[qk]\.weight$": (
+        "a control LoRA of Flux"
+    ),
 }
 _NO_LORAS = {
-    r"controlnet_cond_embedding|controlnet_down_blocks|^control_model\.|controlnet_blocks|input_hint_block": "a ControlNet",
+    r"controlnet_cond_embedding|controlnet_down_blocks|^control_model\.|controlnet_blocks|input_hint_block": (
+        "a ControlNet"
+    ),
     r"^image_proj\.|^ip_adapter\.|\.to_k_ip\.": "an IP-Adapter",
     r"^emb_params$|^clip_[lg]$|string_to_param": "a textual inversion",
     r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.": "a whole checkpoint",
     r"^(?:encoder|decoder)\.(?:down|up|mid|conv)|quant_conv\.": "a VAE",
-    r"^(?:unet\.)?(?:down_blocks|time_embedding|conv_in)\.|^(?:single_)?transformer_blocks\.|^double_blocks\.": "a whole UNet or transformer",
+    r"^(?:unet\.)?(?:down_blocks|time_embedding|conv_in)\.|^(?:single_)?transformer_blocks\.|^double_blocks\.": (
+        "a whole UNet or transformer"
+    ),
     r"^(?:text_model\.)?(?:encoder|embeddings)\.|^shared\.weight$": "a text encoder",
 }
 

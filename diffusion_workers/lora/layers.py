@@ -11,9 +11,8 @@ import hashlib
 import re
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from accelerate.utils import align_module_device
+from cachetools import LRUCache
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -153,15 +153,21 @@ class LoraStore:
         self,
         max_bytes: int = 2**30,  # of weights that are kept
     ):
-        self.max_bytes = max_bytes
         self.reads = 0  # files read so far
-        self._kept: OrderedDict[tuple, tuple[Path, tuple | None, LoadedLora]] = OrderedDict()
+        self._kept: LRUCache[tuple, tuple[Path, tuple | None, LoadedLora]] = LRUCache(
+            max_bytes, getsizeof=lambda kept: kept[2].bytes
+        )
         self._lock = threading.Lock()
+
+    @property
+    def max_bytes(self) -> int:
+        "Bytes of weights that are kept at most."
+        return int(self._kept.maxsize)
 
     @property
     def bytes(self) -> int:
         "Bytes of the weights that are kept."
-        return sum(lora.bytes for _, _, lora in self._kept.values())
+        return int(self._kept.currsize)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -170,11 +176,6 @@ class LoraStore:
         "Forget them all."
         with self._lock:
             self._kept.clear()
-
-    def _keep(self, key: tuple, path: Path, stamp: tuple | None, lora: LoadedLora) -> None:
-        self._kept[key] = path, stamp, lora
-        while self._kept and self.bytes > self.max_bytes:
-            self._kept.popitem(last=False)
 
     def get(
         self,
@@ -198,9 +199,9 @@ class LoraStore:
                 path = lora_path(entry, lora)
                 stamp, loaded = _stamp(path), load_lora(path, lora, entry.sha256)
                 self.reads += 1
-                self._keep(key, path, stamp, loaded)
-            else:
-                self._kept.move_to_end(key)
+                self._kept.pop(key, None)  # the file has changed
+                with suppress(ValueError):  # larger than the store
+                    self._kept[key] = path, stamp, loaded
         check_family(loaded.header, family, lora)
         return replace(loaded, name=name, header=replace(loaded.header, name=name))
 
@@ -355,7 +356,8 @@ def _notes(loaded: LoadedLora, unknown: Sequence[str], asked: Lora, field: str) 
     if unknown:
         shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         yield warning(
-            f"{len(unknown)} of {len(loaded.weights)} modules of this LoRA are not in this model and were left out: {shown}",
+            f"{len(unknown)} of {len(loaded.weights)} modules of this LoRA are not in this model and were left out: "
+            f"{shown}",
             field=f"{field}.name",
             given=loaded.name,
         )
@@ -471,7 +473,7 @@ class _Placed:
 
 
 MAX_PREPARED = 4  # combinations of LoRAs and scales that wait with a model
-_prepared: weakref.WeakKeyDictionary[nn.Module, OrderedDict[tuple, tuple]] = weakref.WeakKeyDictionary()
+_prepared: weakref.WeakKeyDictionary[nn.Module, LRUCache[tuple, tuple]] = weakref.WeakKeyDictionary()
 
 
 def _place(
@@ -495,7 +497,9 @@ def _prepare(
         *map(id, weights),
         *(repr(asked) for _, asked in loras),
     )
-    kept = _prepared.setdefault(denoiser, OrderedDict()) if denoiser is not None else OrderedDict()
+    kept: LRUCache[tuple, tuple] = LRUCache(MAX_PREPARED)
+    if denoiser is not None:
+        kept = _prepared.setdefault(denoiser, kept)
     found = kept.pop(key, None)
     if found is None or not all(place.fits for place in found[0]):
         placed, notes = _place(pipe, loras)
@@ -504,8 +508,6 @@ def _prepare(
         piece.magnitude is None for each in weights for piece in each
     ):  # a DoRA depends on the model's weights, which may change
         kept[key] = found
-        while len(kept) > MAX_PREPARED:
-            kept.popitem(last=False)
     return found[0], list(found[1])
 
 # %% ../../nbs/51_lora/03_layers.ipynb #9536eb0c
@@ -554,7 +556,7 @@ def use_loras(
     loras: Sequence[tuple[LoadedLora, Lora]],  # what is put on, and what the request says of it
     merge: bool = False,  # whether to write into the denoiser's weights, for one that is compiled
 ) -> Iterator[list[RequestWarning]]:  # what was left out
-    "Put LoRAs on a pipeline inside the block; a `RequestError` that names the one that does not fit, before anything is changed."
+    "Apply LoRAs to a pipeline inside the block; a `RequestError` for one that does not fit, before anything is changed."
     placed, notes = _prepare(pipe, loras) if loras else ([], [])
     written, layered = [], []
     for place in placed:

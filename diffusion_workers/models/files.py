@@ -31,7 +31,7 @@ from diffusion_workers.models.manifest import (
     RefinerEntry,
     suggest,
 )
-from ..request.errors import describe_field, field_path, nearest_name, shorten
+from ..request.errors import describe_field, field_path, nearest_name, renamed_field, shorten
 
 # %% ../../nbs/20_models/02_files.ipynb #ad0c2440
 MAX_MANIFEST_BYTES = 256 * 1024
@@ -187,6 +187,8 @@ def _sentence(error: Mapping[str, Any]) -> str:  # what was given, what is allow
     owner = _owner(error["loc"])
     names = [info.alias or name for name, info in owner.model_fields.items()]
     if kind == "extra_forbidden":
+        if new_name := renamed_field(".".join(map(str, error["loc"]))):
+            return f"there is no such field; it was renamed: use {new_name}"
         return "there is no such field; " + suggest(str(key), [name for name in names if name != "name"])
     if kind == "manifest":
         return f"given {shorten(given)}; {error['msg']}"

@@ -27,10 +27,11 @@ from ..families.registry import FAMILIES, UNION_MODE_NUMBERS
 from ..request.errors import field_path, nearest_name
 from ez_diffusion_client.models import (
     AccelerationOptions,
-    DeepCacheOptions,
+    MemoryOptions,
     ModelFamily,
     ModelKind,
     SchedulerName,
+    StepCacheOptions,
     Task,
     UnionModeName,
 )
@@ -263,15 +264,17 @@ class Profile(_Section):
     num_inference_steps: Annotated[Count, Field(le=1000)] | None = None
     scheduler: SchedulerName | None = None
     use_karras_sigmas: Annotated[bool, Field(strict=True)] | None = None
-    deepcache: DeepCacheOptions | None = None
+    step_cache: StepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
+    memory: MemoryOptions | None = None
 
 # %% ../../nbs/20_models/01_manifest.ipynb #7b12f987
 Offload = Literal["none", "model", "group"]
 StorageDtype = Literal["float8_e4m3fn", "float8_e5m2"]
 QuantizationName = Literal["bitsandbytes_8bit", "bitsandbytes_4bit", "torchao_int8", "torchao_float8"]
 AttentionBackend = Literal[
-    "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "_flash_3", "sage", "xformers",
+    "native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math", "flash", "_flash_3", "sage",
+    "xformers",
 ]  # fmt: skip
 
 
@@ -575,10 +578,11 @@ def _shown(section: BaseModel, **chosen) -> str:  # its values in one line
 
 
 def _manifest_table(manifest: ModelManifest) -> str:  # Markdown
+    kind = "" if manifest.kind == ModelKind.standard else f" ({manifest.kind})"
+    variant = f", variant {manifest.variant}" if manifest.variant else ""
     rows = {
         "source": f"`{manifest.source.describe()}`",
-        "family": f"{manifest.family}{'' if manifest.kind == ModelKind.standard else f' ({manifest.kind})'}, dtype {manifest.dtype}"
-        + (f", variant {manifest.variant}" if manifest.variant else ""),
+        "family": f"{manifest.family}{kind}, dtype {manifest.dtype}{variant}",
         "about": manifest.description,
         "license": manifest.license,
         "components": ", ".join(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DENOISER_PREFIXES', 'PART_PREFIXES', 'ADAPTERS', 'CONTROLNETS', 'FOREIGN', 'PARTS', 'UNETS_BY_WIDTH', 'EDM', 'SCALES',
-           'INPUT_SCALES', 'QUANTISED_WEIGHTS', 'UNPACKED_FORMATS', 'parts_of', 'denoiser_prefix', 'Signature',
-           'first_match', 'cross_attention_width', 'FileKind', 'identify', 'Prediction', 'prediction_of', 'packing_of',
-           'check_packing', 'check_channels', 'DenoiserFacts', 'source_facts', 'denoiser_facts']
+           'INPUT_SCALES', 'QUANTISED_WEIGHTS', 'UNPACKED_FORMATS', 'parts_of', 'denoiser_prefix', 'first_layer',
+           'Signature', 'first_match', 'cross_attention_width', 'FileKind', 'identify', 'Prediction', 'prediction_of',
+           'packing_of', 'check_packing', 'check_channels', 'DenoiserFacts', 'source_facts', 'denoiser_facts']
 
 # %% ../../nbs/20_models/05_weight_kinds.ipynb #d6a95d65
 import json
@@ -46,8 +46,19 @@ def parts_of(header: WeightHeader) -> set[str]:  # keys of PART_PREFIXES
 
 def denoiser_prefix(header: WeightHeader) -> str | None:  # None where there is no denoiser
     "What stands before the names of a U-Net or a transformer."
-    firsts = ("input_blocks.0.0.weight", "conv_in.weight", "img_in.weight", "x_embedder.weight")
+    firsts = (*_FIRST_OF_UNETS, *_FIRST_OF_FLUX, *_FIRST_OF_SD3)
     return next((p for p in DENOISER_PREFIXES if any(p + first in header.tensors for first in firsts)), None)
+
+
+_FIRST_OF_UNETS = ("input_blocks.0.0.weight", "conv_in.weight")
+_FIRST_OF_FLUX = ("img_in.weight", "x_embedder.weight")
+_FIRST_OF_SD3 = ("x_embedder.proj.weight", "pos_embed.proj.weight")
+
+
+def first_layer(header: WeightHeader, prefix: str) -> tuple[int, ...]:
+    "The shape of the layer of a denoiser that takes the latents."
+    names = (*_FIRST_OF_UNETS, *_FIRST_OF_FLUX, *_FIRST_OF_SD3)
+    return next(shape for name in names if (shape := header.shape(prefix + name)) is not None)
 
 # %% ../../nbs/20_models/05_weight_kinds.ipynb #801a5739
 @dataclass(frozen=True)
@@ -88,7 +99,6 @@ CONTROLNETS = (
 )
 _OTHER = "declare a model of a supported family"
 FOREIGN = (  # networks of families that this package does not run
-    Signature(r"joint_blocks\.", "a transformer of Stable Diffusion 3", _OTHER),
     Signature(r"single_stream_modulation|double_stream_modulation", "a transformer of FLUX.2", _OTHER),
     Signature(r"distilled_guidance_layer\.", "a transformer of Chroma", _OTHER),
     Signature(r"txt_in\.individual_token_refiner\.", "a transformer of HunyuanVideo", _OTHER),
@@ -136,13 +146,15 @@ def cross_attention_width(header: WeightHeader) -> int | None:
 def _unet_words(header: WeightHeader, prefix: str) -> str:
     width = cross_attention_width(header)
     model = UNETS_BY_WIDTH.get(width, f"cross-attention of width {width}")
-    first = header.shape(prefix + "input_blocks.0.0.weight") or header.shape(prefix + "conv_in.weight")
+    first = first_layer(header, prefix)
     channels = f" with {first[1]} input channels" if len(first) == 4 and first[1] != 4 else ""
     return f"a U-Net of {model}{channels}" if width in UNETS_BY_WIDTH else f"a U-Net with {model}{channels}"
 
 
 def _transformer_words(header: WeightHeader, prefix: str) -> str:
-    first = header.shape(prefix + "img_in.weight") or header.shape(prefix + "x_embedder.weight")
+    first = first_layer(header, prefix)
+    if any(prefix + name in header.tensors for name in _FIRST_OF_SD3):
+        return "a transformer of Stable Diffusion 3"
     kind = {64: "", 128: " for control images (Canny or Depth)", 384: " for filling (FLUX.1 Fill)"}
     return f"a transformer of FLUX.1{kind.get(first[-1], f' with {first[-1]} input channels')}"
 
@@ -181,7 +193,7 @@ def identify(header: WeightHeader) -> FileKind:
 
 
 def _denoiser_words(header: WeightHeader, prefix: str) -> str:
-    is_unet = any(prefix + first in header.tensors for first in ("input_blocks.0.0.weight", "conv_in.weight"))
+    is_unet = any(prefix + first in header.tensors for first in _FIRST_OF_UNETS)
     return _unet_words(header, prefix) if is_unet else _transformer_words(header, prefix)
 
 # %% ../../nbs/20_models/05_weight_kinds.ipynb #73346473
@@ -276,7 +288,7 @@ def check_channels(
         )
     elif channels not in (own, 2 * own + 1):
         raise WeightFileError(
-            f"its U-Net takes {channels} channels; supported are {own}, and {2 * own + 1} of a model for inpainting",
+            f"its denoiser takes {channels} channels; supported are {own}, and {2 * own + 1} of a model for inpainting",
             "declare another model",
         )
 
@@ -320,8 +332,7 @@ def _file_facts(path: Path, changed: int) -> DenoiserFacts:  # changed: a new fi
     prefix = denoiser_prefix(header)
     if prefix is None:
         return DenoiserFacts()
-    first = header.shape(prefix + "input_blocks.0.0.weight") or header.shape(prefix + "conv_in.weight")
-    first = first or header.shape(prefix + "img_in.weight") or header.shape(prefix + "x_embedder.weight")
+    first = first_layer(header, prefix)
     return DenoiserFacts(first[1] if len(first) > 1 else None, prediction=prediction_of(header))
 
 

@@ -30,7 +30,7 @@ def view_of(
     net: torch.nn.Module,
     forward: Callable[..., Any],  # called in place of the net's own
 ) -> torch.nn.Module:  # the same class and the same weights
-    "A net that computes something else with the weights of another."
+    "A ControlNet that computes something else with the weights of another."
     view = copy.copy(net)
     view.forward = forward
     return view
@@ -57,7 +57,7 @@ def shaped_residuals(
     guided: bool,  # whether the first half of the batch has no prompt
     mask: torch.Tensor | None = None,  # (1, 1, H, W)
 ) -> list[torch.Tensor]:
-    "Residuals of a UNet's net as the mode and the mask of a control want them."
+    "Residuals for a U-Net, weighted by the mode and the mask of a control."
     result = []
     for residual, weight in zip(residuals, layer_weights(len(residuals), mode)):
         residual = residual * weight if weight != 1 else residual
@@ -160,7 +160,7 @@ def joint_token_view(
     called = net
     if net.pos_embed is None:
         called = copy.copy(net)
-        called._modules = net._modules | {"pos_embed": denoiser.pos_embed}
+        vars(called)["pos_embed"] = denoiser.pos_embed  # an attribute, not a child: nothing is moved or saved with it
 
     def forward(**kwargs) -> tuple[list[torch.Tensor]]:
         samples = type(net).forward(called, **(kwargs | {"return_dict": False}))[0]
@@ -173,7 +173,7 @@ _READ_FROM_THE_FIRST = ("joint_attention_dim", "force_zeros_for_pooled_projectio
 
 
 def check_alike(nets: Sequence[torch.nn.Module]) -> None:
-    "Raise a `RequestError` for ControlNets that need different inputs: the pipeline prepares those of the first for all."
+    "Raise a `RequestError` for ControlNets that need different inputs: all are given those of the first."
     for index, net in enumerate(nets[1:], start=1):
         if any(getattr(net.config, name, None) != getattr(nets[0].config, name, None) for name in _READ_FROM_THE_FIRST):
             raise request_error(
@@ -219,14 +219,14 @@ def check_net(
     control: PlannedControl,
     index: int,  # of the control in the plan
 ) -> None:
-    "Raise a `RequestError` when the weights turn out to be no net for the mode that is asked of them."
+    "Raise a `RequestError` when the weights do not have the mode that is asked for."
     modes = getattr(net.config, "num_control_type", None) or getattr(net.config, "num_mode", None)
     if control.union_mode is not None and (modes is None or control.union_mode >= modes):
-        allowed = f"0 to {modes - 1}" if modes else "none: its weights are no union net"
+        allowed = f"0 to {modes - 1}" if modes else "none: its weights are not a union ControlNet"
         hint = "the manifest's union_table or union_modes does not fit these weights"
         raise request_error(
             ErrorCode.unsupported_combination,
-            "the net has no such mode",
+            "the ControlNet has no such mode",
             field=f"controlnets[{index}].union_mode",
             given=control.union_mode,
             allowed=allowed,

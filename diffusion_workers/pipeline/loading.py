@@ -63,7 +63,7 @@ def pick_dtype(
     device: torch.device,
     name: str | None = None,  # for a manifest that says auto: "float16", "bfloat16" or "float32"
 ) -> torch.dtype:
-    "The number format of the weights: the manifest's, else what is asked for, else the family's on a GPU and fp32 on a CPU."
+    "The dtype of the weights: the manifest's, else what is asked for, else the family's on a GPU and fp32 on a CPU."
     asked = next((dtype for dtype in (manifest.dtype, name) if dtype not in (None, "auto")), None)
     if asked is not None:
         return getattr(torch, asked)
@@ -263,7 +263,7 @@ def _replacement(name: str, component: Component, manifest: ModelManifest, targe
         return _find_class(class_name).from_config(made.config, **component.options) if component.options else made
 
 
-def _own_networks(manifest: ModelManifest, target: Target) -> dict[str, torch.nn.Module]:
+def _own_networks(manifest: ModelManifest, target: Target) -> dict[str, torch.nn.Module | None]:
     "The networks of the model's own repository or file that the manifest does not replace."
     source = manifest.source
     slots = {name: classes for name, classes in manifest.record.components.items() if _is_network(name)}
@@ -272,13 +272,15 @@ def _own_networks(manifest: ModelManifest, target: Target) -> dict[str, torch.nn
         check_checkpoint(source, needed)
     else:
         needed = _named_networks(source, manifest, slots)
-    return {
-        name: load_network(class_name, source, manifest.variant, target, name, _role(name))
+    return {  # None for one that a repository says it does without
+        name: class_name and load_network(class_name, source, manifest.variant, target, name, _role(name))
         for name, class_name in needed.items()
     }
 
 
-def _named_networks(source: Source, manifest: ModelManifest, slots: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+def _named_networks(
+    source: Source, manifest: ModelManifest, slots: Mapping[str, tuple[str, ...]]
+) -> dict[str, str | None]:
     "The classes of a repository's networks by slot; a `WeightFileError` where it is not a model of the family."
     index = DiffusionPipeline.load_config(
         str(source.location()), local_files_only=not isinstance(source, HubSource), **source.load_arguments()
@@ -286,7 +288,8 @@ def _named_networks(source: Source, manifest: ModelManifest, slots: Mapping[str,
     classes = {name: value[1] for name, value in index.items() if isinstance(value, (list, tuple)) and value[1]}
     networks = {name: value for name, value in classes.items() if _is_network(name) and name not in _NOT_NEEDED}
     what, title = index.get("_class_name", "pipeline"), manifest.record.title
-    missing = [name for name in slots if name not in networks and name not in manifest.components]
+    empty = {name for name in slots if isinstance(index.get(name), (list, tuple)) and name not in networks}
+    missing = [name for name in slots if name not in {*networks, *empty, *manifest.components}]
     wrong = [f"{name}: {value}" for name, value in networks.items() if value not in slots.get(name, ())]
     wrong = [text for text in wrong if text.partition(":")[0] not in manifest.components]
     if missing or wrong:
@@ -294,7 +297,8 @@ def _named_networks(source: Source, manifest: ModelManifest, slots: Mapping[str,
         reasons += [f"with {', '.join(wrong)}"] if wrong else []
         hint = "correct family: in the manifest, or name another folder"
         raise WeightFileError(f"it is a {what} {' and '.join(reasons)}, not a model of {title}", hint)
-    return {name: value for name, value in networks.items() if name not in manifest.components}
+    named = dict.fromkeys(empty) | networks
+    return {name: value for name, value in named.items() if name not in manifest.components}
 
 
 def _store_rest(pipe: DiffusionPipeline, done: Collection[str], target: Target) -> None:
@@ -335,7 +339,7 @@ def load_pipeline(
 
 
 def _complete_text_encoder(encoder: torch.nn.Module) -> None:
-    "The SD 1.5 pipelines of diffusers 0.42 ask for `text_model` when they skip layers; in transformers 5 it is the encoder itself."
+    "Pipelines of diffusers 0.42 ask for `text_model` when they skip layers; in transformers 5 it is the encoder itself."
     if not hasattr(encoder, "text_model"):
         vars(encoder)["text_model"] = encoder  # an attribute, not a child: a module cannot contain itself
 

@@ -102,7 +102,7 @@ def write_tiny_model(
     changes: dict | None = None,  # to the manifest
     seed: int = 0,  # of the weights
 ) -> ModelManifest:
-    "Write a tiny model with two plain ControlNets and, where the family has such, a union net."
+    "Write a tiny model with two plain ControlNets and, where the family has one, a union ControlNet."
     folder, family = Path(folder), ModelFamily(family)
     record = FAMILIES[family]
     name = name or family.value

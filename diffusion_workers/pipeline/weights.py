@@ -158,7 +158,7 @@ def usable_memory(
     device: torch.device,
     dtype: torch.dtype,  # of the model
 ) -> MemorySettings:  # without what is of no use here
-    "The settings of a manifest as this machine can follow them; a `RequestError` (unsupported_combination) for those it cannot."
+    "The memory settings of a manifest on this machine; a `RequestError` (unsupported_combination) for those it lacks."
     memory = manifest.memory
     for field, reason in _obstacles(memory, device, dtype):
         hint = f"change memory.{field} in the manifest"
@@ -179,7 +179,7 @@ def set_backend(
     network: torch.nn.Module,  # a transformer of diffusers, or a ControlNet of one
     name: str,  # such as native or flash
 ) -> None:
-    "Let one network compute its attention in that way, and no other; a `RequestError` (missing_dependency) where a package is missing."
+    "Set the attention backend of one network; a `RequestError` (missing_dependency) where a package is missing."
     try:
         with attention_backend(name):  # leaving it restores the process's own
             network.set_attention_backend(name)
@@ -275,7 +275,8 @@ def device_of(network: torch.nn.Module) -> torch.device:
 
 # %% ../../nbs/50_pipeline/01_weights.ipynb #931c6f6c
 _SETTINGS: dict[Role, tuple[str, ...]] = {  # that concern a network of that role
-    "denoiser": ("offload", "storage_dtype", "quantization", "attention_backend"), "controlnet": ("offload", "attention_backend"),
+    "denoiser": ("offload", "storage_dtype", "quantization", "attention_backend"),
+    "controlnet": ("offload", "attention_backend"),
     "encoder": ("offload",), "vae": ("offload",),
 }  # fmt: skip
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ..request.errors import RequestError, parse
 from ez_diffusion_client.errors import ConnectionLost
 from ez_diffusion_client.models import GenerationRequest, OpResult, OpStatus, OutputFormat
@@ -80,7 +82,9 @@ def append_lines(
 # %% ../../nbs/72_sweep/01_folder.ipynb #ebc7239b
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     "The whole lines of a journal, in order."
-    for text in path.read_bytes().splitlines() if path.exists() else ():
+    if not path.exists():
+        return
+    for text in path.read_bytes().splitlines():
         try:
             line = json.loads(text)
         except ValueError:
@@ -93,18 +97,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def locked(
     folder: Path,  # is made where it is missing
 ) -> Iterator[None]:
-    "Have a folder for this process alone; a `RuntimeError` where another run has it."
+    "Lock a folder for this run; a `RuntimeError` where another run has it."
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("ab") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except BlockingIOError:
-            raise RuntimeError(f"another run is sweeping {folder.name}: wait for its end, or stop it") from None
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise RuntimeError(f"another run is sweeping {folder.name}: wait for its end, or stop it") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 # %% ../../nbs/72_sweep/01_folder.ipynb #0a3bc041
 def write_whole(path: Path, data: bytes) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..request.errors import failure, request_error
 from ..service.service import DiffusionService
+from ..settings.service import Settings
 from .folder import SweepItem
 from .run import OnResult, Sweep
 from ez_diffusion_client.models import ErrorCode, OpResult
@@ -38,8 +39,12 @@ def import_ray() -> ModuleType:
 class ServiceReplica:
     "A `DiffusionService`, as Ray Serve runs it."
 
-    def __init__(self, device: str | None = None):  # None reads the environment
-        self.service = DiffusionService(device=device)
+    def __init__(
+        self,
+        settings: Settings | None = None,  # default: read from the environment of the replica's machine
+        device: str | None = None,  # overrides the settings
+    ):
+        self.service = DiffusionService(settings, device=device)
 
     async def generate(
         self,
@@ -69,7 +74,8 @@ def service_app(
     num_replicas: int = 1,
     num_gpus: float = 0,  # of each replica
     num_cpus: float = 1,  # of each replica
-    device: str | None = None,  # None reads the environment
+    settings: Settings | None = None,  # default: each replica reads the environment of its machine
+    device: str | None = None,  # overrides the settings
     max_ongoing_requests: int = 8,  # that a replica holds; the others wait at Ray
 ) -> "Application":
     "What `ray.serve.run` starts: replicas with a service each."
@@ -82,7 +88,7 @@ def service_app(
         max_ongoing_requests=max_ongoing_requests,
         ray_actor_options=options,
     )
-    return deployment.bind(device=device)
+    return deployment.bind(settings, device)
 
 # %% ../../nbs/72_sweep/03_ray.ipynb #80b35f74
 _RAY = "ray"  # the target in the journal

@@ -15,15 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from ..models.manifest import HubSource, ModelManifest
 from ..models.store import ManifestStore, load_manifests
 from ..request.errors import RequestError, logger
-from .settings import PlacedSource, WorkerSettings, placed_models
-from ez_diffusion_client.models import PhaseTime
+from ..settings.worker import WorkerSettings
+from .placement import PlacedSource, placed_models
+from ez_diffusion_client.models import OpStatus, PhaseTime
 
 if TYPE_CHECKING:
     from diffusion_workers.service.service import DiffusionService
@@ -71,17 +72,21 @@ def _weights_in(folder: Path, names: Iterable[str], variant: str | None) -> list
 
 def weight_paths(manifest: ModelManifest) -> list[Path]:  # on this machine; none for what is downloaded
     "The files that loading a model will read."
-    sources = {(): (manifest.source, manifest.variant)} | {
-        (name,): (part.source, part.variant) for name, part in manifest.components.items() if part.source
-    }
-    found = []
-    for name, (source, variant) in sources.items():
-        if isinstance(source, HubSource) and not isinstance(source, PlacedSource):
-            continue
-        place = Path(source.location())
-        own = [slot for slot in manifest.record.components if (slot,) not in sources] if not name else ["", *name]
-        found += [place] if place.is_file() else _weights_in(place, own, variant)
+    own_source = {name for name, part in manifest.components.items() if part.source}
+    shared = [name for name in manifest.record.components if name not in own_source]
+    found = _paths(manifest.source, shared, manifest.variant)
+    for name, part in manifest.components.items():
+        if part.source:
+            found += _paths(part.source, ["", name], part.variant)
     return found
+
+
+def _paths(source: Any, names: Iterable[str], variant: str | None) -> list[Path]:
+    "The file of a source, or those in its folders of these names."
+    if isinstance(source, HubSource) and not isinstance(source, PlacedSource):
+        return []
+    place = Path(source.location())
+    return [place] if place.is_file() else _weights_in(place, names, variant)
 
 
 def read_ahead(paths: Iterable[Path]) -> int:  # bytes that were asked for
@@ -99,7 +104,7 @@ def read_ahead(paths: Iterable[Path]) -> int:  # bytes that were asked for
 
 # %% ../../nbs/71_worker/04_startup.ipynb #1daec0c9
 def look_up_processor() -> None:
-    "Let py-cpuinfo look at the processor in a thread; whoever asks it from now on gets that answer."
+    "Let py-cpuinfo look at the processor in a thread; later callers get that answer."
     try:
         import cpuinfo
     except ImportError:
@@ -111,9 +116,7 @@ def look_up_processor() -> None:
 
 def find_models(settings: WorkerSettings) -> ManifestStore:
     "The models of a worker, after telling the kernel which files the default one will be read from."
-    models = placed_models(
-        load_manifests(settings.model_folders, settings.default_model, settings.lora_folders), settings.hub_folders
-    )
+    models = placed_models(load_manifests(settings), settings.hub_folders)
     read_ahead(weight_paths(models.find()))
     return models
 
@@ -122,7 +125,7 @@ def import_sdk(
     settings: WorkerSettings,
     clock: StartupClock,
 ) -> ModuleType:  # runpod
-    "Import all that is heavy, and RunPod's SDK beside it. What is wrong with the settings is left to `start_service`, which has words for it."
+    "Import all that is heavy, and RunPod's SDK beside it; wrong settings are left to `start_service` to report."
     look_up_processor()
     gc.disable()  # imports make hardly any garbage, and looking for it makes them longer
     try:
@@ -161,8 +164,7 @@ def start_service(
             from diffusion_workers.service.service import DiffusionService
         with clock.phase("device"):
             policy = BatchPolicy(max_wait_seconds=0.05) if settings.concurrency > 1 else None
-            service = DiffusionService(settings, batching=policy)
-            service.models = models
+            service = DiffusionService(settings, models=models, batching=policy)
             torch.zeros(1, device=service.device)
         with clock.phase("weights"):
             service.factory(models.find()).load()
@@ -176,5 +178,5 @@ def start_service(
 def try_picture(service: "DiffusionService") -> None:
     "Make a small picture with the default model; a `StartupError` says why that fails."
     result = service.generate(TRIAL)
-    if not result.ok:
+    if result.status != OpStatus.success:
         raise StartupError(result.message)

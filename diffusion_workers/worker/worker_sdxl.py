@@ -65,21 +65,22 @@ _NAMES = {
 
 def in_their_words(errors: list[ErrorDetail]) -> list[ErrorDetail]:
     "The same errors, with the names that the client knows."
-    return [error.model_copy(update={"field": _NAMES.get(error.field, error.field)}) for error in errors]
+    return [error.model_copy(update={"field": _NAMES.get(error.field or "", error.field)}) for error in errors]
 
 # %% ../../nbs/71_worker/03_worker_sdxl.ipynb #2f2c62a4
 def _address(image: GeneratedImage) -> str:  # a URL, or a data URI
-    return (
-        image.image
-        if image.image.startswith(("http://", "https://"))
-        else f"data:image/{image.format.value};base64,{image.image}"
-    )
+    if image.image.startswith(("http://", "https://")):
+        return image.image
+    return f"data:image/{image.format.value};base64,{image.image}"
 
 
 def to_worker_sdxl(result: OpResult) -> dict[str, Any]:
     "The answer that a client of worker-sdxl expects."
-    if not result.ok:
-        return {"error": "; ".join(map(error_line, in_their_words(result.errors)))}
-    images = [_address(image) for image in result.generation.images]
-    answer = {"images": images, "image_url": images[0], "seed": result.generation.images[0].seed}
-    return answer | ({"warnings": [note.message for note in result.warnings]} if result.warnings else {})
+    made = result.generation
+    if made is None:
+        return {"error": "; ".join(map(error_line, in_their_words(result.errors or [])))}
+    images = [_address(image) for image in made.images]
+    answer: dict[str, Any] = {"images": images, "image_url": images[0], "seed": made.images[0].seed}
+    if result.warnings:
+        answer["warnings"] = [note.message for note in result.warnings]
+    return answer

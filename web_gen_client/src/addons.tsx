@@ -1,12 +1,18 @@
 /** LoRAs and ControlNet units of the request. */
 import { useEffect, useState } from 'preact/hooks';
-import { OperationError, type ControlMap, type ControlNetInfo, type PreprocessorInfo, type PreprocessRequest } from 'ez-diffusion-client';
+import {
+  OperationError,
+  type ControlMap,
+  type ControlNetInfo,
+  type PreprocessorInfo,
+  type PreprocessRequest,
+} from 'ez-diffusion-client';
 import { sentence } from './errors';
 import { FieldInput, Section, Wrap } from './fields';
 import { MaskEditor } from './mask_editor';
 import { isObject, type Json, type JsonObject } from './paths';
-import { PictureInput } from './picture_input';
-import { addPicture, pictureAt, reference } from './pictures';
+import { ImageInput } from './image_input';
+import { addImage, imageAt, reference } from './images';
 import type { Field, Schema } from './schema';
 import { controlMap } from './server';
 import { dryRun, edit, model, models, value } from './state';
@@ -34,7 +40,12 @@ export function Loras({ known }: { known: Schema }) {
   const offered = model.value?.loras ?? [];
   const add = (name: string) => edit('loras', [...units, { name, scale: 1 }]);
   return (
-    <Section title="LoRA" note={units.length ? `${units.length} on` : offered.length ? `${offered.length} offered` : undefined} paths={['loras']} open={units.length > 0}>
+    <Section
+      title="LoRA"
+      note={units.length ? `${units.length} on` : offered.length ? `${offered.length} offered` : undefined}
+      paths={['loras']}
+      open={units.length > 0}
+    >
       {units.map((_, i) => {
         const fields = known.fieldsOf('Lora', `loras[${i}]`);
         return (
@@ -46,45 +57,71 @@ export function Loras({ known }: { known: Schema }) {
               <FieldInput field={named(fields, 'text_encoder_scale')} placeholder="as scale" />
               <FieldInput field={named(fields, 'block_scales')} placeholder="up.0=0.5, mid=1" wide />
             </div>
-            <div class="actions"><button type="button" onClick={() => removeFrom('loras', i)} aria-label={`Remove LoRA ${i + 1}`}>Remove</button></div>
+            <div class="actions">
+              <button type="button" onClick={() => removeFrom('loras', i)} aria-label={`Remove LoRA ${i + 1}`}>
+                Remove
+              </button>
+            </div>
           </fieldset>
         );
       })}
       <div class="actions">
-        {offered.map((name) => <button type="button" key={name} onClick={() => add(name)}>+ {name}</button>)}
-        <button type="button" onClick={() => add('')}>{offered.length ? '+ other' : 'Add a LoRA'}</button>
+        {offered.map((name) => (
+          <button type="button" key={name} onClick={() => add(name)}>
+            + {name}
+          </button>
+        ))}
+        <button type="button" onClick={() => add('')}>
+          {offered.length ? '+ other' : 'Add a LoRA'}
+        </button>
       </div>
-      {!offered.length && <p class="note">This model offers none by name; where its manifest allows them, a file or a repository can be named.</p>}
+      {!offered.length && (
+        <p class="note">
+          This model offers none by name; where its manifest allows them, a file or a repository can be named.
+        </p>
+      )}
     </Section>
   );
 }
 
-/** The map of a unit, made anew whenever the picture or the preprocessing changes. */
+/** The control map of a unit, updated whenever the image or the preprocessing changes. */
 function useMap(unit: JsonObject, size: { width: number; height: number } | null) {
   const [map, setMap] = useState<ControlMap | null>(null);
   const [problem, setProblem] = useState('');
   const [busy, setBusy] = useState(false);
-  const picture = pictureAt(unit['image']);
-  const mask = pictureAt(unit['mask_image']) ?? pictureAt(value('mask_image'));
+  const image = imageAt(unit['image']);
+  const mask = imageAt(unit['mask_image']) ?? imageAt(value('mask_image'));
   const { preprocessing } = unit;
-  const wanted = isObject(preprocessing) && preprocessing['name'] && picture ? JSON.stringify([preprocessing, picture.id, mask?.id, unit['resize_mode'], size]) : '';
+  const wanted =
+    isObject(preprocessing) && preprocessing['name'] && image
+      ? JSON.stringify([preprocessing, image.id, mask?.id, unit['resize_mode'], size])
+      : '';
   useEffect(() => {
     setProblem('');
-    if (!wanted || !picture) {
+    if (!wanted || !image) {
       setBusy(false);
       return setMap(null);
     }
     setBusy(true);
     const stopping = new AbortController();
     const timer = setTimeout(async () => {
-      const asked = { image: picture.dataUri, preprocessing, ...(size ?? {}), ...(unit['resize_mode'] ? { resize_mode: unit['resize_mode'] } : {}) };
+      const asked = {
+        image: image.dataUri,
+        preprocessing,
+        ...(size ?? {}),
+        ...(unit['resize_mode'] ? { resize_mode: unit['resize_mode'] } : {}),
+      };
       const body = { ...asked, ...(mask ? { mask_image: mask.dataUri } : {}) } as unknown as PreprocessRequest;
       try {
         setMap(await controlMap(body, stopping.signal));
       } catch (error) {
         if (stopping.signal.aborted) return;
         setMap(null);
-        setProblem(error instanceof OperationError ? (error.result.errors ?? []).map(sentence).join('; ') || error.message : String(error));
+        setProblem(
+          error instanceof OperationError
+            ? (error.result.errors ?? []).map(sentence).join('; ') || error.message
+            : String(error),
+        );
       }
       setBusy(false);
     }, MAP_DELAY_MS);
@@ -93,32 +130,68 @@ function useMap(unit: JsonObject, size: { width: number; height: number } | null
   return { map, problem, busy };
 }
 
-/** The inputs of a preprocessor, from what the server says of its parameters. */
+/** The inputs of a preprocessor, from the list of its parameters. */
 function parameterFields(info: PreprocessorInfo | undefined, path: string): Field[] {
   return (info?.parameters ?? []).map(({ name, kind, default: initial, minimum, maximum, description }) => ({
-    name, path: `${path}.parameters.${name}`, kind, description: description ?? '', choices: [], minimum: minimum ?? undefined, maximum: maximum ?? undefined,
-    step: kind === 'integer' ? 1 : undefined, initial: kind === 'boolean' ? initial === 1 : initial, fields: [],
+    name,
+    path: `${path}.parameters.${name}`,
+    kind,
+    description: description ?? '',
+    choices: [],
+    minimum: minimum ?? undefined,
+    maximum: maximum ?? undefined,
+    step: kind === 'integer' ? 1 : undefined,
+    initial: kind === 'boolean' ? initial === 1 : initial,
+    fields: [],
   }));
 }
 
-/** What draws the map: those that the net names, those that work as they are, and those that need weights on the server. */
-function PreprocessorChoice({ path, name, net, description }: { path: string; name: string; net: ControlNetInfo | undefined; description: string }) {
+/** The preprocessors: those that the ControlNet names, those without weights, and those that need weights. */
+function PreprocessorChoice({
+  path,
+  name,
+  controlnet,
+  description,
+}: {
+  path: string;
+  name: string;
+  controlnet: ControlNetInfo | undefined;
+  description: string;
+}) {
   const all = models.value?.preprocessors ?? [];
-  const own = net?.preprocessors ?? [];
+  const own = controlnet?.preprocessors ?? [];
   const others = all.filter((info) => !own.includes(info.name));
   const groups: [string, string[]][] = [
-    ['for this net', own], ['others', others.filter((info) => !info.weights).map((info) => info.name)], ['with weights', others.filter((info) => info.weights).map((info) => info.name)],
+    ['for this ControlNet', own],
+    ['others', others.filter((info) => !info.weights).map((info) => info.name)],
+    ['with weights', others.filter((info) => info.weights).map((info) => info.name)],
   ];
   const known = groups.some(([, names]) => names.includes(name));
   return (
-    <Wrap path={`${path}.name`} title="Preprocessor" description={all.find((info) => info.name === name)?.title ?? description}>
+    <Wrap
+      path={`${path}.name`}
+      title="Preprocessor"
+      description={all.find((info) => info.name === name)?.title ?? description}
+    >
       {(attributes) => (
-        <select {...attributes} value={name} onChange={(event) => edit(path, event.currentTarget.value ? { name: event.currentTarget.value } : undefined)}>
+        <select
+          {...attributes}
+          value={name}
+          onChange={(event) => edit(path, event.currentTarget.value ? { name: event.currentTarget.value } : undefined)}
+        >
           <option value="">none, it is a map</option>
           {name && !known && <option value={name}>{name}</option>}
-          {groups.filter(([, names]) => names.length).map(([title, names]) => (
-            <optgroup key={title} label={title}>{names.map((choice) => <option key={choice} value={choice}>{choice.replaceAll('_', ' ')}</option>)}</optgroup>
-          ))}
+          {groups
+            .filter(([, names]) => names.length)
+            .map(([title, names]) => (
+              <optgroup key={title} label={title}>
+                {names.map((choice) => (
+                  <option key={choice} value={choice}>
+                    {choice.replaceAll('_', ' ')}
+                  </option>
+                ))}
+              </optgroup>
+            ))}
         </select>
       )}
     </Wrap>
@@ -129,12 +202,17 @@ function mapUri(map: ControlMap): string {
   return map.image.startsWith('data:') ? map.image : `data:image/png;base64,${map.image}`;
 }
 
-/** The size of the generation, so that the map is the one that will be used; a size that is still being typed is rounded. */
+/** The size of the generation, so that the map is the one that will be used; a size that is being typed is rounded. */
 function plannedSize(): { width: number; height: number } | null {
   const plan = dryRun.value;
-  const [width, height] = [value('width') ?? plan?.width ?? model.value?.width, value('height') ?? plan?.height ?? model.value?.height];
+  const [width, height] = [
+    value('width') ?? plan?.width ?? model.value?.width,
+    value('height') ?? plan?.height ?? model.value?.height,
+  ];
   const rounded = (side: number) => Math.min(8192, Math.max(64, Math.round(side / 8) * 8));
-  return typeof width === 'number' && typeof height === 'number' ? { width: rounded(width), height: rounded(height) } : null;
+  return typeof width === 'number' && typeof height === 'number'
+    ? { width: rounded(width), height: rounded(height) }
+    : null;
 }
 
 function ControlUnit({ known, index }: { known: Schema; index: number }) {
@@ -143,61 +221,141 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
   const [painting, setPainting] = useState(false);
   const found = value(path);
   const unit = isObject(found) ? found : {};
-  const nets = model.value?.controlnets ?? [];
-  const net = nets.find((offered) => offered.name === unit['model']) ?? (nets.length === 1 ? nets[0] : undefined);
+  const controlnets = model.value?.controlnets ?? [];
+  const controlnet =
+    controlnets.find((offered) => offered.name === unit['model']) ??
+    (controlnets.length === 1 ? controlnets[0] : undefined);
   const preprocessing = named(fields, 'preprocessing');
   const name = isObject(unit['preprocessing']) ? String(unit['preprocessing']['name'] ?? '') : '';
   const info = models.value?.preprocessors?.find((offered) => offered.name === name);
   const { map, problem, busy } = useMap(unit, plannedSize());
-  const picture = pictureAt(unit['image']);
-  const beside = name && (map || busy) ? (
-    <figure class="map" aria-busy={busy}>
-      {map ? <img src={mapUri(map)} alt={`Control map by ${map.preprocessor ?? name}`} /> : <div class="empty">…</div>}
-    </figure>
-  ) : undefined;
+  const image = imageAt(unit['image']);
+  const beside =
+    name && (map || busy) ? (
+      <figure class="map" aria-busy={busy}>
+        {map ? (
+          <img src={mapUri(map)} alt={`Control map by ${map.preprocessor ?? name}`} />
+        ) : (
+          <div class="empty">…</div>
+        )}
+      </figure>
+    ) : undefined;
   return (
     <fieldset class="unit">
       <legend>Control {index + 1}</legend>
       <div class="fields">
         <FieldInput field={named(fields, 'enabled')} />
-        <FieldInput field={named(fields, 'model')} title="Net" choices={nets.map((offered) => offered.name)} placeholder={dryRun.value?.controlnets?.[index]?.model ?? ''} />
-        <PreprocessorChoice path={preprocessing.path} name={name} net={net} description={preprocessing.description} />
-        <PictureInput path={`${path}.image`} title={name ? 'Picture and its map' : 'Control map'} description="What the control is read from" beside={beside}
-          actions={<button type="button" disabled={!picture} onClick={() => setPainting(true)}>{unit['mask_image'] ? 'Change mask' : 'Mask'}</button>} />
-        {problem && <ul class="errors wide" role="alert"><li>{problem}</li></ul>}
-        {unit['mask_image'] !== undefined && <PictureInput path={`${path}.mask_image`} title="Mask of the control" description={named(fields, 'mask_image').description} />}
-        {net?.union && <FieldInput field={named(fields, 'union_mode')} choices={net.union_modes ?? []} placeholder="by the preprocessor" />}
+        <FieldInput
+          field={named(fields, 'model')}
+          title="ControlNet"
+          choices={controlnets.map((offered) => offered.name)}
+          placeholder={dryRun.value?.controlnets?.[index]?.model ?? ''}
+        />
+        <PreprocessorChoice
+          path={preprocessing.path}
+          name={name}
+          controlnet={controlnet}
+          description={preprocessing.description}
+        />
+        <ImageInput
+          path={`${path}.image`}
+          title={name ? 'Image and its map' : 'Control map'}
+          description="What the control is read from"
+          beside={beside}
+          actions={
+            <button type="button" disabled={!image} onClick={() => setPainting(true)}>
+              {unit['mask_image'] ? 'Change mask' : 'Mask'}
+            </button>
+          }
+        />
+        {problem && (
+          <ul class="errors wide" role="alert">
+            <li>{problem}</li>
+          </ul>
+        )}
+        {unit['mask_image'] !== undefined && (
+          <ImageInput
+            path={`${path}.mask_image`}
+            title="Mask of the control"
+            description={named(fields, 'mask_image').description}
+          />
+        )}
+        {controlnet?.union && (
+          <FieldInput
+            field={named(fields, 'union_mode')}
+            choices={controlnet.union_modes ?? []}
+            placeholder="by the preprocessor"
+          />
+        )}
         <FieldInput field={named(fields, 'conditioning_scale')} slider={[0, 2]} />
         <FieldInput field={named(fields, 'control_mode')} />
         <FieldInput field={named(fields, 'guidance_start')} slider={[0, 1]} />
         <FieldInput field={named(fields, 'guidance_end')} slider={[0, 1]} />
-        {info ? parameterFields(info, preprocessing.path).map((field) => <FieldInput key={field.path} field={field} />) : name && <FieldInput field={named(preprocessing.fields, 'parameters')} wide />}
+        {info
+          ? parameterFields(info, preprocessing.path).map((field) => <FieldInput key={field.path} field={field} />)
+          : name && <FieldInput field={named(preprocessing.fields, 'parameters')} wide />}
         {name && <FieldInput field={named(preprocessing.fields, 'resolution')} placeholder="pixel perfect" />}
         <FieldInput field={named(fields, 'resize_mode')} />
         <FieldInput field={named(fields, 'return_map')} />
       </div>
       <div class="actions">
-        {name && map && <button type="button" onClick={async () => (edit(`${path}.image`, reference(await addPicture(mapUri(map)))), edit(`${path}.preprocessing`, undefined))}>Keep the map</button>}
-        <button type="button" onClick={() => removeFrom('controlnets', index)} aria-label={`Remove control ${index + 1}`}>Remove</button>
+        {name && map && (
+          <button
+            type="button"
+            onClick={async () => (
+              edit(`${path}.image`, reference(await addImage(mapUri(map)))),
+              edit(`${path}.preprocessing`, undefined)
+            )}
+          >
+            Keep the map
+          </button>
+        )}
+        <button
+          type="button"
+          onClick={() => removeFrom('controlnets', index)}
+          aria-label={`Remove control ${index + 1}`}
+        >
+          Remove
+        </button>
       </div>
-      {painting && picture && <MaskEditor picture={picture} mask={pictureAt(unit['mask_image'])} path={`${path}.mask_image`} onClose={() => setPainting(false)} />}
+      {painting && image && (
+        <MaskEditor
+          image={image}
+          mask={imageAt(unit['mask_image'])}
+          path={`${path}.mask_image`}
+          onClose={() => setPainting(false)}
+        />
+      )}
     </fieldset>
   );
 }
 
 export function Controls({ known }: { known: Schema }) {
   const units = list('controlnets');
-  const nets = model.value?.controlnets ?? [];
+  const controlnets = model.value?.controlnets ?? [];
   const add = () => {
-    const first = nets[0]?.preprocessors?.[0];
+    const first = controlnets[0]?.preprocessors?.[0];
     const unit: JsonObject = first ? { preprocessing: { name: first } } : {};
-    edit('controlnets', [...units, nets.length > 1 && nets[0] ? { model: nets[0].name, ...unit } : unit]);
+    edit('controlnets', [
+      ...units,
+      controlnets.length > 1 && controlnets[0] ? { model: controlnets[0].name, ...unit } : unit,
+    ]);
   };
   return (
-    <Section title="ControlNet" note={units.length ? `${units.length} on` : nets.length ? `${nets.length} offered` : 'none offered'} paths={['controlnets']} open={units.length > 0}>
-      {units.map((_, i) => <ControlUnit key={i} known={known} index={i} />)}
-      <div class="actions"><button type="button" onClick={add}>Add a control</button></div>
+    <Section
+      title="ControlNet"
+      note={units.length ? `${units.length} on` : controlnets.length ? `${controlnets.length} offered` : 'none offered'}
+      paths={['controlnets']}
+      open={units.length > 0}
+    >
+      {units.map((_, i) => (
+        <ControlUnit key={i} known={known} index={i} />
+      ))}
+      <div class="actions">
+        <button type="button" onClick={add}>
+          Add a control
+        </button>
+      </div>
     </Section>
   );
 }
-

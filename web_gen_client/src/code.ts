@@ -9,15 +9,24 @@ function python(value: Json): string {
   if (value === null) return 'None';
   if (typeof value === 'boolean') return value ? 'True' : 'False';
   if (Array.isArray(value)) return `[${value.map(python).join(', ')}]`;
-  if (isObject(value)) return `{${Object.entries(value).map(([key, inner]) => `${JSON.stringify(key)}: ${python(inner)}`).join(', ')}}`;
+  if (isObject(value))
+    return `{${Object.entries(value)
+      .map(([key, inner]) => `${JSON.stringify(key)}: ${python(inner)}`)
+      .join(', ')}}`;
   return JSON.stringify(value);
 }
 
 function asPython(body: JsonObject): string {
-  const format = isObject(body['output']) && typeof body['output']['format'] === 'string' ? body['output']['format'] : 'png';
-  const fields = Object.entries(body).map(([name, value]) => `    ${name}=${python(value)},\n`).join('');
+  const format =
+    isObject(body['output']) && typeof body['output']['format'] === 'string' ? body['output']['format'] : 'png';
+  const fields = Object.entries(body)
+    .map(([name, value]) => `    ${name}=${python(value)},\n`)
+    .join('');
   return [
-    'from pathlib import Path', '', 'from ez_diffusion_client import Client, image_bytes', '',
+    'from pathlib import Path',
+    '',
+    'from ez_diffusion_client import Client, image_bytes',
+    '',
     ...(token.value ? ['# the token is read from DIFFUSION_WORKERS_TOKEN'] : []),
     `with Client(${JSON.stringify(serverUrl)}) as client:`,
     `    result = client.generate(\n${fields.replaceAll(/^(?=.)/gm, '    ')}    )`,

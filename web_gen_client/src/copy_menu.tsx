@@ -3,18 +3,31 @@ import { codeOf, copy, type Language } from './code';
 import { status } from './state';
 import type { JsonObject } from './paths';
 
-const LANGUAGES: [Language, string][] = [['python', 'Python'], ['curl', 'curl'], ['json', 'JSON']];
+const LANGUAGES: [Language, string][] = [
+  ['python', 'Python'],
+  ['curl', 'curl'],
+  ['json', 'JSON'],
+];
 
-export function copyMenu(source: () => { form: JsonObject; lockSeed: boolean }) {
+interface Source {
+  form: JsonObject;
+  lockSeed: boolean;
+}
+
+export function copyMenu(source: () => Source | Promise<Source>) {
   const put = async (language: Language, name: string) => {
-    const { form, lockSeed } = source();
+    const { form, lockSeed } = await source();
     await copy(codeOf(form, language, lockSeed));
     status.value = `Copied as ${name}.`;
   };
   return (
     <span class="copy" role="group" aria-label="Copy the request">
       <span class="note">Copy as</span>
-      {LANGUAGES.map(([language, name]) => <button type="button" key={language} onClick={() => void put(language, name)} aria-label={`Copy as ${name}`}>{name}</button>)}
+      {LANGUAGES.map(([language, name]) => (
+        <button type="button" key={language} onClick={() => void put(language, name)} aria-label={`Copy as ${name}`}>
+          {name}
+        </button>
+      ))}
     </span>
   );
 }

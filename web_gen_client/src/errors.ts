@@ -37,7 +37,9 @@ export function errorsAt(path: string): readonly ErrorDetail[] {
 
 /** Whether one of the fields below a path has an error. */
 export function errorsBelow(path: string): number {
-  return [...placed.value].filter(([place]) => place === path || place.startsWith(`${path}.`) || place.startsWith(`${path}[`)).reduce((sum, [, list]) => sum + list.length, 0);
+  return [...placed.value]
+    .filter(([place]) => place === path || place.startsWith(`${path}.`) || place.startsWith(`${path}[`))
+    .reduce((sum, [, list]) => sum + list.length, 0);
 }
 
 const SAID_BY_WHAT_IS_ALLOWED: readonly string[] = ['not_a_multiple', 'out_of_range', 'wrong_type', 'not_one_of'];
@@ -51,7 +53,8 @@ export function sentence(error: ErrorDetail): string {
 
 export function clearErrors(path?: string): void {
   if (!errors.peek().length) return;
-  errors.value = path === undefined ? [] : errors.peek().filter((error) => placeOf(error.field, places.peek()) !== path);
+  errors.value =
+    path === undefined ? [] : errors.peek().filter((error) => placeOf(error.field, places.peek()) !== path);
 }
 
 /** Show what went wrong, and bring the first field that is concerned into view. */
@@ -61,7 +64,8 @@ export function showErrors(reason: unknown, reveal: boolean): void {
   const place = errors.value.map((error) => placeOf(error.field, places.peek())).find(Boolean);
   const element = place === undefined ? undefined : places.peek().get(place);
   if (!element) return;
-  for (let above = element.parentElement; above; above = above.parentElement) if (above instanceof HTMLDetailsElement) above.open = true;
+  for (let above = element.parentElement; above; above = above.parentElement)
+    if (above instanceof HTMLDetailsElement) above.open = true;
   element.scrollIntoView({ block: 'center', behavior: 'instant' });
   element.querySelector<HTMLElement>('input, select, textarea, button')?.focus({ preventScroll: true });
 }
@@ -70,7 +74,7 @@ function detailsOf(reason: unknown): ErrorDetail[] {
   if (reason instanceof OperationError) {
     const { result } = reason;
     if (result.errors?.length) return result.errors;
-    return [{ code: 'internal_error', message: result.message ?? `the server says ${result.status}` }];
+    return [{ code: 'internal_error', message: result.message ?? `the server returned the status ${result.status}` }];
   }
   return [{ code: 'internal_error', message: reason instanceof Error ? reason.message : String(reason) }];
 }

@@ -3,7 +3,7 @@ import type { ComponentChildren } from 'preact';
 import { useEffect, useId, useLayoutEffect, useRef } from 'preact/hooks';
 import { errorsAt, errorsBelow, register, sentence } from './errors';
 import { get, isObject, type Json, type JsonObject } from './paths';
-import { allowed, label, type Field } from './schema';
+import { allowed, label, typedNumber, type Field } from './schema';
 import { dryRun, edit, value } from './state';
 
 export interface InputProps {
@@ -11,7 +11,7 @@ export interface InputProps {
   title?: string | undefined;
   /** Ends of a slider below the number */
   slider?: [number, number] | undefined;
-  /** What is used while the field is empty; absent, what the dry run says */
+  /** What is used while the field is empty; absent, the value of the dry run */
   placeholder?: string | undefined;
   choices?: string[] | undefined;
   wide?: boolean | undefined;
@@ -31,7 +31,9 @@ export function Errors({ path, id }: { path: string; id?: string }) {
   const found = errorsAt(path);
   return (
     <ul class="errors" id={id} aria-live="polite">
-      {found.map((error) => <li key={error.message}>{sentence(error)}</li>)}
+      {found.map((error) => (
+        <li key={error.message}>{sentence(error)}</li>
+      ))}
     </ul>
   );
 }
@@ -43,7 +45,12 @@ interface WrapProps {
   wide?: boolean | undefined;
   inline?: boolean | undefined;
   extra?: ComponentChildren;
-  children: (attributes: { id: string; 'aria-describedby': string; 'aria-invalid': boolean; 'data-path': string }) => ComponentChildren;
+  children: (attributes: {
+    id: string;
+    'aria-describedby': string;
+    'aria-invalid': boolean;
+    'data-path': string;
+  }) => ComponentChildren;
 }
 
 /** Label, input, description and errors, tied together for screen readers. */
@@ -51,19 +58,33 @@ export function Wrap({ path, title, description, wide, inline, extra, children }
   const id = useId();
   const place = usePlace(path);
   const wrong = errorsAt(path).length > 0;
-  const input = children({ id, 'aria-describedby': `${id}-help ${id}-errors`, 'aria-invalid': wrong, 'data-path': path });
+  const input = children({
+    id,
+    'aria-describedby': `${id}-help ${id}-errors`,
+    'aria-invalid': wrong,
+    'data-path': path,
+  });
   return (
-    <div class={`field${wide ? ' wide' : ''}${wrong ? ' wrong' : ''}${inline ? ' inline' : ''}`} ref={place} title={description}>
+    <div
+      class={`field${wide ? ' wide' : ''}${wrong ? ' wrong' : ''}${inline ? ' inline' : ''}`}
+      ref={place}
+      title={description}
+    >
       {inline && input}
-      <div class="label-row"><label for={id}>{title}</label>{extra}</div>
+      <div class="label-row">
+        <label for={id}>{title}</label>
+        {extra}
+      </div>
       {!inline && input}
-      <span class="unseen" id={`${id}-help`}>{description}</span>
+      <span class="unseen" id={`${id}-help`}>
+        {description}
+      </span>
       <Errors path={path} id={`${id}-errors`} />
     </div>
   );
 }
 
-/** What the request would use where the form says nothing. */
+/** What the request would use where a field is empty. */
 function planned({ path, initial }: Field): string {
   const plan = dryRun.value as unknown as JsonObject | null;
   if (path === 'num_images' && plan && Array.isArray(plan['seeds'])) return String(plan['seeds'].length);
@@ -73,7 +94,7 @@ function planned({ path, initial }: Field): string {
   return initial === null || initial === undefined ? '' : String(initial);
 }
 
-/** A text in an input that does not jump while somebody types: it is written only where it means something else than what is there. */
+/** A text in an input that does not jump while you type: it is written only where its meaning differs from what is there. */
 function useShown(text: string, same: (shown: string) => boolean) {
   const input = useRef<HTMLInputElement>(null);
   useEffect(() => {
@@ -84,20 +105,42 @@ function useShown(text: string, same: (shown: string) => boolean) {
 
 function NumberInput({ field, title, slider, placeholder, wide }: InputProps) {
   const stored = value(field.path);
-  const text = typeof stored === 'number' ? String(stored) : '';
-  const input = useShown(text, (shown) => (shown === '' ? text === '' : Number(shown) === stored));
+  const text = typeof stored === 'number' || typeof stored === 'string' ? String(stored) : '';
+  const input = useShown(text, (shown) => (shown === '' ? text === '' : typedNumber(shown, field.kind) === stored));
   const hint = placeholder ?? planned(field);
   const range = allowed(field);
-  const change = (element: HTMLInputElement) => edit(field.path, element.value === '' ? undefined : Number(element.value));
+  const change = (element: HTMLInputElement) =>
+    edit(field.path, element.value === '' ? undefined : typedNumber(element.value, field.kind));
   return (
-    <Wrap path={field.path} title={title ?? label(field.name)} description={[field.description, range].filter(Boolean).join(' · ')} wide={wide}>
+    <Wrap
+      path={field.path}
+      title={title ?? label(field.name)}
+      description={[field.description, range].filter(Boolean).join(' · ')}
+      wide={wide}
+    >
       {(attributes) => (
         <>
-          <input {...attributes} ref={input} type="number" inputMode={field.kind === 'integer' ? 'numeric' : 'decimal'} step={field.step ?? 'any'} min={field.minimum} max={field.maximum}
-            placeholder={hint} onInput={(event) => change(event.currentTarget)} />
+          <input
+            {...attributes}
+            ref={input}
+            type="number"
+            inputMode={field.kind === 'integer' ? 'numeric' : 'decimal'}
+            step={field.step ?? 'any'}
+            min={field.minimum}
+            max={field.maximum}
+            placeholder={hint}
+            onInput={(event) => change(event.currentTarget)}
+          />
           {slider && (
-            <input type="range" aria-label={title ?? label(field.name)} min={slider[0]} max={slider[1]} step="0.05" value={typeof stored === 'number' ? stored : Number(hint) || slider[0]}
-              onInput={(event) => change(event.currentTarget)} />
+            <input
+              type="range"
+              aria-label={title ?? label(field.name)}
+              min={slider[0]}
+              max={slider[1]}
+              step="0.05"
+              value={typeof stored === 'number' ? stored : Number(hint) || slider[0]}
+              onInput={(event) => change(event.currentTarget)}
+            />
           )}
         </>
       )}
@@ -110,8 +153,14 @@ function TextInput({ field, title, placeholder, wide }: InputProps) {
   return (
     <Wrap path={field.path} title={title ?? label(field.name)} description={field.description} wide={wide}>
       {(attributes) => (
-        <input {...attributes} type="text" value={typeof stored === 'string' ? stored : ''} placeholder={placeholder ?? planned(field)} spellcheck={false}
-          onInput={(event) => edit(field.path, event.currentTarget.value || undefined)} />
+        <input
+          {...attributes}
+          type="text"
+          value={typeof stored === 'string' ? stored : ''}
+          placeholder={placeholder ?? planned(field)}
+          spellcheck={false}
+          onInput={(event) => edit(field.path, event.currentTarget.value || undefined)}
+        />
       )}
     </Wrap>
   );
@@ -126,9 +175,18 @@ function ChoiceInput({ field, title, choices, placeholder, wide }: InputProps) {
   return (
     <Wrap path={field.path} title={title ?? label(field.name)} description={field.description} wide={wide}>
       {(attributes) => (
-        <select {...attributes} class={chosen ? '' : 'idle'} value={chosen} onChange={(event) => edit(field.path, event.currentTarget.value || undefined)}>
+        <select
+          {...attributes}
+          class={chosen ? '' : 'idle'}
+          value={chosen}
+          onChange={(event) => edit(field.path, event.currentTarget.value || undefined)}
+        >
           <option value="">{hint ? `(${hint.replaceAll('_', ' ')})` : '(default)'}</option>
-          {known.map((choice) => <option key={choice} value={choice}>{choice.replaceAll('_', ' ')}</option>)}
+          {known.map((choice) => (
+            <option key={choice} value={choice}>
+              {choice.replaceAll('_', ' ')}
+            </option>
+          ))}
         </select>
       )}
     </Wrap>
@@ -141,7 +199,14 @@ function BooleanInput({ field, title }: InputProps) {
     return (
       <Wrap path={field.path} title={title ?? label(field.name)} description={field.description}>
         {(attributes) => (
-          <select {...attributes} class={typeof stored === 'boolean' ? '' : 'idle'} value={typeof stored === 'boolean' ? String(stored) : ''} onChange={(event) => edit(field.path, event.currentTarget.value === '' ? undefined : event.currentTarget.value === 'true')}>
+          <select
+            {...attributes}
+            class={typeof stored === 'boolean' ? '' : 'idle'}
+            value={typeof stored === 'boolean' ? String(stored) : ''}
+            onChange={(event) =>
+              edit(field.path, event.currentTarget.value === '' ? undefined : event.currentTarget.value === 'true')
+            }
+          >
             <option value="">(default)</option>
             <option value="true">on</option>
             <option value="false">off</option>
@@ -154,31 +219,50 @@ function BooleanInput({ field, title }: InputProps) {
   return (
     <Wrap path={field.path} title={title ?? label(field.name)} description={field.description} inline>
       {(attributes) => (
-        <input {...attributes} type="checkbox" checked={typeof stored === 'boolean' ? stored : initial} onChange={(event) => edit(field.path, event.currentTarget.checked === initial ? undefined : event.currentTarget.checked)} />
+        <input
+          {...attributes}
+          type="checkbox"
+          checked={typeof stored === 'boolean' ? stored : initial}
+          onChange={(event) =>
+            edit(field.path, event.currentTarget.checked === initial ? undefined : event.currentTarget.checked)
+          }
+        />
       )}
     </Wrap>
   );
 }
 
 function readList(text: string): Json[] | undefined {
-  const parts = text.split(',').map((part) => part.trim()).filter(Boolean);
-  return parts.length ? parts.map((part) => (Number.isFinite(Number(part)) ? Number(part) : part)) : undefined;
+  const parts = text
+    .split(',')
+    .map((part) => part.trim())
+    .filter(Boolean);
+  return parts.length ? parts.map((part) => typedNumber(part, 'integer')) : undefined;
 }
 
 function readPairs(text: string): JsonObject | undefined {
-  const parts = text.split(',').map((part) => part.trim()).filter(Boolean);
+  const parts = text
+    .split(',')
+    .map((part) => part.trim())
+    .filter(Boolean);
   if (!parts.length) return undefined;
-  return Object.fromEntries(parts.map((part): [string, Json] => {
-    const [name = '', ...rest] = part.split('=');
-    const given = rest.join('=').trim();
-    if (given === 'true' || given === 'false') return [name.trim(), given === 'true'];
-    return [name.trim(), given !== '' && Number.isFinite(Number(given)) ? Number(given) : given];
-  }));
+  return Object.fromEntries(
+    parts.map((part): [string, Json] => {
+      const [name = '', ...rest] = part.split('=');
+      const given = rest.join('=').trim();
+      if (given === 'true' || given === 'false') return [name.trim(), given === 'true'];
+      return [name.trim(), given !== '' && Number.isFinite(Number(given)) ? Number(given) : given];
+    }),
+  );
 }
 
 function writeList(stored: Json | undefined): string {
   if (Array.isArray(stored)) return stored.map(String).join(', ');
-  return isObject(stored) ? Object.entries(stored).map(([name, given]) => `${name}=${String(given)}`).join(', ') : '';
+  return isObject(stored)
+    ? Object.entries(stored)
+        .map(([name, given]) => `${name}=${String(given)}`)
+        .join(', ')
+    : '';
 }
 
 /** Several values in a line: `1, 2, 3`, or `low_threshold=50, high_threshold=120`. */
@@ -189,8 +273,14 @@ function ListInput({ field, title, placeholder, wide }: InputProps) {
   return (
     <Wrap path={field.path} title={title ?? label(field.name)} description={field.description} wide={wide}>
       {(attributes) => (
-        <input {...attributes} ref={input} type="text" placeholder={placeholder ?? (field.kind === 'list' ? '1, 2, 3' : 'name=value, …')} spellcheck={false}
-          onInput={(event) => edit(field.path, read(event.currentTarget.value))} />
+        <input
+          {...attributes}
+          ref={input}
+          type="text"
+          placeholder={placeholder ?? (field.kind === 'list' ? '1, 2, 3' : 'name=value, …')}
+          spellcheck={false}
+          onInput={(event) => edit(field.path, read(event.currentTarget.value))}
+        />
       )}
     </Wrap>
   );
@@ -204,11 +294,25 @@ function ObjectInput({ field }: InputProps) {
   return (
     <fieldset class="group" title={on ? undefined : field.description}>
       <legend>
-        <input id={id} type="checkbox" checked={on} onChange={(event) => edit(field.path, event.currentTarget.checked ? {} : undefined)} data-path={field.path} />
+        <input
+          id={id}
+          type="checkbox"
+          checked={on}
+          onChange={(event) => edit(field.path, event.currentTarget.checked ? {} : undefined)}
+          data-path={field.path}
+        />
         <label for={id}>{label(field.name)}</label>
       </legend>
-      <div ref={place}><Errors path={field.path} /></div>
-      {on && <div class="fields">{field.fields.map((inner) => <FieldInput key={inner.path} field={inner} />)}</div>}
+      <div ref={place}>
+        <Errors path={field.path} />
+      </div>
+      {on && (
+        <div class="fields">
+          {field.fields.map((inner) => (
+            <FieldInput key={inner.path} field={inner} />
+          ))}
+        </div>
+      )}
     </fieldset>
   );
 }
@@ -216,14 +320,21 @@ function ObjectInput({ field }: InputProps) {
 export function FieldInput(props: InputProps) {
   switch (props.choices ? 'choice' : props.field.kind) {
     case 'integer':
-    case 'number': return <NumberInput {...props} />;
-    case 'text': return <TextInput {...props} />;
-    case 'choice': return <ChoiceInput {...props} />;
-    case 'boolean': return <BooleanInput {...props} />;
+    case 'number':
+      return <NumberInput {...props} />;
+    case 'text':
+      return <TextInput {...props} />;
+    case 'choice':
+      return <ChoiceInput {...props} />;
+    case 'boolean':
+      return <BooleanInput {...props} />;
     case 'list':
-    case 'pairs': return <ListInput {...props} />;
-    case 'object': return <ObjectInput {...props} />;
-    default: return null;
+    case 'pairs':
+      return <ListInput {...props} />;
+    case 'object':
+      return <ObjectInput {...props} />;
+    default:
+      return null;
   }
 }
 
@@ -235,14 +346,18 @@ interface SectionProps {
   children: ComponentChildren;
 }
 
-/** A part of the form that can be folded; folded, it says how many errors are in it. */
+/** A part of the form that can be folded; folded, it shows how many errors are in it. */
 export function Section({ title, note, paths, open, children }: SectionProps) {
   const wrong = paths.reduce((sum, path) => sum + errorsBelow(path), 0);
   return (
     <details class="section" open={open}>
       <summary>
         <span class="section-title">{title}</span>
-        {wrong > 0 && <span class="badge wrong">{wrong} {wrong === 1 ? 'error' : 'errors'}</span>}
+        {wrong > 0 && (
+          <span class="badge wrong">
+            {wrong} {wrong === 1 ? 'error' : 'errors'}
+          </span>
+        )}
         {note && <span class="note">{note}</span>}
       </summary>
       <div class="section-body">{children}</div>

@@ -5,16 +5,33 @@ import { copyMenu } from './copy_menu';
 import { Errors, FieldInput, Section, Wrap } from './fields';
 import { generate } from './jobs';
 import { MaskEditor } from './mask_editor';
-import { PictureInput } from './picture_input';
-import { pictureAt } from './pictures';
-import { label, type Schema } from './schema';
+import { ImageInput } from './image_input';
+import { imageAt } from './images';
+import { label, typedNumber, type Schema } from './schema';
 import { dryRun, edit, form, model, models, replaceForm, schema, seedLocked, shownItem, items, value } from './state';
 import { warnings } from './errors';
 
 /** Shown in places of their own; what else the schema has comes under "More". */
 const OWN_PLACE = new Set([
-  'model', 'prompt', 'negative_prompt', 'width', 'height', 'num_inference_steps', 'guidance_scale', 'scheduler', 'num_images', 'seed',
-  'image', 'mask_image', 'strength', 'resize_mode', 'inpaint', 'loras', 'controlnets', 'request_id', 'profile',
+  'model',
+  'prompt',
+  'negative_prompt',
+  'width',
+  'height',
+  'num_inference_steps',
+  'guidance_scale',
+  'scheduler',
+  'num_images',
+  'seed',
+  'image',
+  'mask_image',
+  'strength',
+  'resize_mode',
+  'inpaint',
+  'loras',
+  'controlnets',
+  'request_id',
+  'profile',
 ]);
 const MAIN = ['width', 'height', 'num_inference_steps', 'guidance_scale', 'scheduler', 'num_images'];
 
@@ -23,8 +40,19 @@ function Prompt({ name, rows, known }: { name: 'prompt' | 'negative_prompt'; row
   return (
     <Wrap path={name} title={label(name)} description={known.field('GenerationRequest', name).description} wide>
       {(attributes) => (
-        <textarea {...attributes} rows={rows} value={typeof stored === 'string' ? stored : ''} placeholder={name === 'prompt' ? 'a red circle left of a blue square on a white background' : dryRun.value?.negative_prompt ?? ''}
-          onInput={(event) => edit(name, name === 'prompt' ? event.currentTarget.value : event.currentTarget.value || undefined)} />
+        <textarea
+          {...attributes}
+          rows={rows}
+          value={typeof stored === 'string' ? stored : ''}
+          placeholder={
+            name === 'prompt'
+              ? 'a red circle left of a blue square on a white background'
+              : (dryRun.value?.negative_prompt ?? '')
+          }
+          onInput={(event) =>
+            edit(name, name === 'prompt' ? event.currentTarget.value : event.currentTarget.value || undefined)
+          }
+        />
       )}
     </Wrap>
   );
@@ -34,13 +62,35 @@ function ModelChoice() {
   const chosen = value('model');
   const found = model.value;
   return (
-    <Wrap path="model" title="Model" description={found?.description ?? 'The model that makes the pictures'} wide
-      extra={found && <span class="note">{found.family}{found.loaded ? ', loaded' : ''}</span>}>
+    <Wrap
+      path="model"
+      title="Model"
+      description={found?.description ?? 'The model that generates the images'}
+      wide
+      extra={
+        found && (
+          <span class="note">
+            {found.family}
+            {found.loaded ? ', loaded' : ''}
+          </span>
+        )
+      }
+    >
       {(attributes) => (
-        <select {...attributes} value={typeof chosen === 'string' ? chosen : ''} onChange={(event) => edit('model', event.currentTarget.value || undefined)}>
+        <select
+          {...attributes}
+          value={typeof chosen === 'string' ? chosen : ''}
+          onChange={(event) => edit('model', event.currentTarget.value || undefined)}
+        >
           <option value="">{models.value ? `${models.value.default} (default)` : '…'}</option>
-          {typeof chosen === 'string' && !models.value?.models.some((offered) => offered.name === chosen) && <option value={chosen}>{chosen} (not offered)</option>}
-          {models.value?.models.map((offered) => <option key={offered.name} value={offered.name}>{offered.title ? `${offered.name} – ${offered.title}` : offered.name}</option>)}
+          {typeof chosen === 'string' && !models.value?.models.some((offered) => offered.name === chosen) && (
+            <option value={chosen}>{chosen} (not offered)</option>
+          )}
+          {models.value?.models.map((offered) => (
+            <option key={offered.name} value={offered.name}>
+              {offered.title ? `${offered.name} – ${offered.title}` : offered.name}
+            </option>
+          ))}
         </select>
       )}
     </Wrap>
@@ -51,14 +101,26 @@ function ProfileChoice({ known }: { known: Schema }) {
   const offered = model.value?.profiles ?? [];
   const chosen = value('profile');
   if (offered.length === 0 && typeof chosen !== 'string') return null;
-  const description = offered.find((profile) => profile.name === chosen)?.description ?? known.field('GenerationRequest', 'profile').description;
+  const description =
+    offered.find((profile) => profile.name === chosen)?.description ??
+    known.field('GenerationRequest', 'profile').description;
   return (
     <Wrap path="profile" title="Profile" description={description}>
       {(attributes) => (
-        <select {...attributes} value={typeof chosen === 'string' ? chosen : ''} onChange={(event) => edit('profile', event.currentTarget.value || undefined)}>
+        <select
+          {...attributes}
+          value={typeof chosen === 'string' ? chosen : ''}
+          onChange={(event) => edit('profile', event.currentTarget.value || undefined)}
+        >
           <option value="">the model's own</option>
-          {['exact', ...offered.map((profile) => profile.name).filter((name) => name !== 'exact')].map((name) => <option key={name} value={name}>{name}</option>)}
-          {typeof chosen === 'string' && chosen !== 'exact' && !offered.some((profile) => profile.name === chosen) && <option value={chosen}>{chosen} (not offered)</option>}
+          {['exact', ...offered.map((profile) => profile.name).filter((name) => name !== 'exact')].map((name) => (
+            <option key={name} value={name}>
+              {name}
+            </option>
+          ))}
+          {typeof chosen === 'string' && chosen !== 'exact' && !offered.some((profile) => profile.name === chosen) && (
+            <option value={chosen}>{chosen} (not offered)</option>
+          )}
         </select>
       )}
     </Wrap>
@@ -73,13 +135,42 @@ function Seed({ known }: { known: Schema }) {
     <Wrap path="seed" title="Seed" description={known.field('GenerationRequest', 'seed').description} wide>
       {(attributes) => (
         <div class="joined">
-          <input {...attributes} type="number" min="0" step="1" inputMode="numeric" placeholder="a new one each time" class={locked ? '' : 'idle'} value={typeof stored === 'number' ? stored : ''}
-            onInput={(event) => edit('seed', event.currentTarget.value === '' ? undefined : Number(event.currentTarget.value))} />
-          <button type="button" aria-pressed={locked} title="Keep this seed for the next pictures" onClick={() => {
-            if (!locked && typeof stored !== 'number') edit('seed', last?.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]);
-            seedLocked.value = !locked;
-          }}>{locked ? 'Locked' : 'Lock'}</button>
-          <button type="button" disabled={!last} title="Take the seed of the picture that is shown" onClick={() => last && edit('seed', last.seed)}>Reuse</button>
+          <input
+            {...attributes}
+            type="number"
+            min="0"
+            step="1"
+            inputMode="numeric"
+            placeholder="random"
+            class={locked ? '' : 'idle'}
+            value={typeof stored === 'number' || typeof stored === 'string' ? stored : ''}
+            onInput={(event) =>
+              edit(
+                'seed',
+                event.currentTarget.value === '' ? undefined : typedNumber(event.currentTarget.value, 'integer'),
+              )
+            }
+          />
+          <button
+            type="button"
+            aria-pressed={locked}
+            title="Keep this seed for the next images"
+            onClick={() => {
+              if (!locked && typeof stored !== 'number')
+                edit('seed', last?.seed ?? crypto.getRandomValues(new Uint32Array(1))[0]);
+              seedLocked.value = !locked;
+            }}
+          >
+            {locked ? 'Locked' : 'Lock'}
+          </button>
+          <button
+            type="button"
+            disabled={!last}
+            title="Use the seed of the image that is shown"
+            onClick={() => last && edit('seed', last.seed)}
+          >
+            Reuse
+          </button>
         </div>
       )}
     </Wrap>
@@ -88,29 +179,55 @@ function Seed({ known }: { known: Schema }) {
 
 function StartImage({ known }: { known: Schema }) {
   const [painting, setPainting] = useState(false);
-  const [picture, mask] = [pictureAt(value('image')), pictureAt(value('mask_image'))];
+  const [image, mask] = [imageAt(value('image')), imageAt(value('mask_image'))];
   const field = (name: string) => known.field('GenerationRequest', name);
   return (
-    <Section title="Image and mask" note={mask ? 'inpainting' : picture ? 'image to image' : 'text to image'} paths={['image', 'mask_image', 'strength', 'inpaint', 'resize_mode']} open={picture !== undefined}>
+    <Section
+      title="Image and mask"
+      note={mask ? 'inpainting' : image ? 'image to image' : 'text to image'}
+      paths={['image', 'mask_image', 'strength', 'inpaint', 'resize_mode']}
+      open={image !== undefined}
+    >
       <div class="fields">
-        <PictureInput path="image" title="Start image" description={field('image').description} actions={<button type="button" onClick={() => setPainting(true)}>{mask ? 'Change mask' : 'Paint mask'}</button>} />
-        {(mask || picture) && <PictureInput path="mask_image" title="Mask" description={field('mask_image').description} />}
-        {picture && <FieldInput field={field('strength')} slider={[0, 1]} />}
-        {picture && <FieldInput field={field('resize_mode')} />}
+        <ImageInput
+          path="image"
+          title="Start image"
+          description={field('image').description}
+          actions={
+            <button type="button" onClick={() => setPainting(true)}>
+              {mask ? 'Change mask' : 'Paint mask'}
+            </button>
+          }
+        />
+        {(mask || image) && <ImageInput path="mask_image" title="Mask" description={field('mask_image').description} />}
+        {image && <FieldInput field={field('strength')} slider={[0, 1]} />}
+        {image && <FieldInput field={field('resize_mode')} />}
         {mask && field('inpaint').fields.map((inner) => <FieldInput key={inner.path} field={inner} />)}
       </div>
-      {painting && picture && <MaskEditor picture={picture} mask={mask} path="mask_image" onClose={() => setPainting(false)} />}
+      {painting && image && (
+        <MaskEditor image={image} mask={mask} path="mask_image" onClose={() => setPainting(false)} />
+      )}
     </Section>
   );
 }
 
 function More({ known }: { known: Schema }) {
-  const rest = known.fieldsOf('GenerationRequest').filter((field) => !OWN_PLACE.has(field.name) && field.kind !== 'other');
+  const rest = known
+    .fieldsOf('GenerationRequest')
+    .filter((field) => !OWN_PLACE.has(field.name) && field.kind !== 'other');
   const simple = rest.filter((field) => field.kind !== 'object');
   return (
     <Section title="All parameters" paths={rest.map((field) => field.path)}>
-      <div class="fields">{simple.map((field) => <FieldInput key={field.path} field={field} wide={field.kind === 'text'} />)}</div>
-      {rest.filter((field) => field.kind === 'object').map((field) => <FieldInput key={field.path} field={field} />)}
+      <div class="fields">
+        {simple.map((field) => (
+          <FieldInput key={field.path} field={field} wide={field.kind === 'text'} />
+        ))}
+      </div>
+      {rest
+        .filter((field) => field.kind === 'object')
+        .map((field) => (
+          <FieldInput key={field.path} field={field} />
+        ))}
     </Section>
   );
 }
@@ -118,12 +235,30 @@ function More({ known }: { known: Schema }) {
 /** What the server would do, and what it would change. */
 function DryRun() {
   const plan = dryRun.value;
-  const facts = plan && [plan.task.replaceAll('_', ' '), plan.control_kind === 'none' ? '' : `${plan.control_kind} control`, `${plan.width} × ${plan.height}`,
-    plan.denoising_steps === plan.num_inference_steps ? `${plan.num_inference_steps} steps` : `${plan.denoising_steps} of ${plan.num_inference_steps} steps`, plan.scheduler.name ?? plan.scheduler.class_name];
+  const facts = plan && [
+    plan.task.replaceAll('_', ' '),
+    plan.control_kind === 'none' ? '' : `${plan.control_kind} control`,
+    `${plan.width} × ${plan.height}`,
+    plan.denoising_steps === plan.num_inference_steps
+      ? `${plan.num_inference_steps} steps`
+      : `${plan.denoising_steps} of ${plan.num_inference_steps} steps`,
+    plan.scheduler.name ?? plan.scheduler.class_name,
+  ];
   return (
     <div class="dry-run">
-      <span class="note" title={plan?.pipeline_class ?? ''}>{facts ? facts.filter(Boolean).join(' · ') : ' '}</span>
-      {warnings.value.length > 0 && <ul class="warnings">{warnings.value.map((warning) => <li key={warning.message}>{warning.field ? `${warning.field}: ` : ''}{warning.message}</li>)}</ul>}
+      <span class="note" title={plan?.pipeline_class ?? ''}>
+        {facts ? facts.filter(Boolean).join(' · ') : ' '}
+      </span>
+      {warnings.value.length > 0 && (
+        <ul class="warnings">
+          {warnings.value.map((warning) => (
+            <li key={warning.message}>
+              {warning.field ? `${warning.field}: ` : ''}
+              {warning.message}
+            </li>
+          ))}
+        </ul>
+      )}
     </div>
   );
 }
@@ -139,7 +274,12 @@ export function Form() {
     addEventListener('keydown', key);
     return () => removeEventListener('keydown', key);
   }, []);
-  if (!known) return <form class="form" aria-label="What to make" aria-busy="true"><p class="note">Waiting for the server …</p></form>;
+  if (!known)
+    return (
+      <form class="form" aria-label="What to make" aria-busy="true">
+        <p class="note">Waiting for the server …</p>
+      </form>
+    );
   return (
     <form class="form" aria-label="What to make" onSubmit={(event) => (event.preventDefault(), void generate())}>
       <div class="form-body">
@@ -147,7 +287,9 @@ export function Form() {
           <ModelChoice />
           <Prompt name="prompt" rows={3} known={known} />
           <Prompt name="negative_prompt" rows={1} known={known} />
-          {MAIN.map((name) => <FieldInput key={name} field={known.field('GenerationRequest', name)} placeholder={placeholderOf(name)} />)}
+          {MAIN.map((name) => (
+            <FieldInput key={name} field={known.field('GenerationRequest', name)} placeholder={placeholderOf(name)} />
+          ))}
           <ProfileChoice known={known} />
           <Seed known={known} />
         </div>
@@ -157,13 +299,19 @@ export function Form() {
         <More known={known} />
         <div class="actions form-actions">
           {copyMenu(() => ({ form: form.value, lockSeed: seedLocked.value }))}
-          <button type="button" onClick={() => replaceForm({}, false)}>Clear the form</button>
+          <button type="button" onClick={() => replaceForm({}, false)}>
+            Clear the form
+          </button>
         </div>
       </div>
       <div class="send">
-        <div class="general"><Errors path="" /></div>
+        <div class="general">
+          <Errors path="" />
+        </div>
         <DryRun />
-        <button type="submit" class="primary big">Generate <kbd>Ctrl Enter</kbd></button>
+        <button type="submit" class="primary big">
+          Generate <kbd>Ctrl Enter</kbd>
+        </button>
       </div>
     </form>
   );
@@ -171,6 +319,12 @@ export function Form() {
 
 function placeholderOf(name: string): string | undefined {
   if (dryRun.value || !model.value) return undefined;
-  const own = { width: model.value.width, height: model.value.height, num_inference_steps: model.value.num_inference_steps, guidance_scale: model.value.guidance_scale, num_images: 1 }[name];
+  const own = {
+    width: model.value.width,
+    height: model.value.height,
+    num_inference_steps: model.value.num_inference_steps,
+    guidance_scale: model.value.guidance_scale,
+    num_images: 1,
+  }[name];
   return own === null || own === undefined ? undefined : String(own);
 }

@@ -1,15 +1,15 @@
-/** The pictures made so far; they stay in the browser. */
+/** Generated images, kept in the browser. */
 import { signal } from '@preact/signals';
 import { useState } from 'preact/hooks';
-import { ITEM_TYPE } from './picture_input';
-import { idsIn } from './pictures';
+import { ITEM_TYPE } from './image_input';
+import { idsIn } from './images';
 import { form, itemAt, items, status, view } from './state';
-import { deleteItem, keepPictures, type GalleryItem } from './storage';
+import { deleteItem, keepInputImages, type GalleryItem } from './storage';
 
 const FIRST_SHOWN = 120;
 const addresses = new Map<string, string>();
 
-/** The first picture of a comparison, while the second is being chosen. */
+/** The first image of a comparison, while the second is being chosen. */
 export const comparing = signal<string | null>(null);
 
 /** An address under which the page can show an item. */
@@ -34,7 +34,7 @@ export async function remove(id: string): Promise<void> {
   const next = items.value[Math.min(at, items.value.length - 1)];
   if ('id' in view.value && view.value.id === id) view.value = next ? { kind: 'item', id: next.id } : { kind: 'live' };
   await deleteItem(id);
-  await forgetPictures();
+  await forgetInputImages();
 }
 
 async function removeAll(): Promise<void> {
@@ -45,13 +45,15 @@ async function removeAll(): Promise<void> {
   addresses.clear();
   items.value = [];
   view.value = { kind: 'live' };
-  await forgetPictures();
+  await forgetInputImages();
   status.value = 'The gallery is empty.';
 }
 
-/** Input pictures that neither the form nor an item of the gallery uses leave the disk. */
-function forgetPictures(): Promise<void> {
-  return keepPictures(new Set([form.value, ...items.value.map((item) => item.form)].flatMap((source) => [...idsIn(source)])));
+/** Delete input images that neither the form nor an item of the gallery uses. */
+function forgetInputImages(): Promise<void> {
+  return keepInputImages(
+    new Set([form.value, ...items.value.map((item) => item.form)].flatMap((source) => [...idsIn(source)])),
+  );
 }
 
 function move(event: KeyboardEvent): void {
@@ -70,7 +72,10 @@ function promptOf(item: GalleryItem): string {
 }
 
 function Thumb({ item }: { item: GalleryItem }) {
-  const shown = (view.value.kind === 'item' && view.value.id === item.id) || (view.value.kind === 'compare' && [view.value.a, view.value.b].includes(item.id)) || comparing.value === item.id;
+  const shown =
+    (view.value.kind === 'item' && view.value.id === item.id) ||
+    (view.value.kind === 'compare' && [view.value.a, view.value.b].includes(item.id)) ||
+    comparing.value === item.id;
   const start = (event: DragEvent) => {
     event.dataTransfer?.setData(ITEM_TYPE, item.id);
   };
@@ -80,7 +85,15 @@ function Thumb({ item }: { item: GalleryItem }) {
   };
   return (
     <li>
-      <button type="button" aria-pressed={shown} aria-label={`${promptOf(item)}, seed ${item.seed}`} title={`${promptOf(item)}\nseed ${item.seed}`} draggable onDragStart={start} onClick={click}>
+      <button
+        type="button"
+        aria-pressed={shown}
+        aria-label={`${promptOf(item)}, seed ${item.seed}`}
+        title={`${promptOf(item)}\nseed ${item.seed}`}
+        draggable
+        onDragStart={start}
+        onClick={click}
+      >
         <img src={addressOf(item)} alt="" loading="lazy" draggable={false} />
       </button>
     </li>
@@ -97,18 +110,44 @@ export function Gallery() {
         <h2>Gallery</h2>
         <span class="note">{all.length || ''}</span>
         <span class="spring" />
-        {all.length > 0 && (asking ? (
-          <>
-            <button type="button" class="danger" onClick={() => (setAsking(false), void removeAll())}>Delete all {all.length}</button>
-            <button type="button" onClick={() => setAsking(false)}>Keep</button>
-          </>
-        ) : <button type="button" onClick={() => setAsking(true)}>Empty</button>)}
+        {all.length > 0 &&
+          (asking ? (
+            <>
+              <button type="button" class="danger" onClick={() => (setAsking(false), void removeAll())}>
+                Delete all {all.length}
+              </button>
+              <button type="button" onClick={() => setAsking(false)}>
+                Keep
+              </button>
+            </>
+          ) : (
+            <button type="button" onClick={() => setAsking(true)}>
+              Empty
+            </button>
+          ))}
       </header>
-      {comparing.value && <p class="hint" role="status">Choose the second picture. <button type="button" onClick={() => (comparing.value = null)}>Never mind</button></p>}
-      {all.length === 0 ? <p class="note">Pictures come here and stay in this browser.</p> : (
-        <ul class="thumbs" onKeyDown={move}>{all.slice(0, shown).map((item) => <Thumb key={item.id} item={item} />)}</ul>
+      {comparing.value && (
+        <p class="hint" role="status">
+          Choose the second image.{' '}
+          <button type="button" onClick={() => (comparing.value = null)}>
+            Cancel
+          </button>
+        </p>
       )}
-      {all.length > shown && <button type="button" onClick={() => setShown(shown + FIRST_SHOWN)}>Show {Math.min(FIRST_SHOWN, all.length - shown)} more</button>}
+      {all.length === 0 ? (
+        <p class="note">Generated images appear here and stay in this browser.</p>
+      ) : (
+        <ul class="thumbs" onKeyDown={move}>
+          {all.slice(0, shown).map((item) => (
+            <Thumb key={item.id} item={item} />
+          ))}
+        </ul>
+      )}
+      {all.length > shown && (
+        <button type="button" onClick={() => setShown(shown + FIRST_SHOWN)}>
+          Show {Math.min(FIRST_SHOWN, all.length - shown)} more
+        </button>
+      )}
     </section>
   );
 }

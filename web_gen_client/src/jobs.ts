@@ -1,9 +1,18 @@
 /** Generations on their way. Each is a job of the server; a reload finds the running ones again. */
 import { signal, type Signal } from '@preact/signals';
-import { cancelJob, createJob, isLast, OperationError, orThrow, watchJob, type OpResult, type ProgressEvent } from 'ez-diffusion-client';
+import {
+  cancelJob,
+  createJob,
+  isLast,
+  OperationError,
+  orThrow,
+  watchJob,
+  type OpResult,
+  type ProgressEvent,
+} from 'ez-diffusion-client';
 import { clearErrors, showErrors } from './errors';
 import type { JsonObject } from './paths';
-import { asBlob, bringBack, newId } from './pictures';
+import { asBlob, bringBack, newId } from './images';
 import { client, form, items, requestOf, seedLocked, status, view } from './state';
 import { saveItem, type GalleryItem } from './storage';
 
@@ -32,16 +41,29 @@ async function keep(result: OpResult, source: JsonObject): Promise<GalleryItem[]
   const now = Date.now();
   void navigator.storage?.persist?.(); // not to be cleared when the disk is short of room
   const found = made.images.map((image, index): GalleryItem => ({
-    id: newId(), created: now - index, blob: asBlob(asUri(image.image, image.format)), width: image.width, height: image.height, seed: image.seed,
-    seconds: made.timings?.total_seconds ?? null, plan: { ...made.plan, image_index: index }, form: source,
+    id: newId(),
+    created: now - index,
+    blob: asBlob(asUri(image.image, image.format)),
+    width: image.width,
+    height: image.height,
+    seed: image.seed,
+    seconds: made.timings?.total_seconds ?? null,
+    plan: { ...made.plan, image_index: index },
+    form: source,
   }));
   items.value = [...found, ...items.value];
-  for (const item of found) await saveItem(item).catch(() => (status.value = 'The browser has no room for this image: it is gone after a reload.'));
+  for (const item of found)
+    await saveItem(item).catch(
+      () => (status.value = 'The browser has no room for this image: it is gone after a reload.'),
+    );
   return found;
 }
 
 function remember(): void {
-  sessionStorage.setItem(RUNNING, JSON.stringify(jobs.value.filter((job) => job.id).map((job) => ({ id: job.id, form: job.form }))));
+  sessionStorage.setItem(
+    RUNNING,
+    JSON.stringify(jobs.value.filter((job) => job.id).map((job) => ({ id: job.id, form: job.form }))),
+  );
 }
 
 async function follow(job: RunningJob): Promise<GalleryItem[]> {
@@ -50,13 +72,26 @@ async function follow(job: RunningJob): Promise<GalleryItem[]> {
     if (event.preview) job.preview.value = asUri(event.preview, 'jpeg');
     if (!isLast(event)) continue;
     if (event.result?.status === 'success') return keep(event.result, job.form);
-    throw new OperationError(event.result ?? { status: event.phase === 'cancelled' ? 'cancelled' : 'internal_error', message: event.message ?? null });
+    throw new OperationError(
+      event.result ?? {
+        status: event.phase === 'cancelled' ? 'cancelled' : 'internal_error',
+        message: event.message ?? null,
+      },
+    );
   }
   throw new Error('the job ended without a result');
 }
 
 function newJob(source: JsonObject, cell: boolean, id: string | null = null): RunningJob {
-  return { key: newId(), id, form: source, cell, event: signal({ phase: 'queued' }), preview: signal(null), cancelling: signal(false) };
+  return {
+    key: newId(),
+    id,
+    form: source,
+    cell,
+    event: signal({ phase: 'queued' }),
+    preview: signal(null),
+    cancelling: signal(false),
+  };
 }
 
 async function through<Result>(job: RunningJob, work: () => Promise<Result>): Promise<Result> {
@@ -92,7 +127,7 @@ async function show(made: Promise<GalleryItem[]>): Promise<void> {
     if (first && view.value.kind === 'live') view.value = { kind: 'item', id: first.id };
     status.value = `Made in ${((performance.now() - began) / 1000).toFixed(1)} s.`;
   } catch (error) {
-    status.value = isCancelled(error) ? 'Cancelled.' : 'Not made.';
+    status.value = isCancelled(error) ? 'Cancelled.' : 'Not generated.';
     if (!isCancelled(error)) showErrors(error, true);
   }
 }
@@ -119,9 +154,10 @@ export async function findRunning(): Promise<void> {
   }
 }
 
-/** Seconds that a job still takes; `null` where nobody knows. */
+/** Seconds that a job still takes; `null` where there is no estimate. */
 export function secondsLeft(event: ProgressEvent): number | null {
   if (typeof event.seconds_left === 'number') return event.seconds_left;
-  if (event.seconds_per_step && event.total_steps && typeof event.step === 'number') return (event.total_steps - event.step) * event.seconds_per_step;
+  if (event.seconds_per_step && event.total_steps && typeof event.step === 'number')
+    return (event.total_steps - event.step) * event.seconds_per_step;
   return null;
 }

@@ -4,12 +4,23 @@ import { Form } from './form';
 import { Gallery } from './gallery';
 import { gridRunning, restoreGrid, stopGrid } from './grid';
 import { cancel, findRunning, jobs } from './jobs';
-import { blobIn } from './picture_input';
-import { addPicture, reference } from './pictures';
+import { blobIn } from './image_input';
+import { addImage, reference } from './images';
 import { restoreFile } from './restore';
 import { keepMeeting, keepPlanning, meetServer } from './server';
 import { Stage } from './stage';
-import { connectionError, edit, health, items, restoreSettings, schema, status, theme, token, type Theme } from './state';
+import {
+  connectionError,
+  edit,
+  health,
+  items,
+  restoreSettings,
+  schema,
+  status,
+  theme,
+  token,
+  type Theme,
+} from './state';
 import { loadItems } from './storage';
 import './style.css';
 
@@ -19,7 +30,15 @@ function Token() {
   const [typed, setTyped] = useState(token.value);
   return (
     <form class="token" onSubmit={(event) => (event.preventDefault(), (token.value = typed), void meetServer())}>
-      <label>Token <input type="password" autoComplete="off" value={typed} onInput={(event) => setTyped(event.currentTarget.value)} /></label>
+      <label>
+        Token{' '}
+        <input
+          type="password"
+          autoComplete="off"
+          value={typed}
+          onInput={(event) => setTyped(event.currentTarget.value)}
+        />
+      </label>
       <button type="submit">Connect</button>
     </form>
   );
@@ -32,22 +51,31 @@ function Header() {
     <header class="bar">
       <h1>diffusion workers</h1>
       <span class={`server${connectionError.value ? ' lost' : ''}`} role="status">
-        {connectionError.value ?? (now ? [now.state, now.device, `version ${now.version}`].filter(Boolean).join(' · ') : 'connecting …')}
+        {connectionError.value ??
+          (now ? [now.state, now.device, `version ${now.version}`].filter(Boolean).join(' · ') : 'connecting …')}
       </span>
       {connectionError.value && /token/.test(connectionError.value) && <Token />}
       <span class="spring" />
-      <a href="docs" target="_blank" rel="noreferrer">API</a>
-      <button type="button" onClick={() => (theme.value = next)} aria-label={`Colours: ${theme.value}, change to ${next}`}>{theme.value === 'auto' ? 'Auto' : theme.value === 'light' ? 'Light' : 'Dark'}</button>
+      <a href="docs" target="_blank" rel="noreferrer">
+        API
+      </a>
+      <button
+        type="button"
+        onClick={() => (theme.value = next)}
+        aria-label={`Colours: ${theme.value}, change to ${next}`}
+      >
+        {theme.value === 'auto' ? 'Auto' : theme.value === 'light' ? 'Light' : 'Dark'}
+      </button>
     </header>
   );
 }
 
-/** A picture that is dropped or pasted beside the places for pictures: its settings come back, or it becomes the start image. */
+/** An image dropped or pasted outside of an image field: its settings are restored, or it becomes the start image. */
 async function takeLoose(blob: Blob): Promise<void> {
   try {
     if (await restoreFile(blob)) return;
-    edit('image', reference(await addPicture(blob)));
-    status.value = 'The picture says nothing about itself: it is the start image now.';
+    edit('image', reference(await addImage(blob)));
+    status.value = 'The image has no metadata: it is the start image now.';
   } catch (error) {
     status.value = error instanceof Error ? error.message : String(error);
   }
@@ -81,7 +109,12 @@ function Page() {
     if (blob) void takeLoose(blob);
   };
   return (
-    <div class={`page${over ? ' over' : ''}`} onDrop={drop} onDragOver={(event) => (event.preventDefault(), setOver(true))} onDragLeave={(event) => event.relatedTarget === null && setOver(false)}>
+    <div
+      class={`page${over ? ' over' : ''}`}
+      onDrop={drop}
+      onDragOver={(event) => (event.preventDefault(), setOver(true))}
+      onDragLeave={(event) => event.relatedTarget === null && setOver(false)}
+    >
       <Header />
       <main>
         <Form />
@@ -97,7 +130,7 @@ async function start(): Promise<void> {
   items.value = await loadItems();
   await restoreGrid();
   const place = document.getElementById('page');
-  if (!place) throw new Error('the page has no place');
+  if (!place) throw new Error('the page has no #page element');
   render(<Page />, place);
   keepMeeting();
   keepPlanning();

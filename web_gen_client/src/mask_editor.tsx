@@ -1,6 +1,6 @@
-/** Paint where a picture is repainted: a canvas at the resolution of the picture, in a dialog. */
+/** Paint an inpainting mask: a canvas at the resolution of the image, in a dialog. */
 import { useEffect, useRef, useState } from 'preact/hooks';
-import { addPicture, loadImage, reference, type Picture } from './pictures';
+import { addImage, loadImage, reference, type InputImage } from './images';
 import { edit } from './state';
 
 const MOST_UNDO = 20;
@@ -12,7 +12,7 @@ interface Point {
 }
 
 /** The alpha of the painted layer from the brightness of a mask. */
-async function drawMask(pen: CanvasRenderingContext2D, mask: Picture): Promise<void> {
+async function drawMask(pen: CanvasRenderingContext2D, mask: InputImage): Promise<void> {
   const { width, height } = pen.canvas;
   pen.drawImage(await loadImage(mask.dataUri), 0, 0, width, height);
   const data = pen.getImageData(0, 0, width, height);
@@ -25,7 +25,7 @@ function maskOf(layer: HTMLCanvasElement): string {
   const canvas = document.createElement('canvas');
   [canvas.width, canvas.height] = [layer.width, layer.height];
   const pen = canvas.getContext('2d');
-  if (!pen) throw new Error('the browser gives no canvas');
+  if (!pen) throw new Error('the browser has no canvas');
   pen.drawImage(layer, 0, 0);
   pen.globalCompositeOperation = 'source-in';
   pen.fillStyle = '#fff';
@@ -37,25 +37,25 @@ function maskOf(layer: HTMLCanvasElement): string {
 }
 
 interface MaskEditorProps {
-  picture: Picture;
-  mask: Picture | undefined;
+  image: InputImage;
+  mask: InputImage | undefined;
   /** Where the mask goes */
   path: string;
   onClose: () => void;
 }
 
-export function MaskEditor({ picture, mask, path, onClose }: MaskEditorProps) {
+export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
   const dialog = useRef<HTMLDialogElement>(null);
   const layer = useRef<HTMLCanvasElement>(null);
   const ring = useRef<HTMLDivElement>(null);
   const undo = useRef<ImageData[]>([]);
   const last = useRef<Point | null>(null);
   const [erase, setErase] = useState(false);
-  const [size, setSize] = useState(Math.max(4, Math.round(Math.min(picture.width, picture.height) / 8)));
+  const [size, setSize] = useState(Math.max(4, Math.round(Math.min(image.width, image.height) / 8)));
 
   const pen = () => {
     const found = layer.current?.getContext('2d', { willReadFrequently: true });
-    if (!found) throw new Error('the browser gives no canvas');
+    if (!found) throw new Error('the browser has no canvas');
     return found;
   };
   useEffect(() => {
@@ -64,7 +64,7 @@ export function MaskEditor({ picture, mask, path, onClose }: MaskEditorProps) {
   }, []);
 
   const keep = () => {
-    undo.current = [...undo.current.slice(1 - MOST_UNDO), pen().getImageData(0, 0, picture.width, picture.height)];
+    undo.current = [...undo.current.slice(1 - MOST_UNDO), pen().getImageData(0, 0, image.width, image.height)];
   };
   const takeBack = () => {
     const before = undo.current.pop();
@@ -77,18 +77,22 @@ export function MaskEditor({ picture, mask, path, onClose }: MaskEditorProps) {
     work(drawing);
     drawing.restore();
   };
-  const all = { x: 0, y: 0, width: picture.width, height: picture.height };
+  const all = { x: 0, y: 0, width: image.width, height: image.height };
   const clear = () => change((drawing) => drawing.clearRect(all.x, all.y, all.width, all.height));
-  const invert = () => change((drawing) => {
-    drawing.globalCompositeOperation = 'source-out';
-    drawing.fillStyle = PAINT;
-    drawing.fillRect(all.x, all.y, all.width, all.height);
-  });
+  const invert = () =>
+    change((drawing) => {
+      drawing.globalCompositeOperation = 'source-out';
+      drawing.fillStyle = PAINT;
+      drawing.fillRect(all.x, all.y, all.width, all.height);
+    });
 
   const pointOf = (event: PointerEvent): Point => {
     const box = layer.current?.getBoundingClientRect();
     if (!box) return { x: 0, y: 0 };
-    return { x: ((event.clientX - box.left) / box.width) * picture.width, y: ((event.clientY - box.top) / box.height) * picture.height };
+    return {
+      x: ((event.clientX - box.left) / box.width) * image.width,
+      y: ((event.clientY - box.top) / box.height) * image.height,
+    };
   };
   const stroke = (to: Point) => {
     const drawing = pen();
@@ -113,8 +117,13 @@ export function MaskEditor({ picture, mask, path, onClose }: MaskEditorProps) {
   const move = (event: PointerEvent) => {
     const box = layer.current?.getBoundingClientRect();
     if (ring.current && box) {
-      const across = `${(size * box.width) / picture.width}px`;
-      Object.assign(ring.current.style, { width: across, height: across, left: `${event.clientX - box.left}px`, top: `${event.clientY - box.top}px` });
+      const across = `${(size * box.width) / image.width}px`;
+      Object.assign(ring.current.style, {
+        width: across,
+        height: across,
+        left: `${event.clientX - box.left}px`,
+        top: `${event.clientY - box.top}px`,
+      });
     }
     if (!last.current) return;
     for (const part of event.getCoalescedEvents?.() ?? []) stroke(pointOf(part));
@@ -124,7 +133,7 @@ export function MaskEditor({ picture, mask, path, onClose }: MaskEditorProps) {
 
   const key = (event: KeyboardEvent) => {
     const grow = { '[': 0.8, ']': 1.25 }[event.key];
-    if (grow) setSize((now) => Math.min(picture.width, Math.max(1, Math.round(now * grow))));
+    if (grow) setSize((now) => Math.min(image.width, Math.max(1, Math.round(now * grow))));
     else if (event.key === 'e') setErase((now) => !now);
     else if (event.key === 'z' && (event.ctrlKey || event.metaKey)) takeBack();
     else return;
@@ -132,30 +141,69 @@ export function MaskEditor({ picture, mask, path, onClose }: MaskEditorProps) {
   };
   const done = async () => {
     if (!layer.current) return;
-    edit(path, reference(await addPicture(maskOf(layer.current))));
+    edit(path, reference(await addImage(maskOf(layer.current))));
     dialog.current?.close();
   };
   return (
     <dialog ref={dialog} class="mask-editor" aria-label="Paint the mask" onClose={onClose} onKeyDown={key}>
       <div class="mask-tools" role="toolbar" aria-label="Mask tools">
-        <button type="button" aria-pressed={!erase} onClick={() => setErase(false)}>Paint</button>
-        <button type="button" aria-pressed={erase} onClick={() => setErase(true)}>Erase</button>
-        <label class="brush">Brush <input type="range" min="1" max={Math.max(picture.width, picture.height) / 2} value={size} onInput={(event) => setSize(Number(event.currentTarget.value))} /> <output>{size} px</output></label>
-        <button type="button" onClick={takeBack}>Undo</button>
-        <button type="button" onClick={invert}>Invert</button>
-        <button type="button" onClick={clear}>Clear</button>
+        <button type="button" aria-pressed={!erase} onClick={() => setErase(false)}>
+          Paint
+        </button>
+        <button type="button" aria-pressed={erase} onClick={() => setErase(true)}>
+          Erase
+        </button>
+        <label class="brush">
+          Brush{' '}
+          <input
+            type="range"
+            min="1"
+            max={Math.max(image.width, image.height) / 2}
+            value={size}
+            onInput={(event) => setSize(Number(event.currentTarget.value))}
+          />{' '}
+          <output>{size} px</output>
+        </label>
+        <button type="button" onClick={takeBack}>
+          Undo
+        </button>
+        <button type="button" onClick={invert}>
+          Invert
+        </button>
+        <button type="button" onClick={clear}>
+          Clear
+        </button>
         <span class="spring" />
-        <button type="button" onClick={() => dialog.current?.close()}>Cancel</button>
-        <button type="button" class="primary" onClick={() => void done()}>Done</button>
+        <button type="button" onClick={() => dialog.current?.close()}>
+          Cancel
+        </button>
+        <button type="button" class="primary" onClick={() => void done()}>
+          Done
+        </button>
       </div>
       <div class="mask-stage">
-        <div class="mask-picture" style={{ aspectRatio: `${picture.width} / ${picture.height}`, '--ratio': picture.width / picture.height }}>
-          <img src={picture.dataUri} alt="The picture below the mask" draggable={false} />
-          <canvas ref={layer} width={picture.width} height={picture.height} aria-label="Mask: what is painted is made anew" onPointerDown={down} onPointerMove={move} onPointerUp={up} onPointerCancel={up} />
+        <div
+          class="mask-image"
+          style={{ aspectRatio: `${image.width} / ${image.height}`, '--ratio': image.width / image.height }}
+        >
+          <img src={image.dataUri} alt="The image below the mask" draggable={false} />
+          <canvas
+            ref={layer}
+            width={image.width}
+            height={image.height}
+            aria-label="Mask: what is painted is repainted"
+            onPointerDown={down}
+            onPointerMove={move}
+            onPointerUp={up}
+            onPointerCancel={up}
+          />
           <div ref={ring} class="ring" aria-hidden="true" />
         </div>
       </div>
-      <p class="note">What is painted is made anew. <kbd>[</kbd> <kbd>]</kbd> brush size, <kbd>E</kbd> erase, <kbd>Ctrl</kbd> <kbd>Z</kbd> undo.</p>
+      <p class="note">
+        Paint what is repainted. <kbd>[</kbd> <kbd>]</kbd> brush size, <kbd>E</kbd> erase, <kbd>Ctrl</kbd> <kbd>Z</kbd>{' '}
+        undo.
+      </p>
     </dialog>
   );
 }

@@ -1,10 +1,10 @@
-/** The form follows the server's own OpenAPI document: names, types, bounds, defaults and descriptions are read from it. */
+/** The form follows the server's OpenAPI document: names, types, bounds, defaults and descriptions. */
 import { isObject, join, type Json, type JsonObject } from './paths';
 
 export interface Field {
   name: string;
   path: string;
-  kind: 'integer' | 'number' | 'boolean' | 'text' | 'choice' | 'list' | 'pairs' | 'object' | 'picture' | 'other';
+  kind: 'integer' | 'number' | 'boolean' | 'text' | 'choice' | 'list' | 'pairs' | 'object' | 'image' | 'other';
   description: string;
   choices: string[];
   minimum: number | undefined;
@@ -15,10 +15,24 @@ export interface Field {
 }
 
 const LABELS: Record<string, string> = {
-  num_inference_steps: 'Steps', guidance_scale: 'Guidance', num_images: 'Images', clip_skip: 'CLIP skip', true_cfg_scale: 'True CFG',
-  prompt_2: 'Second prompt', negative_prompt_2: 'Second negative prompt', use_karras_sigmas: 'Karras sigmas', preview_interval: 'Preview every',
-  timeout_seconds: 'Time limit', deepcache: 'DeepCache', conditioning_scale: 'Weight', guidance_start: 'Start', guidance_end: 'End',
-  max_sequence_length: 'T5 tokens', vae_precision: 'VAE precision', torch_compile: 'torch.compile', mask_blur: 'Mask blur',
+  num_inference_steps: 'Steps',
+  guidance_scale: 'Guidance',
+  num_images: 'Images',
+  clip_skip: 'CLIP skip',
+  true_cfg_scale: 'True CFG',
+  prompt_2: 'Second prompt',
+  negative_prompt_2: 'Second negative prompt',
+  use_karras_sigmas: 'Karras sigmas',
+  preview_interval: 'Preview every',
+  timeout_seconds: 'Time limit',
+  conditioning_scale: 'Weight',
+  guidance_start: 'Start',
+  guidance_end: 'End',
+  max_sequence_length: 'T5 tokens',
+  vae_dtype: 'VAE dtype',
+  vae_tiling: 'VAE tiling',
+  torch_compile: 'torch.compile',
+  mask_blur: 'Mask blur',
 };
 
 /** The name of a field as the page shows it. */
@@ -35,7 +49,8 @@ export class Schema {
   constructor(document: Json) {
     const components = isObject(document) && isObject(document['components']) ? document['components'] : {};
     this.schemas = isObject(components['schemas']) ? components['schemas'] : {};
-    if (!isObject(this.schemas['GenerationRequest'])) throw new Error('the OpenAPI document of the server has no GenerationRequest');
+    if (!isObject(this.schemas['GenerationRequest']))
+      throw new Error('the OpenAPI document of the server has no GenerationRequest');
   }
 
   /** The fields of a type, in the order of the document. */
@@ -51,7 +66,9 @@ export class Schema {
 
   private properties(schema: JsonObject, path: string): Field[] {
     const properties = isObject(schema['properties']) ? schema['properties'] : {};
-    return Object.entries(properties).map(([name, value]) => this.read(name, isObject(value) ? value : {}, join(path, name)));
+    return Object.entries(properties).map(([name, value]) =>
+      this.read(name, isObject(value) ? value : {}, join(path, name)),
+    );
   }
 
   private resolve(schema: JsonObject): JsonObject {
@@ -63,7 +80,10 @@ export class Schema {
     }
     const { allOf, ...own } = schema;
     if (!Array.isArray(allOf)) return schema;
-    return allOf.reduce<JsonObject>((merged, part) => ({ ...(isObject(part) ? this.resolve(part) : {}), ...merged }), own);
+    return allOf.reduce<JsonObject>(
+      (merged, part) => ({ ...(isObject(part) ? this.resolve(part) : {}), ...merged }),
+      own,
+    );
   }
 
   private read(name: string, raw: JsonObject, path: string): Field {
@@ -71,10 +91,13 @@ export class Schema {
     const kind = this.kindOf(schema);
     const number = (key: string) => (typeof schema[key] === 'number' ? schema[key] : undefined);
     return {
-      name, path, kind,
+      name,
+      path,
+      kind,
       description: typeof schema['description'] === 'string' ? schema['description'] : '',
       choices: Array.isArray(schema['enum']) ? schema['enum'].map(String) : [],
-      minimum: number('minimum'), maximum: number('maximum'),
+      minimum: number('minimum'),
+      maximum: number('maximum'),
       step: number('multipleOf') ?? (kind === 'integer' ? 1 : undefined),
       initial: schema['default'],
       fields: kind === 'object' ? this.properties(schema, path) : [],
@@ -82,19 +105,33 @@ export class Schema {
   }
 
   private kindOf(schema: JsonObject): Field['kind'] {
-    if (schema['x-name'] === 'ImageString') return 'picture';
+    if (schema['x-name'] === 'ImageString') return 'image';
     if (Array.isArray(schema['enum'])) return 'choice';
     const items = isObject(schema['items']) ? this.resolve(schema['items']) : {};
     switch (schema['type']) {
-      case 'integer': return 'integer';
-      case 'number': return 'number';
-      case 'boolean': return 'boolean';
-      case 'string': return 'text';
-      case 'array': return items['type'] === 'integer' ? 'list' : 'other';
-      case 'object': return isObject(schema['properties']) ? 'object' : 'pairs';
-      default: return 'other';
+      case 'integer':
+        return 'integer';
+      case 'number':
+        return 'number';
+      case 'boolean':
+        return 'boolean';
+      case 'string':
+        return 'text';
+      case 'array':
+        return items['type'] === 'integer' ? 'list' : 'other';
+      case 'object':
+        return isObject(schema['properties']) ? 'object' : 'pairs';
+      default:
+        return 'other';
     }
   }
+}
+
+/** A typed number. Other text, and integers that JavaScript cannot hold exactly, stay text, which the server refuses. */
+export function typedNumber(text: string, kind: Field['kind']): number | string {
+  const number = Number(text);
+  if (text.trim() === '' || !Number.isFinite(number)) return text;
+  return kind === 'integer' && Number.isInteger(number) && !Number.isSafeInteger(number) ? text.trim() : number;
 }
 
 /** What a field accepts, in a few words. */

@@ -1,6 +1,15 @@
-/** Questions to the server that are not a generation: what it can do, what a request would do, what a control map looks like. */
+/** Requests other than generations: what the server offers, what a request would do, what a control map looks like. */
 import { effect } from '@preact/signals';
-import { health as askHealth, listModels, OperationError, orThrow, plan, preprocess, type ControlMap, type PreprocessRequest } from 'ez-diffusion-client';
+import {
+  health as askHealth,
+  listModels,
+  OperationError,
+  orThrow,
+  plan,
+  preprocess,
+  type ControlMap,
+  type PreprocessRequest,
+} from 'ez-diffusion-client';
 import { clearErrors, showErrors, warnings } from './errors';
 import type { Json } from './paths';
 import { Schema } from './schema';
@@ -24,18 +33,22 @@ async function askSchema(): Promise<Schema> {
 /** Read what the server offers. */
 export async function meetServer(): Promise<void> {
   try {
-    const [found, offered] = await Promise.all([schema.value ?? askSchema(), orThrow(listModels({ client: client.value }))]);
+    const [found, offered] = await Promise.all([
+      schema.value ?? askSchema(),
+      orThrow(listModels({ client: client.value })),
+    ]);
     schema.value = found;
-    if (JSON.stringify(offered) !== JSON.stringify(models.value)) models.value = offered; // what depends on it is asked anew
+    const changed = JSON.stringify(offered) !== JSON.stringify(models.value);
+    if (changed) models.value = offered; // and everything that depends on it is requested again
     health.value = await orThrow(askHealth({ client: client.value }));
     connectionError.value = null;
   } catch (error) {
-    const told = error instanceof OperationError && error.httpStatus === 401 ? notAllowed() : error;
-    connectionError.value = told instanceof Error ? told.message : String(told);
+    const shown = error instanceof OperationError && error.httpStatus === 401 ? notAllowed() : error;
+    connectionError.value = shown instanceof Error ? shown.message : String(shown);
   }
 }
 
-/** Look at the server now and then, so that the page says when it is gone and goes on when it is back. */
+/** Poll the server, so that the page shows when it is not reachable, and continues when it is back. */
 export function keepMeeting(): void {
   void meetServer();
   setInterval(() => document.visibilityState === 'visible' && void meetServer(), LOOK_AGAIN_MS);

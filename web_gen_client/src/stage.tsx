@@ -1,4 +1,4 @@
-/** The middle of the page: the picture in the making, a picture of the gallery, two compared, or a grid. */
+/** The middle of the page: the running generation, an image of the gallery, a comparison of two, or a grid. */
 import { useState } from 'preact/hooks';
 import { copyMenu } from './copy_menu';
 import { addressOf, comparing, remove } from './gallery';
@@ -6,9 +6,9 @@ import { GridView } from './grid_view';
 import { cancel, jobs, secondsLeft, type RunningJob } from './jobs';
 import { gridRunning } from './grid';
 import { isObject, type Json, type JsonObject } from './paths';
-import { addPicture, bringBack, reference } from './pictures';
-import { formOfPlan } from './restore';
-import { edit, form, itemAt, replaceForm, shownItem, status, view, type View } from './state';
+import { addImage, reference } from './images';
+import { formOf } from './restore';
+import { edit, itemAt, replaceForm, shownItem, status, view, type View } from './state';
 import type { GalleryItem } from './storage';
 
 function seconds(value: number): string {
@@ -20,11 +20,16 @@ function stateOf(job: RunningJob): string {
   const event = job.event.value;
   if (job.cancelling.value) return 'Stopping …';
   switch (event.phase) {
-    case 'queued': return event.queue_position ? `Waiting, ${event.queue_position} before it` : 'Waiting';
-    case 'load': return 'Loading the model';
-    case 'encode': return 'Encoding';
-    case 'decode': return 'Decoding';
-    default: return `Step ${event.step ?? 0} of ${event.total_steps ?? '?'}`;
+    case 'queued':
+      return event.queue_position ? `Waiting, ${event.queue_position} before it` : 'Waiting';
+    case 'load':
+      return 'Loading the model';
+    case 'encode':
+      return 'Encoding';
+    case 'decode':
+      return 'Decoding';
+    default:
+      return `Step ${event.step ?? 0} of ${event.total_steps ?? '?'}`;
   }
 }
 
@@ -36,91 +41,154 @@ function Progress({ job }: { job: RunningJob }) {
     <div class="progress">
       <progress aria-label="Progress" {...(known ? { value: event.step ?? 0, max: event.total_steps ?? 1 } : {})} />
       <span class="state">{stateOf(job)}</span>
-      <span class="note">{left !== null && event.phase !== 'queued' ? `${seconds(left)} left` : ''}{event.seconds_per_step ? ` · ${event.seconds_per_step.toFixed(2)} s a step` : ''}</span>
+      <span class="note">
+        {left !== null && event.phase !== 'queued' ? `${seconds(left)} left` : ''}
+        {event.seconds_per_step ? ` · ${event.seconds_per_step.toFixed(2)} s a step` : ''}
+      </span>
       <span class="spring" />
-      <button type="button" onClick={() => void cancel(job)} disabled={job.cancelling.value}>Cancel <kbd>Esc</kbd></button>
+      <button type="button" onClick={() => void cancel(job)} disabled={job.cancelling.value}>
+        Cancel <kbd>Esc</kbd>
+      </button>
     </div>
   );
 }
 
-/** A picture as large as its place; small ones keep their pixels. */
+/** An image as large as its place; small ones keep their pixels. */
 function Frame({ source, name, small }: { source: string; name: string; small: boolean }) {
-  return <div class="frame"><img class={small ? 'pixels' : ''} src={source} alt={name} /></div>;
+  return (
+    <div class="frame">
+      <img class={small ? 'pixels' : ''} src={source} alt={name} />
+    </div>
+  );
 }
 
 function Live() {
   const job = jobs.value.find((other) => !other.cell);
   const preview = job?.preview.value;
-  if (job) return preview ? <Frame source={preview} name="Preview of the picture in the making" small /> : <div class="frame empty" aria-busy="true"><p>{stateOf(job)}</p></div>;
+  if (job)
+    return preview ? (
+      <Frame source={preview} name="Preview of the image" small />
+    ) : (
+      <div class="frame empty" aria-busy="true">
+        <p>{stateOf(job)}</p>
+      </div>
+    );
   return (
     <div class="frame empty">
       <div class="welcome">
-        <p>Write what the picture shows, and press <kbd>Ctrl</kbd> <kbd>Enter</kbd>.</p>
-        <p class="note">Drop a picture that was made here anywhere on the page to get its settings back. <kbd>Esc</kbd> cancels.</p>
+        <p>
+          Describe the image, and press <kbd>Ctrl</kbd> <kbd>Enter</kbd>.
+        </p>
+        <p class="note">
+          Drop a generated image anywhere on the page to restore its settings. <kbd>Esc</kbd> cancels.
+        </p>
       </div>
     </div>
   );
 }
 
-function formFor(item: GalleryItem): JsonObject {
-  const pictures = ['image', 'mask_image', 'controlnets'].flatMap((name) => (item.form[name] === undefined ? [] : [[name, item.form[name]] as const]));
-  const base = item.plan ? formOfPlan(item.plan) : item.form;
-  return { ...base, ...Object.fromEntries(pictures), seed: item.seed, num_images: 1, preview_interval: form.value['preview_interval'] ?? 0 };
-}
-
 function download(item: GalleryItem): void {
   const link = document.createElement('a');
   link.href = addressOf(item);
-  link.download = `${String(item.plan?.prompt ?? 'image').replaceAll(/[^\p{L}\p{N}]+/gu, '-').slice(0, 48) || 'image'}-${item.seed}.${item.blob.type.split('/')[1] ?? 'png'}`;
+  link.download = `${
+    String(item.plan?.prompt ?? 'image')
+      .replaceAll(/[^\p{L}\p{N}]+/gu, '-')
+      .slice(0, 48) || 'image'
+  }-${item.seed}.${item.blob.type.split('/')[1] ?? 'png'}`;
   link.click();
 }
 
 function Facts({ item }: { item: GalleryItem }) {
   const plan = item.plan;
   const facts: [string, string][] = [
-    ['Seed', String(item.seed)], ['Size', `${item.width} × ${item.height}`],
-    ...(plan ? [['Steps', String(plan.num_inference_steps)], ['Guidance', String(plan.guidance_scale)], ['Scheduler', plan.scheduler.name ?? plan.scheduler.class_name], ['Model', plan.model]] as [string, string][] : []),
+    ['Seed', String(item.seed)],
+    ['Size', `${item.width} × ${item.height}`],
+    ...(plan
+      ? ([
+          ['Steps', String(plan.num_inference_steps)],
+          ['Guidance', String(plan.guidance_scale)],
+          ['Scheduler', plan.scheduler.name ?? plan.scheduler.class_name],
+          ['Model', plan.model],
+        ] as [string, string][])
+      : []),
     ...(item.seconds === null ? [] : [['Time', seconds(item.seconds)] as [string, string]]),
   ];
-  return <dl class="facts">{facts.map(([name, text]) => <div key={name}><dt>{name}</dt><dd>{text}</dd></div>)}</dl>;
+  return (
+    <dl class="facts">
+      {facts.map(([name, text]) => (
+        <div key={name}>
+          <dt>{name}</dt>
+          <dd>{text}</dd>
+        </div>
+      ))}
+    </dl>
+  );
 }
 
 function Item({ item }: { item: GalleryItem }) {
   const use = async () => {
-    await bringBack(item.form);
-    replaceForm(formFor(item), true);
+    replaceForm(await formOf(item), true);
     status.value = 'Settings restored.';
   };
   return (
     <>
-      <Frame source={addressOf(item)} name={`${String(item.plan?.prompt ?? item.form['prompt'])}, seed ${item.seed}`} small={Math.max(item.width, item.height) <= 192} />
+      <Frame
+        source={addressOf(item)}
+        name={`${String(item.plan?.prompt ?? item.form['prompt'])}, seed ${item.seed}`}
+        small={Math.max(item.width, item.height) <= 192}
+      />
       <p class="caption">{item.plan?.prompt ?? String(item.form['prompt'])}</p>
       <Facts item={item} />
-      <div class="actions" role="group" aria-label="This picture">
-        <button type="button" onClick={() => void use()}>Reuse settings</button>
-        <button type="button" onClick={() => edit('seed', item.seed)}>Reuse seed</button>
-        <button type="button" onClick={async () => edit('image', reference(await addPicture(item.blob)))}>Start from it</button>
-        <button type="button" onClick={() => (comparing.value = item.id)}>Compare</button>
-        <button type="button" onClick={() => download(item)}>Download</button>
-        <button type="button" onClick={() => void remove(item.id)}>Delete</button>
-        {copyMenu(() => ({ form: formFor(item), lockSeed: true }))}
+      <div class="actions" role="group" aria-label="This image">
+        <button type="button" onClick={() => void use()}>
+          Reuse settings
+        </button>
+        <button type="button" onClick={() => edit('seed', item.seed)}>
+          Reuse seed
+        </button>
+        <button type="button" onClick={async () => edit('image', reference(await addImage(item.blob)))}>
+          Start from it
+        </button>
+        <button type="button" onClick={() => (comparing.value = item.id)}>
+          Compare
+        </button>
+        <button type="button" onClick={() => download(item)}>
+          Download
+        </button>
+        <button type="button" onClick={() => void remove(item.id)}>
+          Delete
+        </button>
+        {copyMenu(async () => ({ form: await formOf(item), lockSeed: true }))}
       </div>
-      {item.plan && <details class="receipt"><summary>Receipt</summary><pre tabIndex={0}>{JSON.stringify(item.plan, null, 2)}</pre></details>}
+      {item.plan && (
+        <details class="receipt">
+          <summary>Receipt</summary>
+          <pre tabIndex={0}>{JSON.stringify(item.plan, null, 2)}</pre>
+        </details>
+      )}
     </>
   );
 }
 
 function flat(value: Json | undefined, path = ''): [string, string][] {
-  if (isObject(value)) return Object.entries(value).flatMap(([key, inner]) => flat(inner, path ? `${path}.${key}` : key));
+  if (isObject(value))
+    return Object.entries(value).flatMap(([key, inner]) => flat(inner, path ? `${path}.${key}` : key));
   if (Array.isArray(value)) return value.flatMap((inner, i) => flat(inner, `${path}[${i}]`));
   return value === null || value === undefined ? [] : [[path, String(value)]];
 }
 
 /** What differs between two receipts. */
 function differences(a: GalleryItem, b: GalleryItem): [string, string, string][] {
-  const facts = (item: GalleryItem) => new Map(flat((item.plan ?? item.form) as unknown as JsonObject).filter(([path]) => !/^(environment|image_index|warnings|seeds)/.test(path)).concat([['seed', String(item.seed)]]));
+  const facts = (item: GalleryItem) =>
+    new Map(
+      flat((item.plan ?? item.form) as unknown as JsonObject)
+        .filter(([path]) => !/^(environment|image_index|warnings|seeds)/.test(path))
+        .concat([['seed', String(item.seed)]]),
+    );
   const [left, right] = [facts(a), facts(b)];
-  return [...new Set([...left.keys(), ...right.keys()])].filter((path) => left.get(path) !== right.get(path)).map((path) => [path, left.get(path) ?? '–', right.get(path) ?? '–']);
+  return [...new Set([...left.keys(), ...right.keys()])]
+    .filter((path) => left.get(path) !== right.get(path))
+    .map((path) => [path, left.get(path) ?? '–', right.get(path) ?? '–']);
 }
 
 function Compare({ a, b }: { a: GalleryItem; b: GalleryItem }) {
@@ -134,19 +202,49 @@ function Compare({ a, b }: { a: GalleryItem; b: GalleryItem }) {
           <img class={small} src={addressOf(b)} alt={`Right: seed ${b.seed}`} />
           <img class={`over ${small}`} src={addressOf(a)} alt={`Left: seed ${a.seed}`} />
           <span class="divider" aria-hidden="true" />
-          <input type="range" min="0" max="100" step="0.5" value={at} aria-label="How much of the left picture is shown" onInput={(event) => setAt(Number(event.currentTarget.value))} />
+          <input
+            type="range"
+            min="0"
+            max="100"
+            step="0.5"
+            value={at}
+            aria-label="How much of the left image is shown"
+            onInput={(event) => setAt(Number(event.currentTarget.value))}
+          />
         </div>
       </div>
-      {different.length === 0 ? <p class="note">Both have the same settings.</p> : (
+      {different.length === 0 ? (
+        <p class="note">Both have the same settings.</p>
+      ) : (
         <table class="differences">
-          <thead><tr><th scope="col">Differs</th><th scope="col">Left</th><th scope="col">Right</th></tr></thead>
-          <tbody>{different.map(([path, left, right]) => <tr key={path}><th scope="row">{path}</th><td>{left}</td><td>{right}</td></tr>)}</tbody>
+          <thead>
+            <tr>
+              <th scope="col">Differs</th>
+              <th scope="col">Left</th>
+              <th scope="col">Right</th>
+            </tr>
+          </thead>
+          <tbody>
+            {different.map(([path, left, right]) => (
+              <tr key={path}>
+                <th scope="row">{path}</th>
+                <td>{left}</td>
+                <td>{right}</td>
+              </tr>
+            ))}
+          </tbody>
         </table>
       )}
       <div class="actions">
-        <button type="button" onClick={() => (view.value = { kind: 'compare', a: b.id, b: a.id })}>Swap</button>
-        <button type="button" onClick={() => (view.value = { kind: 'item', id: a.id })}>Only left</button>
-        <button type="button" onClick={() => (view.value = { kind: 'item', id: b.id })}>Only right</button>
+        <button type="button" onClick={() => (view.value = { kind: 'compare', a: b.id, b: a.id })}>
+          Swap
+        </button>
+        <button type="button" onClick={() => (view.value = { kind: 'item', id: a.id })}>
+          Only left
+        </button>
+        <button type="button" onClick={() => (view.value = { kind: 'item', id: b.id })}>
+          Only right
+        </button>
       </div>
     </>
   );
@@ -165,11 +263,27 @@ function Shown() {
 function Tabs() {
   const now = view.value.kind;
   const running = jobs.value.some((job) => !job.cell);
-  const tabs: [View, string][] = [[{ kind: 'live' }, running ? 'Live' : 'Start'], [{ kind: 'grid' }, 'X/Y grid']];
+  const tabs: [View, string][] = [
+    [{ kind: 'live' }, running ? 'Live' : 'Start'],
+    [{ kind: 'grid' }, 'X/Y grid'],
+  ];
   return (
     <nav class="tabs" aria-label="Stage">
-      {tabs.map(([target, name]) => <button type="button" key={target.kind} aria-pressed={now === target.kind} onClick={() => (view.value = target)}>{name}</button>)}
-      {(now === 'item' || now === 'compare') && <button type="button" aria-pressed="true">{now === 'item' ? 'Picture' : 'Comparison'}</button>}
+      {tabs.map(([target, name]) => (
+        <button
+          type="button"
+          key={target.kind}
+          aria-pressed={now === target.kind}
+          onClick={() => (view.value = target)}
+        >
+          {name}
+        </button>
+      ))}
+      {(now === 'item' || now === 'compare') && (
+        <button type="button" aria-pressed="true">
+          {now === 'item' ? 'Image' : 'Comparison'}
+        </button>
+      )}
     </nav>
   );
 }
@@ -179,10 +293,16 @@ export function Stage() {
   const cells = jobs.value.filter((job) => job.cell);
   return (
     <section class="stage" aria-label="Stage">
-      <div class="stage-head"><Tabs /><p class="status" role="status">{status.value}</p></div>
-      {[...own, ...(gridRunning.value && view.value.kind !== 'grid' ? cells : [])].map((job) => <Progress key={job.key} job={job} />)}
+      <div class="stage-head">
+        <Tabs />
+        <p class="status" role="status">
+          {status.value}
+        </p>
+      </div>
+      {[...own, ...(gridRunning.value && view.value.kind !== 'grid' ? cells : [])].map((job) => (
+        <Progress key={job.key} job={job} />
+      ))}
       <Shown />
     </section>
   );
 }
-

@@ -1,14 +1,16 @@
-/** What the page knows: the form, the server, the gallery, and what is on the stage. */
+/** The state of the page: the form, the server, the gallery, and what is on the stage. */
 import { computed, effect, signal } from '@preact/signals';
 import { connect, type GenerationPlan, type GenerationRequest, type Health, type ModelList } from 'ez-diffusion-client';
 import { clearErrors } from './errors';
 import { get, isObject, set, type Json, type JsonObject } from './paths';
-import { bringBack, withData } from './pictures';
+import { bringBack, withData } from './images';
 import type { Schema } from './schema';
 import { loadSetting, saveSetting, type GalleryItem } from './storage';
+import { upgradeSettings } from './upgrade';
 
 export type Theme = 'auto' | 'light' | 'dark';
-export type View = { kind: 'live' } | { kind: 'item'; id: string } | { kind: 'compare'; a: string; b: string } | { kind: 'grid' };
+export type View =
+  { kind: 'live' } | { kind: 'item'; id: string } | { kind: 'compare'; a: string; b: string } | { kind: 'grid' };
 
 const EMPTY_FORM: JsonObject = { prompt: '', preview_interval: 4 };
 
@@ -41,7 +43,9 @@ export function value(path: string): Json | undefined {
 /** What a field holds now; `undefined` takes it out of the request. */
 export function edit(path: string, changed: Json | undefined): void {
   let next = set(form.value, path, changed);
-  if (changed === undefined && path === 'image') for (const depending of ['strength', 'mask_image', 'inpaint', 'resize_mode']) next = set(next, depending, undefined);
+  if (changed === undefined && path === 'image')
+    for (const depending of ['strength', 'mask_image', 'inpaint', 'resize_mode'])
+      next = set(next, depending, undefined);
   if (changed === undefined && path === 'mask_image') next = set(next, 'inpaint', undefined);
   if (path === 'seed') seedLocked.value = changed !== undefined;
   form.value = next;
@@ -54,7 +58,7 @@ export function replaceForm(next: JsonObject, lockSeed: boolean): void {
   clearErrors();
 }
 
-/** The request that a form stands for, with the data of its pictures. */
+/** The request that a form stands for, with the data of its images. */
 export function requestOf(source: JsonObject, lockSeed = seedLocked.value): GenerationRequest {
   const { seed, ...rest } = withData(source);
   const request = lockSeed && seed !== undefined ? { ...rest, seed } : rest;
@@ -72,9 +76,12 @@ export const shownItem = computed(() => (view.value.kind === 'item' ? itemAt(vie
 /** The settings of the last visit, and from then on each change of them. */
 export async function restoreSettings(): Promise<void> {
   const [storedForm, locked, storedTheme, storedToken] = await Promise.all([
-    loadSetting<JsonObject>('form'), loadSetting<boolean>('seedLocked'), loadSetting<Theme>('theme'), loadSetting<string>('token'),
+    loadSetting<JsonObject>('form'),
+    loadSetting<boolean>('seedLocked'),
+    loadSetting<Theme>('theme'),
+    loadSetting<string>('token'),
   ]);
-  if (isObject(storedForm)) form.value = await bringBack(storedForm);
+  if (isObject(storedForm)) form.value = await bringBack(upgradeSettings(storedForm));
   seedLocked.value = locked ?? false;
   theme.value = storedTheme ?? 'auto';
   token.value = storedToken ?? '';

@@ -1,7 +1,8 @@
-/** What survives a reload, in IndexedDB. Where the browser offers none (a private window), everything works and nothing stays. */
+/** What survives a reload, in IndexedDB. Without it (a private window), everything works and nothing is kept. */
 import type { GenerationPlan } from 'ez-diffusion-client';
+import type { InputImage } from './images';
 import type { JsonObject } from './paths';
-import type { Picture } from './pictures';
+import { upgradePlan, upgradeSettings } from './upgrade';
 
 export interface GalleryItem {
   id: string;
@@ -13,20 +14,22 @@ export interface GalleryItem {
   seconds: number | null;
   /** Absent where the image came without */
   plan: GenerationPlan | null;
-  /** The form it was made from, with names in place of pictures */
+  /** The form it was made from, with names in place of images */
   form: JsonObject;
 }
 
-const STORES = { images: 'id', pictures: 'id', settings: 'key' } as const;
+const STORES = { images: 'id', inputs: 'id', settings: 'key' } as const;
 type Store = keyof typeof STORES;
 let opened: Promise<IDBDatabase | null> | undefined;
 
 function open(): Promise<IDBDatabase | null> {
   opened ??= new Promise((resolve) => {
     try {
-      const request = indexedDB.open('diffusion-workers', 1);
+      const request = indexedDB.open('diffusion-workers', 2);
       request.onupgradeneeded = () => {
-        for (const [name, keyPath] of Object.entries(STORES)) request.result.createObjectStore(name, { keyPath });
+        const { objectStoreNames } = request.result;
+        for (const [name, keyPath] of Object.entries(STORES))
+          if (!objectStoreNames.contains(name)) request.result.createObjectStore(name, { keyPath });
       };
       request.onsuccess = () => resolve(request.result);
       request.onerror = () => resolve(null);
@@ -37,7 +40,11 @@ function open(): Promise<IDBDatabase | null> {
   return opened;
 }
 
-async function act<Result>(store: Store, mode: IDBTransactionMode, action: (store: IDBObjectStore) => IDBRequest<Result>): Promise<Result | undefined> {
+async function act<Result>(
+  store: Store,
+  mode: IDBTransactionMode,
+  action: (store: IDBObjectStore) => IDBRequest<Result>,
+): Promise<Result | undefined> {
   const database = await open();
   if (!database) return undefined;
   return new Promise((resolve, reject) => {
@@ -48,9 +55,14 @@ async function act<Result>(store: Store, mode: IDBTransactionMode, action: (stor
   });
 }
 
+/** An item as an earlier version of this page has stored it, in the schema of today. */
+function upgradeItem(item: GalleryItem): GalleryItem {
+  return { ...item, plan: item.plan && upgradePlan(item.plan), form: upgradeSettings(item.form) };
+}
+
 export async function loadItems(): Promise<GalleryItem[]> {
   const items = ((await act('images', 'readonly', (store) => store.getAll())) ?? []) as GalleryItem[];
-  return items.sort((a, b) => b.created - a.created);
+  return items.map(upgradeItem).sort((a, b) => b.created - a.created);
 }
 
 export async function saveItem(item: GalleryItem): Promise<void> {
@@ -61,19 +73,21 @@ export async function deleteItem(id: string): Promise<void> {
   await act('images', 'readwrite', (store) => store.delete(id));
 }
 
-export async function savePicture(picture: Picture): Promise<void> {
-  await act('pictures', 'readwrite', (store) => store.put(picture));
+export async function saveInputImage(image: InputImage): Promise<void> {
+  await act('inputs', 'readwrite', (store) => store.put(image));
 }
 
-export async function loadPictures(ids: string[]): Promise<Picture[]> {
-  const found = await Promise.all(ids.map((id) => act('pictures', 'readonly', (store) => store.get(id) as IDBRequest<Picture | undefined>)));
-  return found.filter((picture) => picture !== undefined);
+export async function loadInputImages(ids: string[]): Promise<InputImage[]> {
+  const found = await Promise.all(
+    ids.map((id) => act('inputs', 'readonly', (store) => store.get(id) as IDBRequest<InputImage | undefined>)),
+  );
+  return found.filter((image) => image !== undefined);
 }
 
-/** Forget the pictures that nothing refers to any more. */
-export async function keepPictures(used: ReadonlySet<string>): Promise<void> {
-  const keys = (await act('pictures', 'readonly', (store) => store.getAllKeys())) ?? [];
-  for (const key of keys) if (!used.has(String(key))) await act('pictures', 'readwrite', (store) => store.delete(key));
+/** Delete the input images that nothing refers to. */
+export async function keepInputImages(used: ReadonlySet<string>): Promise<void> {
+  const keys = (await act('inputs', 'readonly', (store) => store.getAllKeys())) ?? [];
+  for (const key of keys) if (!used.has(String(key))) await act('inputs', 'readwrite', (store) => store.delete(key));
 }
 
 export async function loadSetting<Value>(key: string): Promise<Value | undefined> {

@@ -1,4 +1,5 @@
 """The requests and responses of diffusion_workers, and a client for its local server and its RunPod worker."""
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,23 @@ if TYPE_CHECKING:
     from .client import AsyncClient, Client, Retries
     from .errors import ClientError, RequestFailed, raise_for_status
     from .pictures import image_bytes, pil_images
+    from .receipts import ReceiptImage, save_images
     from .targets import RunPod, Server
 
 # A program that only builds requests does not read httpx: these come when they are first asked for.
 _HOMES = {
-    "AsyncClient": "client", "Client": "client", "Retries": "client", "ClientError": "errors", "RequestFailed": "errors",
-    "raise_for_status": "errors", "image_bytes": "pictures", "pil_images": "pictures", "RunPod": "targets", "Server": "targets",
+    "AsyncClient": "client",
+    "Client": "client",
+    "Retries": "client",
+    "ClientError": "errors",
+    "RequestFailed": "errors",
+    "raise_for_status": "errors",
+    "image_bytes": "pictures",
+    "pil_images": "pictures",
+    "RunPod": "targets",
+    "Server": "targets",
+    "ReceiptImage": "receipts",
+    "save_images": "receipts",
 }
 __all__ = ["__version__", "models", *_HOMES]
 

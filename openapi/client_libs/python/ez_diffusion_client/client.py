@@ -1,16 +1,38 @@
-"""One call for a local server and for a RunPod endpoint, in step with the caller or with `await`."""
+"""One call for a local server and for a RunPod endpoint, synchronous or with `await`."""
+
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
+from httpx_sse import EventSource, ServerSentEvent, SSEError
 
-from .errors import ClientError, ConnectionLost, RequestFailed, ServerUnreachable, UnexpectedAnswer, WaitTimeout, raise_for_status
-from .models import GenerationRequest, Health, Job, JobState, MemoryReport, ModelList, OpResult, OpStatus, PreprocessRequest, ProgressEvent
-from .pictures import request_body
+from .errors import (
+    ClientError,
+    ConnectionLost,
+    RequestFailed,
+    ServerUnreachable,
+    UnexpectedAnswer,
+    WaitTimeout,
+    raise_for_status,
+)
+from .models import (
+    GenerationRequest,
+    Health,
+    Job,
+    JobState,
+    MemoryReport,
+    ModelList,
+    OpResult,
+    OpStatus,
+    Phase,
+    PreprocessRequest,
+    ProgressEvent,
+)
+from .pictures import request_body, restore_body
 from .targets import Call, RunPod, Server, parse_answer
 
 T = TypeVar("T")
@@ -36,7 +58,9 @@ def _not_done(response: httpx.Response) -> bool:  # whether the answer says that
         told = OpResult.model_validate_json(response.content)
     except ValueError:
         return response.status_code == 429
-    return told.status == OpStatus.queue_full or told.status == OpStatus.cancelled and any(error.retryable for error in told.errors or [])
+    return told.status == OpStatus.queue_full or (
+        told.status == OpStatus.cancelled and any(error.retryable for error in told.errors or [])
+    )
 
 
 def next_pause(
@@ -45,12 +69,16 @@ def next_pause(
     outcome: httpx.Response | httpx.TransportError,
     retries: Retries,
 ) -> float | None:  # seconds to wait before it is sent again; None is never
-    """Whether to send a call again: always where it was never sent or turned away, and after other trouble where twice does no harm."""
+    """Whether to send a call again: always if it was never sent or was refused, else if sending it twice is safe."""
     if attempt >= retries.attempts:
         return None
     pause = min(retries.longest_pause, retries.first_pause * 2 ** (attempt - 1))
     if isinstance(outcome, httpx.TransportError):
-        return pause if isinstance(outcome, _NEVER_SENT) or call.safe and not isinstance(outcome, httpx.TimeoutException) else None
+        return (
+            pause
+            if isinstance(outcome, _NEVER_SENT) or (call.safe and not isinstance(outcome, httpx.TimeoutException))
+            else None
+        )
     if outcome.status_code not in _PASSING or not (call.safe or _not_done(outcome)):
         return None
     asked = outcome.headers.get("retry-after", "")
@@ -81,30 +109,38 @@ def failures_so_far(
     """How many streams in a row have brought nothing new; raises when they are too many."""
     failures = 1 if seen > 1 else failures + 1  # the first event of a stream repeats the last one
     if failures >= retries.attempts:
-        raise _told_error(broke, url) if broke is not None else ConnectionLost(f"{url} ends the events of the job without a result")
+        raise (
+            _told_error(broke, url)
+            if broke is not None
+            else ConnectionLost(f"{url} ends the events of the job without a result")
+        )
     return failures
 
 
-class _EventDecoder:
-    def __init__(self) -> None:
-        self.data: list[str] = []
-
-    def __call__(self, line: str) -> ProgressEvent | None:  # the event that the line completes
-        if line.startswith("data:"):
-            self.data.append(line[5:].removeprefix(" "))
-        elif not line and self.data:
-            text, self.data = "\n".join(self.data), []
-            try:
-                return ProgressEvent.model_validate_json(text)
-            except ValueError:
-                raise UnexpectedAnswer(f"this is no ProgressEvent: {text[:200]!r}") from None
+def progress_event(message: ServerSentEvent) -> ProgressEvent | None:
+    """The event in a message of a stream; None where the message carries none, such as a sign of life."""
+    if not message.data:
         return None
+    try:
+        return ProgressEvent.model_validate_json(message.data)
+    except ValueError:
+        raise UnexpectedAnswer(f"this is not a ProgressEvent: {message.data[:200]!r}") from None
 
 
-def decode_events(lines: Iterable[str]) -> Iterator[ProgressEvent]:
-    """The events in the lines of a text/event-stream."""
-    decode = _EventDecoder()
-    yield from (event for line in lines if (event := decode(line)) is not None)
+class _UntilDeadline(httpx.SyncByteStream):
+    """A response body that is given up once the time is up: a server sends at least a comment every 15 seconds."""
+
+    def __init__(self, stream: httpx.SyncByteStream, check: Callable[[], Any]):
+        self._stream = stream
+        self._check = check
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self._stream:
+            self._check()
+            yield part
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 class _Base:
@@ -139,7 +175,13 @@ def _deadline(timeout: float | None) -> float | None:
 class Client(_Base):
     """A client that waits. Use it in a `with` block, or close it."""
 
-    def __init__(self, target: str | Server | RunPod = "http://127.0.0.1:8000", *, retries: Retries = Retries(), transport: httpx.BaseTransport | None = None):
+    def __init__(
+        self,
+        target: str | Server | RunPod = "http://127.0.0.1:8000",
+        *,
+        retries: Retries = Retries(),
+        transport: httpx.BaseTransport | None = None,
+    ):
         super().__init__(target, retries=retries)
         self._http = httpx.Client(base_url=self.target.base, headers=self.target.headers, transport=transport)
 
@@ -156,7 +198,9 @@ class Client(_Base):
     def _do(self, call: Call[T], timeout: float | None = None) -> T:
         for attempt in range(1, self.retries.attempts + 1):
             try:
-                outcome: Any = self._http.request(call.method, call.path, json=call.body, timeout=_timeout(call, timeout))
+                outcome: Any = self._http.request(
+                    call.method, call.path, json=call.body, timeout=_timeout(call, timeout)
+                )
             except httpx.TransportError as exc:
                 outcome = exc
             pause = next_pause(call, attempt, outcome, self.retries)
@@ -179,7 +223,9 @@ class Client(_Base):
         body, deadline = request_body(request, fields), _deadline(timeout)
         if on_progress is not None:
             return self._watched(body, on_progress, deadline)
-        alone = timeout is None or isinstance(self.target, Server)  # a server notices when the connection is closed; RunPod has to be told, by the job's id
+        alone = timeout is None or isinstance(
+            self.target, Server
+        )  # a server notices when the connection is closed; RunPod has to be told, by the job's id
         job, looks = self._do(self.target.run(body) if alone else self.target.submit(body), timeout), 0
         while job.result is None:
             self._wait_or_cancel(job.id, self._poll(looks), deadline)
@@ -242,7 +288,9 @@ class Client(_Base):
         return self._events(job_id, None)
 
     def _events(self, job_id: str, deadline: float | None) -> Iterator[ProgressEvent]:
-        return self._polled(job_id, deadline) if isinstance(self.target, RunPod) else self._streamed(job_id, deadline)
+        if isinstance(self.target, RunPod):
+            return self._polled(self.target, job_id, deadline)
+        return self._streamed(job_id, deadline)
 
     def _streamed(self, job_id: str, deadline: float | None = None) -> Iterator[ProgressEvent]:
         failures = 0
@@ -253,26 +301,29 @@ class Client(_Base):
                     if not response.is_success:
                         response.read()
                         raise_for_status(parse_answer(OpResult, response))
-                    for event in decode_events(self._timed(response.iter_lines(), deadline)):
+                    body = response.stream
+                    assert isinstance(body, httpx.SyncByteStream)
+                    response.stream = _UntilDeadline(body, lambda: self._left(deadline))
+                    for message in EventSource(response).iter_sse():
+                        event = progress_event(message)
+                        if event is None:
+                            continue
                         seen += 1
                         yield event
                         if event.result is not None:
                             return
+            except SSEError as exc:
+                raise UnexpectedAnswer(f"{self.target.base} does not stream events: {exc}") from None
             except httpx.TransportError as exc:
                 broke = exc
             failures = failures_so_far(failures, seen, broke, self.retries, self.target.base)
             time.sleep(self.retries.first_pause)
 
-    def _timed(self, lines: Iterable[str], deadline: float | None) -> Iterator[str]:  # a server sends at least a comment every 15 seconds
-        for line in lines:
-            self._left(deadline)
-            yield line
-
-    def _polled(self, job_id: str, deadline: float | None = None) -> Iterator[ProgressEvent]:
+    def _polled(self, target: RunPod, job_id: str, deadline: float | None) -> Iterator[ProgressEvent]:
         looks = 0
         while True:
             self._left(deadline)
-            batch = self._do(self.target.stream(job_id))
+            batch = self._do(target.stream(job_id))
             yield from batch.events
             if any(event.result is not None for event in batch.events):
                 return
@@ -293,6 +344,15 @@ class Client(_Base):
         """The control map of a picture."""
         return self._do(self.target.ask("POST", "/preprocess", OpResult, request_body(request, fields)))
 
+    def restore(
+        self,
+        image: Any = None,  # an image file: bytes, a path, base64 text or a URL
+        *,
+        parameters: str | None = None,  # prompt, negative prompt and settings as other programs write them
+    ) -> OpResult:  # its `restored` holds the request
+        """Restore the request that made an image from the image's metadata."""
+        return self._do(self.target.ask("POST", "/restore", OpResult, restore_body(image, parameters)))
+
     def models(self) -> ModelList:
         """The models that the server offers."""
         return self._do(self.target.ask("GET", "/models", ModelList))
@@ -308,14 +368,21 @@ class Client(_Base):
 
 def ended_event(job: Job) -> ProgressEvent:
     """The last event of a job that has ended."""
-    phase = {JobState.succeeded: "done", JobState.cancelled: "cancelled"}.get(job.state, "failed")
-    return ProgressEvent(phase=phase, job_id=job.id, message=job.result.message, result=job.result)
+    phase = {JobState.succeeded: Phase.done, JobState.cancelled: Phase.cancelled}.get(job.state, Phase.failed)
+    message = None if job.result is None else job.result.message
+    return ProgressEvent(phase=phase, job_id=job.id, message=message, result=job.result)
 
 
 class AsyncClient(_Base):
     """The same calls with `await`. Use it in an `async with` block, or close it."""
 
-    def __init__(self, target: str | Server | RunPod = "http://127.0.0.1:8000", *, retries: Retries = Retries(), transport: httpx.AsyncBaseTransport | None = None):
+    def __init__(
+        self,
+        target: str | Server | RunPod = "http://127.0.0.1:8000",
+        *,
+        retries: Retries = Retries(),
+        transport: httpx.AsyncBaseTransport | None = None,
+    ):
         super().__init__(target, retries=retries)
         self._http = httpx.AsyncClient(base_url=self.target.base, headers=self.target.headers, transport=transport)
 
@@ -332,7 +399,9 @@ class AsyncClient(_Base):
     async def _do(self, call: Call[T]) -> T:
         for attempt in range(1, self.retries.attempts + 1):
             try:
-                outcome: Any = await self._http.request(call.method, call.path, json=call.body, timeout=_timeout(call, None))
+                outcome: Any = await self._http.request(
+                    call.method, call.path, json=call.body, timeout=_timeout(call, None)
+                )
             except httpx.TransportError as exc:
                 outcome = exc
             pause = next_pause(call, attempt, outcome, self.retries)
@@ -360,7 +429,9 @@ class AsyncClient(_Base):
             raise WaitTimeout("the time for this request is up") from None
 
     async def _run(self, body: dict[str, Any]) -> OpResult:
-        by_id = isinstance(self.target, RunPod)  # a server notices when the connection is closed; RunPod has to be told, by the job's id
+        by_id = isinstance(
+            self.target, RunPod
+        )  # a server notices when the connection is closed; RunPod has to be told, by the job's id
         job, looks = await self._do(self.target.submit(body) if by_id else self.target.run(body)), 0
         try:
             while job.result is None:
@@ -405,7 +476,7 @@ class AsyncClient(_Base):
         *,
         timeout: float | None = None,  # seconds after which `WaitTimeout` is raised
     ) -> OpResult:
-        """Wait for a job that was submitted before; whoever stops waiting, or is cancelled, leaves the work as it is."""
+        """Wait for a job that was submitted before; a cancelled wait leaves the work as it is."""
         deadline, looks = _deadline(timeout), 0
         while (result := (await self.job(job_id)).result) is None:
             left = self._left(deadline)
@@ -419,32 +490,39 @@ class AsyncClient(_Base):
 
     def events(self, job_id: str) -> AsyncIterator[ProgressEvent]:
         """The events of a job as they come, the last one with the result; a broken connection is taken up again."""
-        return self._polled(job_id) if isinstance(self.target, RunPod) else self._streamed(job_id)
+        if isinstance(self.target, RunPod):
+            return self._polled(self.target, job_id)
+        return self._streamed(job_id)
 
     async def _streamed(self, job_id: str) -> AsyncIterator[ProgressEvent]:
         failures = 0
         while True:
-            seen, broke, decode = 0, None, _EventDecoder()
+            seen, broke = 0, None
             try:
                 async with self._http.stream("GET", f"/jobs/{job_id}/events", timeout=_STREAM_TIMEOUT) as response:
                     if not response.is_success:
                         await response.aread()
                         raise_for_status(parse_answer(OpResult, response))
-                    async for line in response.aiter_lines():
-                        if (event := decode(line)) is not None:
+                    async with aclosing(EventSource(response).aiter_sse()) as messages:
+                        async for message in messages:
+                            event = progress_event(message)
+                            if event is None:
+                                continue
                             seen += 1
                             yield event
                             if event.result is not None:
                                 return
+            except SSEError as exc:
+                raise UnexpectedAnswer(f"{self.target.base} does not stream events: {exc}") from None
             except httpx.TransportError as exc:
                 broke = exc
             failures = failures_so_far(failures, seen, broke, self.retries, self.target.base)
             await asyncio.sleep(self.retries.first_pause)
 
-    async def _polled(self, job_id: str) -> AsyncIterator[ProgressEvent]:
+    async def _polled(self, target: RunPod, job_id: str) -> AsyncIterator[ProgressEvent]:
         looks = 0
         while True:
-            batch = await self._do(self.target.stream(job_id))
+            batch = await self._do(target.stream(job_id))
             for event in batch.events:
                 yield event
                 if event.result is not None:
@@ -465,6 +543,15 @@ class AsyncClient(_Base):
     async def preprocess(self, request: PreprocessRequest | dict[str, Any] | None = None, **fields: Any) -> OpResult:
         """The control map of a picture."""
         return await self._do(self.target.ask("POST", "/preprocess", OpResult, request_body(request, fields)))
+
+    async def restore(
+        self,
+        image: Any = None,  # an image file: bytes, a path, base64 text or a URL
+        *,
+        parameters: str | None = None,  # prompt, negative prompt and settings as other programs write them
+    ) -> OpResult:  # its `restored` holds the request
+        """Restore the request that made an image from the image's metadata."""
+        return await self._do(self.target.ask("POST", "/restore", OpResult, restore_body(image, parameters)))
 
     async def models(self) -> ModelList:
         """The models that the server offers."""

@@ -1,4 +1,5 @@
-"""What can go wrong: an answer that says no is an `OpResult` or a `RequestFailed`, anything else is another `ClientError`."""
+"""Errors of the client: a failed request is an `OpResult` or a `RequestFailed`, anything else another `ClientError`."""
+
 from .models import ErrorDetail, OpResult, OpStatus
 
 
@@ -105,11 +106,21 @@ class InternalError(RequestFailed):
 
 
 FAILURES: dict[OpStatus, type[RequestFailed]] = {
-    OpStatus.invalid_request: InvalidRequest, OpStatus.unknown_model: UnknownModel, OpStatus.unsupported_combination: UnsupportedCombination,
-    OpStatus.bad_image: BadImage, OpStatus.lora_not_found: LoraNotFound, OpStatus.controlnet_not_found: ControlnetNotFound,
-    OpStatus.missing_dependency: MissingDependency, OpStatus.model_unavailable: ModelUnavailable, OpStatus.out_of_memory: OutOfMemory,
-    OpStatus.cancelled: Cancelled, OpStatus.timed_out: TimedOut, OpStatus.queue_full: QueueFull, OpStatus.unauthorized: Unauthorized,
-    OpStatus.not_found: NotFound, OpStatus.internal_error: InternalError,
+    OpStatus.invalid_request: InvalidRequest,
+    OpStatus.unknown_model: UnknownModel,
+    OpStatus.unsupported_combination: UnsupportedCombination,
+    OpStatus.bad_image: BadImage,
+    OpStatus.lora_not_found: LoraNotFound,
+    OpStatus.controlnet_not_found: ControlnetNotFound,
+    OpStatus.missing_dependency: MissingDependency,
+    OpStatus.model_unavailable: ModelUnavailable,
+    OpStatus.out_of_memory: OutOfMemory,
+    OpStatus.cancelled: Cancelled,
+    OpStatus.timed_out: TimedOut,
+    OpStatus.queue_full: QueueFull,
+    OpStatus.unauthorized: Unauthorized,
+    OpStatus.not_found: NotFound,
+    OpStatus.internal_error: InternalError,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -39,6 +39,7 @@ class ModelFamily(StrEnum):
     sd15 = "sd15"
     sdxl = "sdxl"
     flux = "flux"
+    sd35 = "sd35"
 
 
 class ModelKind(StrEnum):
@@ -434,44 +435,74 @@ class ControlNetUnit(BaseModel):
     ] = False
 
 
-class UNetCacheMethod(StrEnum):
+class Dtype(StrEnum):
     """
-    deepcache is the package of that name; step_cache is this project's own, which also reuses what ControlNets add
+    A floating-point type of weights
+    """
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class ComputeDtype(StrEnum):
+    """
+    A floating-point type of arithmetic that is faster and less exact than float32
+    """
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class StepCacheMethod(StrEnum):
+    """
+    How a step reuses what earlier steps computed. For U-Nets (SD 1.5, SDXL): deepcache is the package of that name, deep_features this project's own implementation of its idea, which can also reuse ControlNet residuals. For transformers (Flux): first_block, taylorseer and mag
     """
 
     deepcache = "deepcache"
-    step_cache = "step_cache"
+    deep_features = "deep_features"
+    first_block = "first_block"
+    taylorseer = "taylorseer"
+    mag = "mag"
 
 
-class DeepCacheOptions(BaseModel):
+class StepCacheOptions(BaseModel):
     """
-    Reuse of the deep features of a U-Net between steps (Ma, Fang and Wang, CVPR 2024, arXiv:2312.00858)
+    Reuse of features between denoising steps; faster, and changes pixels
     """
 
     model_config = ConfigDict(
         extra="forbid",
     )
-    method: UNetCacheMethod = UNetCacheMethod.deepcache
-    cache_interval: Annotated[
-        StrictInt,
+    method: StepCacheMethod
+    interval: Annotated[
+        StrictInt | None,
         Field(
-            description="Every how many steps the whole network runs; 1 is off",
+            description="deepcache, deep_features, taylorseer: every how many steps the whole denoiser runs; default: 3, taylorseer 5",
             ge=1,
             le=100,
         ),
-    ] = 3
-    cache_branch_id: Annotated[
-        StrictInt,
+    ] = None
+    threshold: Annotated[
+        StrictFloat | None,
         Field(
-            description="The skip branch at which the cached features enter; 0 skips most",
+            description="first_block, mag: relative change below which a step is reused; default: first_block 0.05, mag 0.06",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = None
+    branch: Annotated[
+        StrictInt | None,
+        Field(
+            description="deepcache, deep_features: the skip branch at which cached features enter; default: 0, which skips most",
             ge=0,
             le=32,
         ),
-    ] = 0
+    ] = None
     start: Annotated[
         StrictFloat,
         Field(
-            description="Share of the steps before which the whole network runs",
+            description="deepcache, deep_features: share of the steps before which the whole denoiser runs",
             ge=0.0,
             le=1.0,
         ),
@@ -479,44 +510,22 @@ class DeepCacheOptions(BaseModel):
     end: Annotated[
         StrictFloat,
         Field(
-            description="Share of the steps after which the whole network runs",
+            description="deepcache, deep_features: share of the steps after which the whole denoiser runs",
             ge=0.0,
             le=1.0,
         ),
     ] = 1.0
-
-
-class StepCacheName(StrEnum):
-    """
-    Step caches of transformer models
-    """
-
-    first_block = "first_block"
-    taylorseer = "taylorseer"
-    mag = "mag"
-
-
-class ComputeDtype(StrEnum):
-    """
-    Number formats that are faster, and rounder
-    """
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class VaePrecision(StrEnum):
-    """
-    How latents are decoded
-    """
-
-    full = "full"
-    bf16 = "bf16"
+    reuse_control_residuals: Annotated[
+        StrictBool | None,
+        Field(
+            description="deepcache, deep_features: reuse ControlNet residuals on the steps that the cache skips; default: true for deep_features, false for deepcache"
+        ),
+    ] = None
 
 
 class AccelerationOptions(BaseModel):
     """
-    What else may trade time for exactness; each is named in the receipt
+    Other settings that trade exactness for time; each is named in the receipt
     """
 
     model_config = ConfigDict(
@@ -524,9 +533,22 @@ class AccelerationOptions(BaseModel):
     )
     torch_compile: Annotated[
         StrictBool | None,
-        Field(description="Compile the denoiser; absent follows the installation"),
+        Field(
+            description="Compile the denoiser; default: the setting of the installation"
+        ),
     ] = None
-    compute_dtype: ComputeDtype | None = None
+    dtype: Annotated[
+        ComputeDtype | None,
+        Field(
+            description="Dtype of the denoiser's arithmetic; default: that of its weights"
+        ),
+    ] = None
+    vae_dtype: Annotated[
+        ComputeDtype | None,
+        Field(
+            description="Dtype in which the VAE decodes; default: that of its weights"
+        ),
+    ] = None
     guidance_start: Annotated[
         StrictFloat | None,
         Field(
@@ -551,34 +573,20 @@ class AccelerationOptions(BaseModel):
             le=1.0,
         ),
     ] = None
-    step_cache: StepCacheName | None = None
-    step_cache_threshold: Annotated[
-        StrictFloat | None,
-        Field(
-            description="Relative change below which first_block and mag reuse a step",
-            ge=0.0,
-            le=1.0,
-        ),
-    ] = None
-    step_cache_interval: Annotated[
-        StrictInt | None,
-        Field(
-            description="Every how many steps taylorseer runs the whole network",
-            ge=1,
-            le=100,
-        ),
-    ] = None
-    reuse_control_residuals: Annotated[
-        StrictBool | None,
-        Field(
-            description="Reuse the output of ControlNets on the steps that the U-Net cache skips; absent, step_cache does and deepcache does not"
-        ),
-    ] = None
-    vae_precision: VaePrecision = VaePrecision.full
+
+
+class MemoryOptions(BaseModel):
+    """
+    Settings that trade time for device memory
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
     batch_size: Annotated[
         StrictInt | None,
         Field(
-            description="Images that go through the network together; fewer need less memory",
+            description="Images that go through the denoiser together; fewer need less memory",
             ge=1,
             le=8,
         ),
@@ -586,7 +594,7 @@ class AccelerationOptions(BaseModel):
     vae_tiling: Annotated[
         StrictBool | None,
         Field(
-            description="Decode in tiles that overlap; needs less memory and changes pixels a little"
+            description="Decode in overlapping tiles; needs less memory and changes pixels a little; default: the model's"
         ),
     ] = None
 
@@ -673,12 +681,15 @@ class GenerationRequest(BaseModel):
     ] = None
     prompt: Annotated[
         StrictStr,
-        Field(description="What the picture shows", max_length=10000, min_length=1),
+        Field(
+            description="What the image shows; may be empty for inpainting, and with a ControlNet unit in control mode control",
+            max_length=10000,
+        ),
     ]
     prompt_2: Annotated[
         StrictStr | None,
         Field(
-            description="For the second text encoder (SDXL, Flux); absent repeats prompt",
+            description="For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt",
             max_length=10000,
         ),
     ] = None
@@ -747,8 +758,8 @@ class GenerationRequest(BaseModel):
     seed: Annotated[
         StrictInt | None,
         Field(
-            description="Seed of the first image, image i takes seed + i; absent draws one",
-            ge=0,
+            description="Seed of the first image, image i takes seed + i; absent or -1 draws one, which the plan names",
+            ge=-1,
             le=9007199254740991,
         ),
     ] = None
@@ -818,8 +829,9 @@ class GenerationRequest(BaseModel):
             min_length=1,
         ),
     ] = None
-    deepcache: DeepCacheOptions | None = None
+    step_cache: StepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
+    memory: MemoryOptions | None = None
     output: OutputOptions | None = None
     preview_interval: Annotated[
         StrictInt,
@@ -904,6 +916,30 @@ class PlannedControl(BaseModel):
     return_map: StrictBool = False
 
 
+class PlannedLora(BaseModel):
+    """
+    A LoRA with the file that its name stands for
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    name: StrictStr
+    scale: StrictFloat = 1.0
+    text_encoder_scale: StrictFloat | None = None
+    block_scales: dict[str, StrictFloat] | None = None
+    source: Annotated[
+        StrictStr | None,
+        Field(
+            description="Where the file comes from, such as file:ink.safetensors or hub:owner/name"
+        ),
+    ] = None
+    sha256: Annotated[
+        StrictStr | None,
+        Field(description="Of the file; absent in receipts of older versions"),
+    ] = None
+
+
 class Environment(BaseModel):
     """
     Where the plan was carried out
@@ -977,13 +1013,14 @@ class GenerationPlan(BaseModel):
     resize_mode: ResizeMode = ResizeMode.just_resize
     mask_image: PlannedImage | None = None
     inpaint: InpaintOptions | None = None
-    loras: list[Lora] | None = None
+    loras: list[PlannedLora] | None = None
     controlnets: list[PlannedControl] | None = None
     profile: Annotated[
         StrictStr | None, Field(description="The profile that settings were taken from")
     ] = None
-    deepcache: DeepCacheOptions | None = None
+    step_cache: StepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
+    memory: MemoryOptions | None = None
     output: OutputOptions | None = None
     warnings: Annotated[
         list[RequestWarning] | None,
@@ -1095,6 +1132,97 @@ class PreprocessRequest(BaseModel):
     ] = None
 
 
+class RestoreRequest(BaseModel):
+    """
+    Where a request is restored from: an image file with metadata, or a text of parameters; give one of them
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    image: Annotated[
+        StrictStr | None,
+        Field(
+            description="The file as it was written (PNG, JPEG or WebP): saving an image again may remove its metadata",
+            max_length=134217728,
+            min_length=1,
+        ),
+    ] = None
+    parameters: Annotated[
+        StrictStr | None,
+        Field(
+            description='Prompt, negative prompt and settings as other programs write them, such as "a cat / Steps: 20, Seed: 1" on two lines',
+            max_length=1000000,
+            min_length=1,
+        ),
+    ] = None
+    request_id: Annotated[
+        StrictStr | None,
+        Field(max_length=128, min_length=1, pattern="^[A-Za-z0-9._:-]+$"),
+    ] = None
+
+
+class MetadataSource(StrEnum):
+    """
+    What a request was restored from: the plan that this project embeds, the parameters that other programs write, or nothing
+    """
+
+    plan = "plan"
+    parameters = "parameters"
+    none = "none"
+
+
+class LostSetting(BaseModel):
+    """
+    A setting that could not be restored
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    name: Annotated[
+        StrictStr,
+        Field(
+            description="As the metadata names it, or the path of the field, such as controlnets[0].image"
+        ),
+    ]
+    given: Annotated[
+        StrictStr | None, Field(description="What the metadata holds, digit by digit")
+    ] = None
+    reason: Annotated[StrictStr, Field(description="Why it could not be restored")]
+
+
+class RestoredRequest(BaseModel):
+    """
+    A request read from metadata
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    source: MetadataSource
+    request: Annotated[
+        dict[str, Any],
+        Field(
+            description="Fields of a GenerationRequest. Metadata holds no images: the fields named by missing_images are absent, and the request is refused until they are given again."
+        ),
+    ]
+    missing_images: Annotated[
+        list[StrictStr] | None,
+        Field(
+            description="Fields that need their image again, such as image or controlnets[0].image"
+        ),
+    ] = None
+    plan: Annotated[
+        GenerationPlan | None,
+        Field(description="The plan that made the image, where it is embedded"),
+    ] = None
+    lost: Annotated[
+        list[LostSetting] | None,
+        Field(description="Everything in the metadata that the request does not hold"),
+    ] = None
+
+
 class DeviceMemory(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -1117,7 +1245,10 @@ class ModelMemory(BaseModel):
         StrictInt, Field(description="Of its weights, shared ones counted once")
     ]
     device: StrictStr | None = None
-    dtype: StrictStr | None = None
+    dtype: Annotated[
+        Dtype | None,
+        Field(description="Of its arithmetic, unless a request sets another one"),
+    ] = None
     components: Annotated[
         dict[str, StrictInt] | None, Field(description="Bytes of each component")
     ] = None
@@ -1280,6 +1411,7 @@ class OpResult(BaseModel):
         ),
     ] = None
     control_map: ControlMap | None = None
+    restored: RestoredRequest | None = None
     memory: MemoryReport | None = None
     health: Health | None = None
     request_id: StrictStr | None = None

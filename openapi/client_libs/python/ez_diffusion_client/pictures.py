@@ -1,4 +1,5 @@
 """Pictures on their way in and out: bytes, files, and PIL images where Pillow is installed."""
+
 import base64
 import io
 import json
@@ -7,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from .models import GenerationRequest, OpResult
+from .models import GenerationRequest, OpResult, PreprocessRequest
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from .receipts import ReceiptImage
 
 _FIELDS = ("image", "mask_image")
 
@@ -33,7 +34,9 @@ def picture_text(
 def _with_text(body: dict[str, Any]) -> dict[str, Any]:
     body = body | {name: picture_text(body[name]) for name in _FIELDS if name in body}
     if isinstance(body.get("controlnets"), (list, tuple)):
-        body["controlnets"] = [_with_text(plain(unit)) if isinstance(unit, (dict, BaseModel)) else unit for unit in body["controlnets"]]
+        body["controlnets"] = [
+            _with_text(plain(unit)) if isinstance(unit, (dict, BaseModel)) else unit for unit in body["controlnets"]
+        ]
     return body
 
 
@@ -43,7 +46,7 @@ def plain(value: Any) -> Any:
 
 
 def request_body(
-    request: GenerationRequest | dict[str, Any] | str | bytes | None,  # as an object, a dict or JSON
+    request: GenerationRequest | PreprocessRequest | dict[str, Any] | str | bytes | None,  # an object, a dict or JSON
     fields: dict[str, Any],  # set or override single fields
 ) -> dict[str, Any]:
     """What is sent for a request; the server checks it."""
@@ -54,18 +57,29 @@ def request_body(
     return _with_text(merged)
 
 
+def restore_body(
+    image: Any,  # an image file: bytes, a path, base64 text or a URL
+    parameters: str | None,
+) -> dict[str, Any]:
+    """What is sent to restore a request; a `TypeError` for a PIL image, which would be sent without its metadata."""
+    if hasattr(image, "getbands"):
+        raise TypeError("give the image file (bytes or a path): sending a PIL image would drop its metadata")
+    given = {"image": picture_text(image), "parameters": parameters}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def image_bytes(
     result: OpResult,  # of a generation
 ) -> list[bytes]:
-    """The files of the images, in the format that was asked for; a `RequestFailed` where there are none because it failed."""
+    """The files of the images, in the requested format; a `RequestFailed` if the request failed."""
     from .errors import raise_for_status
 
     made = raise_for_status(result).generation
     return [base64.b64decode(image.image) for image in made.images] if made else []
 
 
-def pil_images(result: OpResult) -> "list[Image.Image]":
-    """The images for Pillow, which has to be installed."""
-    from PIL import Image
+def pil_images(result: OpResult) -> "list[ReceiptImage]":
+    """The images for Pillow, which has to be installed; their `save` keeps the receipt."""
+    from .receipts import ReceiptImage
 
-    return [Image.open(io.BytesIO(data)) for data in image_bytes(result)]
+    return [ReceiptImage.open(data) for data in image_bytes(result)]

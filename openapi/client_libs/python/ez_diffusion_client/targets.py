@@ -1,4 +1,5 @@
 """Where requests go: a local server or a RunPod endpoint, as plain descriptions of HTTP calls that know no network."""
+
 import json
 import os
 from collections.abc import Callable
@@ -41,7 +42,9 @@ def parse_answer(model: type[Model], response: httpx.Response) -> Model:
         return model.model_validate_json(response.content)
     except ValidationError:
         start = response.text[:200]
-        raise UnexpectedAnswer(f"{response.request.url} answered {response.status_code} with something that is no {model.__name__}: {start!r}") from None
+        raise UnexpectedAnswer(
+            f"{response.request.url} answered {response.status_code}, and not with a {model.__name__}: {start!r}"
+        ) from None
 
 
 def ended_job(job_id: str, result: OpResult) -> Job:
@@ -94,7 +97,9 @@ class Server:
         return Call(method, path, _checked(model), body)
 
 
-def _checked(model: type[Model]) -> Callable[[httpx.Response], Model]:  # an answer that is a failure is raised where another type is expected
+def _checked(
+    model: type[Model],
+) -> Callable[[httpx.Response], Model]:  # an answer that is a failure is raised where another type is expected
     def read(response: httpx.Response) -> Model:
         if model is not OpResult and not response.is_success:
             try:
@@ -110,8 +115,12 @@ def _checked(model: type[Model]) -> Callable[[httpx.Response], Model]:  # an ans
 # --- RunPod -----------------------------------------------------------------
 
 _RUNPOD_STATES = {
-    "IN_QUEUE": JobState.queued, "IN_PROGRESS": JobState.running, "COMPLETED": JobState.succeeded,
-    "FAILED": JobState.failed, "CANCELLED": JobState.cancelled, "TIMED_OUT": JobState.failed,
+    "IN_QUEUE": JobState.queued,
+    "IN_PROGRESS": JobState.running,
+    "COMPLETED": JobState.succeeded,
+    "FAILED": JobState.failed,
+    "CANCELLED": JobState.cancelled,
+    "TIMED_OUT": JobState.failed,
 }
 _RUNPOD_FAILURES = {"FAILED": OpStatus.internal_error, "CANCELLED": OpStatus.cancelled, "TIMED_OUT": OpStatus.timed_out}
 
@@ -126,7 +135,11 @@ def output_event(output: Any) -> ProgressEvent | None:
         result = OpResult.model_validate_json(json.dumps(output))
     except ValidationError:
         return None
-    return ProgressEvent(phase={OpStatus.success: Phase.done, OpStatus.cancelled: Phase.cancelled}.get(result.status, Phase.failed), message=result.message, result=result)
+    return ProgressEvent(
+        phase={OpStatus.success: Phase.done, OpStatus.cancelled: Phase.cancelled}.get(result.status, Phase.failed),
+        message=result.message,
+        result=result,
+    )
 
 
 def output_result(output: Any) -> OpResult | None:
@@ -157,13 +170,21 @@ def runpod_job(response: httpx.Response) -> Job:
     told = _told(response)
     status = told.get("status")
     if not isinstance(told.get("id"), str) or status not in _RUNPOD_STATES:
-        raise UnexpectedAnswer(f"{response.request.url} answered {response.status_code} and no job: {response.text[:200]!r}")
+        raise UnexpectedAnswer(
+            f"{response.request.url} answered {response.status_code} and no job: {response.text[:200]!r}"
+        )
     result = output_result(told.get("output")) or (error_result(told.get("error")) if status == "FAILED" else None)
     if result is None and status in _RUNPOD_FAILURES:
         result = failed_result(_RUNPOD_FAILURES[status], str(told.get("error") or f"RunPod says {status}")[:1000])
     if result is None and status == "COMPLETED":
-        raise UnexpectedAnswer(f"the worker of this endpoint returned something that is no OpResult: {str(told.get('output'))[:200]!r}")
-    return ended_job(told["id"], result) if result is not None and status not in ("IN_QUEUE", "IN_PROGRESS") else Job(id=told["id"], state=_RUNPOD_STATES[status])
+        raise UnexpectedAnswer(
+            f"the worker of this endpoint returned something that is no OpResult: {str(told.get('output'))[:200]!r}"
+        )
+    return (
+        ended_job(told["id"], result)
+        if result is not None and status not in ("IN_QUEUE", "IN_PROGRESS")
+        else Job(id=told["id"], state=_RUNPOD_STATES[status])
+    )
 
 
 def _told(response: httpx.Response) -> dict[str, Any]:
@@ -172,7 +193,9 @@ def _told(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         told = None
     if not isinstance(told, dict):
-        raise UnexpectedAnswer(f"{response.request.url} answered {response.status_code} and no JSON object: {response.text[:200]!r}")
+        raise UnexpectedAnswer(
+            f"{response.request.url} answered {response.status_code} and no JSON object: {response.text[:200]!r}"
+        )
     return told
 
 
@@ -182,7 +205,10 @@ def runpod_batch(response: httpx.Response) -> Batch:
         runpod_job(response)
     told = _told(response)
     items = [item.get("output") for item in told.get("stream") or [] if isinstance(item, dict)]
-    return Batch([event for event in map(output_event, items) if event is not None], told.get("status") not in ("IN_QUEUE", "IN_PROGRESS"))
+    return Batch(
+        [event for event in map(output_event, items) if event is not None],
+        told.get("status") not in ("IN_QUEUE", "IN_PROGRESS"),
+    )
 
 
 @dataclass(frozen=True)

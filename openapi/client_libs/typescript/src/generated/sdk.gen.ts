@@ -2,7 +2,7 @@
 
 import { client } from './client.gen.js';
 import type { Client, Options as Options2, TDataShape } from './client/index.js';
-import type { CancelJobData, CancelJobErrors, CancelJobResponses, CreateJobData, CreateJobErrors, CreateJobResponses, GenerateData, GenerateErrors, GenerateResponses, GetJobData, GetJobErrors, GetJobResponses, HealthData, HealthResponses, ListModelsData, ListModelsErrors, ListModelsResponses, MemoryInfoData, MemoryInfoErrors, MemoryInfoResponses, MetricsData, MetricsResponses, PlanData, PlanErrors, PlanResponses, PreprocessData, PreprocessErrors, PreprocessResponses, ReadyData, ReadyErrors, ReadyResponses, StreamJobEventsData, StreamJobEventsErrors, StreamJobEventsResponse, StreamJobEventsResponses } from './types.gen.js';
+import type { CancelJobData, CancelJobErrors, CancelJobResponses, CreateJobData, CreateJobErrors, CreateJobResponses, GenerateData, GenerateErrors, GenerateResponses, GetJobData, GetJobErrors, GetJobResponses, HealthData, HealthResponses, ListModelsData, ListModelsErrors, ListModelsResponses, MemoryInfoData, MemoryInfoErrors, MemoryInfoResponses, MetricsData, MetricsResponses, PlanData, PlanErrors, PlanResponses, PreprocessData, PreprocessErrors, PreprocessResponses, ReadyData, ReadyErrors, ReadyResponses, RestoreData, RestoreErrors, RestoreResponses, StreamJobEventsData, StreamJobEventsErrors, StreamJobEventsResponse, StreamJobEventsResponses } from './types.gen.js';
 
 export type Options<TData extends TDataShape = TDataShape, ThrowOnError extends boolean = boolean, TResponse = unknown> = Options2<TData, ThrowOnError, TResponse> & {
     /**
@@ -47,6 +47,18 @@ export const plan = <ThrowOnError extends boolean = false>(options: Options<Plan
  */
 export const preprocess = <ThrowOnError extends boolean = false>(options: Options<PreprocessData, ThrowOnError>) => (options.client ?? client).post<PreprocessResponses, PreprocessErrors, ThrowOnError>({
     url: '/preprocess',
+    ...options,
+    headers: {
+        'Content-Type': 'application/json',
+        ...options.headers
+    }
+});
+
+/**
+ * Turn the metadata of an image into a request
+ */
+export const restore = <ThrowOnError extends boolean = false>(options: Options<RestoreData, ThrowOnError>) => (options.client ?? client).post<RestoreResponses, RestoreErrors, ThrowOnError>({
+    url: '/restore',
     ...options,
     headers: {
         'Content-Type': 'application/json',

@@ -20,7 +20,8 @@ export type Seed = number;
 export const ModelFamily = {
     SD15: 'sd15',
     SDXL: 'sdxl',
-    FLUX: 'flux'
+    FLUX: 'flux',
+    SD35: 'sd35'
 } as const;
 
 /**
@@ -400,81 +401,92 @@ export type ControlNetUnit = {
 };
 
 /**
- * deepcache is the package of that name; step_cache is this project's own, which also reuses what ControlNets add
+ * A floating-point type of weights
  */
-export const UNetCacheMethod = { DEEPCACHE: 'deepcache', STEP_CACHE: 'step_cache' } as const;
+export const Dtype = {
+    FLOAT32: 'float32',
+    BFLOAT16: 'bfloat16',
+    FLOAT16: 'float16'
+} as const;
 
 /**
- * deepcache is the package of that name; step_cache is this project's own, which also reuses what ControlNets add
+ * A floating-point type of weights
  */
-export type UNetCacheMethod = typeof UNetCacheMethod[keyof typeof UNetCacheMethod];
+export type Dtype = typeof Dtype[keyof typeof Dtype];
 
 /**
- * Reuse of the deep features of a U-Net between steps (Ma, Fang and Wang, CVPR 2024, arXiv:2312.00858)
+ * A floating-point type of arithmetic that is faster and less exact than float32
  */
-export type DeepCacheOptions = {
-    method?: UNetCacheMethod;
-    /**
-     * Every how many steps the whole network runs; 1 is off
-     */
-    cache_interval?: number;
-    /**
-     * The skip branch at which the cached features enter; 0 skips most
-     */
-    cache_branch_id?: number;
-    /**
-     * Share of the steps before which the whole network runs
-     */
-    start?: number;
-    /**
-     * Share of the steps after which the whole network runs
-     */
-    end?: number;
-};
+export const ComputeDtype = { BFLOAT16: 'bfloat16', FLOAT16: 'float16' } as const;
 
 /**
- * Step caches of transformer models
+ * A floating-point type of arithmetic that is faster and less exact than float32
  */
-export const StepCacheName = {
+export type ComputeDtype = typeof ComputeDtype[keyof typeof ComputeDtype];
+
+/**
+ * How a step reuses what earlier steps computed. For U-Nets (SD 1.5, SDXL): deepcache is the package of that name, deep_features this project's own implementation of its idea, which can also reuse ControlNet residuals. For transformers (Flux): first_block, taylorseer and mag
+ */
+export const StepCacheMethod = {
+    DEEPCACHE: 'deepcache',
+    DEEP_FEATURES: 'deep_features',
     FIRST_BLOCK: 'first_block',
     TAYLORSEER: 'taylorseer',
     MAG: 'mag'
 } as const;
 
 /**
- * Step caches of transformer models
+ * How a step reuses what earlier steps computed. For U-Nets (SD 1.5, SDXL): deepcache is the package of that name, deep_features this project's own implementation of its idea, which can also reuse ControlNet residuals. For transformers (Flux): first_block, taylorseer and mag
  */
-export type StepCacheName = typeof StepCacheName[keyof typeof StepCacheName];
+export type StepCacheMethod = typeof StepCacheMethod[keyof typeof StepCacheMethod];
 
 /**
- * Number formats that are faster, and rounder
+ * Reuse of features between denoising steps; faster, and changes pixels
  */
-export const ComputeDtype = { BFLOAT16: 'bfloat16', FLOAT16: 'float16' } as const;
+export type StepCacheOptions = {
+    method: StepCacheMethod;
+    /**
+     * deepcache, deep_features, taylorseer: every how many steps the whole denoiser runs; default: 3, taylorseer 5
+     */
+    interval?: number | null;
+    /**
+     * first_block, mag: relative change below which a step is reused; default: first_block 0.05, mag 0.06
+     */
+    threshold?: number | null;
+    /**
+     * deepcache, deep_features: the skip branch at which cached features enter; default: 0, which skips most
+     */
+    branch?: number | null;
+    /**
+     * deepcache, deep_features: share of the steps before which the whole denoiser runs
+     */
+    start?: number;
+    /**
+     * deepcache, deep_features: share of the steps after which the whole denoiser runs
+     */
+    end?: number;
+    /**
+     * deepcache, deep_features: reuse ControlNet residuals on the steps that the cache skips; default: true for deep_features, false for deepcache
+     */
+    reuse_control_residuals?: boolean | null;
+};
 
 /**
- * Number formats that are faster, and rounder
- */
-export type ComputeDtype = typeof ComputeDtype[keyof typeof ComputeDtype];
-
-/**
- * How latents are decoded
- */
-export const VaePrecision = { FULL: 'full', BF16: 'bf16' } as const;
-
-/**
- * How latents are decoded
- */
-export type VaePrecision = typeof VaePrecision[keyof typeof VaePrecision];
-
-/**
- * What else may trade time for exactness; each is named in the receipt
+ * Other settings that trade exactness for time; each is named in the receipt
  */
 export type AccelerationOptions = {
     /**
-     * Compile the denoiser; absent follows the installation
+     * Compile the denoiser; default: the setting of the installation
      */
     torch_compile?: boolean | null;
-    compute_dtype?: ComputeDtype | null;
+    /**
+     * Dtype of the denoiser's arithmetic; default: that of its weights
+     */
+    dtype?: ComputeDtype | null;
+    /**
+     * Dtype in which the VAE decodes; default: that of its weights
+     */
+    vae_dtype?: ComputeDtype | null;
     /**
      * Share of the steps before which there is no classifier-free guidance
      */
@@ -487,26 +499,18 @@ export type AccelerationOptions = {
      * Drop guidance for the rest of the steps once it changes the prediction by less than this share
      */
     guidance_tolerance?: number | null;
-    step_cache?: StepCacheName | null;
+};
+
+/**
+ * Settings that trade time for device memory
+ */
+export type MemoryOptions = {
     /**
-     * Relative change below which first_block and mag reuse a step
-     */
-    step_cache_threshold?: number | null;
-    /**
-     * Every how many steps taylorseer runs the whole network
-     */
-    step_cache_interval?: number | null;
-    /**
-     * Reuse the output of ControlNets on the steps that the U-Net cache skips; absent, step_cache does and deepcache does not
-     */
-    reuse_control_residuals?: boolean | null;
-    vae_precision?: VaePrecision;
-    /**
-     * Images that go through the network together; fewer need less memory
+     * Images that go through the denoiser together; fewer need less memory
      */
     batch_size?: number | null;
     /**
-     * Decode in tiles that overlap; needs less memory and changes pixels a little
+     * Decode in overlapping tiles; needs less memory and changes pixels a little; default: the model's
      */
     vae_tiling?: boolean | null;
 };
@@ -579,11 +583,11 @@ export type GenerationRequest = {
      */
     model?: string | null;
     /**
-     * What the picture shows
+     * What the image shows; may be empty for inpainting, and with a ControlNet unit in control mode control
      */
     prompt: string;
     /**
-     * For the second text encoder (SDXL, Flux); absent repeats prompt
+     * For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt
      */
     prompt_2?: string | null;
     /**
@@ -623,9 +627,9 @@ export type GenerationRequest = {
      */
     num_images?: number | null;
     /**
-     * Seed of the first image, image i takes seed + i; absent draws one
+     * Seed of the first image, image i takes seed + i; absent or -1 draws one, which the plan names
      */
-    seed?: Seed | null;
+    seed?: number | null;
     /**
      * One seed for each image
      */
@@ -674,8 +678,9 @@ export type GenerationRequest = {
      * A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or fast
      */
     profile?: string | null;
-    deepcache?: DeepCacheOptions | null;
+    step_cache?: StepCacheOptions | null;
     acceleration?: AccelerationOptions | null;
+    memory?: MemoryOptions | null;
     output?: OutputOptions | null;
     /**
      * Steps between two previews in the progress events; 0 is none
@@ -741,6 +746,26 @@ export type PlannedControl = {
      */
     union_mode?: number | null;
     return_map?: boolean;
+};
+
+/**
+ * A LoRA with the file that its name stands for
+ */
+export type PlannedLora = {
+    name: string;
+    scale?: number;
+    text_encoder_scale?: number | null;
+    block_scales?: {
+        [key: string]: number;
+    } | null;
+    /**
+     * Where the file comes from, such as file:ink.safetensors or hub:owner/name
+     */
+    source?: string | null;
+    /**
+     * Of the file; absent in receipts of older versions
+     */
+    sha256?: string | null;
 };
 
 /**
@@ -819,14 +844,15 @@ export type GenerationPlan = {
     resize_mode?: ResizeMode;
     mask_image?: PlannedImage | null;
     inpaint?: InpaintOptions | null;
-    loras?: Array<Lora> | null;
+    loras?: Array<PlannedLora> | null;
     controlnets?: Array<PlannedControl> | null;
     /**
      * The profile that settings were taken from
      */
     profile?: string | null;
-    deepcache?: DeepCacheOptions | null;
+    step_cache?: StepCacheOptions | null;
     acceleration?: AccelerationOptions | null;
+    memory?: MemoryOptions | null;
     output?: OutputOptions;
     /**
      * What was rounded, ignored, converted or cut off
@@ -909,6 +935,78 @@ export type PreprocessRequest = {
 };
 
 /**
+ * Where a request is restored from: an image file with metadata, or a text of parameters; give one of them
+ */
+export type RestoreRequest = {
+    /**
+     * The file as it was written (PNG, JPEG or WebP): saving an image again may remove its metadata
+     */
+    image?: ImageString | null;
+    /**
+     * Prompt, negative prompt and settings as other programs write them, such as "a cat / Steps: 20, Seed: 1" on two lines
+     */
+    parameters?: string | null;
+    request_id?: string | null;
+};
+
+/**
+ * What a request was restored from: the plan that this project embeds, the parameters that other programs write, or nothing
+ */
+export const MetadataSource = {
+    PLAN: 'plan',
+    PARAMETERS: 'parameters',
+    NONE: 'none'
+} as const;
+
+/**
+ * What a request was restored from: the plan that this project embeds, the parameters that other programs write, or nothing
+ */
+export type MetadataSource = typeof MetadataSource[keyof typeof MetadataSource];
+
+/**
+ * A setting that could not be restored
+ */
+export type LostSetting = {
+    /**
+     * As the metadata names it, or the path of the field, such as controlnets[0].image
+     */
+    name: string;
+    /**
+     * What the metadata holds, digit by digit
+     */
+    given?: string | null;
+    /**
+     * Why it could not be restored
+     */
+    reason: string;
+};
+
+/**
+ * A request read from metadata
+ */
+export type RestoredRequest = {
+    source: MetadataSource;
+    /**
+     * Fields of a GenerationRequest. Metadata holds no images: the fields named by missing_images are absent, and the request is refused until they are given again.
+     */
+    request: {
+        [key: string]: unknown;
+    };
+    /**
+     * Fields that need their image again, such as image or controlnets[0].image
+     */
+    missing_images?: Array<string> | null;
+    /**
+     * The plan that made the image, where it is embedded
+     */
+    plan?: GenerationPlan | null;
+    /**
+     * Everything in the metadata that the request does not hold
+     */
+    lost?: Array<LostSetting> | null;
+};
+
+/**
  * How an operation ended, with what it made or why it failed
  */
 export type OpResult = {
@@ -925,6 +1023,7 @@ export type OpResult = {
      */
     plan?: GenerationPlan | null;
     control_map?: ControlMap | null;
+    restored?: RestoredRequest | null;
     memory?: MemoryReport | null;
     health?: Health | null;
     request_id?: string | null;
@@ -950,7 +1049,10 @@ export type ModelMemory = {
      */
     bytes: number;
     device?: string | null;
-    dtype?: string | null;
+    /**
+     * Of its arithmetic, unless a request sets another one
+     */
+    dtype?: Dtype | null;
     /**
      * Bytes of each component
      */
@@ -1244,6 +1346,31 @@ export type PreprocessResponses = {
 };
 
 export type PreprocessResponse = PreprocessResponses[keyof PreprocessResponses];
+
+export type RestoreData = {
+    body: RestoreRequest;
+    path?: never;
+    query?: never;
+    url: '/restore';
+};
+
+export type RestoreErrors = {
+    /**
+     * An OpResult whose status says what went wrong and whose errors name the fields
+     */
+    default: OpResult;
+};
+
+export type RestoreError = RestoreErrors[keyof RestoreErrors];
+
+export type RestoreResponses = {
+    /**
+     * What was asked for
+     */
+    200: OpResult;
+};
+
+export type RestoreResponse = RestoreResponses[keyof RestoreResponses];
 
 export type CreateJobData = {
     body: GenerationRequest;

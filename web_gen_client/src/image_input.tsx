@@ -1,0 +1,113 @@
+/** An image for the request: dropped, pasted, chosen, or dragged from the gallery. */
+import { useRef, useState } from 'preact/hooks';
+import { Errors, usePlace } from './fields';
+import { addImage, imageAt, reference } from './images';
+import { edit, itemAt, value } from './state';
+import type { ComponentChildren } from 'preact';
+
+export const ITEM_TYPE = 'application/x-gallery-item';
+
+/** The image in what was dropped or pasted. */
+export function blobIn(data: DataTransfer | null): Blob | undefined {
+  const item = data && itemAt(data.getData(ITEM_TYPE));
+  return item?.blob ?? [...(data?.files ?? [])].find((file) => file.type.startsWith('image/'));
+}
+
+interface ImageInputProps {
+  path: string;
+  title: string;
+  description: string;
+  /** Further buttons, once there is an image */
+  actions?: ComponentChildren;
+  /** In place of the image itself, a second one beside it */
+  beside?: ComponentChildren;
+}
+
+export function ImageInput({ path, title, description, actions, beside }: ImageInputProps) {
+  const place = usePlace(path);
+  const chooser = useRef<HTMLInputElement>(null);
+  const [problem, setProblem] = useState('');
+  const [over, setOver] = useState(false);
+  const image = imageAt(value(path));
+
+  const take = async (blob: Blob | undefined) => {
+    if (!blob) return setProblem('This is not an image.');
+    try {
+      setProblem('');
+      edit(path, reference(await addImage(blob)));
+    } catch (error) {
+      setProblem(error instanceof Error ? error.message : String(error));
+    }
+  };
+  const drop = (event: DragEvent) => {
+    event.preventDefault();
+    event.stopPropagation();
+    setOver(false);
+    void take(blobIn(event.dataTransfer));
+  };
+  const paste = (event: ClipboardEvent) => {
+    if (!blobIn(event.clipboardData)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    void take(blobIn(event.clipboardData));
+  };
+  const size = image && `${image.width} × ${image.height}`;
+  return (
+    <div class="field wide" ref={place} title={description}>
+      <div class="label-row">
+        <span class="label">{title}</span>
+        {size && <span class="note">{size}</span>}
+      </div>
+      <div
+        class={`image-input${over ? ' over' : ''}${image ? ' filled' : ''}`}
+        onDrop={drop}
+        onDragOver={(event) => (event.preventDefault(), event.stopPropagation(), setOver(true))}
+        onDragLeave={() => setOver(false)}
+        onPaste={paste}
+      >
+        <input
+          ref={chooser}
+          class="unseen"
+          type="file"
+          accept="image/png,image/jpeg,image/webp,image/*"
+          aria-label={`${title}: choose a file`}
+          tabIndex={-1}
+          data-image={path}
+          onChange={(event) => (void take(event.currentTarget.files?.[0]), (event.currentTarget.value = ''))}
+        />
+        {image ? (
+          <>
+            <img src={image.dataUri} alt={`${title}, ${size}`} />
+            {beside}
+          </>
+        ) : (
+          <button
+            type="button"
+            class="drop"
+            onClick={() => chooser.current?.click()}
+            aria-label={`${title}: choose, drop or paste an image`}
+          >
+            Drop, paste or <u>choose</u>
+          </button>
+        )}
+      </div>
+      {image && (
+        <div class="actions">
+          <button type="button" onClick={() => chooser.current?.click()} aria-label={`Replace ${title}`}>
+            Replace
+          </button>
+          {actions}
+          <button type="button" onClick={() => edit(path, undefined)} aria-label={`Remove ${title}`}>
+            Remove
+          </button>
+        </div>
+      )}
+      {problem && (
+        <ul class="errors" role="alert">
+          <li>{problem}</li>
+        </ul>
+      )}
+      <Errors path={path} />
+    </div>
+  );
+}
