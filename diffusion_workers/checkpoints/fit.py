@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'network_class', 'empty_network', 'Fit', 'converted', 'strays', 'compare', 'locate', 'read_network',
-           'check_quantised_folder', 'check_class', 'check_folder', 'part_mismatches', 'check_controlnet']
+           'check_quantised_folder', 'check_folder', 'part_mismatches']
 
 # %% ../../nbs/45_checkpoints/02_fit.ipynb #14950038
 import importlib.util
@@ -32,6 +32,7 @@ from diffusion_workers.checkpoints.layouts import (
     unpack_gguf,
     unpacked,
 )
+from ..models.model_checks import check_class
 from diffusion_workers.models.weight_headers import (
     WeightFileError,
     WeightHeader,
@@ -339,28 +340,6 @@ def check_quantised_folder(config: Mapping[str, Any]) -> bool:  # whether the we
     return True
 
 
-_SAME_WEIGHTS = (  # classes that read the weights of one another, as far as they use them
-    {"CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"},
-    {"T5EncoderModel", "T5ForConditionalGeneration", "T5Model"},
-)
-_CLASS_HINTS = {  # (the class in config.json, the class that is asked for) -> what to write
-    ("ControlNetUnionModel", "ControlNetModel"): "write union: true for it in the manifest",
-    ("ControlNetModel", "ControlNetUnionModel"): "remove union: true for it in the manifest",
-    ("AutoencoderTiny", "AutoencoderKL"): "write class: AutoencoderTiny for it in the manifest",
-    ("AutoencoderKL", "AutoencoderTiny"): "remove class: AutoencoderTiny for it in the manifest",
-}
-
-
-def check_class(config: Mapping[str, Any], class_name: str) -> None:
-    "Raise a `WeightFileError` where a configuration is of another class."
-    architectures = config.get("architectures") or [None]
-    said = config.get("_class_name") or architectures[0]
-    related = any({said, class_name} <= group for group in _SAME_WEIGHTS)
-    if said is not None and said != class_name and not related:
-        hint = _CLASS_HINTS.get((said, class_name), "name another folder")
-        raise WeightFileError(f"it is a {said}, and a {class_name} is needed", hint)
-
-
 def check_folder(
     folder: Path,  # of one component
     class_name: str,
@@ -431,21 +410,3 @@ def part_mismatches(
     if unet is not None and vae is not None and vae.config.latent_channels != unet.config.out_channels:
         found.append(f"its VAE has {vae.config.latent_channels} latent channels, its U-Net {unet.config.out_channels}")
     return found
-
-
-def check_controlnet(
-    net: torch.nn.Module,
-    denoiser: torch.nn.Module,
-) -> None:
-    "Raise a `WeightFileError` for a ControlNet that was made for another denoiser."
-    for field in ("cross_attention_dim", "addition_embed_type", "joint_attention_dim", "pooled_projection_dim"):
-        own, other = (_plain(getattr(each.config, field, None)) for each in (net, denoiser))
-        if own != other:
-            raise WeightFileError(
-                f"it was made for another denoiser: {field} is {own}, the model's is {other}",
-                "name a ControlNet of the model's family",
-            )
-
-
-def _plain(value: Any) -> Any:  # one number for a list of equal ones
-    return value[0] if isinstance(value, (list, tuple)) and len(set(value)) == 1 else value

@@ -14,9 +14,10 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
-from .fit import check_class, locate, network_class, read_network, strays
+from .fit import locate, network_class, read_network, strays
 from .layouts import announced_tensors, find_prefix, layout_of, require_gguf
 from ..models.manifest import BuiltinSource, FileSource, FolderSource, HubSource, Source
+from ..models.model_checks import check_class
 from ..models.weight_headers import WeightFileError, WeightHeader, read_config, read_header
 from ..models.weight_kinds import Prediction, identify
 from ..request.errors import logger
