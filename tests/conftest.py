@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--nb-flags",
         default="",
         metavar="FLAGS",
-        help='run the notebook cells with these flags too, separated by spaces: slow, gpu, network (such as --nb-flags "slow gpu")',
+        help='also run notebook cells with these flags: slow, gpu, network (such as --nb-flags "slow gpu")',
     )
     group.addoption(
         "--server",

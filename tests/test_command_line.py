@@ -176,7 +176,7 @@ def test_a_control_from_a_photo_to_a_replay(tiny: Path, capsys: pytest.CaptureFi
 
 
 def test_lists_name_nets_and_preprocessors(tiny: Path, capsys: pytest.CaptureFixture) -> None:
-    "Nets stand under their model, a union net with its kinds of maps, and a preprocessor with the bounds of its parameters."
+    "Models list their ControlNets, union ControlNets their modes, and preprocessors the bounds of their parameters."
     assert main(["models"]) == 0
     assert "ControlNets: all (union: openpose, depth, " in capsys.readouterr().out
     assert main(["preprocessors", "--json"]) == 0
@@ -201,7 +201,11 @@ PHOTO = "photo, red.png"
     (["plan", "x", "--control", "photo.png"], 2, ["--control", "NAME:FILE"]),
     (["plan", "x", "--control", "canny:missing.png"], 5, ["controlnets[0].image: cannot be read", "missing.png"]),
     (["plan", "x", "--control", f"cany:{PHOTO}"], 7, ["controlnets[0].model", "did you mean canny?"]),
-    (["plan", "x", "--controlnet", f"model=canny,image={PHOTO},scale=much"], 2, ["controlnets[0].conditioning_scale", "'much'"]),
+    (
+        ["plan", "x", "--controlnet", f"model=canny,image={PHOTO},scale=much"],
+        2,
+        ["controlnets[0].conditioning_scale", "'much'"],
+    ),
     (["plan", "x", "--controlnet", f"model=canny,image={PHOTO},preprocessor=canny,param.low_threshold=999"], 2,
      ["controlnets[0].preprocessing.parameters.low_threshold", "an integer from 0 to 255"]),
     (["plan", "x", "--controlnet", f"model=all,image={PHOTO}"], 2, ["controlnets[0].union_mode", "depth (1)"]),
@@ -216,8 +220,16 @@ PHOTO = "photo, red.png"
     (["preprocess", "text.png", "--preprocessor", "canny"], 5, ["image: this file is not an image", "text.png"]),
     (["preprocess", "missing.png", "--preprocessor", "canny"], 5, ["image: cannot be read", "missing.png"]),
     (["preprocess", PHOTO, "--preprocessor", "cany"], 2, ["preprocessing.name", "did you mean canny?"]),
-    (["preprocess", PHOTO, "--preprocessor", "canny", "--parameter", "low_threshold=many"], 2, ["preprocessing.parameters.low_threshold", "'many'"]),
-    (["preprocess", PHOTO, "--preprocessor", "canny", "--parameter", "low_threshold"], 2, ["--parameter", "NAME=VALUE"]),
+    (
+        ["preprocess", PHOTO, "--preprocessor", "canny", "--parameter", "low_threshold=many"],
+        2,
+        ["preprocessing.parameters.low_threshold", "'many'"],
+    ),
+    (
+        ["preprocess", PHOTO, "--preprocessor", "canny", "--parameter", "low_threshold"],
+        2,
+        ["--parameter", "NAME=VALUE"],
+    ),
     (["preprocess", PHOTO, "--preprocessor", "canny", "--width", "60"], 2, ["width", "a multiple of 8"]),
     (["preprocess", PHOTO, "--preprocessor", "inpaint_mask"], 2, ["mask_image"]),
     (["preprocess", PHOTO, "--preprocessor", "canny", "-o", "map.jpg"], 2, ["-o", "a name that ends in .png"]),
@@ -240,7 +252,7 @@ def test_a_mistake_in_a_control_or_a_lora(
 
 
 def test_plan_is_the_plan_of_the_service(tiny: Path, capsys: pytest.CaptureFixture) -> None:
-    "The command line and the service plan one request alike, with the same warnings; a seed is drawn where none is given."
+    "The command line and the service make the same plan, with the same warnings and a drawn seed."
     from diffusion_workers.service.service import DiffusionService
 
     Image.open(PHOTO).convert("CMYK").save("print.tiff")
@@ -431,14 +443,24 @@ def call(
     (["plan", "x", "--scheduler", "eular"], "", 2, ["scheduler", "did you mean euler?"]),
     (["plan", "x", "--model", "shapes-sd51"], "", 3, ["there is no such model", "did you mean shapes-sd15?"]),
     (["plan", "--request", "-"], '{"prompt": ', 2, ["not valid JSON"]),
-    (["plan", "--request", "-"], '{"prompt": "x", "promt": 3}', 2, ["promt", "there is no such field", "did you mean prompt?"]),
+    (
+        ["plan", "--request", "-"],
+        '{"prompt": "x", "promt": 3}',
+        2,
+        ["promt", "there is no such field", "did you mean prompt?"],
+    ),
     (["plan", "--request", "-"], '{"prompt": ' + "[" * 100_000, 2, ["JSON"]),
     (["plan", "--request", "missing.json"], "", 2, ["--request", "missing.json"]),
     (["replay", "missing.png"], "", 5, ["missing.png"]),
     (["models", "--models", "missing"], "", 2, ["missing is not a folder"]),
     (["train-shapes"], "", 2, ["--out", "a folder is needed"]),
     (["train-shapes", "--part", "shapes-flx", "--out", "x"], "", 2, ["--part", "did you mean shapes-flux?"]),
-    (["train-shapes", "--part", "shapes-flux", "--out", "x", "--minutes", "3"], "", 4, ["--part", "belong to shapes-sd15"]),
+    (
+        ["train-shapes", "--part", "shapes-flux", "--out", "x", "--minutes", "3"],
+        "",
+        4,
+        ["--part", "belong to shapes-sd15"],
+    ),
 ])  # fmt: skip
 def test_each_kind_of_mistake_has_its_exit_code(
     arguments: list[str],
@@ -449,7 +471,7 @@ def test_each_kind_of_mistake_has_its_exit_code(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    "The exit code and standard error say what is wrong; a place that cannot be written is found before a picture is made."
+    "The exit code and standard error name the error; an unwritable output is found before an image is made."
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "folder.png").mkdir()

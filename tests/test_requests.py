@@ -1,4 +1,4 @@
-"""Whatever comes in, an answer comes out: an `OpResult` that says what is wrong, and a service that goes on as before."""
+"""Invalid requests: each gets an `OpResult` with its errors, and the service works as before."""
 
 import base64
 import inspect
@@ -255,7 +255,8 @@ def junk(chance: random.Random) -> Any:
     return chance.choice([
         lambda: chance.choice(words), lambda: None, list, dict, lambda: image_text(chance),
         lambda: [number(chance) for _ in range(chance.choice([1, 3, 65, 5000]))],
-        lambda: nested(chance, chance.randrange(1, 6)), lambda: [{} for _ in range(chance.choice([1, 9, 17]))], lambda: b"bytes", lambda: {1, 2}, object,
+        lambda: nested(chance, chance.randrange(1, 6)), lambda: [{} for _ in range(chance.choice([1, 9, 17]))],
+        lambda: b"bytes", lambda: {1, 2}, object,
     ])()  # fmt: skip
 
 
@@ -267,9 +268,12 @@ def sensible(chance: random.Random) -> dict[str, Any]:
         if chance.random() < 0.5:
             request["mask_image"] = base64.b64encode(picture(chance)).decode()
     options = {
-        "seed": 2**53 - 3, "guidance_scale": 0, "scheduler": chance.choice(list(wire.SchedulerName)).value, "use_karras_sigmas": chance.random() < 0.5,
-        "clip_skip": 2, "num_images": 2, "negative_prompt": "", "resize_mode": chance.choice(list(wire.ResizeMode)).value, "strength": 0.6,
-        "inpaint": {"only_masked": True, "padding": 3, "mask_blur": 9}, "output": {"format": chance.choice(["png", "jpeg", "webp"]), "quality": 1}, "guidance_rescale": 0.5,
+        "seed": 2**53 - 3, "guidance_scale": 0, "scheduler": chance.choice(list(wire.SchedulerName)).value,
+        "use_karras_sigmas": chance.random() < 0.5,
+        "clip_skip": 2, "num_images": 2, "negative_prompt": "", "strength": 0.6,
+        "resize_mode": chance.choice(list(wire.ResizeMode)).value,
+        "inpaint": {"only_masked": True, "padding": 3, "mask_blur": 9}, "guidance_rescale": 0.5,
+        "output": {"format": chance.choice(["png", "jpeg", "webp"]), "quality": 1},
     }  # fmt: skip
     return request | {name: options[name] for name in chance.sample(list(options), chance.randrange(4))}
 
@@ -365,8 +369,13 @@ TRAPS = {
     "nothing": None,
     "a class": wire.GenerationRequest,
     "hundreds of unknown fields": {"prompt": "x", **{f"field_{i}": i for i in range(300)}},
-    "many wrong entries": {"prompt": "x", "seeds": ["1"] * 64, "loras": [{"name": "", "scale": "1"}] * 16, "controlnets": [{"image": 1, "modle": 2}] * 8},
-    "many steps of the LCM scheduler": {"prompt": "x", "scheduler": "lcm", "num_inference_steps": 51, "width": 64, "height": 64},
+    "many wrong entries": {
+        "prompt": "x", "seeds": ["1"] * 64, "loras": [{"name": "", "scale": "1"}] * 16,
+        "controlnets": [{"image": 1, "modle": 2}] * 8,
+    },
+    "many steps of the LCM scheduler": {
+        "prompt": "x", "scheduler": "lcm", "num_inference_steps": 51, "width": 64, "height": 64,
+    },
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every manifest that ships is read, offers only what there is, and plans every task with every control that it names."""
+"""Every shipped manifest loads, lists only what exists, and plans each task with each of its ControlNets."""
 
 from itertools import product
 

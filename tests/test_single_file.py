@@ -1,4 +1,4 @@
-"""A checkpoint in one file, as the original implementation writes it, is the same model as the folder that it was made from."""
+"""A single-file checkpoint in the original layout is the same model as the folder that it was made from."""
 
 import os
 from collections.abc import Iterator

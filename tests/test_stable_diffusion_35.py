@@ -1,4 +1,4 @@
-"""Stable Diffusion 3.5 through the same service as every other family: each task, ControlNets, LoRA layouts, previews."""
+"""Stable Diffusion 3.5 through the service: each task, ControlNets, LoRA layouts, previews."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,7 +158,7 @@ def test_previews_of_sixteen_channels(service: DiffusionService) -> None:
 
 
 def test_a_controlnet_without_position_embedding_runs_as_in_diffusers() -> None:
-    "The ControlNets of Stability AI take the position embedding of the transformer; diffusers grafts a copy, here it is lent."
+    "Stability AI's ControlNets use the transformer's position embedding; diffusers copies it, here it is shared."
     from diffusion_workers.pipeline.controlnets import joint_token_view
 
     with quiet_libraries():

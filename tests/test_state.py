@@ -1,8 +1,9 @@
-"""State never leaks: whatever ran before, cancelled, failed or was thrown out of memory, a fixed request draws the same pixels.
+"""State never leaks: whatever ran before, was cancelled, failed or was unloaded, a fixed request gives the same pixels.
 
-Random sequences of requests over all families, every task and kind of control, LoRAs, schedulers, step caches, windows of
-guidance, dtypes, memory settings, errors and cancels go through one service whose memory budget does not hold all models. After each
-sequence a fixed request of a family, with or without a cache, is compared with what a fresh service drew. The models are tiny and untrained, the classes are the real ones.
+Random sequences of requests run through one service whose memory budget does not hold all models: all families, every
+task and kind of control, LoRAs, schedulers, step caches, guidance windows, dtypes, memory settings, errors and cancels.
+After each sequence a fixed request of each family, with or without a cache, is compared with the output of a fresh
+service. The models are tiny and untrained; the classes are the real ones.
 """
 
 import itertools
@@ -134,7 +135,7 @@ def random_acceleration(rng: random.Random, record: Family, controlled: bool) ->
 
 
 def disturbances() -> Iterator[dict]:
-    "What goes wrong with some requests, before anything is loaded, while it is prepared or in the middle; each kind in turn, without end."
+    "Requests that fail before loading, during preparation or in the middle; each kind in turn, forever."
     return itertools.cycle(
         [
             {"loras": [{"name": "wrong"}]},

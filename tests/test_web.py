@@ -287,12 +287,14 @@ def test_a_form_that_an_earlier_version_has_stored(page: Page) -> None:
         "deepcache": {"cache_interval": 2},
         "acceleration": {"vae_precision": "bf16", "batch_size": 1},
     }
-    store = """(form) => new Promise((resolve) => {
-        const opened = indexedDB.open('diffusion-workers', 1);
+    store = """(form) => new Promise((resolve, reject) => {
+        const opened = indexedDB.open('diffusion-workers');
+        opened.onerror = () => reject(opened.error);
         opened.onsuccess = () => {
             const change = opened.result.transaction('settings', 'readwrite');
             change.objectStore('settings').put({ key: 'form', value: form });
             change.oncomplete = resolve;
+            change.onabort = () => reject(change.error);
         };
     })"""
     page.evaluate(store, old)

@@ -184,6 +184,7 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     expect(page.locator(".dw-panel .widget-slider:visible").first).to_be_visible()
 
     # a file that is not an image is refused, and the form stays
+    unfold(page, "Restore from an image")
     choose_file(page, ".dw-restore", "letter.png", b"a letter")
     expect(page.locator(".dw-restore .dw-error")).to_contain_text("image: ")
     expect(field(page, "prompt")).to_have_value(PROMPT)

@@ -21,7 +21,7 @@ from PIL import Image
 from project import ROOT
 from runpod_queue import ENDPOINT, PATIENCE, QueuedJob, QueueServer, running_worker, worker_environment
 
-from ez_diffusion_client import Client, RunPod
+from ez_diffusion_client import Client, RunPod, pil_images
 from ez_diffusion_client.errors import NotFound
 from ez_diffusion_client.models import OpResult
 
@@ -34,7 +34,7 @@ SAMPLES = sorted((ROOT / "diffusion_workers" / "test_inputs").glob("*.json"))
 
 def pictures(output: dict) -> list[Image.Image]:
     "The images of a job's output."
-    return OpResult.model_validate(output).images
+    return pil_images(OpResult.model_validate(output))
 
 
 def difference(a: Image.Image, b: Image.Image) -> int:
@@ -71,7 +71,7 @@ def test_success_and_health(queue: QueueServer, worker) -> None:
     made, health, memory, plan = queue.answers(QUICK, {"op": "health"}, {"op": "memory_info"}, {"op": "plan", **QUICK})
     assert [job.status for job in (made, health, memory, plan)] == ["COMPLETED"] * 4
     result = OpResult.model_validate(made.output)
-    assert (result.status.value, result.request_id, result.generation.plan.seeds, result.image.size) == (
+    assert (result.status.value, result.request_id, result.generation.plan.seeds, pil_images(result)[0].size) == (
         "success",
         made.id,
         [1],
@@ -136,7 +136,7 @@ def test_compatible_jobs_share_a_batch(queue: QueueServer, worker) -> None:
     asked = [{"prompt": prompt, "seed": seed, "num_inference_steps": 6} for seed, prompt in enumerate(prompts)]
     jobs = queue.answers({**LONG, "num_inference_steps": 60}, *asked)
     shared = [job.output for job in jobs[1:]]
-    assert sum("in one batch" in note["message"] for output in shared for note in output.get("warnings", [])) >= 2
+    assert sum("batched with" in note["message"] for output in shared for note in output.get("warnings", [])) >= 2
     for output, given in zip(shared, asked):
         alone = queue.answers(given)[0].output
         assert alone.get("warnings") is None

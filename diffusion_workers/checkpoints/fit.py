@@ -378,25 +378,23 @@ def _unet_mismatches(unet: Any, parts: Mapping[str, Any]) -> list[str]:
     return found
 
 
-_TEXT_WIDTHS = {  # class of a transformer -> field of its configuration -> the text encoders that fill it
-    "FluxTransformer2DModel": {
-        "joint_attention_dim": ("text_encoder_2",),
-        "pooled_projection_dim": ("text_encoder",),
-    },
-    "SD3Transformer2DModel": {
-        "joint_attention_dim": ("text_encoder_3",),
-        "pooled_projection_dim": ("text_encoder", "text_encoder_2"),
-    },
-}
-
-
 def _transformer_mismatches(transformer: Any, parts: Mapping[str, Any]) -> list[str]:
+    "The tokens come from the T5 encoder, the pooled text from the CLIP encoders side by side."
+    encoders = [part for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
+    tokens = [encoder.config.d_model for encoder in encoders if hasattr(encoder.config, "d_model")]
+    pooled = [_pooled_width(encoder) for encoder in encoders if not hasattr(encoder.config, "d_model")]
     found = []
-    for field, names in _TEXT_WIDTHS.get(type(transformer).__name__, {}).items():
-        widths, needed = [_width(parts.get(name)) for name in names], getattr(transformer.config, field)
-        if None not in widths and sum(widths) != needed:
-            found.append(f"its transformer takes {needed} from {' and '.join(names)}, which give {sum(widths)}")
+    for field, what, widths in (("joint_attention_dim", "T5", tokens), ("pooled_projection_dim", "CLIP", pooled)):
+        needed = getattr(transformer.config, field, None)
+        if widths and needed is not None and needed != sum(widths):
+            encoded = f"its {what} text encoders give {sum(widths)}"
+            found.append(f"its transformer takes a text of width {needed} ({field}), and {encoded}")
     return found
+
+
+def _pooled_width(encoder: torch.nn.Module) -> int:
+    projects = type(encoder).__name__.endswith("WithProjection")
+    return encoder.config.projection_dim if projects else encoder.config.hidden_size
 
 
 def part_mismatches(

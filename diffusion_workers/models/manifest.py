@@ -183,7 +183,7 @@ def _one_of_kinds(data: Any) -> str | None:  # a tag, or None where there is not
 
 def _choice(*sources: type[_Source]) -> Any:  # an annotation: exactly one of these kinds
     allowed = "exactly one of " + ", ".join(source.kind for source in sources) + " is needed"
-    tagged = Union[tuple(Annotated[source, Tag(f"<{source.kind}>")] for source in sources)]
+    tagged = Union[tuple(Annotated[source, Tag(f"<{source.kind}>")] for source in sources)]  # noqa: UP007
     return Annotated[tagged, Discriminator(_one_of_kinds, custom_error_type="manifest", custom_error_message=allowed)]
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ae977a74

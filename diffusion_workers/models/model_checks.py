@@ -61,12 +61,13 @@ def is_network(
 def named_networks(
     index: Mapping[str, Any],  # model_index.json
     manifest: ModelManifest,
-) -> dict[str, str | None]:  # slot -> class; None for one that the repository does without
+) -> dict[str, str | None]:  # slot -> class; None for a part that the repository does without
     "The networks that a model takes from its repository; a `WeightFileError` where it is not of the family."
     slots = {slot: classes for slot, classes in manifest.record.components.items() if is_network(slot)}
     listed = {slot: value for slot, value in index.items() if isinstance(value, (list, tuple)) and len(value) == 2}
     networks = {slot: value[1] for slot, value in listed.items() if is_network(slot) and slot not in NOT_NEEDED}
     own = {slot: name for slot, name in networks.items() if slot not in manifest.components}
+    left_out = [slot for slot in listed if slot in manifest.record.components and listed[slot][1] is None]
     missing = [slot for slot in slots if slot not in {*networks, *manifest.components}]
     wrong = [f"{slot}: {name}" for slot, name in own.items() if name is not None and name not in slots.get(slot, ())]
     reasons = [f"without {', '.join(missing)}"] if missing else []
@@ -77,7 +78,8 @@ def named_networks(
             f"not a model of {manifest.record.title}",
             "correct family: in the manifest, or name another folder",
         )
-    return {slot: name for slot, name in own.items() if slot in slots}
+    without = [slot for slot in left_out if slot not in manifest.components]  # tokenizers included
+    return dict.fromkeys(without) | {slot: name for slot, name in own.items() if slot in slots}
 
 # %% ../../nbs/20_models/06_model_checks.ipynb #4507ab83
 _HALVES = {ModelKind.standard: 2, ModelKind.control: 4, ModelKind.fill: 12}  # input channels for two output channels

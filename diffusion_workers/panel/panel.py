@@ -72,7 +72,7 @@ class SeedField(widgets.VBox):
         text = self.text.value.strip()
         if self.mode.value == "random" or not text:
             return None
-        return int(text) if text.isdecimal() else text
+        return int(text) if text.removeprefix("-").isdecimal() else text
 
     def lock(self, seed: int | None) -> None:
         "Show a seed and keep it; None goes back to random seeds."

@@ -97,7 +97,9 @@ def handle_clicks() -> None:
     "Handle the clicks on enabled buttons that wait in the queue of the main thread (ipykernel 6)."
     kernel = _kernel()
     queue = getattr(kernel, "msg_queue", None)
-    if queue is None or threading.current_thread() is not threading.main_thread():
+    if queue is None or getattr(kernel, "shell_channel_thread", None) is not None:
+        return  # ipykernel 7 reads its messages on another thread, which alone may touch the stream
+    if threading.current_thread() is not threading.main_thread():
         return
     kernel.shell_stream.flush()
     for _ in range(queue.qsize()):

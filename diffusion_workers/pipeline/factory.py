@@ -144,7 +144,7 @@ def networks_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
 
 # %% ../../nbs/50_pipeline/05_factory.ipynb #8ea2f248
 class PipelineFactory:
-    "The pipelines of one model: weights read once, a sibling for each task and control, configured for one plan at a time."
+    "The pipelines of one model: weights loaded once, one variant for each task and control kind."
 
     def __init__(
         self,

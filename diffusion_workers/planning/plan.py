@@ -631,7 +631,8 @@ def _repr_markdown_(self: GenerationPlan) -> str:
 # %% ../../nbs/40_planning/04_plan.ipynb #94bf83b6
 _REPLAYED = (
     "model", "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "width", "height", "num_inference_steps",
-    "guidance_scale", "true_cfg_scale", "guidance_rescale", "seeds", "max_sequence_length", "size_conditioning", "refiner",
+    "guidance_scale", "true_cfg_scale", "guidance_rescale", "seeds", "max_sequence_length",
+    "size_conditioning", "refiner",
     "strength", "resize_mode", "inpaint", "loras", "step_cache", "acceleration", "memory", "output",
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ from PIL import Image
 from diffusion_workers.acceleration.apply import (
     accelerated,
     acceleration_notes,
-    remembering_encoders,
+    cached_encoders,
     wants_compilation,
 )
 from ..families.registry import FAMILIES
@@ -376,7 +376,7 @@ def render(
                 refine = _refining(factory, plan, arguments, watch)
                 arguments["denoising_end"] = float(plan.refiner.switch_at)
             with (
-                remembering_encoders(pipe),
+                cached_encoders(pipe),
                 factory.configured(plan, prepared.controls),
                 accelerated(factory, pipe, plan),
             ):

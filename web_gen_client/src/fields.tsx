@@ -94,7 +94,7 @@ function planned({ path, initial }: Field): string {
   return initial === null || initial === undefined ? '' : String(initial);
 }
 
-/** A text in an input that does not jump while you type: it is written only where its meaning differs from what is there. */
+/** A text in an input that does not jump while you type: it is written only where its meaning differs. */
 function useShown(text: string, same: (shown: string) => boolean) {
   const input = useRef<HTMLInputElement>(null);
   useEffect(() => {

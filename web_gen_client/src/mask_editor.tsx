@@ -201,8 +201,7 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
         </div>
       </div>
       <p class="note">
-        Paint what is repainted. <kbd>[</kbd> <kbd>]</kbd> brush size, <kbd>E</kbd> erase, <kbd>Ctrl</kbd> <kbd>Z</kbd>{' '}
-        undo.
+        Paint the mask. <kbd>[</kbd> <kbd>]</kbd> brush size, <kbd>E</kbd> erase, <kbd>Ctrl</kbd> <kbd>Z</kbd> undo.
       </p>
     </dialog>
   );

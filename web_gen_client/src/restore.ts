@@ -1,4 +1,4 @@
-/** From the metadata of an image back to the form that generates it. The server reads it, also that of other programs. */
+/** From the metadata of an image back to the form that generates it. The server reads it. */
 import { orThrow, restore, type GenerationPlan, type LostSetting, type RestoredRequest } from 'ez-diffusion-client';
 import { asDataUri, bringBack, imageAt } from './images';
 import { get, set, type JsonObject } from './paths';

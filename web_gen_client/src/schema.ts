@@ -127,7 +127,7 @@ export class Schema {
   }
 }
 
-/** A typed number. Other text, and integers that JavaScript cannot hold exactly, stay text, which the server refuses. */
+/** A typed number. Other text, and integers that JavaScript cannot hold, stay text, which the server refuses. */
 export function typedNumber(text: string, kind: Field['kind']): number | string {
   const number = Number(text);
   if (text.trim() === '' || !Number.isFinite(number)) return text;
