@@ -44,6 +44,7 @@ from diffusion_workers.models.model_checks import (
     NOT_NEEDED,
     check_channels,
     check_controlnet,
+    checkpoint_networks,
     is_network,
     named_networks,
 )
@@ -86,14 +87,17 @@ def has_variant(
 
 
 def _folder(source: Source, arguments: dict) -> Path:  # of one component, or of a pipeline
+    "With the subfolder: given apart, diffusers would read a weight file at the top of the repository in its place."
     return source.location() / arguments.get("subfolder", "")
 
 
 def _from_repository(cls: type, source: Source, variant: str | None, arguments: dict) -> Any:
     arguments = source.load_arguments() | {"use_safetensors": True} | arguments
     if not isinstance(source, HubSource):
-        variant = variant if variant and has_variant(_folder(source, arguments), variant) else None
-        return cls.from_pretrained(str(source.location()), variant=variant, local_files_only=True, **arguments)
+        folder = _folder(source, arguments)
+        arguments = {name: value for name, value in arguments.items() if name != "subfolder"}
+        variant = variant if variant and has_variant(folder, variant) else None
+        return cls.from_pretrained(str(folder), variant=variant, local_files_only=True, **arguments)
     try:
         return cls.from_pretrained(source.location(), variant=variant, **arguments)
     except (ValueError, OSError) as exc:
@@ -267,9 +271,8 @@ def _own_networks(manifest: ModelManifest, target: Target) -> dict[str, torch.nn
     "The networks of the model's own repository or file that the manifest does not replace."
     source = manifest.source
     if isinstance(source, FileSource):
-        slots = manifest.record.components.items()
-        needed = {name: row[0] for name, row in slots if is_network(name) and name not in manifest.components}
-        check_checkpoint(source, needed)
+        needed = checkpoint_networks(manifest)
+        check_checkpoint(source, {name: class_name for name, class_name in needed.items() if class_name})
     else:
         local = not isinstance(source, HubSource)
         index = DiffusionPipeline.load_config(str(source.location()), local_files_only=local, **source.load_arguments())
