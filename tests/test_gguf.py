@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
-from original_layout import original_flux
 
 from diffusion_workers.models.manifest import FileSource
 from diffusion_workers.pipeline.loading import Target, load_network, quiet_libraries
+from diffusion_workers.pipeline.tiny_files import original_flux
 from diffusion_workers.pipeline.weights import module_bytes
 
 Q8 = gguf.GGMLQuantizationType.Q8_0

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from original_layout import original_weights, save_original
 
 from diffusion_workers.models.manifest import builtin_path
+from diffusion_workers.pipeline.tiny_files import original_checkpoint, save_weights
 from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import ErrorCode, OpStatus
@@ -71,13 +71,13 @@ def write_broken(folder: Path, weights: dict[str, torch.Tensor]) -> None:
     (folder / "no-weights.safetensors").write_bytes(bytes(range(256)) * 40)
     (folder / "empty.safetensors").write_bytes(b"")
     (folder / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 4265380512\n")
-    save_original({"lora_unet_mid_block.lora_down.weight": torch.zeros(4, 4)}, folder / "of-a-lora.safetensors")
+    save_weights({"lora_unet_mid_block.lora_down.weight": torch.zeros(4, 4)}, folder / "of-a-lora.safetensors")
     for name, prefix in (
         ("without-vae", "first_stage_model."),
         ("without-text-encoder", "cond_stage_model."),
         ("half-a-unet", "model.diffusion_model.output_blocks."),
     ):
-        save_original(
+        save_weights(
             {key: value for key, value in weights.items() if not key.startswith(prefix)}, folder / f"{name}.safetensors"
         )
 
@@ -97,8 +97,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionServi
         (folder / f"{name}.yaml").write_text(MANIFEST.format(source=source) + variant)
     with DiffusionService(Settings(model_folders=(folder,)), device="cpu") as service:
         for name in MODELS:
-            weights = original_weights(service.factory(service.manifest(f"{name}-folder")).load())
-            save_original(weights, folder / f"{name}.safetensors")
+            weights = original_checkpoint(service.factory(service.manifest(f"{name}-folder")).load())
+            save_weights(weights, folder / f"{name}.safetensors")
             if name == "builtin":
                 write_broken(folder, weights)
         yield service

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'network_class', 'empty_network', 'Fit', 'converted', 'strays', 'compare', 'locate', 'read_network',
-           'check_quantised_folder', 'check_class', 'check_folder', 'part_mismatches', 'check_controlnet']
+           'check_quantised_folder', 'check_folder', 'part_mismatches']
 
 # %% ../../nbs/45_checkpoints/02_fit.ipynb #14950038
 import importlib.util
@@ -32,6 +32,7 @@ from diffusion_workers.checkpoints.layouts import (
     unpack_gguf,
     unpacked,
 )
+from ..models.model_checks import check_class
 from diffusion_workers.models.weight_headers import (
     WeightFileError,
     WeightHeader,
@@ -140,10 +141,11 @@ def converted(
     config: Mapping[str, Any],
     expected: Mapping[str, torch.Tensor],  # the network's
     read: Callable[[str], torch.Tensor],  # a small tensor of the file by its name behind the prefix
+    slot: str | None = None,  # of the network in its pipeline
 ) -> Tensors:  # under the names of the network
     "Tensors of a file, unpacked and renamed."
     try:
-        made = layout_of(class_name).convert(unpacked(tensors, read), config)
+        made = layout_of(class_name, slot).convert(unpacked(tensors, read), config)
     except WeightFileError:
         raise
     except (KeyError, IndexError, ValueError, AttributeError, TypeError, RuntimeError) as exc:
@@ -187,15 +189,16 @@ def compare(
     config: Mapping[str, Any],
     network: torch.nn.Module,
     prefix: str = "",
+    slot: str | None = None,  # of the network in its pipeline
 ) -> Fit:
     "The report on a file and a network, from the header alone."
-    layout, expected = layout_of(class_name), network.state_dict()
+    layout, expected = layout_of(class_name, slot), network.state_dict()
     announced = {
         name.removeprefix(prefix): tensor
         for name, tensor in announced_tensors(header).items()
         if name.startswith(prefix)
     }
-    made = converted(announced, class_name, config, expected, lambda name: _small(header, prefix + name))
+    made = converted(announced, class_name, config, expected, lambda name: _small(header, prefix + name), slot)
     used = sources_of({name: tensor for name, tensor in made.items() if name in expected})
     scales = _helpers(announced, prefix, used)
     surplus = [
@@ -234,9 +237,10 @@ def _small(header: WeightHeader, name: str) -> torch.Tensor:
 def locate(
     header: WeightHeader,
     class_name: str,
+    slot: str | None = None,  # of the network in its pipeline
 ) -> str:  # the prefix of its tensors
     "Where a network is in a file; a `WeightFileError` says what the file is instead."
-    kind, layout = identify(header), layout_of(class_name)
+    kind, layout = identify(header), layout_of(class_name, slot)
     for marker, what in EDM.items():
         if marker in header.tensors:
             raise WeightFileError(f"it is of {what}, which is not supported", "declare another model")
@@ -256,11 +260,12 @@ def read_network(
     class_name: str,
     config: Mapping[str, Any],  # of the network
     dtype: torch.dtype,
+    slot: str | None = None,  # of the network in its pipeline
 ) -> torch.nn.Module:
     "A network with the weights of a file; a `WeightFileError` where the two do not fit."
-    prefix = locate(header, class_name)
+    prefix = locate(header, class_name, slot)
     network = empty_network(class_name, config)
-    fit = compare(header, class_name, config, network, prefix)
+    fit = compare(header, class_name, config, network, prefix, slot)
     if not fit.ok:
         raise fit.error()
     expected = network.state_dict()
@@ -268,7 +273,7 @@ def read_network(
         name.removeprefix(prefix): tensor
         for name, tensor in read_tensors(header, lambda name: name.startswith(prefix)).items()
     }
-    made = converted(tensors, class_name, config, expected, tensors.__getitem__)
+    made = converted(tensors, class_name, config, expected, tensors.__getitem__, slot)
     made = {name: tensor for name, tensor in made.items() if name in expected}
     if header.is_gguf and network_class(class_name).__module__.startswith("diffusers"):
         return _with_packed_layers(network, made, config, dtype)
@@ -335,28 +340,6 @@ def check_quantised_folder(config: Mapping[str, Any]) -> bool:  # whether the we
     return True
 
 
-_SAME_WEIGHTS = (  # classes that read the weights of one another, as far as they use them
-    {"CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"},
-    {"T5EncoderModel", "T5ForConditionalGeneration", "T5Model"},
-)
-_CLASS_HINTS = {  # (the class in config.json, the class that is asked for) -> what to write
-    ("ControlNetUnionModel", "ControlNetModel"): "write union: true for it in the manifest",
-    ("ControlNetModel", "ControlNetUnionModel"): "remove union: true for it in the manifest",
-    ("AutoencoderTiny", "AutoencoderKL"): "write class: AutoencoderTiny for it in the manifest",
-    ("AutoencoderKL", "AutoencoderTiny"): "remove class: AutoencoderTiny for it in the manifest",
-}
-
-
-def check_class(config: Mapping[str, Any], class_name: str) -> None:
-    "Raise a `WeightFileError` where a configuration is of another class."
-    architectures = config.get("architectures") or [None]
-    said = config.get("_class_name") or architectures[0]
-    related = any({said, class_name} <= group for group in _SAME_WEIGHTS)
-    if said is not None and said != class_name and not related:
-        hint = _CLASS_HINTS.get((said, class_name), "name another folder")
-        raise WeightFileError(f"it is a {said}, and a {class_name} is needed", hint)
-
-
 def check_folder(
     folder: Path,  # of one component
     class_name: str,
@@ -419,25 +402,9 @@ def part_mismatches(
 ) -> list[str]:  # sentences
     "What does not fit between the parts of a pipeline."
     unet, transformer, vae = (parts.get(name) for name in ("unet", "transformer", "vae"))
-    found = _unet_mismatches(unet, parts) if unet is not None else _transformer_mismatches(transformer, parts)
+    found = _unet_mismatches(unet, parts) if unet is not None else []
+    if transformer is not None:
+        found = _transformer_mismatches(transformer, parts)
     if unet is not None and vae is not None and vae.config.latent_channels != unet.config.out_channels:
         found.append(f"its VAE has {vae.config.latent_channels} latent channels, its U-Net {unet.config.out_channels}")
     return found
-
-
-def check_controlnet(
-    net: torch.nn.Module,
-    denoiser: torch.nn.Module,
-) -> None:
-    "Raise a `WeightFileError` for a ControlNet that was made for another denoiser."
-    for field in ("cross_attention_dim", "addition_embed_type", "joint_attention_dim", "pooled_projection_dim"):
-        own, other = (_plain(getattr(each.config, field, None)) for each in (net, denoiser))
-        if own != other:
-            raise WeightFileError(
-                f"it was made for another denoiser: {field} is {own}, the model's is {other}",
-                "name a ControlNet of the model's family",
-            )
-
-
-def _plain(value: Any) -> Any:  # one number for a list of equal ones
-    return value[0] if isinstance(value, (list, tuple)) and len(set(value)) == 1 else value

@@ -14,9 +14,10 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
-from .fit import check_class, locate, network_class, read_network, strays
+from .fit import locate, network_class, read_network, strays
 from .layouts import announced_tensors, find_prefix, layout_of, require_gguf
 from ..models.manifest import BuiltinSource, FileSource, FolderSource, HubSource, Source
+from ..models.model_checks import check_class
 from ..models.weight_headers import WeightFileError, WeightHeader, read_config, read_header
 from ..models.weight_kinds import Prediction, identify
 from ..request.errors import logger
@@ -90,10 +91,10 @@ def network_from_file(
     if source.is_gguf:
         require_gguf()
     header = read_header(source.location())
-    locate(header, class_name)
+    locate(header, class_name, slot)
     config = file_config(header, source, class_name, slot, default)
     check_class(config, class_name)
-    return read_network(header, class_name, config, dtype)
+    return read_network(header, class_name, config, dtype, slot)
 
 # %% ../../nbs/45_checkpoints/03_networks.ipynb #0c3de3df
 def _named(source: Source | None, slot: str) -> str:  # YAML of a source that has the part
@@ -112,14 +113,14 @@ def check_checkpoint(
 ) -> WeightHeader:
     "Whether a file has every network that is wanted, and nothing without a place; else a `WeightFileError`."
     header = read_header(source.location())
-    for class_name in wanted.values():
-        if find_prefix(header.tensors.keys(), layout_of(class_name)) is not None:
-            locate(header, class_name)  # names what is not supported
-    prefixes = {slot: find_prefix(header.tensors.keys(), layout_of(name)) for slot, name in wanted.items()}
+    prefixes = {slot: find_prefix(header.tensors.keys(), layout_of(name, slot)) for slot, name in wanted.items()}
+    for slot, prefix in prefixes.items():
+        if prefix is not None:
+            locate(header, wanted[slot], slot)  # names what is not supported
     missing = [slot for slot, prefix in prefixes.items() if prefix is None]
     kind = identify(header)
     if len(missing) == len(wanted) and missing:
-        locate(header, wanted[missing[0]])  # says what it is
+        locate(header, wanted[missing[0]], missing[0])  # says what it is
     if missing:
         raise WeightFileError(*_lacking(source, wanted, missing, kind.what))
     found = tuple(prefix for prefix in prefixes.values() if prefix)

@@ -210,5 +210,6 @@ SD15 = Family(
         controlnet=TinyComponent("ControlNetModel", TINY_CONTROLNET | {"cross_attention_dim": 16}),
         zero_layers=UNET_ZERO_LAYERS,
     ),
+    reads_gguf=True,
     load_arguments={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
 )

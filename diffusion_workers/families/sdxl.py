@@ -144,6 +144,7 @@ SDXL = Family(
         union=TinyComponent("ControlNetUnionModel", _TINY_UNION | TINY_CONTROLNET | _TINY_TEXT),
         zero_layers=UNET_ZERO_LAYERS,
     ),
+    reads_gguf=True,
     load_arguments={"add_watermarker": False},
     refiner=Refiner(
         "StableDiffusionXLImg2ImgPipeline",

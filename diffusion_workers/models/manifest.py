@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PATTERN_WORDS', 'Name', 'Text', 'Pixels', 'Count', 'Subfolder', 'GGUF', 'WeightsFile', 'NetworkFile', 'Dtype',
            'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype', 'QuantizationName', 'AttentionBackend', 'Share',
-           'Complaint', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource', 'HubSource', 'FileSource',
-           'Component', 'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Profile', 'MemorySettings', 'Defaults',
-           'Limits', 'suggest', 'ModelManifest']
+           'Complaint', 'GGUF_ENCODERS', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource', 'HubSource',
+           'FileSource', 'Component', 'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Profile', 'MemorySettings',
+           'Defaults', 'Limits', 'suggest', 'ModelManifest']
 
 # %% ../../nbs/20_models/01_manifest.ipynb #e7db61b6
 import hashlib
@@ -435,15 +435,19 @@ def _sources(manifest: "ModelManifest") -> Iterator[tuple[tuple[str, ...], _Sour
         yield ("refiner", "source"), manifest.refiner.source
 
 
+GGUF_ENCODERS = ("T5EncoderModel",)  # text encoders whose weights can be read from a .gguf file
+
+
 def _memory_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     memory, record = manifest.memory, manifest.record
     for at, source in _sources(manifest):
-        if source.is_gguf and not (record.reads_gguf and at == ("components", record.denoiser, "source")):
-            having = " or ".join(family.title for family in FAMILIES.values() if family.reads_gguf)
+        slots = [record.denoiser] if record.reads_gguf else []
+        slots += [slot for slot, classes in record.components.items() if classes[0] in GGUF_ENCODERS]
+        if source.is_gguf and at not in [("components", slot, "source") for slot in slots]:
             yield (
                 (*at, "file"),
-                f"a .gguf file can be the transformer of a {having} model and nothing else; "
-                "write components: {transformer: {source: {file: ...}}}",
+                f"a .gguf file can only be {' or '.join(slots)} of a model of {record.title}; "
+                f"write components: {{{record.denoiser}: {{source: {{file: ...}}}}}}",
             )
     if memory.attention_backend and not record.attention_backends:
         having = ", ".join(name for name, family in FAMILIES.items() if family.attention_backends)

@@ -108,8 +108,16 @@ def check_variant(
         family = manifest.family.value
         message = f"diffusers has no pipeline for {control_kind.value} control with {task.value} in the family {family}"
         raise request_error(ErrorCode.unsupported_combination, message, field="controlnets", given=control_kind.value)
-    channels = getattr(base, manifest.record.denoiser).config.in_channels
-    if call.plain_latents_only and channels != manifest.record.latents.channels:
+    channels, latents = getattr(base, manifest.record.denoiser).config.in_channels, manifest.record.latents
+    if task != Task.inpainting and not latents.packed and channels > latents.channels:
+        raise request_error(
+            ErrorCode.unsupported_combination,
+            f"this model was trained for inpainting alone: its denoiser takes {channels} channels",
+            field="model",
+            given=manifest.name,
+            hint="declare another model, or give a mask",
+        )
+    if call.plain_latents_only and channels != latents.channels:
         message = "a model trained for inpainting cannot be controlled by a union ControlNet while it inpaints"
         raise request_error(
             ErrorCode.unsupported_combination,
@@ -196,7 +204,9 @@ class PipelineFactory:
         "A ControlNet; its weights are read at the first call, and one ControlNet serves every task."
         with self._lock, quiet_libraries():
             if name not in self._controlnets:
-                self._controlnets[name] = load_controlnet(name, self.manifest, self.device, self.dtype)
+                denoiser = getattr(self.load(), self.record.denoiser)
+                net = load_controlnet(name, self.manifest, self.device, self.dtype, denoiser)
+                self._controlnets[name] = net
             return self._controlnets[name]
 
     def refiner(self) -> DiffusionPipeline:

@@ -9,7 +9,7 @@ __all__ = ['pick_device', 'pick_dtype', 'has_variant', 'quiet_libraries', 'sourc
 # %% ../../nbs/50_pipeline/02_loading.ipynb #6db56816
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -40,8 +40,16 @@ from diffusion_workers.models.manifest import (
     RefinerEntry,
     Source,
 )
+from diffusion_workers.models.model_checks import (
+    NOT_NEEDED,
+    check_channels,
+    check_controlnet,
+    checkpoint_networks,
+    is_network,
+    named_networks,
+)
 from ..models.weight_headers import WeightFileError, read_header
-from ..models.weight_kinds import check_channels, prediction_of
+from ..models.weight_kinds import prediction_of
 from .weights import Role, quantization_config, settings_of, store, usable_memory
 from ..request.errors import RequestError, logger, request_error
 from ez_diffusion_client.models import ErrorCode
@@ -79,14 +87,17 @@ def has_variant(
 
 
 def _folder(source: Source, arguments: dict) -> Path:  # of one component, or of a pipeline
+    "With the subfolder: given apart, diffusers would read a weight file at the top of the repository in its place."
     return source.location() / arguments.get("subfolder", "")
 
 
 def _from_repository(cls: type, source: Source, variant: str | None, arguments: dict) -> Any:
     arguments = source.load_arguments() | {"use_safetensors": True} | arguments
     if not isinstance(source, HubSource):
-        variant = variant if variant and has_variant(_folder(source, arguments), variant) else None
-        return cls.from_pretrained(str(source.location()), variant=variant, local_files_only=True, **arguments)
+        folder = _folder(source, arguments)
+        arguments = {name: value for name, value in arguments.items() if name != "subfolder"}
+        variant = variant if variant and has_variant(folder, variant) else None
+        return cls.from_pretrained(str(folder), variant=variant, local_files_only=True, **arguments)
     try:
         return cls.from_pretrained(source.location(), variant=variant, **arguments)
     except (ValueError, OSError) as exc:
@@ -96,15 +107,12 @@ def _from_repository(cls: type, source: Source, variant: str | None, arguments: 
         return cls.from_pretrained(source.location(), **arguments)
 
 
-_NOT_NEEDED = ("safety_checker", "feature_extractor", "image_encoder")  # named by some repositories, used by no task
-
-
 def _pipeline(class_name: str, source: Source, variant: str | None, arguments: dict) -> DiffusionPipeline:
     "A pipeline around networks that are read already: its tokenizers and scheduler come from the source."
     cls = getattr(diffusers, class_name)
     if isinstance(source, FileSource):
         source, variant = source.config or published_source(source), None
-    left_out = {name: None for name in _NOT_NEEDED if name in signature(cls.__init__).parameters}
+    left_out = {name: None for name in NOT_NEEDED if name in signature(cls.__init__).parameters}
     return _from_repository(cls, source, variant, left_out | arguments)
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #884987be
@@ -161,10 +169,6 @@ def shared_network(
         return network
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #06bc9f8e
-def _is_network(name: str) -> bool:
-    return name != "scheduler" and not name.startswith("tokenizer")
-
-
 def _find_class(class_name: str) -> type:
     return getattr(diffusers, class_name, None) or getattr(transformers, class_name)
 
@@ -247,7 +251,7 @@ def _replacement(name: str, component: Component, manifest: ModelManifest, targe
     "A component that the manifest names with a source of its own."
     class_name = component.class_name or manifest.record.components[name][0]
     with _explained(component.source, manifest.name, "model"):
-        if _is_network(name):
+        if is_network(name):
             of_file = isinstance(component.source, FileSource)
             of_model = None if isinstance(manifest.source, FileSource) else manifest.source
             return load_network(
@@ -266,40 +270,17 @@ def _replacement(name: str, component: Component, manifest: ModelManifest, targe
 def _own_networks(manifest: ModelManifest, target: Target) -> dict[str, torch.nn.Module | None]:
     "The networks of the model's own repository or file that the manifest does not replace."
     source = manifest.source
-    slots = {name: classes for name, classes in manifest.record.components.items() if _is_network(name)}
-    needed = {name: classes[0] for name, classes in slots.items() if name not in manifest.components}
     if isinstance(source, FileSource):
-        check_checkpoint(source, needed)
+        needed = checkpoint_networks(manifest)
+        check_checkpoint(source, {name: class_name for name, class_name in needed.items() if class_name})
     else:
-        needed = _named_networks(source, manifest, slots)
+        local = not isinstance(source, HubSource)
+        index = DiffusionPipeline.load_config(str(source.location()), local_files_only=local, **source.load_arguments())
+        needed = named_networks(index, manifest)
     return {  # None for one that a repository says it does without
         name: class_name and load_network(class_name, source, manifest.variant, target, name, _role(name))
         for name, class_name in needed.items()
     }
-
-
-def _named_networks(
-    source: Source, manifest: ModelManifest, slots: Mapping[str, tuple[str, ...]]
-) -> dict[str, str | None]:
-    "The classes of a repository's networks by slot; a `WeightFileError` where it is not a model of the family."
-    index = DiffusionPipeline.load_config(
-        str(source.location()), local_files_only=not isinstance(source, HubSource), **source.load_arguments()
-    )
-    classes = {name: value[1] for name, value in index.items() if isinstance(value, (list, tuple)) and value[1]}
-    networks = {name: value for name, value in classes.items() if _is_network(name) and name not in _NOT_NEEDED}
-    what, title = index.get("_class_name", "pipeline"), manifest.record.title
-    entries = {name: index[name] for name in manifest.record.components if isinstance(index.get(name), (list, tuple))}
-    empty = {name for name, entry in entries.items() if entry[1] is None}  # tokenizers included
-    missing = [name for name in slots if name not in {*networks, *empty, *manifest.components}]
-    wrong = [f"{name}: {value}" for name, value in networks.items() if value not in slots.get(name, ())]
-    wrong = [text for text in wrong if text.partition(":")[0] not in manifest.components]
-    if missing or wrong:
-        reasons = [f"without {', '.join(missing)}"] if missing else []
-        reasons += [f"with {', '.join(wrong)}"] if wrong else []
-        hint = "correct family: in the manifest, or name another folder"
-        raise WeightFileError(f"it is a {what} {' and '.join(reasons)}, not a model of {title}", hint)
-    named = dict.fromkeys(empty) | networks
-    return {name: value for name, value in named.items() if name not in manifest.components}
 
 
 def _store_rest(pipe: DiffusionPipeline, done: Collection[str], target: Target) -> None:
@@ -382,13 +363,16 @@ def load_controlnet(
     manifest: ModelManifest,
     device: torch.device,
     dtype: torch.dtype,
+    denoiser: torch.nn.Module,  # of the model, which it has to fit
 ) -> torch.nn.Module:  # shared with other models that name the same
-    "Read a ControlNet; a `RequestError` (model_unavailable) says what is missing."
+    "Read a ControlNet; a `RequestError` (model_unavailable) says what is missing, or what it was made for."
     net, controls = manifest.controlnets[name], manifest.record.controls
     class_name = controls.union_class if net.union else controls.controlnet_class
     target = _for_part(Target(device, dtype, usable_memory(manifest, device, dtype)), net)
     with _explained(net.source, name, "controlnets"):
-        return load_network(class_name, net.source, net.variant, target, role="controlnet")
+        network = load_network(class_name, net.source, net.variant, target, role="controlnet")
+        check_controlnet(network.config, denoiser.config, net.union)
+        return network
 
 
 def load_refiner(
