@@ -18,6 +18,15 @@ typescript=openapi/client_libs/typescript
 page=web_gen_client
 web=diffusion_workers/web
 
+
+# Responses have methods; they are written in the client's display.py.
+base_classes='{
+    "OpResult": "ez_diffusion_client.display.ResultMethods",
+    "GenerationPlan": "ez_diffusion_client.display.PlanMethods",
+    "MemoryReport": "ez_diffusion_client.display.MemoryReportMethods",
+    "ModelList": "ez_diffusion_client.display.ModelListMethods"
+}'
+
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
@@ -30,7 +39,7 @@ generate_models() {  # further arguments go to the generator
         --disable-timestamp --use-annotated --enum-field-as-literal one --use-default-kwarg --formatters builtin \
         --deserialize-default-values enum --strict-nullable --strict-types int float bool str \
         --collapse-root-models --output-datetime-class datetime --type-mappings uri=string \
-        --use-schema-description --use-double-quotes "$@"
+        --use-schema-description --use-double-quotes --base-class-map "$base_classes" "$@"
 }
 
 needs_generator() {

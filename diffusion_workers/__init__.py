@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from diffusion_workers.service.service import DiffusionService
     from diffusion_workers.settings.service import Settings
     from diffusion_workers.sweep.run import Sweep
-    from ez_diffusion_client import AsyncClient, Client, RunPod, Server
+    from ez_diffusion_client import AsyncClient, Client, RequestFailed, RunPod, Server
     from ez_diffusion_client.models import GenerationPlan, GenerationRequest, OpResult
 
 _HOMES = {  # name -> the module that defines it
@@ -39,6 +39,7 @@ _HOMES = {  # name -> the module that defines it
     "MaskCanvas": "diffusion_workers.panel.mask_canvas",
     "OpResult": "ez_diffusion_client.models",
     "RequestError": "diffusion_workers.request.errors",
+    "RequestFailed": "ez_diffusion_client",
     "RunPod": "ez_diffusion_client",
     "Server": "ez_diffusion_client",
     "Settings": "diffusion_workers.settings.service",

@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastcore.basics import patch
-
 from .files import ManifestError, load_manifest
 from .manifest import FolderSource, ModelManifest, package_folder
 from ..request.errors import nearest_name, request_error
@@ -177,20 +175,3 @@ def model_list(
     return ModelList(
         default=store.default, models=[model_info(manifest, name in loaded) for name, manifest in store.items()]
     )
-
-
-def _names(items: Sequence | None) -> str:
-    return ", ".join(getattr(item, "name", item) for item in items or ())
-
-
-@patch
-def _repr_markdown_(self: ModelList) -> str:
-    lines = ["| model | family | size | steps | ControlNets | LoRAs | profiles |", "|---|---|---|---|---|---|---|"]
-    for info in self.models:
-        marks = " (default)" if info.name == self.default else ""
-        if info.loaded:
-            marks += ", loaded"
-        size = f"{info.width} x {info.height} | {info.num_inference_steps}"
-        addons = f"{_names(info.controlnets)} | {_names(info.loras)} | {_names(info.profiles)}"
-        lines.append(f"| **{info.name}**{marks} | {info.family.value} | {size} | {addons} |")
-    return "\n".join(lines)

@@ -15,8 +15,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from fastcore.basics import patch
-
 from ..control.preprocessors import PREPROCESSORS
 from ..families.record import SELECTIVE_FIELDS, PipelineCall
 from ..families.registry import FAMILIES
@@ -40,7 +38,7 @@ from diffusion_workers.planning.controls import (
     plan_controls,
 )
 from .loras import ResolvedLora, check_loras, lora_warnings, plan_loras, resolve_loras
-from ..request.errors import RequestError, error_detail, plan_rows, warning
+from ..request.errors import RequestError, error_detail, warning
 from ..request.images import round_to_multiple
 from ..request.metadata import PLAN_VERSION
 from ez_diffusion_client.models import (
@@ -617,16 +615,6 @@ def make_plan(
         output=request.output or OutputOptions(),
         warnings=notes or None,
     )
-
-# %% ../../nbs/40_planning/04_plan.ipynb #76baa216
-@patch
-def _repr_markdown_(self: GenerationPlan) -> str:
-    rows = [
-        *plan_rows(self),
-        *(("warning", f"{note.field}: {note.message} ({note.given} -> {note.used})") for note in self.warnings or []),
-    ]
-    table = "\n".join("| {} | {} |".format(name, value.replace("|", "\\|").replace("\n", " ")) for name, value in rows)
-    return f"| | |\n|---|---|\n{table}"
 
 # %% ../../nbs/40_planning/04_plan.ipynb #94bf83b6
 _REPLAYED = (

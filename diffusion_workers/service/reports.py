@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import psutil
 import torch
-from fastcore.basics import patch
 
 try:
     import resource
@@ -75,24 +74,3 @@ def memory_report(
         devices=[device_memory(device)],
         models=[memory for memory in found if memory is not None],
     )
-
-# %% ../../nbs/60_service/10_reports.ipynb #35f85429
-def _megabytes(value: int | None) -> str:
-    return "" if value is None else f"{value / 1e6:,.0f} MB"
-
-
-@patch
-def _repr_markdown_(self: MemoryReport) -> str:
-    host = f"{_megabytes(self.host_total_bytes)}, {_megabytes(self.host_available_bytes)} free"
-    lines = ["| | in use | of | peak |", "|---|---|---|---|"]
-    lines.append(
-        f"| host, this process | {_megabytes(self.process_bytes)} | {host} | {_megabytes(self.process_peak_bytes)} |"
-    )
-    for device in self.devices:
-        if device.total_bytes:
-            used, total = _megabytes(device.allocated_bytes), _megabytes(device.total_bytes)
-            lines.append(f"| {device.name or device.device} | {used} | {total} | {_megabytes(device.peak_bytes)} |")
-    for model in self.models:
-        parts = ", ".join(f"{name} {_megabytes(used)}" for name, used in (model.components or {}).items())
-        lines.append(f"| {model.model} on {model.device}, {model.dtype} | {_megabytes(model.bytes)} | {parts} | |")
-    return "\n".join(lines)

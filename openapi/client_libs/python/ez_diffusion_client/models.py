@@ -7,6 +7,12 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
+from ez_diffusion_client.display import (
+    MemoryReportMethods,
+    ModelListMethods,
+    PlanMethods,
+    ResultMethods,
+)
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -956,7 +962,7 @@ class Environment(BaseModel):
     ] = None
 
 
-class GenerationPlan(BaseModel):
+class GenerationPlan(PlanMethods):
     """
     Everything that decides the pixels; the receipt inside each image
     """
@@ -1254,7 +1260,7 @@ class ModelMemory(BaseModel):
     ] = None
 
 
-class MemoryReport(BaseModel):
+class MemoryReport(MemoryReportMethods):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1389,7 +1395,7 @@ class PreprocessorInfo(BaseModel):
     parameters: list[PreprocessorParameter] | None = None
 
 
-class OpResult(BaseModel):
+class OpResult(ResultMethods):
     """
     How an operation ended, with what it made or why it failed
     """
@@ -1478,7 +1484,7 @@ class ModelInfo(BaseModel):
     profiles: list[ProfileInfo] | None = None
 
 
-class ModelList(BaseModel):
+class ModelList(ModelListMethods):
     model_config = ConfigDict(
         extra="forbid",
     )

@@ -1,5 +1,6 @@
 """Receipts in image files: how an image was made, kept when it is saved again. Needs Pillow."""
 
+import base64
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from .models import OpResult
+from .models import ControlMap, OpResult
 
 PLAN_KEY = "diffusion_workers"  # the plan as JSON
 PARAMETERS_KEY = "parameters"  # one line that other programs read
@@ -169,3 +170,16 @@ def save_images(
             quality: dict[str, Any] = {} if format == "PNG" else {"quality": 95}
             ReceiptImage.open(data).save(target, **quality)
     return paths
+
+
+def save_map(
+    found: ControlMap,
+    path: str | Path,  # ends in .png
+) -> Path:
+    """Write a control map as a PNG; missing folders are made."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path.name}: a control map is saved as .png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(base64.b64decode(found.image.rpartition(",")[2]))
+    return path
