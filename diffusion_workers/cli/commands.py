@@ -184,7 +184,7 @@ def make_service(arguments: argparse.Namespace) -> "DiffusionService":
     "A service with the settings of the arguments; it imports torch."
     from diffusion_workers.service.service import DiffusionService
 
-    return DiffusionService(read_settings(arguments), device=arguments.device)
+    return DiffusionService(read_settings(arguments), device=arguments.device, log_failures=False)
 
 # %% ../../nbs/80_cli/03_commands.ipynb #d282bc05
 def _generate(arguments: argparse.Namespace, request: GenerationRequest) -> OpResult:

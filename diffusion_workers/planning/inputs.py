@@ -41,6 +41,7 @@ from ez_diffusion_client.models import (
     PreprocessRequest,
     RequestWarning,
 )
+from ez_diffusion_client.pictures import is_json_text
 
 # %% ../../nbs/40_planning/05_inputs.ipynb #814c39bb
 ImageInput = str | bytes | Path | Image.Image | np.ndarray  # an image in a Python call
@@ -99,6 +100,8 @@ Request = TypeVar("Request", bound=BaseModel)
 
 def _as(model: type[Request], request: Request | dict | str | bytes | None, fields: Mapping[str, Any]) -> Request:
     "A validated request of a class; a field that is None is left out."
+    if isinstance(request, str) and "prompt" in model.model_fields and not is_json_text(request):
+        request = {"prompt": request}
     if request is not None and not isinstance(request, dict):
         request = parse(model, request)
         if not fields:
@@ -112,7 +115,7 @@ def _as(model: type[Request], request: Request | dict | str | bytes | None, fiel
 
 
 def as_request(
-    request: GenerationRequest | dict | str | bytes | None,  # as an object, a dict or JSON
+    request: GenerationRequest | dict | str | bytes | None,  # a prompt, an object, a dict or JSON
     fields: Mapping[str, Any],  # set or override single fields; None leaves one out
 ) -> GenerationRequest:
     "A validated request from what a Python caller has; a `RequestError` names every mistake."

@@ -265,7 +265,8 @@ def _unknown_field_hint(path: str, siblings: list[str]) -> str:
     if parent:
         elsewhere = next((known for known in _UNIT_FIELD_NAMES.get(name, ()) if known in siblings), None)
     else:
-        elsewhere = FIELD_NAMES_ELSEWHERE.get(name)
+        known = nearest_name(name, [*siblings, *FIELD_NAMES_ELSEWHERE])
+        elsewhere = FIELD_NAMES_ELSEWHERE.get(known or "")
     if elsewhere and re.split(r"\W", elsewhere)[0] in siblings:
         return f"use {elsewhere}"
     near = nearest_name(path.rpartition(".")[2].lower().replace("-", "_"), siblings)
@@ -300,6 +301,10 @@ def _detail(model: type[BaseModel], error: dict) -> ErrorDetail:  # one pydantic
         )
         message, given, allowed = "there is no such field", shorten(location[-1]), ", ".join(siblings)
         hint = _unknown_field_hint(field_path(location), siblings)
+    elif code == ErrorCode.not_a_multiple and type(error["input"]) is int:
+        step = _schema_at(model, location)[1][0]["multipleOf"]
+        below = error["input"] // step * step
+        hint = f"use {below} or {below + step}"
     elif code == ErrorCode.not_a_finite_number:
         message = "a finite number is needed"
     elif code in (ErrorCode.not_one_of, ErrorCode.unknown_scheduler) and isinstance(error["input"], str):

@@ -7,6 +7,7 @@ __all__ = ['DiffusionService']
 
 # %% ../../nbs/60_service/11_service.ipynb #c0080944
 import time
+from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any, Unpack
 
@@ -42,6 +43,7 @@ from .model_pool import ModelPool
 from .queue import RequestQueue
 from .reports import memory_report
 from ..settings.service import Settings
+from ez_diffusion_client.display import failure_text
 from ez_diffusion_client.fields import PreprocessFields, RequestFields
 from ez_diffusion_client.models import (
     ControlMap,
@@ -54,6 +56,7 @@ from ez_diffusion_client.models import (
     PreprocessRequest,
     RestoreRequest,
 )
+from ez_diffusion_client.progress import ProgressBar, wants_progress
 
 # %% ../../nbs/60_service/11_service.ipynb #569134ea
 _takes_request_fields = takes_fields_of(GenerationRequest, image=ImageInput, mask_image=ImageInput)
@@ -71,11 +74,15 @@ class DiffusionService:
         models: ManifestStore | None = None,  # default: the models of the settings
         image_policy: ImagePolicy = ImagePolicy(),  # which images a request may bring along
         batching: BatchPolicy | None = None,  # which requests may share a batch; None makes each alone
+        raise_errors: bool = False,  # a call that fails raises a `RequestFailed` instead of returning the result
+        log_failures: bool = True,  # a call that fails is logged as a warning, which Python prints by default
     ):
         self.settings = settings or Settings.from_environment()
         self.device = pick_device(device or self.settings.device)
         self.models = load_manifests(self.settings) if models is None else models
         self.image_policy = image_policy
+        self.raise_errors = raise_errors
+        self.log_failures = log_failures
         self.preprocessors = PreprocessorStore(self.settings.annotator_folders, str(self.device))
         self.loras = LoraStore()
         self.pool = ModelPool(self.settings, self.device)
@@ -103,24 +110,29 @@ class DiffusionService:
     @_takes_request_fields
     def generate(
         self,
-        request: GenerationRequest | PlannedRequest | dict | str | bytes | None = None,  # an object, a dict or JSON
+        request: GenerationRequest | PlannedRequest | dict | str | bytes | None = None,  # or the prompt, or JSON
         *,
         on_progress: OnProgress | None = None,  # called on the worker thread
+        progress: bool | None = None,  # show a progress bar; None: in a notebook and on a terminal
         **fields: Unpack[RequestFields],  # of the request
     ) -> OpResult:
         "Make images and wait for them; interrupting the wait cancels the generation."
-        generation = self.submit(request, on_progress=on_progress, **fields)
-        try:
-            return generation.result()
-        except KeyboardInterrupt:
-            generation.cancel()
-            generation.result()
-            raise
+        with ExitStack() as stack:
+            if on_progress is None and wants_progress(progress):
+                on_progress = stack.enter_context(ProgressBar())
+            generation = self.submit(request, on_progress=on_progress, **fields)
+            try:
+                result = generation.result()
+            except KeyboardInterrupt:
+                generation.cancel()
+                generation.result()
+                raise
+        return self._returned("generate", result)
 
     @_takes_request_fields
     def submit(
         self,
-        request: GenerationRequest | PlannedRequest | dict | str | bytes | None = None,  # an object, a dict or JSON
+        request: GenerationRequest | PlannedRequest | dict | str | bytes | None = None,  # or the prompt, or JSON
         *,
         on_progress: OnProgress | None = None,  # called on the worker thread
         **fields: Unpack[RequestFields],  # of the request
@@ -140,14 +152,14 @@ class DiffusionService:
     @_takes_request_fields
     def plan(
         self,
-        request: GenerationRequest | dict | str | bytes | None = None,  # an object, a dict or JSON
+        request: GenerationRequest | dict | str | bytes | None = None,  # or the prompt, or JSON
         **fields: Unpack[RequestFields],  # of the request
     ) -> OpResult:
         "What a request would do, without doing it: a result that holds the plan."
         try:
             plan = self.prepare(as_request(request, fields)).plan
         except Exception as exc:
-            return failure(exc)
+            return self._returned("plan", failure(exc))
         return OpResult(status=OpStatus.success, plan=plan, warnings=plan.warnings)
 
     def prepare(self, request: GenerationRequest) -> PlannedRequest:
@@ -171,7 +183,7 @@ class DiffusionService:
                 asked.preprocessing, planned.image, planned.width, planned.height, asked.resize_mode, planned.mask
             )
         except Exception as exc:
-            return failure(exc, request_id)
+            return self._returned("preprocess", failure(exc, request_id))
         found = ControlMap(
             image=to_image_string(made), preprocessor=asked.preprocessing.name, width=made.width, height=made.height
         )
@@ -187,14 +199,14 @@ class DiffusionService:
         "Restore the request that made an image from its metadata: a result that holds it, and what is lost."
         models = self.list_models()
         if isinstance(image, Image.Image):
-            return restore_result(image, models, request_id)
+            return self._returned("restore", restore_result(image, models, request_id))
         try:
             text = None if image is None else image_text(image, "image")
             given = {"image": text, "parameters": parameters, "request_id": request_id}
             asked = parse(RestoreRequest, {name: value for name, value in given.items() if value is not None})
         except RequestError as refused:
-            return failure(refused, request_id)
-        return restore_request(asked, models, self.image_policy)
+            return self._returned("restore", failure(refused, request_id))
+        return self._returned("restore", restore_request(asked, models, self.image_policy))
 
     # --- models and reports ---
 
@@ -224,6 +236,14 @@ class DiffusionService:
             loaded_models=self.pool.loaded,
             queue_length=len(self.queue),
         )
+
+    def _returned(self, operation: str, result: OpResult) -> OpResult:
+        "What a call hands back: a failure is raised or logged, so that it is seen where the result is only assigned."
+        if not result.ok and self.raise_errors:
+            result.raise_for_status()
+        if not result.ok and self.log_failures:
+            logger.warning("%s", failure_text(operation, result))
+        return result
 
     def _finish(self, generation: Generation, result: OpResult) -> None:
         self.queue.finish(generation, result)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         MemoryReport,
         ModelInfo,
         ModelMemory,
+        OpResult,
         OpStatus,
         RequestWarning,
     )
@@ -51,6 +52,21 @@ def error_line(
         f"allowed: {error.allowed}" if error.allowed else "",
     ]
     return "; ".join(part for part in parts if part)
+
+
+def failure_text(
+    operation: str,  # such as generate
+    result: "OpResult",  # that failed
+) -> str:  # a few lines, for a terminal or the standard error of a cell
+    """A failed call in readable lines: each error once, and long lists of what is allowed left out."""
+    lines = [f"{operation} failed: {result.status.value}"]
+    for error in result.errors or []:
+        short = error.allowed and len(error.allowed) <= 100
+        lines.append(f"  {error_line(error if short else error.model_copy(update={'allowed': None}))}")
+    if not result.errors and result.message:
+        lines.append(f"  {result.message}")
+    lines.append("  (result.errors has the details; result.raise_for_status() raises)")
+    return "\n".join(lines)
 
 
 # --- tables ------------------------------------------------------------------

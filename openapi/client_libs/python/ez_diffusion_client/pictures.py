@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +46,20 @@ def plain(value: Any) -> Any:
     return value.model_dump(mode="json", exclude_unset=True) if isinstance(value, BaseModel) else value
 
 
+def is_json_text(text: str | bytes) -> bool:
+    """Whether a text is meant as a JSON object; any other text is a prompt."""
+    return isinstance(text, bytes) or re.match(r'\s*\{\s*["}]', text) is not None
+
+
 def request_body(
-    request: GenerationRequest | PreprocessRequest | dict[str, Any] | str | bytes | None,  # an object, a dict or JSON
+    request: GenerationRequest | PreprocessRequest | dict[str, Any] | str | bytes | None,  # or a prompt
     fields: dict[str, Any],  # set or override single fields
 ) -> dict[str, Any]:
     """What is sent for a request; the server checks it."""
-    given = json.loads(request) if isinstance(request, (str, bytes)) else plain(request)
+    if isinstance(request, (str, bytes)):
+        given = json.loads(request) if is_json_text(request) else {"prompt": request}
+    else:
+        given = plain(request)
     if not isinstance(given, dict | None):
         raise TypeError(f"a request is an object with named fields, not a {type(given).__name__}")
     merged = (given or {}) | {name: plain(value) for name, value in fields.items()}
