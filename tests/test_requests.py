@@ -55,7 +55,7 @@ def test_signatures_follow_the_schema(method: str) -> None:
     typed = PreprocessFields if method == "preprocess" else RequestFields
     function = getattr(DiffusionService, method)
     parameters = inspect.signature(function).parameters
-    fields = [name for name in parameters if name not in ("self", "request", "on_progress")]
+    fields = [name for name in parameters if name not in ("self", "request", "on_progress", "progress")]
     assert fields == list(model.model_fields) == list(typed.__annotations__)
     lines = re.sub(r"\n +", " ", function.__doc__).splitlines()
     for info in schema_fields(model, nested=False):
