@@ -51,3 +51,28 @@ def test_chunks(tokenizer, prompt: str, expected: list) -> None:
     found = make_chunks(weigh(prompt), tokenize, tokenize(",")[0], size=30)
     named = [[tokenizer.convert_ids_to_tokens(list(chunk.tokens)), list(chunk.weights)] for chunk in found]
     assert named == [[[token for token, _ in chunk], [weight for _, weight in chunk]] for chunk in expected]
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    import torch
+
+    from diffusion_workers.models.store import find_manifest
+    from diffusion_workers.pipeline.loading import load_pipeline
+
+    return load_pipeline(find_manifest("shapes-sd15"), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("rule", ["comfy", "a1111", "no_norm"])
+@pytest.mark.parametrize("row", VECTORS["numbers"], ids=[row["prompt"] for row in VECTORS["numbers"]])
+def test_weighted_embeddings(shapes, row: dict, rule: str) -> None:
+    "Tokens, weights, and numbers that the reference implementation of each rule gave; the samples have six decimals."
+    from diffusion_workers.pipeline.encoding import EncodingOptions, PromptTexts, encode_prompts
+
+    found = encode_prompts(shapes, "clip", [PromptTexts(row["prompt"])], EncodingOptions(rule))[0].embeds[0]
+    expected = row[rule]
+    # the reference divides two means near 0 in single precision, which costs it a digit
+    tolerance = {"rel": 1.5e-6, "abs": 1e-6} if rule == "a1111" else {"abs": 1.1e-6}
+    assert found[2, :3].tolist() == pytest.approx(expected["at"], **tolerance)
+    assert float(found.mean()) == pytest.approx(expected["mean"], abs=1e-6)
+    assert float(found.std()) == pytest.approx(expected["std"], abs=1e-5)

@@ -112,6 +112,11 @@ WeightRule = Literal["comfy", "a1111", "no_norm"]
 NEARLY_ZERO = 1e-6  # of a mean, relative to the mean magnitude
 
 
+def _mean(values: Any) -> float:
+    "The mean in double precision: in single precision, that of a chunk is right to five digits only."
+    return float(values.double().mean() if hasattr(values, "double") else values.mean(dtype=float))
+
+
 def apply_weights(
     embeddings: Any,  # (L, C) of one chunk, an array or a tensor
     weights: Any,  # (L,) of the same kind
@@ -124,7 +129,7 @@ def apply_weights(
     if rule == "comfy":
         return embeddings + (embeddings - empty) * (weights - 1)[:, None]
     weighted = embeddings * weights[:, None]
-    mean = float(weighted.mean())
+    mean = _mean(weighted)
     if rule == "no_norm" or abs(mean) <= NEARLY_ZERO * float(abs(weighted).mean()):
         return weighted
-    return weighted * (float(embeddings.mean()) / mean)
+    return weighted * (_mean(embeddings) / mean)
