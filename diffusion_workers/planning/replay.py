@@ -55,6 +55,7 @@ from ez_diffusion_client.models import (
     LostSetting,
     MetadataSource,
     ModelInfo,
+    ModelKind,
     ModelList,
     OpResult,
     OpStatus,
@@ -194,7 +195,8 @@ def _choose_model(reader: _Reader, settings: Sequence[Setting]) -> None:
     if named:
         reader.fields["model"] = named
     elif reader.distilled and not _takes_distilled(reader.model):
-        other = next((model for model in offered.values() if _takes_distilled(model)), None)
+        fitting = [model for model in offered.values() if _takes_distilled(model) and model.kind == ModelKind.standard]
+        other = next((model for model in fitting if model.loaded), fitting[0] if fitting else None)
         if other is not None:
             reader.model = other
             reader.fields["model"] = other.name

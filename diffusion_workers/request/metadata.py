@@ -125,8 +125,10 @@ _COMMON = frozenset(("steps", "sampler", "cfg scale", "seed", "size", "model", "
 _KNOWN = _COMMON | frozenset(("clip skip", "denoising strength", "version", "vae", "vae hash", "lora hashes", "loras"))
 
 
-def _common_names(line: str) -> int:
-    return sum(f"{name}: " in line.lower() for name in _COMMON) if ": " in line else 0
+def _holds_settings(line: str) -> bool:  # begins with a known one, and has three of the common ones
+    if line.partition(":")[0].strip().lower() not in _KNOWN or len(line) >= 65_536:
+        return False
+    return sum(f"{name}: " in line.lower() for name in _COMMON) >= 3
 
 
 def _settings_start(text: str) -> tuple[int, bool]:  # where the settings begin, and whether that is in mid-line
@@ -137,13 +139,13 @@ def _settings_start(text: str) -> tuple[int, bool]:  # where the settings begin,
     position = 0
     best = None
     for line in text.split("\n"):
-        if len(line) < 65_536 and _common_names(line) >= 3:
+        if _holds_settings(line):
             best = position
         position += len(line) + 1
+    if best is not None:
+        return best, False
     inline = [found.start() for found in _INLINE.finditer(text)]
-    if inline and (best is None or inline[-1] > best):
-        return inline[-1], True
-    return (len(text) if best is None else best), False
+    return (inline[-1], True) if inline else (len(text), False)
 
 # %% ../../nbs/10_request/04_metadata.ipynb #5e771a02
 _PAIR = {

@@ -119,7 +119,8 @@ _NOVELAI = _table(
     "n_samples request_type signed_hash hide_debug_overlay params_version prefer_brownian add_original_image legacy "
     "legacy_v3_extend legacy_uc extra_noise_seed controlnet_strength dynamic_thresholding_percentile "
     "dynamic_thresholding_mimic_scale deliberate_euler_ancestral_bug version stream inpaintImg2ImgStrength "
-    "cfg_sched_eligibility lora_unet_weights lora_clip_weights explike_fine_detail minimize_sigma_inf uncond_per_vibe wonky_vibe_correlation v4_prompt "
+    "cfg_sched_eligibility lora_unet_weights lora_clip_weights "
+    "explike_fine_detail minimize_sigma_inf uncond_per_vibe wonky_vibe_correlation v4_prompt "
     "v4_negative_prompt strength noise sm sm_dyn uncond_scale",
 )
 
@@ -158,7 +159,8 @@ def from_novelai(data: Mapping[str, Any], texts: Mapping[str, str] | None = None
 # %% ../../nbs/10_request/08_other_programs.ipynb #d9717d9f
 _INVOKE = _table(
     "positive_prompt=prompt negative_prompt width height seed steps=num_inference_steps cfg_scale=cfg "
-    "scheduler=sampler model clip_skip guidance=distilled_cfg positive_style_prompt=prompt_2 negative_style_prompt=negative_prompt_2",
+    "scheduler=sampler model clip_skip guidance=distilled_cfg positive_style_prompt=prompt_2 "
+    "negative_style_prompt=negative_prompt_2",
     "app_version generation_mode rand_device canvas_v2_metadata img2img_strength",
 )
 
@@ -331,7 +333,10 @@ def from_easy_diffusion(data: Mapping[str, Any]) -> Iterator[Setting]:
 
 
 _EASY_LINE = re.compile(r"([A-Za-z][A-Za-z ]{1,40}): ?(.*)")
-_EASY_SIGNS = frozenset(("num_inference_steps", "sampler_name", "guidance_scale", "use_stable_diffusion_model"))
+_EASY_SIGNS = frozenset(
+    ("num_inference_steps", "sampler_name", "guidance_scale", "use_stable_diffusion_model")
+    + ("Steps", "Sampler", "Guidance Scale", "Stable Diffusion model")
+)
 
 
 def easy_text(
@@ -347,14 +352,14 @@ def easy_text(
             found[label[1]] = label[2]
         elif not found:
             prompt.append(line)
-    if len(_EASY_SIGNS & {_easy_name(name) for name in found}) < 2:
+    if not is_easy_diffusion(found):
         return {}
     return ({"prompt": "\n".join(prompt).strip()} if prompt else {}) | found
 
 
 def is_easy_diffusion(data: Mapping[str, Any]) -> bool:
     "Whether names are those of Easy Diffusion."
-    return len(_EASY_SIGNS & {_easy_name(name) for name in data if isinstance(name, str)}) >= 2
+    return len(_EASY_SIGNS.intersection(data)) >= 2
 
 # %% ../../nbs/10_request/08_other_programs.ipynb #c4994a57
 _JSON_PROGRAMS: tuple[
