@@ -16,6 +16,8 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffusion_workers import DiffusionService
+from diffusion_workers.cli.main import main
+from diffusion_workers.models.manifest import builtin_path
 from diffusion_workers.planning.replay import from_parameters, from_plan, restore
 from diffusion_workers.request.errors import RequestError
 from diffusion_workers.request.metadata import parameters_line, read_metadata
@@ -157,7 +159,7 @@ def test_comment_in_the_main_block() -> None:
     assert restore(data).request == {"prompt": "a cat", "num_inference_steps": 9, "seed": 4}
 
 
-@pytest.mark.parametrize("comment", [b"ASCII\0\0\0A day at the sea", b"UNICODE\0" + "Ferien, Tag 1: am Meer".encode()])
+@pytest.mark.parametrize("comment", [b"ASCII\0\0\0A day at the sea", b"UNICODE\0" + b"Ferien, Tag 1: am Meer"])
 def test_words_of_a_camera(comment: bytes) -> None:
     assert restore(with_comment("JPEG", comment)).source == "none"
 
@@ -170,15 +172,20 @@ LAYOUTS = {
     "Windows, at the end": LINE.replace("\n", "\r\n") + "\r\n\r\n",
     "old Macintosh": LINE.replace("\n", "\r"),
     "further lines": LINE + "\nTemplate: a {red|blue} circle, small\nNegative Template: blurry",
-    "further lines, Windows": (LINE + "\nTemplate: a {red|blue} circle\nNegative Template: blurry").replace("\n", "\r\n"),
+    "further lines, Windows": (LINE + "\nTemplate: a {red|blue} circle\nNegative Template: blurry").replace(
+        "\n", "\r\n"
+    ),
     "line break in quotes": LINE + ', Note: "a\nb"',
     "settings on two lines": LINE.replace(", Seed", "\nSeed"),
     "another order": LINE.replace("Steps: 20, ", "").replace("Size: 128x128", "Size: 128x128, Steps: 20"),
-    "separators |": LINE.replace("Steps: 20, ", "Steps: 20 | ").replace(", S", " | S").replace(", C", " | C").replace(", M", " | M"),
+    "separators |": LINE.replace("Steps: 20, ", "Steps: 20 | ")
+    .replace(", S", " | S")
+    .replace(", C", " | C")
+    .replace(", M", " | M"),
     "without line breaks": LINE.replace("\n", " "),
     "JSON in a value": LINE + ', Civitai resources: [{"type":"checkpoint","modelVersionId":1}], Civitai metadata: {}',
     "white space before": LINE.replace("\nSteps", "\n  Steps"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", LAYOUTS.values(), ids=LAYOUTS)
@@ -283,9 +290,37 @@ def test_loras_in_prompts(service: DiffusionService) -> None:
     assert restored.request["loras"] == [{"name": name, "scale": 0.8}]
     reasons = [entry.reason for entry in restored.lost if entry.name == "LoRA"]
     assert reasons == ["the model offers no such LoRA", "it is given twice, the first one is kept"]
-    both = restore(f"a cat <lora:ink:0.5:1> <lora:folder/line.safetensors:te=0.2:unet=0.4>").request["loras"]
+    both = restore("a cat <lora:ink:0.5:1> <lora:folder/line.safetensors:te=0.2:unet=0.4>").request["loras"]
     assert both[0] == {"name": "ink", "scale": 1.0, "text_encoder_scale": 0.5}
     assert (both[1]["scale"], both[1]["text_encoder_scale"]) == (0.4, 0.2)
+
+
+def test_loras_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "A tag names a file without its ending; where the operator allows a folder that holds it, it is used."
+    source = builtin_path("shapes-sd15") / "loras" / "outline.safetensors"
+    (tmp_path / "ink").mkdir()
+    (tmp_path / "ink" / "line.safetensors").write_bytes(source.read_bytes())
+    monkeypatch.setenv("DIFFUSION_WORKERS_LORAS", str(tmp_path))
+    with DiffusionService() as service:
+        name = f"{LINE.replace(PROMPT, PROMPT + ' <lora:ink/line:0.5> <lora:ink/other:1>')}, Model: shapes-sd15"
+        restored = runnable(service, name)
+        assert restored.request["loras"] == [{"name": "ink/line.safetensors", "scale": 0.5}]
+        assert lost(restored)["LoRA"] == "ink/other: 1"
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    "It restores the same request, as JSON that it can generate."
+    path = tmp_path / "image.png"
+    path.write_bytes(png(parameters=LINE + ", ENSD: 31337"))
+    assert main(["replay", str(path)]) != 0
+    assert "--show-request" in capsys.readouterr().err
+    assert main(["replay", str(path), "--show-request"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == LINE_REQUEST
+    assert "lost: ENSD 31337" in shown.err
+    path.write_bytes(png())
+    assert main(["replay", str(path), "--show-request"]) == 1
+    assert main(["replay", str(tmp_path / "none.png"), "--show-request"]) != 0
 
 
 def test_prompt_language_is_named() -> None:
@@ -299,7 +334,10 @@ def test_prompt_language_is_named() -> None:
 
 def test_lines_of_flux(service: DiffusionService) -> None:
     "Forge writes `Sampler: Euler` and a distilled scale; a model that takes them is found, and the line runs on it."
-    line = f"{PROMPT}\nSteps: 10, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Distilled CFG Scale: 3.5, Seed: 5, Size: 128x128, Model: my-flux, Version: f2.0.1"  # fmt: skip
+    line = (
+        f"{PROMPT}\nSteps: 10, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Distilled CFG Scale: 3.5, "
+        "Seed: 5, Size: 128x128, Model: my-flux, Version: f2.0.1"
+    )
     flux = ModelInfo(name="my-other-flux", family="flux", source="builtin:shapes-flux", loaded=False)
     plain = ModelInfo(name="plain", family="sd15", source="builtin:shapes-sd15", loaded=False)
     chosen = restore(line, ModelList(default="plain", models=[plain, flux]))
@@ -313,7 +351,9 @@ def test_lines_of_flux(service: DiffusionService) -> None:
     named = runnable(service, line.replace("my-flux", "shapes-flux"))
     assert named.request["model"] == "shapes-flux"
     assert service.plan(named.request).plan.guidance_scale == 3.5
-    ancestral = restore(line.replace("Euler", "Euler a").replace("my-flux", "my-other-flux"), ModelList(default="plain", models=[flux]))  # fmt: skip
+    ancestral = restore(
+        line.replace("Euler", "Euler a").replace("my-flux", "my-other-flux"), ModelList(default="plain", models=[flux])
+    )
     assert lost(ancestral)["Sampler"] == "Euler a"
     odd = runnable(service, line.replace("my-flux", "shapes-flux").replace("128x128", "136x120"))
     assert (odd.request["width"], odd.request["height"]) == (144, 128)
@@ -351,56 +391,167 @@ def test_a_plan_that_no_request_can_hold(service: DiffusionService) -> None:
 # --- other programs ---------------------------------------------------------
 
 FOOOCUS = {
-    "adm_guidance": "(1.5, 0.8, 0.3)", "base_model": "juggernautXL", "base_model_hash": "aa", "full_prompt": ["a red circle"],
-    "guidance_scale": 4.0, "loras": [["heart.safetensors", 0.5, "bb"], ["offset.safetensors", 0.1, "cc"]],
-    "metadata_scheme": "fooocus", "negative_prompt": "blurry", "performance": "Speed", "prompt": "a red circle",
-    "refiner_model": "None", "resolution": "(128, 192)", "sampler": "dpmpp_2m_sde_gpu", "scheduler": "karras",
-    "seed": "4711", "sharpness": 2.0, "steps": 30, "styles": "['Fooocus V2']", "vae": "Default (model)", "version": "Fooocus v2.5.0",
-}  # fmt: skip
+    "adm_guidance": "(1.5, 0.8, 0.3)",
+    "base_model": "juggernautXL",
+    "base_model_hash": "aa",
+    "full_prompt": ["a red circle"],
+    "guidance_scale": 4.0,
+    "loras": [["heart.safetensors", 0.5, "bb"], ["offset.safetensors", 0.1, "cc"]],
+    "metadata_scheme": "fooocus",
+    "negative_prompt": "blurry",
+    "performance": "Speed",
+    "prompt": "a red circle",
+    "refiner_model": "None",
+    "resolution": "(128, 192)",
+    "sampler": "dpmpp_2m_sde_gpu",
+    "scheduler": "karras",
+    "seed": "4711",
+    "sharpness": 2.0,
+    "steps": 30,
+    "styles": "['Fooocus V2']",
+    "vae": "Default (model)",
+    "version": "Fooocus v2.5.0",
+}
 DRAW_THINGS = {
-    "c": "a red circle", "uc": "blurry", "seed": 11, "steps": 12, "scale": 4.5, "size": "128x192", "model": "sd_v1.5_f16.ckpt",
-    "sampler": "DPM++ 2M Karras", "strength": 1, "mask_blur": 1.5, "seed_mode": "Scale Alike", "lora": [{"model": "heart.ckpt", "weight": 0.6}],
-    "v2": {"width": 128, "height": 192, "clipSkip": 1}, "profile": {},
-}  # fmt: skip
+    "c": "a red circle",
+    "uc": "blurry",
+    "seed": 11,
+    "steps": 12,
+    "scale": 4.5,
+    "size": "128x192",
+    "model": "sd_v1.5_f16.ckpt",
+    "sampler": "DPM++ 2M Karras",
+    "strength": 1,
+    "mask_blur": 1.5,
+    "seed_mode": "Scale Alike",
+    "lora": [{"model": "heart.ckpt", "weight": 0.6}],
+    "v2": {"width": 128, "height": 192, "clipSkip": 1},
+    "profile": {},
+}
 NOVELAI = {
-    "prompt": "a red circle", "uc": "blurry", "steps": 28, "height": 192, "width": 128, "scale": 5.0, "seed": 4294967295,
-    "sampler": "k_dpmpp_2m", "noise_schedule": "karras", "cfg_rescale": 0.2, "n_samples": 1, "sm": True, "sm_dyn": False, "strength": 0.7,
-    "noise": 0.2, "request_type": "PromptGenerateRequest", "signed_hash": "x",
-}  # fmt: skip
+    "prompt": "a red circle",
+    "uc": "blurry",
+    "steps": 28,
+    "height": 192,
+    "width": 128,
+    "scale": 5.0,
+    "seed": 4294967295,
+    "sampler": "k_dpmpp_2m",
+    "noise_schedule": "karras",
+    "cfg_rescale": 0.2,
+    "n_samples": 1,
+    "sm": True,
+    "sm_dyn": False,
+    "strength": 0.7,
+    "noise": 0.2,
+    "request_type": "PromptGenerateRequest",
+    "signed_hash": "x",
+}
 INVOKE = {
-    "generation_mode": "txt2img", "positive_prompt": "a red circle", "negative_prompt": "blurry", "width": 128, "height": 192,
-    "seed": 7, "cfg_scale": 6.5, "steps": 15, "scheduler": "dpmpp_2m_k", "clip_skip": 1, "cfg_rescale_multiplier": 0.0,
-    "model": {"key": "k", "name": "dreamshaper", "base": "sd-1", "type": "main"}, "loras": [{"model": {"name": "heart"}, "weight": 0.75}],
-    "app_version": "5.0.0", "rand_device": "cpu", "vae": {"name": "mse"}, "controlnets": [],
-}  # fmt: skip
+    "generation_mode": "txt2img",
+    "positive_prompt": "a red circle",
+    "negative_prompt": "blurry",
+    "width": 128,
+    "height": 192,
+    "seed": 7,
+    "cfg_scale": 6.5,
+    "steps": 15,
+    "scheduler": "dpmpp_2m_k",
+    "clip_skip": 1,
+    "cfg_rescale_multiplier": 0.0,
+    "model": {"key": "k", "name": "dreamshaper", "base": "sd-1", "type": "main"},
+    "loras": [{"model": {"name": "heart"}, "weight": 0.75}],
+    "app_version": "5.0.0",
+    "rand_device": "cpu",
+    "vae": {"name": "mse"},
+    "controlnets": [],
+}
 SWARM = {
     "sui_image_params": {
-        "prompt": "a red circle", "negativeprompt": "blurry", "model": "Official/sd_xl", "seed": 9, "steps": 14, "cfgscale": 3.5,
-        "width": 128, "height": 192, "sampler": "dpmpp_2m", "scheduler": "karras", "loras": ["heart", "none"], "loraweights": ["0.8", "1"],
-        "swarm_version": "0.9", "variationseed": 4,
+        "prompt": "a red circle",
+        "negativeprompt": "blurry",
+        "model": "Official/sd_xl",
+        "seed": 9,
+        "steps": 14,
+        "cfgscale": 3.5,
+        "width": 128,
+        "height": 192,
+        "sampler": "dpmpp_2m",
+        "scheduler": "karras",
+        "loras": ["heart", "none"],
+        "loraweights": ["0.8", "1"],
+        "swarm_version": "0.9",
+        "variationseed": 4,
     },
     "sui_extra_data": {"date": "2025-01-01"},
-}  # fmt: skip
+}
 EASY = {
-    "prompt": "a red circle", "negative_prompt": "blurry", "seed": "42", "num_inference_steps": "25", "guidance_scale": "7.5",
-    "width": "128", "height": "192", "sampler_name": "euler_a", "use_stable_diffusion_model": "sd-v1-5", "use_lora_model": "heart",
-    "lora_alpha": "0.5", "use_face_correction": "GFPGANv1.4", "use_upscale": "None", "upscale_amount": "4", "clip_skip": "True",
-}  # fmt: skip
-XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description><exif:UserComment><rdf:Alt><rdf:li xml:lang="x-default">{}</rdf:li></rdf:Alt></exif:UserComment></rdf:Description></rdf:RDF></x:xmpmeta>'  # fmt: skip
+    "prompt": "a red circle",
+    "negative_prompt": "blurry",
+    "seed": "42",
+    "num_inference_steps": "25",
+    "guidance_scale": "7.5",
+    "width": "128",
+    "height": "192",
+    "sampler_name": "euler_a",
+    "use_stable_diffusion_model": "sd-v1-5",
+    "use_lora_model": "heart",
+    "lora_alpha": "0.5",
+    "use_face_correction": "GFPGANv1.4",
+    "use_upscale": "None",
+    "upscale_amount": "4",
+    "clip_skip": "True",
+}
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description><exif:UserComment><rdf:Alt>'
+    '<rdf:li xml:lang="x-default">{}</rdf:li></rdf:Alt></exif:UserComment></rdf:Description></rdf:RDF></x:xmpmeta>'
+)
 escaped = json.dumps(DRAW_THINGS).replace("&", "&amp;").replace('"', "&quot;")
 PROGRAMS = {
     "Fooocus": (png(parameters=json.dumps(FOOOCUS), fooocus_scheme="fooocus"), "dpmpp_2m_sde", 4711, 0.5, "sharpness"),
     "Fooocus, JPEG": (with_exif("JPEG", {0x9286: json.dumps(FOOOCUS)}, False), "dpmpp_2m_sde", 4711, 0.5, "styles"),
-    "Draw Things": (with_comment("JPEG", b"ASCII\0\0\0" + json.dumps(DRAW_THINGS).encode()), "dpmpp_2m", 11, 0.6, "model"),
+    "Draw Things": (
+        with_comment("JPEG", b"ASCII\0\0\0" + json.dumps(DRAW_THINGS).encode()),
+        "dpmpp_2m",
+        11,
+        0.6,
+        "model",
+    ),
     "Draw Things, XMP": (png("iTXt", **{"XML:com.adobe.xmp": XMP.format(escaped)}), "dpmpp_2m", 11, 0.6, "model"),
-    "NovelAI": (png(Comment=json.dumps(NOVELAI), Software="NovelAI", Source="NovelAI Diffusion V3"), "dpmpp_2m", 4294967295, None, "sm"),
-    "NovelAI, hidden": (hidden(gzip.compress(json.dumps({"Software": "NovelAI", "Source": "V3", "Comment": json.dumps(NOVELAI)}).encode())), "dpmpp_2m", 4294967295, None, "Source"),
+    "NovelAI": (
+        png(Comment=json.dumps(NOVELAI), Software="NovelAI", Source="NovelAI Diffusion V3"),
+        "dpmpp_2m",
+        4294967295,
+        None,
+        "sm",
+    ),
+    "NovelAI, hidden": (
+        hidden(
+            gzip.compress(json.dumps({"Software": "NovelAI", "Source": "V3", "Comment": json.dumps(NOVELAI)}).encode())
+        ),
+        "dpmpp_2m",
+        4294967295,
+        None,
+        "Source",
+    ),
     "InvokeAI": (png("iTXt", invokeai_metadata=json.dumps(INVOKE)), "dpmpp_2m", 7, 0.75, "vae"),
     "SwarmUI": (png(parameters=json.dumps(SWARM)), "dpmpp_2m", 9, 0.8, "variationseed"),
-    "SwarmUI, JPEG": (with_comment("JPEG", b"UNICODE\0" + json.dumps(SWARM).encode("utf-16-le")), "dpmpp_2m", 9, 0.8, "variationseed"),
+    "SwarmUI, JPEG": (
+        with_comment("JPEG", b"UNICODE\0" + json.dumps(SWARM).encode("utf-16-le")),
+        "dpmpp_2m",
+        9,
+        0.8,
+        "variationseed",
+    ),
     "Easy Diffusion": (png(**EASY), "euler_ancestral", 42, 0.5, "use_face_correction"),
-    "Easy Diffusion, WebP": (with_comment("WEBP", b"UNICODE\0" + json.dumps(EASY).encode("utf-16-be")), "euler_ancestral", 42, 0.5, "use_face_correction"),
-}  # fmt: skip
+    "Easy Diffusion, WebP": (
+        with_comment("WEBP", b"UNICODE\0" + json.dumps(EASY).encode("utf-16-be")),
+        "euler_ancestral",
+        42,
+        0.5,
+        "use_face_correction",
+    ),
+}
 
 
 @pytest.mark.parametrize(("data", "scheduler", "seed", "scale", "named"), PROGRAMS.values(), ids=PROGRAMS)
@@ -427,7 +578,16 @@ def test_nothing_that_is_given_is_passed_over(service: DiffusionService) -> None
 
 @pytest.mark.parametrize("ending", ["json", "txt"])
 def test_files_of_easy_diffusion(tmp_path: Path, ending: str) -> None:
-    labels = {"Width": 512, "Height": 768, "Seed": 42, "Steps": 25, "Guidance Scale": 7.5, "Sampler": "euler_a", "Negative Prompt": "blurry", "Stable Diffusion model": "sd-v1-5"}  # fmt: skip
+    labels = {
+        "Width": 512,
+        "Height": 768,
+        "Seed": 42,
+        "Steps": 25,
+        "Guidance Scale": 7.5,
+        "Sampler": "euler_a",
+        "Negative Prompt": "blurry",
+        "Stable Diffusion model": "sd-v1-5",
+    }
     lines = "".join(f"\r\n{name}: {value}" for name, value in labels.items())
     path = tmp_path / f"image.{ending}"
     path.write_bytes((json.dumps(EASY) if ending == "json" else f"a red circle{lines}").encode())
@@ -437,12 +597,31 @@ def test_files_of_easy_diffusion(tmp_path: Path, ending: str) -> None:
 
 
 def test_old_invoke(service: DiffusionService) -> None:
-    image = {"prompt": [{"prompt": "a red circle [blurry]", "weight": 1.0}], "steps": 9, "cfg_scale": 7.5, "threshold": 0, "perlin": 0, "height": 192, "width": 128, "seed": 3, "seamless": False, "hires_fix": False, "type": "txt2img", "postprocessing": None, "sampler": "k_euler_a", "variations": []}  # fmt: skip
+    image = {
+        "prompt": [{"prompt": "a red circle [blurry]", "weight": 1.0}],
+        "steps": 9,
+        "cfg_scale": 7.5,
+        "threshold": 0,
+        "perlin": 0,
+        "height": 192,
+        "width": 128,
+        "seed": 3,
+        "seamless": False,
+        "hires_fix": False,
+        "type": "txt2img",
+        "postprocessing": None,
+        "sampler": "k_euler_a",
+        "variations": [],
+    }
     metadata = {"model": "stable diffusion", "model_weights": "sd-1.5", "app_id": "invoke-ai/InvokeAI", "image": image}
     dream = '"a red circle [blurry]" -s 9 -S 3 -W 128 -H 192 -C 7.5 -A k_euler_a'
     for data in (png(**{"sd-metadata": json.dumps(metadata)}), png(Dream=dream)):
         request = runnable(service, data).request
-        assert (request["prompt"], request["negative_prompt"], request["scheduler"]) == ("a red circle", "blurry", "euler_ancestral")  # fmt: skip
+        assert (request["prompt"], request["negative_prompt"], request["scheduler"]) == (
+            "a red circle",
+            "blurry",
+            "euler_ancestral",
+        )
         assert (request["num_inference_steps"], request["seed"], request["height"]) == (9, 3, 192)
 
 
@@ -468,14 +647,26 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
 def graph(**changes: Any) -> dict[str, Any]:
     "The default graph of ComfyUI, with some nodes in place of others."
     nodes = {
-        "3": node("KSampler", seed=156680208700286, steps=20, cfg=8.0, sampler_name="dpmpp_2m", scheduler="karras", denoise=1.0, model=["4", 0], positive=["6", 0], negative=["7", 0], latent_image=["5", 0]),
+        "3": node(
+            "KSampler",
+            seed=156680208700286,
+            steps=20,
+            cfg=8.0,
+            sampler_name="dpmpp_2m",
+            scheduler="karras",
+            denoise=1.0,
+            model=["4", 0],
+            positive=["6", 0],
+            negative=["7", 0],
+            latent_image=["5", 0],
+        ),
         "4": node("CheckpointLoaderSimple", ckpt_name="v1-5.safetensors"),
         "5": node("EmptyLatentImage", width=128, height=192, batch_size=1),
         "6": node("CLIPTextEncode", text="a red circle", clip=["4", 1]),
         "7": node("CLIPTextEncode", text="blurry", clip=["4", 1]),
         "8": node("VAEDecode", samples=["3", 0], vae=["4", 2]),
         "9": node("SaveImage", filename_prefix="x", images=["8", 0]),
-    }  # fmt: skip
+    }
     return nodes | {name.removeprefix("n"): value for name, value in changes.items()}
 
 
@@ -485,28 +676,91 @@ def sampler(kind: str = "KSampler", **changes: Any) -> dict[str, Any]:
 
 
 EXPECTED = {
-    "prompt": "a red circle", "negative_prompt": "blurry", "seed": 156680208700286, "num_inference_steps": 20,
-    "guidance_scale": 8.0, "scheduler": "dpmpp_2m", "use_karras_sigmas": True, "width": 128, "height": 192,
-}  # fmt: skip
+    "prompt": "a red circle",
+    "negative_prompt": "blurry",
+    "seed": 156680208700286,
+    "num_inference_steps": 20,
+    "guidance_scale": 8.0,
+    "scheduler": "dpmpp_2m",
+    "use_karras_sigmas": True,
+    "width": 128,
+    "height": 192,
+}
 CUSTOM = {
-    "n3": node("SamplerCustomAdvanced", noise=["30", 0], guider=["31", 0], sampler=["32", 0], sigmas=["33", 0], latent_image=["5", 0]),
+    "n3": node(
+        "SamplerCustomAdvanced",
+        noise=["30", 0],
+        guider=["31", 0],
+        sampler=["32", 0],
+        sigmas=["33", 0],
+        latent_image=["5", 0],
+    ),
     "n30": node("RandomNoise", noise_seed=156680208700286),
     "n31": node("CFGGuider", model=["4", 0], positive=["6", 0], negative=["7", 0], cfg=8.0),
     "n32": node("KSamplerSelect", sampler_name="dpmpp_2m"),
     "n33": node("BasicScheduler", model=["4", 0], scheduler="karras", steps=20, denoise=1.0),
-}  # fmt: skip
+}
 GRAPHS = {
     "default": graph(),
-    "advanced": graph(n3=sampler("KSamplerAdvanced", seed=None, noise_seed=156680208700286, add_noise="enable", start_at_step=0, end_at_step=10000)),
+    "advanced": graph(
+        n3=sampler(
+            "KSamplerAdvanced",
+            seed=None,
+            noise_seed=156680208700286,
+            add_noise="enable",
+            start_at_step=0,
+            end_at_step=10000,
+        )
+    ),
     "custom advanced": graph(**CUSTOM),
-    "custom": graph(**{**CUSTOM, "n3": node("SamplerCustom", add_noise=True, noise_seed=156680208700286, cfg=8.0, model=["4", 0], positive=["6", 0], negative=["7", 0], sampler=["32", 0], sigmas=["33", 0], latent_image=["5", 0])}),
-    "karras scheduler": graph(**{**CUSTOM, "n33": node("KarrasScheduler", steps=20, sigma_max=14.6, sigma_min=0.03, rho=7.0)}),
-    "texts through links": graph(n6=node("CLIPTextEncode", text=["60", 0], clip=["4", 1]), n60=node("StringConcatenate", string_a="a red", string_b=["61", 0], delimiter=" "), n61=node("PrimitiveString", value="circle")),
-    "numbers through links": graph(n3=sampler(seed=["30", 0], steps=["31", 0]), n30=node("Seed (rgthree)", seed=156680208700286), n31=node("PrimitiveInt", value=20), n5=node("EmptyLatentImage", width=["51", 0], height=192), n51=node("INTConstant", value=128)),
-    "reroute": graph(n3=sampler(model=["40", 0], positive=["41", 0]), n40=node("Reroute", **{"": ["4", 0]}), n41=node("Reroute", **{"": ["6", 0]})),
-    "sdxl texts": graph(n6=node("CLIPTextEncodeSDXL", width=1024, height=1024, text_g="a red circle", text_l="a red circle", clip=["4", 1])),
-    "later pass": graph(n8=node("VAEDecode", samples=["21", 0], vae=["4", 2]), n20=node("LatentUpscaleBy", samples=["3", 0], scale_by=1.5), n21=sampler(seed=5, steps=8, denoise=0.5, latent_image=["20", 0])),
-}  # fmt: skip
+    "custom": graph(
+        **{
+            **CUSTOM,
+            "n3": node(
+                "SamplerCustom",
+                add_noise=True,
+                noise_seed=156680208700286,
+                cfg=8.0,
+                model=["4", 0],
+                positive=["6", 0],
+                negative=["7", 0],
+                sampler=["32", 0],
+                sigmas=["33", 0],
+                latent_image=["5", 0],
+            ),
+        }
+    ),
+    "karras scheduler": graph(
+        **{**CUSTOM, "n33": node("KarrasScheduler", steps=20, sigma_max=14.6, sigma_min=0.03, rho=7.0)}
+    ),
+    "texts through links": graph(
+        n6=node("CLIPTextEncode", text=["60", 0], clip=["4", 1]),
+        n60=node("StringConcatenate", string_a="a red", string_b=["61", 0], delimiter=" "),
+        n61=node("PrimitiveString", value="circle"),
+    ),
+    "numbers through links": graph(
+        n3=sampler(seed=["30", 0], steps=["31", 0]),
+        n30=node("Seed (rgthree)", seed=156680208700286),
+        n31=node("PrimitiveInt", value=20),
+        n5=node("EmptyLatentImage", width=["51", 0], height=192),
+        n51=node("INTConstant", value=128),
+    ),
+    "reroute": graph(
+        n3=sampler(model=["40", 0], positive=["41", 0]),
+        n40=node("Reroute", **{"": ["4", 0]}),
+        n41=node("Reroute", **{"": ["6", 0]}),
+    ),
+    "sdxl texts": graph(
+        n6=node(
+            "CLIPTextEncodeSDXL", width=1024, height=1024, text_g="a red circle", text_l="a red circle", clip=["4", 1]
+        )
+    ),
+    "later pass": graph(
+        n8=node("VAEDecode", samples=["21", 0], vae=["4", 2]),
+        n20=node("LatentUpscaleBy", samples=["3", 0], scale_by=1.5),
+        n21=sampler(seed=5, steps=8, denoise=0.5, latent_image=["20", 0]),
+    ),
+}
 
 
 @pytest.mark.parametrize("nodes", GRAPHS.values(), ids=GRAPHS)
@@ -530,17 +784,32 @@ def test_later_passes_are_named() -> None:
 def test_loras_of_a_graph(service: DiffusionService) -> None:
     loras = {
         "n3": sampler(model=["11", 0]),
-        "n10": node("LoraLoader", lora_name="sd15\\heart.safetensors", strength_model=0.6, strength_clip=0.4, model=["4", 0], clip=["4", 1]),
+        "n10": node(
+            "LoraLoader",
+            lora_name="sd15\\heart.safetensors",
+            strength_model=0.6,
+            strength_clip=0.4,
+            model=["4", 0],
+            clip=["4", 1],
+        ),
         "n11": node("LoraLoaderModelOnly", lora_name="other.safetensors", strength_model=1.0, model=["10", 0]),
         "n6": node("CLIPTextEncode", text="a red circle", clip=["12", 0]),
         "n12": node("CLIPSetLastLayer", stop_at_clip_layer=-2, clip=["10", 1]),
-    }  # fmt: skip
+    }
     restored = runnable(service, json.dumps(graph(**loras)))
     assert restored.request["loras"] == [{"name": "heart", "scale": 0.6, "text_encoder_scale": 0.4}]
     assert restored.request["clip_skip"] == 1
     assert lost(restored)["lora_name"] == "other.safetensors: 1.0"
-    power = node("Power Lora Loader (rgthree)", lora_1={"on": True, "lora": "heart.safetensors", "strength": 0.5}, lora_2={"on": False, "lora": "b", "strength": 1}, model=["4", 0], clip=["4", 1])  # fmt: skip
-    assert runnable(service, json.dumps(graph(n3=sampler(model=["10", 0]), n10=power))).request["loras"] == [{"name": "heart", "scale": 0.5}]  # fmt: skip
+    power = node(
+        "Power Lora Loader (rgthree)",
+        lora_1={"on": True, "lora": "heart.safetensors", "strength": 0.5},
+        lora_2={"on": False, "lora": "b", "strength": 1},
+        model=["4", 0],
+        clip=["4", 1],
+    )
+    assert runnable(service, json.dumps(graph(n3=sampler(model=["10", 0]), n10=power))).request["loras"] == [
+        {"name": "heart", "scale": 0.5}
+    ]
 
 
 def test_image_to_image_of_a_graph() -> None:
@@ -549,16 +818,32 @@ def test_image_to_image_of_a_graph() -> None:
     assert (plain.request["strength"], plain.missing_images) == (0.6, ["image"])
     for latent in (
         {"n5": node("VAEEncodeForInpaint", pixels=["15", 0], mask=["15", 1], vae=["4", 2], grow_mask_by=6)},
-        {"n5": node("SetLatentNoiseMask", samples=["16", 0], mask=["15", 1]), "n16": node("VAEEncode", pixels=["15", 0], vae=["4", 2])},
-        {"n5": node("InpaintModelConditioning", positive=["6", 0], negative=["7", 0], pixels=["15", 0], mask=["15", 1], vae=["4", 2])},
-    ):  # fmt: skip
+        {
+            "n5": node("SetLatentNoiseMask", samples=["16", 0], mask=["15", 1]),
+            "n16": node("VAEEncode", pixels=["15", 0], vae=["4", 2]),
+        },
+        {
+            "n5": node(
+                "InpaintModelConditioning",
+                positive=["6", 0],
+                negative=["7", 0],
+                pixels=["15", 0],
+                mask=["15", 1],
+                vae=["4", 2],
+            )
+        },
+    ):
         painted = restore(json.dumps(graph(**start, **latent)))
         assert (painted.request["strength"], painted.missing_images) == (0.6, ["image", "mask_image"])
 
 
 @pytest.mark.parametrize("kind", ["ControlNetApply", "ControlNetApplyAdvanced"])
 def test_controls_of_a_graph(service: DiffusionService, kind: str) -> None:
-    positive = {"conditioning": ["6", 0]} if kind == "ControlNetApply" else {"positive": ["6", 0], "negative": ["7", 0], "start_percent": 0.1, "end_percent": 0.8}  # fmt: skip
+    positive = (
+        {"conditioning": ["6", 0]}
+        if kind == "ControlNetApply"
+        else {"positive": ["6", 0], "negative": ["7", 0], "start_percent": 0.1, "end_percent": 0.8}
+    )
     negative = ["7", 0] if kind == "ControlNetApply" else ["20", 1]
     changes = {
         "n3": sampler(positive=["20", 0], negative=negative),
@@ -579,14 +864,25 @@ def test_controls_of_a_graph(service: DiffusionService, kind: str) -> None:
 
 def test_a_flux_graph(service: DiffusionService) -> None:
     flux = graph(
-        n3=node("SamplerCustomAdvanced", noise=["30", 0], guider=["31", 0], sampler=["32", 0], sigmas=["33", 0], latent_image=["5", 0]),
-        n30=node("RandomNoise", noise_seed=18446744073709551615), n31=node("BasicGuider", model=["34", 0], conditioning=["35", 0]),
-        n32=node("KSamplerSelect", sampler_name="euler"), n33=node("BasicScheduler", model=["34", 0], scheduler="simple", steps=20, denoise=1),
+        n3=node(
+            "SamplerCustomAdvanced",
+            noise=["30", 0],
+            guider=["31", 0],
+            sampler=["32", 0],
+            sigmas=["33", 0],
+            latent_image=["5", 0],
+        ),
+        n30=node("RandomNoise", noise_seed=18446744073709551615),
+        n31=node("BasicGuider", model=["34", 0], conditioning=["35", 0]),
+        n32=node("KSamplerSelect", sampler_name="euler"),
+        n33=node("BasicScheduler", model=["34", 0], scheduler="simple", steps=20, denoise=1),
         n34=node("ModelSamplingFlux", max_shift=1.15, base_shift=0.5, width=128, height=192, model=["4", 0]),
-        n35=node("FluxGuidance", guidance=3.5, conditioning=["6", 0]), n4=node("UNETLoader", unet_name="shapes-flux.safetensors"),
-        n6=node("CLIPTextEncodeFlux", clip_l="a circle", t5xxl="a red circle", guidance=2.0, clip=["40", 0]), n40=node("DualCLIPLoader"),
+        n35=node("FluxGuidance", guidance=3.5, conditioning=["6", 0]),
+        n4=node("UNETLoader", unet_name="shapes-flux.safetensors"),
+        n6=node("CLIPTextEncodeFlux", clip_l="a circle", t5xxl="a red circle", guidance=2.0, clip=["40", 0]),
+        n40=node("DualCLIPLoader"),
         n5=node("EmptySD3LatentImage", width=128, height=192, batch_size=1),
-    )  # fmt: skip
+    )
     restored = runnable(service, png(prompt=json.dumps(flux)))
     request = restored.request
     assert (request["model"], request["guidance_scale"], request["scheduler"]) == (
@@ -624,10 +920,39 @@ def peak_memory(data: bytes | str) -> int:  # bytes
 
 
 UNITS = [
-    " ", "\n", "\r\n", "a", "a: ", "a: b, ", 'a: "', 'a: "\\", ', "Steps: 1\n", "Steps: 20, a: [{", 'a: [["', "Steps:", "Negative prompt:\n",
-    "<lora:", "<lora:a:1>", "<lora:a:1:", "(a:1", "((", "[a|", "[a:b:", "<", "x\n", "Loras: a: 1, ", "Steps: 1| a: ", "Width: 5\nHeight: 5\n",
-    "[", '{"a":', '{"1":[', '"', "ControlNet 0: ", "-s 5 ", "&quot;",
-]  # fmt: skip
+    " ",
+    "\n",
+    "\r\n",
+    "a",
+    "a: ",
+    "a: b, ",
+    'a: "',
+    'a: "\\", ',
+    "Steps: 1\n",
+    "Steps: 20, a: [{",
+    'a: [["',
+    "Steps:",
+    "Negative prompt:\n",
+    "<lora:",
+    "<lora:a:1>",
+    "<lora:a:1:",
+    "(a:1",
+    "((",
+    "[a|",
+    "[a:b:",
+    "<",
+    "x\n",
+    "Loras: a: 1, ",
+    "Steps: 1| a: ",
+    "Width: 5\nHeight: 5\n",
+    "[",
+    '{"a":',
+    '{"1":[',
+    '"',
+    "ControlNet 0: ",
+    "-s 5 ",
+    "&quot;",
+]
 
 
 @pytest.mark.parametrize("head", ["", "a cat\nSteps: 20, Seed: 5, ", '"a', "{"])
@@ -642,17 +967,39 @@ def test_long_texts(unit: str, head: str) -> None:
 
 def test_large_and_deep_values() -> None:
     deep = "[" * 900 + "]" * 900
-    wide = {str(i): node("KSampler", steps=1, cfg=1, latent_image=[str((i * 7 + 1) % 4000), 0], model=[str((i * 3 + 1) % 4000), 0], positive=[str(i), 1], text=[str((i + 1) % 4000), 0]) for i in range(4000)}  # fmt: skip
+    wide = {
+        str(i): node(
+            "KSampler",
+            steps=1,
+            cfg=1,
+            latent_image=[str((i * 7 + 1) % 4000), 0],
+            model=[str((i * 3 + 1) % 4000), 0],
+            positive=[str(i), 1],
+            text=[str((i + 1) % 4000), 0],
+        )
+        for i in range(4000)
+    }
     joins = {str(i): node("TextConcatenate", **{f"t{j}": [str((i + j) % 60), 0] for j in range(30)}) for i in range(60)}
     joins["s"] = sampler(positive=["e", 0])
     joins["e"] = node("CLIPTextEncode", text=["0", 0], clip=["c", 0])
     many = {"1": node("KSampler", steps=1, cfg=1, **{f"x{i}": ["1", 0] for i in range(100_000)})}
     cases = [
-        json.dumps({"prompt": "a", "steps": 3, "deep": json.loads(deep)}), json.dumps(wide), json.dumps(joins), json.dumps(many),
-        json.dumps({"nodes": [{"id": i, "type": "KSampler"} for i in range(50_000)], "links": [[i, i, 0, i, 0] for i in range(50_000)]}),
-        json.dumps({"c": "a", "uc": "b", **{f"k{i}": i for i in range(100_000)}}), json.dumps({"prompt": "a", "seed": 10**4000, "steps": 1}),
-        '{"prompt": "a", "seed": 1' + "0" * 1_000_000 + "}", "[" * 1_000_000, '{"a":' * 200_000,
-    ]  # fmt: skip
+        json.dumps({"prompt": "a", "steps": 3, "deep": json.loads(deep)}),
+        json.dumps(wide),
+        json.dumps(joins),
+        json.dumps(many),
+        json.dumps(
+            {
+                "nodes": [{"id": i, "type": "KSampler"} for i in range(50_000)],
+                "links": [[i, i, 0, i, 0] for i in range(50_000)],
+            }
+        ),
+        json.dumps({"c": "a", "uc": "b", **{f"k{i}": i for i in range(100_000)}}),
+        json.dumps({"prompt": "a", "seed": 10**4000, "steps": 1}),
+        '{"prompt": "a", "seed": 1' + "0" * 1_000_000 + "}",
+        "[" * 1_000_000,
+        '{"a":' * 200_000,
+    ]
     for text in cases:
         assert peak_memory(text) < 300 * 2**20
         assert len(from_parameters(text).lost or []) <= 201

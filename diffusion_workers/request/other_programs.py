@@ -333,10 +333,8 @@ def from_easy_diffusion(data: Mapping[str, Any]) -> Iterator[Setting]:
 
 
 _EASY_LINE = re.compile(r"([A-Za-z][A-Za-z ]{1,40}): ?(.*)")
-_EASY_SIGNS = frozenset(
-    ("num_inference_steps", "sampler_name", "guidance_scale", "use_stable_diffusion_model")
-    + ("Steps", "Sampler", "Guidance Scale", "Stable Diffusion model")
-)
+_EASY_SIGNS = frozenset(("num_inference_steps", "sampler_name", "guidance_scale", "use_stable_diffusion_model"))
+_EASY_SIGNS |= {"Steps", "Sampler", "Guidance Scale", "Stable Diffusion model"}
 
 
 def easy_text(
