@@ -273,6 +273,8 @@ def test_image_to_image_and_inpainting(service: DiffusionService) -> None:
     "The images are not in the metadata, so the request waits for them, and then runs as it is."
     image = service.restore(parameters=LINE + ", Denoising strength: 0.5").restored
     assert (image.request["strength"], image.missing_images) == (0.5, ["image"])
+    outside = restore(LINE + ", Denoising strength: 0.5, Mask mode: Inpaint not masked, Masked content: original")
+    assert (outside.request["inpaint"], len(outside.lost)) == ({"invert": True}, 2)
     painted = service.restore(parameters=LINE + ", Denoising strength: 0.5, Mask blur: 4.0").restored
     assert (painted.request["inpaint"], painted.missing_images) == ({"mask_blur": 4}, ["image", "mask_image"])
     assert {"image", "mask_image"} <= set(lost(painted))
@@ -744,6 +746,11 @@ GRAPHS = {
         n31=node("PrimitiveInt", value=20),
         n5=node("EmptyLatentImage", width=["51", 0], height=192),
         n51=node("INTConstant", value=128),
+    ),
+    "random text with its result": graph(
+        n6=node("CLIPTextEncode", text=["60", 0], clip=["4", 1]),
+        n60=node("ShowText|pysssh", text=["61", 0], text_0="a red circle"),
+        n61=node("DPRandomGenerator", text="a {red|blue} circle", seed=3),
     ),
     "reroute": graph(
         n3=sampler(model=["40", 0], positive=["41", 0]),

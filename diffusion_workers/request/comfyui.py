@@ -51,6 +51,7 @@ class Graph:
 # %% ../../nbs/10_request/09_comfyui.ipynb #140ac6a5
 _VALUE_NAMES = ("value", "int", "float", "number", "string", "text", "seed", "noise_seed", "prompt", "wildcard_text",
                 "populated_text", "text_0", "Text", "Value", "input", "any_01", "source", "anything")  # fmt: skip
+_RESULTS = ("populated_text", "text_0")  # what a node with random parts came to
 _JOINING = re.compile(r"concat|join|append", re.IGNORECASE)
 _MAX_JOINED = 20_000  # characters; a prompt may have half of that
 _DELIMITERS = ("delimiter", "separator", "clean_whitespace", "linebreak_addition")
@@ -79,7 +80,7 @@ def scalar(
         delimiter = inputs.get("delimiter", inputs.get("separator", ""))
         texts = [part for part in parts if isinstance(part, str) and part]
         return (delimiter if isinstance(delimiter, str) else "").join(texts)[:_MAX_JOINED] or None
-    for choice in dict.fromkeys((name, *_VALUE_NAMES)):
+    for choice in dict.fromkeys((*_RESULTS, name, *_VALUE_NAMES)):
         if choice in inputs and (result := scalar(graph, source, choice, below)) is not None:
             return result
     plain = [value for value in inputs.values() if isinstance(value, (str, int, float))]

@@ -185,6 +185,7 @@ _IGNORED_LABELS = frozenset(
     ("version", "model hash", "vae hash", "lora hashes", "ti hashes", "hashes", "app", "user", "created date")
 )
 _HIRES = ("hires", "first pass size")
+_MASK_MODES = {"inpaint masked": "false", "inpaint not masked": "true"}
 _AREAS = {"only masked": "true", "whole picture": "false", "whole image": "false"}
 
 
@@ -195,6 +196,10 @@ def _text_setting(name: str, text: str, hires: bool) -> Setting:
         return Setting(name, text, None, reason=reason) if hires else Setting(name, text, "strength")
     if label == "inpaint area" and text.lower() in _AREAS:
         return Setting(name, text, "inpaint.only_masked", _AREAS[text.lower()])
+    if label == "mask mode" and text.lower() in _MASK_MODES:
+        return Setting(name, text, "inpaint.invert", _MASK_MODES[text.lower()])
+    if (label, text.lower()) == ("masked content", "original"):
+        return Setting(name, text, "ignored")
     if label in _IGNORED_LABELS or (label == "sampler" and text == "model default"):
         return Setting(name, text, "ignored")
     return Setting(name, text, _LABELS.get(label))
