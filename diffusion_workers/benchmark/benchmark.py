@@ -124,14 +124,17 @@ Measure = Callable[[Image.Image, Image.Image], float]  # (image, exact image) ->
 DIFFERENCES: dict[str, Measure] = {"psnr": psnr, "ssim": ssim}
 
 
-def service_work(service: DiffusionService, request: Mapping[str, Any]) -> Work:
+def service_work(
+    service: DiffusionService, request: Mapping[str, Any]
+) -> Callable[[], tuple[Image.Image, Mapping[str, float]]]:
     "A function that generates an image through the service; raises RuntimeError when that fails."
 
     def work() -> tuple[Image.Image, Mapping[str, float]]:
         result = service.generate(**request)
-        if result.status != "success":
+        made = result.generation
+        if result.status != "success" or made is None:
             raise RuntimeError(f"the scenario made no image: {result.message}")
-        return result.images[0], result.generation.timings.model_dump(exclude_none=True)
+        return result.images[0], made.timings.model_dump(exclude_none=True) if made.timings else {}
 
     return work
 
@@ -177,10 +180,13 @@ def run_scenarios(
     order = random.Random(seed)
     samples = []
     images = {}
-    call = lambda name: measure(name, number, lambda: _as_pair(works[name]()), device)
+
+    def call(name: str, number: int) -> tuple[Sample, Image.Image]:
+        return measure(name, number, lambda: _as_pair(works[name]()), device)
+
     for number in range(-warm_up, rounds):
         for name in order.sample(list(works), len(works)):
-            sample, images[name] = call(name)
+            sample, images[name] = call(name, number)
             if number >= 0:
                 samples.append(sample)
     exact = images[next(iter(works))]

@@ -44,7 +44,7 @@ from ..request.errors import request_error
 from ez_diffusion_client.models import ErrorCode
 
 # %% ../../nbs/45_checkpoints/02_fit.ipynb #581bcb9e
-def network_class(class_name: str) -> type:
+def network_class(class_name: str) -> type[Any]:  # type checkers see neither library
     "A class of diffusers or transformers by its name."
     return getattr(diffusers, class_name, None) or getattr(transformers, class_name)
 

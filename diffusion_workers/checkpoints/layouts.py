@@ -12,7 +12,7 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ def read_tensors(
     "The tensors of a file by the names of its header; those of a .gguf file stay packed where that can be."
     if header.is_gguf:
         return _read_gguf_tensors(header, names)
-    tensors = {}
+    tensors: Tensors = {}
     for path in header.files:
         with safe_open(path, framework="pt") as file:
             present = file.keys()
@@ -552,7 +552,7 @@ def layout_of(
 
 
 def find_prefix(
-    names: Mapping[str, Any] | set[str],
+    names: Collection[str],
     layout: Layout,
 ) -> str | None:  # None where the file has no such network
     "What stands before the names of a network in a file."

@@ -60,7 +60,7 @@ def read_scenarios(path: Path | str) -> dict[str, dict[str, Any]]:
     return content
 
 
-CACHES = {  # name -> step_cache of a request
+CACHES: dict[str, dict[str, Any]] = {  # name -> step_cache of a request
     "DeepCache, interval 3": {"method": "deepcache", "interval": 3},
     "deep features, interval 3": {"method": "deep_features", "interval": 3},
     "first block cache": {"method": "first_block"},

@@ -72,7 +72,7 @@ EXIT_CODES = {
 
 def fail(result: OpResult) -> int:  # the exit code
     "Print the errors of a result on standard error, one line each."
-    for error in result.errors:
+    for error in result.errors or []:
         print(f"diffusion-workers: {error_line(error)}", file=sys.stderr)
     return EXIT_CODES[result.status]
 
@@ -141,7 +141,7 @@ def write_maps(result: OpResult, output: str) -> list[Path]:
     import base64
 
     written = []
-    for made in result.generation.control_maps or []:
+    for made in (result.generation.control_maps if result.generation else None) or []:
         path = Path(output).with_name(f"{Path(output).stem}-map{made.unit}.png")
         path.write_bytes(base64.b64decode(made.image))
         written.append(path)
@@ -211,15 +211,16 @@ def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
     "Make images and write them."
     check_output(arguments.output)
     result = _generate(arguments, build_request(arguments))
-    if not result.ok:
+    made = result.generation
+    if not result.ok or made is None:
         return fail(result)
     paths, maps = write_images(result, arguments.output), write_maps(result, arguments.output)
     if arguments.quiet:
         return 0
     print_warnings(result)
-    made = result.generation
+    seconds = f", {made.timings.total_seconds:.1f} s" if made.timings else ""
     for path, image in zip(paths, made.images, strict=True):
-        print(f"{path}  {image.width} x {image.height}, seed {image.seed}, {made.timings.total_seconds:.1f} s")
+        print(f"{path}  {image.width} x {image.height}, seed {image.seed}{seconds}")
     for path, found in zip(maps, made.control_maps or [], strict=True):
         print(f"{path}  {found.width} x {found.height}, the map of control {found.unit}")
     return 0

@@ -174,8 +174,9 @@ def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
 def _compare(arguments: argparse.Namespace, index: int, result: OpResult) -> int:  # the exit code
     from PIL import Image
 
-    if arguments.output:
-        only = result.generation.model_copy(update={"images": [result.generation.images[index]]})
+    made = result.generation
+    if arguments.output and made is not None:
+        only = made.model_copy(update={"images": [made.images[index]]})
         write_images(result.model_copy(update={"generation": only}), arguments.output)
     difference = _difference(result.images[index], Image.open(arguments.file))
     print("the same pixels" if difference is None else f"other pixels, the largest difference is {difference}")

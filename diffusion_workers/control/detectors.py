@@ -35,8 +35,10 @@ logger = logging.getLogger("diffusion_workers")
 def detector_class(
     row: ControlnetGuideImagePreprocessor,  # one that names a detector
     field: str = "preprocessing",  # where it stands in the request
-) -> type:
+) -> type[Any]:
     "The class of controlnet-aux; a RequestError (missing_dependency) says how to get it."
+    if row.detector is None:
+        raise ValueError(f"{row.name} needs no detector")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a dozen about deprecated names inside of it
@@ -131,7 +133,7 @@ def _networks(detector: Any) -> Iterator[Any]:  # the torch modules inside of a 
     return (part for part in parts if isinstance(part, torch.nn.Module))
 
 
-def _load_leres(cls: type, files: dict[str, Path]) -> Any:  # without the second network, which only boosting needs
+def _load_leres(cls: type[Any], files: dict[str, Path]) -> Any:  # without the second network, which only boosting needs
     import torch
     from controlnet_aux.leres.leres.multi_depth_model_woauxi import RelDepthModel
     from controlnet_aux.leres.leres.net_tools import strip_prefix_if_present
@@ -228,7 +230,7 @@ def paint_regions(
     masks: Sequence[np.ndarray],  # (H, W) bool each
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Regions in colours by rank, the largest at the bottom; black where there is none."
-    canvas = np.zeros((*size, 3), np.uint8)
+    canvas: np.ndarray = np.zeros((*size, 3), np.uint8)
     ranked = sorted(masks, key=lambda mask: -int(mask.sum()))
     for mask, colour in zip(ranked, np.random.default_rng(0).integers(40, 256, (len(ranked), 3), dtype=np.uint8)):
         canvas[mask] = colour
@@ -296,7 +298,7 @@ def detect(
     parameters: dict[str, Any],  # by name, none missing
 ) -> np.ndarray:  # (h, w, 3) uint8, sides that are multiples of 64
     "The map that a detector draws of a picture, at the size nearest to the picture's that it takes."
-    call = SPECIAL.get(row.name) or SPECIAL.get(row.detector) or ask
+    call = SPECIAL.get(row.name) or SPECIAL.get(row.detector or "") or ask
     picture = Image.fromarray(pixels)
     size = detector_size(*picture.size)
     picture = picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)

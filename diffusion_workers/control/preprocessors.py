@@ -80,7 +80,8 @@ def check_value(
             given=value,
             allowed=parameter.allowed,
         )
-    if not parameter.low <= value <= parameter.high:
+    low, high = parameter.low, parameter.high
+    if (low is not None and value < low) or (high is not None and value > high):
         return error_detail(
             ErrorCode.out_of_range,
             f"{parameter.name} is out of range",
@@ -114,7 +115,7 @@ class ControlnetGuideImagePreprocessor:
     )
     needs_mask: bool = False  # `make_map` takes a `mask` too
     detector: str | None = None  # a class of controlnet_aux, where `make_map` is None
-    repository: str | None = None  # on the Hub, where the weights are
+    repository: str = ""  # on the Hub, where the weights are; empty where there are none
     files: tuple[tuple[str, str], ...] = ()  # (argument of `from_pretrained`, path in the repository)
     options: tuple[tuple[str, Any], ...] = ()  # further arguments of `from_pretrained`
 
@@ -222,7 +223,7 @@ def lineart_standard_map(
     intensity_threshold: int,  # what is this much darker counts when the usual contrast is measured
 ) -> np.ndarray:
     "Gray lines on black wherever a pixel is darker than its surroundings in all three channels."
-    values = pixels.astype(np.float32)
+    values: np.ndarray = pixels.astype(np.float32)
     darker = (opencv().GaussianBlur(values, (0, 0), gaussian_sigma) - values).min(axis=2).clip(0, 255)
     marked = darker[darker > intensity_threshold]
     usual = max(16.0, float(np.median(marked))) if marked.size else 16.0
@@ -234,7 +235,8 @@ def scribble_xdog_map(
     threshold: int,  # small makes more strokes
 ) -> np.ndarray:
     "White strokes on black by a difference of two Gaussian blurs (Winnemoeller et al. 2012)."
-    cv2, values = opencv(), pixels.astype(np.float32)
+    cv2 = opencv()
+    values: np.ndarray = pixels.astype(np.float32)
     darker = (cv2.GaussianBlur(values, (0, 0), 5.0) - cv2.GaussianBlur(values, (0, 0), 0.5)).min(axis=2)
     return three_channels(np.where(2 * darker > threshold, 255, 0).astype(np.uint8))
 
@@ -847,7 +849,10 @@ def make_map(
     size = working_size(width, height, preprocessing.resolution)
     pixels = np.asarray(resize_image(to_rgb(image), *size, resize_mode))
     extra = _prepared_mask(row, mask, size, resize_mode, field)
-    made = row.make_map(pixels, **parameters, **extra) if row.make_map else detect(row, pixels, parameters)
+    if row.make_map is not None:
+        made = row.make_map(pixels, **parameters, **extra)
+    elif detect is not None:
+        made = detect(row, pixels, parameters)
     return resize_map(Image.fromarray(made), width, height, row.scaling)
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #aac79cce

@@ -154,8 +154,8 @@ def _read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:  # (value
         raise ManifestError([ManifestProblem(str(path), 0, "", "nested too deeply for a manifest")]) from exc
 
 # %% ../../nbs/20_models/02_files.ipynb #68febfbb
-_TAGS = {f"<{source.kind}>": source for source in SOURCE_KINDS}
-_SECTIONS = {
+_TAGS: dict[str, type[BaseModel]] = {f"<{source.kind}>": source for source in SOURCE_KINDS}
+_SECTIONS: dict[str, type[BaseModel]] = {
     "defaults": Defaults,
     "limits": Limits,
     "components": Component,

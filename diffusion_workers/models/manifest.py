@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PATTERN_WORDS', 'Name', 'Text', 'Pixels', 'Count', 'Subfolder', 'GGUF', 'WeightsFile', 'NetworkFile', 'Dtype',
-           'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype', 'QuantizationName', 'AttentionBackend', 'Share',
-           'Complaint', 'GGUF_ENCODERS', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource', 'HubSource',
-           'FileSource', 'Component', 'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Profile', 'MemorySettings',
-           'Defaults', 'Limits', 'suggest', 'ModelManifest']
+           'ConfigSource', 'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype', 'QuantizationName', 'AttentionBackend',
+           'Share', 'Complaint', 'GGUF_ENCODERS', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource',
+           'HubSource', 'FileSource', 'Component', 'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Profile',
+           'MemorySettings', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
 
 # %% ../../nbs/20_models/01_manifest.ipynb #e7db61b6
 import hashlib
@@ -17,7 +17,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -113,7 +113,6 @@ class _Source(_Section):
     "Where weights come from."
 
     kind: ClassVar[str]
-    is_gguf: ClassVar[bool | property] = False  # whether they are the quantised weights of a .gguf file
     _folder: Path = PrivateAttr(default=Path("."))  # relative paths start here
 
     def model_post_init(self, context: Any) -> None:
@@ -123,6 +122,11 @@ class _Source(_Section):
     def load_arguments(self) -> dict[str, str]:
         "What `from_pretrained` needs besides the location."
         return {}
+
+    @property
+    def is_gguf(self) -> bool:
+        "Whether they are the quantised weights of a .gguf file."
+        return False
 
 # %% ../../nbs/20_models/01_manifest.ipynb #9df07479
 class BuiltinSource(_Source):
@@ -181,10 +185,15 @@ def _one_of_kinds(data: Any) -> str | None:  # a tag, or None where there is not
     return f"<{found[0]}>" if len(found) == 1 else None
 
 
-def _choice(*sources: type[_Source]) -> Any:  # an annotation: exactly one of these kinds
-    allowed = "exactly one of " + ", ".join(source.kind for source in sources) + " is needed"
-    tagged = Union[tuple(Annotated[source, Tag(f"<{source.kind}>")] for source in sources)]  # noqa: UP007
-    return Annotated[tagged, Discriminator(_one_of_kinds, custom_error_type="manifest", custom_error_message=allowed)]
+def _exactly_one_of(*kinds: str) -> Discriminator:
+    allowed = f"exactly one of {', '.join(kinds)} is needed"
+    return Discriminator(_one_of_kinds, custom_error_type="manifest", custom_error_message=allowed)
+
+
+_Builtin = Annotated[BuiltinSource, Tag("<builtin>")]
+_Folder = Annotated[FolderSource, Tag("<folder>")]
+_Hub = Annotated[HubSource, Tag("<hub>")]
+ConfigSource = Annotated[_Builtin | _Folder | _Hub, _exactly_one_of("builtin", "folder", "hub")]
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ae977a74
 class FileSource(_Source):
@@ -192,9 +201,7 @@ class FileSource(_Source):
 
     kind: ClassVar[str] = "file"
     file: NetworkFile  # absolute, or relative to the manifest
-    config: _choice(BuiltinSource, FolderSource, HubSource) | None = (
-        None  # where the configuration comes from; absent, diffusers asks the Hub
-    )
+    config: ConfigSource | None = None  # where the configuration comes from; absent, diffusers asks the Hub
 
     @property
     def is_gguf(self) -> bool:
@@ -208,7 +215,10 @@ class FileSource(_Source):
 
 
 SOURCE_KINDS = (BuiltinSource, FolderSource, FileSource, HubSource)
-Source = _choice(*SOURCE_KINDS)
+Source = Annotated[
+    _Builtin | _Folder | Annotated[FileSource, Tag("<file>")] | _Hub,
+    _exactly_one_of("builtin", "folder", "file", "hub"),
+]
 
 # %% ../../nbs/20_models/01_manifest.ipynb #869cec4f
 class Component(_Section):
@@ -221,6 +231,12 @@ class Component(_Section):
     options: dict[Name, Annotated[Any, AfterValidator(_scalar)]] = {}  # changes to the configuration of a scheduler
 
 # %% ../../nbs/20_models/01_manifest.ipynb #cc58c965
+if TYPE_CHECKING:
+    UnionTable = str
+else:  # the names that the families register
+    UnionTable = Literal[tuple(UNION_MODE_NUMBERS)]
+
+
 class ControlNetEntry(_Section):
     "A ControlNet that the model offers."
 
@@ -229,9 +245,7 @@ class ControlNetEntry(_Section):
     variant: Name | None = None  # such as fp16
     preprocessors: tuple[Name, ...] = ()  # those that make maps for this net, the usual one first
     union: bool = Field(default=False, strict=True)  # one net for several kinds of maps
-    union_table: Literal[tuple(UNION_MODE_NUMBERS)] | None = (
-        None  # how its modes are numbered; absent: the family's first
-    )
+    union_table: UnionTable | None = None  # how its modes are numbered; absent: the family's first
     union_modes: tuple[UnionModeName, ...] | None = None  # kinds that the net has learnt; absent is the whole table
 
 # %% ../../nbs/20_models/01_manifest.ipynb #6f18a569
@@ -425,7 +439,7 @@ def _kind_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
         yield ("refiner",), f"{manifest.family} has no refiner; only {having} has"
 
 # %% ../../nbs/20_models/01_manifest.ipynb #144ee5a9
-def _sources(manifest: "ModelManifest") -> Iterator[tuple[tuple[str, ...], _Source]]:  # with their locations
+def _sources(manifest: "ModelManifest") -> Iterator[tuple[tuple[str, ...], Source]]:  # with their locations
     yield ("source",), manifest.source
     for section in ("components", "controlnets", "loras"):
         for name, entry in getattr(manifest, section).items():
@@ -478,11 +492,9 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
         yield ("variant",), "a single file has no variants; leave it out"
     if not manifest.tasks:
         yield ("tasks",), f"at least one is needed; allowed: {', '.join(Task)}"
-    if manifest.defaults.profile not in (None, "exact", *manifest.profiles):
-        yield (
-            ("defaults", "profile"),
-            f"given {manifest.defaults.profile!r}; {suggest(manifest.defaults.profile, ['exact', *manifest.profiles])}",
-        )
+    profile, profiles = manifest.defaults.profile, ["exact", *manifest.profiles]
+    if profile is not None and profile not in profiles:
+        yield ("defaults", "profile"), f"given {profile!r}; {suggest(profile, profiles)}"
     scheduler = manifest.defaults.scheduler
     if scheduler and scheduler not in manifest.record.schedulers:
         yield (
@@ -528,8 +540,7 @@ class ModelManifest(_Section):
         if not isinstance(data, dict) or not isinstance(data.get("defaults"), dict | None):
             return data
         data = {key: value for key, value in data.items() if value is not None}  # an empty section is an absent one
-        name = data.get("family")
-        known = FAMILIES.get(name) if isinstance(name, str) else None
+        known = next((family for name, family in FAMILIES.items() if name == data.get("family")), None)
         row = (known or next(iter(FAMILIES.values()))).defaults  # an unknown family is refused by its field
         given = {key: value for key, value in (data.get("defaults") or {}).items() if value is not None}
         return {**data, "defaults": {**row, **given}}
@@ -555,7 +566,7 @@ class ModelManifest(_Section):
         return FAMILIES[self.family]
 
     @property
-    def denoiser_source(self) -> _Source:
+    def denoiser_source(self) -> Source:
         "Where the network that is called at each step comes from."
         part = self.components.get(self.record.denoiser)
         return part.source if part and part.source else self.source
@@ -590,7 +601,8 @@ def _manifest_table(manifest: ModelManifest) -> str:  # Markdown
         "about": manifest.description,
         "license": manifest.license,
         "components": ", ".join(
-            f"{slot}: {part.class_name or part.source.describe()}" for slot, part in manifest.components.items()
+            f"{slot}: {part.class_name or (part.source.describe() if part.source else '')}"
+            for slot, part in manifest.components.items()
         ),
         "ControlNets": ", ".join(manifest.controlnets),
         "LoRAs": ", ".join(

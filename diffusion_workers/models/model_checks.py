@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..families.record import Latents
-from .manifest import FileSource, HubSource, ModelManifest, Source
+from ..families.record import Controls, Latents
+from .manifest import ControlNetEntry, FileSource, HubSource, ModelManifest, Source
 from .weight_headers import WeightFileError, read_config, read_header
 from diffusion_workers.models.weight_kinds import (
     Prediction,
@@ -86,7 +86,8 @@ def checkpoint_networks(
     manifest: ModelManifest,  # whose source is a file
 ) -> dict[str, str | None]:  # slot -> class; None for a part that the configuration does without
     "The networks that a model takes from its checkpoint."
-    config, slots = manifest.source.config, manifest.record.components
+    config = manifest.source.config if isinstance(manifest.source, FileSource) else None
+    slots = manifest.record.components
     index = _folder_index(config) if config is not None else {}
     absent = {slot for slot, value in index.items() if isinstance(value, list) and value[-1] is None}
     wanted = {slot: None if slot in absent else classes[0] for slot, classes in slots.items() if is_network(slot)}
@@ -94,8 +95,9 @@ def checkpoint_networks(
 
 
 def _folder_index(source: Source) -> dict[str, Any]:
-    local = not isinstance(source, (HubSource, FileSource))
-    return read_config(source.location() / "model_index.json") if local else {}
+    if isinstance(source, (HubSource, FileSource)):
+        return {}
+    return read_config(source.location() / "model_index.json")
 
 # %% ../../nbs/20_models/06_model_checks.ipynb #4507ab83
 _HALVES = {ModelKind.standard: 2, ModelKind.control: 4, ModelKind.fill: 12}  # input channels for two output channels
@@ -214,10 +216,7 @@ def check_controlnet(
             )
 
 
-def _check_local_controlnet(name: str, manifest: ModelManifest, denoiser: Mapping[str, Any]) -> None:
-    net, controls = manifest.controlnets[name], manifest.record.controls
-    class_name = controls.union_class if net.union else controls.controlnet_class
-    path = net.source.location()
+def _check_local_controlnet(net: ControlNetEntry, path: Path, controls: Controls, denoiser: Mapping[str, Any]) -> None:
     if isinstance(net.source, FileSource):
         kind = identify(read_header(path))
         if kind.role in ("adapter", "foreign"):
@@ -226,7 +225,7 @@ def _check_local_controlnet(name: str, manifest: ModelManifest, denoiser: Mappin
             raise WeightFileError("it is a union ControlNet", kind.hint)
         return
     if config := read_config(path / "config.json"):
-        check_class(config, class_name)
+        check_class(config, (controls.union_class if net.union else None) or controls.controlnet_class)
         check_controlnet(config, denoiser, net.union)
 
 # %% ../../nbs/20_models/06_model_checks.ipynb #87d03a4f
@@ -258,10 +257,12 @@ def model_problems(
     except WeightFileError as exc:
         yield ModelProblem("model", manifest.name, exc)
     for name in dict.fromkeys(controlnets):
-        if isinstance(manifest.controlnets[name].source, HubSource):
+        net = manifest.controlnets[name]
+        if isinstance(net.source, HubSource):
             continue
+        path = net.source.location()
         try:
-            _check_local_controlnet(name, manifest, facts.config)
+            _check_local_controlnet(net, path, record.controls, facts.config)
         except WeightFileError as exc:
-            if manifest.controlnets[name].source.location().exists():
+            if path.exists():
                 yield ModelProblem("controlnets", name, exc)

@@ -285,7 +285,8 @@ def read_folder_header(
         raise WeightFileError(f"{path.name} does not list shards", _AGAIN) from None
     if len(shards) > _MAX_SHARDS or any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
         raise WeightFileError(f"{path.name} names shards outside of the folder", _AGAIN)
-    tensors, metadata = {}, {}
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
     for shard in shards:
         try:
             header = read_header(folder / shard)

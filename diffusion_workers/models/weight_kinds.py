@@ -135,10 +135,10 @@ def cross_attention_width(header: WeightHeader) -> int | None:
 
 def _unet_words(header: WeightHeader, prefix: str) -> str:
     width = cross_attention_width(header)
-    model = UNETS_BY_WIDTH.get(width, f"cross-attention of width {width}")
+    model = UNETS_BY_WIDTH.get(width or 0)
     first = first_layer(header, prefix)
     channels = f" with {first[1]} input channels" if len(first) == 4 and first[1] != 4 else ""
-    return f"a U-Net of {model}{channels}" if width in UNETS_BY_WIDTH else f"a U-Net with {model}{channels}"
+    return f"a U-Net {f'of {model}' if model else f'with cross-attention of width {width}'}{channels}"
 
 
 def _transformer_words(header: WeightHeader, prefix: str) -> str:

@@ -144,7 +144,8 @@ def packed_token_view(
         samples = net.forward(**(kwargs | {"controlnet_mode": mode, "guidance": guidance, "return_dict": False}))
         if area is None:
             return samples
-        return tuple(part and [sample * area.to(sample) for sample in part] for part in samples)
+        double, single = (part and [sample * area.to(sample) for sample in part] for part in samples)
+        return double, single
 
     return view_of(net, forward)
 
@@ -158,7 +159,7 @@ def joint_token_view(
     "A ControlNet for joint blocks as one control uses it."
     area = None if mask is None else token_mask(mask_tensor(mask), plan.height, plan.width)
     called = net
-    if net.pos_embed is None:
+    if net.pos_embed is None and denoiser is not None:
         called = copy.copy(net)
         vars(called)["pos_embed"] = denoiser.pos_embed  # an attribute, not a child: nothing is moved or saved with it
 
@@ -239,8 +240,8 @@ def holder_of(
     control_kind: ControlKind,
 ) -> type[torch.nn.Module]:
     "The diffusers class that holds the ControlNets of a request."
-    union = control_kind == ControlKind.union and controls.union_multi_class
-    module, _, name = (controls.union_multi_class if union else controls.multi_class).rpartition(".")
+    union_class = controls.union_multi_class if control_kind == ControlKind.union else None
+    module, _, name = (union_class or controls.multi_class).rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 

@@ -43,9 +43,9 @@ def t5_tokenizer(length: int = 32) -> transformers.T5Tokenizer:
 _TOKENIZERS = {"clip": clip_tokenizer, "t5": t5_tokenizer}
 
 
-def _configuration(row: TinyComponent, tokenizer: Any) -> Any:
+def _configuration(row: TinyComponent, config_class: str, tokenizer: Any) -> Any:
     "The configuration of a text encoder for the vocabulary of its tokenizer."
-    cls = getattr(transformers, row.config_class)
+    cls = getattr(transformers, config_class)
     known = cls().to_dict()
     special = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     special = {name: value for name, value in special.items() if name in known and value is not None}
@@ -62,14 +62,17 @@ def tiny_component(
         return _TOKENIZERS[row.class_name]()
     cls = getattr(diffusers, row.class_name, None) or getattr(transformers, row.class_name)
     if row.config_class is not None:
-        return cls(_configuration(row, parts[row.tokenizer]))
+        return cls(_configuration(row, row.config_class, parts[row.tokenizer or ""]))
     return cls(**{**row.config, **changes})
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #56323ccb
 def tiny_controlnet(family: ModelFamily, union: bool = False) -> torch.nn.Module:
     "A ControlNet for the family's tiny denoiser; its first and last layers, zero in a new one, are random."
     tiny = FAMILIES[family].tiny
-    net = tiny_component(tiny.union if union else tiny.controlnet, {})
+    row = tiny.union if union else tiny.controlnet
+    if row is None:
+        raise ValueError(f"{family.value} has no union ControlNet")
+    net = tiny_component(row, {})
     for name, parameter in net.named_parameters():
         if name.startswith(tiny.zero_layers):
             torch.nn.init.normal_(parameter, std=0.5)
@@ -85,7 +88,8 @@ def tiny_pipeline(
 ) -> diffusers.DiffusionPipeline:
     "A pipeline of the family with random weights, the same ones for the same seed."
     torch.manual_seed(seed)
-    record, parts = FAMILIES[family], {}
+    record = FAMILIES[family]
+    parts: dict[str, Any] = {}
     channels = in_channels or record.tiny.in_channels.get(kind)
     for slot, row in record.tiny.components.items():
         changes = {"in_channels": channels} if slot == record.denoiser and channels else {}
@@ -106,7 +110,7 @@ def write_tiny_model(
     folder, family = Path(folder), ModelFamily(family)
     record = FAMILIES[family]
     name = name or family.value
-    manifest = dict(
+    manifest: dict[str, Any] = dict(
         family=family.value,
         source={"folder": name},
         defaults=dict(width=64, height=64, num_inference_steps=4, guidance_scale=2.0),
@@ -115,7 +119,7 @@ def write_tiny_model(
     with quiet_libraries():
         tiny_pipeline(family, kind, in_channels, seed).save_pretrained(folder / name)
         if kind == ModelKind.standard:
-            nets = {
+            nets: dict[str, dict[str, Any]] = {
                 "canny": dict(preprocessors=["canny"]),
                 "tile": dict(preprocessors=["tile"]),
                 "all": dict(union=True),

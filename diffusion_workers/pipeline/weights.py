@@ -259,7 +259,8 @@ class TurnHook(ModelHook):
             for other in [hook for hook in here if not self.may_stay(hook)]:
                 other.leave()
                 here.discard(other)
-            self.network().to(self.execution_device)
+            if (network := self.network()) is not None:
+                network.to(self.execution_device)
             here.add(self)
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
@@ -299,9 +300,9 @@ def store(
 ) -> torch.nn.Module:  # the same
     "Keep the weights of a network as the settings say."
     asked = dict(zip(_SETTINGS[role], settings_of(memory, role)))
-    if asked.get("storage_dtype"):
+    if asked.get("storage_dtype") and memory.storage_dtype:
         network.enable_layerwise_casting(getattr(torch, memory.storage_dtype), network.dtype)
-    if asked.get("attention_backend"):
+    if asked.get("attention_backend") and memory.attention_backend:
         set_backend(network, memory.attention_backend)
     if memory.offload == "model":
         remove_hook_from_module(network, recurse=True)  # bitsandbytes leaves some that hold a network on its device

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from fastcore.meta import delegates
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from ez_diffusion_client.display import error_line
 from ez_diffusion_client.errors import RequestFailed
@@ -135,7 +136,7 @@ _NOUNS = {
 def _describe_schema(schema: dict) -> str:  # what a JSON schema allows, in words
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
-    words = [_NOUNS.get(schema.get("type"), "a value")]
+    words = [_NOUNS.get(schema.get("type", ""), "a value")]
     low, high = schema.get("minimum"), schema.get("maximum")
     if "exclusiveMinimum" in schema:
         words.append(
@@ -273,8 +274,9 @@ def _unknown_field_hint(path: str, siblings: list[str]) -> str:
     return f"did you mean {near}?" if near else "leave it out, or look the name up in the API's specification"
 
 
-def _location(error: dict) -> tuple:  # where in the request, without the branches of unions that pydantic names
-    steps, own = error["loc"], ()
+def _location(error: ErrorDetails) -> tuple:  # where in the request, without the branches of unions that pydantic names
+    steps = error["loc"]
+    own: tuple[str, ...] = ()
     if error["type"] == "extra_forbidden":  # the last step is what the client wrote, whatever it looks like
         steps, own = steps[:-1], (shorten(steps[-1])[1:-1] or '""',)
     elif error["type"] == "string_unicode" and not steps:  # the name of a field that is no text
@@ -289,7 +291,7 @@ def _error_code(location: tuple, kind: str, given: Any) -> ErrorCode:  # which o
     return _CODE_OF_FIELD.get((location, code), code)
 
 
-def _detail(model: type[BaseModel], error: dict) -> ErrorDetail:  # one pydantic error in our words
+def _detail(model: type[BaseModel], error: ErrorDetails) -> ErrorDetail:  # one pydantic error in our words
     location = _location(error)
     code = _error_code(location, error["type"], error["input"])
     allowed, hint = describe_field(model, location), None
@@ -370,17 +372,18 @@ def failure(
     "The `OpResult` for an exception; unexpected ones are logged with their traceback."
     if isinstance(exc, RequestFailed):  # raised by a result that was used as if it had succeeded
         return exc.result.model_copy(update={"request_id": request_id or exc.result.request_id})
-    if not isinstance(exc, RequestError):
-        if is_out_of_memory(exc):
-            hint = "ask for fewer images or a smaller size"
-            exc = request_error(ErrorCode.out_of_memory, "out of device memory", hint=hint)
-        else:
-            logger.error("unexpected %s", type(exc).__name__, exc_info=exc)
-            hint = "internal error; see the server log"
-            exc = request_error(
-                ErrorCode.internal_error, f"the operation failed unexpectedly: {type(exc).__name__}", hint=hint
-            )
-    return OpResult(status=exc.status, message=error_line(exc.errors[0]), errors=exc.errors, request_id=request_id)
+    refused = exc if isinstance(exc, RequestError) else _unexpected(exc)
+    message = error_line(refused.errors[0])
+    return OpResult(status=refused.status, message=message, errors=refused.errors, request_id=request_id)
+
+
+def _unexpected(exc: BaseException) -> RequestError:
+    if is_out_of_memory(exc):
+        hint = "ask for fewer images or a smaller size"
+        return request_error(ErrorCode.out_of_memory, "out of device memory", hint=hint)
+    logger.error("unexpected %s", type(exc).__name__, exc_info=exc)
+    message = f"the operation failed unexpectedly: {type(exc).__name__}"
+    return request_error(ErrorCode.internal_error, message, hint="internal error; see the server log")
 
 
 def warning(

@@ -39,7 +39,11 @@ _PORTS = {"http": 80, "https": 443}
 
 
 def _port(url: Url) -> int:  # the one that is connected to
-    return url.port or _PORTS[url.scheme]
+    return url.port or _PORTS[url.scheme or ""]
+
+
+def _host(url: Url) -> str:  # as a resolver and a certificate name it
+    return (url.host or "").strip("[]")
 
 
 def _refused(code: ErrorCode, message: str, field: str, url: str, hint: str | None = None) -> RequestError:
@@ -100,7 +104,7 @@ def resolve_host(
 ) -> list[str]:  # addresses, each once
     "What the system's resolver says; it waits as long as the system's settings let it."
     answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(answer[4][0] for answer in answers))
+    return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
 
 def checked_addresses(
@@ -111,7 +115,7 @@ def checked_addresses(
 ) -> list[str]:  # addresses that may be connected to
     "The addresses of a host, if all are public or the policy names the host; else a RequestError."
     try:
-        addresses = resolve(url.host.strip("[]"), _port(url))
+        addresses = resolve(_host(url), _port(url))
     except (OSError, UnicodeError):
         raise _refused(ErrorCode.url_unreachable, f"the host {url.host} cannot be found", field, url.url) from None
     if {url.host, f"{url.host}:{_port(url)}"} & policy.allowed_hosts:
@@ -128,8 +132,10 @@ def _connect(
     timeout: float,  # seconds for each
 ) -> HTTPConnection:  # connected
     "A connection to the first address that answers; TLS checks the certificate against the name."
-    name, problem = url.host.strip("[]"), OSError("no address")
+    name = _host(url)
+    problem: HTTPError | OSError = OSError("no address")
     for address in addresses:
+        connection: HTTPConnection
         if url.scheme == "https":
             connection = HTTPSConnection(
                 address,
@@ -176,7 +182,7 @@ def _hop(
     timer.start()
     try:
         headers = {
-            "Host": url.netloc,
+            "Host": url.netloc or "",
             "Accept": "image/*",
             "Accept-Encoding": "identity",
             "User-Agent": "diffusion-workers",

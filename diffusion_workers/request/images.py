@@ -17,6 +17,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
@@ -121,6 +122,7 @@ def image_bytes(
             text,
             "Send the content of the file as base64 text.",
         )
+    data: bytes | None
     if scheme and scheme != "data":
         data, name = fetch(text, policy=policy, field=field), "the file behind the URL"
     else:
@@ -139,7 +141,7 @@ def image_bytes(
         raise _refused(
             ErrorCode.file_path_not_allowed, "this looks like a file path, and none is ever read", field, text, hint
         )
-    if found is None:
+    if found is None or data is None:
         why = "is not base64" if data is None else "is empty" if not data else "is not an image"
         raise _refused(ErrorCode.not_an_image, f"{name} {why}", field, text)
     return _checked_file(data, found, field, policy)
@@ -263,6 +265,7 @@ def _to_8_bit(
             allowed="0 to 1 or 0 to 255 in mode F, 0 to 255 or 0 to 65535 in mode I",
             hint="scale the values, or convert the image to 8 bits a channel",
         )
+    scale: float
     if image.mode == "F":
         scale = 255 if high <= 1 else 1
     else:
@@ -336,7 +339,8 @@ _ADOBE_RGB = 2  # a value of the EXIF tag ColorSpace
 
 def undeclared_colours(image: Image.Image) -> list[str]:
     "Notes on colours other than sRGB that a file without a profile declares, and that are not applied."
-    notes, info = [], image.info
+    info = image.info
+    notes: list[str] = []
     if "srgb" in info:
         return notes
     gamma, primaries = info.get("gamma"), info.get("chromaticity")
@@ -364,23 +368,27 @@ def _simple(
         image, note = _to_8_bit(image, field, narrow=not managed)
         notes = [note]
     if image.mode == "CMYK":
-        converted, note = to_srgb(image, profile) if profile else (image, None)
+        converted, remark = to_srgb(image, profile) if profile else (image, None)
         if converted.mode == "CMYK":
-            note = note or "converted from CMYK without a colour profile, so its colours may shift"
-        return converted.convert("RGB"), [*notes, note or "converted to sRGB from its CMYK colour profile"]
+            remark = remark or "converted from CMYK without a colour profile, so its colours may shift"
+        return converted.convert("RGB"), [*notes, remark or "converted to sRGB from its CMYK colour profile"]
     simple = _without_palette(image, field)
     if profile:
-        simple, note = to_srgb(simple, profile, gray=image.mode in ("L", "LA", "La"))
-        notes += [note] if note else []
+        simple, remark = to_srgb(simple, profile, gray=image.mode in ("L", "LA", "La"))
+        notes += [remark] if remark else []
     elif managed:
         notes += undeclared_colours(image)
     return simple, notes
 
 
+def _channel_extrema(image: Image.Image) -> tuple[tuple[int, int], ...]:  # (lowest, highest) value of each channel
+    return cast("tuple[tuple[int, int], ...]", image.getextrema())  # Pillow's type allows for images of one channel
+
+
 def _without_palette(image: Image.Image, field: str) -> Image.Image:  # "L", "RGB", or "RGBA" where it is transparent
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        if layer.getextrema()[3] != (255, 255):
+        if _channel_extrema(layer)[3] != (255, 255):
             return layer
         return layer.convert("L" if image.mode in ("LA", "La") else "RGB")
     try:
@@ -407,7 +415,7 @@ class DecodedImage:
     def height(self) -> int:
         return self.image.height
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> bytes | None:
         return self.image._repr_png_()
 
 
@@ -459,14 +467,16 @@ def decode_bytes(
 ) -> DecodedImage:  # RGB
     "The same for a file that is at hand already."
     image, warnings = load_image(data, field=field, policy=policy)
-    notes = []
+    notes: list[str] = []
     if image.mode == "RGBA":
-        image, notes = flatten(image, background), [*notes, f"transparent parts are laid over {background}"]
+        image = flatten(image, background)
+        notes.append(f"transparent parts are laid over {background}")
         if background == "black" and not image.getbbox():
             notes.append("nothing is left of it: what is drawn is black too; draw in white, or send it opaque")
     if image.mode == "L":
-        image, notes = image.convert("RGB"), [*notes, "grayscale, repeated in three channels"]
-    if max(high for _, high in image.getextrema()) == 1:
+        image = image.convert("RGB")
+        notes.append("grayscale, repeated in three channels")
+    if max(high for _, high in _channel_extrema(image)) == 1:
         notes.append("no value is above 1 of 255, so the image is black: scale it to 0 to 255")
     image.info.clear()  # what a file says about its pixels holds for no result made from them
     warnings += [warning(note, field=field) for note in notes]
@@ -611,7 +621,7 @@ def to_image_string(
 
 # %% ../../nbs/10_request/03_images.ipynb #1bb8a2ef
 def _label(
-    text: str, width: int, font: ImageFont.ImageFont
+    text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
 ) -> str:  # shortened until it is `width` pixels wide at most
     shown = text
     while shown and font.getlength(shown) > width:

@@ -86,7 +86,7 @@ def prepare_mask(
 ) -> Image.Image:  # "L", of that size
     "A mask as a generation uses it: resized, inverted, binarised and blurred, in this order."
     grows = size[0] >= mask.width and size[1] >= mask.height
-    binary = len(mask.getcolors(256)) <= 2
+    binary = len(mask.getcolors(256) or ()) <= 2
     resample = (
         Image.Resampling.NEAREST if grows and binary else Image.Resampling.BILINEAR if grows else Image.Resampling.BOX
     )
@@ -176,7 +176,7 @@ def check_mask(
     values = np.asarray(sharp)
     near = np.asarray(painted.filter(ImageFilter.BoxBlur(_EDGE))) > 0
     lost = np.count_nonzero((values >= FAINT) & (values < PAINTED) & ~near)
-    share = lost / max(1, np.count_nonzero(values >= FAINT))
+    share = int(lost) / max(1, int(np.count_nonzero(values >= FAINT)))
     if share <= 0.01:
         return []
     message = f"{share:.0%} of the masked area is fainter than {PAINTED} of 255 and is not repainted: paint it white"
