@@ -538,13 +538,13 @@ def clip_score(
     return score
 
 
-def lpips_distance(net: str = "alex", device: str = "cpu") -> Measure:  # alex, vgg or squeeze
+def lpips_distance(backbone: str = "alex", device: str = "cpu") -> Measure:  # alex, vgg or squeeze
     "A measure for `run_benchmark`: the perceptual distance to the exact image; needs the package lpips."
     try:
         import lpips
     except ImportError:
         raise ImportError("LPIPS is measured by the package lpips: pip install lpips") from None
-    network = lpips.LPIPS(net=net, verbose=False).to(device).eval()
+    network = lpips.LPIPS(net=backbone, verbose=False).to(device).eval()
     tensor = lambda p: (
         torch.from_numpy(np.asarray(p.convert("RGB"), np.float32) / 127.5 - 1).permute(2, 0, 1)[None].to(device)
     )

@@ -298,7 +298,7 @@ def _preprocessor_facts(row: Any, weights: str) -> dict:  # a row of the table, 
     return {
         "name": row.name,
         "title": row.title,
-        "nets": row.nets,
+        "controlnets": row.controlnets,
         "families": [family.value for family in row.families],
         "union_modes": [mode.value for mode in row.union_modes],
         "package": row.package,
@@ -315,7 +315,7 @@ def _preprocessor_lines(facts: dict) -> list[str]:
         needs.append("a mask")
     if facts["needs_weights"]:
         needs.append(f"weights, {facts['weights']}")
-    lines = [f"{facts['name']:18} {facts['title']}; for {facts['nets']}"]
+    lines = [f"{facts['name']:18} {facts['title']}; for {facts['controlnets']}"]
     lines.append(f"    needs {', '.join(needs)}; union mode: {', '.join(facts['union_modes']) or 'none'}")
     for parameter in facts["parameters"]:
         lines.append(f"    {parameter['name']}={parameter['default']}  {parameter['allowed']}: {parameter['meaning']}")
@@ -329,11 +329,11 @@ def add_preprocessors_options(parser: argparse.ArgumentParser) -> None:
 
 def command_preprocessors(arguments: argparse.Namespace) -> int:  # the exit code
     "List the ControlNet preprocessors."
-    from diffusion_workers.control.detectors import weights_at_hand
+    from diffusion_workers.control.detectors import weight_states
     from diffusion_workers.control.preprocessors import PREPROCESSORS
     from diffusion_workers.settings.service import Settings
 
-    weights = weights_at_hand(Settings.from_environment().annotator_folders)
+    weights = weight_states(Settings.from_environment().annotator_folders)
     facts = [_preprocessor_facts(row, weights[name]) for name, row in PREPROCESSORS.items()]
     if arguments.json:
         print(json.dumps(facts, indent=2))

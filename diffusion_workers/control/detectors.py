@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'MAX_DETECTOR_SIDE', 'SPECIAL', 'detector_class', 'local_file', 'hub_file', 'find_weights', 'tamed_loading',
            'load_detector', 'detector_size', 'ask', 'straight_lines', 'paint_regions', 'regions', 'screen', 'any_lines',
-           'detect', 'weights_at_hand', 'PreprocessorStore']
+           'detect', 'weight_states', 'PreprocessorStore']
 
 # %% ../../nbs/30_control/02_detectors.ipynb #c27b1eea
 import contextlib
@@ -297,12 +297,12 @@ def detect(
     pixels: np.ndarray,  # (H, W, 3) uint8, any size
     parameters: dict[str, Any],  # by name, none missing
 ) -> np.ndarray:  # (h, w, 3) uint8, sides that are multiples of 64
-    "The map that a detector draws of a picture, at the size nearest to the picture's that it takes."
+    "The map that a detector draws of an image, at the size nearest to the image's that it takes."
     call = SPECIAL.get(row.name) or SPECIAL.get(row.detector or "") or ask
-    picture = Image.fromarray(pixels)
-    size = detector_size(*picture.size)
-    picture = picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
-    made = np.asarray(call(detector, np.array(picture), **parameters))
+    image = Image.fromarray(pixels)
+    size = detector_size(*image.size)
+    image = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+    made = np.asarray(call(detector, np.array(image), **parameters))
     return made if made.ndim == 3 else np.repeat(made[..., None], 3, axis=2)
 
 # %% ../../nbs/30_control/02_detectors.ipynb #72749c8c
@@ -310,7 +310,7 @@ def _key(row: ControlnetGuideImagePreprocessor) -> tuple:  # rows with the same 
     return row.detector, row.repository, row.files, row.options
 
 
-def weights_at_hand(
+def weight_states(
     folders: Sequence[Path] = (),  # of the operator
 ) -> dict[str, str]:  # preprocessor -> "not needed", "on the disk", or what is not here
     "What is known of the weights of each preprocessor without loading them or asking the network."
@@ -360,7 +360,7 @@ class PreprocessorStore:
         *,
         field: str = "preprocessing",  # where it stands in the request, for errors
     ) -> Image.Image:  # RGB, (width, height)
-        "The control map of a picture; a RequestError says what is wrong, or missing on this machine."
+        "The control map of an image; a RequestError says what is wrong, or missing on this machine."
 
         def with_network(
             row: ControlnetGuideImagePreprocessor, pixels: np.ndarray, parameters: dict[str, Any]
@@ -406,6 +406,6 @@ class PreprocessorStore:
     def _repr_markdown_(self) -> str:
         lines = [
             f"| `{name}` | {'loaded' if name in self.loaded else state} |"
-            for name, state in weights_at_hand(self.folders).items()
+            for name, state in weight_states(self.folders).items()
         ]
         return "\n".join(["| preprocessor | weights |", "|---|---|", *lines])

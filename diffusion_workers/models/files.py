@@ -126,7 +126,7 @@ def _yaml_problem(path: Path, text: str, error: yaml.YAMLError) -> ManifestProbl
     mark, position = getattr(error, "problem_mark", None), getattr(error, "position", None)
     line = mark.line + 1 if mark else 0 if position is None else text[:position].count("\n") + 1
     reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return ManifestProblem(str(path), line, "", f"this is no YAML: {reason}")
+    return ManifestProblem(str(path), line, "", f"not valid YAML: {reason}")
 
 # %% ../../nbs/20_models/02_files.ipynb #928b8244
 def _read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:  # (values, location -> line)

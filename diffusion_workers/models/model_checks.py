@@ -216,17 +216,19 @@ def check_controlnet(
             )
 
 
-def _check_local_controlnet(net: ControlNetEntry, path: Path, controls: Controls, denoiser: Mapping[str, Any]) -> None:
-    if isinstance(net.source, FileSource):
+def _check_local_controlnet(
+    entry: ControlNetEntry, path: Path, controls: Controls, denoiser: Mapping[str, Any]
+) -> None:
+    if isinstance(entry.source, FileSource):
         kind = identify(read_header(path))
         if kind.role in ("adapter", "foreign"):
             raise WeightFileError(f"it is {kind.what}, not a ControlNet", kind.hint)
-        if kind.role == "union_controlnet" and not net.union:
+        if kind.role == "union_controlnet" and not entry.union:
             raise WeightFileError("it is a union ControlNet", kind.hint)
         return
     if config := read_config(path / "config.json"):
-        check_class(config, (controls.union_class if net.union else None) or controls.controlnet_class)
-        check_controlnet(config, denoiser, net.union)
+        check_class(config, (controls.union_class if entry.union else None) or controls.controlnet_class)
+        check_controlnet(config, denoiser, entry.union)
 
 # %% ../../nbs/20_models/06_model_checks.ipynb #87d03a4f
 @dataclass(frozen=True)
@@ -257,12 +259,12 @@ def model_problems(
     except WeightFileError as exc:
         yield ModelProblem("model", manifest.name, exc)
     for name in dict.fromkeys(controlnets):
-        net = manifest.controlnets[name]
-        if isinstance(net.source, HubSource):
+        entry = manifest.controlnets[name]
+        if isinstance(entry.source, HubSource):
             continue
-        path = net.source.location()
+        path = entry.source.location()
         try:
-            _check_local_controlnet(net, path, record.controls, facts.config)
+            _check_local_controlnet(entry, path, record.controls, facts.config)
         except WeightFileError as exc:
             if path.exists():
                 yield ModelProblem("controlnets", name, exc)

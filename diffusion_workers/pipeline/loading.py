@@ -221,7 +221,7 @@ def load_network(
     subfolder: str | None = None,  # below the source's own; of a file, below its configuration's
     role: Role = "encoder",
     belongs_to: Source | None = None,  # the pipeline whose configuration a file has that names none
-) -> torch.nn.Module:  # shared with whoever asked for the same
+) -> torch.nn.Module:  # shared by all callers that ask for the same
     "A network by its class and source."
     key = (
         source_key(source, subfolder),
@@ -244,9 +244,7 @@ def load_network(
     return shared_network(key, read)
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #ec448275
-def _for_part(
-    target: Target, part: Component | ControlNetEntry | RefinerEntry
-) -> Target:  # with the part's own number format
+def _for_part(target: Target, part: Component | ControlNetEntry | RefinerEntry) -> Target:  # with the part's own dtype
     return target if part.dtype in (None, "auto") else replace(target, dtype=getattr(torch, part.dtype))
 
 
@@ -372,12 +370,12 @@ def load_controlnet(
     denoiser: torch.nn.Module,  # of the model, which it has to fit
 ) -> torch.nn.Module:  # shared with other models that name the same
     "Read a ControlNet; a `RequestError` (model_unavailable) says what is missing, or what it was made for."
-    net, controls = manifest.controlnets[name], manifest.record.controls
-    class_name = (controls.union_class if net.union else None) or controls.controlnet_class
-    target = _for_part(Target(device, dtype, usable_memory(manifest, device, dtype)), net)
-    with _explained(net.source, name, "controlnets"):
-        network = load_network(class_name, net.source, net.variant, target, role="controlnet")
-        check_controlnet(network.config, denoiser.config, net.union)
+    entry, controls = manifest.controlnets[name], manifest.record.controls
+    class_name = (controls.union_class if entry.union else None) or controls.controlnet_class
+    target = _for_part(Target(device, dtype, usable_memory(manifest, device, dtype)), entry)
+    with _explained(entry.source, name, "controlnets"):
+        network = load_network(class_name, entry.source, entry.variant, target, role="controlnet")
+        check_controlnet(network.config, denoiser.config, entry.union)
         return network
 
 

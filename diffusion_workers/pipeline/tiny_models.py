@@ -72,11 +72,11 @@ def tiny_controlnet(family: ModelFamily, union: bool = False) -> torch.nn.Module
     row = tiny.union if union else tiny.controlnet
     if row is None:
         raise ValueError(f"{family.value} has no union ControlNet")
-    net = tiny_component(row, {})
-    for name, parameter in net.named_parameters():
+    controlnet = tiny_component(row, {})
+    for name, parameter in controlnet.named_parameters():
         if name.startswith(tiny.zero_layers):
             torch.nn.init.normal_(parameter, std=0.5)
-    return net
+    return controlnet
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #99c233fe
 def tiny_pipeline(
@@ -98,7 +98,7 @@ def tiny_pipeline(
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #947b6860
 def write_tiny_model(
-    folder: Path | str,  # gets the repository, the nets and the manifest
+    folder: Path | str,  # gets the repository, the ControlNets and the manifest
     family: ModelFamily,
     name: str | None = None,  # of the model; the family's
     kind: ModelKind = ModelKind.standard,
@@ -119,17 +119,17 @@ def write_tiny_model(
     with quiet_libraries():
         tiny_pipeline(family, kind, in_channels, seed).save_pretrained(folder / name)
         if kind == ModelKind.standard:
-            nets: dict[str, dict[str, Any]] = {
+            controlnets: dict[str, dict[str, Any]] = {
                 "canny": dict(preprocessors=["canny"]),
                 "tile": dict(preprocessors=["tile"]),
                 "all": dict(union=True),
             }
             if record.controls.union_class is None:
-                del nets["all"]
-            for net, entry in nets.items():
-                tiny_controlnet(family, union=net == "all").save_pretrained(folder / f"{name}-{net}")
-                entry["source"] = {"folder": f"{name}-{net}"}
-            manifest["controlnets"] = nets
+                del controlnets["all"]
+            for key, entry in controlnets.items():
+                tiny_controlnet(family, union=key == "all").save_pretrained(folder / f"{name}-{key}")
+                entry["source"] = {"folder": f"{name}-{key}"}
+            manifest["controlnets"] = controlnets
     if kind != ModelKind.standard:
         manifest |= {"kind": kind.value, "tasks": [task.value for task in Task if record.call(task, model_kind=kind)]}
     path = folder / f"{name}.yaml"

@@ -52,9 +52,7 @@ class Quantization:
     "One way to keep the weights of linear layers in fewer bits."
 
     package: str
-    configuration: Callable[
-        [torch.dtype], Any
-    ]  # (number format to compute in) -> what diffusers calls quantization_config
+    configuration: Callable[[torch.dtype], Any]  # (dtype to compute in) -> what diffusers calls quantization_config
     needs_cuda: bool = False
 
 
@@ -97,7 +95,7 @@ def require_package(
 
 def quantization_config(
     name: str,  # of QUANTIZATIONS
-    dtype: torch.dtype,  # number format to compute in
+    dtype: torch.dtype,  # dtype to compute in
 ) -> Any:  # what `from_pretrained` takes under this name
     "How diffusers is told to quantise a network while it reads it."
     require_package(QUANTIZATIONS[name].package, f"{name} in the manifest")
@@ -120,7 +118,7 @@ def storage_packages(manifest: ModelManifest) -> tuple[str, ...]:
 
 
 def gguf_config(
-    dtype: torch.dtype,  # number format to compute in
+    dtype: torch.dtype,  # dtype to compute in
 ) -> diffusers.GGUFQuantizationConfig:
     "How diffusers is told to keep the weights of a .gguf file as they are."
     require_package("gguf", "a .gguf file in the manifest")

@@ -31,7 +31,7 @@ class FetchPolicy:
     allowed_hosts: frozenset[str] = frozenset()  # exact "host" or "host:port" that may be private; IPv6 in brackets
     max_bytes: int = 64 * 2**20  # of the body
     timeout_seconds: float = 20.0  # for all of it: connecting, redirects and the body
-    idle_seconds: float = 5.0  # longest silence of the other side
+    idle_seconds: float = 5.0  # longest silence of the server
     max_redirects: int = 3
 
 
@@ -128,7 +128,7 @@ def checked_addresses(
 # %% ../../nbs/10_request/02_fetch.ipynb #b350f35e
 def _connect(
     url: Url,  # from `check_url`
-    addresses: list[str],  # from `checked_addresses`, tried in turn
+    addresses: list[str],  # from `checked_addresses`, in the order of the attempts
     timeout: float,  # seconds for each
 ) -> HTTPConnection:  # connected
     "A connection to the first address that answers; TLS checks the certificate against the name."

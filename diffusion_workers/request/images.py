@@ -465,7 +465,7 @@ def decode_bytes(
     policy: ImagePolicy = ImagePolicy(),
     background: str = "white",
 ) -> DecodedImage:  # RGB
-    "The same for a file that is at hand already."
+    "The same for a file that has been read already."
     image, warnings = load_image(data, field=field, policy=policy)
     notes: list[str] = []
     if image.mode == "RGBA":
@@ -633,7 +633,7 @@ def _label(
 def contact_sheet(
     images: list[Image.Image],  # at least one, of any sizes
     labels: list[str] | None = None,  # one for each
-    columns: int | None = None,  # absent, as square as possible
+    columns: int | None = None,  # default: as square as possible
     gap: int = 8,  # pixels around each cell
 ) -> Image.Image:  # RGB
     "Images in a grid, with labels under them."

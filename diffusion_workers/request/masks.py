@@ -187,7 +187,7 @@ def crop_region(
     mask: Image.Image,  # "L", blurred already, so that soft edges are inside
     padding: int,  # pixels of surroundings on each side
     aspect: float,  # width / height of the generation
-) -> tuple[int, int, int, int]:  # (left, top, right, bottom), inside the picture; all of it for an empty mask
+) -> tuple[int, int, int, int]:  # (left, top, right, bottom), inside the image; all of it for an empty mask
     "The box to work on: around everything that is not black, grown to an aspect ratio."
     width, height = mask.size
     left, top, right, bottom = mask.getbbox() or (0, 0, width, height)
@@ -208,9 +208,9 @@ def paste_back(
     original: Image.Image,  # RGB
     generated: Image.Image,  # RGB, of any size; shows what is inside the box
     mask: Image.Image,  # "L", of the size of the original
-    box: tuple[int, int, int, int] | None = None,  # from `crop_region`; None is the whole picture
+    box: tuple[int, int, int, int] | None = None,  # from `crop_region`; None is the whole image
 ) -> Image.Image:  # RGB, of the size of the original
-    "The generated picture inside the mask, the original outside; identical to it wherever the mask is 0."
+    "The generated image inside the mask, the original outside; identical to it wherever the mask is 0."
     left, top, right, bottom = box or (0, 0, *original.size)
     patch = resize_image(generated, right - left, bottom - top)
     region = (left, top, right, bottom)

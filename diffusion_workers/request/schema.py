@@ -236,7 +236,7 @@ def _read_object(text: str) -> dict:
     return found
 
 
-_READERS: dict[str, Callable[[str], Any]] = {  # the narrowest type first, as they are tried
+_READERS: dict[str, Callable[[str], Any]] = {  # the narrowest type first
     "boolean": _read_boolean,
     "integer": _read_integer,
     "number": _read_number,

@@ -48,7 +48,7 @@ def request_key(
 
 
 def checked_requests(
-    requests: Sequence[Request],  # pictures in them may be bytes, paths or PIL images
+    requests: Sequence[Request],  # images in them may be bytes, paths or PIL images
 ) -> dict[str, dict[str, Any]]:  # by key, in the order given; what is given twice is there once
     "Requests as they are sent; a `RequestError` names the first that is wrong."
     found = {}
@@ -121,7 +121,7 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(unfinished, path)
 
 # %% ../../nbs/72_sweep/01_folder.ipynb #e5d4191c
-async def _picture(text: str) -> bytes:  # base64 text, or a link into the bucket of a worker
+async def _image_bytes(text: str) -> bytes:  # base64 text, or a link into the bucket of a worker
     if not text.startswith(("http://", "https://")):
         return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text)
     import httpx
@@ -132,17 +132,17 @@ async def _picture(text: str) -> bytes:  # base64 text, or a link into the bucke
         ) as http:  # without the key of the endpoint, which is not the bucket's business
             return (await http.get(text)).raise_for_status().content
     except httpx.HTTPError as exc:
-        raise ConnectionLost(f"a picture could not be fetched from its link: {exc}") from None
+        raise ConnectionLost(f"an image could not be fetched from its link: {exc}") from None
 
 
 async def _in_files(
-    folder: Path, stem: str, pictures: Sequence[Any]
-) -> list[Any]:  # the pictures, with the names of their files in them
+    folder: Path, stem: str, images: Sequence[Any]
+) -> list[Any]:  # the images, with the names of their files in them
     named = []
-    for index, picture in enumerate(pictures):
-        name = f"{stem}-{index}.{getattr(picture, 'format', OutputFormat.png).value}"
-        write_whole(folder / name, await _picture(picture.image))
-        named.append(picture.model_copy(update={"image": name}))
+    for index, image in enumerate(images):
+        name = f"{stem}-{index}.{getattr(image, 'format', OutputFormat.png).value}"
+        write_whole(folder / name, await _image_bytes(image.image))
+        named.append(image.model_copy(update={"image": name}))
     return named
 
 # %% ../../nbs/72_sweep/01_folder.ipynb #6b6ec372
@@ -150,8 +150,8 @@ async def write_result(
     folder: Path,  # of the sweep
     key: str,
     result: OpResult,
-) -> OpResult:  # with names of files, relative to the folder, in the place of pictures
-    "Write the pictures of a result, and then the result."
+) -> OpResult:  # with names of files, relative to the folder, in the place of images
+    "Write the images of a result, and then the result."
     if (made := result.generation) is not None:
         images = await _in_files(folder, f"images/{key}", made.images)
         maps = await _in_files(folder, f"control_maps/{key}", made.control_maps or [])
@@ -183,7 +183,7 @@ class SweepItem:
     sent: int = 0  # how often
     result: OpResult | None = field(
         default=None, repr=False
-    )  # with names of files, relative to the folder, in the place of pictures
+    )  # with names of files, relative to the folder, in the place of images
 
     def take(self, line: Mapping[str, Any]) -> None:
         "What a line of the journal says."

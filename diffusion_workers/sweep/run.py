@@ -91,7 +91,7 @@ class SweepFolder:
         (self.path / "results" / f"{item.key}.json").unlink()
 
 # %% ../../nbs/72_sweep/02_run.ipynb #30b73086
-_PAUSE = 2.0  # seconds before a full queue is tried again
+_PAUSE = 2.0  # seconds before a request is sent to a full queue again
 _STOPS = (Unauthorized, NotFound)  # what holds for all requests: a wrong key, no such endpoint
 
 
