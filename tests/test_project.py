@@ -126,6 +126,8 @@ def test_notebook_is_clean(path: Path) -> None:
         f"{name(path)}: the outputs of cells {failed} are errors: "
         "run the notebook again, or catch the error with test_fail"
     )
+    local = [path for path in ("site-packages", str(ROOT), f"{Path.home()}/") if path in text]
+    assert not local, f"{name(path)}: an output names {local}, a path of one machine: run the cell without the warning"
     assert len(text.encode()) < MAX_NOTEBOOK_BYTES, (
         f"{name(path)} has {len(text.encode()):,} bytes, the limit is {MAX_NOTEBOOK_BYTES:,}: show smaller images"
     )

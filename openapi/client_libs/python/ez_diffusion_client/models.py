@@ -8,13 +8,13 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 from ez_diffusion_client.display import (
+    CompactModel,
     MemoryReportMethods,
     ModelListMethods,
     PlanMethods,
     ResultMethods,
 )
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     RootModel,
@@ -219,7 +219,7 @@ class ErrorCode(StrEnum):
     internal_error = "internal_error"
 
 
-class ErrorDetail(BaseModel):
+class ErrorDetail(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -243,7 +243,7 @@ class ErrorDetail(BaseModel):
     ] = False
 
 
-class RequestWarning(BaseModel):
+class RequestWarning(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -260,7 +260,7 @@ class RequestWarning(BaseModel):
     used: Annotated[StrictStr | None, Field(description="What was used")] = None
 
 
-class InpaintOptions(BaseModel):
+class InpaintOptions(CompactModel):
     """
     How mask_image is used
     """
@@ -303,7 +303,7 @@ BlockScalesAdditionalProperty = TypeAliasType(
 )
 
 
-class Lora(BaseModel):
+class Lora(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -335,7 +335,7 @@ class Lora(BaseModel):
     ] = None
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(CompactModel):
     """
     The preprocessor that turns an image into a control map
     """
@@ -372,7 +372,7 @@ class UnionMode(RootModel[StrictInt | None]):
     ] = None
 
 
-class ControlNetUnit(BaseModel):
+class ControlNetUnit(CompactModel):
     """
     One control; several units that name the same union ControlNet become its typed controls
     """
@@ -474,7 +474,7 @@ class StepCacheMethod(StrEnum):
     mag = "mag"
 
 
-class StepCacheOptions(BaseModel):
+class StepCacheOptions(CompactModel):
     """
     Reuse of features between denoising steps; faster, and changes pixels
     """
@@ -531,7 +531,7 @@ class StepCacheOptions(BaseModel):
     ] = None
 
 
-class AccelerationOptions(BaseModel):
+class AccelerationOptions(CompactModel):
     """
     Other settings that trade exactness for time; each is named in the receipt
     """
@@ -583,7 +583,7 @@ class AccelerationOptions(BaseModel):
     ] = None
 
 
-class MemoryOptions(BaseModel):
+class MemoryOptions(CompactModel):
     """
     Settings that trade time for device memory
     """
@@ -607,7 +607,7 @@ class MemoryOptions(BaseModel):
     ] = None
 
 
-class RefinerOptions(BaseModel):
+class RefinerOptions(CompactModel):
     """
     A second SDXL model that takes over the last steps
     """
@@ -629,7 +629,7 @@ class RefinerOptions(BaseModel):
     ] = None
 
 
-class SizeConditioning(BaseModel):
+class SizeConditioning(CompactModel):
     """
     Size conditioning of SDXL
     """
@@ -653,7 +653,7 @@ class SizeConditioning(BaseModel):
     ] = None
 
 
-class OutputOptions(BaseModel):
+class OutputOptions(CompactModel):
     """
     How the images come back
     """
@@ -671,7 +671,7 @@ class OutputOptions(BaseModel):
     ] = True
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(CompactModel):
     """
     What to make
     """
@@ -864,7 +864,7 @@ class GenerationRequest(BaseModel):
     ] = None
 
 
-class PlannedScheduler(BaseModel):
+class PlannedScheduler(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -883,7 +883,7 @@ class PlannedScheduler(BaseModel):
     ] = None
 
 
-class PlannedImage(BaseModel):
+class PlannedImage(CompactModel):
     """
     An image that the plan uses, by its content
     """
@@ -901,7 +901,7 @@ class PlannedImage(BaseModel):
     height: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
 
 
-class PlannedControl(BaseModel):
+class PlannedControl(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -920,7 +920,7 @@ class PlannedControl(BaseModel):
     return_map: StrictBool = False
 
 
-class PlannedLora(BaseModel):
+class PlannedLora(CompactModel):
     """
     A LoRA with the file that its name stands for
     """
@@ -944,7 +944,7 @@ class PlannedLora(BaseModel):
     ] = None
 
 
-class Environment(BaseModel):
+class Environment(CompactModel):
     """
     Where the plan was carried out
     """
@@ -1033,7 +1033,7 @@ class GenerationPlan(PlanMethods):
     environment: Environment | None = None
 
 
-class GeneratedImage(BaseModel):
+class GeneratedImage(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1051,7 +1051,7 @@ class GeneratedImage(BaseModel):
     seed: StrictInt
 
 
-class ControlMap(BaseModel):
+class ControlMap(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1071,7 +1071,7 @@ class ControlMap(BaseModel):
     height: Annotated[StrictInt, Field(description="Pixels")]
 
 
-class Timings(BaseModel):
+class Timings(CompactModel):
     """
     Seconds spent in each phase
     """
@@ -1090,7 +1090,7 @@ class Timings(BaseModel):
     seconds_per_step: StrictFloat | None = None
 
 
-class GenerationResponse(BaseModel):
+class GenerationResponse(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1100,7 +1100,7 @@ class GenerationResponse(BaseModel):
     timings: Timings | None = None
 
 
-class PreprocessRequest(BaseModel):
+class PreprocessRequest(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1136,7 +1136,7 @@ class PreprocessRequest(BaseModel):
     ] = None
 
 
-class RestoreRequest(BaseModel):
+class RestoreRequest(CompactModel):
     """
     Where a request is restored from: an image file with metadata, or a text of parameters; give one of them
     """
@@ -1176,7 +1176,7 @@ class MetadataSource(StrEnum):
     none = "none"
 
 
-class LostSetting(BaseModel):
+class LostSetting(CompactModel):
     """
     A setting that could not be restored
     """
@@ -1196,7 +1196,7 @@ class LostSetting(BaseModel):
     reason: Annotated[StrictStr, Field(description="Why it could not be restored")]
 
 
-class RestoredRequest(BaseModel):
+class RestoredRequest(CompactModel):
     """
     A request read from metadata
     """
@@ -1227,7 +1227,7 @@ class RestoredRequest(BaseModel):
     ] = None
 
 
-class DeviceMemory(BaseModel):
+class DeviceMemory(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1240,7 +1240,7 @@ class DeviceMemory(BaseModel):
     peak_bytes: StrictInt | None = None
 
 
-class ModelMemory(BaseModel):
+class ModelMemory(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1281,7 +1281,7 @@ class HealthState(StrEnum):
     stopping = "stopping"
 
 
-class PhaseTime(BaseModel):
+class PhaseTime(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1289,7 +1289,7 @@ class PhaseTime(BaseModel):
     seconds: StrictFloat
 
 
-class Health(BaseModel):
+class Health(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1328,7 +1328,7 @@ class JobState(StrEnum):
     cancelled = "cancelled"
 
 
-class ControlNetInfo(BaseModel):
+class ControlNetInfo(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1341,7 +1341,7 @@ class ControlNetInfo(BaseModel):
     preprocessors: list[StrictStr] | None = None
 
 
-class ProfileInfo(BaseModel):
+class ProfileInfo(CompactModel):
     """
     Settings that trade exactness for time, under a name
     """
@@ -1361,7 +1361,7 @@ class ParameterKind(StrEnum):
     number = "number"
 
 
-class PreprocessorParameter(BaseModel):
+class PreprocessorParameter(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1375,7 +1375,7 @@ class PreprocessorParameter(BaseModel):
     description: StrictStr | None = None
 
 
-class PreprocessorInfo(BaseModel):
+class PreprocessorInfo(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1421,7 +1421,7 @@ class OpResult(ResultMethods):
     request_id: StrictStr | None = None
 
 
-class ProgressEvent(BaseModel):
+class ProgressEvent(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1448,7 +1448,7 @@ class ProgressEvent(BaseModel):
     result: Annotated[OpResult | None, Field(description="In the last event")] = None
 
 
-class Job(BaseModel):
+class Job(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1461,7 +1461,7 @@ class Job(BaseModel):
     result: OpResult | None = None
 
 
-class ModelInfo(BaseModel):
+class ModelInfo(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
