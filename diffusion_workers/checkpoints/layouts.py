@@ -262,7 +262,7 @@ def _original_unet(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     if "input_blocks.0.0.weight" not in tensors:
         return dict(tensors)
     known = dict(config)
-    if "label_emb.0.0.weight" not in tensors:  # diffusers would stop at its absence, without a word on what is missing
+    if "label_emb.0.0.weight" not in tensors:  # diffusers would fail without naming what is missing
         known |= {"addition_embed_type": None, "class_embed_type": None}
     return convert_ldm_unet_checkpoint(
         {f"model.diffusion_model.{name}": value for name, value in tensors.items()}, known

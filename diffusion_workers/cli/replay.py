@@ -157,7 +157,7 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
 
 
 def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
-    "Regenerate an image from its receipt, and tell whether the pixels are the same."
+    "Regenerate an image from its metadata, and report whether the pixels are the same."
     plan = read_receipt(arguments.file)
     if arguments.output:
         check_output(arguments.output)

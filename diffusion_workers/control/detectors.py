@@ -36,7 +36,7 @@ def detector_class(
     row: ControlnetGuideImagePreprocessor,  # one that names a detector
     field: str = "preprocessing",  # where it stands in the request
 ) -> type[Any]:
-    "The class of controlnet-aux; a RequestError (missing_dependency) says how to get it."
+    "The class of controlnet-aux; raises a RequestError (missing_dependency) if it cannot be imported."
     if row.detector is None:
         raise ValueError(f"{row.name} needs no detector")
     try:
@@ -88,7 +88,7 @@ def find_weights(
     folders: Sequence[Path] = (),  # of the operator
     field: str = "preprocessing",  # where it stands in the request
 ) -> dict[str, Path]:  # argument of `from_pretrained` -> file
-    "The files that a detector reads; a RequestError (model_unavailable) says which one is missing, and how to get it."
+    "The files that a detector reads; raises a RequestError (model_unavailable) if one is missing."
     found = {}
     for argument, file in row.files:
         path = local_file(row.repository, file, folders) or hub_file(row.repository, file)
@@ -151,7 +151,7 @@ def load_detector(
     device: str = "cpu",
     field: str = "preprocessing",
 ) -> Any:  # an instance of the class that the row names, in evaluation mode, on the device
-    "Read the weights of a detector; a RequestError says what is missing or damaged."
+    "Read the weights of a detector; raises a RequestError if they are missing or damaged."
     cls, files = detector_class(row, field), find_weights(row, folders, field)
     try:
         with tamed_loading():
@@ -339,7 +339,7 @@ class PreprocessorStore:
         folders: Sequence[Path] = (),  # of the operator, where weights are looked for before the Hub's cache
         device: str = "cpu",  # where the detectors run
         max_loaded: int = 4,  # detectors that stay in memory, at least 1
-        max_maps: int = 16,  # of networks that are remembered; a map that was asked for before is not computed again
+        max_maps: int = 16,  # of networks that are cached; the same map is not computed again
     ):
         if max_loaded < 1:
             raise ValueError(f"max_loaded is {max_loaded}: at least one detector stays in memory while it works")
@@ -360,7 +360,7 @@ class PreprocessorStore:
         *,
         field: str = "preprocessing",  # where it stands in the request, for errors
     ) -> Image.Image:  # RGB, (width, height)
-        "The control map of an image; a RequestError says what is wrong, or missing on this machine."
+        "The control map of an image; raises a RequestError if the request is invalid or something is missing."
 
         def with_network(
             row: ControlnetGuideImagePreprocessor, pixels: np.ndarray, parameters: dict[str, Any]

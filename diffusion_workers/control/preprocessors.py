@@ -41,7 +41,7 @@ class Parameter:
     "A named control of a preprocessor."
 
     name: str
-    default: bool | int | float  # says the type too
+    default: bool | int | float  # also sets the type
     meaning: str  # one line
     low: float | None = None  # smallest value; not for true or false
     high: float | None = None  # largest value
@@ -175,7 +175,7 @@ PREPROCESSORS = PreprocessorTable()
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #00ef579a
 def opencv() -> Any:  # the module cv2
-    "OpenCV, read when it is needed; a RequestError (missing_dependency) says how to get it."
+    "OpenCV, imported when it is needed; raises a RequestError (missing_dependency) if it cannot be."
     try:
         import cv2
     except ImportError as exc:
@@ -697,7 +697,7 @@ _annotator(
 )
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #7e0bb227
-_OTHER_NAMES = {  # names that people know -> what to do here
+_OTHER_NAMES = {  # names of other programs -> what to do here
     "dwpose": "DWPose needs packages that cannot be built beside this version of torch; use openpose",
     "mediapipe_face": "use openpose with include_face",
     "depth": "use midas, leres or zoe",
@@ -837,7 +837,7 @@ def make_map(
     | None = None,  # (row, pixels, parameters) -> pixels, for rows that name a detector
     field: str = "preprocessing",  # where it stands in the request, for errors
 ) -> Image.Image:  # RGB, (width, height)
-    "The control map of an image; a RequestError names every mistake."
+    "The control map of an image; raises a RequestError with every mistake."
     if errors := list(check_preprocessing(preprocessing, field)):
         raise RequestError(errors)
     row, parameters = PREPROCESSORS[preprocessing.name], preprocessing_parameters(preprocessing)
@@ -887,7 +887,7 @@ def union_mode_number(
     table: str,  # a numbering, such as "sdxl_union"
     mode: UnionModeName | int,  # by name or by number
 ) -> int:  # what the pipeline is given
-    "The number of a mode; a ValueError says which there are."
+    "The number of a mode; raises a ValueError for an unknown one."
     modes = union_modes(table)
     if not modes:
         raise ValueError(

@@ -90,7 +90,7 @@ def _walk(node: yaml.Node, at: tuple, line: int, seen: set[int]) -> Iterator[tup
 
 # %% ../../nbs/20_models/02_files.ipynb #a30da649
 def _read_text(path: Path) -> str:  # of the file
-    "The text of a manifest, or a `ManifestError` that says why there is none."
+    "The text of a manifest; raises a `ManifestError` if it cannot be read."
     try:
         with path.open("rb") as file:
             content = file.read(MAX_MANIFEST_BYTES + 1)
@@ -212,7 +212,7 @@ def _sentence(error: Mapping[str, Any]) -> str:  # what was given, what is allow
 
 # %% ../../nbs/20_models/02_files.ipynb #7e5fc618
 def _complaints(error: Mapping[str, Any]) -> list[Complaint]:  # location and sentence
-    "What one pydantic error says, without the steps in its location that are pydantic's own."
+    "The complaints of one pydantic error, without the steps in its location that are pydantic's own."
     if error["type"] == "together":
         return error["ctx"]["complaints"]
     *path_to, last = error["loc"]

@@ -175,7 +175,7 @@ def _file_facts(path: Path, changed: int) -> DenoiserFacts:  # changed: a new fi
 
 
 def source_facts(source: Source) -> DenoiserFacts:
-    "What a local source tells of its denoiser; nothing for one on the Hub, or one that cannot be read."
+    "The facts about the denoiser of a local source; none for the Hub, or if it cannot be read."
     if isinstance(source, HubSource):
         return DenoiserFacts()
     try:
@@ -184,7 +184,7 @@ def source_facts(source: Source) -> DenoiserFacts:
             return _file_facts(path, path.stat().st_mtime_ns)
         return _folder_facts(path)
     except (WeightFileError, OSError):
-        return DenoiserFacts()  # loading says what is wrong with it
+        return DenoiserFacts()  # loading reports what is wrong with it
 
 
 def denoiser_facts(manifest: ModelManifest) -> DenoiserFacts:
@@ -204,7 +204,7 @@ def check_controlnet(
     denoiser: Mapping[str, Any],  # configuration
     union: bool,  # whether the manifest declares it for several kinds of maps
 ) -> None:
-    "Raise a `WeightFileError` for a ControlNet of another denoiser, or of another kind than the manifest says."
+    "Raise a `WeightFileError` for a ControlNet of another denoiser, or of another kind than in the manifest."
     if config.get("num_mode") is not None and not union:
         raise WeightFileError("it is a union ControlNet", "write union: true for it in the manifest")
     for name in _OF_A_DENOISER:

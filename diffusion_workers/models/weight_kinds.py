@@ -191,9 +191,9 @@ def _denoiser_words(header: WeightHeader, prefix: str) -> str:
 class Prediction:
     "What the markers of a file ask of a scheduler."
 
-    prediction_type: str | None = None  # epsilon or v_prediction; None where nothing is said
+    prediction_type: str | None = None  # epsilon or v_prediction; None without a marker
     zero_snr: bool = False
-    marker: str = ""  # where it is said
+    marker: str = ""  # where the marker is
 
 
 _BY_METADATA = {
@@ -207,7 +207,7 @@ EDM = {  # tensor -> what it marks, which no scheduler of this package computes
 
 
 def prediction_of(header: WeightHeader) -> Prediction:
-    "What a file says of its prediction type."
+    "The prediction type that the markers of a file name."
     bare = {name.removeprefix("model.diffusion_model.").removeprefix("diffusion_model.") for name in header.tensors}
     zero_snr = "ztsnr" in bare
     if "v_pred" in bare:

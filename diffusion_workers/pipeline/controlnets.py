@@ -130,7 +130,7 @@ def packed_token_view(
     plan: GenerationPlan,
     mask: Image.Image | None = None,  # where the control holds
 ) -> torch.nn.Module:
-    "A ControlNet for packed latents as one control uses it: mode and guidance are told to it here."
+    "A ControlNet for packed latents as one control uses it, with its mode and guidance."
     area = None if mask is None else token_mask(mask_tensor(mask), plan.height, plan.width)
 
     def forward(**kwargs) -> tuple[list[torch.Tensor] | None, list[torch.Tensor] | None]:
@@ -223,7 +223,7 @@ def check_union_mode(
     control: PlannedControl,
     index: int,  # of the control in the plan
 ) -> None:
-    "Raise a `RequestError` when the weights do not have the mode that is asked for."
+    "Raise a `RequestError` if the weights do not have the requested mode."
     modes = getattr(controlnet.config, "num_control_type", None) or getattr(controlnet.config, "num_mode", None)
     if control.union_mode is not None and (modes is None or control.union_mode >= modes):
         allowed = f"0 to {modes - 1}" if modes else "none: its weights are not a union ControlNet"

@@ -71,7 +71,7 @@ def pick_dtype(
     device: torch.device,
     name: str | None = None,  # for a manifest that says auto: "float16", "bfloat16" or "float32"
 ) -> torch.dtype:
-    "The dtype of the weights: the manifest's, else what is asked for, else the family's on a GPU and fp32 on a CPU."
+    "The dtype of the weights: the manifest's, else `name`, else the family's on a GPU and fp32 on a CPU."
     asked = next((dtype for dtype in (manifest.dtype, name) if dtype not in (None, "auto")), None)
     if asked is not None:
         return getattr(torch, asked)
@@ -161,7 +161,7 @@ def shared_network(
     key: tuple,  # everything that decides its content
     read: Callable[[], torch.nn.Module],
 ) -> torch.nn.Module:  # in evaluation mode, without gradients
-    "The network of that key, read if nobody holds it."
+    "The network of that key, read if it is not in memory."
     with _reading:
         network = _networks.get(key)
         if network is None:
@@ -296,7 +296,7 @@ def load_pipeline(
     device: torch.device,
     dtype: torch.dtype,
 ) -> DiffusionPipeline:  # the family's base pipeline, in evaluation mode, to compute on `device`
-    "Read the weights of a model; a `RequestError` says what is missing, or what this machine cannot do."
+    "Read the weights of a model; raises a `RequestError` if they are missing or this machine cannot run it."
     record, target = manifest.record, Target(device, dtype, usable_memory(manifest, device, dtype))
     with _explained(manifest.source, manifest.name, "model"):
         parts = {
@@ -331,7 +331,7 @@ def _complete_text_encoder(encoder: torch.nn.Module) -> None:
 
 
 def _complete_vae(vae: torch.nn.Module) -> None:
-    "Flux pipelines subtract the VAE's shift from latents; an autoencoder of another family says none, which means 0."
+    "Flux pipelines subtract the VAE's shift from latents; an autoencoder of another family has none, which means 0."
     if getattr(vae.config, "shift_factor", 0.0) is None:
         vae.register_to_config(shift_factor=0.0)
 
@@ -369,7 +369,7 @@ def load_controlnet(
     dtype: torch.dtype,
     denoiser: torch.nn.Module,  # of the model, which it has to fit
 ) -> torch.nn.Module:  # shared with other models that name the same
-    "Read a ControlNet; a `RequestError` (model_unavailable) says what is missing, or what it was made for."
+    "Read a ControlNet; raises a `RequestError` (model_unavailable) if it is missing or does not fit."
     entry, controls = manifest.controlnets[name], manifest.record.controls
     class_name = (controls.union_class if entry.union else None) or controls.controlnet_class
     target = _for_part(Target(device, dtype, usable_memory(manifest, device, dtype)), entry)

@@ -21,7 +21,7 @@ from weakref import WeakSet, ref
 
 @contextmanager
 def undisturbed_imports() -> Iterator[None]:
-    "In the block nobody looks for garbage, and packages keep their remarks on each other to themselves."
+    "In the block the garbage collector and the warnings of packages are off."
     collecting, disabled = gc.isenabled(), logging.root.manager.disable
     gc.disable()
     logging.disable(logging.WARNING)
@@ -97,7 +97,7 @@ def quantization_config(
     name: str,  # of QUANTIZATIONS
     dtype: torch.dtype,  # dtype to compute in
 ) -> Any:  # what `from_pretrained` takes under this name
-    "How diffusers is told to quantise a network while it reads it."
+    "The configuration with which diffusers quantises a network while reading it."
     require_package(QUANTIZATIONS[name].package, f"{name} in the manifest")
     return QUANTIZATIONS[name].configuration(dtype)
 
@@ -120,7 +120,7 @@ def storage_packages(manifest: ModelManifest) -> tuple[str, ...]:
 def gguf_config(
     dtype: torch.dtype,  # dtype to compute in
 ) -> diffusers.GGUFQuantizationConfig:
-    "How diffusers is told to keep the weights of a .gguf file as they are."
+    "The configuration with which diffusers keeps the weights of a .gguf file as they are."
     require_package("gguf", "a .gguf file in the manifest")
     return diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
 

@@ -102,7 +102,7 @@ def resolve_host(
     host: str,  # a name, or an address in any notation that the system reads
     port: int,
 ) -> list[str]:  # addresses, each once
-    "What the system's resolver says; it waits as long as the system's settings let it."
+    "The addresses from the system's resolver; the timeout is the system's."
     answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
@@ -208,7 +208,7 @@ def fetch(
     field: str = "image",  # path in the request, for the error
     resolve: Callable[[str, int], list[str]] = resolve_host,
 ) -> bytes:  # the body
-    "What a URL holds; a RequestError `url_not_allowed`, `url_unreachable` or `image_too_large` says why not."
+    "The body of a URL; raises a RequestError `url_not_allowed`, `url_unreachable` or `image_too_large`."
     first, deadline = text, time.monotonic() + policy.timeout_seconds
     for _ in range(policy.max_redirects + 1):
         url = check_url(text, policy, field)

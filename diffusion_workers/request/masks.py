@@ -64,7 +64,7 @@ def decode_mask(
     field: str = "mask_image",
     policy: ImagePolicy = ImagePolicy(),
 ) -> DecodedImage:  # "L": 255 is repainted, 0 stays
-    "The mask behind a text in a request; a RequestError says why it cannot be used."
+    "The mask behind a text in a request; raises a RequestError if it cannot be used."
     data = image_bytes(text, field=field, policy=policy)
     image, warnings = load_image(data, field=field, policy=policy, managed=False)
     image, notes = _mask_of(image)

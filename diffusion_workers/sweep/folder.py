@@ -179,14 +179,14 @@ class SweepItem:
     request: dict[str, Any]
     state: str = "waiting"  # waiting, sending, sent, done or failed
     job_id: str | None = None
-    target: str | None = None  # the address that knows the job
+    target: str | None = None  # the address of the job's endpoint
     sent: int = 0  # how often
     result: OpResult | None = field(
         default=None, repr=False
     )  # with names of files, relative to the folder, in the place of images
 
     def take(self, line: Mapping[str, Any]) -> None:
-        "What a line of the journal says."
+        "The content of a line of the journal."
         if line["event"] == "sending":
             self.state, self.sent, self.job_id = "sending", self.sent + 1, None
         elif line["event"] == "job":
