@@ -260,7 +260,7 @@ def part_of(notebook: Path) -> str:
 
 
 def prose_lines() -> Iterator[tuple[str, str, str]]:
-    "The notebook, place and text of each line of exported code and of notebook prose."
+    "The part, place and text of each line of exported code and of notebook prose."
     for module in exported_modules():
         for number, line in enumerate(written_lines(module.path), start=1):
             yield part_of(module.notebook), place(module.path, number), line
@@ -274,16 +274,23 @@ def prose_lines() -> Iterator[tuple[str, str, str]]:
                 yield from ((part_of(notebook), at, line) for line in source_lines(cell).splitlines())
 
 
+def terms_to_replace(line: str) -> list[tuple[str, str]]:
+    "The replaced terms in a line, each with the term to use."
+    return [
+        (match[0], instead)
+        for pattern, instead in REPLACED_TERMS.items()
+        if (match := re.search(pattern, line, re.IGNORECASE))
+    ]
+
+
 def replaced_terms() -> list[str]:
     "Terms that were replaced, and entries of the list of pending parts that have none."
-    patterns = {re.compile(pattern, re.IGNORECASE): instead for pattern, instead in REPLACED_TERMS.items()}
     found, pending = [], set()
     for part, at, line in prose_lines():
-        for pattern, instead in patterns.items():
-            if match := pattern.search(line):
-                pending.add(part)
-                if part not in WITH_REPLACED_TERMS:
-                    found.append(f"{at}: {match[0]!r}, write {instead!r}")
+        for term, instead in terms_to_replace(line):
+            pending.add(part)
+            if part not in WITH_REPLACED_TERMS:
+                found.append(f"{at}: {term!r}, write {instead!r}")
     done = sorted(WITH_REPLACED_TERMS - pending)
     return found + [f"{part}: no replaced term is left, take it off WITH_REPLACED_TERMS" for part in done]
 
