@@ -188,7 +188,7 @@ def show_request(arguments: argparse.Namespace) -> int:  # the exit code
 
 
 def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
-    "Regenerate an image from its receipt, and tell whether the pixels are the same."
+    "Regenerate an image from its metadata, and report whether the pixels are the same."
     if arguments.show_request:
         return show_request(arguments)
     plan = read_receipt(arguments.file)
@@ -207,8 +207,9 @@ def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
 def _compare(arguments: argparse.Namespace, index: int, result: OpResult) -> int:  # the exit code
     from PIL import Image
 
-    if arguments.output:
-        only = result.generation.model_copy(update={"images": [result.generation.images[index]]})
+    made = result.generation
+    if arguments.output and made is not None:
+        only = made.model_copy(update={"images": [made.images[index]]})
         write_images(result.model_copy(update={"generation": only}), arguments.output)
     difference = _difference(result.images[index], Image.open(arguments.file))
     print("the same pixels" if difference is None else f"other pixels, the largest difference is {difference}")
