@@ -50,7 +50,7 @@ class ModelFamily(StrEnum):
 
 class ModelKind(StrEnum):
     """
-    Whether a model is an ordinary one, or one whose denoiser takes a masked picture (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+    Whether a model is an ordinary one, or one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
     """
 
     standard = "standard"
@@ -70,7 +70,7 @@ class Task(StrEnum):
 
 class ControlKind(StrEnum):
     """
-    How a generation is controlled; one union net may carry several typed controls
+    How a generation is controlled; one union ControlNet may carry several typed controls
     """
 
     none = "none"
@@ -104,7 +104,7 @@ class SchedulerName(StrEnum):
 
 class ResizeMode(StrEnum):
     """
-    How a picture of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
+    How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
     """
 
     just_resize = "just_resize"
@@ -337,7 +337,7 @@ class Lora(CompactModel):
 
 class Preprocessing(CompactModel):
     """
-    The detector that turns a picture into a control map
+    The preprocessor that turns an image into a control map
     """
 
     model_config = ConfigDict(
@@ -354,7 +354,7 @@ class Preprocessing(CompactModel):
     resolution: Annotated[
         StrictInt | None,
         Field(
-            description="Short side in pixels at which the detector works; absent, the size of the generation (pixel perfect)",
+            description="Short side in pixels at which the detector works; default: the size of the generation (pixel perfect)",
             ge=64,
             le=4096,
         ),
@@ -365,7 +365,7 @@ class UnionMode(RootModel[StrictInt | None]):
     root: Annotated[
         StrictInt | None,
         Field(
-            description="Kind of the map for a union net, by name or by number",
+            description="Kind of the map for a union ControlNet, by name or by number",
             ge=0,
             le=15,
         ),
@@ -374,7 +374,7 @@ class UnionMode(RootModel[StrictInt | None]):
 
 class ControlNetUnit(CompactModel):
     """
-    One control; several units that name the same union net become its several typed controls
+    One control; several units that name the same union ControlNet become its typed controls
     """
 
     model_config = ConfigDict(
@@ -386,7 +386,7 @@ class ControlNetUnit(CompactModel):
     model: Annotated[
         StrictStr | None,
         Field(
-            description="A ControlNet that the manifest of the model offers; absent when it offers one that fits",
+            description="A ControlNet of the model; may be left out where only one fits",
             max_length=256,
             min_length=1,
         ),
@@ -394,7 +394,7 @@ class ControlNetUnit(CompactModel):
     image: Annotated[
         StrictStr,
         Field(
-            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
             max_length=134217728,
             min_length=1,
         ),
@@ -402,7 +402,7 @@ class ControlNetUnit(CompactModel):
     mask_image: Annotated[
         StrictStr | None,
         Field(
-            description="Where the control holds (white), everywhere when absent; for a preprocessor that takes a mask (inpaint_mask), the part that is repainted, that of the request when absent",
+            description="Where the control applies (white); default: everywhere. For a preprocessor that takes a mask (inpaint_mask), the part that is repainted; default: that of the request",
             max_length=134217728,
             min_length=1,
         ),
@@ -434,7 +434,9 @@ class ControlNetUnit(CompactModel):
     resize_mode: ResizeMode = ResizeMode.just_resize
     union_mode: Annotated[
         UnionModeName | UnionMode | None,
-        Field(description="Kind of the map for a union net, by name or by number"),
+        Field(
+            description="Kind of the map for a union ControlNet, by name or by number"
+        ),
     ] = None
     return_map: Annotated[
         StrictBool, Field(description="Send the control map back with the images")
@@ -629,7 +631,7 @@ class RefinerOptions(CompactModel):
 
 class SizeConditioning(CompactModel):
     """
-    What SDXL is told about the size of the picture
+    Size conditioning of SDXL
     """
 
     model_config = ConfigDict(
@@ -680,7 +682,7 @@ class GenerationRequest(CompactModel):
     model: Annotated[
         StrictStr | None,
         Field(
-            description="Name of a manifest; absent takes the default model",
+            description="Name of a manifest; default: the default model of the service",
             max_length=256,
             min_length=1,
         ),
@@ -695,13 +697,13 @@ class GenerationRequest(CompactModel):
     prompt_2: Annotated[
         StrictStr | None,
         Field(
-            description="For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt",
+            description="For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); default: prompt",
             max_length=10000,
         ),
     ] = None
     negative_prompt: Annotated[
         StrictStr | None,
-        Field(description="What the picture should not show", max_length=10000),
+        Field(description="What the image should not show", max_length=10000),
     ] = None
     negative_prompt_2: Annotated[
         StrictStr | None,
@@ -710,7 +712,7 @@ class GenerationRequest(CompactModel):
     width: Annotated[
         StrictInt | None,
         Field(
-            description="Pixels; absent takes the size of image or of the model",
+            description="Pixels; default: the size of image, or the model's",
             ge=64,
             le=8192,
             multiple_of=8,
@@ -719,7 +721,7 @@ class GenerationRequest(CompactModel):
     height: Annotated[
         StrictInt | None,
         Field(
-            description="Pixels; absent takes the size of image or of the model",
+            description="Pixels; default: the size of image, or the model's",
             ge=64,
             le=8192,
             multiple_of=8,
@@ -727,11 +729,7 @@ class GenerationRequest(CompactModel):
     ] = None
     num_inference_steps: Annotated[
         StrictInt | None,
-        Field(
-            description="Denoising steps; absent takes those of the model",
-            ge=1,
-            le=1000,
-        ),
+        Field(description="Denoising steps; default: the model's", ge=1, le=1000),
     ] = None
     guidance_scale: Annotated[
         StrictFloat | None,
@@ -748,7 +746,7 @@ class GenerationRequest(CompactModel):
     guidance_rescale: Annotated[
         StrictFloat | None,
         Field(
-            description="Share of the rescaling that keeps guided pictures from being overexposed (Lin et al. 2023, arXiv:2305.08891)",
+            description="Share of the rescaling that keeps guided images from being overexposed (Lin et al. 2023, arXiv:2305.08891)",
             ge=0.0,
             le=1.0,
         ),
@@ -756,7 +754,7 @@ class GenerationRequest(CompactModel):
     num_images: Annotated[
         StrictInt | None,
         Field(
-            description="How many images; absent is one, or one for each of seeds",
+            description="How many images; default: one, or one for each of seeds",
             ge=1,
             le=64,
         ),
@@ -764,7 +762,7 @@ class GenerationRequest(CompactModel):
     seed: Annotated[
         StrictInt | None,
         Field(
-            description="Seed of the first image, image i takes seed + i; absent or -1 draws one, which the plan names",
+            description="Seed of the first image, image i takes seed + i; without it or with -1 one is drawn, which the plan names",
             ge=-1,
             le=9007199254740991,
         ),
@@ -785,7 +783,7 @@ class GenerationRequest(CompactModel):
     clip_skip: Annotated[
         StrictInt | None,
         Field(
-            description="How many of the last CLIP layers are left out; absent and 0 are none",
+            description="How many of the last CLIP layers are left out; default: none",
             ge=0,
             le=24,
         ),
@@ -798,13 +796,13 @@ class GenerationRequest(CompactModel):
     image: Annotated[
         StrictStr | None,
         Field(
-            description="The picture to start from", max_length=134217728, min_length=1
+            description="The image to start from", max_length=134217728, min_length=1
         ),
     ] = None
     strength: Annotated[
         StrictFloat | None,
         Field(
-            description="How far the result may leave image; needs image",
+            description="Denoising strength: 0 keeps the image, 1 ignores it; needs image",
             gt=0.0,
             le=1.0,
         ),
@@ -887,7 +885,7 @@ class PlannedScheduler(CompactModel):
 
 class PlannedImage(CompactModel):
     """
-    A picture that the plan uses, by its content
+    An image that the plan uses, by its content
     """
 
     model_config = ConfigDict(
@@ -917,7 +915,7 @@ class PlannedControl(CompactModel):
     control_mode: ControlMode = ControlMode.balanced
     resize_mode: ResizeMode = ResizeMode.just_resize
     union_mode: Annotated[
-        StrictInt | None, Field(description="Number of the mode for this net")
+        StrictInt | None, Field(description="Number of the mode for this ControlNet")
     ] = None
     return_map: StrictBool = False
 
@@ -1042,7 +1040,7 @@ class GeneratedImage(CompactModel):
     image: Annotated[
         StrictStr,
         Field(
-            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
             max_length=134217728,
             min_length=1,
         ),
@@ -1060,7 +1058,7 @@ class ControlMap(CompactModel):
     image: Annotated[
         StrictStr,
         Field(
-            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
             max_length=134217728,
             min_length=1,
         ),
@@ -1109,7 +1107,7 @@ class PreprocessRequest(CompactModel):
     image: Annotated[
         StrictStr,
         Field(
-            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
             max_length=134217728,
             min_length=1,
         ),
@@ -1338,7 +1336,7 @@ class ControlNetInfo(CompactModel):
     union: StrictBool
     union_modes: Annotated[
         list[UnionModeName] | None,
-        Field(description="Kinds of maps that a union net takes"),
+        Field(description="Kinds of maps that a union ControlNet takes"),
     ] = None
     preprocessors: list[StrictStr] | None = None
 
@@ -1383,7 +1381,7 @@ class PreprocessorInfo(CompactModel):
     )
     name: StrictStr
     title: Annotated[StrictStr, Field(description="What the map shows")]
-    nets: Annotated[
+    controlnets: Annotated[
         StrictStr | None, Field(description="The ControlNets that expect such a map")
     ] = None
     needs_mask: StrictBool = False
@@ -1441,7 +1439,7 @@ class ProgressEvent(CompactModel):
     preview: Annotated[
         StrictStr | None,
         Field(
-            description="A small JPEG of the emerging picture",
+            description="A small JPEG preview of the image",
             max_length=134217728,
             min_length=1,
         ),
@@ -1494,5 +1492,5 @@ class ModelList(ModelListMethods):
     models: list[ModelInfo]
     preprocessors: Annotated[
         list[PreprocessorInfo] | None,
-        Field(description="What can turn a picture into a control map"),
+        Field(description="The preprocessors that turn an image into a control map"),
     ] = None
