@@ -176,15 +176,16 @@ def show_request(arguments: argparse.Namespace) -> int:  # the exit code
     except OSError as exc:
         message = f"cannot be read: {exc.strerror}"
         raise request_error(ErrorCode.not_an_image, message, field="IMAGE", given=arguments.file) from None
-    if not result.ok:
+    found = result.restored
+    if not result.ok or found is None:
         return fail(result)
     for note in result.warnings or []:
         print(f"note: {note.message}", file=sys.stderr)
-    for lost in result.restored.lost or []:
+    for lost in found.lost or []:
         given = "" if lost.given is None else f" {lost.given}"
         print(f"lost: {lost.name}{given} ({lost.reason})", file=sys.stderr)
-    print(json.dumps(result.restored.request, ensure_ascii=False, indent=2))
-    return 0 if result.restored.request else 1
+    print(json.dumps(found.request, ensure_ascii=False, indent=2))
+    return 0 if found.request else 1
 
 
 def command_replay(arguments: argparse.Namespace) -> int:  # the exit code

@@ -184,7 +184,7 @@ def _custom_settings(graph: Graph, key: str) -> Iterator[Setting]:
 def _sigma_settings(graph: Graph, sigmas: str | None) -> Iterator[Setting]:
     for _ in range(16):  # nodes that split or change the noise levels
         inner = graph.node_at(sigmas, "sigmas") if sigmas else None
-        if inner is None:
+        if sigmas is None or inner is None:
             break
         yield Setting(graph.kind(sigmas), _shown(graph, sigmas))
         sigmas = inner

@@ -232,7 +232,8 @@ def _old_prompt(name: str, text: str) -> Iterator[Setting]:
 
 def from_old_invoke(data: Mapping[str, Any]) -> Iterator[Setting]:
     "The settings in the `sd-metadata` of InvokeAI 2."
-    image = data.get("image") if isinstance(data.get("image"), Mapping) else {}
+    given = data.get("image")
+    image: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     prompts = image.get("prompt")
     parts = prompts if isinstance(prompts, list) else [prompts]
     texts = [text_of(part.get("prompt", "")) if isinstance(part, Mapping) else text_of(part or "") for part in parts]
