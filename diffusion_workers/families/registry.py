@@ -54,7 +54,10 @@ _JOINT = r"^(?:double_blocks|single_blocks|(?:single_)?transformer_blocks)_\d+_.
 OTHER_FAMILIES: dict[str, tuple[LoraMark, ...]] = {
     "Stable Diffusion 2.x": (cross_attention_mark(1024),),
     "SDXL refiner": (cross_attention_mark(1280),),
-    "Kolors": (LoraMark(r"^encoder_hid_proj", order=-1), LoraMark(r"^(?:add_embedding|label_emb)_", 5632, -1)),
+    "Kolors": (
+        LoraMark(r"^encoder_hid_proj|^text_encoder_.*_self_attention_query_key_value", order=-1),
+        LoraMark(r"^(?:add_embedding|label_emb)_", 5632, -1),
+    ),
     "AnimateDiff": (LoraMark(r"motion_modules_\d+_", order=-1),),
     "Stable Video Diffusion": (LoraMark(r"temporal_transformer_blocks_\d+_", order=-1),),
     "AuraFlow": (LoraMark(r"^joint_transformer_blocks_"),),
@@ -171,11 +174,11 @@ def _by_blocks(modules: list[tuple], family: Family) -> LoraSource | None:  # No
     return None
 
 
-MANY_BLOCKS = 5  # a file with fewer blocks, or with a choice of them, was trained on a part of a model on purpose
+MANY_BLOCKS = 2  # a file with one block, or with a choice of them, was trained on a part of a model on purpose
 
 # %% ../../nbs/05_families/09_registry.ipynb #a323d4f0
 def lora_family(
-    modules: Iterable[tuple],  # of the denoiser: name with underscores, inputs[, outputs[, name as the file has it]]
+    modules: Iterable[tuple],  # name with underscores, inputs (0: not told)[, outputs[, name in the file]]
     architecture: str = "",  # as the metadata of the file says it
 ) -> LoraSource | None:  # None where the file does not tell
     "What a LoRA was made for, by the names and shapes of all its modules, else by its metadata."
@@ -183,7 +186,10 @@ def lora_family(
 
     def matches(mark: LoraMark) -> bool:
         return any(
-            mark.inputs in (None, inputs)
+            (
+                mark.inputs in (None, inputs)
+                or (not inputs and mark.order > 0 and outputs in (mark.inputs, 3 * mark.inputs))
+            )
             and (mark.outputs is None or mark.outputs == outputs)
             and re.search(mark.pattern, written if mark.written else name)
             for name, inputs, outputs, written in modules

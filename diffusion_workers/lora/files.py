@@ -456,9 +456,12 @@ UNKNOWN_FAMILY = "a family that the file does not tell"
 def _source(
     modules: list[LoraModule], metadata: Mapping[str, str]
 ) -> tuple[ModelFamily | None, str]:  # (one of ours, in words)
-    denoiser = [(m.name, m.inputs, m.outputs, m.written) for m in modules if m.component == DENOISER]
+    named = [
+        (m.name if m.component == DENOISER else f"{m.component}_{m.name}", m.inputs, m.outputs, m.written)
+        for m in modules
+    ]
     declared = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version") or ""
-    found = lora_family(denoiser, declared)
+    found = lora_family(named, declared)
     return (None, UNKNOWN_FAMILY) if found is None else (found.family, found.title)
 
 # %% ../../nbs/51_lora/02_files.ipynb #0e7f1f0d
