@@ -44,6 +44,12 @@ _STREAMS = {  # original name below joint_blocks.i -> modules below transformer_
     "x_block.mlp.fc2": ("ff.net.2",),
     "context_block.mlp.fc1": ("ff_context.net.0.proj",),
     "context_block.mlp.fc2": ("ff_context.net.2",),
+    "x_block.attn.ln_q": ("attn.norm_q",),
+    "x_block.attn.ln_k": ("attn.norm_k",),
+    "context_block.attn.ln_q": ("attn.norm_added_q",),
+    "context_block.attn.ln_k": ("attn.norm_added_k",),
+    "x_block.attn2.ln_q": ("attn2.norm_q",),
+    "x_block.attn2.ln_k": ("attn2.norm_k",),
 }
 _ENDS = {
     "x_embedder.proj": "pos_embed.proj",
