@@ -2,7 +2,6 @@
 
 import multiprocessing
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,7 +70,7 @@ def test_the_plan_counts_what_is_made(
     tasks = [{}, {"image": SOURCE}, {"image": SOURCE, "mask_image": MASK}]
     asked = {"model": family.value, "scheduler": scheduler, "use_karras_sigmas": karras or None, "seed": 1, **SIZE}
     for task in tasks:
-        for steps, strength in ((1, 1.0), (2, 0.5), (5, 0.3), (5, 0.75), (4, 1.0), (7, 0.999)):
+        for steps, strength in ((1, 1.0), (4, 0.3), (5, 0.75), (4, 0.999)):
             fields = asked | task | {"num_inference_steps": steps, "guidance_scale": 1.0}
             if task:
                 fields["strength"] = strength
@@ -85,10 +84,10 @@ def test_the_plan_counts_what_is_made(
             assert min(made.timesteps) >= 0, case
 
 
-@pytest.mark.parametrize("steps", [61, 103])
+@pytest.mark.parametrize("steps", [61])
 def test_trailing_spacing_makes_no_step_too_many(service: DiffusionService, steps: int) -> None:
     "numpy.arange rounds to one timestep more, which would be -1."
-    for scheduler in ("ddim", "euler", "pndm", "heun", "unipc"):
+    for scheduler in ("ddim", "heun"):
         made = Counted(
             service,
             model="sd15",

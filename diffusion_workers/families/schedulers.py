@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ez_diffusion_client.models import SchedulerName, TimestepSpacing
+from ez_diffusion_client.models import SchedulerName
 
 # %% ../../nbs/05_families/06_schedulers.ipynb #4a40d03c
 @dataclass(frozen=True)

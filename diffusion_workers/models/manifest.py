@@ -31,9 +31,9 @@ from ez_diffusion_client.models import (
     ModelFamily,
     ModelKind,
     SchedulerName,
-    TimestepSpacing,
     StepCacheOptions,
     Task,
+    TimestepSpacing,
     UnionModeName,
 )
 

@@ -16,7 +16,7 @@ from PIL import Image
 from .plan import request_from_plan
 from ..request.errors import RequestError, failure, request_error, warning
 from ..request.images import ImagePolicy, image_bytes
-from ..request.metadata import SAMPLER_LABELS, parse_parameters, read_metadata
+from ..request.metadata import SAMPLER_LABELS, last_clip_layer, parse_parameters, read_metadata
 from ..request.schema import IMAGE_FIELDS, check_value, parse_text, set_value
 from ez_diffusion_client.models import (
     ErrorCode,
@@ -139,8 +139,9 @@ def _read_seed(reader: _Reader, text: str) -> None:
 
 
 def _read_clip_skip(reader: _Reader, text: str) -> None:
-    layers = _whole(text)  # 1 is the last layer there, and 0 layers left out here
-    reader.take("Clip skip", text, "clip_skip", max(0, layers - 1) if isinstance(layers, int) else text)
+    layers, info = _whole(text), _model_info(reader)
+    last = last_clip_layer(info.family) if info else 1  # SDXL reads the layer before the last one for 1 and 2
+    reader.take("Clip skip", text, "clip_skip", max(0, layers - last) if isinstance(layers, int) else text)
 
 # %% ../../nbs/40_planning/06_replay.ipynb #867f2d98
 _LORA_TAG = re.compile(r"\s*<lora:([^:<>]{1,256})(?::([^:<>]{0,32}))?(?::[^<>]{0,256})?>")

@@ -627,7 +627,7 @@ class RefinerOptions(CompactModel):
     switch_at: Annotated[
         StrictFloat,
         Field(
-            description="Share of the steps after which the refiner takes over; 1 leaves it out, and the base model makes at least one step",
+            description="Share of the steps after which the refiner takes over; 0 lets it make all steps, 1 leaves it out",
             ge=0.0,
             le=1.0,
         ),
