@@ -82,7 +82,7 @@ def distilled_by_name(
         pattern = patterns[role == "lora"]
         for text in words:
             if word in methods and re.search(pattern, text):
-                return _with_details(methods[word], text)
+                return _with_details(methods[word], " ".join(words))
     return None
 
 
