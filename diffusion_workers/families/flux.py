@@ -183,7 +183,9 @@ FLUX = Family(
     denoiser="transformer",
     denoiser_config={},
     gpu_dtype="bfloat16",
-    unused_fields=frozenset({"clip_skip", "guidance_rescale", "size_conditioning", "refiner"}),
+    unused_fields=frozenset(
+        {"clip_skip", "guidance_rescale", "size_conditioning", "refiner", "timestep_spacing", "eta"}
+    ),
     guidance=Guidance("true_cfg_scale", embedded_field="guidance_scale", needed="true_cfg_scale and a negative prompt"),
     texts=(  # CLIP only summarises the prompt; what T5 cuts off is lost
         TextInput("prompt", "tokenizer_2", max_tokens=512, unless="prompt_2"),

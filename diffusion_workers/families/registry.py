@@ -150,6 +150,8 @@ def _is_shared(name: str) -> bool:  # whether several families have such a modul
 
 def _by_blocks(modules: list[tuple], family: Family) -> LoraSource | None:  # None: they are this family's
     blocks = family.lora.blocks
+    if blocks is None:
+        return None
     double = _numbers(modules, r"(?:double_blocks|transformer_blocks)_(\d+)_")
     single = _numbers(modules, r"(?:single_blocks|single_transformer_blocks)_(\d+)_")
     last = max(double, default=-1), max(single, default=-1)

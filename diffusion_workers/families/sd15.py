@@ -46,6 +46,7 @@ SCHEDULER_CLASSES = (
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "LCMScheduler",
+    "TCDScheduler",
 )
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")

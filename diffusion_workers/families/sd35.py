@@ -123,7 +123,9 @@ SD35 = Family(
     denoiser="transformer",
     denoiser_config={},
     gpu_dtype="bfloat16",
-    unused_fields=frozenset({"true_cfg_scale", "guidance_rescale", "size_conditioning", "refiner"}),
+    unused_fields=frozenset(
+        {"true_cfg_scale", "guidance_rescale", "size_conditioning", "refiner", "timestep_spacing", "eta"}
+    ),
     guidance=Guidance(),
     texts=(  # CLIP reads the beginning of the prompt, T5 all of it
         TextInput("prompt", "tokenizer_3", max_tokens=256, instead="tokenizer"),
