@@ -34,6 +34,7 @@ from ez_diffusion_client.models import (
     SchedulerName,
     StepCacheOptions,
     Task,
+    TimestepSpacing,
     UnionModeName,
 )
 
@@ -281,6 +282,9 @@ class Profile(_Section):
     num_inference_steps: Annotated[Count, Field(le=1000)] | None = None
     scheduler: SchedulerName | None = None
     use_karras_sigmas: Annotated[bool, Field(strict=True)] | None = None
+    timestep_spacing: TimestepSpacing | None = None
+    eta: Annotated[float, Field(strict=True, ge=0, le=1)] | None = None  # of ddim and tcd
+    guidance_scale: Annotated[float, Field(strict=True, ge=0, le=100)] | None = None
     step_cache: StepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
     memory: MemoryOptions | None = None
@@ -328,6 +332,8 @@ class Defaults(_Section):
     guidance_rescale: Share = 0.0  # 0 is none
     scheduler: SchedulerName | None = None  # default: the model's
     use_karras_sigmas: Annotated[bool, Field(strict=True)] | None = None
+    timestep_spacing: TimestepSpacing | None = None  # None: the scheduler's configuration
+    eta: Share | None = None  # of ddim and tcd; None: the scheduler's own
     clip_skip: Annotated[int, Field(strict=True, ge=0, le=24)] | None = None  # None and 0: no layer is skipped
     max_sequence_length: Annotated[Count, Field(le=512)] | None = None  # tokens for T5
     strength: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.8  # of image-to-image
@@ -507,6 +513,9 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
         )
 
 # %% ../../nbs/20_models/01_manifest.ipynb #546db931
+_LATER_FIELDS = ("timestep_spacing", "eta", "guidance_scale")  # of defaults and profiles: sections had none before
+
+
 class ModelManifest(_Section):
     "Everything that the operator decides about one model."
 
@@ -582,6 +591,10 @@ class ModelManifest(_Section):
             {"memory"} if self.memory == MemorySettings() else set()
         )  # receipts from before there was this section stay true
         content = self.model_dump(mode="json", by_alias=True, exclude={"name"} | usual)
+        for section in (content["defaults"], *content["profiles"].values()):  # neither had these fields
+            for field in _LATER_FIELDS:
+                if section.get(field, "") is None:
+                    del section[field]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def _repr_markdown_(self) -> str:

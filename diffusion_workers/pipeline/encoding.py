@@ -157,13 +157,14 @@ class _TextEncoder:
         with injected_vectors(self.encoder, ready.rows):
             if not self.row.part:
                 return self.encoder(ready.ids, output_hidden_states=False)[0][0], None
-            output = self.encoder(ready.ids, output_hidden_states=True)
+            skipped = self.options.clip_skip or 0
+            is_normalised = self.row.layer == "last" and not skipped
+            output = self.encoder(ready.ids, output_hidden_states=not is_normalised)
         pooled = output[0] if output[0].ndim == 2 else output.pooler_output
-        skipped = self.options.clip_skip or 0
+        if is_normalised:
+            return output.last_hidden_state[0], pooled
         if self.row.layer == "penultimate":
             return output.hidden_states[-(skipped + 2)][0], pooled
-        if not skipped:
-            return output.last_hidden_state[0], pooled
         inner = getattr(self.encoder, "text_model", self.encoder)
         return inner.final_layer_norm(output.hidden_states[-(skipped + 1)])[0], pooled
 
@@ -249,7 +250,7 @@ def _text_until(schedule: TextSchedule | None, end: int) -> str | None:
 
 
 def encode_plan(
-    pipe: DiffusionPipeline,
+    pipe: DiffusionPipeline,  # whose encoders skip what the plan skips
     layout: TextLayout,
     plan: GenerationPlan,
     with_negative: bool,  # whether the pipeline takes a negative prompt
@@ -257,7 +258,7 @@ def encode_plan(
 ) -> PlannedPrompts:
     "The prompts of a plan as tensors, for all of its steps."
     rule = plan.prompt_weighting.value if plan.prompt_weighting else "comfy"
-    options = EncodingOptions(rule, plan.clip_skip, plan.max_sequence_length, embeddings or Embeddings())
+    options = EncodingOptions(rule, None, plan.max_sequence_length, embeddings or Embeddings())
     ends, schedules = _last_steps(plan)
     texts, count = [], len(ends)
     for end in ends:

@@ -184,7 +184,7 @@ def _custom_settings(graph: Graph, key: str) -> Iterator[Setting]:
 def _sigma_settings(graph: Graph, sigmas: str | None) -> Iterator[Setting]:
     for _ in range(16):  # nodes that split or change the noise levels
         inner = graph.node_at(sigmas, "sigmas") if sigmas else None
-        if inner is None:
+        if sigmas is None or inner is None:
             break
         yield Setting(graph.kind(sigmas), _shown(graph, sigmas))
         sigmas = inner
@@ -275,8 +275,8 @@ def _encoded_texts(graph: Graph, key: str, side: str) -> Iterator[Setting]:  # s
             yield Setting(name, text)
     if not texts:
         names = ("text", "prompt", "string", "positive" if side == "prompt" else "negative", "wildcard_text")
-        name = next((name for name in names if isinstance(scalar(graph, key, name), str)), None)
-        texts = {side: (name, scalar(graph, key, name))} if name else {}
+        first = next((name for name in names if isinstance(scalar(graph, key, name), str)), None)
+        texts = {side: (first, scalar(graph, key, first))} if first else {}
     first = texts.get(side, ("", ""))[1]
     for path, (name, text) in texts.items():
         if path == side:

@@ -107,7 +107,7 @@ def schedule_of(
     "The schedule that a name stands for."
     word = schedule.strip().lower()[:64]
     if word == "automatic":
-        word = _AUTOMATIC.get(scheduler, "")
+        word = _AUTOMATIC.get(scheduler, "") if scheduler else ""
     return "" if word in _PLAIN else word
 
 # %% ../../nbs/10_request/07_foreign_settings.ipynb #f68c8cab
@@ -260,7 +260,7 @@ def from_text(
         text = text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
     parts = parse_parameters(text)
     hires = any(name.lower().startswith(_HIRES) for name in parts)
-    found = []
+    found: list[Setting] = []
     for name, given in parts.items():
         label = name.lower()
         if label in ("loras", "lora weights"):

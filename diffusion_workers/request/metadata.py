@@ -31,6 +31,7 @@ from diffusion_workers.request.images import (
 )
 from ez_diffusion_client.models import (
     GenerationPlan,
+    ModelFamily,
     OutputOptions,
     PlannedControl,
     RequestWarning,
@@ -55,6 +56,7 @@ SAMPLER_LABELS = {
     SchedulerName.kdpm2: "DPM2",
     SchedulerName.kdpm2_ancestral: "DPM2 a",
     SchedulerName.lcm: "LCM",
+    SchedulerName.tcd: "TCD",
     SchedulerName.flow_match_euler: "Flow match Euler",
 }
 

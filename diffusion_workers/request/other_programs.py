@@ -88,6 +88,10 @@ def from_fooocus(data: Mapping[str, Any]) -> Iterator[Setting]:
             yield lora_setting(lora, scale, label=name)
 
 # %% ../../nbs/10_request/08_other_programs.ipynb #efe5d4a8
+def _mapping(value: Any) -> Mapping[str, Any]:  # an empty one for anything else
+    return value if isinstance(value, Mapping) else {}
+
+
 _DRAW_THINGS = _table(
     "c=prompt uc=negative_prompt steps=num_inference_steps scale=cfg seed size sampler model clip_skip=clip_layer",
     "v2 profile seed_mode batch_size mask_blur aesthetic_score negative_aesthetic_score strength lora",
@@ -96,7 +100,7 @@ _DRAW_THINGS = _table(
 
 def from_draw_things(data: Mapping[str, Any]) -> Iterator[Setting]:
     "The settings of Draw Things."
-    second = data.get("v2") if isinstance(data.get("v2"), Mapping) else {}
+    second = _mapping(data.get("v2"))
     yield from _settings(data, _DRAW_THINGS, frozenset({"strength", "lora"}))
     if "size" not in data and "width" in second and "height" in second:
         yield Setting("v2.size", f"{text_of(second['width'])}x{text_of(second['height'])}", "size")
@@ -232,7 +236,7 @@ def _old_prompt(name: str, text: str) -> Iterator[Setting]:
 
 def from_old_invoke(data: Mapping[str, Any]) -> Iterator[Setting]:
     "The settings in the `sd-metadata` of InvokeAI 2."
-    image = data.get("image") if isinstance(data.get("image"), Mapping) else {}
+    image = _mapping(data.get("image"))
     prompts = image.get("prompt")
     parts = prompts if isinstance(prompts, list) else [prompts]
     texts = [text_of(part.get("prompt", "")) if isinstance(part, Mapping) else text_of(part or "") for part in parts]

@@ -57,12 +57,18 @@ class RequestFields(TypedDict, total=False):
     names"""
     seeds: Sequence[int] | None
     """One seed for each image"""
-    scheduler: models.SchedulerName | Literal['ddim', 'ddpm', 'pndm', 'euler', 'euler_ancestral', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_singlestep', 'unipc', 'deis', 'lms', 'kdpm2', 'kdpm2_ancestral', 'lcm', 'flow_match_euler'] | None
+    scheduler: models.SchedulerName | Literal['ddim', 'ddpm', 'pndm', 'euler', 'euler_ancestral', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_singlestep', 'unipc', 'deis', 'lms', 'kdpm2', 'kdpm2_ancestral', 'lcm', 'tcd', 'flow_match_euler'] | None
     """Absent takes the one of the model"""
     use_karras_sigmas: bool | None
     """Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"""
+    timestep_spacing: models.TimestepSpacing | Literal['leading', 'trailing', 'linspace'] | None
+    """Which timesteps are sampled, where the scheduler supports it; default: the model's"""
+    eta: float | None
+    """How much new noise each step of ddim or tcd adds, 0 is none; default: 0, and 0.3 with tcd"""
     clip_skip: int | None
-    """How many of the last CLIP layers are left out; default: none"""
+    """How many of the last CLIP layers are left out, for the prompt and the negative prompt; default: none.
+    SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip
+    skip 1 or 2, 1 is their 3"""
     max_sequence_length: int | None
     """Tokens for T5"""
     size_conditioning: models.SizeConditioning | dict[str, Any] | None

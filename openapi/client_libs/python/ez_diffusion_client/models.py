@@ -99,7 +99,18 @@ class SchedulerName(StrEnum):
     kdpm2 = "kdpm2"
     kdpm2_ancestral = "kdpm2_ancestral"
     lcm = "lcm"
+    tcd = "tcd"
     flow_match_euler = "flow_match_euler"
+
+
+class TimestepSpacing(StrEnum):
+    """
+    Which timesteps of the training are sampled (Lin et al. 2023, arXiv:2305.08891, table 2); distilled models such as SDXL Lightning and Hyper-SD need trailing
+    """
+
+    leading = "leading"
+    trailing = "trailing"
+    linspace = "linspace"
 
 
 class ResizeMode(StrEnum):
@@ -637,7 +648,7 @@ class RefinerOptions(CompactModel):
     switch_at: Annotated[
         StrictFloat,
         Field(
-            description="Share of the steps after which the refiner takes over",
+            description="Share of the steps after which the refiner takes over; 0 lets it make all steps, 1 leaves it out",
             ge=0.0,
             le=1.0,
         ),
@@ -815,10 +826,24 @@ class GenerationRequest(CompactModel):
             description="Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"
         ),
     ] = None
+    timestep_spacing: Annotated[
+        TimestepSpacing | None,
+        Field(
+            description="Which timesteps are sampled, where the scheduler supports it; default: the model's"
+        ),
+    ] = None
+    eta: Annotated[
+        StrictFloat | None,
+        Field(
+            description="How much new noise each step of ddim or tcd adds, 0 is none; default: 0, and 0.3 with tcd",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = None
     clip_skip: Annotated[
         StrictInt | None,
         Field(
-            description="How many of the last CLIP layers are left out; default: none",
+            description="How many of the last CLIP layers are left out, for the prompt and the negative prompt; default: none. SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip skip 1 or 2, 1 is their 3",
             ge=0,
             le=24,
         ),
@@ -1050,6 +1075,12 @@ class GenerationPlan(PlanMethods):
         StrictInt,
         Field(description="Steps that are really made after strength is applied"),
     ]
+    denoiser_calls: Annotated[
+        StrictInt | None,
+        Field(
+            description="How often the denoiser runs for a batch of images, guidance counted once: methods of the second order call it twice in a step. Absent where the scheduler of the model is not known before it is loaded"
+        ),
+    ] = None
     guidance_scale: StrictFloat
     true_cfg_scale: StrictFloat | None = None
     guidance_rescale: StrictFloat | None = None
@@ -1062,6 +1093,9 @@ class GenerationPlan(PlanMethods):
         ),
     ] = None
     scheduler: PlannedScheduler
+    eta: Annotated[
+        StrictFloat | None, Field(description="New noise in each step of ddim or tcd")
+    ] = None
     clip_skip: StrictInt | None = None
     max_sequence_length: StrictInt | None = None
     size_conditioning: SizeConditioning | None = None

@@ -81,10 +81,11 @@ def comment_text(
     if isinstance(raw, str):  # Pillow reads what is declared as ASCII as Latin-1
         if len(raw) <= 8 or not (raw.startswith(("UNICODE\0", "ASCII\0\0\0")) or not raw.isascii()):
             return raw
+        text = raw
         try:
-            raw = raw.encode("latin-1")
+            raw = text.encode("latin-1")
         except UnicodeEncodeError:
-            return raw
+            return text
     if not isinstance(raw, bytes) or len(raw) <= 8:
         return None
     head, body = raw[:8], raw[8:]

@@ -91,6 +91,7 @@ export const SchedulerName = {
     KDPM2: 'kdpm2',
     KDPM2_ANCESTRAL: 'kdpm2_ancestral',
     LCM: 'lcm',
+    TCD: 'tcd',
     FLOW_MATCH_EULER: 'flow_match_euler'
 } as const;
 
@@ -98,6 +99,20 @@ export const SchedulerName = {
  * The sampling method
  */
 export type SchedulerName = typeof SchedulerName[keyof typeof SchedulerName];
+
+/**
+ * Which timesteps of the training are sampled (Lin et al. 2023, arXiv:2305.08891, table 2); distilled models such as SDXL Lightning and Hyper-SD need trailing
+ */
+export const TimestepSpacing = {
+    LEADING: 'leading',
+    TRAILING: 'trailing',
+    LINSPACE: 'linspace'
+} as const;
+
+/**
+ * Which timesteps of the training are sampled (Lin et al. 2023, arXiv:2305.08891, table 2); distilled models such as SDXL Lightning and Hyper-SD need trailing
+ */
+export type TimestepSpacing = typeof TimestepSpacing[keyof typeof TimestepSpacing];
 
 /**
  * How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
@@ -544,7 +559,7 @@ export type MemoryOptions = {
  */
 export type RefinerOptions = {
     /**
-     * Share of the steps after which the refiner takes over
+     * Share of the steps after which the refiner takes over; 0 lets it make all steps, 1 leaves it out
      */
     switch_at?: number;
     /**
@@ -679,7 +694,15 @@ export type GenerationRequest = {
      */
     use_karras_sigmas?: boolean | null;
     /**
-     * How many of the last CLIP layers are left out; default: none
+     * Which timesteps are sampled, where the scheduler supports it; default: the model's
+     */
+    timestep_spacing?: TimestepSpacing | null;
+    /**
+     * How much new noise each step of ddim or tcd adds, 0 is none; default: 0, and 0.3 with tcd
+     */
+    eta?: number | null;
+    /**
+     * How many of the last CLIP layers are left out, for the prompt and the negative prompt; default: none. SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip skip 1 or 2, 1 is their 3
      */
     clip_skip?: number | null;
     /**
@@ -875,6 +898,10 @@ export type GenerationPlan = {
      * Steps that are really made after strength is applied
      */
     denoising_steps: number;
+    /**
+     * How often the denoiser runs for a batch of images, guidance counted once: methods of the second order call it twice in a step. Absent where the scheduler of the model is not known before it is loaded
+     */
+    denoiser_calls?: number | null;
     guidance_scale: number;
     true_cfg_scale?: number | null;
     guidance_rescale?: number | null;
@@ -887,6 +914,10 @@ export type GenerationPlan = {
      */
     image_index?: number | null;
     scheduler: PlannedScheduler;
+    /**
+     * New noise in each step of ddim or tcd
+     */
+    eta?: number | null;
     clip_skip?: number | null;
     max_sequence_length?: number | null;
     size_conditioning?: SizeConditioning | null;
