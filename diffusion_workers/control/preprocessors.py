@@ -119,6 +119,11 @@ class ControlnetGuideImagePreprocessor:
     options: tuple[tuple[str, Any], ...] = ()  # further arguments of `from_pretrained`
 
     @property
+    def is_custom(self) -> bool:
+        "Whether it was registered by another package or a notebook, so that other processes do not have it."
+        return self.make_map is not None and not self.make_map.__module__.startswith("diffusion_workers.")
+
+    @property
     def families(self) -> tuple[ModelFamily, ...]:
         "Those that ControlNets for such maps were published for."
         without = lambda family: self.name in family.controls.maps_without_controlnets

@@ -6,8 +6,8 @@
 __all__ = ['PATTERN_WORDS', 'Name', 'Text', 'Pixels', 'Count', 'Subfolder', 'GGUF', 'WeightsFile', 'NetworkFile', 'Dtype',
            'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype', 'QuantizationName', 'AttentionBackend', 'Share',
            'Complaint', 'GGUF_ENCODERS', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource', 'HubSource',
-           'FileSource', 'Component', 'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Profile', 'MemorySettings',
-           'Defaults', 'Limits', 'suggest', 'ModelManifest']
+           'FileSource', 'MemorySource', 'Component', 'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Profile',
+           'MemorySettings', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
 
 # %% ../../nbs/20_models/01_manifest.ipynb #e7db61b6
 import hashlib
@@ -182,7 +182,8 @@ def _one_of_kinds(data: Any) -> str | None:  # a tag, or None where there is not
 
 
 def _choice(*sources: type[_Source]) -> Any:  # an annotation: exactly one of these kinds
-    allowed = "exactly one of " + ", ".join(source.kind for source in sources) + " is needed"
+    in_files = [source.kind for source in sources if source.kind != "memory"]
+    allowed = f"exactly one of {', '.join(in_files)} is needed"
     tagged = Union[tuple(Annotated[source, Tag(f"<{source.kind}>")] for source in sources)]  # noqa: UP007
     return Annotated[tagged, Discriminator(_one_of_kinds, custom_error_type="manifest", custom_error_message=allowed)]
 
@@ -207,8 +208,37 @@ class FileSource(_Source):
         return f"file:{Path(self.file).name}"
 
 
+class MemorySource(_Source):
+    "A pipeline or network that a Python caller has loaded; a manifest file cannot name one."
+
+    kind: ClassVar[str] = "memory"
+    memory: Annotated[str, Field(strict=True, min_length=1, max_length=200)]  # class of the object, for people
+    _held: Any = PrivateAttr(default=None)
+
+    @classmethod
+    def of(
+        cls,
+        held: Any,  # a pipeline of diffusers, or a network
+    ) -> "MemorySource":
+        "The source that stands for an object."
+        source = cls(memory=type(held).__name__)
+        source._held = held
+        return source
+
+    @property
+    def held(self) -> Any:
+        "The object."
+        return self._held
+
+    def location(self) -> Path:
+        return Path(f"memory:{self.memory}")  # no such file
+
+    def describe(self) -> str:
+        return f"memory:{self.memory}"
+
+
 SOURCE_KINDS = (BuiltinSource, FolderSource, FileSource, HubSource)
-Source = _choice(*SOURCE_KINDS)
+Source = _choice(*SOURCE_KINDS, MemorySource)
 
 # %% ../../nbs/20_models/01_manifest.ipynb #869cec4f
 class Component(_Section):
