@@ -1,8 +1,6 @@
 """What a Python caller hands in: loaded pipelines, noise, embeddings, callbacks, schedulers, preprocessors, classes."""
 
 import dataclasses
-import inspect
-import logging
 
 import diffusers
 import numpy as np
@@ -17,11 +15,11 @@ from diffusion_workers.control.preprocessors import (
     Parameter,
     preprocessor_list,
 )
-from diffusion_workers.pipeline.hooks import PromptEmbeds
 from diffusion_workers.pipeline.tiny_models import tiny_controlnet, tiny_pipeline
 from diffusion_workers.request.errors import RequestError
 from diffusion_workers.service.batching import BatchPolicy
-from ez_diffusion_client.models import ErrorCode, ModelFamily, SchedulerName, Task
+from ez_diffusion_client.frames import to_dataframe
+from ez_diffusion_client.models import ControlKind, ErrorCode, ModelFamily, Task
 
 FAMILIES = list(ModelFamily)
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -52,8 +50,15 @@ def state_of(pipe) -> dict:
             hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in part.modules()]
             layers = [(id(m), type(m).__name__, "forward" in vars(m)) for m in part.modules()]
             weights = {key: (id(p), p._version, p.requires_grad) for key, p in part.named_parameters()}
-            found[name] = (id(part), sorted(vars(part)), hooks, layers, weights, part.training, dict(part.config.to_dict() if hasattr(part.config, "to_dict") else part.config))
+            config = part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+            found[name] = (id(part), sorted(vars(part)), hooks, layers, weights, part.training, config)
     return found
+
+
+def has_control(service, task: str) -> bool:
+    """Whether diffusers has a ControlNet pipeline for a task of `INPUTS`."""
+    call = service.manifest().record.call(Task(task.removesuffix("_all")), ControlKind.single)
+    return call is not None
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +73,8 @@ def tiny(request):
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
+    # transformers attaches its own hooks for hidden states in the first call, whoever makes it
+    pipe("a red circle", width=64, height=64, num_inference_steps=1, output_type="latent")
     nets = {"lines": tiny_controlnet(request.param)}
     with DiffusionService.from_pipeline(pipe, "mine", controlnets=nets, manifest=SIZES, log_failures=False) as made:
         yield made, pipe
@@ -77,27 +84,30 @@ def tiny(request):
 def test_a_loaded_pipeline_of_every_family_does_every_task_and_stays_as_it_was(tiny, task):
     service, pipe = tiny
     before = state_of(pipe)
-    control = {"controlnets": [{"model": "lines", "image": PHOTO}]}
     fields = INPUTS[task] | {"seed": 1, "prompt": "a red circle"}
+    control = {"controlnets": [{"model": "lines", "image": PHOTO}]} if has_control(service, task) else {}
     first = service.generate(**fields)
     controlled = service.generate(**fields, **control)
     stopped = service.generate(**fields, on_step=lambda step: 1 / 0)
     assert stopped.errors[0].code == ErrorCode.custom_code_failed
-    assert not same(first, controlled)
+    assert same(first, controlled) != bool(control)
     assert same(first, service.generate(**fields))
     assert state_of(pipe) == before
     receipt = {(part.kind.value, part.name) for part in controlled.generation.plan.custom}
-    assert receipt == {("pipeline", type(pipe).__name__), ("controlnet", "lines")}
+    expected = {("pipeline", type(pipe).__name__)} | ({("controlnet", "lines")} if control else set())
+    assert receipt == expected
     lost = service.restore(controlled.image).restored.lost
-    assert {"pipeline", "controlnet"} <= {setting.name for setting in lost}
+    assert {kind for kind, _ in expected} <= {setting.name for setting in lost}
 
 
 @pytest.mark.parametrize("controlled", [False, True], ids=["plain", "controlnet"])
 @pytest.mark.parametrize("task", INPUTS)
 def test_the_noise_of_a_seed_handed_in_gives_the_image_of_that_seed(tiny, task, controlled):
-    service, pipe = tiny
+    service, _pipe = tiny
     fields = INPUTS[task] | {"prompt": "a red circle", "seeds": [1, 2, 3], "memory": {"batch_size": 2}}
     if controlled:
+        if not has_control(service, task):
+            pytest.skip("diffusers has no such pipeline")
         fields["controlnets"] = [{"model": "lines", "image": PHOTO}]
     taken = []
 
@@ -123,7 +133,7 @@ def test_the_noise_of_a_seed_handed_in_gives_the_image_of_that_seed(tiny, task, 
 
 
 def test_embeddings_give_the_image_of_their_prompt(tiny):
-    service, pipe = tiny
+    service, _pipe = tiny
     fields = {"seeds": [1, 2, 3], "memory": {"batch_size": 2}}
     embeds = service.encode("a red circle")
     plain = service.generate("a red circle", **fields)
@@ -140,7 +150,7 @@ def test_embeddings_give_the_image_of_their_prompt(tiny):
 
 @pytest.mark.parametrize("task", INPUTS)
 def test_the_callback_sees_every_step_of_every_chunk_and_may_replace_the_latents(tiny, task):
-    service, pipe = tiny
+    service, _pipe = tiny
     fields = INPUTS[task] | {"prompt": "a red circle", "seeds": [1, 2, 3], "memory": {"batch_size": 2}}
     seen = []
     plain = service.generate(**fields)
@@ -160,7 +170,7 @@ def test_the_callback_sees_every_step_of_every_chunk_and_may_replace_the_latents
 
 
 def test_latents_come_out_and_decode_to_the_image(tiny):
-    service, pipe = tiny
+    service, _pipe = tiny
     made = service.generate("a red circle", seeds=[1, 2, 3], memory={"batch_size": 2}, output_type="latent")
     channels = service.manifest().record.latents.channels
     assert (tuple(made.latents.shape), made.latents.dtype) == ((3, channels, 8, 8), torch.float32)
@@ -169,7 +179,7 @@ def test_latents_come_out_and_decode_to_the_image(tiny):
     assert max(int(abs(a.astype(int) - b).max()) for a, b in zip(decoded, pixels(plain))) <= 1
     with pytest.raises(ValueError, match="output_type"):
         _ = plain.latents
-    with pytest.raises(ValueError, match="result.latents"):
+    with pytest.raises(ValueError, match=r"result\.latents"):
         _ = made.image
 
 
@@ -182,10 +192,8 @@ def test_a_pipeline_is_handed_out_for_plain_use(tiny):
     controlled = service.pipeline(task="text_to_image", controlnets=["lines"])
     assert controlled.controlnet is not None
     size = {"width": 64, "height": 64, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(1)}
-    argument = service.manifest().record.call(Task.text_to_image, "single").control_argument
-    takes = inspect.signature(type(controlled).__call__).parameters
-    extra = {"control_mode": 0} if "control_mode" in takes and False else {}
-    image = controlled("a red circle", **{argument: PHOTO}, **size, **extra).images[0]
+    argument = service.manifest().record.call(Task.text_to_image, ControlKind.single).control_argument
+    image = controlled("a red circle", **{argument: PHOTO}, **size).images[0]
     assert image.size == (64, 64)
 
 
@@ -317,7 +325,7 @@ def test_any_class_of_the_family_can_be_handed_in(service, cls):
     made = service.pipeline()
     given = dict(made.components)
     if "ControlNet" in cls:
-        given["controlnet"] = service.pipeline(controlnets=["shapes-canny"]).controlnet if "shapes-canny" in service.manifest().controlnets else service.pipeline(controlnets=[next(iter(service.manifest().controlnets))]).controlnet
+        given["controlnet"] = service.pipeline(controlnets=["canny"]).controlnet
     pipe = getattr(diffusers, cls)(**given)
     with DiffusionService.from_pipeline(pipe, log_failures=False) as own:
         usual = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 3, "guidance_scale": 2.0}
@@ -372,7 +380,9 @@ def test_own_preprocessors_appear_everywhere_and_in_the_receipt(service):
         assert listed["stripes"].parameters[0].maximum == 64
         made = service.preprocess(image=PHOTO, preprocessing={"name": "stripes", "parameters": {"width": 8}})
         assert made.ok
-        error = service.preprocess(image=PHOTO, preprocessing={"name": "stripes", "parameters": {"width": 99}}).errors[0]
+        error = service.preprocess(image=PHOTO, preprocessing={"name": "stripes", "parameters": {"width": 99}}).errors[
+            0
+        ]
         assert (error.code, error.field) == (ErrorCode.out_of_range, "preprocessing.parameters.width")
         error = service.preprocess(image=PHOTO, preprocessing={"name": "wrong_map"}).errors[0]
         assert error.code == ErrorCode.custom_code_failed
@@ -388,8 +398,6 @@ def test_own_preprocessors_appear_everywhere_and_in_the_receipt(service):
 def test_a_table_of_results_has_every_setting_and_the_image(service):
     made = service.generate("a red circle", seeds=[1, 2], num_inference_steps=2)
     failed = service.generate("a red circle", width=130)
-    from ez_diffusion_client.frames import to_dataframe
-
     frame = to_dataframe([made, failed])
     assert len(frame) == 3
     assert list(frame["seed"][:2]) == [1, 2]

@@ -826,6 +826,28 @@ def _prepared_mask(
     return {"mask": np.asarray(resize_image(mask.convert("L"), *size, mode, Image.Resampling.NEAREST))}
 
 
+def _custom_map(
+    row: ControlnetGuideImagePreprocessor, pixels: np.ndarray, arguments: dict[str, Any], field: str
+) -> np.ndarray:
+    "The map of a registered function; a `RequestError` says what it raised, or what is wrong with its map."
+    at = f"{field}.name"
+    try:
+        made = row.make_map(pixels.copy(), **arguments)
+    except Exception as exc:
+        message = f"{row.name} raised {type(exc).__name__}: {exc}"
+        raise request_error(ErrorCode.custom_code_failed, message, field=at, given=row.name) from exc
+    made = np.asarray(made)
+    if made.dtype != np.uint8 or made.shape not in (pixels.shape, pixels.shape[:2]):
+        raise request_error(
+            ErrorCode.custom_code_failed,
+            f"the map of {row.name} is an array of {made.dtype} in the shape {made.shape}",
+            field=at,
+            given=row.name,
+            allowed=f"uint8 in the shape {pixels.shape} or {pixels.shape[:2]}",
+        )
+    return made if made.ndim == 3 else three_channels(made)
+
+
 def make_map(
     preprocessing: Preprocessing,
     image: Image.Image,  # any mode and size
@@ -852,7 +874,10 @@ def make_map(
     size = working_size(width, height, preprocessing.resolution)
     pixels = np.asarray(resize_image(to_rgb(image), *size, resize_mode))
     extra = _prepared_mask(row, mask, size, resize_mode, field)
-    made = row.make_map(pixels, **parameters, **extra) if row.make_map else detect(row, pixels, parameters)
+    if row.is_custom:
+        made = _custom_map(row, pixels, parameters | extra, field)
+    else:
+        made = row.make_map(pixels, **parameters, **extra) if row.make_map else detect(row, pixels, parameters)
     return resize_map(Image.fromarray(made), width, height, row.scaling)
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #aac79cce

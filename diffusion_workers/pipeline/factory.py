@@ -214,7 +214,9 @@ class PipelineFactory:
             if not self.loaded:
                 started = time.perf_counter()
                 with quiet_libraries():
-                    self._pipes[self.base_class] = self._load()
+                    base = self._load()
+                    own = self.base_class in self._classes
+                    self._pipes[self.base_class] = self._sibling(base, self.base_class) if own else base
                 self.load_seconds = time.perf_counter() - started
             return self._pipes[self.base_class]
 

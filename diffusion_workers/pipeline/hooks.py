@@ -72,7 +72,7 @@ def tensor_sha256(*tensors: torch.Tensor | None) -> str:  # 64 hexadecimal digit
     return digest.hexdigest()
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #28c353e6
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptEmbeds:
     "What the text encoders make of a prompt; a tensor that a family does not have is None."
 
@@ -115,7 +115,7 @@ def encode_prompts(
     return PromptEmbeds(*made, *[None] * (4 - len(made)), texts["prompt"])
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #860d3ddc
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     "What a step callback is given, after a denoising step."
 
@@ -256,7 +256,7 @@ def use_noise(
         )
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #b6aa5039
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hooks:
     "What was handed in beside a request; the default is nothing."
 
@@ -266,6 +266,12 @@ class Hooks:
     scheduler: OwnScheduler | None = None
     scheduler_name: str | None = None  # that it was registered under
     output_type: str = "pil"  # or "latent"
+
+    @property
+    def empty(self) -> bool:
+        "Whether nothing was handed in."
+        handed_in = (self.latents, self.embeds, self.on_step, self.scheduler)
+        return self.output_type == "pil" and all(value is None for value in handed_in)
 
     @property
     def custom(self) -> list[CustomPart]:
@@ -289,7 +295,7 @@ class Hooks:
     @property
     def alone(self) -> bool:
         "Whether the request cannot share a batch with others."
-        return bool(self.custom) or self.output_type == "latent"
+        return not self.empty
 
     def make_scheduler(self) -> Callable[[SchedulerMixin], SchedulerMixin] | None:
         "What makes the scheduler of a batch; None leaves the plan's."
@@ -315,11 +321,10 @@ class Hooks:
         if "negative_prompt_embeds" in tensors:
             replaced |= {"negative_prompt", "negative_prompt_2"}
         kept = {name: value for name, value in arguments.items() if name not in replaced}
-        shared = all(len(tensor) == 1 for tensor in tensors.values())
-        for name, tensor in tensors.items():
-            own = tensor.expand(count, *tensor.shape[1:]) if len(tensor) == 1 else tensor[first : first + count]
-            kept[name] = tensor if shared else own
-        return kept | {"num_images_per_prompt": count if shared else 1}
+        for name, tensor in tensors.items():  # one each: some pipelines do not repeat embeddings
+            shared = len(tensor) == 1
+            kept[name] = tensor.expand(count, *tensor.shape[1:]) if shared else tensor[first : first + count]
+        return kept | {"num_images_per_prompt": 1}
 
 
 NO_HOOKS = Hooks()

@@ -40,7 +40,11 @@ def recognised(
     if not isinstance(pipe, DiffusionPipeline):
         message, given = "a pipeline of diffusers is needed", type(pipe).__name__
         raise request_error(
-            ErrorCode.wrong_type, message, field="pipe", given=given, hint="StableDiffusionPipeline.from_pretrained(...)"
+            ErrorCode.wrong_type,
+            message,
+            field="pipe",
+            given=given,
+            hint="StableDiffusionPipeline.from_pretrained(...)",
         )
     record = family_of(pipe)
     call = record and call_of(type(pipe), record)

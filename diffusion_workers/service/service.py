@@ -32,7 +32,6 @@ from ..models.manifest import ModelManifest
 from ..models.store import ManifestStore, load_manifests, model_list
 from ..pipeline.factory import PipelineFactory
 from diffusion_workers.pipeline.hooks import (
-    NO_HOOKS,
     Hooks,
     OnStep,
     OwnScheduler,
@@ -271,7 +270,8 @@ class DiffusionService:
         "Make images and wait for them; interrupting the wait cancels the generation."
         if self.executor.thread == threading.get_ident():
             message = "generate was called inside a callback of a running generation, which would wait for itself"
-            raise request_error(ErrorCode.unsupported_combination, message, hint="call it after this one has ended")
+            refused = request_error(ErrorCode.unsupported_combination, message, hint="call it after this one has ended")
+            return self._returned("generate", failure(refused))
         with ExitStack() as stack:
             if on_progress is None and wants_progress(progress):
                 on_progress = stack.enter_context(ProgressBar())
@@ -328,7 +328,7 @@ class DiffusionService:
                 asked = counted(asked, latents)
             generation = Generation(asked, on_progress, hooks)
             planned = planned or self.prepare(asked)
-            if hooks != NO_HOOKS:
+            if not hooks.empty:
                 planned = self._with_hooks(planned, hooks)
             generation.use(planned)
             self.queue.put(generation)
@@ -391,7 +391,7 @@ class DiffusionService:
         controlnets: Sequence[str] = (),  # names of the model's ControlNets
         scheduler: SchedulerName | str | OwnScheduler | None = None,  # None is the model's default
     ) -> DiffusionPipeline:
-        """A pipeline for plain use of diffusers; a `RequestError` for a task, ControlNet or scheduler that there is not.
+        """A pipeline for plain use of diffusers; a `RequestError` for an unknown task, ControlNet or scheduler.
 
         It shares the networks with the service, and has a scheduler of its own. What you change in a network, such as
         its attention processors, changes the service too, until you change it back.
