@@ -117,7 +117,7 @@ def test_a_request_on_standard_input_is_the_same_request(written, folder: Path) 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A folder with a tiny SDXL model that has plain nets and a union net."
+    "A folder with a tiny SDXL model that has plain ControlNets and a union ControlNet."
     from diffusion_workers.pipeline.tiny_models import write_tiny_model
 
     path = tmp_path_factory.mktemp("models")

@@ -18,17 +18,17 @@ from ez_diffusion_client.models import ErrorCode
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     "Give a parser the options of the benchmark."
     parser.description = "Time settings of a request in turn, and say what they do to the image."
-    parser.add_argument("--model", help="a model; absent, the default one")
+    parser.add_argument("--model", help="a model; by default the default model")
     parser.add_argument(
         "--prompt", default="a red circle left of a blue square on a white background", help="what is drawn"
     )
-    parser.add_argument("--steps", type=int, help="num_inference_steps; absent, the model's own")
+    parser.add_argument("--steps", type=int, help="num_inference_steps; default: the model's")
     parser.add_argument(
         "--scenarios",
         metavar="FILE",
-        help="JSON: a name and fields of a request for each scenario; absent, the model's profiles and step caches",
+        help="JSON: a name and fields of a request for each scenario; default: the model's profiles and step caches",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each scenario that count; 5 when absent")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each scenario that count; default: 5")
     parser.add_argument(
         "--fresh", action="store_true", help="a new process for every run: start, weights and first image"
     )
@@ -55,12 +55,16 @@ def read_scenarios(path: Path | str) -> dict[str, dict[str, Any]]:
     if not isinstance(content, dict) or not content or not all(isinstance(fields, dict) for fields in content.values()):
         allowed = 'such as {"exact": {}, "cached": {"step_cache": {"method": "deepcache"}}}'
         raise request_error(
-            ErrorCode.wrong_type, "these are no scenarios", field="--scenarios", given=Path(path).name, allowed=allowed
+            ErrorCode.wrong_type,
+            "not a mapping of scenarios",
+            field="--scenarios",
+            given=Path(path).name,
+            allowed=allowed,
         )
     return content
 
 
-CACHES = {  # name -> step_cache of a request
+CACHES: dict[str, dict[str, Any]] = {  # name -> step_cache of a request
     "DeepCache, interval 3": {"method": "deepcache", "interval": 3},
     "deep features, interval 3": {"method": "deep_features", "interval": 3},
     "first block cache": {"method": "first_block"},
@@ -83,7 +87,7 @@ def _adherence_lines(service, scenarios: dict[str, dict[str, Any]], common: dict
     from diffusion_workers.shapes.scenes import held_out_prompts, matches, read_scene
 
     cases = [
-        (caption, lambda picture, scene=scene: matches(read_scene(picture), scene))
+        (caption, lambda image, scene=scene: matches(read_scene(image), scene))
         for scene, caption in held_out_prompts(count, 1)
     ]
     lines = ["", "| scenario | as asked | standard error |", "|---|---|---|"]

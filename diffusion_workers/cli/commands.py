@@ -72,7 +72,7 @@ EXIT_CODES = {
 
 def fail(result: OpResult) -> int:  # the exit code
     "Print the errors of a result on standard error, one line each."
-    for error in result.errors:
+    for error in result.errors or []:
         print(f"diffusion-workers: {error_line(error)}", file=sys.stderr)
     return EXIT_CODES[result.status]
 
@@ -141,7 +141,7 @@ def write_maps(result: OpResult, output: str) -> list[Path]:
     import base64
 
     written = []
-    for made in result.generation.control_maps or []:
+    for made in (result.generation.control_maps if result.generation else None) or []:
         path = Path(output).with_name(f"{Path(output).stem}-map{made.unit}.png")
         path.write_bytes(base64.b64decode(made.image))
         written.append(path)
@@ -211,15 +211,16 @@ def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
     "Make images and write them."
     check_output(arguments.output)
     result = _generate(arguments, build_request(arguments))
-    if not result.ok:
+    made = result.generation
+    if not result.ok or made is None:
         return fail(result)
     paths, maps = write_images(result, arguments.output), write_maps(result, arguments.output)
     if arguments.quiet:
         return 0
     print_warnings(result)
-    made = result.generation
+    seconds = f", {made.timings.total_seconds:.1f} s" if made.timings else ""
     for path, image in zip(paths, made.images, strict=True):
-        print(f"{path}  {image.width} x {image.height}, seed {image.seed}, {made.timings.total_seconds:.1f} s")
+        print(f"{path}  {image.width} x {image.height}, seed {image.seed}{seconds}")
     for path, found in zip(maps, made.control_maps or [], strict=True):
         print(f"{path}  {found.width} x {found.height}, the map of control {found.unit}")
     return 0
@@ -297,7 +298,7 @@ def _preprocessor_facts(row: Any, weights: str) -> dict:  # a row of the table, 
     return {
         "name": row.name,
         "title": row.title,
-        "nets": row.nets,
+        "controlnets": row.controlnets,
         "families": [family.value for family in row.families],
         "union_modes": [mode.value for mode in row.union_modes],
         "package": row.package,
@@ -314,7 +315,7 @@ def _preprocessor_lines(facts: dict) -> list[str]:
         needs.append("a mask")
     if facts["needs_weights"]:
         needs.append(f"weights, {facts['weights']}")
-    lines = [f"{facts['name']:18} {facts['title']}; for {facts['nets']}"]
+    lines = [f"{facts['name']:18} {facts['title']}; for {facts['controlnets']}"]
     lines.append(f"    needs {', '.join(needs)}; union mode: {', '.join(facts['union_modes']) or 'none'}")
     for parameter in facts["parameters"]:
         lines.append(f"    {parameter['name']}={parameter['default']}  {parameter['allowed']}: {parameter['meaning']}")
@@ -328,11 +329,11 @@ def add_preprocessors_options(parser: argparse.ArgumentParser) -> None:
 
 def command_preprocessors(arguments: argparse.Namespace) -> int:  # the exit code
     "List the ControlNet preprocessors."
-    from diffusion_workers.control.detectors import weights_at_hand
+    from diffusion_workers.control.detectors import weight_states
     from diffusion_workers.control.preprocessors import PREPROCESSORS
     from diffusion_workers.settings.service import Settings
 
-    weights = weights_at_hand(Settings.from_environment().annotator_folders)
+    weights = weight_states(Settings.from_environment().annotator_folders)
     facts = [_preprocessor_facts(row, weights[name]) for name, row in PREPROCESSORS.items()]
     if arguments.json:
         print(json.dumps(facts, indent=2))

@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../../nbs/80_cli/07_main.ipynb #44c596a7
-_FURTHER_OPTIONS = (  # those that are no fields of a request, for suggestions
+_FURTHER_OPTIONS = (  # those that are not fields of a request, for suggestions
     "--control",
     "--controlnet",
     "--lora",

@@ -44,7 +44,7 @@ def add_field_option(
     if info.kind == "boolean":
         parser.add_argument(option, dest=dest, action=argparse.BooleanOptionalAction, default=None, help=help_text)
         return
-    more = {"nargs": "?", "const": {}} if info.kind == "object" else {}
+    more: dict[str, Any] = {"nargs": "?", "const": {}} if info.kind == "object" else {}
     if info.is_image:
         metavar, help_text = "FILE", "an image: a file, or an http(s) URL"
     else:
@@ -101,7 +101,7 @@ def read_image(
     return to_image_string(data)
 
 # %% ../../nbs/80_cli/01_options.ipynb #c3a47d85
-CONTROL_KEYS = {  # key of --controlnet -> path in a unit
+CONTROL_KEYS: dict[str, tuple[str, ...]] = {  # key of --controlnet -> path in a unit
     **{name: (name,) for name in ControlNetUnit.model_fields if name != "preprocessing"},
     "preprocessor": ("preprocessing", "name"),
     "resolution": ("preprocessing", "resolution"),
@@ -111,7 +111,9 @@ CONTROL_KEYS = {  # key of --controlnet -> path in a unit
     "end": ("guidance_end",),
     "mode": ("control_mode",),
 }
-LORA_KEYS = {name: (name,) for name in Lora.model_fields if name != "block_scales"}  # key of --lora -> path in a LoRA
+LORA_KEYS: dict[str, tuple[str, ...]] = {
+    name: (name,) for name in Lora.model_fields if name != "block_scales"
+}  # key of --lora -> path in a LoRA
 
 
 def split_pairs(
@@ -154,6 +156,7 @@ def control_unit(
             raise request_error(ErrorCode.wrong_type, message, field=option, given=text, allowed=allowed)
         return {"model": model, "image": read_image(file, f"controlnets[{index}].image")}
     unit: dict[str, Any] = {}
+    path: tuple[str, ...]
     for key, value in split_pairs(text, option, "model").items():
         if key.startswith("param."):
             path = ("preprocessing", "parameters", key.removeprefix("param."))
@@ -171,6 +174,7 @@ def control_unit(
 def lora_entry(text: str) -> dict:  # a LoRA of a request
     "The LoRA of `--lora`: name, name:scale, or a name and keys."
     entry: dict[str, Any] = {}
+    path: tuple[str, ...]
     for key, value in split_pairs(text, "--lora", "name").items():
         if key.split(".")[0] in ("down", "mid", "up"):
             path = ("block_scales", key)
@@ -210,7 +214,7 @@ def _add_entries(fields: dict, arguments: argparse.Namespace) -> None:
     controls, loras = fields.get("controlnets") or [], fields.get("loras") or []
     if arguments.controls and isinstance(controls, list):
         given = enumerate(arguments.controls, len(controls))
-        fields["controlnets"] = [*controls, *(control_unit(*option, index) for index, option in given)]
+        fields["controlnets"] = [*controls, *(control_unit(option, text, index) for index, (option, text) in given)]
     if arguments.lora and isinstance(loras, list):
         fields["loras"] = [*loras, *map(lora_entry, arguments.lora)]
 

@@ -14,8 +14,8 @@ from ez_diffusion_client.models import ErrorCode, GenerationRequest, OpResult, P
 
 # %% ../../nbs/80_cli/02_remote.ipynb #06ade661
 def add_remote_options(parser: argparse.ArgumentParser) -> None:
-    "The options that send a request elsewhere."
-    group = parser.add_argument_group("elsewhere", "Without these, the image is made by this process.")
+    "The options that send a request to a server or an endpoint."
+    group = parser.add_argument_group("remote generation", "Without these, the image is made by this process.")
     group.add_argument(
         "--url", metavar="URL", help="a server, such as http://127.0.0.1:8000; its token in DIFFUSION_WORKERS_TOKEN"
     )
@@ -23,7 +23,7 @@ def add_remote_options(parser: argparse.ArgumentParser) -> None:
 
 
 def is_remote(arguments: argparse.Namespace) -> bool:
-    "Whether the request goes elsewhere."
+    "Whether the request goes to a server or an endpoint."
     return arguments.url is not None or arguments.runpod is not None
 
 
@@ -51,7 +51,7 @@ def remote_target(arguments: argparse.Namespace):  # a Server or a RunPod
     if not arguments.url.startswith(("http://", "https://")):
         raise request_error(
             ErrorCode.wrong_type,
-            "this is no address of a server",
+            "not the address of a server",
             field="--url",
             given=arguments.url,
             allowed="such as http://127.0.0.1:8000",
@@ -65,7 +65,7 @@ def remote_generate(
     request: GenerationRequest,
     on_progress: Callable[[ProgressEvent], None] | None = None,
 ) -> OpResult:
-    "Have a request carried out elsewhere; what goes wrong on the way is a `RequestError`."
+    "Send a request to a server or an endpoint; a failed connection raises a `RequestError`."
     from ez_diffusion_client import Client
     from ez_diffusion_client.errors import ClientError, RequestFailed, WaitTimeout
 

@@ -9,6 +9,7 @@ __all__ = ['add_worker_options', 'sdk_arguments', 'command_worker']
 import argparse
 import os
 import sys
+from typing import Any
 
 from ..settings.worker import WorkerSettings
 from ..worker.placement import config_lines
@@ -38,7 +39,7 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("options of RunPod's SDK")
     for option, (metavar, about) in _SDK_OPTIONS.items():
-        how = {"action": "store_true"} if metavar is None else {"metavar": metavar}
+        how: dict[str, Any] = {"action": "store_true"} if metavar is None else {"metavar": metavar}
         group.add_argument(option, help=about.replace("%", "%%"), **how)
 
 

@@ -131,6 +131,7 @@ SD35 = Family(
         "max_sequence_length": 256,  # padding counts: another length is another image
     },
     size_multiple=16,  # patches of 2 x 2 latents of 8 x 8 pixels
+    clip_skip_base=2,  # the last layer but one is the usual one
     schedulers=(SchedulerName.flow_match_euler,),
     latents=Latents(channels=16),
     denoiser_calls="doubled",

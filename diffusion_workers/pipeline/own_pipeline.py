@@ -98,29 +98,29 @@ def default_size(pipe: DiffusionPipeline, record: Family) -> int:  # pixels
 
 
 def _own_controlnets(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    net = getattr(pipe, "controlnet", None)
-    if net is None:
+    controlnet = getattr(pipe, "controlnet", None)
+    if controlnet is None:
         return {}
-    several = list(getattr(net, "nets", [net]))
+    several = list(getattr(controlnet, "nets", [controlnet]))
     if len(several) == 1:
         return {"controlnet": several[0]}
     return {f"controlnet{index}": part for index, part in enumerate(several)}
 
 
 def _controlnet_entries(
-    nets: Mapping[str, torch.nn.Module], pipe: DiffusionPipeline, record: Family
+    found: Mapping[str, torch.nn.Module], pipe: DiffusionPipeline, record: Family
 ) -> dict[str, dict[str, Any]]:
     entries = {}
-    for name, net in nets.items():
+    for name, controlnet in found.items():
         allowed = {record.controls.controlnet_class: False, record.controls.union_class: True}
-        cls = type(net).__name__
+        cls = type(controlnet).__name__
         at = f"controlnets.{name}"
         if cls not in allowed:
             classes = ", ".join(known for known in allowed if known)
             raise request_error(
                 ErrorCode.wrong_type, "it is not a ControlNet of the family", field=at, given=cls, allowed=classes
             )
-        config = net.config
+        config = controlnet.config
         union = allowed[cls] and (config.get("num_mode") is not None or cls != record.controls.controlnet_class)
         try:
             check_controlnet(config, getattr(pipe, record.denoiser).config, union)
@@ -128,7 +128,7 @@ def _controlnet_entries(
             raise request_error(
                 ErrorCode.unsupported_combination, exc.message, field=at, given=cls, hint=exc.hint
             ) from None
-        entries[name] = {"source": MemorySource.of(net), "union": union}
+        entries[name] = {"source": MemorySource.of(controlnet), "union": union}
     return entries
 
 
@@ -157,8 +157,8 @@ def describe_pipeline(
         fields["tasks"] = (Task.inpainting,)
     fields |= {key: value for key, value in given.items() if key not in ("defaults", "controlnets")}
     fields["defaults"] = size | dict(given.get("defaults") or {})
-    nets = _own_controlnets(pipe) | dict(controlnets or {})
-    fields["controlnets"] = _controlnet_entries(nets, pipe, record) | dict(given.get("controlnets") or {})
+    found = _own_controlnets(pipe) | dict(controlnets or {})
+    fields["controlnets"] = _controlnet_entries(found, pipe, record) | dict(given.get("controlnets") or {})
     return parse(ModelManifest, fields)
 
 

@@ -8,13 +8,13 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 from ez_diffusion_client.display import (
+    CompactModel,
     MemoryReportMethods,
     ModelListMethods,
     PlanMethods,
     ResultMethods,
 )
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     RootModel,
@@ -50,7 +50,7 @@ class ModelFamily(StrEnum):
 
 class ModelKind(StrEnum):
     """
-    Whether a model is an ordinary one, or one whose denoiser takes a masked picture (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+    Whether a model is an ordinary one, or one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
     """
 
     standard = "standard"
@@ -70,7 +70,7 @@ class Task(StrEnum):
 
 class ControlKind(StrEnum):
     """
-    How a generation is controlled; one union net may carry several typed controls
+    How a generation is controlled; one union ControlNet may carry several typed controls
     """
 
     none = "none"
@@ -104,7 +104,7 @@ class SchedulerName(StrEnum):
 
 class ResizeMode(StrEnum):
     """
-    How a picture of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
+    How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
     """
 
     just_resize = "just_resize"
@@ -220,7 +220,7 @@ class ErrorCode(StrEnum):
     internal_error = "internal_error"
 
 
-class ErrorDetail(BaseModel):
+class ErrorDetail(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -244,7 +244,7 @@ class ErrorDetail(BaseModel):
     ] = False
 
 
-class RequestWarning(BaseModel):
+class RequestWarning(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -261,7 +261,7 @@ class RequestWarning(BaseModel):
     used: Annotated[StrictStr | None, Field(description="What was used")] = None
 
 
-class InpaintOptions(BaseModel):
+class InpaintOptions(CompactModel):
     """
     How mask_image is used
     """
@@ -304,7 +304,7 @@ BlockScalesAdditionalProperty = TypeAliasType(
 )
 
 
-class Lora(BaseModel):
+class Lora(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -336,9 +336,9 @@ class Lora(BaseModel):
     ] = None
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(CompactModel):
     """
-    The detector that turns a picture into a control map
+    The preprocessor that turns an image into a control map
     """
 
     model_config = ConfigDict(
@@ -355,7 +355,7 @@ class Preprocessing(BaseModel):
     resolution: Annotated[
         StrictInt | None,
         Field(
-            description="Short side in pixels at which the detector works; absent, the size of the generation (pixel perfect)",
+            description="Short side in pixels at which the detector works; default: the size of the generation (pixel perfect)",
             ge=64,
             le=4096,
         ),
@@ -366,16 +366,16 @@ class UnionMode(RootModel[StrictInt | None]):
     root: Annotated[
         StrictInt | None,
         Field(
-            description="Kind of the map for a union net, by name or by number",
+            description="Kind of the map for a union ControlNet, by name or by number",
             ge=0,
             le=15,
         ),
     ] = None
 
 
-class ControlNetUnit(BaseModel):
+class ControlNetUnit(CompactModel):
     """
-    One control; several units that name the same union net become its several typed controls
+    One control; several units that name the same union ControlNet become its typed controls
     """
 
     model_config = ConfigDict(
@@ -387,7 +387,7 @@ class ControlNetUnit(BaseModel):
     model: Annotated[
         StrictStr | None,
         Field(
-            description="A ControlNet that the manifest of the model offers; absent when it offers one that fits",
+            description="A ControlNet of the model; may be left out where only one fits",
             max_length=256,
             min_length=1,
         ),
@@ -395,7 +395,7 @@ class ControlNetUnit(BaseModel):
     image: Annotated[
         StrictStr,
         Field(
-            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
             max_length=134217728,
             min_length=1,
         ),
@@ -403,7 +403,7 @@ class ControlNetUnit(BaseModel):
     mask_image: Annotated[
         StrictStr | None,
         Field(
-            description="Where the control holds (white), everywhere when absent; for a preprocessor that takes a mask (inpaint_mask), the part that is repainted, that of the request when absent",
+            description="Where the control applies (white); default: everywhere. For a preprocessor that takes a mask (inpaint_mask), the part that is repainted; default: that of the request",
             max_length=134217728,
             min_length=1,
         ),
@@ -435,7 +435,9 @@ class ControlNetUnit(BaseModel):
     resize_mode: ResizeMode = ResizeMode.just_resize
     union_mode: Annotated[
         UnionModeName | UnionMode | None,
-        Field(description="Kind of the map for a union net, by name or by number"),
+        Field(
+            description="Kind of the map for a union ControlNet, by name or by number"
+        ),
     ] = None
     return_map: Annotated[
         StrictBool, Field(description="Send the control map back with the images")
@@ -473,7 +475,7 @@ class StepCacheMethod(StrEnum):
     mag = "mag"
 
 
-class StepCacheOptions(BaseModel):
+class StepCacheOptions(CompactModel):
     """
     Reuse of features between denoising steps; faster, and changes pixels
     """
@@ -530,7 +532,7 @@ class StepCacheOptions(BaseModel):
     ] = None
 
 
-class AccelerationOptions(BaseModel):
+class AccelerationOptions(CompactModel):
     """
     Other settings that trade exactness for time; each is named in the receipt
     """
@@ -582,7 +584,7 @@ class AccelerationOptions(BaseModel):
     ] = None
 
 
-class MemoryOptions(BaseModel):
+class MemoryOptions(CompactModel):
     """
     Settings that trade time for device memory
     """
@@ -606,7 +608,7 @@ class MemoryOptions(BaseModel):
     ] = None
 
 
-class RefinerOptions(BaseModel):
+class RefinerOptions(CompactModel):
     """
     A second SDXL model that takes over the last steps
     """
@@ -628,9 +630,9 @@ class RefinerOptions(BaseModel):
     ] = None
 
 
-class SizeConditioning(BaseModel):
+class SizeConditioning(CompactModel):
     """
-    What SDXL is told about the size of the picture
+    Size conditioning of SDXL
     """
 
     model_config = ConfigDict(
@@ -652,7 +654,7 @@ class SizeConditioning(BaseModel):
     ] = None
 
 
-class OutputOptions(BaseModel):
+class OutputOptions(CompactModel):
     """
     How the images come back
     """
@@ -670,7 +672,7 @@ class OutputOptions(BaseModel):
     ] = True
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(CompactModel):
     """
     What to make
     """
@@ -681,7 +683,7 @@ class GenerationRequest(BaseModel):
     model: Annotated[
         StrictStr | None,
         Field(
-            description="Name of a manifest; absent takes the default model",
+            description="Name of a manifest; default: the default model of the service",
             max_length=256,
             min_length=1,
         ),
@@ -696,13 +698,13 @@ class GenerationRequest(BaseModel):
     prompt_2: Annotated[
         StrictStr | None,
         Field(
-            description="For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt",
+            description="For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); default: prompt",
             max_length=10000,
         ),
     ] = None
     negative_prompt: Annotated[
         StrictStr | None,
-        Field(description="What the picture should not show", max_length=10000),
+        Field(description="What the image should not show", max_length=10000),
     ] = None
     negative_prompt_2: Annotated[
         StrictStr | None,
@@ -711,7 +713,7 @@ class GenerationRequest(BaseModel):
     width: Annotated[
         StrictInt | None,
         Field(
-            description="Pixels; absent takes the size of image or of the model",
+            description="Pixels; default: the size of image, or the model's",
             ge=64,
             le=8192,
             multiple_of=8,
@@ -720,7 +722,7 @@ class GenerationRequest(BaseModel):
     height: Annotated[
         StrictInt | None,
         Field(
-            description="Pixels; absent takes the size of image or of the model",
+            description="Pixels; default: the size of image, or the model's",
             ge=64,
             le=8192,
             multiple_of=8,
@@ -728,11 +730,7 @@ class GenerationRequest(BaseModel):
     ] = None
     num_inference_steps: Annotated[
         StrictInt | None,
-        Field(
-            description="Denoising steps; absent takes those of the model",
-            ge=1,
-            le=1000,
-        ),
+        Field(description="Denoising steps; default: the model's", ge=1, le=1000),
     ] = None
     guidance_scale: Annotated[
         StrictFloat | None,
@@ -749,7 +747,7 @@ class GenerationRequest(BaseModel):
     guidance_rescale: Annotated[
         StrictFloat | None,
         Field(
-            description="Share of the rescaling that keeps guided pictures from being overexposed (Lin et al. 2023, arXiv:2305.08891)",
+            description="Share of the rescaling that keeps guided images from being overexposed (Lin et al. 2023, arXiv:2305.08891)",
             ge=0.0,
             le=1.0,
         ),
@@ -757,7 +755,7 @@ class GenerationRequest(BaseModel):
     num_images: Annotated[
         StrictInt | None,
         Field(
-            description="How many images; absent is one, or one for each of seeds",
+            description="How many images; default: one, or one for each of seeds",
             ge=1,
             le=64,
         ),
@@ -765,7 +763,7 @@ class GenerationRequest(BaseModel):
     seed: Annotated[
         StrictInt | None,
         Field(
-            description="Seed of the first image, image i takes seed + i; absent or -1 draws one, which the plan names",
+            description="Seed of the first image, image i takes seed + i; without it or with -1 one is drawn, which the plan names",
             ge=-1,
             le=9007199254740991,
         ),
@@ -786,7 +784,7 @@ class GenerationRequest(BaseModel):
     clip_skip: Annotated[
         StrictInt | None,
         Field(
-            description="How many of the last CLIP layers are left out; absent and 0 are none",
+            description="How many of the last CLIP layers are left out; default: none",
             ge=0,
             le=24,
         ),
@@ -799,13 +797,13 @@ class GenerationRequest(BaseModel):
     image: Annotated[
         StrictStr | None,
         Field(
-            description="The picture to start from", max_length=134217728, min_length=1
+            description="The image to start from", max_length=134217728, min_length=1
         ),
     ] = None
     strength: Annotated[
         StrictFloat | None,
         Field(
-            description="How far the result may leave image; needs image",
+            description="Denoising strength: 0 keeps the image, 1 ignores it; needs image",
             gt=0.0,
             le=1.0,
         ),
@@ -867,7 +865,7 @@ class GenerationRequest(BaseModel):
     ] = None
 
 
-class PlannedScheduler(BaseModel):
+class PlannedScheduler(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -886,9 +884,9 @@ class PlannedScheduler(BaseModel):
     ] = None
 
 
-class PlannedImage(BaseModel):
+class PlannedImage(CompactModel):
     """
-    A picture that the plan uses, by its content
+    An image that the plan uses, by its content
     """
 
     model_config = ConfigDict(
@@ -904,7 +902,7 @@ class PlannedImage(BaseModel):
     height: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
 
 
-class PlannedControl(BaseModel):
+class PlannedControl(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -918,12 +916,12 @@ class PlannedControl(BaseModel):
     control_mode: ControlMode = ControlMode.balanced
     resize_mode: ResizeMode = ResizeMode.just_resize
     union_mode: Annotated[
-        StrictInt | None, Field(description="Number of the mode for this net")
+        StrictInt | None, Field(description="Number of the mode for this ControlNet")
     ] = None
     return_map: StrictBool = False
 
 
-class PlannedLora(BaseModel):
+class PlannedLora(CompactModel):
     """
     A LoRA with the file that its name stands for
     """
@@ -947,7 +945,7 @@ class PlannedLora(BaseModel):
     ] = None
 
 
-class Environment(BaseModel):
+class Environment(CompactModel):
     """
     Where the plan was carried out
     """
@@ -978,7 +976,7 @@ class CustomKind(StrEnum):
     on_step = "on_step"
 
 
-class CustomPart(BaseModel):
+class CustomPart(CompactModel):
     """
     Something that was handed in from Python, and that a request cannot hold
     """
@@ -1078,14 +1076,14 @@ class GenerationPlan(PlanMethods):
     environment: Environment | None = None
 
 
-class GeneratedImage(BaseModel):
+class GeneratedImage(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
     image: Annotated[
         StrictStr,
         Field(
-            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
             max_length=134217728,
             min_length=1,
         ),
@@ -1096,14 +1094,14 @@ class GeneratedImage(BaseModel):
     seed: StrictInt
 
 
-class ControlMap(BaseModel):
+class ControlMap(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
     image: Annotated[
         StrictStr,
         Field(
-            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
             max_length=134217728,
             min_length=1,
         ),
@@ -1116,7 +1114,7 @@ class ControlMap(BaseModel):
     height: Annotated[StrictInt, Field(description="Pixels")]
 
 
-class Timings(BaseModel):
+class Timings(CompactModel):
     """
     Seconds spent in each phase
     """
@@ -1135,7 +1133,7 @@ class Timings(BaseModel):
     seconds_per_step: StrictFloat | None = None
 
 
-class GenerationResponse(BaseModel):
+class GenerationResponse(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1145,14 +1143,14 @@ class GenerationResponse(BaseModel):
     timings: Timings | None = None
 
 
-class PreprocessRequest(BaseModel):
+class PreprocessRequest(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
     image: Annotated[
         StrictStr,
         Field(
-            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
             max_length=134217728,
             min_length=1,
         ),
@@ -1181,7 +1179,7 @@ class PreprocessRequest(BaseModel):
     ] = None
 
 
-class RestoreRequest(BaseModel):
+class RestoreRequest(CompactModel):
     """
     Where a request is restored from: an image file with metadata, or a text of parameters; give one of them
     """
@@ -1221,7 +1219,7 @@ class MetadataSource(StrEnum):
     none = "none"
 
 
-class LostSetting(BaseModel):
+class LostSetting(CompactModel):
     """
     A setting that could not be restored
     """
@@ -1241,7 +1239,7 @@ class LostSetting(BaseModel):
     reason: Annotated[StrictStr, Field(description="Why it could not be restored")]
 
 
-class RestoredRequest(BaseModel):
+class RestoredRequest(CompactModel):
     """
     A request read from metadata
     """
@@ -1272,7 +1270,7 @@ class RestoredRequest(BaseModel):
     ] = None
 
 
-class DeviceMemory(BaseModel):
+class DeviceMemory(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1285,7 +1283,7 @@ class DeviceMemory(BaseModel):
     peak_bytes: StrictInt | None = None
 
 
-class ModelMemory(BaseModel):
+class ModelMemory(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1326,7 +1324,7 @@ class HealthState(StrEnum):
     stopping = "stopping"
 
 
-class PhaseTime(BaseModel):
+class PhaseTime(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1334,7 +1332,7 @@ class PhaseTime(BaseModel):
     seconds: StrictFloat
 
 
-class Health(BaseModel):
+class Health(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1373,7 +1371,7 @@ class JobState(StrEnum):
     cancelled = "cancelled"
 
 
-class ControlNetInfo(BaseModel):
+class ControlNetInfo(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1381,12 +1379,12 @@ class ControlNetInfo(BaseModel):
     union: StrictBool
     union_modes: Annotated[
         list[UnionModeName] | None,
-        Field(description="Kinds of maps that a union net takes"),
+        Field(description="Kinds of maps that a union ControlNet takes"),
     ] = None
     preprocessors: list[StrictStr] | None = None
 
 
-class ProfileInfo(BaseModel):
+class ProfileInfo(CompactModel):
     """
     Settings that trade exactness for time, under a name
     """
@@ -1406,7 +1404,7 @@ class ParameterKind(StrEnum):
     number = "number"
 
 
-class PreprocessorParameter(BaseModel):
+class PreprocessorParameter(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1420,13 +1418,13 @@ class PreprocessorParameter(BaseModel):
     description: StrictStr | None = None
 
 
-class PreprocessorInfo(BaseModel):
+class PreprocessorInfo(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
     name: StrictStr
     title: Annotated[StrictStr, Field(description="What the map shows")]
-    nets: Annotated[
+    controlnets: Annotated[
         StrictStr | None, Field(description="The ControlNets that expect such a map")
     ] = None
     needs_mask: StrictBool = False
@@ -1466,7 +1464,7 @@ class OpResult(ResultMethods):
     request_id: StrictStr | None = None
 
 
-class ProgressEvent(BaseModel):
+class ProgressEvent(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1484,7 +1482,7 @@ class ProgressEvent(BaseModel):
     preview: Annotated[
         StrictStr | None,
         Field(
-            description="A small JPEG of the emerging picture",
+            description="A small JPEG preview of the image",
             max_length=134217728,
             min_length=1,
         ),
@@ -1493,7 +1491,7 @@ class ProgressEvent(BaseModel):
     result: Annotated[OpResult | None, Field(description="In the last event")] = None
 
 
-class Job(BaseModel):
+class Job(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1506,7 +1504,7 @@ class Job(BaseModel):
     result: OpResult | None = None
 
 
-class ModelInfo(BaseModel):
+class ModelInfo(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1537,5 +1535,5 @@ class ModelList(ModelListMethods):
     models: list[ModelInfo]
     preprocessors: Annotated[
         list[PreprocessorInfo] | None,
-        Field(description="What can turn a picture into a control map"),
+        Field(description="The preprocessors that turn an image into a control map"),
     ] = None

@@ -5,7 +5,7 @@ export type ClientOptions = {
 };
 
 /**
- * A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.
+ * An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.
  */
 export type ImageString = string;
 
@@ -30,7 +30,7 @@ export const ModelFamily = {
 export type ModelFamily = typeof ModelFamily[keyof typeof ModelFamily];
 
 /**
- * Whether a model is an ordinary one, or one whose denoiser takes a masked picture (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+ * Whether a model is an ordinary one, or one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
  */
 export const ModelKind = {
     STANDARD: 'standard',
@@ -39,7 +39,7 @@ export const ModelKind = {
 } as const;
 
 /**
- * Whether a model is an ordinary one, or one whose denoiser takes a masked picture (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+ * Whether a model is an ordinary one, or one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
  */
 export type ModelKind = typeof ModelKind[keyof typeof ModelKind];
 
@@ -58,7 +58,7 @@ export const Task = {
 export type Task = typeof Task[keyof typeof Task];
 
 /**
- * How a generation is controlled; one union net may carry several typed controls
+ * How a generation is controlled; one union ControlNet may carry several typed controls
  */
 export const ControlKind = {
     NONE: 'none',
@@ -68,7 +68,7 @@ export const ControlKind = {
 } as const;
 
 /**
- * How a generation is controlled; one union net may carry several typed controls
+ * How a generation is controlled; one union ControlNet may carry several typed controls
  */
 export type ControlKind = typeof ControlKind[keyof typeof ControlKind];
 
@@ -100,7 +100,7 @@ export const SchedulerName = {
 export type SchedulerName = typeof SchedulerName[keyof typeof SchedulerName];
 
 /**
- * How a picture of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
+ * How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
  */
 export const ResizeMode = {
     JUST_RESIZE: 'just_resize',
@@ -109,7 +109,7 @@ export const ResizeMode = {
 } as const;
 
 /**
- * How a picture of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
+ * How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
  */
 export type ResizeMode = typeof ResizeMode[keyof typeof ResizeMode];
 
@@ -337,7 +337,7 @@ export type Lora = {
 export type ParameterValue = boolean | number | number | string;
 
 /**
- * The detector that turns a picture into a control map
+ * The preprocessor that turns an image into a control map
  */
 export type Preprocessing = {
     /**
@@ -351,13 +351,13 @@ export type Preprocessing = {
         [key: string]: ParameterValue;
     } | null;
     /**
-     * Short side in pixels at which the detector works; absent, the size of the generation (pixel perfect)
+     * Short side in pixels at which the detector works; default: the size of the generation (pixel perfect)
      */
     resolution?: number | null;
 };
 
 /**
- * One control; several units that name the same union net become its several typed controls
+ * One control; several units that name the same union ControlNet become its typed controls
  */
 export type ControlNetUnit = {
     /**
@@ -365,12 +365,12 @@ export type ControlNetUnit = {
      */
     enabled?: boolean;
     /**
-     * A ControlNet that the manifest of the model offers; absent when it offers one that fits
+     * A ControlNet of the model; may be left out where only one fits
      */
     model?: string | null;
     image: ImageString;
     /**
-     * Where the control holds (white), everywhere when absent; for a preprocessor that takes a mask (inpaint_mask), the part that is repainted, that of the request when absent
+     * Where the control applies (white); default: everywhere. For a preprocessor that takes a mask (inpaint_mask), the part that is repainted; default: that of the request
      */
     mask_image?: ImageString | null;
     /**
@@ -392,7 +392,7 @@ export type ControlNetUnit = {
     control_mode?: ControlMode;
     resize_mode?: ResizeMode;
     /**
-     * Kind of the map for a union net, by name or by number
+     * Kind of the map for a union ControlNet, by name or by number
      */
     union_mode?: UnionModeName | number | null;
     /**
@@ -531,7 +531,7 @@ export type RefinerOptions = {
 };
 
 /**
- * What SDXL is told about the size of the picture
+ * Size conditioning of SDXL
  */
 export type SizeConditioning = {
     /**
@@ -580,7 +580,7 @@ export type OutputOptions = {
  */
 export type GenerationRequest = {
     /**
-     * Name of a manifest; absent takes the default model
+     * Name of a manifest; default: the default model of the service
      */
     model?: string | null;
     /**
@@ -588,11 +588,11 @@ export type GenerationRequest = {
      */
     prompt: string;
     /**
-     * For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt
+     * For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); default: prompt
      */
     prompt_2?: string | null;
     /**
-     * What the picture should not show
+     * What the image should not show
      */
     negative_prompt?: string | null;
     /**
@@ -600,15 +600,15 @@ export type GenerationRequest = {
      */
     negative_prompt_2?: string | null;
     /**
-     * Pixels; absent takes the size of image or of the model
+     * Pixels; default: the size of image, or the model's
      */
     width?: number | null;
     /**
-     * Pixels; absent takes the size of image or of the model
+     * Pixels; default: the size of image, or the model's
      */
     height?: number | null;
     /**
-     * Denoising steps; absent takes those of the model
+     * Denoising steps; default: the model's
      */
     num_inference_steps?: number | null;
     /**
@@ -620,15 +620,15 @@ export type GenerationRequest = {
      */
     true_cfg_scale?: number | null;
     /**
-     * Share of the rescaling that keeps guided pictures from being overexposed (Lin et al. 2023, arXiv:2305.08891)
+     * Share of the rescaling that keeps guided images from being overexposed (Lin et al. 2023, arXiv:2305.08891)
      */
     guidance_rescale?: number | null;
     /**
-     * How many images; absent is one, or one for each of seeds
+     * How many images; default: one, or one for each of seeds
      */
     num_images?: number | null;
     /**
-     * Seed of the first image, image i takes seed + i; absent or -1 draws one, which the plan names
+     * Seed of the first image, image i takes seed + i; without it or with -1 one is drawn, which the plan names
      */
     seed?: number | null;
     /**
@@ -644,7 +644,7 @@ export type GenerationRequest = {
      */
     use_karras_sigmas?: boolean | null;
     /**
-     * How many of the last CLIP layers are left out; absent and 0 are none
+     * How many of the last CLIP layers are left out; default: none
      */
     clip_skip?: number | null;
     /**
@@ -654,11 +654,11 @@ export type GenerationRequest = {
     size_conditioning?: SizeConditioning | null;
     refiner?: RefinerOptions | null;
     /**
-     * The picture to start from
+     * The image to start from
      */
     image?: ImageString | null;
     /**
-     * How far the result may leave image; needs image
+     * Denoising strength: 0 keeps the image, 1 ignores it; needs image
      */
     strength?: number | null;
     resize_mode?: ResizeMode;
@@ -715,7 +715,7 @@ export type PlannedScheduler = {
 };
 
 /**
- * A picture that the plan uses, by its content
+ * An image that the plan uses, by its content
  */
 export type PlannedImage = {
     /**
@@ -743,7 +743,7 @@ export type PlannedControl = {
     control_mode?: ControlMode;
     resize_mode?: ResizeMode;
     /**
-     * Number of the mode for this net
+     * Number of the mode for this ControlNet
      */
     union_mode?: number | null;
     return_map?: boolean;
@@ -1180,7 +1180,7 @@ export type ProgressEvent = {
     seconds_per_step?: number | null;
     seconds_left?: number | null;
     /**
-     * A small JPEG of the emerging picture
+     * A small JPEG preview of the image
      */
     preview?: ImageString | null;
     message?: string | null;
@@ -1214,7 +1214,7 @@ export type ControlNetInfo = {
     name: string;
     union: boolean;
     /**
-     * Kinds of maps that a union net takes
+     * Kinds of maps that a union ControlNet takes
      */
     union_modes?: Array<UnionModeName> | null;
     preprocessors?: Array<string> | null;
@@ -1284,7 +1284,7 @@ export type PreprocessorInfo = {
     /**
      * The ControlNets that expect such a map
      */
-    nets?: string | null;
+    controlnets?: string | null;
     needs_mask?: boolean;
     /**
      * Where its weights come from; absent where it needs none
@@ -1301,7 +1301,7 @@ export type ModelList = {
     default: string;
     models: Array<ModelInfo>;
     /**
-     * What can turn a picture into a control map
+     * The preprocessors that turn an image into a control map
      */
     preprocessors?: Array<PreprocessorInfo> | null;
 };
