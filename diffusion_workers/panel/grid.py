@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
-import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 from .elements import data_uri, thumbnail
@@ -28,7 +27,11 @@ from .stop_button import enable_stop_button, wait_with_stop
 from ..planning.plan import DRAWN_SEED
 from ..request.errors import RequestError, logger, parse, request_error
 from ..request.schema import field_at, set_value
+from ez_diffusion_client.frames import import_pandas, plan_columns
 from ez_diffusion_client.models import ErrorCode, ErrorDetail, GenerationPlan, GenerationRequest, OpResult, OpStatus
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # %% ../../nbs/73_panel/09_grid.ipynb #7b78e818
 PROMPT_REPLACE = "prompt_replace"
@@ -386,9 +389,9 @@ class Grid:
         "The cells as they are displayed."
         return grid_tables(self.axes, self.cells)
 
-    def to_dataframe(self) -> pd.DataFrame:
-        "One row per cell: the values of the axes, the image, its seed, the status, seconds."
-        return pd.DataFrame(list(self._rows()))
+    def to_dataframe(self) -> "DataFrame":
+        "One row per cell: the axes, the image, its seed, the status, seconds, then every setting of the plan."
+        return import_pandas().DataFrame(list(self._rows()))
 
     def to_html(
         self,
@@ -459,7 +462,9 @@ class Grid:
             row["seed"] = made.images[0].seed if made else None
             row["status"] = cell.result.status.value if cell.result else "not generated"
             row["seconds"] = made.timings.total_seconds if made and made.timings else None
-            yield row
+            plan = made.plan if made else cell.plan
+            settings = plan_columns(plan) if plan is not None else {}
+            yield row | {name: value for name, value in settings.items() if name not in row}
 
     def _show_cell(self, cell: GridCell) -> None:
         if self._display is not None:

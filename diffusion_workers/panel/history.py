@@ -18,9 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from PIL import Image
 
 from .elements import data_uri, thumbnail
@@ -29,7 +28,11 @@ from ..request.errors import RequestError, logger
 from ..request.images import sniff_format
 from ..request.metadata import read_metadata
 from ..request.schema import IMAGE_FIELDS, set_value
+from ez_diffusion_client.frames import import_pandas, plan_columns
 from ez_diffusion_client.models import GenerationPlan, GenerationRequest, OpResult
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # %% ../../nbs/73_panel/05_history.ipynb #aa774b74
 @dataclass(frozen=True)
@@ -172,9 +175,9 @@ class ImageHistory:
                 if path is not None:
                     path.unlink(missing_ok=True)
 
-    def to_dataframe(self) -> pd.DataFrame:
-        "One row per image, the newest first, with the fields of its request."
-        return pd.DataFrame([_row(entry) for entry in self])
+    def to_dataframe(self) -> "DataFrame":
+        "One row per image, the newest first: its file, every setting of its plan, and the image; needs pandas."
+        return import_pandas().DataFrame([_row(entry) for entry in self])
 
     def _repr_html_(self) -> str:
         figures = "".join(map(_figure, list(self)[:24]))
@@ -228,7 +231,9 @@ def _row(entry: HistoryEntry) -> dict[str, Any]:
         "seconds": entry.seconds,
         "path": str(entry.path),
     }
-    return own | given
+    plan = entry.plan
+    settings = given if plan is None else plan_columns(plan, plan.image_index or 0)
+    return own | settings | {"seed": entry.seed, "image": entry.image}
 
 
 def _figure(entry: HistoryEntry) -> str:  # HTML
