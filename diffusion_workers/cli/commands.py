@@ -138,12 +138,12 @@ def write_images(result: OpResult, output: str) -> list[Path]:
 
 def write_maps(result: OpResult, output: str) -> list[Path]:
     "Write the control maps of a result beside its images."
-    import base64
+    from ez_diffusion_client.pictures import picture_bytes
 
     written = []
     for made in result.generation.control_maps or []:
         path = Path(output).with_name(f"{Path(output).stem}-map{made.unit}.png")
-        path.write_bytes(base64.b64decode(made.image))
+        path.write_bytes(picture_bytes(made.image))
         written.append(path)
     return written
 
