@@ -470,7 +470,7 @@ def bucket_address(data: bytes) -> Iterator[str]:
 def test_images_come_as_base64_data_uri_or_address(tmp_path: Path) -> None:
     "All three give the same bytes and the same file; what cannot be had raises and writes nothing."
     from ez_diffusion_client import ClientError, image_bytes, pil_images, save_images
-    from ez_diffusion_client.models import ControlMap, GeneratedImage, GenerationResult
+    from ez_diffusion_client.models import ControlMap, GeneratedImage, GenerationResponse
     from ez_diffusion_client.receipts import save_map
 
     buffer = io.BytesIO()
@@ -481,7 +481,7 @@ def test_images_come_as_base64_data_uri_or_address(tmp_path: Path) -> None:
     def result(image: str) -> OpResult:
         made = {"image": image, "seed": 1, "format": "png", "width": 8, "height": 8}
         images = [GeneratedImage.model_validate_json(json.dumps(made))]
-        generation = GenerationResult.model_construct(images=images)  # the plan plays no part
+        generation = GenerationResponse.model_construct(images=images)  # the plan plays no part
         return OpResult.model_construct(status=OpStatus.success, generation=generation)
 
     with bucket_address(data) as address:
