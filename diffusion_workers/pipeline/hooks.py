@@ -214,7 +214,10 @@ def own_scheduler(
     former: SchedulerMixin,  # the model's
 ) -> SchedulerMixin:  # a fresh one
     "The scheduler to use for one batch."
-    return scheduler.from_config(former.config) if isinstance(scheduler, type) else copy.deepcopy(scheduler)
+    if isinstance(scheduler, type):
+        make: Any = scheduler  # every scheduler class of diffusers also inherits from ConfigMixin
+        return make.from_config(former.config)
+    return copy.deepcopy(scheduler)
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #2f7dc7f5
 @contextmanager
