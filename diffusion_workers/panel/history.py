@@ -93,9 +93,9 @@ class HistorySummary:
         return ", ".join(parts)
 
     def matches(self, query: str) -> bool:
-        "Whether all words of a query are in the prompt, or one is the seed."
-        text = f"{self.prompt} {self.seed} {self.created[:10]}".lower()
-        return all(word in text for word in query.lower().split())
+        "Whether each word of a query is in the prompt or the date, or is the seed."
+        text = f"{self.prompt} {self.created[:10]}".lower()
+        return all(word in text or word == str(self.seed) for word in query.lower().split())
 
 
 def _summary(id: str, about: Mapping[str, Any]) -> HistorySummary:

@@ -150,6 +150,7 @@ class Stage(widgets.VBox):
 
     def start(self) -> None:
         "Show that a generation was started."
+        self.show_batch([])
         with self._guard:
             self._phase = None
             self.events_shown = 0
@@ -163,7 +164,6 @@ class Stage(widgets.VBox):
             self.status.value = _status("starting")
             self.image.add_class("dw-past")
             _hidden(self.keep, True)
-            _hidden(self.batch, True)
             self._set_running(True)
 
     def show_event(self, event: ProgressEvent) -> None:
@@ -237,9 +237,10 @@ class Stage(widgets.VBox):
     ) -> None:
         "Show the images of a batch beside each other; one image needs no grid."
         items = list(items)
-        self.batch.show(items)
-        self.batch.selected = [items[0]["id"]] if items else []
-        _hidden(self.batch, len(items) < 2)
+        shown = items if len(items) > 1 else []
+        self.batch.show(shown)
+        self.batch.selected = [item["id"] for item in shown[:1]]
+        _hidden(self.batch, not shown)
 
     def show_queue(
         self,
