@@ -277,6 +277,8 @@ class SizeTools(widgets.HBox):
 
     def _follow(self, changed: FieldWidget, other: FieldWidget, invert: bool) -> None:
         value = _pixels(changed)
+        if not self._setting:
+            self.presets.value = None  # it is not this size any more
         if self._ratio is None or self._setting or not value:
             return
         exact = value / self._ratio if invert else value * self._ratio
@@ -432,8 +434,13 @@ class RequestForm(widgets.VBox):
     def _show_family(self, family: Family | None, info: ModelInfo) -> None:  # hide what has no effect with the model
         if family is None:
             return
-        self.main.fields["scheduler"].offer([name.value for name in family.schedulers])
-        self.forms["Acceleration"].fields["step_cache.method"].offer(family.step_caches)
+        own = {
+            self.main.fields["scheduler"]: [name.value for name in family.schedulers],
+            self.forms["Acceleration"].fields["step_cache.method"]: list(family.step_caches),
+        }
+        for field, names in own.items():  # the others stay, so that a restored request shows what it asks for
+            others = [name for name in field.info.choices if name not in names]
+            field.offer_groups({"for this model": names, "other models": others})
         for form in self.forms.values():
             form.show_only(name for name in form.fields if name.partition(".")[0] not in family.unused_fields)
         if info.width and info.height:

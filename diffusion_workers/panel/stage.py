@@ -206,6 +206,8 @@ class Stage(widgets.VBox):
                 self._offer_partial()
             else:
                 self.bar.bar_style = "danger"
+                if self.partial is not None:  # of a generation that came to nothing
+                    self.image.hide()
                 self.status.value = _status(result.status.value.replace("_", " "))
             self.image.remove_class("dw-past")
             lines = [html.escape(error_line(error)) for error in (result.errors if errors is None else errors) or []]
