@@ -172,6 +172,7 @@ class FieldWidget(widgets.VBox):
             self._sliding = False
             control.observe(lambda change: self._place_slider(), "value")
             self.slider.observe(lambda change: self._slid(change.new), "value")
+            self._place_slider()
         self.children = (row, self.message)
 
     def _place_slider(self) -> None:  # where the text, or the default, is

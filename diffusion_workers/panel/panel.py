@@ -229,7 +229,7 @@ class SizeTools(widgets.HBox):
     def __init__(self, width: FieldWidget, height: FieldWidget):
         self.width, self.height = width, height
         self.presets = widgets.Dropdown(
-            options=[("size…", None)], layout=widgets.Layout(flex="1 1 110px", width="auto", min_width="90px")
+            options=[("Size presets", ())], layout=widgets.Layout(flex="1 1 110px", width="auto", min_width="90px")
         )
         self.lock = widgets.ToggleButton(
             description="Lock ratio",
@@ -269,7 +269,7 @@ class SizeTools(widgets.HBox):
     def offer(self, width: int, height: int, multiple: int) -> None:
         "Offer sizes of the area that a model was made for."
         self._multiple = multiple
-        self.presets.options = [("size…", None), *sizes_of(width * height, multiple).items()]
+        self.presets.options = [("Size presets", ()), *sizes_of(width * height, multiple).items()]
 
     def _locked(self) -> None:
         width, height = self.size
@@ -278,7 +278,7 @@ class SizeTools(widgets.HBox):
     def _follow(self, changed: FieldWidget, other: FieldWidget, invert: bool) -> None:
         value = _pixels(changed)
         if not self._setting:
-            self.presets.value = None  # it is not this size any more
+            self.presets.value = ()  # it is not this size any more
         if self._ratio is None or self._setting or not value:
             return
         exact = value / self._ratio if invert else value * self._ratio
