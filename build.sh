@@ -39,7 +39,8 @@ generate_models() {  # further arguments go to the generator
         --disable-timestamp --use-annotated --enum-field-as-literal one --use-default-kwarg --formatters builtin \
         --deserialize-default-values enum --strict-nullable --strict-types int float bool str \
         --collapse-root-models --output-datetime-class datetime --type-mappings uri=string \
-        --use-schema-description --use-double-quotes --base-class-map "$base_classes" "$@"
+        --use-schema-description --use-double-quotes --base-class ez_diffusion_client.display.CompactModel \
+        --base-class-map "$base_classes" "$@"
 }
 
 needs_generator() {

@@ -2,7 +2,7 @@
 """Counts what the structure forbids, prints each place, and exits 1 if a count is not zero.
 
 python .ci/structure.py            all checks
-python .ci/structure.py NAME ...   some of: imports, families, patches, lines
+python .ci/structure.py NAME ...   some of: imports, families, patches, lines, terms
 """
 
 import ast
@@ -203,10 +203,103 @@ def long_lines() -> list[str]:
     ]
 
 
+# Replaced term, as a pattern -> the term to use. Exported modules and the prose of notebooks are searched.
+REPLACED_TERMS = {
+    r"(?<!ez_diffusion_client\.)(?<!from \.)(?<!\"whole )(?<![a-z])pictures?(?![a-z])": "image",  # a label elsewhere
+    r"(?<![-\w.\"'`])nets?(?![\w=.\"'`-])": "ControlNet",
+    r"number formats?": "dtype",
+    r"(?<![a-z])at[ _]hand(?![a-z])": "available",
+    r"\bwhoever\b": "the caller",
+    r"^#+ .*\b(?:tried|trying)\b": "examples",
+    r"times as fast": "speedup",
+    r"\b(?:rungs?|ladders?)\b": "fallbacks",
+    r"(?<!there )(?<!there, )\b(?:is|are) no (?!longer\b|more\b)": "is not",
+    r"\bcomes? off\b": "removed",
+    r"\bthe other side\b": "the server",
+    r"\b(?:hears?|heard|deaf)\b": "works, or is ignored",
+    r"\bmend(?:s|ed|ing)?\b": "fix",
+    r"\bnonsense\b": "invalid",
+    r"generating elsewhere": "remote generation",
+    r"speaks against|everything that is wrong": "validation errors",
+    r"worth a word": "a warning",
+    r"\bcannot be told\b": "ambiguous",
+    r"told to come back|come back in \d": "retry after",
+    r"there is nothing here": "not found",
+    r"server has another name": "Host header not allowed",
+    r"encoders that remember": "encoder output cache",
+    r"gate of the server": "middleware",
+    r"table of cells": "every family, task and control",
+    r"\babsent(?:,|:| takes| follows| is)": "default:",
+    r"numbers? that (?:is|are) not finite": "NaN or infinite values",
+    r"used longest ago": "least recently used",
+    r"made in one batch with": "batched with",
+    r"says about itself": "its metadata",
+}
+# Chapters and notebooks that still have some of them. The list may only shrink: one without any has to be taken off.
+WITH_REPLACED_TERMS = frozenset(
+    {
+        "10_request/04_metadata",
+        "40_planning",
+        "50_pipeline/05_factory",
+        "51_lora",
+        "52_acceleration",
+        "60_service",
+        "70_server",
+        "71_worker",
+        "73_panel",
+        "index",
+        "tutorials",
+    }
+)
+
+
+def part_of(notebook: Path) -> str:
+    "The entry of `WITH_REPLACED_TERMS` that a notebook belongs to: itself, or its chapter."
+    name = notebook.relative_to(NBS).with_suffix("").as_posix()
+    return name if name in WITH_REPLACED_TERMS else name.partition("/")[0]
+
+
+def prose_lines() -> Iterator[tuple[str, str, str]]:
+    "The part, place and text of each line of exported code and of notebook prose."
+    for module in exported_modules():
+        for number, line in enumerate(written_lines(module.path), start=1):
+            yield part_of(module.notebook), place(module.path, number), line
+    for notebook in sorted(NBS.rglob("*.ipynb")):
+        if any(part.startswith((".", "_")) for part in notebook.relative_to(NBS).parts):
+            continue
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        for number, cell in enumerate(cells):
+            if cell["cell_type"] == "markdown":
+                at = f"{notebook.relative_to(ROOT).as_posix()}, cell {number}"
+                yield from ((part_of(notebook), at, line) for line in source_lines(cell).splitlines())
+
+
+def terms_to_replace(line: str) -> list[tuple[str, str]]:
+    "The replaced terms in a line, each with the term to use."
+    return [
+        (match[0], instead)
+        for pattern, instead in REPLACED_TERMS.items()
+        if (match := re.search(pattern, line, re.IGNORECASE))
+    ]
+
+
+def replaced_terms() -> list[str]:
+    "Terms that were replaced, and entries of the list of pending parts that have none."
+    found, pending = [], set()
+    for part, at, line in prose_lines():
+        for term, instead in terms_to_replace(line):
+            pending.add(part)
+            if part not in WITH_REPLACED_TERMS:
+                found.append(f"{at}: {term!r}, write {instead!r}")
+    done = sorted(WITH_REPLACED_TERMS - pending)
+    return found + [f"{part}: no replaced term is left, take it off WITH_REPLACED_TERMS" for part in done]
+
+
 CHECKS = {
     "imports": ("upward imports", upward_imports),
     "families": ("family comparisons outside families", family_comparisons),
     "patches": ("public classes patched", patched_classes),
+    "terms": ("replaced terms", replaced_terms),
     "lines": (f"lines over {MAX_LINE} columns", long_lines),
 }
 

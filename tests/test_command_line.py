@@ -117,7 +117,7 @@ def test_a_request_on_standard_input_is_the_same_request(written, folder: Path) 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A folder with a tiny SDXL model that has plain nets and a union net."
+    "A folder with a tiny SDXL model that has plain ControlNets and a union ControlNet."
     from diffusion_workers.pipeline.tiny_models import write_tiny_model
 
     path = tmp_path_factory.mktemp("models")
@@ -199,31 +199,31 @@ PHOTO = "photo, red.png"
     (["plan", "x", "--controlnet", "scael=0.8"], 2, ["--controlnet: there is no such key", "did you mean scale?"]),
     (["plan", "x", "--controlnet", "scale=1,scale=2"], 2, ["--controlnet: scale is given twice"]),
     (["plan", "x", "--control", "photo.png"], 2, ["--control", "NAME:FILE"]),
-    (["plan", "x", "--control", "canny:missing.png"], 5, ["controlnets[0].image: cannot be read", "missing.png"]),
-    (["plan", "x", "--control", f"cany:{PHOTO}"], 7, ["controlnets[0].model", "did you mean canny?"]),
+    (["plan", "x", "--control", "canny:missing.png"], 5, ["--control canny:missing.png: image: cannot be read"]),
+    (["plan", "x", "--control", f"cany:{PHOTO}"], 7, ["--control cany:", ": model: ", "did you mean canny?"]),
     (
         ["plan", "x", "--controlnet", f"model=canny,image={PHOTO},scale=much"],
         2,
-        ["controlnets[0].conditioning_scale", "'much'"],
+        ["--controlnet model=canny", ": conditioning_scale: ", "'much'"],
     ),
     (["plan", "x", "--controlnet", f"model=canny,image={PHOTO},preprocessor=canny,param.low_threshold=999"], 2,
-     ["controlnets[0].preprocessing.parameters.low_threshold", "an integer from 0 to 255"]),
-    (["plan", "x", "--controlnet", f"model=all,image={PHOTO}"], 2, ["controlnets[0].union_mode", "depth (1)"]),
+     [": preprocessing.parameters.low_threshold: ", "an integer from 0 to 255"]),
+    (["plan", "x", "--controlnet", f"model=all,image={PHOTO}"], 2, [": union_mode: ", "depth (1)"]),
     (["plan", "x", "--controlnets", "[{}", "--control", f"canny:{PHOTO}"], 2, ["controlnets", "a list"]),
-    (["plan", "x", "--lora", "nobody:0.8"], 6, ["loras[0].name: the model offers no such LoRA"]),
-    (["plan", "x", "--lora", "nobody:much"], 2, ["loras[0].scale", "'much'"]),
+    (["plan", "x", "--lora", "nobody:0.8"], 6, ["--lora nobody:0.8: name: the model offers no such LoRA"]),
+    (["plan", "x", "--lora", "nobody:much"], 2, ["--lora nobody:much: scale: ", "'much'"]),
     (["plan", "x", "--lora", "nobody,blocks=1"], 2, ["--lora: there is no such key", "'blocks'"]),
-    (["plan", "x", "--refiner"], 4, ["refiner: the manifest of this model names no refiner"]),
-    (["plan", "x", "--max-sequence-length", "64"], 4, ["max_sequence_length"]),
+    (["plan", "x", "--refiner"], 4, ["--refiner: the manifest of this model names no refiner"]),
+    (["plan", "x", "--max-sequence-length", "64"], 4, ["--max-sequence-length"]),
     (["plan", "x", "--loar", "style"], 2, ["did you mean --lora?"]),
-    (["preprocess", PHOTO], 2, ["preprocessing.name"]),
-    (["preprocess", "text.png", "--preprocessor", "canny"], 5, ["image: this file is not an image", "text.png"]),
-    (["preprocess", "missing.png", "--preprocessor", "canny"], 5, ["image: cannot be read", "missing.png"]),
-    (["preprocess", PHOTO, "--preprocessor", "cany"], 2, ["preprocessing.name", "did you mean canny?"]),
+    (["preprocess", PHOTO], 2, ["--preprocessor"]),
+    (["preprocess", "text.png", "--preprocessor", "canny"], 5, ["IMAGE: this file is not an image", "text.png"]),
+    (["preprocess", "missing.png", "--preprocessor", "canny"], 5, ["IMAGE: cannot be read", "missing.png"]),
+    (["preprocess", PHOTO, "--preprocessor", "cany"], 2, ["--preprocessor: ", "did you mean canny?"]),
     (
         ["preprocess", PHOTO, "--preprocessor", "canny", "--parameter", "low_threshold=many"],
         2,
-        ["preprocessing.parameters.low_threshold", "'many'"],
+        ["--parameter low_threshold: ", "'many'"],
     ),
     (
         ["preprocess", PHOTO, "--preprocessor", "canny", "--parameter", "low_threshold"],
@@ -231,7 +231,7 @@ PHOTO = "photo, red.png"
         ["--parameter", "NAME=VALUE"],
     ),
     (["preprocess", PHOTO, "--preprocessor", "canny", "--width", "60"], 2, ["width", "a multiple of 8"]),
-    (["preprocess", PHOTO, "--preprocessor", "inpaint_mask"], 2, ["mask_image"]),
+    (["preprocess", PHOTO, "--preprocessor", "inpaint_mask"], 2, ["--mask"]),
     (["preprocess", PHOTO, "--preprocessor", "canny", "-o", "map.jpg"], 2, ["-o", "a name that ends in .png"]),
 ])  # fmt: skip
 def test_a_mistake_in_a_control_or_a_lora(
@@ -256,7 +256,17 @@ def test_plan_is_the_plan_of_the_service(tiny: Path, capsys: pytest.CaptureFixtu
     from diffusion_workers.service.service import DiffusionService
 
     Image.open(PHOTO).convert("CMYK").save("print.tiff")
-    options = ["--image", "print.tiff", "--negative-prompt", "blue", "--guidance-scale", "1", "--width", "104"]
+    options = [
+        "--image",
+        "print.tiff",
+        "--negative-prompt",
+        "blue",
+        "--guidance-scale",
+        "1",
+        "--width",
+        "104",
+        "--json",
+    ]
     plans = []
     for _ in range(2):
         assert main(["plan", "a red circle", *options]) == 0
@@ -390,7 +400,7 @@ def test_an_interrupt_ends_a_long_generation(folder: Path) -> None:
     )
     try:
         os.close(theirs)
-        assert "denoise" in read_terminal(ours, until="denoise")
+        assert "denoising" in read_terminal(ours, until="denoising")
         process.send_signal(signal.SIGINT)
         shown = read_terminal(ours)
         assert process.wait(timeout=60) == 130, shown
@@ -434,11 +444,19 @@ def call(
 
 @pytest.mark.parametrize("arguments, stdin, code, said", [
     ([], "", 2, ["usage: diffusion-workers", "COMMAND"]),
-    (["paint", "a circle"], "", 2, ["invalid choice: 'paint'"]),
+    (["paint", "a circle"], "", 2, ["there is no such command", "'paint'"]),
+    (["genrate", "a circle"], "", 2, ["did you mean generate?"]),
     (["generate"], "", 2, ["PROMPT", "a prompt is needed"]),
     (["generate", "x", "-o", "out.bmp"], "", 2, ["-o", ".png, .jpg, .jpeg, .webp"]),
     (["generate", "x", "-o", "file/out.png"], "", 2, ["-o", "file/out.png"]),
-    (["generate", "x", "-o", "folder.png"], "", 2, ["-o", "folder.png"]),
+    (["generate", "x", "-o", "taken.png"], "", 2, ["-o", "the file exists", "--force overwrites it"]),
+    (["generate", "x", "-o", "{sede}.png"], "", 2, ["-o", "did you mean {seed}?"]),
+    (["generate", "x", "--image", "taken.png", "-o", "taken.png", "-f"], "", 5, ["--image", "not an image"]),
+    (["generate", "x", "-o", "-", "-n", "2"], "", 4, ["-o", "standard output takes one image"]),
+    (["generate", "x", "--url", "http://127.0.0.1:9", "--device", "cpu"], "", 4, ["--device"]),
+    (["generate", "--prompts", "missing.txt"], "", 2, ["--prompts", "missing.txt"]),
+    (["plan", "x", "--steps", "0"], "", 2, ["--steps", "from 1 to"]),
+    (["plan", "x", "--cfg-scale", "much"], "", 2, ["--cfg-scale", "'much'"]),
     (["plan", "x", "--width", "many"], "", 2, ["width", "'many'", "a multiple of 8"]),
     (["plan", "x", "--scheduler", "eular"], "", 2, ["scheduler", "did you mean euler?"]),
     (["plan", "x", "--model", "shapes-sd51"], "", 3, ["there is no such model", "did you mean shapes-sd15?"]),
@@ -474,7 +492,7 @@ def test_each_kind_of_mistake_has_its_exit_code(
     "The exit code and standard error name the error; an unwritable output is found before an image is made."
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
-    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "taken.png").write_text("a file that exists")
     monkeypatch.setattr(
         "diffusion_workers.cli.commands.make_service", pytest.fail
     )  # no mistake here is worth loading a model

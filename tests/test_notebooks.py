@@ -92,6 +92,18 @@ def test_notebook(path: Path, request: pytest.FixtureRequest) -> None:
         run_notebook(path, wanted, kernel_manager_class=request.getfixturevalue("forked_kernels"))
 
 
+@pytest.mark.parametrize("path", [path for path in notebooks() if path.parent.name == "tutorials"], ids=name)
+def test_a_tutorial_runs_whole(path: Path) -> None:
+    "Readers press Run All: a cell that needs a GPU, the Hub or much time skips itself, and no flag hides it here."
+    cells = nbformat.read(path, as_version=4).cells
+    flagged = [
+        cell.id for cell in cells if cell.cell_type == "code" and directives(cell.source) & (FLAGS | {"eval: false"})
+    ]
+    assert not flagged, (
+        f"{name(path)}: the cells {flagged} have flags: let them skip themselves, with the reason as output"
+    )
+
+
 def write_notebook(folder: Path, *sources: str) -> Path:
     path = folder / "made.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources]), path)

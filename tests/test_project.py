@@ -126,6 +126,8 @@ def test_notebook_is_clean(path: Path) -> None:
         f"{name(path)}: the outputs of cells {failed} are errors: "
         "run the notebook again, or catch the error with test_fail"
     )
+    local = [path for path in ("site-packages", str(ROOT), f"{Path.home()}/") if path in text]
+    assert not local, f"{name(path)}: an output names {local}, a path of one machine: run the cell without the warning"
     assert len(text.encode()) < MAX_NOTEBOOK_BYTES, (
         f"{name(path)} has {len(text.encode()):,} bytes, the limit is {MAX_NOTEBOOK_BYTES:,}: show smaller images"
     )
@@ -134,7 +136,7 @@ def test_notebook_is_clean(path: Path) -> None:
 # --- imports ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", ["imports"])
+@pytest.mark.parametrize("count", ["imports", "terms"])
 def test_structure(count: str) -> None:
     "The reading order of the chapters, and what else `.ci/structure.py` counts, holds."
     done = run(sys.executable, ".ci/structure.py", count)
@@ -166,6 +168,22 @@ def test_an_upward_import_is_named_with_its_line(tmp_path: Path) -> None:
     early = structure.Module("models.manifest", path, path, (20, 1))
     found = structure.upward_imports([early, late])
     assert found == [f"{path.as_posix()}:2: models.manifest imports cli.main, which comes later in nbs/"]
+
+
+@pytest.mark.parametrize(
+    "line, terms",
+    [
+        ('    "Resize a Picture."', ["Picture"]),
+        ("def picture_size(nets: list) -> int:", ["picture", "nets"]),
+        ("# no model is at hand; what lies on the ladder", ["at hand", "ladder"]),
+        ("this is no JSON", ["is no "]),
+        ("A U-Net, ff.net.0 and `net=` are none; there is no picture-free term, it is no longer one", ["picture"]),
+        ("from ez_diffusion_client.pictures import pil_images", []),
+        ("the beginning that handles it", []),
+    ],
+)
+def test_replaced_terms_are_found(line: str, terms: list[str]) -> None:
+    assert [term for term, _ in structure.terms_to_replace(line)] == terms
 
 
 def heavy_after(statement: str) -> str:

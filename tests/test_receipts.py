@@ -90,7 +90,7 @@ COMMON = {
     "num_inference_steps": 6,
     "seed": 3,
 }
-NOT_OF_THE_REQUEST = {"manifest_sha256", "environment", "warnings", "image_index"}
+NOT_OF_THE_REQUEST = {"denoiser_calls", "manifest_sha256", "environment", "warnings", "image_index"}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from PIL import Image, ImageChops, ImageDraw
+from PIL import ExifTags, Image, ImageChops, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from project import ROOT
@@ -334,6 +334,67 @@ def test_restore_from_another_program(page: Page) -> None:
         None,
         None,
     )
+
+
+SETTINGS = (
+    "a green star\nNegative prompt: grain\nSteps: 7, Sampler: DPM++ 2M Karras, CFG scale: 2.5, "
+    "Seed: 6687881544318117707, Size: 123x131"
+)
+
+
+def foreign_file(kind: str) -> bytes:
+    "The settings in a file as other programs write it."
+    buffer, exif = io.BytesIO(), Image.Exif()
+    if kind == "png":
+        settings = {"prompt": "a green star", "negative_prompt": "grain", "steps": 7, "guidance_scale": 2.5}
+        settings |= {"seed": "6687881544318117707", "sampler": "dpmpp_2m", "scheduler": "karras"}
+        settings |= {"resolution": "(123, 131)", "performance": "Speed"}
+        info = PngInfo()
+        info.add_text("parameters", json.dumps(settings))
+        scene().save(buffer, "PNG", pnginfo=info)
+    else:
+        body = SETTINGS.replace("\n", "\r\n").encode("utf-8" if kind == "jpeg" else "utf-16-le")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + body
+        scene().save(buffer, kind.upper(), exif=exif.tobytes())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp", "png"])
+def test_nothing_of_the_former_form_stays(page: Page, kind: str) -> None:
+    "Whatever file the settings come in, negative prompt, LoRAs and controls of before are gone, and seeds are exact."
+    fill(page, prompt=PROMPT, negative_prompt="blurry", num_inference_steps=30, clip_skip=1)
+    unfold(page, "LoRA")
+    page.get_by_role("button", name="Add a LoRA").or_(page.get_by_role("button", name="+ other")).first.click()
+    unfold(page, "ControlNet")
+    page.get_by_role("button", name="Add a control").click()
+    page.locator('[data-image="controlnets[0].image"]').wait_for(state="attached")
+    bring(page, foreign_file(kind), kind)
+    status = page.locator(".status")
+    expect(status).to_contain_text("6687881544318117707")
+    expect(status).to_contain_text("width is rounded to 120")
+    values = {"prompt": "a green star", "negative_prompt": "grain", "num_inference_steps": "7", "guidance_scale": "2.5"}
+    values |= {"scheduler": "dpmpp_2m", "seed": "", "width": "120", "height": "128", "clip_skip": ""}
+    for name, value in values.items():
+        expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
+    expect(page.locator('[data-path="loras[0].name"]')).to_have_count(0)
+    expect(page.locator('[data-image="controlnets[0].image"]')).to_have_count(0)
+    plan = read_metadata(generate(page)).plan
+    assert (plan.negative_prompt, plan.loras, plan.controlnets, plan.width) == ("grain", None, None, 120)
+    bring(page, encode_image(scene(), metadata={PARAMETERS_KEY: "a blue square\nSteps: 5, Seed: 9007199254740991"}))
+    expect(status).to_have_text("Settings restored.")
+    for name, value in {"negative_prompt": "", "scheduler": "", "seed": "9007199254740991"}.items():
+        expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
+
+
+def test_a_graph_without_known_settings(page: Page) -> None:
+    "The page does not claim to have restored anything, and the form stays."
+    fill(page, prompt=PROMPT)
+    info, buffer = PngInfo(), io.BytesIO()
+    info.add_text("prompt", '{"3": {"class_type": "VideoMaker", "inputs": {}}}')
+    scene().save(buffer, "PNG", pnginfo=info)
+    bring(page, buffer.getvalue())
+    expect(page.locator(".status")).to_contain_text("No settings restored: prompt VideoMaker")
+    expect(page.locator("[data-path=prompt]")).to_have_value(PROMPT)
 
 
 def test_a_large_seed_is_not_rounded(page: Page) -> None:

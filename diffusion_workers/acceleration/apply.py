@@ -24,7 +24,6 @@ from .compilation import CompiledBlocks
 from .denoiser_calls import Arithmetic, DoubledRun, SeparateRun
 from .encoder_cache import EncoderCache, use_encoder_cache
 from .step_cache import CacheSchedule, use_unet_cache
-from ..families.record import remaining_steps
 from ..models.manifest import MemorySettings
 from ..pipeline.controlnets import view_of
 from ..pipeline.factory import PipelineFactory, use_part
@@ -245,8 +244,6 @@ def _separate_run(
     factory: PipelineFactory,
 ) -> SeparateRun:
     steps = plan.denoising_steps
-    if plan.strength is not None:  # the count by which images were cached before plans counted as the pipeline does
-        steps = remaining_steps(plan.num_inference_steps, plan.strength) or steps
     if plan.step_cache is not None:
         ratios, dtype = factory.manifest.mag_ratios, pipe.transformer.dtype
         config = transformer_cache(plan.step_cache, steps, plan.num_inference_steps, ratios, dtype)

@@ -124,14 +124,17 @@ Measure = Callable[[Image.Image, Image.Image], float]  # (image, exact image) ->
 DIFFERENCES: dict[str, Measure] = {"psnr": psnr, "ssim": ssim}
 
 
-def service_work(service: DiffusionService, request: Mapping[str, Any]) -> Work:
+def service_work(
+    service: DiffusionService, request: Mapping[str, Any]
+) -> Callable[[], tuple[Image.Image, Mapping[str, float]]]:
     "A function that generates an image through the service; raises RuntimeError when that fails."
 
     def work() -> tuple[Image.Image, Mapping[str, float]]:
         result = service.generate(**request)
-        if result.status != "success":
+        made = result.generation
+        if result.status != "success" or made is None:
             raise RuntimeError(f"the scenario made no image: {result.message}")
-        return result.images[0], result.generation.timings.model_dump(exclude_none=True)
+        return result.images[0], made.timings.model_dump(exclude_none=True) if made.timings else {}
 
     return work
 
@@ -177,10 +180,13 @@ def run_scenarios(
     order = random.Random(seed)
     samples = []
     images = {}
-    call = lambda name: measure(name, number, lambda: _as_pair(works[name]()), device)
+
+    def call(name: str, number: int) -> tuple[Sample, Image.Image]:
+        return measure(name, number, lambda: _as_pair(works[name]()), device)
+
     for number in range(-warm_up, rounds):
         for name in order.sample(list(works), len(works)):
-            sample, images[name] = call(name)
+            sample, images[name] = call(name, number)
             if number >= 0:
                 samples.append(sample)
     exact = images[next(iter(works))]
@@ -532,13 +538,13 @@ def clip_score(
     return score
 
 
-def lpips_distance(net: str = "alex", device: str = "cpu") -> Measure:  # alex, vgg or squeeze
+def lpips_distance(backbone: str = "alex", device: str = "cpu") -> Measure:  # alex, vgg or squeeze
     "A measure for `run_benchmark`: the perceptual distance to the exact image; needs the package lpips."
     try:
         import lpips
     except ImportError:
         raise ImportError("LPIPS is measured by the package lpips: pip install lpips") from None
-    network = lpips.LPIPS(net=net, verbose=False).to(device).eval()
+    network = lpips.LPIPS(net=backbone, verbose=False).to(device).eval()
     tensor = lambda p: (
         torch.from_numpy(np.asarray(p.convert("RGB"), np.float32) / 127.5 - 1).permute(2, 0, 1)[None].to(device)
     )

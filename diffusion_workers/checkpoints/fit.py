@@ -44,7 +44,7 @@ from ..request.errors import request_error
 from ez_diffusion_client.models import ErrorCode
 
 # %% ../../nbs/45_checkpoints/02_fit.ipynb #581bcb9e
-def network_class(class_name: str) -> type:
+def network_class(class_name: str) -> type[Any]:  # type checkers see neither library
     "A class of diffusers or transformers by its name."
     return getattr(diffusers, class_name, None) or getattr(transformers, class_name)
 
@@ -239,7 +239,7 @@ def locate(
     class_name: str,
     slot: str | None = None,  # of the network in its pipeline
 ) -> str:  # the prefix of its tensors
-    "Where a network is in a file; a `WeightFileError` says what the file is instead."
+    "Where a network is in a file; raises a `WeightFileError` that names what the file is instead."
     kind, layout = identify(header), layout_of(class_name, slot)
     for marker, what in EDM.items():
         if marker in header.tensors:
@@ -345,7 +345,7 @@ def check_folder(
     class_name: str,
     variant: str | None,
 ) -> None:
-    "Compare the weights of a folder with its configuration; a `WeightFileError` says what does not fit."
+    "Compare the weights of a folder with its configuration; raises a `WeightFileError` if they do not fit."
     config = read_config(folder / "config.json")
     if not config:
         missing = "there is no such folder" if not folder.is_dir() else "it has no config.json"

@@ -12,7 +12,7 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ def read_tensors(
     "The tensors of a file by the names of its header; those of a .gguf file stay packed where that can be."
     if header.is_gguf:
         return _read_gguf_tensors(header, names)
-    tensors = {}
+    tensors: Tensors = {}
     for path in header.files:
         with safe_open(path, framework="pt") as file:
             present = file.keys()
@@ -262,7 +262,7 @@ def _original_unet(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     if "input_blocks.0.0.weight" not in tensors:
         return dict(tensors)
     known = dict(config)
-    if "label_emb.0.0.weight" not in tensors:  # diffusers would stop at its absence, without a word on what is missing
+    if "label_emb.0.0.weight" not in tensors:  # diffusers would fail without naming what is missing
         known |= {"addition_embed_type": None, "class_embed_type": None}
     return convert_ldm_unet_checkpoint(
         {f"model.diffusion_model.{name}": value for name, value in tensors.items()}, known
@@ -552,7 +552,7 @@ def layout_of(
 
 
 def find_prefix(
-    names: Mapping[str, Any] | set[str],
+    names: Collection[str],
     layout: Layout,
 ) -> str | None:  # None where the file has no such network
     "What stands before the names of a network in a file."

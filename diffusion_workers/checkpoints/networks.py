@@ -75,7 +75,7 @@ def published_source(
     source: FileSource,
     header: WeightHeader | None = None,  # of the file, where it was read already
 ) -> HubSource:
-    "The repository with the configuration of a checkpoint, which diffusers knows by names and shapes."
+    "The repository with the configuration of a checkpoint, which diffusers infers from names and shapes."
     header = header or read_header(source.location())
     return HubSource(hub=fetch_diffusers_config(announced_tensors(header))["pretrained_model_name_or_path"])
 
@@ -120,7 +120,7 @@ def check_checkpoint(
     missing = [slot for slot, prefix in prefixes.items() if prefix is None]
     kind = identify(header)
     if len(missing) == len(wanted) and missing:
-        locate(header, wanted[missing[0]], missing[0])  # says what it is
+        locate(header, wanted[missing[0]], missing[0])  # raises with what it is
     if missing:
         raise WeightFileError(*_lacking(source, wanted, missing, kind.what))
     found = tuple(prefix for prefix in prefixes.values() if prefix)
@@ -150,7 +150,7 @@ def followed_scheduler(
     scheduler: SchedulerMixin,  # of the configuration
     prediction: Prediction,  # what the file says
     name: str,  # of the model, for the log
-) -> SchedulerMixin:  # the same one where the file says nothing new
+) -> SchedulerMixin:  # the same one if the file has no marker
     "A scheduler that predicts what the markers of a checkpoint say."
     own, asked = scheduler.config.get("prediction_type"), prediction.prediction_type
     changes: dict[str, Any] = {}

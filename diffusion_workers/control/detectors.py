@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'MAX_DETECTOR_SIDE', 'SPECIAL', 'detector_class', 'local_file', 'hub_file', 'find_weights', 'tamed_loading',
            'load_detector', 'detector_size', 'ask', 'straight_lines', 'paint_regions', 'regions', 'screen', 'any_lines',
-           'detect', 'weights_at_hand', 'PreprocessorStore']
+           'detect', 'weight_states', 'PreprocessorStore']
 
 # %% ../../nbs/30_control/02_detectors.ipynb #c27b1eea
 import contextlib
@@ -35,8 +35,10 @@ logger = logging.getLogger("diffusion_workers")
 def detector_class(
     row: ControlnetGuideImagePreprocessor,  # one that names a detector
     field: str = "preprocessing",  # where it stands in the request
-) -> type:
-    "The class of controlnet-aux; a RequestError (missing_dependency) says how to get it."
+) -> type[Any]:
+    "The class of controlnet-aux; raises a RequestError (missing_dependency) if it cannot be imported."
+    if row.detector is None:
+        raise ValueError(f"{row.name} needs no detector")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a dozen about deprecated names inside of it
@@ -86,7 +88,7 @@ def find_weights(
     folders: Sequence[Path] = (),  # of the operator
     field: str = "preprocessing",  # where it stands in the request
 ) -> dict[str, Path]:  # argument of `from_pretrained` -> file
-    "The files that a detector reads; a RequestError (model_unavailable) says which one is missing, and how to get it."
+    "The files that a detector reads; raises a RequestError (model_unavailable) if one is missing."
     found = {}
     for argument, file in row.files:
         path = local_file(row.repository, file, folders) or hub_file(row.repository, file)
@@ -131,7 +133,7 @@ def _networks(detector: Any) -> Iterator[Any]:  # the torch modules inside of a 
     return (part for part in parts if isinstance(part, torch.nn.Module))
 
 
-def _load_leres(cls: type, files: dict[str, Path]) -> Any:  # without the second network, which only boosting needs
+def _load_leres(cls: type[Any], files: dict[str, Path]) -> Any:  # without the second network, which only boosting needs
     import torch
     from controlnet_aux.leres.leres.multi_depth_model_woauxi import RelDepthModel
     from controlnet_aux.leres.leres.net_tools import strip_prefix_if_present
@@ -149,7 +151,7 @@ def load_detector(
     device: str = "cpu",
     field: str = "preprocessing",
 ) -> Any:  # an instance of the class that the row names, in evaluation mode, on the device
-    "Read the weights of a detector; a RequestError says what is missing or damaged."
+    "Read the weights of a detector; raises a RequestError if they are missing or damaged."
     cls, files = detector_class(row, field), find_weights(row, folders, field)
     try:
         with tamed_loading():
@@ -228,7 +230,7 @@ def paint_regions(
     masks: Sequence[np.ndarray],  # (H, W) bool each
 ) -> np.ndarray:  # (H, W, 3) uint8
     "Regions in colours by rank, the largest at the bottom; black where there is none."
-    canvas = np.zeros((*size, 3), np.uint8)
+    canvas: np.ndarray = np.zeros((*size, 3), np.uint8)
     ranked = sorted(masks, key=lambda mask: -int(mask.sum()))
     for mask, colour in zip(ranked, np.random.default_rng(0).integers(40, 256, (len(ranked), 3), dtype=np.uint8)):
         canvas[mask] = colour
@@ -295,12 +297,12 @@ def detect(
     pixels: np.ndarray,  # (H, W, 3) uint8, any size
     parameters: dict[str, Any],  # by name, none missing
 ) -> np.ndarray:  # (h, w, 3) uint8, sides that are multiples of 64
-    "The map that a detector draws of a picture, at the size nearest to the picture's that it takes."
-    call = SPECIAL.get(row.name) or SPECIAL.get(row.detector) or ask
-    picture = Image.fromarray(pixels)
-    size = detector_size(*picture.size)
-    picture = picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
-    made = np.asarray(call(detector, np.array(picture), **parameters))
+    "The map that a detector draws of an image, at the size nearest to the image's that it takes."
+    call = SPECIAL.get(row.name) or SPECIAL.get(row.detector or "") or ask
+    image = Image.fromarray(pixels)
+    size = detector_size(*image.size)
+    image = image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+    made = np.asarray(call(detector, np.array(image), **parameters))
     return made if made.ndim == 3 else np.repeat(made[..., None], 3, axis=2)
 
 # %% ../../nbs/30_control/02_detectors.ipynb #72749c8c
@@ -308,7 +310,7 @@ def _key(row: ControlnetGuideImagePreprocessor) -> tuple:  # rows with the same 
     return row.detector, row.repository, row.files, row.options
 
 
-def weights_at_hand(
+def weight_states(
     folders: Sequence[Path] = (),  # of the operator
 ) -> dict[str, str]:  # preprocessor -> "not needed", "on the disk", or what is not here
     "What is known of the weights of each preprocessor without loading them or asking the network."
@@ -337,7 +339,7 @@ class PreprocessorStore:
         folders: Sequence[Path] = (),  # of the operator, where weights are looked for before the Hub's cache
         device: str = "cpu",  # where the detectors run
         max_loaded: int = 4,  # detectors that stay in memory, at least 1
-        max_maps: int = 16,  # of networks that are remembered; a map that was asked for before is not computed again
+        max_maps: int = 16,  # of networks that are cached; the same map is not computed again
     ):
         if max_loaded < 1:
             raise ValueError(f"max_loaded is {max_loaded}: at least one detector stays in memory while it works")
@@ -358,7 +360,7 @@ class PreprocessorStore:
         *,
         field: str = "preprocessing",  # where it stands in the request, for errors
     ) -> Image.Image:  # RGB, (width, height)
-        "The control map of a picture; a RequestError says what is wrong, or missing on this machine."
+        "The control map of an image; raises a RequestError if the request is invalid or something is missing."
 
         def with_network(
             row: ControlnetGuideImagePreprocessor, pixels: np.ndarray, parameters: dict[str, Any]
@@ -404,6 +406,6 @@ class PreprocessorStore:
     def _repr_markdown_(self) -> str:
         lines = [
             f"| `{name}` | {'loaded' if name in self.loaded else state} |"
-            for name, state in weights_at_hand(self.folders).items()
+            for name, state in weight_states(self.folders).items()
         ]
         return "\n".join(["| preprocessor | weights |", "|---|---|", *lines])

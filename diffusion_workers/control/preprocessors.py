@@ -41,7 +41,7 @@ class Parameter:
     "A named control of a preprocessor."
 
     name: str
-    default: bool | int | float  # says the type too
+    default: bool | int | float  # also sets the type
     meaning: str  # one line
     low: float | None = None  # smallest value; not for true or false
     high: float | None = None  # largest value
@@ -80,7 +80,8 @@ def check_value(
             given=value,
             allowed=parameter.allowed,
         )
-    if not parameter.low <= value <= parameter.high:
+    low, high = parameter.low, parameter.high
+    if (low is not None and value < low) or (high is not None and value > high):
         return error_detail(
             ErrorCode.out_of_range,
             f"{parameter.name} is out of range",
@@ -101,20 +102,20 @@ class MapScaling(StrEnum):
 # %% ../../nbs/30_control/01_preprocessors.ipynb #ed69dbc2
 @dataclass(frozen=True)
 class ControlnetGuideImagePreprocessor:
-    "A way from a picture to the map that guides a ControlNet."
+    "How an image becomes the control map of a ControlNet."
 
     name: str
     title: str  # one line: what the map shows
-    nets: str  # the nets that expect such a map, by the words in their names
+    controlnets: str  # the ControlNets that expect such a map, by the words in their names
     parameters: tuple[Parameter, ...] = ()
-    union_modes: tuple[UnionModeName, ...] = ()  # kinds of map for a union net, the closest first
+    union_modes: tuple[UnionModeName, ...] = ()  # kinds of map for a union ControlNet, the closest first
     scaling: MapScaling = MapScaling.smooth
     make_map: Callable[..., np.ndarray] | None = (
         None  # (H, W, 3) uint8 and parameters by name -> the same shape and type
     )
     needs_mask: bool = False  # `make_map` takes a `mask` too
     detector: str | None = None  # a class of controlnet_aux, where `make_map` is None
-    repository: str | None = None  # on the Hub, where the weights are
+    repository: str = ""  # on the Hub, where the weights are; empty where there are none
     files: tuple[tuple[str, str], ...] = ()  # (argument of `from_pretrained`, path in the repository)
     options: tuple[tuple[str, Any], ...] = ()  # further arguments of `from_pretrained`
 
@@ -135,7 +136,9 @@ class ControlnetGuideImagePreprocessor:
         return f"{self.repository}: {', '.join(file for _, file in self.files)}" if self.files else "none"
 
     def _repr_markdown_(self) -> str:
-        facts = f"**{self.name}**: {self.title}. For {self.nets}. Weights: {self.weights}. Needs `{self.package}`."
+        facts = (
+            f"**{self.name}**: {self.title}. For {self.controlnets}. Weights: {self.weights}. Needs `{self.package}`."
+        )
         lines = [f"| `{p.name}` | {p.default} | {p.allowed} | {p.meaning} |" for p in self.parameters]
         return "\n".join(
             [facts, "", "| parameter | default | allowed | meaning |", "|---|---|---|---|", *lines]
@@ -162,7 +165,7 @@ class PreprocessorTable(dict[str, ControlnetGuideImagePreprocessor]):
         for row in self.values():
             parameters = ", ".join(f"`{p.name}={p.default}`" for p in row.parameters)
             head.append(
-                f"| `{row.name}` | {row.title} | {row.nets} | {', '.join(row.union_modes)} | {parameters} "
+                f"| `{row.name}` | {row.title} | {row.controlnets} | {', '.join(row.union_modes)} | {parameters} "
                 f"| {row.weights} |"
             )
         return "\n".join(head)
@@ -172,7 +175,7 @@ PREPROCESSORS = PreprocessorTable()
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #00ef579a
 def opencv() -> Any:  # the module cv2
-    "OpenCV, read when it is needed; a RequestError (missing_dependency) says how to get it."
+    "OpenCV, imported when it is needed; raises a RequestError (missing_dependency) if it cannot be."
     try:
         import cv2
     except ImportError as exc:
@@ -222,7 +225,7 @@ def lineart_standard_map(
     intensity_threshold: int,  # what is this much darker counts when the usual contrast is measured
 ) -> np.ndarray:
     "Gray lines on black wherever a pixel is darker than its surroundings in all three channels."
-    values = pixels.astype(np.float32)
+    values: np.ndarray = pixels.astype(np.float32)
     darker = (opencv().GaussianBlur(values, (0, 0), gaussian_sigma) - values).min(axis=2).clip(0, 255)
     marked = darker[darker > intensity_threshold]
     usual = max(16.0, float(np.median(marked))) if marked.size else 16.0
@@ -234,7 +237,8 @@ def scribble_xdog_map(
     threshold: int,  # small makes more strokes
 ) -> np.ndarray:
     "White strokes on black by a difference of two Gaussian blurs (Winnemoeller et al. 2012)."
-    cv2, values = opencv(), pixels.astype(np.float32)
+    cv2 = opencv()
+    values: np.ndarray = pixels.astype(np.float32)
     darker = (cv2.GaussianBlur(values, (0, 0), 5.0) - cv2.GaussianBlur(values, (0, 0), 0.5)).min(axis=2)
     return three_channels(np.where(2 * darker > threshold, 255, 0).astype(np.uint8))
 
@@ -256,11 +260,11 @@ def invert_map(
     return 255 - pixels
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #724ea92d
-_LINE_NETS = "lineart, anime lineart and scribble ControlNets"
+_LINE_CONTROLNETS = "lineart, anime lineart and scribble ControlNets"
 PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "lineart_standard",
-        "gray lines where the picture is darker than around",
+        "gray lines where the image is darker than around",
         "lineart ControlNets",
         (
             Parameter("gaussian_sigma", 6.0, "pixels that the surroundings reach", 0.5, 100),
@@ -290,7 +294,7 @@ PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "invert",
         "the negative, for drawings on white paper",
-        _LINE_NETS,
+        _LINE_CONTROLNETS,
         (),
         (UnionModeName.line, UnionModeName.soft_edge),
         make_map=invert_map,
@@ -302,7 +306,7 @@ def tile_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
     down_sampling_rate: float,  # 1 keeps every detail, 8 hardly any
 ) -> np.ndarray:
-    "The picture with its fine detail taken out, to be made up anew."
+    "The image without its fine detail, which the ControlNet adds again."
     cv2, (height, width) = opencv(), pixels.shape[:2]
     small = (max(1, round(width / down_sampling_rate)), max(1, round(height / down_sampling_rate)))
     return cv2.resize(
@@ -314,14 +318,14 @@ def blur_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
     sigma: float,  # pixels
 ) -> np.ndarray:
-    "The picture out of focus."
+    "The image out of focus."
     return opencv().GaussianBlur(pixels, (0, 0), sigma)
 
 
 def gray_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
 ) -> np.ndarray:
-    "The picture without its colours, by the weights of ITU-R BT.601."
+    "The image without its colours, by the weights of ITU-R BT.601."
     cv2 = opencv()
     return three_channels(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))
 
@@ -345,7 +349,7 @@ def low_quality_map(
     jpeg_quality: int,  # 1 to 100
     seed: int,
 ) -> np.ndarray:
-    "The picture as a bad copy: shrunk, noisy, and saved as a JPEG."
+    "The image as a bad copy: shrunk, noisy, and saved as a JPEG."
     cv2, (height, width) = opencv(), pixels.shape[:2]
     small = cv2.resize(
         pixels, (max(1, round(width / scale)), max(1, round(height / scale))), interpolation=cv2.INTER_AREA
@@ -373,7 +377,7 @@ def content_shuffle_map(
     scale: int,  # pixels over which neighbours stay neighbours
     seed: int,
 ) -> np.ndarray:
-    "The colours of the picture in other places, flowing into each other."
+    "The colours of the image in other places, flowing into each other."
     cv2, (height, width) = opencv(), pixels.shape[:2]
     rng = np.random.default_rng(seed)
     across, down = (_smooth_field(rng, height, width, scale) * (side - 1) for side in (width, height))
@@ -384,7 +388,7 @@ def inpaint_mask_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
     mask: np.ndarray,  # (H, W) uint8: 128 and above is repainted
 ) -> np.ndarray:
-    "The picture with a black hole where the mask is white."
+    "The image with a black hole where the mask is white."
     return np.where((mask >= 128)[..., None], 0, pixels).astype(np.uint8)
 
 
@@ -395,7 +399,7 @@ def inpaint_condition(
     "What control_v11p_sd15_inpaint and its kin are given."
     if image.size != mask.size:
         raise ValueError(
-            f"the picture is {image.size} and the mask {mask.size}: bring both to the size of the generation"
+            f"the image is {image.size} and the mask {mask.size}: bring both to the size of the generation"
         )
     values = np.asarray(image.convert("RGB"), np.float32) / 255
     hole = np.asarray(mask.convert("L")) >= 128
@@ -405,7 +409,7 @@ def inpaint_condition(
 def pass_through(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
 ) -> np.ndarray:
-    "The picture as it is."
+    "The image as it is."
     return pixels
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #b27d2230
@@ -413,7 +417,7 @@ _SEED = Parameter("seed", 0, "another seed, another map", 0, 2**32 - 1)
 PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "tile",
-        "the picture without its fine detail",
+        "the image without its fine detail",
         "tile ControlNets",
         (Parameter("down_sampling_rate", 1.0, "1 keeps all detail, 8 hardly any", 1, 64),),
         (UnionModeName.tile,),
@@ -421,7 +425,7 @@ PREPROCESSORS.add(
     ),
     ControlnetGuideImagePreprocessor(
         "blur",
-        "the picture out of focus",
+        "the image out of focus",
         "blur and tile ControlNets",
         (Parameter("sigma", 9.0, "radius in pixels", 0.1, 256),),
         (UnionModeName.blur, UnionModeName.tile),
@@ -429,7 +433,7 @@ PREPROCESSORS.add(
     ),
     ControlnetGuideImagePreprocessor(
         "gray",
-        "the picture without colour",
+        "the image without colour",
         "gray and recolor ControlNets",
         (),
         (UnionModeName.gray,),
@@ -437,7 +441,7 @@ PREPROCESSORS.add(
     ),
     ControlnetGuideImagePreprocessor(
         "low_quality",
-        "a small, noisy JPEG of the picture",
+        "a small, noisy JPEG of the image",
         "low quality (lq), upscaling and tile ControlNets",
         (
             Parameter("scale", 4.0, "how much smaller the copy is", 1, 64),
@@ -450,7 +454,7 @@ PREPROCESSORS.add(
     ),
     ControlnetGuideImagePreprocessor(
         "color_palette",
-        "a grid of the picture's colours",
+        "a grid of the image's colours",
         "color adapters and ControlNets",
         (Parameter("tile_size", 64, "pixels along one side of a patch", 2, 1024),),
         (),
@@ -459,14 +463,14 @@ PREPROCESSORS.add(
     ),
     ControlnetGuideImagePreprocessor(
         "content_shuffle",
-        "the picture's colours, its shapes dissolved",
+        "the image's colours, its shapes dissolved",
         "shuffle ControlNets",
         (Parameter("scale", 256, "pixels over which neighbours stay neighbours", 8, 4096), _SEED),
         make_map=content_shuffle_map,
     ),
     ControlnetGuideImagePreprocessor(
         "inpaint_mask",
-        "the picture with a black hole where the mask is white",
+        "the image with a black hole where the mask is white",
         "inpaint ControlNets; needs mask_image",
         (),
         (UnionModeName.repaint,),
@@ -476,22 +480,22 @@ PREPROCESSORS.add(
     ),
     ControlnetGuideImagePreprocessor(
         "none",
-        "the picture as it is",
-        "any net, when the picture is a map already",
+        "the image as it is",
+        "any ControlNet, when the image is a map already",
         make_map=pass_through,
     ),
 )
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #696a2241
-_SAFE = Parameter("safe", False, "round the edges to a few levels, so that nothing of the picture hides in them")
+_SAFE = Parameter("safe", False, "round the edges to a few levels, so that nothing of the image hides in them")
 _SCRIBBLE = Parameter("scribble", False, "strokes of one width, as for a doodle")
-_TWO_NETS = "softedge (and, with scribble, scribble) ControlNets"
+_SOFTEDGE_CONTROLNETS = "softedge (and, with scribble, scribble) ControlNets"
 
 
 def _annotator(
     name: str,
     title: str,
-    nets: str,
+    controlnets: str,
     mode: UnionModeName | None,
     detector: str,
     files: dict[str, str],
@@ -504,7 +508,7 @@ def _annotator(
         ControlnetGuideImagePreprocessor(
             name,
             title,
-            nets,
+            controlnets,
             tuple(parameters),
             (mode,) if mode else (),
             scaling,
@@ -519,7 +523,7 @@ def _annotator(
 _annotator(
     "hed",
     "soft edges (HED)",
-    _TWO_NETS,
+    _SOFTEDGE_CONTROLNETS,
     UnionModeName.soft_edge,
     "HEDdetector",
     {"filename": "ControlNetHED.pth"},
@@ -528,7 +532,7 @@ _annotator(
 _annotator(
     "pidinet",
     "soft edges (PiDiNet), crisper than HED",
-    _TWO_NETS,
+    _SOFTEDGE_CONTROLNETS,
     UnionModeName.soft_edge,
     "PidiNetDetector",
     {"filename": "table5_pidinet.pth"},
@@ -693,7 +697,7 @@ _annotator(
 )
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #7e0bb227
-_ELSEWHERE = {  # names that people know -> what to do here
+_OTHER_NAMES = {  # names of other programs -> what to do here
     "dwpose": "DWPose needs packages that cannot be built beside this version of torch; use openpose",
     "mediapipe_face": "use openpose with include_face",
     "depth": "use midas, leres or zoe",
@@ -716,8 +720,8 @@ _ELSEWHERE = {  # names that people know -> what to do here
 
 def _unknown_name(name: str, field: str) -> ErrorDetail:
     plain = name.strip().lower().replace("-", "_").replace(" ", "_")
-    hint = _ELSEWHERE.get(plain) or next(
-        (text for key, text in _ELSEWHERE.items() if key == "dwpose" and "dw" in plain and "pose" in plain), None
+    hint = _OTHER_NAMES.get(plain) or next(
+        (text for key, text in _OTHER_NAMES.items() if key == "dwpose" and "dw" in plain and "pose" in plain), None
     )
     near = nearest_name(plain, list(PREPROCESSORS))
     return error_detail(
@@ -783,7 +787,7 @@ def working_size(
 def to_rgb(
     image: Image.Image,  # any mode
 ) -> Image.Image:  # RGB
-    "Any picture as RGB, by the rules for pictures in requests: transparent parts over white, 16 bits scaled to 8."
+    "Any image as RGB, by the rules for images in requests: transparent parts over white, 16 bits scaled to 8."
     return image if image.mode == "RGB" else decode_image(to_image_string(image)).image
 
 
@@ -811,7 +815,7 @@ def _prepared_mask(
     if not row.needs_mask:
         return {}
     if mask is None:
-        hint = "send mask_image: white where the picture is repainted"
+        hint = "send mask_image: white where the image is repainted"
         raise request_error(
             ErrorCode.missing_field,
             f"{row.name} needs a mask",
@@ -827,13 +831,13 @@ def make_map(
     width: int,  # pixels of the map
     height: int,
     resize_mode: ResizeMode = ResizeMode.just_resize,  # what gives where the shapes differ
-    mask: Image.Image | None = None,  # of the shape of the picture, white is repainted; for preprocessors that need one
+    mask: Image.Image | None = None,  # of the shape of the image, white is repainted; for preprocessors that need one
     *,
     detect: Callable[..., np.ndarray]
     | None = None,  # (row, pixels, parameters) -> pixels, for rows that name a detector
     field: str = "preprocessing",  # where it stands in the request, for errors
 ) -> Image.Image:  # RGB, (width, height)
-    "The control map of a picture; a RequestError names every mistake."
+    "The control map of an image; raises a RequestError with every mistake."
     if errors := list(check_preprocessing(preprocessing, field)):
         raise RequestError(errors)
     row, parameters = PREPROCESSORS[preprocessing.name], preprocessing_parameters(preprocessing)
@@ -847,7 +851,10 @@ def make_map(
     size = working_size(width, height, preprocessing.resolution)
     pixels = np.asarray(resize_image(to_rgb(image), *size, resize_mode))
     extra = _prepared_mask(row, mask, size, resize_mode, field)
-    made = row.make_map(pixels, **parameters, **extra) if row.make_map else detect(row, pixels, parameters)
+    if row.make_map is not None:
+        made = row.make_map(pixels, **parameters, **extra)
+    elif detect is not None:
+        made = detect(row, pixels, parameters)
     return resize_map(Image.fromarray(made), width, height, row.scaling)
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #aac79cce
@@ -880,7 +887,7 @@ def union_mode_number(
     table: str,  # a numbering, such as "sdxl_union"
     mode: UnionModeName | int,  # by name or by number
 ) -> int:  # what the pipeline is given
-    "The number of a mode; a ValueError says which there are."
+    "The number of a mode; raises a ValueError for an unknown one."
     modes = union_modes(table)
     if not modes:
         raise ValueError(
@@ -928,7 +935,7 @@ def preprocessor_list() -> list[PreprocessorInfo]:
         PreprocessorInfo(
             name=row.name,
             title=row.title,
-            nets=row.nets,
+            controlnets=row.controlnets,
             needs_mask=row.needs_mask,
             weights=row.weights if row.files else None,
             union_modes=list(row.union_modes) or None,

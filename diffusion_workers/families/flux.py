@@ -14,6 +14,7 @@ from diffusion_workers.families.record import (
     Family,
     Guidance,
     Latents,
+    LoraBlocks,
     LoraKeys,
     LoraMark,
     OriginalName,
@@ -41,6 +42,10 @@ _DOUBLE = {  # original name below double_blocks.i -> modules below transformer_
     "img_mlp.2": ("ff.net.2",),
     "txt_mlp.0": ("ff_context.net.0.proj",),
     "txt_mlp.2": ("ff_context.net.2",),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
 }
 _DOUBLE |= {  # XLabs' names of the two streams
     "qkv1": _DOUBLE["img_attn.qkv"],
@@ -50,10 +55,13 @@ _DOUBLE |= {  # XLabs' names of the two streams
 }
 _SINGLE = {  # below single_blocks.i -> below single_transformer_blocks.i
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear1_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),  # ComfyUI's name for those rows of linear1
     "qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "linear2": ("proj_out",),
     "proj": ("proj_out",),
     "modulation.lin": ("norm.linear",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
 }
 _ENDS = {
     "img_in": "x_embedder",
@@ -175,7 +183,9 @@ FLUX = Family(
     denoiser="transformer",
     denoiser_config={},
     gpu_dtype="bfloat16",
-    unused_fields=frozenset({"clip_skip", "guidance_rescale", "size_conditioning", "refiner"}),
+    unused_fields=frozenset(
+        {"clip_skip", "guidance_rescale", "size_conditioning", "refiner", "timestep_spacing", "eta"}
+    ),
     guidance=Guidance("true_cfg_scale", embedded_field="guidance_scale", needed="true_cfg_scale and a negative prompt"),
     texts=(  # CLIP only summarises the prompt; what T5 cuts off is lost
         TextInput("prompt", "tokenizer_2", max_tokens=512, unless="prompt_2"),
@@ -207,7 +217,8 @@ FLUX = Family(
                 order=40,
             ),
         ),
-        architectures=("flux1", "flux-1"),
+        architectures=("flux1", "flux-1", "flux.1"),
+        blocks=LoraBlocks(3072, double=19, single=38),
         text_encoders={"text_encoder_3": "text_encoder_2"},  # kohya and ComfyUI call T5 the third encoder here too
     ),
     tiny=TinyModel(

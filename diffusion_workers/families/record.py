@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SELECTIVE_FIELDS', 'CLIP_SIZES', 'remaining_steps', 'remaining_steps_at_least_one', 'PipelineCall', 'Guidance',
-           'TextInput', 'Latents', 'Controls', 'LoraMark', 'OriginalName', 'LoraKeys', 'TinyComponent', 'TinyModel',
-           'tiny_clip', 'tiny_t5', 'tiny_vae', 'Refiner', 'Family']
+           'TextInput', 'Latents', 'Controls', 'LoraMark', 'LoraBlocks', 'OriginalName', 'LoraKeys', 'TinyComponent',
+           'TinyModel', 'tiny_clip', 'tiny_t5', 'tiny_vae', 'Refiner', 'Family']
 
 # %% ../../nbs/05_families/01_record.ipynb #31512aa3
 from collections.abc import Callable, Iterable, Mapping
@@ -117,11 +117,22 @@ class Controls:
 # %% ../../nbs/05_families/01_record.ipynb #2590201a
 @dataclass(frozen=True)
 class LoraMark:
-    "What identifies a LoRA as made for a family: a module's name and the width of its input."
+    "What identifies a LoRA as made for a family: a module's name and shape."
 
     pattern: str  # regular expression for a module's name, searched
     inputs: int | None = None  # width; None is any
     order: int = 10  # smaller is tried first
+    outputs: int | None = None  # width; None is any
+    written: bool = False  # the pattern is for the name as the file has it, with its dots
+
+
+@dataclass(frozen=True)
+class LoraBlocks:
+    "The blocks of a transformer whose attention has the names and widths of another family's."
+
+    width: int  # inputs of the attention
+    double: int  # number of blocks with two streams, by the names double_blocks or transformer_blocks
+    single: int  # by the names single_blocks or single_transformer_blocks
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,7 @@ class LoraKeys:
     original_names: Callable[[Any, Iterable[str]], Iterable[OriginalName]]  # (denoiser, its module paths)
     marks: tuple[LoraMark, ...]
     architectures: tuple[str, ...]  # how ss_base_model_version or modelspec.architecture begins
+    blocks: LoraBlocks | None = None  # where other families name their attention the same
     block_scales: bool = False  # whether the blocks of the denoiser can be scaled one by one
     text_encoders: Mapping[str, str] = field(
         default_factory=dict
@@ -243,6 +255,7 @@ class Family:
     lora: LoraKeys
     tiny: TinyModel
     load_arguments: Mapping[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained
+    clip_skip_base: int = 1  # the "Clip skip" of other programs that means no layer is left out
     refiner: Refiner | None = None
     reads_gguf: bool = False  # whether the denoiser may be a .gguf file
     attention_backends: bool = False  # whether the denoiser has diffusers' choice of attention implementations

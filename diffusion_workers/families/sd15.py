@@ -46,6 +46,7 @@ SCHEDULER_CLASSES = (
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "LCMScheduler",
+    "TCDScheduler",
 )
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
@@ -64,10 +65,13 @@ _RESNET_NAMES = {
     "time_emb_proj": "emb_layers.1",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
 }
 _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
+    "conv_norm_out": "out.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",

@@ -44,6 +44,12 @@ _STREAMS = {  # original name below joint_blocks.i -> modules below transformer_
     "x_block.mlp.fc2": ("ff.net.2",),
     "context_block.mlp.fc1": ("ff_context.net.0.proj",),
     "context_block.mlp.fc2": ("ff_context.net.2",),
+    "x_block.attn.ln_q": ("attn.norm_q",),
+    "x_block.attn.ln_k": ("attn.norm_k",),
+    "context_block.attn.ln_q": ("attn.norm_added_q",),
+    "context_block.attn.ln_k": ("attn.norm_added_k",),
+    "x_block.attn2.ln_q": ("attn2.norm_q",),
+    "x_block.attn2.ln_k": ("attn2.norm_k",),
 }
 _ENDS = {
     "x_embedder.proj": "pos_embed.proj",
@@ -117,7 +123,9 @@ SD35 = Family(
     denoiser="transformer",
     denoiser_config={},
     gpu_dtype="bfloat16",
-    unused_fields=frozenset({"true_cfg_scale", "guidance_rescale", "size_conditioning", "refiner"}),
+    unused_fields=frozenset(
+        {"true_cfg_scale", "guidance_rescale", "size_conditioning", "refiner", "timestep_spacing", "eta"}
+    ),
     guidance=Guidance(),
     texts=(  # CLIP reads the beginning of the prompt, T5 all of it
         TextInput("prompt", "tokenizer_3", max_tokens=256, instead="tokenizer"),
@@ -131,6 +139,7 @@ SD35 = Family(
         "max_sequence_length": 256,  # padding counts: another length is another image
     },
     size_multiple=16,  # patches of 2 x 2 latents of 8 x 8 pixels
+    clip_skip_base=2,  # the last layer but one is the usual one
     schedulers=(SchedulerName.flow_match_euler,),
     latents=Latents(channels=16),
     denoiser_calls="doubled",

@@ -104,6 +104,7 @@ SDXL = Family(
     texts=(TextInput("prompt", "tokenizer"), TextInput("prompt_2", "tokenizer_2")),
     defaults={"width": 1024, "height": 1024, "num_inference_steps": 30, "guidance_scale": 5.0},
     size_multiple=8,
+    clip_skip_base=2,  # the last layer but one is the usual one
     schedulers=DIFFUSION_SCHEDULERS,
     latents=Latents(channels=4),
     denoiser_calls="doubled",

@@ -90,7 +90,7 @@ def _walk(node: yaml.Node, at: tuple, line: int, seen: set[int]) -> Iterator[tup
 
 # %% ../../nbs/20_models/02_files.ipynb #a30da649
 def _read_text(path: Path) -> str:  # of the file
-    "The text of a manifest, or a `ManifestError` that says why there is none."
+    "The text of a manifest; raises a `ManifestError` if it cannot be read."
     try:
         with path.open("rb") as file:
             content = file.read(MAX_MANIFEST_BYTES + 1)
@@ -126,7 +126,7 @@ def _yaml_problem(path: Path, text: str, error: yaml.YAMLError) -> ManifestProbl
     mark, position = getattr(error, "problem_mark", None), getattr(error, "position", None)
     line = mark.line + 1 if mark else 0 if position is None else text[:position].count("\n") + 1
     reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-    return ManifestProblem(str(path), line, "", f"this is no YAML: {reason}")
+    return ManifestProblem(str(path), line, "", f"not valid YAML: {reason}")
 
 # %% ../../nbs/20_models/02_files.ipynb #928b8244
 def _read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:  # (values, location -> line)
@@ -154,8 +154,8 @@ def _read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:  # (value
         raise ManifestError([ManifestProblem(str(path), 0, "", "nested too deeply for a manifest")]) from exc
 
 # %% ../../nbs/20_models/02_files.ipynb #68febfbb
-_TAGS = {f"<{source.kind}>": source for source in SOURCE_KINDS}
-_SECTIONS = {
+_TAGS: dict[str, type[BaseModel]] = {f"<{source.kind}>": source for source in SOURCE_KINDS}
+_SECTIONS: dict[str, type[BaseModel]] = {
     "defaults": Defaults,
     "limits": Limits,
     "components": Component,
@@ -212,7 +212,7 @@ def _sentence(error: Mapping[str, Any]) -> str:  # what was given, what is allow
 
 # %% ../../nbs/20_models/02_files.ipynb #7e5fc618
 def _complaints(error: Mapping[str, Any]) -> list[Complaint]:  # location and sentence
-    "What one pydantic error says, without the steps in its location that are pydantic's own."
+    "The complaints of one pydantic error, without the steps in its location that are pydantic's own."
     if error["type"] == "together":
         return error["ctx"]["complaints"]
     *path_to, last = error["loc"]

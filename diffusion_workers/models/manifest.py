@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PATTERN_WORDS', 'Name', 'Text', 'Pixels', 'Count', 'Subfolder', 'GGUF', 'WeightsFile', 'NetworkFile', 'Dtype',
-           'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype', 'QuantizationName', 'AttentionBackend', 'Share',
-           'Complaint', 'GGUF_ENCODERS', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource', 'HubSource',
-           'FileSource', 'Component', 'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Profile', 'MemorySettings',
-           'Defaults', 'Limits', 'suggest', 'ModelManifest']
+           'ConfigSource', 'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype', 'QuantizationName', 'AttentionBackend',
+           'Share', 'Complaint', 'GGUF_ENCODERS', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource',
+           'HubSource', 'FileSource', 'Component', 'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Profile',
+           'MemorySettings', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
 
 # %% ../../nbs/20_models/01_manifest.ipynb #e7db61b6
 import hashlib
@@ -17,7 +17,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -33,6 +33,7 @@ from ez_diffusion_client.models import (
     SchedulerName,
     StepCacheOptions,
     Task,
+    TimestepSpacing,
     UnionModeName,
 )
 
@@ -113,7 +114,6 @@ class _Source(_Section):
     "Where weights come from."
 
     kind: ClassVar[str]
-    is_gguf: ClassVar[bool | property] = False  # whether they are the quantised weights of a .gguf file
     _folder: Path = PrivateAttr(default=Path("."))  # relative paths start here
 
     def model_post_init(self, context: Any) -> None:
@@ -123,6 +123,11 @@ class _Source(_Section):
     def load_arguments(self) -> dict[str, str]:
         "What `from_pretrained` needs besides the location."
         return {}
+
+    @property
+    def is_gguf(self) -> bool:
+        "Whether they are the quantised weights of a .gguf file."
+        return False
 
 # %% ../../nbs/20_models/01_manifest.ipynb #9df07479
 class BuiltinSource(_Source):
@@ -181,10 +186,15 @@ def _one_of_kinds(data: Any) -> str | None:  # a tag, or None where there is not
     return f"<{found[0]}>" if len(found) == 1 else None
 
 
-def _choice(*sources: type[_Source]) -> Any:  # an annotation: exactly one of these kinds
-    allowed = "exactly one of " + ", ".join(source.kind for source in sources) + " is needed"
-    tagged = Union[tuple(Annotated[source, Tag(f"<{source.kind}>")] for source in sources)]  # noqa: UP007
-    return Annotated[tagged, Discriminator(_one_of_kinds, custom_error_type="manifest", custom_error_message=allowed)]
+def _exactly_one_of(*kinds: str) -> Discriminator:
+    allowed = f"exactly one of {', '.join(kinds)} is needed"
+    return Discriminator(_one_of_kinds, custom_error_type="manifest", custom_error_message=allowed)
+
+
+_Builtin = Annotated[BuiltinSource, Tag("<builtin>")]
+_Folder = Annotated[FolderSource, Tag("<folder>")]
+_Hub = Annotated[HubSource, Tag("<hub>")]
+ConfigSource = Annotated[_Builtin | _Folder | _Hub, _exactly_one_of("builtin", "folder", "hub")]
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ae977a74
 class FileSource(_Source):
@@ -192,9 +202,7 @@ class FileSource(_Source):
 
     kind: ClassVar[str] = "file"
     file: NetworkFile  # absolute, or relative to the manifest
-    config: _choice(BuiltinSource, FolderSource, HubSource) | None = (
-        None  # where the configuration comes from; absent, diffusers asks the Hub
-    )
+    config: ConfigSource | None = None  # where the configuration comes from; default: the Hub
 
     @property
     def is_gguf(self) -> bool:
@@ -208,31 +216,40 @@ class FileSource(_Source):
 
 
 SOURCE_KINDS = (BuiltinSource, FolderSource, FileSource, HubSource)
-Source = _choice(*SOURCE_KINDS)
+Source = Annotated[
+    _Builtin | _Folder | Annotated[FileSource, Tag("<file>")] | _Hub,
+    _exactly_one_of("builtin", "folder", "file", "hub"),
+]
 
 # %% ../../nbs/20_models/01_manifest.ipynb #869cec4f
 class Component(_Section):
     "One part of the pipeline that replaces the model's own."
 
-    source: Source | None = None  # absent only for a scheduler, which then takes the model's configuration
-    class_name: Name | None = Field(default=None, alias="class")  # one that the family allows; absent: its first
-    dtype: Dtype | None = None  # absent follows the model
+    source: Source | None = None  # None only for a scheduler, which then takes the model's configuration
+    class_name: Name | None = Field(default=None, alias="class")  # one that the family allows; default: its first
+    dtype: Dtype | None = None  # default: the model's
     variant: Name | None = None  # such as fp16, for weights in a repository or folder
     options: dict[Name, Annotated[Any, AfterValidator(_scalar)]] = {}  # changes to the configuration of a scheduler
 
 # %% ../../nbs/20_models/01_manifest.ipynb #cc58c965
+if TYPE_CHECKING:
+    UnionTable = str
+else:  # the names that the families register
+    UnionTable = Literal[tuple(UNION_MODE_NUMBERS)]
+
+
 class ControlNetEntry(_Section):
     "A ControlNet that the model offers."
 
     source: Source
-    dtype: Dtype | None = None  # absent follows the model
+    dtype: Dtype | None = None  # default: the model's
     variant: Name | None = None  # such as fp16
-    preprocessors: tuple[Name, ...] = ()  # those that make maps for this net, the usual one first
-    union: bool = Field(default=False, strict=True)  # one net for several kinds of maps
-    union_table: Literal[tuple(UNION_MODE_NUMBERS)] | None = (
-        None  # how its modes are numbered; absent: the family's first
+    preprocessors: tuple[Name, ...] = ()  # those that make maps for this ControlNet, the usual one first
+    union: bool = Field(default=False, strict=True)  # one ControlNet for several kinds of maps
+    union_table: UnionTable | None = None  # how its modes are numbered; default: the family's first
+    union_modes: tuple[UnionModeName, ...] | None = (
+        None  # kinds that the ControlNet has learnt; default: the whole table
     )
-    union_modes: tuple[UnionModeName, ...] | None = None  # kinds that the net has learnt; absent is the whole table
 
 # %% ../../nbs/20_models/01_manifest.ipynb #6f18a569
 class LoraEntry(_Section):
@@ -240,7 +257,7 @@ class LoraEntry(_Section):
 
     source: Source
     weight_name: Annotated[WeightsFile, AfterValidator(_inside)] | None = (
-        None  # file in the folder or repository; absent is pytorch_lora_weights.safetensors
+        None  # file in the folder or repository; default: pytorch_lora_weights.safetensors
     )
     scale: Annotated[float, Field(strict=True, ge=-10, le=10)] = 1.0  # usual strength
     trigger_words: tuple[Text, ...] = ()  # words in a prompt that the LoRA was trained with
@@ -254,7 +271,7 @@ class RefinerEntry(_Section):
 
     source: Source
     variant: Name | None = None  # such as fp16
-    dtype: Dtype | None = None  # absent follows the model
+    dtype: Dtype | None = None  # default: the model's
 
 # %% ../../nbs/20_models/01_manifest.ipynb #8a307b2e
 class Profile(_Section):
@@ -264,6 +281,9 @@ class Profile(_Section):
     num_inference_steps: Annotated[Count, Field(le=1000)] | None = None
     scheduler: SchedulerName | None = None
     use_karras_sigmas: Annotated[bool, Field(strict=True)] | None = None
+    timestep_spacing: TimestepSpacing | None = None
+    eta: Annotated[float, Field(strict=True, ge=0, le=1)] | None = None  # of ddim and tcd
+    guidance_scale: Annotated[float, Field(strict=True, ge=0, le=100)] | None = None
     step_cache: StepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
     memory: MemoryOptions | None = None
@@ -289,9 +309,9 @@ class MemorySettings(_Section):
     )
     quantization: QuantizationName | None = None  # of the denoiser's linear layers, when they are read
     attention_backend: AttentionBackend | None = None  # of a transformer and its ControlNets, by diffusers' name
-    vae_slicing: Annotated[bool, Field(strict=True)] = False  # pictures are decoded one after the other
+    vae_slicing: Annotated[bool, Field(strict=True)] = False  # images are decoded one after the other
     vae_tiling: Annotated[bool, Field(strict=True)] = (
-        False  # a picture is decoded in tiles, where a request does not say
+        False  # an image is decoded in tiles, where a request does not say
     )
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ed4f0a23
@@ -309,13 +329,15 @@ class Defaults(_Section):
         None  # where guidance_scale is distilled into the model
     )
     guidance_rescale: Share = 0.0  # 0 is none
-    scheduler: SchedulerName | None = None  # absent: the model's own
+    scheduler: SchedulerName | None = None  # default: the model's
     use_karras_sigmas: Annotated[bool, Field(strict=True)] | None = None
-    clip_skip: Annotated[int, Field(strict=True, ge=0, le=24)] | None = None  # absent and 0 are none
+    timestep_spacing: TimestepSpacing | None = None  # None: the scheduler's configuration
+    eta: Share | None = None  # of ddim and tcd; None: the scheduler's own
+    clip_skip: Annotated[int, Field(strict=True, ge=0, le=24)] | None = None  # None and 0: no layer is skipped
     max_sequence_length: Annotated[Count, Field(le=512)] | None = None  # tokens for T5
     strength: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.8  # of image-to-image
     negative_prompt: Annotated[str, Field(strict=True, max_length=10000)] = ""
-    profile: Name | None = None  # of `profiles`; absent is exact
+    profile: Name | None = None  # of `profiles`; default: exact
 
 # %% ../../nbs/20_models/01_manifest.ipynb #3732feae
 class Limits(_Section):
@@ -390,16 +412,16 @@ def _component_complaints(family: ModelFamily, components: Mapping[str, Componen
 # %% ../../nbs/20_models/01_manifest.ipynb #787d489e
 def _entry_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     tables = manifest.record.controls.union_tables
-    for name, net in manifest.controlnets.items():
+    for name, entry in manifest.controlnets.items():
         at = ("controlnets", name)
-        if net.union and not tables:
+        if entry.union and not tables:
             yield (*at, "union"), f"there is no union ControlNet for {manifest.family}"
-        elif net.union_table and net.union_table not in tables:
+        elif entry.union_table and entry.union_table not in tables:
             yield (
                 (*at, "union_table"),
-                f"given {net.union_table!r}, for {manifest.family}; {suggest(net.union_table, tables)}",
+                f"given {entry.union_table!r}, for {manifest.family}; {suggest(entry.union_table, tables)}",
             )
-        elif not net.union and (net.union_table or net.union_modes):
+        elif not entry.union and (entry.union_table or entry.union_modes):
             yield at, "union_table and union_modes need union: true"
     for name, lora in manifest.loras.items():
         if lora.weight_name and isinstance(lora.source, FileSource):
@@ -425,7 +447,7 @@ def _kind_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
         yield ("refiner",), f"{manifest.family} has no refiner; only {having} has"
 
 # %% ../../nbs/20_models/01_manifest.ipynb #144ee5a9
-def _sources(manifest: "ModelManifest") -> Iterator[tuple[tuple[str, ...], _Source]]:  # with their locations
+def _sources(manifest: "ModelManifest") -> Iterator[tuple[tuple[str, ...], Source]]:  # with their locations
     yield ("source",), manifest.source
     for section in ("components", "controlnets", "loras"):
         for name, entry in getattr(manifest, section).items():
@@ -478,11 +500,9 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
         yield ("variant",), "a single file has no variants; leave it out"
     if not manifest.tasks:
         yield ("tasks",), f"at least one is needed; allowed: {', '.join(Task)}"
-    if manifest.defaults.profile not in (None, "exact", *manifest.profiles):
-        yield (
-            ("defaults", "profile"),
-            f"given {manifest.defaults.profile!r}; {suggest(manifest.defaults.profile, ['exact', *manifest.profiles])}",
-        )
+    profile, profiles = manifest.defaults.profile, ["exact", *manifest.profiles]
+    if profile is not None and profile not in profiles:
+        yield ("defaults", "profile"), f"given {profile!r}; {suggest(profile, profiles)}"
     scheduler = manifest.defaults.scheduler
     if scheduler and scheduler not in manifest.record.schedulers:
         yield (
@@ -491,6 +511,9 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
         )
 
 # %% ../../nbs/20_models/01_manifest.ipynb #546db931
+_LATER_FIELDS = ("timestep_spacing", "eta", "guidance_scale")  # of defaults and profiles: sections had none before
+
+
 class ModelManifest(_Section):
     "Everything that the operator decides about one model."
 
@@ -505,7 +528,7 @@ class ModelManifest(_Section):
     variant: Name | None = None  # of the files, such as fp16
     tasks: tuple[Task, ...] = tuple(Task)  # at least one
     components: dict[Name, Component] = {}  # slot -> replacement
-    controlnets: dict[Name, ControlNetEntry] = {}  # name in a request -> net
+    controlnets: dict[Name, ControlNetEntry] = {}  # name in a request -> ControlNet
     control_preprocessors: tuple[Name, ...] = ()  # of a model of the kind control, the usual one first
     loras: dict[Name, LoraEntry] = {}  # name in a request -> LoRA
     lora_folders: tuple[FolderSource, ...] = ()  # whose .safetensors files a request may name
@@ -513,7 +536,7 @@ class ModelManifest(_Section):
     refiner: RefinerEntry | None = None  # for families that have one
     profiles: dict[Name, Profile] = {}  # name in a request -> settings
     mag_ratios: tuple[Annotated[float, Field(gt=0)], ...] | None = (
-        None  # for the step cache `mag`; absent, those of FLUX.1-dev
+        None  # for the step cache `mag`; default: those of FLUX.1-dev
     )
     memory: MemorySettings = MemorySettings()
     memory_budget_gb: Annotated[float, Field(strict=True, gt=0, le=100000)] | None = (
@@ -527,9 +550,8 @@ class ModelManifest(_Section):
     def _fill_defaults(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("defaults"), dict | None):
             return data
-        data = {key: value for key, value in data.items() if value is not None}  # an empty section is an absent one
-        name = data.get("family")
-        known = FAMILIES.get(name) if isinstance(name, str) else None
+        data = {key: value for key, value in data.items() if value is not None}  # an empty section is the same as none
+        known = next((family for name, family in FAMILIES.items() if name == data.get("family")), None)
         row = (known or next(iter(FAMILIES.values()))).defaults  # an unknown family is refused by its field
         given = {key: value for key, value in (data.get("defaults") or {}).items() if value is not None}
         return {**data, "defaults": {**row, **given}}
@@ -555,7 +577,7 @@ class ModelManifest(_Section):
         return FAMILIES[self.family]
 
     @property
-    def denoiser_source(self) -> _Source:
+    def denoiser_source(self) -> Source:
         "Where the network that is called at each step comes from."
         part = self.components.get(self.record.denoiser)
         return part.source if part and part.source else self.source
@@ -567,6 +589,10 @@ class ModelManifest(_Section):
             {"memory"} if self.memory == MemorySettings() else set()
         )  # receipts from before there was this section stay true
         content = self.model_dump(mode="json", by_alias=True, exclude={"name"} | usual)
+        for section in (content["defaults"], *content["profiles"].values()):  # neither had these fields
+            for field in _LATER_FIELDS:
+                if section.get(field, "") is None:
+                    del section[field]
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def _repr_markdown_(self) -> str:
@@ -590,7 +616,8 @@ def _manifest_table(manifest: ModelManifest) -> str:  # Markdown
         "about": manifest.description,
         "license": manifest.license,
         "components": ", ".join(
-            f"{slot}: {part.class_name or part.source.describe()}" for slot, part in manifest.components.items()
+            f"{slot}: {part.class_name or (part.source.describe() if part.source else '')}"
+            for slot, part in manifest.components.items()
         ),
         "ControlNets": ", ".join(manifest.controlnets),
         "LoRAs": ", ".join(

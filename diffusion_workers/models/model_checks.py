@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..families.record import Latents
-from .manifest import FileSource, HubSource, ModelManifest, Source
+from ..families.record import Controls, Latents
+from .manifest import ControlNetEntry, FileSource, HubSource, ModelManifest, Source
 from .weight_headers import WeightFileError, read_config, read_header
 from diffusion_workers.models.weight_kinds import (
     Prediction,
@@ -86,7 +86,8 @@ def checkpoint_networks(
     manifest: ModelManifest,  # whose source is a file
 ) -> dict[str, str | None]:  # slot -> class; None for a part that the configuration does without
     "The networks that a model takes from its checkpoint."
-    config, slots = manifest.source.config, manifest.record.components
+    config = manifest.source.config if isinstance(manifest.source, FileSource) else None
+    slots = manifest.record.components
     index = _folder_index(config) if config is not None else {}
     absent = {slot for slot, value in index.items() if isinstance(value, list) and value[-1] is None}
     wanted = {slot: None if slot in absent else classes[0] for slot, classes in slots.items() if is_network(slot)}
@@ -94,8 +95,9 @@ def checkpoint_networks(
 
 
 def _folder_index(source: Source) -> dict[str, Any]:
-    local = not isinstance(source, (HubSource, FileSource))
-    return read_config(source.location() / "model_index.json") if local else {}
+    if isinstance(source, (HubSource, FileSource)):
+        return {}
+    return read_config(source.location() / "model_index.json")
 
 # %% ../../nbs/20_models/06_model_checks.ipynb #4507ab83
 _HALVES = {ModelKind.standard: 2, ModelKind.control: 4, ModelKind.fill: 12}  # input channels for two output channels
@@ -173,7 +175,7 @@ def _file_facts(path: Path, changed: int) -> DenoiserFacts:  # changed: a new fi
 
 
 def source_facts(source: Source) -> DenoiserFacts:
-    "What a local source tells of its denoiser; nothing for one on the Hub, or one that cannot be read."
+    "The facts about the denoiser of a local source; none for the Hub, or if it cannot be read."
     if isinstance(source, HubSource):
         return DenoiserFacts()
     try:
@@ -182,7 +184,7 @@ def source_facts(source: Source) -> DenoiserFacts:
             return _file_facts(path, path.stat().st_mtime_ns)
         return _folder_facts(path)
     except (WeightFileError, OSError):
-        return DenoiserFacts()  # loading says what is wrong with it
+        return DenoiserFacts()  # loading reports what is wrong with it
 
 
 def denoiser_facts(manifest: ModelManifest) -> DenoiserFacts:
@@ -202,7 +204,7 @@ def check_controlnet(
     denoiser: Mapping[str, Any],  # configuration
     union: bool,  # whether the manifest declares it for several kinds of maps
 ) -> None:
-    "Raise a `WeightFileError` for a ControlNet of another denoiser, or of another kind than the manifest says."
+    "Raise a `WeightFileError` for a ControlNet of another denoiser, or of another kind than in the manifest."
     if config.get("num_mode") is not None and not union:
         raise WeightFileError("it is a union ControlNet", "write union: true for it in the manifest")
     for name in _OF_A_DENOISER:
@@ -214,20 +216,19 @@ def check_controlnet(
             )
 
 
-def _check_local_controlnet(name: str, manifest: ModelManifest, denoiser: Mapping[str, Any]) -> None:
-    net, controls = manifest.controlnets[name], manifest.record.controls
-    class_name = controls.union_class if net.union else controls.controlnet_class
-    path = net.source.location()
-    if isinstance(net.source, FileSource):
+def _check_local_controlnet(
+    entry: ControlNetEntry, path: Path, controls: Controls, denoiser: Mapping[str, Any]
+) -> None:
+    if isinstance(entry.source, FileSource):
         kind = identify(read_header(path))
         if kind.role in ("adapter", "foreign"):
             raise WeightFileError(f"it is {kind.what}, not a ControlNet", kind.hint)
-        if kind.role == "union_controlnet" and not net.union:
+        if kind.role == "union_controlnet" and not entry.union:
             raise WeightFileError("it is a union ControlNet", kind.hint)
         return
     if config := read_config(path / "config.json"):
-        check_class(config, class_name)
-        check_controlnet(config, denoiser, net.union)
+        check_class(config, (controls.union_class if entry.union else None) or controls.controlnet_class)
+        check_controlnet(config, denoiser, entry.union)
 
 # %% ../../nbs/20_models/06_model_checks.ipynb #87d03a4f
 @dataclass(frozen=True)
@@ -258,10 +259,12 @@ def model_problems(
     except WeightFileError as exc:
         yield ModelProblem("model", manifest.name, exc)
     for name in dict.fromkeys(controlnets):
-        if isinstance(manifest.controlnets[name].source, HubSource):
+        entry = manifest.controlnets[name]
+        if isinstance(entry.source, HubSource):
             continue
+        path = entry.source.location()
         try:
-            _check_local_controlnet(name, manifest, facts.config)
+            _check_local_controlnet(entry, path, record.controls, facts.config)
         except WeightFileError as exc:
-            if manifest.controlnets[name].source.location().exists():
+            if path.exists():
                 yield ModelProblem("controlnets", name, exc)

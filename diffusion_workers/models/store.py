@@ -41,7 +41,7 @@ class ManifestStore(Mapping[str, ModelManifest]):
 
     def find(
         self,
-        name: str | None = None,  # absent takes the default model
+        name: str | None = None,  # default: the default model
     ) -> ModelManifest:
         "The manifest of a model that a request names; a `RequestError` where there is none."
         name = name or self.default
@@ -137,14 +137,14 @@ def model_info(
     loaded: bool,  # whether its weights are in memory
 ) -> ModelInfo:
     "What a client learns about a model."
-    nets = [
+    controlnets = [
         ControlNetInfo(
             name=name,
-            union=net.union,
-            union_modes=net.union_modes and list(net.union_modes),
-            preprocessors=list(net.preprocessors),
+            union=entry.union,
+            union_modes=entry.union_modes and list(entry.union_modes),
+            preprocessors=list(entry.preprocessors),
         )
-        for name, net in manifest.controlnets.items()
+        for name, entry in manifest.controlnets.items()
     ]
     profiles = [ProfileInfo(name=name, description=profile.description) for name, profile in manifest.profiles.items()]
     defaults = manifest.defaults
@@ -162,7 +162,7 @@ def model_info(
         num_inference_steps=defaults.num_inference_steps,
         guidance_scale=float(defaults.guidance_scale),
         loras=list(manifest.loras),
-        controlnets=nets,
+        controlnets=controlnets,
         profiles=profiles,
     )
 

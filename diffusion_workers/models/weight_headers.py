@@ -216,7 +216,7 @@ def _gguf_tensor(reader: _GGUFReader) -> tuple[str, tuple[str, tuple[int, ...], 
 def read_header(
     path: Path,  # of a .safetensors or .gguf file
 ) -> WeightHeader:
-    "The header of one file; a `WeightFileError` says why it cannot be read."
+    "The header of one file; raises a `WeightFileError` if it cannot be read."
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -251,7 +251,7 @@ def weights_file(
     folder: Path,  # of one component
     variant: str | None = None,
 ) -> tuple[Path, str | None]:  # the file or the index, and the variant that it is of
-    "Which file has the weights of a component; a `WeightFileError` says what is there instead."
+    "Which file has the weights of a component; raises a `WeightFileError` that names what is there instead."
     for name in _candidates(variant):
         if (folder / name).is_file():
             return folder / name, variant if variant and f".{variant}." in name else None
@@ -285,7 +285,8 @@ def read_folder_header(
         raise WeightFileError(f"{path.name} does not list shards", _AGAIN) from None
     if len(shards) > _MAX_SHARDS or any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
         raise WeightFileError(f"{path.name} names shards outside of the folder", _AGAIN)
-    tensors, metadata = {}, {}
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
     for shard in shards:
         try:
             header = read_header(folder / shard)

@@ -25,6 +25,7 @@ _LABELS = {
     "guidance_scale": "Guidance",
     "num_images": "Images",
     "use_karras_sigmas": "Karras sigmas",
+    "timestep_spacing": "Timestep spacing",
     "true_cfg_scale": "True CFG scale",
     "clip_skip": "CLIP skip",
     "torch_compile": "torch.compile",

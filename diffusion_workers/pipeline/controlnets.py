@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['view_of', 'layer_weights', 'mask_tensor', 'shaped_residuals', 'level_view', 'token_mask', 'packed_token_view',
-           'joint_token_view', 'check_alike', 'steady_vae', 'PreparedControl', 'check_net', 'holder_of',
+           'joint_token_view', 'check_alike', 'steady_vae', 'PreparedControl', 'check_union_mode', 'holder_of',
            'control_object', 'control_arguments']
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #a5994ead
@@ -27,11 +27,11 @@ from ez_diffusion_client.models import ControlKind, ControlMode, ErrorCode, Gene
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #efb08c02
 def view_of(
-    net: torch.nn.Module,
-    forward: Callable[..., Any],  # called in place of the net's own
+    controlnet: torch.nn.Module,
+    forward: Callable[..., Any],  # called in place of the ControlNet's own
 ) -> torch.nn.Module:  # the same class and the same weights
     "A ControlNet that computes something else with the weights of another."
-    view = copy.copy(net)
+    view = copy.copy(controlnet)
     view.forward = forward
     return view
 
@@ -70,7 +70,7 @@ def shaped_residuals(
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #cd3fd726
 def level_view(
-    net: torch.nn.Module,  # ControlNetModel or ControlNetUnionModel
+    controlnet: torch.nn.Module,  # ControlNetModel or ControlNetUnionModel
     control: PlannedControl,
     guided: bool,  # whether the batch holds a half without the prompt
     mask: Image.Image | None = None,  # where the control holds
@@ -79,24 +79,24 @@ def level_view(
     area = None if mask is None else mask_tensor(mask)
 
     def forward(*args, **kwargs) -> tuple[list[torch.Tensor], torch.Tensor]:
-        down, middle = _call_level_net(net, args, kwargs | {"return_dict": False})
+        down, middle = _call_controlnet(controlnet, args, kwargs | {"return_dict": False})
         *down, middle = shaped_residuals([*down, middle], control.control_mode, guided, area)
         return down, middle
 
-    return view_of(net, forward)
+    return view_of(controlnet, forward)
 
 
-def _call_level_net(
-    net: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+def _call_controlnet(
+    controlnet: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     scales = kwargs.get("conditioning_scale")
     if isinstance(scales, (list, tuple)) and len(scales) > 1:
-        return _call_union_with_several(net, args, kwargs)
-    return net.forward(*args, **kwargs)
+        return _call_union_with_several(controlnet, args, kwargs)
+    return controlnet.forward(*args, **kwargs)
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #457a0f02
 def _call_union_with_several(
-    net: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+    controlnet: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     scales, modes = kwargs["conditioning_scale"], kwargs["control_type_idx"]
     active = [i for i, scale in enumerate(scales) if scale] or [0]
@@ -109,15 +109,15 @@ def _call_union_with_several(
         "control_type": types,
     }
     if len(active) == 1:
-        return net.forward(*args, **(kwargs | chosen | {"conditioning_scale": [float(largest)]}))
+        return controlnet.forward(*args, **(kwargs | chosen | {"conditioning_scale": [float(largest)]}))
     relative = [scales[i] / largest for i in active]
-    down, middle = net.forward(*args, **(kwargs | chosen | {"conditioning_scale": relative}))
+    down, middle = controlnet.forward(*args, **(kwargs | chosen | {"conditioning_scale": relative}))
     return [residual * largest for residual in down], middle * largest
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #456c3d99
 def token_mask(
     mask: torch.Tensor,  # (1, 1, H, W)
-    height: int,  # pixels of the picture
+    height: int,  # pixels of the image
     width: int,
 ) -> torch.Tensor:  # (1, H/16 * W/16, 1)
     "A mask for residuals of tokens, row by row."
@@ -125,57 +125,61 @@ def token_mask(
 
 
 def packed_token_view(
-    net: torch.nn.Module,  # FluxControlNetModel
+    controlnet: torch.nn.Module,  # FluxControlNetModel
     control: PlannedControl,
     plan: GenerationPlan,
     mask: Image.Image | None = None,  # where the control holds
 ) -> torch.nn.Module:
-    "A ControlNet for packed latents as one control uses it: mode and guidance are told to it here."
+    "A ControlNet for packed latents as one control uses it, with its mode and guidance."
     area = None if mask is None else token_mask(mask_tensor(mask), plan.height, plan.width)
 
     def forward(**kwargs) -> tuple[list[torch.Tensor] | None, list[torch.Tensor] | None]:
         latents = kwargs["hidden_states"]
-        mode = torch.full((len(latents), 1), control.union_mode, device=latents.device) if net.union else None
+        mode = torch.full((len(latents), 1), control.union_mode, device=latents.device) if controlnet.union else None
         guidance = (
             torch.full((len(latents),), plan.guidance_scale, device=latents.device)
-            if net.config.guidance_embeds
+            if controlnet.config.guidance_embeds
             else None
         )
-        samples = net.forward(**(kwargs | {"controlnet_mode": mode, "guidance": guidance, "return_dict": False}))
+        samples = controlnet.forward(**(kwargs | {"controlnet_mode": mode, "guidance": guidance, "return_dict": False}))
         if area is None:
             return samples
-        return tuple(part and [sample * area.to(sample) for sample in part] for part in samples)
+        double, single = (part and [sample * area.to(sample) for sample in part] for part in samples)
+        return double, single
 
-    return view_of(net, forward)
+    return view_of(controlnet, forward)
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #10cb0377
 def joint_token_view(
-    net: torch.nn.Module,  # SD3ControlNetModel
+    controlnet: torch.nn.Module,  # SD3ControlNetModel
     plan: GenerationPlan,
     mask: Image.Image | None = None,  # where the control holds
     denoiser: torch.nn.Module | None = None,  # of the pipeline
 ) -> torch.nn.Module:
     "A ControlNet for joint blocks as one control uses it."
     area = None if mask is None else token_mask(mask_tensor(mask), plan.height, plan.width)
-    called = net
-    if net.pos_embed is None:
-        called = copy.copy(net)
+    called = controlnet
+    if controlnet.pos_embed is None and denoiser is not None:
+        called = copy.copy(controlnet)
         vars(called)["pos_embed"] = denoiser.pos_embed  # an attribute, not a child: nothing is moved or saved with it
 
     def forward(**kwargs) -> tuple[list[torch.Tensor]]:
-        samples = type(net).forward(called, **(kwargs | {"return_dict": False}))[0]
+        samples = type(controlnet).forward(called, **(kwargs | {"return_dict": False}))[0]
         return (samples if area is None else [sample * area.to(sample) for sample in samples],)
 
-    return view_of(net, forward)
+    return view_of(controlnet, forward)
 
 
 _READ_FROM_THE_FIRST = ("joint_attention_dim", "force_zeros_for_pooled_projection")
 
 
-def check_alike(nets: Sequence[torch.nn.Module]) -> None:
+def check_alike(controlnets: Sequence[torch.nn.Module]) -> None:
     "Raise a `RequestError` for ControlNets that need different inputs: all are given those of the first."
-    for index, net in enumerate(nets[1:], start=1):
-        if any(getattr(net.config, name, None) != getattr(nets[0].config, name, None) for name in _READ_FROM_THE_FIRST):
+    for index, controlnet in enumerate(controlnets[1:], start=1):
+        if any(
+            getattr(controlnet.config, name, None) != getattr(controlnets[0].config, name, None)
+            for name in _READ_FROM_THE_FIRST
+        ):
             raise request_error(
                 ErrorCode.unsupported_combination,
                 "this ControlNet was built in another way than the first, and the two cannot be combined",
@@ -188,12 +192,12 @@ def steady_vae(
     vae: torch.nn.Module,
     maps: int,  # how many maps are encoded, before anything else is
 ) -> torch.nn.Module:  # for one run of a pipeline
-    "An autoencoder that draws no random numbers for the first pictures that it encodes."
+    "An autoencoder that draws no random numbers for the first images that it encodes."
     view, left = copy.copy(vae), maps
 
-    def encode(pictures: torch.Tensor, *args, **kwargs) -> Any:
+    def encode(images: torch.Tensor, *args, **kwargs) -> Any:
         nonlocal left
-        encoded = vae.encode(pictures, *args, **kwargs)
+        encoded = vae.encode(images, *args, **kwargs)
         if left <= 0:
             return encoded
         left -= 1
@@ -206,21 +210,21 @@ def steady_vae(
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #ea4b5940
 @dataclass(frozen=True)
 class PreparedControl:
-    "A control with its pictures at the size of the generation."
+    "A control with its images at the size of the generation."
 
     control: PlannedControl
     map: Image.Image  # RGB, plan.width x plan.height
     mask: Image.Image | None = None  # L, the same size, white where the control holds
-    condition: np.ndarray | None = None  # (1, 3, H, W), what the net is given where a picture cannot say it
+    condition: np.ndarray | None = None  # (1, 3, H, W), what the ControlNet is given where an image cannot say it
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #d9e64c0a
-def check_net(
-    net: torch.nn.Module,
+def check_union_mode(
+    controlnet: torch.nn.Module,
     control: PlannedControl,
     index: int,  # of the control in the plan
 ) -> None:
-    "Raise a `RequestError` when the weights do not have the mode that is asked for."
-    modes = getattr(net.config, "num_control_type", None) or getattr(net.config, "num_mode", None)
+    "Raise a `RequestError` if the weights do not have the requested mode."
+    modes = getattr(controlnet.config, "num_control_type", None) or getattr(controlnet.config, "num_mode", None)
     if control.union_mode is not None and (modes is None or control.union_mode >= modes):
         allowed = f"0 to {modes - 1}" if modes else "none: its weights are not a union ControlNet"
         hint = "the manifest's union_table or union_modes does not fit these weights"
@@ -239,36 +243,38 @@ def holder_of(
     control_kind: ControlKind,
 ) -> type[torch.nn.Module]:
     "The diffusers class that holds the ControlNets of a request."
-    union = control_kind == ControlKind.union and controls.union_multi_class
-    module, _, name = (controls.union_multi_class if union else controls.multi_class).rpartition(".")
+    union_class = controls.union_multi_class if control_kind == ControlKind.union else None
+    module, _, name = (union_class or controls.multi_class).rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
 def control_object(
     plan: GenerationPlan,
-    nets: Sequence[torch.nn.Module],  # one for each control of the plan, as loaded
+    controlnets: Sequence[torch.nn.Module],  # one for each control of the plan, as loaded
     prepared: Sequence[PreparedControl],  # in the same order
     denoiser: torch.nn.Module | None = None,  # lends its position embedding to a ControlNet that has none
 ) -> torch.nn.Module:
     "What takes the place of a pipeline's `controlnet` for one request."
-    for index, (net, item) in enumerate(zip(nets, prepared)):
-        check_net(net, item.control, index)
+    for index, (controlnet, item) in enumerate(zip(controlnets, prepared)):
+        check_union_mode(controlnet, item.control, index)
     record = FAMILIES[plan.family]
     controls, guided = record.controls, getattr(plan, record.guidance.field, None) or 0
     if controls.residuals == "joint_tokens":
-        check_alike(nets)
+        check_alike(controlnets)
 
-    def view(net: torch.nn.Module, item: PreparedControl) -> torch.nn.Module:
+    def view(controlnet: torch.nn.Module, item: PreparedControl) -> torch.nn.Module:
         if controls.residuals == "levels":
-            return level_view(net, item.control, guided > 1, item.mask)
+            return level_view(controlnet, item.control, guided > 1, item.mask)
         if controls.residuals == "packed_tokens":
-            return packed_token_view(net, item.control, plan, item.mask)
-        return joint_token_view(net, plan, item.mask, denoiser)
+            return packed_token_view(controlnet, item.control, plan, item.mask)
+        return joint_token_view(controlnet, plan, item.mask, denoiser)
 
-    same = all(net is nets[0] for net in nets)
+    same = all(controlnet is controlnets[0] for controlnet in controlnets)
     if controls.merges_union_maps and plan.control_kind == ControlKind.union and same:
-        return view(nets[0], prepared[0])
-    return holder_of(controls, plan.control_kind)([view(net, item) for net, item in zip(nets, prepared)])
+        return view(controlnets[0], prepared[0])
+    return holder_of(controls, plan.control_kind)(
+        [view(controlnet, item) for controlnet, item in zip(controlnets, prepared)]
+    )
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #e68bbfae
 def control_arguments(

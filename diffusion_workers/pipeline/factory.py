@@ -9,16 +9,20 @@ __all__ = ['make_scheduler', 'use_scheduler', 'make_sibling', 'use_part', 'check
 # %% ../../nbs/50_pipeline/05_factory.ipynb #426d7e35
 import gc
 import inspect
+import math
+import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, LMSDiscreteScheduler, PNDMScheduler, SchedulerMixin
 
 from ..families.record import Controls, PipelineCall
+from ..families.schedulers import trailing_rounds_up
 from ..models.manifest import ModelManifest
 from .controlnets import PreparedControl, control_object, holder_of, steady_vae
 from diffusion_workers.pipeline.loading import (
@@ -42,26 +46,85 @@ from ez_diffusion_client.models import (
 )
 
 # %% ../../nbs/50_pipeline/05_factory.ipynb #efeefeb5
+class _EvenTrailing:
+    "Trailing spacing with as many timesteps as were asked for, where rounding would add one at timestep -1."
+
+    def set_timesteps(self, num_inference_steps=None, *args, **kwargs) -> None:
+        trailing = self.config.get("timestep_spacing") == "trailing"
+        if (
+            trailing
+            and num_inference_steps
+            and trailing_rounds_up(num_inference_steps, self.config.num_train_timesteps)
+        ):
+            num_inference_steps = _StepCount(num_inference_steps)
+        super().set_timesteps(num_inference_steps, *args, **kwargs)
+        self.num_inference_steps = self.num_inference_steps and int(self.num_inference_steps)
+
+
+class _StepCount(int):
+    "A number of steps by which a division rounds up."
+
+    def __rtruediv__(self, other: float) -> float:
+        return math.nextafter(other / int(self), math.inf)
+
+
+class _OrderByHistory:
+    "LMS that starts in the middle of a schedule: its order follows the derivatives that it has seen."
+
+    def step(self, model_output, timestep, sample, order: int = 4, return_dict: bool = True):
+        order = min(order, len(self.derivatives) + 1)
+        return super().step(model_output, timestep, sample, order=order, return_dict=return_dict)
+
+
+class _WithoutRepetition:
+    "PNDM that starts in the middle of a schedule: no timestep is visited twice, and the order follows the history."
+
+    def set_timesteps(self, num_inference_steps, device=None, **kwargs) -> None:
+        super().set_timesteps(num_inference_steps, device=device, **kwargs)
+        self.timesteps = torch.from_numpy(self._timesteps[::-1].copy()).to(device=device, dtype=torch.int64)
+
+    def step_plms(self, *args, **kwargs):
+        made = super().step_plms(*args, **kwargs)
+        self.counter = max(self.counter, 2)  # 1 stands for the repetition
+        return made
+
+
+def _with_corrections(cls: type[SchedulerMixin], midway: bool) -> type[SchedulerMixin]:
+    "A scheduler class with what diffusers' lacks."
+    corrections = []
+    if issubclass(cls, LMSDiscreteScheduler):
+        corrections.append(_OrderByHistory)
+    if midway and issubclass(cls, PNDMScheduler):
+        corrections.append(_WithoutRepetition)
+    if "timestep_spacing" in inspect.signature(cls.__init__).parameters:
+        corrections.append(_EvenTrailing)
+    return type(cls.__name__, (*corrections, cls), {"__module__": cls.__module__}) if corrections else cls
+
+
 def make_scheduler(
     own: SchedulerMixin,  # the model's scheduler; left as it is
     planned: PlannedScheduler,
+    midway: bool = False,  # whether sampling starts in the middle of the schedule
 ) -> SchedulerMixin:  # a fresh one, without history
     "The scheduler of a plan: its class and options on the model's configuration."
     cls = type(own) if planned.name is None else getattr(diffusers, planned.class_name)
     options = dict(planned.options or {})
     if options.get("use_karras_sigmas") and own.config.get("rescale_betas_zero_snr"):
         options["rescale_betas_zero_snr"] = False
-    return cls.from_config(own.config, **options)
+    if midway and issubclass(cls, PNDMScheduler):
+        options["skip_prk_steps"] = True  # the steps of its other beginning belong to the first timesteps
+    return _with_corrections(cls, midway).from_config(own.config, **options)
 
 
 @contextmanager
 def use_scheduler(
     pipe: DiffusionPipeline,
     planned: PlannedScheduler,
+    midway: bool = False,  # whether sampling starts in the middle of the schedule
 ) -> Iterator[SchedulerMixin]:  # the one that is in place meanwhile
     "Put the plan's scheduler on a pipeline, and the former one back afterwards."
     former = pipe.scheduler
-    pipe.scheduler = make_scheduler(former, planned)
+    pipe.scheduler = make_scheduler(former, planned, midway)
     try:
         yield pipe.scheduler
     finally:
@@ -143,6 +206,18 @@ def networks_of(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
 
 # %% ../../nbs/50_pipeline/05_factory.ipynb #8ea2f248
+_factories: weakref.WeakSet["PipelineFactory"] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:  # in a forked child, where the thread that holds a lock does not exist
+    for factory in list(_factories):
+        factory._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
 class PipelineFactory:
     "The pipelines of one model: weights loaded once, one variant for each task and control kind."
 
@@ -165,6 +240,7 @@ class PipelineFactory:
         self._controlnets: dict[str, torch.nn.Module] = {}
         self._refiner: DiffusionPipeline | None = None
         self._lock = threading.RLock()
+        _factories.add(self)
 
     @property
     def base_class(self) -> str:
@@ -246,7 +322,8 @@ class PipelineFactory:
                 stack.enter_context(use_part(pipe, "controlnet", applied))
                 if encodes_maps(self.record.controls, nets):
                     stack.enter_context(use_part(pipe, "vae", steady_vae(pipe.vae, len(nets))))
-            stack.enter_context(use_scheduler(pipe, plan.scheduler))
+            midway = plan.denoising_steps < plan.num_inference_steps
+            stack.enter_context(use_scheduler(pipe, plan.scheduler, midway))
             yield pipe
 
     def unload(self) -> None:

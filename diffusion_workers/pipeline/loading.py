@@ -71,7 +71,7 @@ def pick_dtype(
     device: torch.device,
     name: str | None = None,  # for a manifest that says auto: "float16", "bfloat16" or "float32"
 ) -> torch.dtype:
-    "The dtype of the weights: the manifest's, else what is asked for, else the family's on a GPU and fp32 on a CPU."
+    "The dtype of the weights: the manifest's, else `name`, else the family's on a GPU and fp32 on a CPU."
     asked = next((dtype for dtype in (manifest.dtype, name) if dtype not in (None, "auto")), None)
     if asked is not None:
         return getattr(torch, asked)
@@ -91,7 +91,7 @@ def _folder(source: Source, arguments: dict) -> Path:  # of one component, or of
     return source.location() / arguments.get("subfolder", "")
 
 
-def _from_repository(cls: type, source: Source, variant: str | None, arguments: dict) -> Any:
+def _from_repository(cls: type[Any], source: Source, variant: str | None, arguments: dict) -> Any:
     arguments = source.load_arguments() | {"use_safetensors": True} | arguments
     if not isinstance(source, HubSource):
         folder = _folder(source, arguments)
@@ -161,7 +161,7 @@ def shared_network(
     key: tuple,  # everything that decides its content
     read: Callable[[], torch.nn.Module],
 ) -> torch.nn.Module:  # in evaluation mode, without gradients
-    "The network of that key, read if nobody holds it."
+    "The network of that key, read if it is not in memory."
     with _reading:
         network = _networks.get(key)
         if network is None:
@@ -169,12 +169,15 @@ def shared_network(
         return network
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #06bc9f8e
-def _find_class(class_name: str) -> type:
+def _find_class(class_name: str) -> type[Any]:
     return getattr(diffusers, class_name, None) or getattr(transformers, class_name)
 
 
+_ROLES: dict[str, Role] = {"unet": "denoiser", "transformer": "denoiser", "vae": "vae"}
+
+
 def _role(name: str) -> Role:  # of a component by its name in a pipeline
-    return {"unet": "denoiser", "transformer": "denoiser", "vae": "vae"}.get(name, "encoder")
+    return _ROLES.get(name, "encoder")
 
 
 def _read_network(
@@ -218,7 +221,7 @@ def load_network(
     subfolder: str | None = None,  # below the source's own; of a file, below its configuration's
     role: Role = "encoder",
     belongs_to: Source | None = None,  # the pipeline whose configuration a file has that names none
-) -> torch.nn.Module:  # shared with whoever asked for the same
+) -> torch.nn.Module:  # shared by all callers that ask for the same
     "A network by its class and source."
     key = (
         source_key(source, subfolder),
@@ -241,29 +244,27 @@ def load_network(
     return shared_network(key, read)
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #ec448275
-def _for_part(
-    target: Target, part: Component | ControlNetEntry | RefinerEntry
-) -> Target:  # with the part's own number format
+def _for_part(target: Target, part: Component | ControlNetEntry | RefinerEntry) -> Target:  # with the part's own dtype
     return target if part.dtype in (None, "auto") else replace(target, dtype=getattr(torch, part.dtype))
 
 
-def _replacement(name: str, component: Component, manifest: ModelManifest, target: Target) -> Any:
+def _replacement(name: str, component: Component, source: Source, manifest: ModelManifest, target: Target) -> Any:
     "A component that the manifest names with a source of its own."
     class_name = component.class_name or manifest.record.components[name][0]
-    with _explained(component.source, manifest.name, "model"):
+    with _explained(source, manifest.name, "model"):
         if is_network(name):
-            of_file = isinstance(component.source, FileSource)
             of_model = None if isinstance(manifest.source, FileSource) else manifest.source
+            lacks_config = isinstance(source, FileSource) and source.config is None
             return load_network(
                 class_name,
-                component.source,
+                source,
                 component.variant,
                 _for_part(target, component),
-                name if of_file else None,
+                name if isinstance(source, FileSource) else None,
                 _role(name),
-                of_model if of_file and component.source.config is None else None,
+                of_model if lacks_config else None,
             )
-        made = _from_repository(_find_class(class_name), component.source, component.variant, {})
+        made = _from_repository(_find_class(class_name), source, component.variant, {})
         return _find_class(class_name).from_config(made.config, **component.options) if component.options else made
 
 
@@ -295,16 +296,19 @@ def load_pipeline(
     device: torch.device,
     dtype: torch.dtype,
 ) -> DiffusionPipeline:  # the family's base pipeline, in evaluation mode, to compute on `device`
-    "Read the weights of a model; a `RequestError` says what is missing, or what this machine cannot do."
+    "Read the weights of a model; raises a `RequestError` if they are missing or this machine cannot run it."
     record, target = manifest.record, Target(device, dtype, usable_memory(manifest, device, dtype))
     with _explained(manifest.source, manifest.name, "model"):
-        sourced = {name: part for name, part in manifest.components.items() if part.source is not None}
-        parts = {name: _replacement(name, part, manifest, target) for name, part in sourced.items()}
+        parts = {
+            name: _replacement(name, part, part.source, manifest, target)
+            for name, part in manifest.components.items()
+            if part.source is not None
+        }
         parts |= _own_networks(manifest, target)
         check_channels(getattr(parts[record.denoiser], "config", {}), record.latents, manifest.kind)
         if reasons := part_mismatches(parts):
             raise WeightFileError(f"{'; '.join(reasons)}", "correct family: in the manifest, or name parts that fit")
-        arguments = {"dtype": dtype} | record.load_arguments | parts
+        arguments = {"dtype": dtype, **record.load_arguments, **parts}
         pipe = _pipeline(record.base_classes[manifest.kind], manifest.source, manifest.variant, arguments)
         if isinstance(manifest.denoiser_source, FileSource) and "scheduler" not in parts:
             marks = prediction_of(read_header(manifest.denoiser_source.location()))
@@ -327,7 +331,7 @@ def _complete_text_encoder(encoder: torch.nn.Module) -> None:
 
 
 def _complete_vae(vae: torch.nn.Module) -> None:
-    "Flux pipelines subtract the VAE's shift from latents; an autoencoder of another family says none, which means 0."
+    "Flux pipelines subtract the VAE's shift from latents; an autoencoder of another family has none, which means 0."
     if getattr(vae.config, "shift_factor", 0.0) is None:
         vae.register_to_config(shift_factor=0.0)
 
@@ -365,13 +369,13 @@ def load_controlnet(
     dtype: torch.dtype,
     denoiser: torch.nn.Module,  # of the model, which it has to fit
 ) -> torch.nn.Module:  # shared with other models that name the same
-    "Read a ControlNet; a `RequestError` (model_unavailable) says what is missing, or what it was made for."
-    net, controls = manifest.controlnets[name], manifest.record.controls
-    class_name = controls.union_class if net.union else controls.controlnet_class
-    target = _for_part(Target(device, dtype, usable_memory(manifest, device, dtype)), net)
-    with _explained(net.source, name, "controlnets"):
-        network = load_network(class_name, net.source, net.variant, target, role="controlnet")
-        check_controlnet(network.config, denoiser.config, net.union)
+    "Read a ControlNet; raises a `RequestError` (model_unavailable) if it is missing or does not fit."
+    entry, controls = manifest.controlnets[name], manifest.record.controls
+    class_name = (controls.union_class if entry.union else None) or controls.controlnet_class
+    target = _for_part(Target(device, dtype, usable_memory(manifest, device, dtype)), entry)
+    with _explained(entry.source, name, "controlnets"):
+        network = load_network(class_name, entry.source, entry.variant, target, role="controlnet")
+        check_controlnet(network.config, denoiser.config, entry.union)
         return network
 
 
@@ -383,13 +387,15 @@ def load_refiner(
 ) -> DiffusionPipeline:  # image-to-image
     "Read the model that takes over the last steps; what it shares with the base is not read again."
     entry, refiner, denoiser = manifest.refiner, manifest.record.refiner, manifest.record.denoiser
+    if entry is None or refiner is None:
+        raise ValueError(f"{manifest.name} has no refiner")
     target = _for_part(Target(device, dtype, usable_memory(manifest, device, dtype)), entry)
     parts = {name: getattr(base, name) for name in refiner.shared}
     with _explained(entry.source, manifest.name, "refiner"):
         parts[denoiser] = load_network(
             refiner.denoiser_class, entry.source, entry.variant, target, denoiser, "denoiser"
         )
-        arguments = {"dtype": target.dtype} | refiner.load_arguments | parts
+        arguments = {"dtype": target.dtype, **refiner.load_arguments, **parts}
         pipe = _pipeline(refiner.class_name, entry.source, entry.variant, arguments)
         _store_rest(pipe, parts, target)
     pipe.set_progress_bar_config(disable=True)

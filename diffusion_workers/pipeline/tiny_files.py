@@ -169,7 +169,9 @@ _FLUX_SINGLE = {
     "norm.linear": "modulation.lin", "attn.norm_q.weight": "norm.query_norm.scale",
     "attn.norm_k.weight": "norm.key_norm.scale", "proj_out": "linear2",
 }  # fmt: skip
-_FLUX_TOGETHER = {  # the first of the layers that are one product there -> (all of them, its name)
+_FLUX_TOGETHER: dict[
+    str, dict[str, tuple[tuple[str, ...], str]]
+] = {  # the first of the layers that are one product there -> (all of them, its name)
     "transformer_blocks": {
         "attn.to_q": (("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn.qkv"),
         "attn.add_q_proj": (("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "txt_attn.qkv"),
@@ -284,7 +286,7 @@ def original_checkpoint(
 ) -> Weights:
     "All weights of a pipeline under the names of its authors."
     rows = CHECKPOINTS[type(pipe).__name__]
-    made = {}
+    made: Weights = {}
     for slot, (prefix, writer) in rows.items():
         made |= prefixed(prefix, writer(getattr(pipe, slot).state_dict()))
     return made
@@ -339,7 +341,7 @@ def nf4(weights: Mapping[str, torch.Tensor]) -> tuple[Weights, Weights]:  # (the
 def save_weights(
     weights: Mapping[str, torch.Tensor],
     path: Path,
-    metadata: Mapping[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     "Write a .safetensors file."
     save_file({key: value.clone().contiguous() for key, value in weights.items()}, path, metadata=metadata)

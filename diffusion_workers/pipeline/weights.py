@@ -21,7 +21,7 @@ from weakref import WeakSet, ref
 
 @contextmanager
 def undisturbed_imports() -> Iterator[None]:
-    "In the block nobody looks for garbage, and packages keep their remarks on each other to themselves."
+    "In the block the garbage collector and the warnings of packages are off."
     collecting, disabled = gc.isenabled(), logging.root.manager.disable
     gc.disable()
     logging.disable(logging.WARNING)
@@ -52,9 +52,7 @@ class Quantization:
     "One way to keep the weights of linear layers in fewer bits."
 
     package: str
-    configuration: Callable[
-        [torch.dtype], Any
-    ]  # (number format to compute in) -> what diffusers calls quantization_config
+    configuration: Callable[[torch.dtype], Any]  # (dtype to compute in) -> what diffusers calls quantization_config
     needs_cuda: bool = False
 
 
@@ -97,9 +95,9 @@ def require_package(
 
 def quantization_config(
     name: str,  # of QUANTIZATIONS
-    dtype: torch.dtype,  # number format to compute in
+    dtype: torch.dtype,  # dtype to compute in
 ) -> Any:  # what `from_pretrained` takes under this name
-    "How diffusers is told to quantise a network while it reads it."
+    "The configuration with which diffusers quantises a network while reading it."
     require_package(QUANTIZATIONS[name].package, f"{name} in the manifest")
     return QUANTIZATIONS[name].configuration(dtype)
 
@@ -120,9 +118,9 @@ def storage_packages(manifest: ModelManifest) -> tuple[str, ...]:
 
 
 def gguf_config(
-    dtype: torch.dtype,  # number format to compute in
+    dtype: torch.dtype,  # dtype to compute in
 ) -> diffusers.GGUFQuantizationConfig:
-    "How diffusers is told to keep the weights of a .gguf file as they are."
+    "The configuration with which diffusers keeps the weights of a .gguf file as they are."
     require_package("gguf", "a .gguf file in the manifest")
     return diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
 
@@ -259,7 +257,8 @@ class TurnHook(ModelHook):
             for other in [hook for hook in here if not self.may_stay(hook)]:
                 other.leave()
                 here.discard(other)
-            self.network().to(self.execution_device)
+            if (network := self.network()) is not None:
+                network.to(self.execution_device)
             here.add(self)
         return send_to_device(args, self.execution_device), send_to_device(kwargs, self.execution_device)
 
@@ -299,9 +298,9 @@ def store(
 ) -> torch.nn.Module:  # the same
     "Keep the weights of a network as the settings say."
     asked = dict(zip(_SETTINGS[role], settings_of(memory, role)))
-    if asked.get("storage_dtype"):
+    if asked.get("storage_dtype") and memory.storage_dtype:
         network.enable_layerwise_casting(getattr(torch, memory.storage_dtype), network.dtype)
-    if asked.get("attention_backend"):
+    if asked.get("attention_backend") and memory.attention_backend:
         set_backend(network, memory.attention_backend)
     if memory.offload == "model":
         remove_hook_from_module(network, recurse=True)  # bitsandbytes leaves some that hold a network on its device

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNET_METHODS', 'TRANSFORMER_METHODS', 'METHOD_FIELDS', 'EXACT', 'complete', 'reuses_residuals', 'find_profile',
-           'check_profile', 'controlled', 'apply_profile', 'check_acceleration', 'acceleration_warnings']
+           'check_profile', 'controlled', 'steps_for_strength', 'apply_profile', 'check_acceleration',
+           'acceleration_warnings']
 
 # %% ../../nbs/40_planning/03_acceleration.ipynb #ec299275
 import math
@@ -86,7 +87,7 @@ def controlled(request: GenerationRequest) -> bool:
     return any(unit.enabled for unit in request.controlnets or ())
 
 
-def _for_strength(steps: int, request: GenerationRequest, manifest: ModelManifest) -> int:
+def steps_for_strength(steps: int, request: GenerationRequest, manifest: ModelManifest) -> int:
     "The number of steps of which so many are left when `strength` leaves out the first ones."
     if request.image is None:
         return steps
@@ -116,11 +117,11 @@ def apply_profile(request: GenerationRequest, manifest: ModelManifest) -> Genera
     if profile is None:
         return request
     chosen = {}
-    for name in ("num_inference_steps", "scheduler", "use_karras_sigmas"):
+    for name in ("num_inference_steps", "guidance_scale", "scheduler", "use_karras_sigmas", "timestep_spacing", "eta"):
         if getattr(profile, name) is not None and getattr(request, name) is None:
             chosen[name] = getattr(profile, name)
     if "num_inference_steps" in chosen:
-        chosen["num_inference_steps"] = _for_strength(chosen["num_inference_steps"], request, manifest)
+        chosen["num_inference_steps"] = steps_for_strength(chosen["num_inference_steps"], request, manifest)
     usable = profile.step_cache is not None and not _leaves_out_cache(profile, request)
     if usable and "step_cache" not in request.model_fields_set:
         chosen["step_cache"] = profile.step_cache

@@ -64,7 +64,7 @@ def decode_mask(
     field: str = "mask_image",
     policy: ImagePolicy = ImagePolicy(),
 ) -> DecodedImage:  # "L": 255 is repainted, 0 stays
-    "The mask behind a text in a request; a RequestError says why it cannot be used."
+    "The mask behind a text in a request; raises a RequestError if it cannot be used."
     data = image_bytes(text, field=field, policy=policy)
     image, warnings = load_image(data, field=field, policy=policy, managed=False)
     image, notes = _mask_of(image)
@@ -86,7 +86,7 @@ def prepare_mask(
 ) -> Image.Image:  # "L", of that size
     "A mask as a generation uses it: resized, inverted, binarised and blurred, in this order."
     grows = size[0] >= mask.width and size[1] >= mask.height
-    binary = len(mask.getcolors(256)) <= 2
+    binary = len(mask.getcolors(256) or ()) <= 2
     resample = (
         Image.Resampling.NEAREST if grows and binary else Image.Resampling.BILINEAR if grows else Image.Resampling.BOX
     )
@@ -176,7 +176,7 @@ def check_mask(
     values = np.asarray(sharp)
     near = np.asarray(painted.filter(ImageFilter.BoxBlur(_EDGE))) > 0
     lost = np.count_nonzero((values >= FAINT) & (values < PAINTED) & ~near)
-    share = lost / max(1, np.count_nonzero(values >= FAINT))
+    share = int(lost) / max(1, int(np.count_nonzero(values >= FAINT)))
     if share <= 0.01:
         return []
     message = f"{share:.0%} of the masked area is fainter than {PAINTED} of 255 and is not repainted: paint it white"
@@ -187,7 +187,7 @@ def crop_region(
     mask: Image.Image,  # "L", blurred already, so that soft edges are inside
     padding: int,  # pixels of surroundings on each side
     aspect: float,  # width / height of the generation
-) -> tuple[int, int, int, int]:  # (left, top, right, bottom), inside the picture; all of it for an empty mask
+) -> tuple[int, int, int, int]:  # (left, top, right, bottom), inside the image; all of it for an empty mask
     "The box to work on: around everything that is not black, grown to an aspect ratio."
     width, height = mask.size
     left, top, right, bottom = mask.getbbox() or (0, 0, width, height)
@@ -208,9 +208,9 @@ def paste_back(
     original: Image.Image,  # RGB
     generated: Image.Image,  # RGB, of any size; shows what is inside the box
     mask: Image.Image,  # "L", of the size of the original
-    box: tuple[int, int, int, int] | None = None,  # from `crop_region`; None is the whole picture
+    box: tuple[int, int, int, int] | None = None,  # from `crop_region`; None is the whole image
 ) -> Image.Image:  # RGB, of the size of the original
-    "The generated picture inside the mask, the original outside; identical to it wherever the mask is 0."
+    "The generated image inside the mask, the original outside; identical to it wherever the mask is 0."
     left, top, right, bottom = box or (0, 0, *original.size)
     patch = resize_image(generated, right - left, bottom - top)
     region = (left, top, right, bottom)

@@ -15,6 +15,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import GenericAlias
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -180,9 +181,10 @@ def field_at(
     raw, required = root, False
     for position, step in enumerate(steps):
         schemas = _alternatives(raw, root)
-        raw, required = _child(schemas, step), any(step in schema.get("required", ()) for schema in schemas)
-        if raw is None:
+        child = _child(schemas, step)
+        if child is None:
             raise _unknown_field(schemas, steps, position)
+        raw, required = child, any(step in schema.get("required", ()) for schema in schemas)
     return _field_info(model, steps, raw, required)
 
 
@@ -234,7 +236,7 @@ def _read_object(text: str) -> dict:
     return found
 
 
-_READERS = {  # the narrowest type first, as they are tried
+_READERS: dict[str, Callable[[str], Any]] = {  # the narrowest type first
     "boolean": _read_boolean,
     "integer": _read_integer,
     "number": _read_number,
@@ -347,7 +349,7 @@ def _entry(holder: Any, step: str | int, path: Path) -> Any:
     )
 
 # %% ../../nbs/10_request/05_schema.ipynb #51bbd42d
-_PYTHON_TYPES = {
+_PYTHON_TYPES: dict[str, Any] = {  # JSON type -> annotation
     "integer": int,
     "number": float,
     "boolean": bool,
@@ -358,7 +360,7 @@ _PYTHON_TYPES = {
 
 def _python_type(info: FieldInfo) -> Any:
     if info.kind == "array":
-        return list[_PYTHON_TYPES[info.item_kinds[0]]]
+        return GenericAlias(list, (_PYTHON_TYPES[info.item_kinds[0]],))
     found = _PYTHON_TYPES[info.kind]
     for kind in info.kinds[1:]:
         found = found | _PYTHON_TYPES[kind]
@@ -417,9 +419,10 @@ def takes_fields_of(
     "Show the fields of a class as keyword parameters of a function that takes them as `**fields`."
 
     def show(function: Function) -> Function:
-        function.__signature__ = call_signature(model, function, types)
+        shown: Any = function  # no type checker knows that a function may have a signature of its own
+        shown.__signature__ = call_signature(model, function, types)
         summary = inspect.cleandoc(function.__doc__ or "")
-        function.__doc__ = f"{summary}\n\nFields of the request:\n\n{field_help(model)}".strip()
+        shown.__doc__ = f"{summary}\n\nFields of the request:\n\n{field_help(model)}".strip()
         return function
 
     return show

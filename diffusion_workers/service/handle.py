@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import Protocol, runtime_checkable
 
 from ..planning.inputs import Inputs, PlannedRequest
-from ..request.errors import logger, request_error
+from ..request.errors import failure, logger, request_error
 from ez_diffusion_client.models import (
     ErrorCode,
     GenerationPlan,
@@ -115,6 +115,15 @@ class Generation:
         self.report(ProgressEvent(phase=phase, message=result.message, result=result))
         self._future.set_result(result)
         return result
+
+    def lose(self) -> None:
+        "Fail in a forked child: the thread that would finish it runs in the parent alone."
+        self._on_progress, self._future = None, Future()  # the lock of the former one may be held for ever
+        hint = "wait for it in the parent, or submit it again in this process"
+        lost = request_error(
+            ErrorCode.internal_error, "this generation belongs to the parent of this process", hint=hint
+        )
+        self.finish(failure(lost, self.request.request_id if self.request else None))
 
     @property
     def done(self) -> bool:

@@ -6,8 +6,10 @@
 __all__ = ['RequestQueue']
 
 # %% ../../nbs/60_service/08_queue.ipynb #30d5290b
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +19,18 @@ from .handle import Generation
 from ez_diffusion_client.models import ErrorCode, OpResult, Phase, ProgressEvent
 
 # %% ../../nbs/60_service/08_queue.ipynb #d8378bf1
+_queues: weakref.WeakSet["RequestQueue"] = weakref.WeakSet()
+
+
+def _restart_queues() -> None:
+    for queue in list(_queues):
+        queue.restart_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_restart_queues)
+
+
 class RequestQueue:
     "Generations in order of arrival, and the thread that carries them out."
 
@@ -27,10 +41,21 @@ class RequestQueue:
     ):
         self.batching = batching
         self._run = run
+        self._closed = False
+        self._start()
+        _queues.add(self)
+
+    def _start(self) -> None:
         self._waiting: list[Generation] = []  # and running: until it is finished
         self._guard = threading.Lock()
-        self._closed = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="diffusion")
+
+    def restart_in_child(self) -> None:
+        "Begin anew in a forked child, which has neither the worker thread nor what the parent has queued."
+        left = self._waiting
+        self._start()
+        for generation in left:
+            generation.lose()
 
     def __len__(self) -> int:
         return len(self._waiting)

@@ -199,14 +199,14 @@ class DiffusionService:
         "Restore the request that made an image from its metadata: a result that holds it, and what is lost."
         models = self.list_models()
         if isinstance(image, Image.Image):
-            return self._returned("restore", restore_result(image, models, request_id))
+            return self._returned("restore", restore_result(image, models, request_id, self.manifest))
         try:
             text = None if image is None else image_text(image, "image")
             given = {"image": text, "parameters": parameters, "request_id": request_id}
             asked = parse(RestoreRequest, {name: value for name, value in given.items() if value is not None})
         except RequestError as refused:
             return self._returned("restore", failure(refused, request_id))
-        return self._returned("restore", restore_request(asked, models, self.image_policy))
+        return self._returned("restore", restore_request(asked, models, self.image_policy, self.manifest))
 
     # --- models and reports ---
 

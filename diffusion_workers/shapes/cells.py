@@ -53,7 +53,7 @@ def plain_example(task: Task, rng: np.random.Generator) -> Example:
     return Example(request, lambda image: {"right": float(matches(read_scene(image), scene))})
 
 
-UNITS = {  # kind -> (ControlNet, map, union mode) of each unit
+UNITS: dict[ControlKind, list[tuple[str, str, str | None]]] = {  # kind -> (ControlNet, map, union mode) of each unit
     ControlKind.single: [("canny", "canny", None)],
     ControlKind.multiple: [("canny", "canny", None), ("canny", "canny", None)],
     ControlKind.union: [("union", "canny", "canny"), ("union", "depth", "depth")],
@@ -81,13 +81,9 @@ def controlled_example(
         request |= {"image": render(random_scene(rng), rng), "strength": 0.9}
     if task == Task.inpainting:
         thing, mask = scene.objects[0], Image.new("L", image.size)
-        box = (
-            thing.x - thing.radius - 8,
-            thing.y - thing.radius - 8,
-            thing.x + thing.radius + 8,
-            thing.y + thing.radius + 8,
-        )
-        mask.paste(255, tuple(int(v) for v in box))
+        reach = thing.radius + 8
+        box = int(thing.x - reach), int(thing.y - reach), int(thing.x + reach), int(thing.y + reach)
+        mask.paste(255, box)
         request |= {"image": Image.new("RGB", image.size, image.getpixel((0, 0))), "mask_image": mask}
     edges = control_map("canny", scene, image)
     return Example(

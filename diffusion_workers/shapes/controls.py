@@ -167,7 +167,7 @@ def _normal(scene: FreeScene, image: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/65_shapes/09_controls.ipynb #86d1e98f
 def _segmentation(scene: FreeScene, image: np.ndarray) -> np.ndarray:
-    map_ = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 40, np.uint8)
+    map_: np.ndarray = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 40, np.uint8)
     for thing in scene.objects:
         kind = SHAPES.index(thing.item.shape) / len(SHAPES)
         map_[np.asarray(object_mask(thing)) > 127] = (60 + 195 * _hue(kind)).astype(np.uint8)
@@ -222,7 +222,8 @@ def colors_right(
     scene: FreeScene,
 ) -> bool:
     "Whether the background and the inside of each object have the colours of the scene."
-    pixels, free = np.asarray(image.convert("RGB"), float), np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
+    pixels = np.asarray(image.convert("RGB"), float)
+    free: np.ndarray = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
     right = True
     for thing in scene.objects:
         mask = np.asarray(object_mask(thing)) > 127
@@ -238,7 +239,7 @@ def mask_overlap(
 ) -> float:  # intersection over union, 0 to 1
     "How well whatever differs from the background covers the scene's objects."
     pixels = np.asarray(image.convert("RGB"), float)
-    border = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
+    border: np.ndarray = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
     border[3:-3, 3:-3] = False
     drawn = np.square(pixels - np.median(pixels[border], axis=0)).sum(-1) > 55**2
     wanted = np.max([np.asarray(object_mask(thing)) > 127 for thing in scene.objects], axis=0)

@@ -163,7 +163,7 @@ def inpainting_task(
         "below": (0, 0, 128, 64),
     }
     mask = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)
-    mask.paste(255, box[wanted.relation])
+    mask.paste(255, box[wanted.relation or ""])
     return image, mask, wanted, describe(wanted, rng, full=True)
 
 

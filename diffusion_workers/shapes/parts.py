@@ -79,7 +79,7 @@ def train_flux(
     return out_dir / "shapes-flux"
 
 # %% ../../nbs/65_shapes/12_parts.ipynb #870ab5dc
-def _trained_controlnet(controlnet_class: type, model: str, name: str) -> torch.nn.Module:
+def _trained_controlnet(controlnet_class: type[Any], model: str, name: str) -> torch.nn.Module:
     return controlnet_class.from_pretrained(
         builtin_path(model) / f"controlnet_{name}", variant="fp16", local_files_only=True
     ).float()

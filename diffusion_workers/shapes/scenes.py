@@ -13,6 +13,7 @@ __all__ = ['COLORS', 'BACKGROUNDS', 'SHAPES', 'SIZES', 'PLACES', 'RELATIONS', 'O
 # %% ../../nbs/65_shapes/01_scenes.ipynb #0709efa7
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -78,13 +79,13 @@ class Scene:
         if len(self.objects) not in (1, 2):
             raise ValueError(f"{len(self.objects)} objects given: a scene has one or two")
         one, nothing = len(self.objects) == 1, (None,)
-        allowed = [("background", self.background, BACKGROUNDS), ("place", self.place, PLACES if one else nothing)]
-        allowed += [
-            ("size", self.size, SIZES if one else nothing),
-            ("relation", self.relation, nothing if one else RELATIONS),
-        ]
-        allowed += [("color", o.color, COLORS) for o in self.objects] + [
-            ("shape", o.shape, SHAPES) for o in self.objects
+        allowed: list[tuple[str, str | None, Collection[str | None]]] = [
+            ("background", self.background, [*BACKGROUNDS]),
+            ("place", self.place, [*PLACES] if one else nothing),
+            ("size", self.size, [*SIZES] if one else nothing),
+            ("relation", self.relation, nothing if one else [*RELATIONS]),
+            *(("color", o.color, [*COLORS]) for o in self.objects),
+            *(("shape", o.shape, SHAPES) for o in self.objects),
         ]
         for name, value, names in allowed:
             if value not in names:
@@ -105,7 +106,9 @@ def scene_key(
 ) -> str:  # the same for both descriptions and both sizes
     "The key of a scene, without the size."
     told = canonical(scene)
-    return "|".join([*(f"{o.color} {o.shape}" for o in told.objects), told.place or told.relation, told.background])
+    return "|".join(
+        [*(f"{o.color} {o.shape}" for o in told.objects), told.place or told.relation or "", told.background]
+    )
 
 
 def is_held_out(
@@ -144,7 +147,7 @@ def polygon_corners(
         radii = np.where(np.arange(10) % 2 == 0, 1.1, 0.46)
         return [(r * np.cos(a), r * np.sin(a) + 0.05) for r, a in zip(radii, angles)]
     a, b = 0.36, 1.0
-    return {
+    corners: dict[str, list[tuple[float, float]]] = {
         "square": [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)],
         "triangle": [(0, -1), (1, 0.86), (-1, 0.86)],
         "diamond": [(0, -1.08), (0.74, 0), (0, 1.08), (-0.74, 0)],
@@ -162,7 +165,8 @@ def polygon_corners(
             (-b, -a),
             (-a, -a),
         ],
-    }[shape]
+    }
+    return corners[shape]
 
 
 def draw_shape(
@@ -186,7 +190,8 @@ def placements(
 ) -> list[tuple[ShapeObject, int, int, int]]:  # object, centre x, centre y, radius, in pixels
     "The position and radius of each object, before the jitter."
     if scene.relation is None:
-        return [(scene.objects[0], *PLACES[scene.place], SIZES[scene.size])]
+        x, y = PLACES[scene.place or ""]
+        return [(scene.objects[0], x, y, SIZES[scene.size or ""])]
     x1, y1, x2, y2 = RELATIONS[scene.relation]
     return [(scene.objects[0], x1, y1, PAIR_RADIUS), (scene.objects[1], x2, y2, PAIR_RADIUS)]
 
@@ -226,8 +231,8 @@ def object_phrase(
 ) -> str:
     "Name an object: `a small red circle`."
     left_out = rng.choice(["", "color", "shape"], p=[1 - drop, drop / 2, drop / 2])
-    words = [size, None if left_out == "color" else item.color, "shape" if left_out == "shape" else item.shape]
-    words = [word for word in words if word]
+    color = None if left_out == "color" else item.color
+    words = [word for word in (size, color, "shape" if left_out == "shape" else item.shape) if word]
     return " ".join(["an" if words[0][0] == "o" else "a", *words])
 
 
@@ -252,17 +257,16 @@ def describe(
         size = scene.size
     ground = f"a {scene.background} background" if full or rng.random() > 0.06 else None
     if scene.relation is None:
-        body, where = object_phrase(scene.objects[0], size, drop, rng), place_phrase(scene.place, rng)
+        body, where = object_phrase(scene.objects[0], size, drop, rng), place_phrase(scene.place or "", rng)
         if full or rng.random() > 0.08:
             body = f"{body} {where}" if rng.random() < 0.75 else f"{where}, {body}"
     else:
-        told = (
-            scene
-            if rng.random() < 0.5
-            else replace(scene, objects=scene.objects[::-1], relation=OPPOSITE[scene.relation])
-        )
-        first, second = (object_phrase(o, None, drop, rng) for o in told.objects)
-        relation = f"to the {told.relation}" if told.relation.endswith("of") and rng.random() < 0.3 else told.relation
+        objects, relation = scene.objects, scene.relation
+        if rng.random() >= 0.5:
+            objects, relation = objects[::-1], OPPOSITE[relation]
+        first, second = (object_phrase(o, None, drop, rng) for o in objects)
+        if relation.endswith("of") and rng.random() < 0.3:
+            relation = f"to the {relation}"
         body = f"{first} {relation} {second}" if rng.random() < 0.85 else f"{relation} {second}, {first}"
     if ground is None:
         return body
@@ -319,7 +323,7 @@ def shape_templates(
     for shape in SHAPES:
         image = Image.new("L", (400, 400), 0)
         draw_shape(ImageDraw.Draw(image), shape, 200, 200, 160)
-        left, top, right, bottom = image.getbbox()
+        left, top, right, bottom = image.getbbox() or (0, 0, *image.size)
         mask = image.crop((left, top, right, bottom)).resize((side, side), Image.Resampling.BOX)
         result[shape] = np.asarray(mask) > 127, (bottom - top) / (right - left)
     return result
@@ -330,11 +334,12 @@ def read_shape(
 ) -> tuple[str, float]:  # one of `SHAPES`, and its intersection over union
     "The shape whose template covers a mask best."
     image = Image.fromarray(mask.astype(np.uint8) * 255).resize((48, 48), Image.Resampling.BILINEAR)
-    stretched, scores = np.asarray(image) > 127, {}
+    stretched = np.asarray(image) > 127
+    scores: dict[str, tuple[float, float]] = {}
     for shape, (template, ratio) in shape_templates().items():
         overlap = float((stretched & template).sum() / (stretched | template).sum())
         scores[shape] = overlap - 0.5 * abs(np.log(mask.shape[0] / mask.shape[1] / ratio)), overlap
-    best = max(scores, key=scores.get)
+    best = max(scores, key=lambda shape: scores[shape])
     return best, scores[best][1]
 
 # %% ../../nbs/65_shapes/01_scenes.ipynb #3865a6d3
@@ -365,7 +370,7 @@ def read_scene(
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"the image is {image.size}: the scorer reads {(IMAGE_SIZE, IMAGE_SIZE)}, resize it first")
     pixels = np.asarray(image.convert("RGB"), dtype=float)
-    border = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
+    border: np.ndarray = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
     border[4:-4, 4:-4] = False
     ground = np.median(pixels[border], axis=0)
     labels, count = ndimage.label(np.square(pixels - ground).sum(-1) > 55**2)
@@ -413,7 +418,8 @@ def held_out_prompts(
     seed: int = 0,  # of scenes and wording
 ) -> list[tuple[Scene, str]]:  # scene and caption
     "Different captions of test scenes that name everything that is scored."
-    rng, found = np.random.default_rng((seed, n_objects)), {}
+    rng = np.random.default_rng((seed, n_objects))
+    found: dict[str, Scene] = {}
     while len(found) < n:
         scene = random_scene(rng, n_objects, held_out=True)
         found.setdefault(describe(scene, rng, full=True), scene)

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -421,7 +422,9 @@ def train_shapes(
     "Train the built-in model from scratch, or resume. Raises ValueError for a time that is not positive."
     if minutes is not None and minutes <= 0:
         raise ValueError(f"minutes is {minutes}: give a positive number, or None to train for config.unet_steps steps")
-    changes = {name: value for name, value in {"seed": seed, "minutes": minutes}.items() if value is not None}
+    changes: dict[str, Any] = {
+        name: value for name, value in {"seed": seed, "minutes": minutes}.items() if value is not None
+    }
     config, out_dir = replace(config, **changes), Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     if not resume:

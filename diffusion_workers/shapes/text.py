@@ -8,6 +8,7 @@ __all__ = ['WORDS', 'SLOTS', 'N_THINGS', 'PARSE_CLASSES', 'merge_pieces', 'build
 
 # %% ../../nbs/65_shapes/02_text.ipynb #105f26c3
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def build_merges(
     words: list[str],  # in lower case
 ) -> dict[tuple[str, str], int]:  # pair -> rank
     "Merges that make one token of each word."
-    merges = {}
+    merges: dict[tuple[str, str], int] = {}
     for word in words:
         pieces = merge_pieces([*word[:-1], word[-1] + "</w>"], merges)
         while len(pieces) > 1:
@@ -111,7 +112,9 @@ def parse_targets(
 ) -> list[int]:  # one class for each of PARSE_CLASSES; 0 is an empty slot
     "The classes that a caption determines: colours, shapes, size, background."
     told = canonical(scene)
-    slots = {None: [told.place], "left of": ["left", "right"], "above": ["top", "bottom"]}[told.relation]
+    slots: Sequence[str | None] = [told.place]
+    if told.relation is not None:
+        slots = {"left of": ["left", "right"], "above": ["top", "bottom"]}[told.relation]
     at = dict(zip(slots, told.objects))
     things = [at.get(slot) for slot in SLOTS] + [told.objects[0], told.objects[1] if len(told.objects) == 2 else None]
     colors = [list(COLORS).index(thing.color) + 1 if thing else 0 for thing in things]

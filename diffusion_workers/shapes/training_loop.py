@@ -76,7 +76,7 @@ class TrainingLog:
         self.stage = stage
         self.every = every
         self.start = time.monotonic()
-        self.sums = {}
+        self.sums: dict[str, float] = {}
         self.count = 0
 
     def add(

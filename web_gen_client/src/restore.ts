@@ -46,17 +46,22 @@ function sentence({ name, given, reason }: LostSetting): string {
   return `${name}${given ? ` ${given}` : ''} (${reason})`;
 }
 
+function sentences(lost: LostSetting[]): string {
+  return lost.map(sentence).join('; ');
+}
+
 /** Restore the settings of a dropped file; false where it has no metadata. What the form held before is gone. */
 export async function restoreFile(file: Blob): Promise<boolean> {
   const found = await readRequest(file);
   const [problem] = found.lost ?? [];
   if (found.source === 'none' && problem) throw new Error(sentence(problem));
   if (found.source === 'none') return false;
+  if (Object.keys(found.request).length === 0) throw new Error(`No settings restored: ${sentences(found.lost ?? [])}.`);
   const source = found.plan ? sameGeneration(found.plan)?.form : undefined;
   if (source) await bringBack(source);
   const { next, given } = withInputs(found, source);
   replaceForm({ ...next, ...previewInterval() }, 'seed' in next);
   const lost = (found.lost ?? []).filter(({ name }) => !given.has(name));
-  status.value = lost.length ? `Settings restored, except: ${lost.map(sentence).join('; ')}.` : 'Settings restored.';
+  status.value = lost.length ? `Settings restored, except: ${sentences(lost)}.` : 'Settings restored.';
   return true;
 }

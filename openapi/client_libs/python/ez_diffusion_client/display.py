@@ -169,7 +169,14 @@ def _error_block(error: "ErrorDetail") -> str:  # HTML
 # --- base classes of the generated models ------------------------------------
 
 
-class ResultMethods(BaseModel):
+class CompactModel(BaseModel):
+    """The base of every generated class: fields that are None are left out of its repr."""
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return [(name, value) for name, value in super().__repr_args__() if value is not None]
+
+
+class ResultMethods(CompactModel):
     """What can be done with an `OpResult`, whichever front end it came from."""
 
     if TYPE_CHECKING:
@@ -258,7 +265,7 @@ class ResultMethods(BaseModel):
         return str(self)
 
 
-class PlanMethods(BaseModel):
+class PlanMethods(CompactModel):
     """A plan as a table in a notebook."""
 
     if TYPE_CHECKING:
@@ -271,7 +278,7 @@ class PlanMethods(BaseModel):
         return _markdown_table([*plan_rows(self), *notes])  # type: ignore[arg-type]  # every instance is a plan
 
 
-class MemoryReportMethods(BaseModel):
+class MemoryReportMethods(CompactModel):
     """A memory report as a table in a notebook."""
 
     if TYPE_CHECKING:
@@ -298,7 +305,7 @@ class MemoryReportMethods(BaseModel):
         return "\n".join(lines)
 
 
-class ModelListMethods(BaseModel):
+class ModelListMethods(CompactModel):
     """A list of models as a table in a notebook."""
 
     if TYPE_CHECKING:

@@ -20,49 +20,56 @@ class RequestFields(TypedDict, total=False):
     """Fields of a `GenerationRequest`; None leaves one out."""
 
     model: str | None
-    """Name of a manifest; absent takes the default model"""
+    """Name of a manifest; default: the default model of the service"""
     prompt: str
     """What the image shows; may be empty for inpainting, and with a ControlNet unit in control mode
     control"""
     prompt_2: str | None
-    """For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt"""
+    """For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); default: prompt"""
     negative_prompt: str | None
-    """What the picture should not show"""
+    """What the image should not show"""
     negative_prompt_2: str | None
     """For the second text encoder"""
     width: int | None
-    """Pixels; absent takes the size of image or of the model"""
+    """Pixels; default: the size of image, or the model's"""
     height: int | None
-    """Pixels; absent takes the size of image or of the model"""
+    """Pixels; default: the size of image, or the model's"""
     num_inference_steps: int | None
-    """Denoising steps; absent takes those of the model"""
+    """Denoising steps; default: the model's"""
     guidance_scale: float | None
     """Weight of classifier-free guidance, 1 or less is none; for Flux the distilled guidance"""
     true_cfg_scale: float | None
     """Classifier-free guidance of Flux"""
     guidance_rescale: float | None
-    """Share of the rescaling that keeps guided pictures from being overexposed (Lin et al. 2023,
+    """Share of the rescaling that keeps guided images from being overexposed (Lin et al. 2023,
     arXiv:2305.08891)"""
     num_images: int | None
-    """How many images; absent is one, or one for each of seeds"""
+    """How many images; default: one, or one for each of seeds"""
     seed: int | None
-    """Seed of the first image, image i takes seed + i; absent or -1 draws one, which the plan names"""
+    """Seed of the first image, image i takes seed + i; without it or with -1 one is drawn, which the plan
+    names"""
     seeds: Sequence[int] | None
     """One seed for each image"""
-    scheduler: models.SchedulerName | Literal['ddim', 'ddpm', 'pndm', 'euler', 'euler_ancestral', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_singlestep', 'unipc', 'deis', 'lms', 'kdpm2', 'kdpm2_ancestral', 'lcm', 'flow_match_euler'] | None
+    scheduler: models.SchedulerName | Literal['ddim', 'ddpm', 'pndm', 'euler', 'euler_ancestral', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_singlestep', 'unipc', 'deis', 'lms', 'kdpm2', 'kdpm2_ancestral', 'lcm', 'tcd', 'flow_match_euler'] | None
     """Absent takes the one of the model"""
     use_karras_sigmas: bool | None
     """Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"""
+    timestep_spacing: models.TimestepSpacing | Literal['leading', 'trailing', 'linspace'] | None
+    """Which timesteps are sampled, where the scheduler supports it; default: the model's"""
+    eta: float | None
+    """How much new noise each step of ddim or tcd adds, 0 is none; default: 0, and 0.3 with tcd"""
     clip_skip: int | None
-    """How many of the last CLIP layers are left out; absent and 0 are none"""
+    """How many of the last CLIP layers are left out, for the prompt and the negative prompt; default: none.
+    SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip
+    skip 1 or 2, 1 is their 3"""
     max_sequence_length: int | None
     """Tokens for T5"""
     size_conditioning: models.SizeConditioning | dict[str, Any] | None
     refiner: models.RefinerOptions | dict[str, Any] | None
     image: ImageInput | None
-    """The picture to start from"""
+    """The image to start from"""
     strength: float | None
-    """How far the result may leave image; needs image"""
+    """Denoising strength: 0 keeps the image, 1 ignores it; needs image"""
     resize_mode: models.ResizeMode | Literal['just_resize', 'crop_and_resize', 'resize_and_fill'] | None
     mask_image: ImageInput | None
     """White where image is repainted, black where it stays; needs image"""
@@ -90,7 +97,7 @@ class PreprocessFields(TypedDict, total=False):
     """Fields of a `PreprocessRequest`; None leaves one out."""
 
     image: ImageInput
-    """A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public
+    """An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public
     host. File paths are never accepted."""
     preprocessing: models.Preprocessing | dict[str, Any]
     width: int | None

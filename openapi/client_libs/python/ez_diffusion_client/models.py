@@ -8,13 +8,13 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 from ez_diffusion_client.display import (
+    CompactModel,
     MemoryReportMethods,
     ModelListMethods,
     PlanMethods,
     ResultMethods,
 )
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     RootModel,
@@ -50,7 +50,7 @@ class ModelFamily(StrEnum):
 
 class ModelKind(StrEnum):
     """
-    Whether a model is an ordinary one, or one whose denoiser takes a masked picture (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+    Whether a model is an ordinary one, or one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
     """
 
     standard = "standard"
@@ -70,7 +70,7 @@ class Task(StrEnum):
 
 class ControlKind(StrEnum):
     """
-    How a generation is controlled; one union net may carry several typed controls
+    How a generation is controlled; one union ControlNet may carry several typed controls
     """
 
     none = "none"
@@ -99,12 +99,23 @@ class SchedulerName(StrEnum):
     kdpm2 = "kdpm2"
     kdpm2_ancestral = "kdpm2_ancestral"
     lcm = "lcm"
+    tcd = "tcd"
     flow_match_euler = "flow_match_euler"
+
+
+class TimestepSpacing(StrEnum):
+    """
+    Which timesteps of the training are sampled (Lin et al. 2023, arXiv:2305.08891, table 2); distilled models such as SDXL Lightning and Hyper-SD need trailing
+    """
+
+    leading = "leading"
+    trailing = "trailing"
+    linspace = "linspace"
 
 
 class ResizeMode(StrEnum):
     """
-    How a picture of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
+    How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
     """
 
     just_resize = "just_resize"
@@ -219,7 +230,7 @@ class ErrorCode(StrEnum):
     internal_error = "internal_error"
 
 
-class ErrorDetail(BaseModel):
+class ErrorDetail(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -243,7 +254,7 @@ class ErrorDetail(BaseModel):
     ] = False
 
 
-class RequestWarning(BaseModel):
+class RequestWarning(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -260,7 +271,7 @@ class RequestWarning(BaseModel):
     used: Annotated[StrictStr | None, Field(description="What was used")] = None
 
 
-class InpaintOptions(BaseModel):
+class InpaintOptions(CompactModel):
     """
     How mask_image is used
     """
@@ -303,7 +314,7 @@ BlockScalesAdditionalProperty = TypeAliasType(
 )
 
 
-class Lora(BaseModel):
+class Lora(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -335,9 +346,9 @@ class Lora(BaseModel):
     ] = None
 
 
-class Preprocessing(BaseModel):
+class Preprocessing(CompactModel):
     """
-    The detector that turns a picture into a control map
+    The preprocessor that turns an image into a control map
     """
 
     model_config = ConfigDict(
@@ -354,7 +365,7 @@ class Preprocessing(BaseModel):
     resolution: Annotated[
         StrictInt | None,
         Field(
-            description="Short side in pixels at which the detector works; absent, the size of the generation (pixel perfect)",
+            description="Short side in pixels at which the detector works; default: the size of the generation (pixel perfect)",
             ge=64,
             le=4096,
         ),
@@ -365,16 +376,16 @@ class UnionMode(RootModel[StrictInt | None]):
     root: Annotated[
         StrictInt | None,
         Field(
-            description="Kind of the map for a union net, by name or by number",
+            description="Kind of the map for a union ControlNet, by name or by number",
             ge=0,
             le=15,
         ),
     ] = None
 
 
-class ControlNetUnit(BaseModel):
+class ControlNetUnit(CompactModel):
     """
-    One control; several units that name the same union net become its several typed controls
+    One control; several units that name the same union ControlNet become its typed controls
     """
 
     model_config = ConfigDict(
@@ -386,7 +397,7 @@ class ControlNetUnit(BaseModel):
     model: Annotated[
         StrictStr | None,
         Field(
-            description="A ControlNet that the manifest of the model offers; absent when it offers one that fits",
+            description="A ControlNet of the model; may be left out where only one fits",
             max_length=256,
             min_length=1,
         ),
@@ -394,7 +405,7 @@ class ControlNetUnit(BaseModel):
     image: Annotated[
         StrictStr,
         Field(
-            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
             max_length=134217728,
             min_length=1,
         ),
@@ -402,7 +413,7 @@ class ControlNetUnit(BaseModel):
     mask_image: Annotated[
         StrictStr | None,
         Field(
-            description="Where the control holds (white), everywhere when absent; for a preprocessor that takes a mask (inpaint_mask), the part that is repainted, that of the request when absent",
+            description="Where the control applies (white); default: everywhere. For a preprocessor that takes a mask (inpaint_mask), the part that is repainted; default: that of the request",
             max_length=134217728,
             min_length=1,
         ),
@@ -434,7 +445,9 @@ class ControlNetUnit(BaseModel):
     resize_mode: ResizeMode = ResizeMode.just_resize
     union_mode: Annotated[
         UnionModeName | UnionMode | None,
-        Field(description="Kind of the map for a union net, by name or by number"),
+        Field(
+            description="Kind of the map for a union ControlNet, by name or by number"
+        ),
     ] = None
     return_map: Annotated[
         StrictBool, Field(description="Send the control map back with the images")
@@ -472,7 +485,7 @@ class StepCacheMethod(StrEnum):
     mag = "mag"
 
 
-class StepCacheOptions(BaseModel):
+class StepCacheOptions(CompactModel):
     """
     Reuse of features between denoising steps; faster, and changes pixels
     """
@@ -529,7 +542,7 @@ class StepCacheOptions(BaseModel):
     ] = None
 
 
-class AccelerationOptions(BaseModel):
+class AccelerationOptions(CompactModel):
     """
     Other settings that trade exactness for time; each is named in the receipt
     """
@@ -581,7 +594,7 @@ class AccelerationOptions(BaseModel):
     ] = None
 
 
-class MemoryOptions(BaseModel):
+class MemoryOptions(CompactModel):
     """
     Settings that trade time for device memory
     """
@@ -605,7 +618,7 @@ class MemoryOptions(BaseModel):
     ] = None
 
 
-class RefinerOptions(BaseModel):
+class RefinerOptions(CompactModel):
     """
     A second SDXL model that takes over the last steps
     """
@@ -616,7 +629,7 @@ class RefinerOptions(BaseModel):
     switch_at: Annotated[
         StrictFloat,
         Field(
-            description="Share of the steps after which the refiner takes over",
+            description="Share of the steps after which the refiner takes over; 0 lets it make all steps, 1 leaves it out",
             ge=0.0,
             le=1.0,
         ),
@@ -627,9 +640,9 @@ class RefinerOptions(BaseModel):
     ] = None
 
 
-class SizeConditioning(BaseModel):
+class SizeConditioning(CompactModel):
     """
-    What SDXL is told about the size of the picture
+    Size conditioning of SDXL
     """
 
     model_config = ConfigDict(
@@ -651,7 +664,7 @@ class SizeConditioning(BaseModel):
     ] = None
 
 
-class OutputOptions(BaseModel):
+class OutputOptions(CompactModel):
     """
     How the images come back
     """
@@ -669,7 +682,7 @@ class OutputOptions(BaseModel):
     ] = True
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(CompactModel):
     """
     What to make
     """
@@ -680,7 +693,7 @@ class GenerationRequest(BaseModel):
     model: Annotated[
         StrictStr | None,
         Field(
-            description="Name of a manifest; absent takes the default model",
+            description="Name of a manifest; default: the default model of the service",
             max_length=256,
             min_length=1,
         ),
@@ -695,13 +708,13 @@ class GenerationRequest(BaseModel):
     prompt_2: Annotated[
         StrictStr | None,
         Field(
-            description="For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt",
+            description="For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); default: prompt",
             max_length=10000,
         ),
     ] = None
     negative_prompt: Annotated[
         StrictStr | None,
-        Field(description="What the picture should not show", max_length=10000),
+        Field(description="What the image should not show", max_length=10000),
     ] = None
     negative_prompt_2: Annotated[
         StrictStr | None,
@@ -710,7 +723,7 @@ class GenerationRequest(BaseModel):
     width: Annotated[
         StrictInt | None,
         Field(
-            description="Pixels; absent takes the size of image or of the model",
+            description="Pixels; default: the size of image, or the model's",
             ge=64,
             le=8192,
             multiple_of=8,
@@ -719,7 +732,7 @@ class GenerationRequest(BaseModel):
     height: Annotated[
         StrictInt | None,
         Field(
-            description="Pixels; absent takes the size of image or of the model",
+            description="Pixels; default: the size of image, or the model's",
             ge=64,
             le=8192,
             multiple_of=8,
@@ -727,11 +740,7 @@ class GenerationRequest(BaseModel):
     ] = None
     num_inference_steps: Annotated[
         StrictInt | None,
-        Field(
-            description="Denoising steps; absent takes those of the model",
-            ge=1,
-            le=1000,
-        ),
+        Field(description="Denoising steps; default: the model's", ge=1, le=1000),
     ] = None
     guidance_scale: Annotated[
         StrictFloat | None,
@@ -748,7 +757,7 @@ class GenerationRequest(BaseModel):
     guidance_rescale: Annotated[
         StrictFloat | None,
         Field(
-            description="Share of the rescaling that keeps guided pictures from being overexposed (Lin et al. 2023, arXiv:2305.08891)",
+            description="Share of the rescaling that keeps guided images from being overexposed (Lin et al. 2023, arXiv:2305.08891)",
             ge=0.0,
             le=1.0,
         ),
@@ -756,7 +765,7 @@ class GenerationRequest(BaseModel):
     num_images: Annotated[
         StrictInt | None,
         Field(
-            description="How many images; absent is one, or one for each of seeds",
+            description="How many images; default: one, or one for each of seeds",
             ge=1,
             le=64,
         ),
@@ -764,7 +773,7 @@ class GenerationRequest(BaseModel):
     seed: Annotated[
         StrictInt | None,
         Field(
-            description="Seed of the first image, image i takes seed + i; absent or -1 draws one, which the plan names",
+            description="Seed of the first image, image i takes seed + i; without it or with -1 one is drawn, which the plan names",
             ge=-1,
             le=9007199254740991,
         ),
@@ -782,10 +791,24 @@ class GenerationRequest(BaseModel):
             description="Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"
         ),
     ] = None
+    timestep_spacing: Annotated[
+        TimestepSpacing | None,
+        Field(
+            description="Which timesteps are sampled, where the scheduler supports it; default: the model's"
+        ),
+    ] = None
+    eta: Annotated[
+        StrictFloat | None,
+        Field(
+            description="How much new noise each step of ddim or tcd adds, 0 is none; default: 0, and 0.3 with tcd",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = None
     clip_skip: Annotated[
         StrictInt | None,
         Field(
-            description="How many of the last CLIP layers are left out; absent and 0 are none",
+            description="How many of the last CLIP layers are left out, for the prompt and the negative prompt; default: none. SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip skip 1 or 2, 1 is their 3",
             ge=0,
             le=24,
         ),
@@ -798,13 +821,13 @@ class GenerationRequest(BaseModel):
     image: Annotated[
         StrictStr | None,
         Field(
-            description="The picture to start from", max_length=134217728, min_length=1
+            description="The image to start from", max_length=134217728, min_length=1
         ),
     ] = None
     strength: Annotated[
         StrictFloat | None,
         Field(
-            description="How far the result may leave image; needs image",
+            description="Denoising strength: 0 keeps the image, 1 ignores it; needs image",
             gt=0.0,
             le=1.0,
         ),
@@ -866,7 +889,7 @@ class GenerationRequest(BaseModel):
     ] = None
 
 
-class PlannedScheduler(BaseModel):
+class PlannedScheduler(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -885,9 +908,9 @@ class PlannedScheduler(BaseModel):
     ] = None
 
 
-class PlannedImage(BaseModel):
+class PlannedImage(CompactModel):
     """
-    A picture that the plan uses, by its content
+    An image that the plan uses, by its content
     """
 
     model_config = ConfigDict(
@@ -903,7 +926,7 @@ class PlannedImage(BaseModel):
     height: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
 
 
-class PlannedControl(BaseModel):
+class PlannedControl(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -917,12 +940,12 @@ class PlannedControl(BaseModel):
     control_mode: ControlMode = ControlMode.balanced
     resize_mode: ResizeMode = ResizeMode.just_resize
     union_mode: Annotated[
-        StrictInt | None, Field(description="Number of the mode for this net")
+        StrictInt | None, Field(description="Number of the mode for this ControlNet")
     ] = None
     return_map: StrictBool = False
 
 
-class PlannedLora(BaseModel):
+class PlannedLora(CompactModel):
     """
     A LoRA with the file that its name stands for
     """
@@ -946,7 +969,7 @@ class PlannedLora(BaseModel):
     ] = None
 
 
-class Environment(BaseModel):
+class Environment(CompactModel):
     """
     Where the plan was carried out
     """
@@ -998,6 +1021,12 @@ class GenerationPlan(PlanMethods):
         StrictInt,
         Field(description="Steps that are really made after strength is applied"),
     ]
+    denoiser_calls: Annotated[
+        StrictInt | None,
+        Field(
+            description="How often the denoiser runs for a batch of images, guidance counted once: methods of the second order call it twice in a step. Absent where the scheduler of the model is not known before it is loaded"
+        ),
+    ] = None
     guidance_scale: StrictFloat
     true_cfg_scale: StrictFloat | None = None
     guidance_rescale: StrictFloat | None = None
@@ -1010,6 +1039,9 @@ class GenerationPlan(PlanMethods):
         ),
     ] = None
     scheduler: PlannedScheduler
+    eta: Annotated[
+        StrictFloat | None, Field(description="New noise in each step of ddim or tcd")
+    ] = None
     clip_skip: StrictInt | None = None
     max_sequence_length: StrictInt | None = None
     size_conditioning: SizeConditioning | None = None
@@ -1035,14 +1067,14 @@ class GenerationPlan(PlanMethods):
     environment: Environment | None = None
 
 
-class GeneratedImage(BaseModel):
+class GeneratedImage(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
     image: Annotated[
         StrictStr,
         Field(
-            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
             max_length=134217728,
             min_length=1,
         ),
@@ -1053,14 +1085,14 @@ class GeneratedImage(BaseModel):
     seed: StrictInt
 
 
-class ControlMap(BaseModel):
+class ControlMap(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
     image: Annotated[
         StrictStr,
         Field(
-            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
             max_length=134217728,
             min_length=1,
         ),
@@ -1073,7 +1105,7 @@ class ControlMap(BaseModel):
     height: Annotated[StrictInt, Field(description="Pixels")]
 
 
-class Timings(BaseModel):
+class Timings(CompactModel):
     """
     Seconds spent in each phase
     """
@@ -1092,7 +1124,7 @@ class Timings(BaseModel):
     seconds_per_step: StrictFloat | None = None
 
 
-class GenerationResponse(BaseModel):
+class GenerationResponse(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1102,14 +1134,14 @@ class GenerationResponse(BaseModel):
     timings: Timings | None = None
 
 
-class PreprocessRequest(BaseModel):
+class PreprocessRequest(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
     image: Annotated[
         StrictStr,
         Field(
-            description="A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
             max_length=134217728,
             min_length=1,
         ),
@@ -1138,7 +1170,7 @@ class PreprocessRequest(BaseModel):
     ] = None
 
 
-class RestoreRequest(BaseModel):
+class RestoreRequest(CompactModel):
     """
     Where a request is restored from: an image file with metadata, or a text of parameters; give one of them
     """
@@ -1178,7 +1210,7 @@ class MetadataSource(StrEnum):
     none = "none"
 
 
-class LostSetting(BaseModel):
+class LostSetting(CompactModel):
     """
     A setting that could not be restored
     """
@@ -1198,7 +1230,7 @@ class LostSetting(BaseModel):
     reason: Annotated[StrictStr, Field(description="Why it could not be restored")]
 
 
-class RestoredRequest(BaseModel):
+class RestoredRequest(CompactModel):
     """
     A request read from metadata
     """
@@ -1229,7 +1261,7 @@ class RestoredRequest(BaseModel):
     ] = None
 
 
-class DeviceMemory(BaseModel):
+class DeviceMemory(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1242,7 +1274,7 @@ class DeviceMemory(BaseModel):
     peak_bytes: StrictInt | None = None
 
 
-class ModelMemory(BaseModel):
+class ModelMemory(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1283,7 +1315,7 @@ class HealthState(StrEnum):
     stopping = "stopping"
 
 
-class PhaseTime(BaseModel):
+class PhaseTime(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1291,7 +1323,7 @@ class PhaseTime(BaseModel):
     seconds: StrictFloat
 
 
-class Health(BaseModel):
+class Health(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1330,7 +1362,7 @@ class JobState(StrEnum):
     cancelled = "cancelled"
 
 
-class ControlNetInfo(BaseModel):
+class ControlNetInfo(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1338,12 +1370,12 @@ class ControlNetInfo(BaseModel):
     union: StrictBool
     union_modes: Annotated[
         list[UnionModeName] | None,
-        Field(description="Kinds of maps that a union net takes"),
+        Field(description="Kinds of maps that a union ControlNet takes"),
     ] = None
     preprocessors: list[StrictStr] | None = None
 
 
-class ProfileInfo(BaseModel):
+class ProfileInfo(CompactModel):
     """
     Settings that trade exactness for time, under a name
     """
@@ -1363,7 +1395,7 @@ class ParameterKind(StrEnum):
     number = "number"
 
 
-class PreprocessorParameter(BaseModel):
+class PreprocessorParameter(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1377,13 +1409,13 @@ class PreprocessorParameter(BaseModel):
     description: StrictStr | None = None
 
 
-class PreprocessorInfo(BaseModel):
+class PreprocessorInfo(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
     name: StrictStr
     title: Annotated[StrictStr, Field(description="What the map shows")]
-    nets: Annotated[
+    controlnets: Annotated[
         StrictStr | None, Field(description="The ControlNets that expect such a map")
     ] = None
     needs_mask: StrictBool = False
@@ -1423,7 +1455,7 @@ class OpResult(ResultMethods):
     request_id: StrictStr | None = None
 
 
-class ProgressEvent(BaseModel):
+class ProgressEvent(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1441,7 +1473,7 @@ class ProgressEvent(BaseModel):
     preview: Annotated[
         StrictStr | None,
         Field(
-            description="A small JPEG of the emerging picture",
+            description="A small JPEG preview of the image",
             max_length=134217728,
             min_length=1,
         ),
@@ -1450,7 +1482,7 @@ class ProgressEvent(BaseModel):
     result: Annotated[OpResult | None, Field(description="In the last event")] = None
 
 
-class Job(BaseModel):
+class Job(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1463,7 +1495,7 @@ class Job(BaseModel):
     result: OpResult | None = None
 
 
-class ModelInfo(BaseModel):
+class ModelInfo(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
@@ -1494,5 +1526,5 @@ class ModelList(ModelListMethods):
     models: list[ModelInfo]
     preprocessors: Annotated[
         list[PreprocessorInfo] | None,
-        Field(description="What can turn a picture into a control map"),
+        Field(description="The preprocessors that turn an image into a control map"),
     ] = None

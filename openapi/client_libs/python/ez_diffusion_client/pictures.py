@@ -1,4 +1,4 @@
-"""Pictures on their way in and out: bytes, files, and PIL images where Pillow is installed."""
+"""Images in requests and results: bytes, files, and PIL images where Pillow is installed."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ _FIELDS = ("image", "mask_image")
 def picture_text(
     value: Any,  # text of the API as it is; bytes of a file, a pathlib.Path or a PIL image
 ) -> Any:
-    """The picture as base64 text; what is no picture is left for the server to judge."""
+    """The image as base64 text; anything else is left as it is, for the server to check."""
     if isinstance(value, Path):
         value = value.read_bytes()
     if isinstance(value, (bytes, bytearray, memoryview)):

@@ -44,7 +44,9 @@ class ProgressBar:
             from tqdm.auto import tqdm
         except ImportError:
             raise ImportError("a progress bar needs tqdm: pip install tqdm, or pass progress=False") from None
-        self._bar: Any = tqdm(total=None, leave=False, unit="step", dynamic_ncols=True, disable=False)
+        self._bar: Any = tqdm(
+            total=None, leave=False, unit="step", dynamic_ncols=True, disable=False, bar_format="{desc}: {elapsed}"
+        )
 
     def __call__(self, event: ProgressEvent) -> None:
         """Show an event."""
@@ -54,6 +56,7 @@ class ProgressBar:
         if event.phase is Phase.queued and event.queue_position:
             title = f"queued behind {event.queue_position}"
         if event.total_steps and self._bar.total != event.total_steps:
+            self._bar.bar_format = None
             self._bar.reset(total=event.total_steps)
         self._bar.set_description_str(title, refresh=False)
         if event.step is not None:

@@ -57,14 +57,45 @@ def save_arguments(
     return {"pnginfo": info}
 
 
-def _comment_text(raw: object) -> str | None:  # of an EXIF UserComment
+def _of_utf_16(body: bytes) -> str:  # in the byte order that makes more of it ASCII
+    if body[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return body.decode("utf-16", "replace")
+    even, odd = body[0::2], body[1::2]
+    little = odd.count(0) > even.count(0)
+    return body.decode("utf-16-le" if little else "utf-16-be", "replace")
+
+
+def _of_bytes(body: bytes) -> str:  # UTF-8, where it is not that UTF-16 or Latin-1
+    if body[:2] not in (b"\xff\xfe", b"\xfe\xff") and 0 not in body.strip(b"\0"):
+        try:
+            return body.decode("utf-8-sig").strip("\0")
+        except UnicodeDecodeError:
+            pass
+    return ""
+
+
+def comment_text(
+    raw: object,  # of an EXIF UserComment, as Pillow reads it
+) -> str | None:
+    """The text of a comment: its first eight bytes name an encoding, which programs fill with others too."""
+    if isinstance(raw, str):  # Pillow reads what is declared as ASCII as Latin-1
+        if len(raw) <= 8 or not (raw.startswith(("UNICODE\0", "ASCII\0\0\0")) or not raw.isascii()):
+            return raw
+        text = raw
+        try:
+            raw = text.encode("latin-1")
+        except UnicodeEncodeError:
+            return text
     if not isinstance(raw, bytes) or len(raw) <= 8:
-        return raw if isinstance(raw, str) else None
+        return None
     head, body = raw[:8], raw[8:]
     if head == b"UNICODE\0":
-        little = body[1::2].count(0) > body[0::2].count(0)
-        return body.decode("utf-16-le" if little else "utf-16-be", "replace").lstrip("\ufeff")
-    return (body if head in (b"ASCII\0\0\0", bytes(8)) else raw).decode("utf-8", "replace").strip("\0")
+        text = _of_bytes(body) or _of_utf_16(body)
+    else:
+        body = body if head in (b"ASCII\0\0\0", b"JIS\0\0\0\0\0", bytes(8)) else raw
+        wide = body[:2] in (b"\xff\xfe", b"\xfe\xff") or 4 * body.count(0) > len(body)
+        text = _of_bytes(body) or (_of_utf_16(body) if wide else body.decode("latin-1"))
+    return text.lstrip("\ufeff").strip("\0")
 
 
 def read_texts(
@@ -75,7 +106,8 @@ def read_texts(
     if plan is None and parameters is None:
         exif = image.getexif()
         plan = exif.get(ExifTags.Base.ImageDescription)
-        parameters = _comment_text(exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment))
+        tag = ExifTags.Base.UserComment
+        parameters = comment_text(exif.get_ifd(ExifTags.IFD.Exif).get(tag) or exif.get(tag))
         if not (isinstance(plan, str) and plan.startswith('{"plan_version"')):
             plan = None
     found = {PLAN_KEY: plan, PARAMETERS_KEY: parameters}

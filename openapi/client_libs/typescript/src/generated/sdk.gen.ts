@@ -43,7 +43,7 @@ export const plan = <ThrowOnError extends boolean = false>(options: Options<Plan
 });
 
 /**
- * Turn a picture into a control map
+ * Run a ControlNet preprocessor on an image
  */
 export const preprocess = <ThrowOnError extends boolean = false>(options: Options<PreprocessData, ThrowOnError>) => (options.client ?? client).post<PreprocessResponses, PreprocessErrors, ThrowOnError>({
     url: '/preprocess',
@@ -109,7 +109,7 @@ export const memoryInfo = <ThrowOnError extends boolean = false>(options?: Optio
 export const health = <ThrowOnError extends boolean = false>(options?: Options<HealthData, ThrowOnError>) => (options?.client ?? client).get<HealthResponses, unknown, ThrowOnError>({ url: '/health', ...options });
 
 /**
- * A model is loaded and a picture was made
+ * A model is loaded and an image was generated
  */
 export const ready = <ThrowOnError extends boolean = false>(options?: Options<ReadyData, ThrowOnError>) => (options?.client ?? client).get<ReadyResponses, ReadyErrors, ThrowOnError>({ url: '/ready', ...options });
 

@@ -5,7 +5,7 @@ export type ClientOptions = {
 };
 
 /**
- * A picture as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.
+ * An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.
  */
 export type ImageString = string;
 
@@ -30,7 +30,7 @@ export const ModelFamily = {
 export type ModelFamily = typeof ModelFamily[keyof typeof ModelFamily];
 
 /**
- * Whether a model is an ordinary one, or one whose denoiser takes a masked picture (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+ * Whether a model is an ordinary one, or one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
  */
 export const ModelKind = {
     STANDARD: 'standard',
@@ -39,7 +39,7 @@ export const ModelKind = {
 } as const;
 
 /**
- * Whether a model is an ordinary one, or one whose denoiser takes a masked picture (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+ * Whether a model is an ordinary one, or one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
  */
 export type ModelKind = typeof ModelKind[keyof typeof ModelKind];
 
@@ -58,7 +58,7 @@ export const Task = {
 export type Task = typeof Task[keyof typeof Task];
 
 /**
- * How a generation is controlled; one union net may carry several typed controls
+ * How a generation is controlled; one union ControlNet may carry several typed controls
  */
 export const ControlKind = {
     NONE: 'none',
@@ -68,7 +68,7 @@ export const ControlKind = {
 } as const;
 
 /**
- * How a generation is controlled; one union net may carry several typed controls
+ * How a generation is controlled; one union ControlNet may carry several typed controls
  */
 export type ControlKind = typeof ControlKind[keyof typeof ControlKind];
 
@@ -91,6 +91,7 @@ export const SchedulerName = {
     KDPM2: 'kdpm2',
     KDPM2_ANCESTRAL: 'kdpm2_ancestral',
     LCM: 'lcm',
+    TCD: 'tcd',
     FLOW_MATCH_EULER: 'flow_match_euler'
 } as const;
 
@@ -100,7 +101,21 @@ export const SchedulerName = {
 export type SchedulerName = typeof SchedulerName[keyof typeof SchedulerName];
 
 /**
- * How a picture of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
+ * Which timesteps of the training are sampled (Lin et al. 2023, arXiv:2305.08891, table 2); distilled models such as SDXL Lightning and Hyper-SD need trailing
+ */
+export const TimestepSpacing = {
+    LEADING: 'leading',
+    TRAILING: 'trailing',
+    LINSPACE: 'linspace'
+} as const;
+
+/**
+ * Which timesteps of the training are sampled (Lin et al. 2023, arXiv:2305.08891, table 2); distilled models such as SDXL Lightning and Hyper-SD need trailing
+ */
+export type TimestepSpacing = typeof TimestepSpacing[keyof typeof TimestepSpacing];
+
+/**
+ * How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
  */
 export const ResizeMode = {
     JUST_RESIZE: 'just_resize',
@@ -109,7 +124,7 @@ export const ResizeMode = {
 } as const;
 
 /**
- * How a picture of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
+ * How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
  */
 export type ResizeMode = typeof ResizeMode[keyof typeof ResizeMode];
 
@@ -336,7 +351,7 @@ export type Lora = {
 export type ParameterValue = boolean | number | number | string;
 
 /**
- * The detector that turns a picture into a control map
+ * The preprocessor that turns an image into a control map
  */
 export type Preprocessing = {
     /**
@@ -350,13 +365,13 @@ export type Preprocessing = {
         [key: string]: ParameterValue;
     } | null;
     /**
-     * Short side in pixels at which the detector works; absent, the size of the generation (pixel perfect)
+     * Short side in pixels at which the detector works; default: the size of the generation (pixel perfect)
      */
     resolution?: number | null;
 };
 
 /**
- * One control; several units that name the same union net become its several typed controls
+ * One control; several units that name the same union ControlNet become its typed controls
  */
 export type ControlNetUnit = {
     /**
@@ -364,12 +379,12 @@ export type ControlNetUnit = {
      */
     enabled?: boolean;
     /**
-     * A ControlNet that the manifest of the model offers; absent when it offers one that fits
+     * A ControlNet of the model; may be left out where only one fits
      */
     model?: string | null;
     image: ImageString;
     /**
-     * Where the control holds (white), everywhere when absent; for a preprocessor that takes a mask (inpaint_mask), the part that is repainted, that of the request when absent
+     * Where the control applies (white); default: everywhere. For a preprocessor that takes a mask (inpaint_mask), the part that is repainted; default: that of the request
      */
     mask_image?: ImageString | null;
     /**
@@ -391,7 +406,7 @@ export type ControlNetUnit = {
     control_mode?: ControlMode;
     resize_mode?: ResizeMode;
     /**
-     * Kind of the map for a union net, by name or by number
+     * Kind of the map for a union ControlNet, by name or by number
      */
     union_mode?: UnionModeName | number | null;
     /**
@@ -520,7 +535,7 @@ export type MemoryOptions = {
  */
 export type RefinerOptions = {
     /**
-     * Share of the steps after which the refiner takes over
+     * Share of the steps after which the refiner takes over; 0 lets it make all steps, 1 leaves it out
      */
     switch_at?: number;
     /**
@@ -530,7 +545,7 @@ export type RefinerOptions = {
 };
 
 /**
- * What SDXL is told about the size of the picture
+ * Size conditioning of SDXL
  */
 export type SizeConditioning = {
     /**
@@ -579,7 +594,7 @@ export type OutputOptions = {
  */
 export type GenerationRequest = {
     /**
-     * Name of a manifest; absent takes the default model
+     * Name of a manifest; default: the default model of the service
      */
     model?: string | null;
     /**
@@ -587,11 +602,11 @@ export type GenerationRequest = {
      */
     prompt: string;
     /**
-     * For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); absent repeats prompt
+     * For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); default: prompt
      */
     prompt_2?: string | null;
     /**
-     * What the picture should not show
+     * What the image should not show
      */
     negative_prompt?: string | null;
     /**
@@ -599,15 +614,15 @@ export type GenerationRequest = {
      */
     negative_prompt_2?: string | null;
     /**
-     * Pixels; absent takes the size of image or of the model
+     * Pixels; default: the size of image, or the model's
      */
     width?: number | null;
     /**
-     * Pixels; absent takes the size of image or of the model
+     * Pixels; default: the size of image, or the model's
      */
     height?: number | null;
     /**
-     * Denoising steps; absent takes those of the model
+     * Denoising steps; default: the model's
      */
     num_inference_steps?: number | null;
     /**
@@ -619,15 +634,15 @@ export type GenerationRequest = {
      */
     true_cfg_scale?: number | null;
     /**
-     * Share of the rescaling that keeps guided pictures from being overexposed (Lin et al. 2023, arXiv:2305.08891)
+     * Share of the rescaling that keeps guided images from being overexposed (Lin et al. 2023, arXiv:2305.08891)
      */
     guidance_rescale?: number | null;
     /**
-     * How many images; absent is one, or one for each of seeds
+     * How many images; default: one, or one for each of seeds
      */
     num_images?: number | null;
     /**
-     * Seed of the first image, image i takes seed + i; absent or -1 draws one, which the plan names
+     * Seed of the first image, image i takes seed + i; without it or with -1 one is drawn, which the plan names
      */
     seed?: number | null;
     /**
@@ -643,7 +658,15 @@ export type GenerationRequest = {
      */
     use_karras_sigmas?: boolean | null;
     /**
-     * How many of the last CLIP layers are left out; absent and 0 are none
+     * Which timesteps are sampled, where the scheduler supports it; default: the model's
+     */
+    timestep_spacing?: TimestepSpacing | null;
+    /**
+     * How much new noise each step of ddim or tcd adds, 0 is none; default: 0, and 0.3 with tcd
+     */
+    eta?: number | null;
+    /**
+     * How many of the last CLIP layers are left out, for the prompt and the negative prompt; default: none. SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip skip 1 or 2, 1 is their 3
      */
     clip_skip?: number | null;
     /**
@@ -653,11 +676,11 @@ export type GenerationRequest = {
     size_conditioning?: SizeConditioning | null;
     refiner?: RefinerOptions | null;
     /**
-     * The picture to start from
+     * The image to start from
      */
     image?: ImageString | null;
     /**
-     * How far the result may leave image; needs image
+     * Denoising strength: 0 keeps the image, 1 ignores it; needs image
      */
     strength?: number | null;
     resize_mode?: ResizeMode;
@@ -714,7 +737,7 @@ export type PlannedScheduler = {
 };
 
 /**
- * A picture that the plan uses, by its content
+ * An image that the plan uses, by its content
  */
 export type PlannedImage = {
     /**
@@ -742,7 +765,7 @@ export type PlannedControl = {
     control_mode?: ControlMode;
     resize_mode?: ResizeMode;
     /**
-     * Number of the mode for this net
+     * Number of the mode for this ControlNet
      */
     union_mode?: number | null;
     return_map?: boolean;
@@ -823,6 +846,10 @@ export type GenerationPlan = {
      * Steps that are really made after strength is applied
      */
     denoising_steps: number;
+    /**
+     * How often the denoiser runs for a batch of images, guidance counted once: methods of the second order call it twice in a step. Absent where the scheduler of the model is not known before it is loaded
+     */
+    denoiser_calls?: number | null;
     guidance_scale: number;
     true_cfg_scale?: number | null;
     guidance_rescale?: number | null;
@@ -835,6 +862,10 @@ export type GenerationPlan = {
      */
     image_index?: number | null;
     scheduler: PlannedScheduler;
+    /**
+     * New noise in each step of ddim or tcd
+     */
+    eta?: number | null;
     clip_skip?: number | null;
     max_sequence_length?: number | null;
     size_conditioning?: SizeConditioning | null;
@@ -1141,7 +1172,7 @@ export type ProgressEvent = {
     seconds_per_step?: number | null;
     seconds_left?: number | null;
     /**
-     * A small JPEG of the emerging picture
+     * A small JPEG preview of the image
      */
     preview?: ImageString | null;
     message?: string | null;
@@ -1175,7 +1206,7 @@ export type ControlNetInfo = {
     name: string;
     union: boolean;
     /**
-     * Kinds of maps that a union net takes
+     * Kinds of maps that a union ControlNet takes
      */
     union_modes?: Array<UnionModeName> | null;
     preprocessors?: Array<string> | null;
@@ -1245,7 +1276,7 @@ export type PreprocessorInfo = {
     /**
      * The ControlNets that expect such a map
      */
-    nets?: string | null;
+    controlnets?: string | null;
     needs_mask?: boolean;
     /**
      * Where its weights come from; absent where it needs none
@@ -1262,7 +1293,7 @@ export type ModelList = {
     default: string;
     models: Array<ModelInfo>;
     /**
-     * What can turn a picture into a control map
+     * The preprocessors that turn an image into a control map
      */
     preprocessors?: Array<PreprocessorInfo> | null;
 };

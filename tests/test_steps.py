@@ -1,0 +1,191 @@
+"""Steps and denoiser calls: what the plan counts is what is made, in every family, task, scheduler and strength."""
+
+import multiprocessing
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from diffusion_workers.families.registry import FAMILIES
+from diffusion_workers.families.schedulers import SCHEDULER_FACTS
+from diffusion_workers.pipeline.tiny_models import write_tiny_model
+from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
+from ez_diffusion_client.models import ModelFamily, OpResult, Phase, ProgressEvent
+
+PROMPT = "a red circle on a white background"
+SIZE = {"width": 64, "height": 64}
+SOURCE = Image.new("RGB", (64, 64), "green")
+MASK = Image.new("L", (64, 64))
+ImageDraw.Draw(MASK).rectangle((16, 16, 47, 47), fill=255)
+CASES = [
+    (family, name.value, karras)
+    for family in FAMILIES
+    for name in FAMILIES[family].schedulers
+    for karras in (False, True)
+    if SCHEDULER_FACTS[name].karras or not karras
+]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionService]:
+    folder = tmp_path_factory.mktemp("models")
+    for family in FAMILIES:
+        write_tiny_model(folder, family, family.value)
+    with DiffusionService(Settings.from_environment().model_copy(update={"model_folders": (folder,)})) as made:
+        yield made
+
+
+class Counted:
+    "A generation, and the calls of its denoiser."
+
+    def __init__(self, service: DiffusionService, **fields):
+        denoiser_slot = service.manifest(fields["model"]).record.denoiser
+        denoiser = getattr(service.factory(service.manifest(fields["model"])).load(), denoiser_slot)
+        self.timesteps: list[float] = []
+        self.events: list[ProgressEvent] = []
+
+        def note(*args, **kwargs):
+            given = kwargs["timestep"] if "timestep" in kwargs else args[1]
+            self.timesteps.append(float(torch.as_tensor(given).flatten()[0]))
+            return own(*args, **kwargs)
+
+        own, denoiser.forward = denoiser.forward, note
+        try:
+            self.result: OpResult = service.generate(prompt=PROMPT, on_progress=self.events.append, **fields)
+        finally:
+            denoiser.forward = own
+        assert self.result.ok, self.result
+        self.plan = self.result.generation.plan
+        self.progress = [(event.step, event.total_steps) for event in self.events if event.phase == Phase.denoise]
+
+
+@pytest.mark.parametrize(("family", "scheduler", "karras"), CASES)
+def test_the_plan_counts_what_is_made(
+    service: DiffusionService, family: ModelFamily, scheduler: str, karras: bool
+) -> None:
+    "Calls of the denoiser, steps and progress, with a guidance scale that needs no second call."
+    tasks = [{}, {"image": SOURCE}, {"image": SOURCE, "mask_image": MASK}]
+    asked = {"model": family.value, "scheduler": scheduler, "use_karras_sigmas": karras or None, "seed": 1, **SIZE}
+    for task in tasks:
+        for steps, strength in ((1, 1.0), (4, 0.3), (5, 0.75), (4, 0.999)):
+            fields = asked | task | {"num_inference_steps": steps, "guidance_scale": 1.0}
+            if task:
+                fields["strength"] = strength
+            planned = service.plan(prompt=PROMPT, **fields)
+            assert planned.ok, planned
+            made = Counted(service, **fields)
+            case = (steps, strength, len(task))
+            assert made.plan.denoiser_calls == planned.plan.denoiser_calls == len(made.timesteps), case
+            assert len(made.progress) == len(made.timesteps), case
+            assert made.progress[-1] == (planned.plan.denoising_steps,) * 2, case
+            assert min(made.timesteps) >= 0, case
+
+
+@pytest.mark.parametrize("steps", [61])
+def test_trailing_spacing_makes_no_step_too_many(service: DiffusionService, steps: int) -> None:
+    "numpy.arange rounds to one timestep more, which would be -1."
+    for scheduler in ("ddim", "heun"):
+        made = Counted(
+            service,
+            model="sd15",
+            scheduler=scheduler,
+            timestep_spacing="trailing",
+            num_inference_steps=steps,
+            guidance_scale=1.0,
+            seed=1,
+            **SIZE,
+        )
+        assert len(made.timesteps) == made.plan.denoiser_calls
+        assert min(made.timesteps) >= 0
+
+
+def test_a_model_that_keeps_its_own_scheduler_is_counted(service: DiffusionService) -> None:
+    for model in ("sd15", "sdxl", "flux", "sd35"):
+        made = Counted(service, model=model, num_inference_steps=3, guidance_scale=1.0, seed=1, **SIZE)
+        assert made.plan.denoiser_calls == len(made.timesteps) == 3
+
+
+def test_a_control_window_is_judged_by_the_calls(service: DiffusionService) -> None:
+    "Heun's 11 calls for 6 steps put the first of them into a window that ends at 0.1."
+    for scheduler, empty in (("ddim", True), ("heun", False), ("kdpm2", False)):
+        plan = service.plan(
+            prompt=PROMPT,
+            model="shapes-sd15",
+            scheduler=scheduler,
+            num_inference_steps=6,
+            controlnets=[{"model": "canny", "image": SOURCE, "guidance_end": 0.1}],
+        )
+        assert bool(plan.warnings) == empty, (scheduler, plan.warnings)
+
+
+def test_a_strength_without_influence_of_the_image_is_a_warning(service: DiffusionService) -> None:
+    for strength, warned in ((0.8, True), (0.75, False), (1.0, False)):
+        plan = service.plan(prompt=PROMPT, model="shapes-flux", image=SOURCE, strength=strength, num_inference_steps=4)
+        assert plan.ok
+        assert any(note.field == "strength" for note in plan.warnings or ()) == warned
+
+
+@pytest.mark.parametrize("scheduler", ["lms", "pndm"])
+@pytest.mark.parametrize(("steps", "strength"), [(10, 0.1), (10, 0.2), (50, 0.06), (5, 0.5), (20, 0.95)])
+def test_multistep_methods_start_in_the_middle(
+    service: DiffusionService, scheduler: str, steps: int, strength: float
+) -> None:
+    "Image to image keeps the source at low strengths as DDIM does, without noise left over."
+    base = service.generate(prompt=PROMPT, seed=3).image
+
+    def image(name: str) -> np.ndarray:
+        result = service.generate(
+            prompt=PROMPT, seed=7, image=base, scheduler=name, num_inference_steps=steps, strength=strength
+        )
+        return np.asarray(result.image, dtype=int)
+
+    assert np.abs(image(scheduler) - image("ddim")).mean() < 4
+
+
+def test_few_steps_for_a_method_are_a_warning(service: DiffusionService) -> None:
+    for scheduler, few, enough in (("heun", 2, 3), ("kdpm2_ancestral", 3, 5), ("pndm", 4, 6)):
+        for steps, warned in ((few, True), (enough, False)):
+            plan = service.plan(prompt=PROMPT, scheduler=scheduler, num_inference_steps=steps)
+            assert any(note.field == "num_inference_steps" for note in plan.warnings or ()) == warned
+    leading = service.plan(prompt=PROMPT, scheduler="euler", timestep_spacing="leading", num_inference_steps=1)
+    assert [note.field for note in leading.warnings] == ["timestep_spacing"]
+
+
+def test_deis_takes_one_step_without_karras_levels(service: DiffusionService) -> None:
+    one = {"prompt": PROMPT, "seed": 3, "scheduler": "deis", "num_inference_steps": 1}
+    karras = service.generate(use_karras_sigmas=True, **one)
+    assert [note.field for note in karras.warnings] == ["use_karras_sigmas"]
+    assert np.array_equal(np.asarray(karras.image), np.asarray(service.generate(**one).image))
+
+
+def _generate_in_child(service: DiffusionService, answers) -> None:
+    answers.put(service.generate(prompt=PROMPT, num_inference_steps=2, seed=1).status.value)
+
+
+def test_a_forked_child_gets_a_worker_of_its_own() -> None:
+    with DiffusionService(device="cpu") as service:
+        assert service.generate(prompt=PROMPT, num_inference_steps=2, seed=1).ok
+        context = multiprocessing.get_context("fork")
+        answers = context.Queue()
+        child = context.Process(target=_generate_in_child, args=(service, answers))
+        child.start()
+        try:
+            assert answers.get(timeout=120) == "success"
+        finally:
+            child.kill()
+            child.join()
+
+
+def test_a_smaller_request_runs_as_before_after_an_out_of_memory(service: DiffusionService) -> None:
+    ask = {"prompt": PROMPT, "seed": 4, "num_inference_steps": 2, "width": 256, "height": 256}
+    before = service.generate(**ask)
+    large = service.plan(**(ask | {"num_images": 4})).plan
+    factory = service.factory(service.manifest(before.generation.plan.model))
+    assert service.executor.fallbacks.advance([large], factory)
+    after = service.generate(**ask)
+    assert not after.warnings
+    assert np.array_equal(np.asarray(before.image), np.asarray(after.image))
+    assert service.executor.fallbacks.apply(large).memory.vae_tiling
