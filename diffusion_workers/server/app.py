@@ -9,11 +9,12 @@ __all__ = ['OPERATIONS', 'WEB', 'specification', 'shown_specification', 'add_ope
 # %% ../../nbs/70_server/05_app.ipynb #1ebabe24
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 from fastapi import FastAPI, Request
@@ -124,7 +125,7 @@ class MetricsMiddleware:
         started = time.perf_counter()
         status = 499  # the client disconnected, unless a response starts
 
-        async def send_and_note(message: dict) -> None:
+        async def send_and_note(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)

@@ -186,8 +186,10 @@ def read_result(
         return None
     result = OpResult.model_validate_json(path.read_bytes())
     if result.generation is not None:
-        for picture in (*result.generation.images, *(result.generation.control_maps or [])):
-            _inside(folder, picture.image)
+        names = [image.image for image in result.generation.images]
+        names += [found.image for found in result.generation.control_maps or []]
+        for name in names:
+            _inside(folder, name)
     return result
 
 # %% ../../nbs/72_sweep/01_folder.ipynb #b6401920
