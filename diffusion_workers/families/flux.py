@@ -192,6 +192,7 @@ FLUX = Family(
         TextInput("prompt_2", "tokenizer_2", max_tokens=512),
     ),
     defaults={"width": 1024, "height": 1024, "num_inference_steps": 28, "guidance_scale": 3.5},
+    text_layout="clip_t5",
     size_multiple=16,  # patches of 2 x 2 latents of 8 x 8 pixels
     schedulers=(SchedulerName.flow_match_euler,),
     latents=Latents(channels=16, packed=True),

@@ -259,6 +259,9 @@ class Family:
     refiner: Refiner | None = None
     reads_gguf: bool = False  # whether the denoiser may be a .gguf file
     attention_backends: bool = False  # whether the denoiser has diffusers' choice of attention implementations
+    text_layout: Literal["clip", "clip_clip", "clip_t5", "clip_clip_t5"] | None = (
+        None  # of its text encoders, for prompts that are encoded here; None leaves every prompt to the pipeline
+    )
 
     def call(
         self,

@@ -184,6 +184,7 @@ SD15 = Family(
     guidance=Guidance(),
     texts=(TextInput("prompt", "tokenizer"),),
     defaults={"width": 512, "height": 512, "num_inference_steps": 25, "guidance_scale": 7.5},
+    text_layout="clip",
     size_multiple=8,
     schedulers=DIFFUSION_SCHEDULERS,
     latents=Latents(channels=4),

@@ -138,6 +138,7 @@ SD35 = Family(
         "guidance_scale": 4.5,
         "max_sequence_length": 256,  # padding counts: another length is another image
     },
+    text_layout="clip_clip_t5",
     size_multiple=16,  # patches of 2 x 2 latents of 8 x 8 pixels
     clip_skip_base=2,  # the last layer but one is the usual one
     schedulers=(SchedulerName.flow_match_euler,),

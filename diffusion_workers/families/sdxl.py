@@ -103,6 +103,7 @@ SDXL = Family(
     guidance=Guidance(),
     texts=(TextInput("prompt", "tokenizer"), TextInput("prompt_2", "tokenizer_2")),
     defaults={"width": 1024, "height": 1024, "num_inference_steps": 30, "guidance_scale": 5.0},
+    text_layout="clip_clip",
     size_multiple=8,
     clip_skip_base=2,  # the last layer but one is the usual one
     schedulers=DIFFUSION_SCHEDULERS,

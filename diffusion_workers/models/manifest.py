@@ -30,6 +30,7 @@ from ez_diffusion_client.models import (
     MemoryOptions,
     ModelFamily,
     ModelKind,
+    PromptSyntax,
     SchedulerName,
     StepCacheOptions,
     Task,
@@ -366,6 +367,7 @@ class Defaults(_Section):
     max_sequence_length: Annotated[Count, Field(le=512)] | None = None  # tokens for T5
     strength: Annotated[float, Field(strict=True, gt=0, le=1)] = 0.8  # of image-to-image
     negative_prompt: Annotated[str, Field(strict=True, max_length=10000)] = ""
+    prompt_syntax: PromptSyntax = PromptSyntax.plain  # how prompts are read
     profile: Name | None = None  # of `profiles`; default: exact
 
 # %% ../../nbs/20_models/01_manifest.ipynb #3732feae

@@ -7,6 +7,7 @@ __all__ = ['ImageInput', 'Request', 'LARGEST_MAP', 'image_text', 'plain_value', 
            'decode_inputs', 'PlannedRequest', 'plan_request', 'PlannedMap', 'map_size', 'plan_map']
 
 # %% ../../nbs/40_planning/05_inputs.ipynb #8d5f9b87
+import contextlib
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from ..control.preprocessors import PREPROCESSORS, check_preprocessing
 from ..models.manifest import MemorySource, ModelManifest
 from .controls import ControlFacts, enabled_units
 from .loras import ResolvedLora, resolve_loras
-from .plan import make_plan
+from .plan import make_plan, plan_seeds
+from ..prompt.requests import read_prompts, with_syntax
 from ..request.errors import RequestError, parse, request_error, warning
 from diffusion_workers.request.images import (
     DecodedImage,
@@ -221,7 +223,10 @@ def plan_request(
     random_seed: int | None = None,  # for a request without a seed; None draws one
 ) -> PlannedRequest:
     "Decode, look up and plan; a `RequestError` names every mistake that can be found without the model's weights."
-    inputs = decode_inputs(request, policy)
+    written, inputs = request, decode_inputs(request, policy)
+    random_seed = secrets.randbelow(2**32) if random_seed is None else random_seed
+    with contextlib.suppress(RequestError):  # `make_plan` names what is wrong with prompts among everything else
+        request = read_prompts(with_syntax(request, manifest), manifest, plan_seeds(request, random_seed)[0])
     resolved = resolve_loras(request, manifest)
     plan = make_plan(
         request,
@@ -230,7 +235,8 @@ def plan_request(
         mask_image=inputs.mask_image and image_facts(inputs.mask_image),
         controls=inputs.control_facts,
         loras=resolved,
-        random_seed=secrets.randbelow(2**32) if random_seed is None else random_seed,
+        random_seed=random_seed,
+        written=written,
     )
     warnings = [*(plan.warnings or []), *inputs.warnings, *_mask_warnings(plan, inputs)]
     plan = plan.model_copy(update={"warnings": warnings or None, "custom": list(_custom_parts(plan, manifest)) or None})

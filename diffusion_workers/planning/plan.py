@@ -45,6 +45,13 @@ from diffusion_workers.planning.controls import (
     plan_controls,
 )
 from .loras import ResolvedLora, check_loras, lora_warnings, plan_loras, resolve_loras
+from diffusion_workers.prompt.requests import (
+    check_syntax,
+    read_prompts,
+    reads_syntax,
+    syntax_warnings,
+    with_syntax,
+)
 from ..request.errors import RequestError, error_detail, warning
 from ..request.images import round_to_multiple
 from ..request.metadata import PLAN_VERSION
@@ -59,6 +66,8 @@ from ez_diffusion_client.models import (
     OutputOptions,
     PlannedImage,
     PlannedScheduler,
+    PromptSyntax,
+    PromptWeighting,
     RequestWarning,
     SchedulerName,
     Task,
@@ -602,6 +611,20 @@ def _plan_texts(request: GenerationRequest, manifest: ModelManifest, call: Pipel
     return {"prompt": request.prompt, "negative_prompt": negative} | second
 
 
+def _plan_syntax(
+    request: GenerationRequest,
+    written: GenerationRequest,  # the same before its prompts were drawn
+) -> dict[str, Any]:
+    if not reads_syntax(request):
+        return {}
+    drawn = {name: getattr(written, name) for name in ("prompt", "negative_prompt")}
+    return {
+        "prompt_syntax": request.prompt_syntax,
+        "prompt_weighting": request.prompt_weighting or PromptWeighting.comfy,
+        **{f"written_{name}": text for name, text in drawn.items() if text != getattr(request, name)},
+    }
+
+
 def _plan_guidance(request: GenerationRequest, manifest: ModelManifest, call: PipelineCall) -> dict[str, float | None]:
     planned = {"guidance_scale": float(_first(request.guidance_scale, manifest.defaults.guidance_scale))}
     for name in ("guidance_rescale", "true_cfg_scale"):
@@ -719,12 +742,15 @@ def find_problems(
     size: tuple[int, int],
     call: PipelineCall | None,
     loras: Sequence[ResolvedLora | None],
+    broken_prompts: Sequence[ErrorDetail] = (),  # mistakes in their syntax
 ) -> list[ErrorDetail]:
     "Everything that speaks against a request."
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
     strength = plan_strength(request, manifest, plan_task(request))
     return [
+        *broken_prompts,
         *check_prompt(request, manifest),
+        *check_syntax(request, manifest),
         *check_task(request, manifest, steps, strength, call),
         *check_model(request, manifest),
         *check_size(*size, manifest),
@@ -753,14 +779,21 @@ def make_plan(
     controls: ControlFacts = ControlFacts(),  # facts of the decoded pictures of the enabled ControlNet units
     loras: Sequence[ResolvedLora | None] | None = None,  # files of `request.loras`; None looks up the names alone
     random_seed: int = 0,  # 0 to 2**53 - 64, taken when the request names no seed
+    written: GenerationRequest | None = None,  # before its prompts were drawn; None is `request`
 ) -> GenerationPlan:
     "Decide everything that decides the pixels; raises a `RequestError` with all mistakes."
+    written, broken_prompts = written or request, []
+    request = with_syntax(request, manifest)
+    try:
+        request = read_prompts(request, manifest, plan_seeds(request, random_seed)[0])
+    except RequestError as exc:
+        broken_prompts = exc.errors
     asked = apply_profile(request, manifest)
     task, kind, size = plan_task(asked), plan_control_kind(asked, manifest), plan_size(asked, manifest, image)
     call = planned_call(manifest, task, kind)
     loras = resolve_loras(request, manifest, read_files=False) if loras is None else loras
     request, distilled_notes = apply_distilled(asked, manifest, loras)
-    if problems := find_problems(request, manifest, size, call, loras):
+    if problems := find_problems(request, manifest, size, call, loras, broken_prompts):
         raise RequestError(problems)
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
     strength = plan_strength(request, manifest, task)
@@ -772,6 +805,7 @@ def make_plan(
     notes = [
         *size_warnings(request, image, size),
         *text_warnings(request, manifest, guidance),
+        *syntax_warnings(request),
         *lora_warnings(request, loras),
         *distilled_notes,
         *scheduler_warnings(request, manifest),
@@ -790,6 +824,7 @@ def make_plan(
         control_kind=kind,
         pipeline_class=call.class_name,
         **_plan_texts(request, manifest, call),
+        **_plan_syntax(request, written),
         **guidance,
         **_plan_family_fields(request, manifest),
         width=size[0],
@@ -817,7 +852,8 @@ def make_plan(
 
 # %% ../../nbs/40_planning/04_plan.ipynb #94bf83b6
 _REPLAYED = (
-    "model", "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "width", "height", "num_inference_steps",
+    "model", "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_syntax", "prompt_weighting",
+    "width", "height", "num_inference_steps",
     "guidance_scale", "true_cfg_scale", "guidance_rescale", "seeds", "max_sequence_length",
     "size_conditioning", "refiner",
     "strength", "resize_mode", "inpaint", "loras", "step_cache", "acceleration", "memory", "output",
@@ -866,7 +902,7 @@ def request_from_plan(
     facts = plan.scheduler.name and SCHEDULER_FACTS[plan.scheduler.name]
     fields |= {"eta": plan.eta or 0.0} if plan.eta or (facts and facts.eta is not None) else {}
     fields |= {"clip_skip": plan.clip_skip or 0} if record.applies("clip_skip") else {}
-    fields |= {"negative_prompt": plan.negative_prompt or ""}
+    fields |= {"negative_prompt": plan.negative_prompt or "", "prompt_syntax": plan.prompt_syntax or PromptSyntax.plain}
     fields |= {
         name: getattr(plan, name) or 0.0 for name in ("guidance_rescale", "true_cfg_scale") if name in call.takes
     }
@@ -887,6 +923,8 @@ _PER_IMAGE = {
     "prompt_2",
     "negative_prompt",
     "negative_prompt_2",
+    "written_prompt",
+    "written_negative_prompt",
     "seeds",
     "output",
     "warnings",

@@ -37,7 +37,10 @@ class BatchPolicy:
 
 def sharing_key(plan: GenerationPlan) -> tuple:
     "Equal for plans whose images can be made together."
-    return batch_key(plan), *(getattr(plan, name) is None for name in _TEXTS)
+    texts = tuple(getattr(plan, name) for name in _TEXTS)
+    if plan.prompt_syntax is not None:  # numbers of chunks and schedules differ: equal texts alone share a batch
+        return batch_key(plan), *texts
+    return batch_key(plan), *(text is None for text in texts)
 
 
 class Member(Protocol):

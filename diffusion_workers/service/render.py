@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_BATCH', 'SWITCH_AT_ONCE', 'PIXEL_PACKAGES', 'largest_difference', 'batch_size', 'size_arguments',
            'pipeline_arguments', 'StepWatch', 'spatial_latents', 'packed_latents', 'looking', 'previewer_for',
-           'decode_latents', 'render_chunk', 'cut_off_text', 'text_notes', 'skipping_encoder', 'use_clip_skip',
-           'switch_point', 'after_second_order', 'count_refiner_calls', 'planned_loras', 'render', 'with_environment',
-           'generated_image']
+           'decode_latents', 'render_chunk', 'encoded_arguments', 'cut_off_text', 'text_notes', 'skipping_encoder',
+           'use_clip_skip', 'switch_point', 'after_second_order', 'count_refiner_calls', 'planned_loras', 'render',
+           'with_environment', 'generated_image']
 
 # %% ../../nbs/60_service/04_render.ipynb #5740eba1
 import base64
@@ -33,11 +33,13 @@ from ..families.registry import FAMILIES
 from ..lora.layers import LoadedLora, LoraStore, use_loras
 from ..models.manifest import LoraEntry
 from ..pipeline.controlnets import control_arguments, view_of
+from ..pipeline.encoding import PromptChanges, encode_plan, loop_tensors
 from ..pipeline.factory import PipelineFactory, make_scheduler, use_part, use_scheduler
 from ..pipeline.hooks import NO_HOOKS, Hooks, Step, call_on_step, check_widths, use_noise
 from ..pipeline.loading import quiet_libraries
 from ..pipeline.weights import storage_packages, stored_format
 from ..planning.loras import with_lora_hashes
+from ..prompt.syntax import PromptError
 from ..request.errors import request_error, warning
 from ..request.masks import cover_cells, paste_back
 from ..request.metadata import embed
@@ -305,7 +307,7 @@ def render_chunk(
     "Run the pipeline once and decode what it gives."
     started = time.perf_counter()
     with watch.watching(denoiser):
-        latents = pipe(**arguments, callback_on_step_end=watch).images
+        latents = pipe(**({"callback_on_step_end": watch} | arguments)).images
         latents = latents if refine is None else refine(latents)
     denoised = time.perf_counter()
     watch.stop.check()
@@ -316,6 +318,38 @@ def render_chunk(
     timings.denoise_seconds += denoised - watch.began
     timings.decode_seconds += time.perf_counter() - denoised
     return pictures
+
+# %% ../../nbs/60_service/04_render.ipynb #b635cd6a
+_ENCODED = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "clip_skip", "max_sequence_length")
+
+
+def encoded_arguments(
+    pipe,
+    plan: GenerationPlan,  # whose prompts are not plain
+    images: int,  # of this chunk
+    watch: StepWatch,
+) -> dict[str, Any]:
+    "What the pipeline of a plan is called with instead of its texts; a `RequestError` for what it cannot do."
+    record = FAMILIES[plan.family]
+    call = record.call_named(plan.pipeline_class)
+    try:
+        prompts = encode_plan(pipe, record.text_layout, plan, "negative_prompt" in call.takes)
+    except PromptError as exc:
+        message = f"{exc.message}, at character {exc.position + 1} of what a step sees"
+        raise request_error(ErrorCode.unsupported_combination, message, field="prompt", hint=exc.hint) from exc
+    arguments: dict[str, Any] = {
+        name: tensor.repeat(images, *[1] * (tensor.ndim - 1)) for name, tensor in prompts.arguments.items()
+    }
+    arguments["num_images_per_prompt"] = 1  # Flux repeats texts alone, and no tensors
+    if not prompts.changes:
+        return arguments
+    tensors = loop_tensors(pipe)
+    if "prompt_embeds" not in tensors:
+        message = "the pipeline for this task and control cannot change its prompt from step to step"
+        hint = "write the prompt without a schedule"
+        raise request_error(ErrorCode.unsupported_combination, message, field="prompt", given=plan.prompt, hint=hint)
+    callback = {"callback_on_step_end": PromptChanges(watch, prompts), "callback_on_step_end_tensor_inputs": tensors}
+    return arguments | callback
 
 # %% ../../nbs/60_service/04_render.ipynb #32c58eda
 def cut_off_text(
@@ -357,7 +391,9 @@ def text_notes(pipe, plan: GenerationPlan) -> list[RequestWarning]:
             given=plan.clip_skip,
             allowed=allowed,
         )
-    notes = []
+    notes: list[RequestWarning] = []
+    if plan.prompt_syntax is not None:  # prompts of any length
+        return notes
     for field, tokenizer, text, tokens in _texts(pipe, plan):
         special = tokenizer.num_special_tokens_to_add()
         if end := cut_off_text(tokenizer, text, tokens - special):
@@ -518,6 +554,9 @@ def render(
                 accelerated(factory, pipe, plan),
                 use_noise(pipe, hooks.noise(first, len(seeds))),
             ):
+                if plan.prompt_syntax is not None and hooks.embeds is None:
+                    kept = {name: value for name, value in arguments.items() if name not in _ENCODED}
+                    arguments = kept | encoded_arguments(pipe, plan, len(arguments["generator"]), watch)
                 pictures += render_chunk(
                     pipe, getattr(pipe, factory.record.denoiser), arguments, plan, watch, timings, refine, decode
                 )

@@ -30,6 +30,13 @@ class RequestFields(TypedDict, total=False):
     """What the image should not show"""
     negative_prompt_2: str | None
     """For the second text encoder"""
+    prompt_syntax: models.PromptSyntax | Literal['plain', 'a1111'] | None
+    """How the prompts are read; absent takes the syntax of the model, which is plain where its manifest does
+    not say"""
+    prompt_weighting: models.PromptWeighting | Literal['comfy', 'a1111', 'no_norm'] | None
+    """What weights do, with prompt_syntax a1111; absent is comfy"""
+    prompt_loras: bool | None
+    """Whether a tag <lora:name:0.8> in prompt is an entry of loras, with prompt_syntax a1111"""
     width: int | None
     """Pixels; default: the size of image, or the model's"""
     height: int | None

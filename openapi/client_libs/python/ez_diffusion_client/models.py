@@ -152,6 +152,25 @@ class UnionModeName(StrEnum):
     low_quality = "low_quality"
 
 
+class PromptSyntax(StrEnum):
+    """
+    How a prompt is read: plain draws it as it stands; a1111 reads weights, schedules, BREAK, variants and LoRA tags as AUTOMATIC1111 does, at any length
+    """
+
+    plain = "plain"
+    a1111 = "a1111"
+
+
+class PromptWeighting(StrEnum):
+    """
+    What a weight does to the embedding of a word: comfy moves it away from that of an empty prompt, a1111 multiplies it and keeps the mean, no_norm multiplies it
+    """
+
+    comfy = "comfy"
+    a1111 = "a1111"
+    no_norm = "no_norm"
+
+
 class OutputFormat(StrEnum):
     """
     File format of the images that come back
@@ -721,6 +740,22 @@ class GenerationRequest(CompactModel):
         StrictStr | None,
         Field(description="For the second text encoder", max_length=10000),
     ] = None
+    prompt_syntax: Annotated[
+        PromptSyntax | None,
+        Field(
+            description="How the prompts are read; absent takes the syntax of the model, which is plain where its manifest does not say"
+        ),
+    ] = None
+    prompt_weighting: Annotated[
+        PromptWeighting | None,
+        Field(description="What weights do, with prompt_syntax a1111; absent is comfy"),
+    ] = None
+    prompt_loras: Annotated[
+        StrictBool | None,
+        Field(
+            description="Whether a tag <lora:name:0.8> in prompt is an entry of loras, with prompt_syntax a1111"
+        ),
+    ] = None
     width: Annotated[
         StrictInt | None,
         Field(
@@ -1051,6 +1086,25 @@ class GenerationPlan(PlanMethods):
     prompt_2: StrictStr | None = None
     negative_prompt: StrictStr | None = None
     negative_prompt_2: StrictStr | None = None
+    prompt_syntax: Annotated[
+        PromptSyntax | None, Field(description="absent is plain")
+    ] = None
+    prompt_weighting: Annotated[
+        PromptWeighting | None,
+        Field(description="With prompt_syntax a1111; absent is comfy"),
+    ] = None
+    written_prompt: Annotated[
+        StrictStr | None,
+        Field(
+            description="What was asked for, where prompt was drawn from it or tags were taken out"
+        ),
+    ] = None
+    written_negative_prompt: Annotated[
+        StrictStr | None,
+        Field(
+            description="What was asked for, where negative_prompt was drawn from it"
+        ),
+    ] = None
     width: Annotated[StrictInt, Field(description="Pixels")]
     height: Annotated[StrictInt, Field(description="Pixels")]
     num_inference_steps: StrictInt

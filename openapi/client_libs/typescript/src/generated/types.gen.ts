@@ -166,6 +166,30 @@ export const UnionModeName = {
 export type UnionModeName = typeof UnionModeName[keyof typeof UnionModeName];
 
 /**
+ * How a prompt is read: plain draws it as it stands; a1111 reads weights, schedules, BREAK, variants and LoRA tags as AUTOMATIC1111 does, at any length
+ */
+export const PromptSyntax = { PLAIN: 'plain', A1111: 'a1111' } as const;
+
+/**
+ * How a prompt is read: plain draws it as it stands; a1111 reads weights, schedules, BREAK, variants and LoRA tags as AUTOMATIC1111 does, at any length
+ */
+export type PromptSyntax = typeof PromptSyntax[keyof typeof PromptSyntax];
+
+/**
+ * What a weight does to the embedding of a word: comfy moves it away from that of an empty prompt, a1111 multiplies it and keeps the mean, no_norm multiplies it
+ */
+export const PromptWeighting = {
+    COMFY: 'comfy',
+    A1111: 'a1111',
+    NO_NORM: 'no_norm'
+} as const;
+
+/**
+ * What a weight does to the embedding of a word: comfy moves it away from that of an empty prompt, a1111 multiplies it and keeps the mean, no_norm multiplies it
+ */
+export type PromptWeighting = typeof PromptWeighting[keyof typeof PromptWeighting];
+
+/**
  * File format of the images that come back
  */
 export const OutputFormat = {
@@ -615,6 +639,18 @@ export type GenerationRequest = {
      */
     negative_prompt_2?: string | null;
     /**
+     * How the prompts are read; absent takes the syntax of the model, which is plain where its manifest does not say
+     */
+    prompt_syntax?: PromptSyntax | null;
+    /**
+     * What weights do, with prompt_syntax a1111; absent is comfy
+     */
+    prompt_weighting?: PromptWeighting | null;
+    /**
+     * Whether a tag <lora:name:0.8> in prompt is an entry of loras, with prompt_syntax a1111
+     */
+    prompt_loras?: boolean | null;
+    /**
      * Pixels; default: the size of image, or the model's
      */
     width?: number | null;
@@ -868,6 +904,22 @@ export type GenerationPlan = {
     prompt_2?: string | null;
     negative_prompt?: string | null;
     negative_prompt_2?: string | null;
+    /**
+     * absent is plain
+     */
+    prompt_syntax?: PromptSyntax | null;
+    /**
+     * With prompt_syntax a1111; absent is comfy
+     */
+    prompt_weighting?: PromptWeighting | null;
+    /**
+     * What was asked for, where prompt was drawn from it or tags were taken out
+     */
+    written_prompt?: string | null;
+    /**
+     * What was asked for, where negative_prompt was drawn from it
+     */
+    written_negative_prompt?: string | null;
     /**
      * Pixels
      */
