@@ -100,6 +100,7 @@ def _with_corrections(cls: type[SchedulerMixin], midway: bool) -> type[Scheduler
         corrections.append(_WithoutRepetition)
     if "timestep_spacing" in inspect.signature(cls.__init__).parameters:
         corrections.append(_EvenTrailing)
+    corrections = [correction for correction in corrections if not issubclass(cls, correction)]
     return type(cls.__name__, (*corrections, cls), {"__module__": cls.__module__}) if corrections else cls
 
 

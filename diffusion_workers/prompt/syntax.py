@@ -11,8 +11,8 @@ __all__ = ['MAX_DEPTH', 'DEFAULT_FACTOR', 'PromptError', 'Node', 'Text', 'Branch
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 from fractions import Fraction
+from typing import Any
 
 
 class PromptError(ValueError):
