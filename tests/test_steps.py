@@ -62,26 +62,46 @@ class Counted:
         self.progress = [(event.step, event.total_steps) for event in self.events if event.phase == Phase.denoise]
 
 
+IMAGE = {"image": SOURCE}
+INPAINT = {"image": SOURCE, "mask_image": MASK}
+
+
+def _check_counts(service: DiffusionService, **fields) -> None:
+    "Calls of the denoiser, steps and progress, with a guidance scale that needs no second call."
+    fields |= {"seed": 1, "guidance_scale": 1.0} | SIZE
+    planned = service.plan(prompt=PROMPT, **fields)
+    assert planned.ok, planned
+    made = Counted(service, **fields)
+    assert made.plan.denoiser_calls == planned.plan.denoiser_calls == len(made.timesteps)
+    assert len(made.progress) == len(made.timesteps)
+    assert made.progress[-1] == (planned.plan.denoising_steps,) * 2
+    assert min(made.timesteps) >= 0
+
+
 @pytest.mark.parametrize(("family", "scheduler", "karras"), CASES)
 def test_the_plan_counts_what_is_made(
     service: DiffusionService, family: ModelFamily, scheduler: str, karras: bool
 ) -> None:
-    "Calls of the denoiser, steps and progress, with a guidance scale that needs no second call."
-    tasks = [{}, {"image": SOURCE}, {"image": SOURCE, "mask_image": MASK}]
-    asked = {"model": family.value, "scheduler": scheduler, "use_karras_sigmas": karras or None, "seed": 1, **SIZE}
-    for task in tasks:
-        for steps, strength in ((1, 1.0), (4, 0.3), (5, 0.75), (4, 0.999)):
-            fields = asked | task | {"num_inference_steps": steps, "guidance_scale": 1.0}
-            if task:
-                fields["strength"] = strength
-            planned = service.plan(prompt=PROMPT, **fields)
-            assert planned.ok, planned
-            made = Counted(service, **fields)
-            case = (steps, strength, len(task))
-            assert made.plan.denoiser_calls == planned.plan.denoiser_calls == len(made.timesteps), case
-            assert len(made.progress) == len(made.timesteps), case
-            assert made.progress[-1] == (planned.plan.denoising_steps,) * 2, case
-            assert min(made.timesteps) >= 0, case
+    asked = {"model": family.value, "scheduler": scheduler, "use_karras_sigmas": karras or None}
+    _check_counts(service, **asked, num_inference_steps=4)
+    _check_counts(service, **asked, **IMAGE, num_inference_steps=4, strength=0.3)
+    _check_counts(service, **asked, **INPAINT, num_inference_steps=5, strength=0.75)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("task", [IMAGE, INPAINT], ids=["image", "inpaint"])
+def test_strengths_at_the_ends_are_counted(service: DiffusionService, family: ModelFamily, task: dict) -> None:
+    "One step, a strength that rounds to all steps, and one that leaves a single step."
+    for steps, strength in ((1, 1.0), (4, 0.999), (10, 0.1)):
+        for scheduler in {FAMILIES[family].schedulers[0].value, FAMILIES[family].schedulers[-1].value}:
+            _check_counts(
+                service,
+                model=family.value,
+                scheduler=scheduler,
+                **task,
+                num_inference_steps=steps,
+                strength=strength,
+            )
 
 
 @pytest.mark.parametrize("steps", [61])
@@ -128,13 +148,17 @@ def test_a_strength_without_influence_of_the_image_is_a_warning(service: Diffusi
         assert any(note.field == "strength" for note in plan.warnings or ()) == warned
 
 
+@pytest.fixture(scope="module")
+def base(service: DiffusionService) -> Image.Image:
+    return service.generate(prompt=PROMPT, seed=3).image
+
+
 @pytest.mark.parametrize("scheduler", ["lms", "pndm"])
 @pytest.mark.parametrize(("steps", "strength"), [(10, 0.1), (10, 0.2), (50, 0.06), (5, 0.5), (20, 0.95)])
 def test_multistep_methods_start_in_the_middle(
-    service: DiffusionService, scheduler: str, steps: int, strength: float
+    service: DiffusionService, base: Image.Image, scheduler: str, steps: int, strength: float
 ) -> None:
     "Image to image keeps the source at low strengths as DDIM does, without noise left over."
-    base = service.generate(prompt=PROMPT, seed=3).image
 
     def image(name: str) -> np.ndarray:
         result = service.generate(
