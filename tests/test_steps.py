@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
 from diffusion_workers.families.registry import FAMILIES
@@ -28,12 +29,24 @@ CASES = [
     if SCHEDULER_FACTS[name].karras or not karras
 ]
 
+TWO_SDXL = """
+family: sdxl
+source: {builtin: shapes-sdxl}
+variant: fp16
+components:
+  vae: {source: {builtin: shapes-sd15, subfolder: vae}, variant: fp16}
+refiner: {source: {builtin: shapes-sdxl}, variant: fp16}
+defaults: {width: 64, height: 64, num_inference_steps: 8, guidance_scale: 1.5, scheduler: ddim}
+limits: {min_width: 64, max_width: 256, min_height: 64, max_height: 256}
+"""
+
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionService]:
     folder = tmp_path_factory.mktemp("models")
     for family in FAMILIES:
         write_tiny_model(folder, family, family.value)
+    (folder / "two.yaml").write_text(TWO_SDXL)
     with DiffusionService(Settings.from_environment().model_copy(update={"model_folders": (folder,)})) as made:
         yield made
 
@@ -213,3 +226,62 @@ def test_a_smaller_request_runs_as_before_after_an_out_of_memory(service: Diffus
     assert not after.warnings
     assert np.array_equal(np.asarray(before.image), np.asarray(after.image))
     assert service.executor.fallbacks.apply(large).memory.vae_tiling
+
+
+@pytest.mark.parametrize("switch_at", [0.8, 0.01, 0.0])
+@pytest.mark.parametrize("scheduler", ["ddim", "heun"])
+def test_a_refiner_makes_the_steps_that_are_left(service: DiffusionService, scheduler: str, switch_at: float) -> None:
+    "Progress reaches the total once, and base and refiner together make the calls of one run."
+    events: list[ProgressEvent] = []
+    ask = {"prompt": PROMPT, "model": "two", "seed": 5, "scheduler": scheduler}
+    result = service.generate(**ask, refiner={"switch_at": switch_at}, on_progress=events.append)
+    assert result.ok, result
+    progress = [(event.step, event.total_steps) for event in events if event.phase == Phase.denoise]
+    steps = [step for step, _ in progress]
+    assert {total for _, total in progress} == {8}
+    assert steps == sorted(steps)
+    assert (steps[0], steps[-1]) == (1, 8)
+    assert len(steps) == result.generation.plan.denoiser_calls
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "lms", "pndm", "heun"])
+def test_a_refiner_of_the_same_weights_changes_little(service: DiffusionService, scheduler: str) -> None:
+    "What is handed over has the noise of its timestep: nothing of it is left in the image."
+    ask = {"prompt": PROMPT, "model": "two", "seed": 5, "scheduler": scheduler, "num_inference_steps": 12}
+    whole, refined = (service.generate(**ask, **more).image for more in ({}, {"refiner": {"switch_at": 0.5}}))
+    assert np.abs(np.asarray(whole, dtype=int) - np.asarray(refined, dtype=int)).mean() < 4
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_clip_skip_reaches_both_prompts(service: DiffusionService, clip_skip: int) -> None:
+    "The pixels are those of diffusers with both texts encoded at that layer."
+    negative = "a blue square on a navy background"
+    ask = {"num_inference_steps": 4, "guidance_scale": 4.0} | SIZE
+    made = service.generate(
+        prompt=PROMPT, negative_prompt=negative, clip_skip=clip_skip, scheduler="ddim", seed=5, **ask
+    )
+    pipe = service.factory(service.manifest("shapes-sd15")).load()
+    parts = {name: part for name, part in pipe.components.items() if name != "scheduler"}
+    plain = StableDiffusionPipeline(
+        **parts, scheduler=DDIMScheduler.from_config(pipe.scheduler.config), requires_safety_checker=False
+    )
+    plain.set_progress_bar_config(disable=True)
+    texts = [plain.encode_prompt(text, "cpu", 1, False, clip_skip=clip_skip)[0] for text in (PROMPT, negative)]
+    expected = plain(
+        prompt_embeds=texts[0],
+        negative_prompt_embeds=texts[1],
+        generator=torch.Generator().manual_seed(5),
+        **ask,
+    ).images[0]
+    assert np.abs(np.asarray(made.image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
+
+def test_a_control_that_is_said_to_act_does(service: DiffusionService) -> None:
+    "A window that ends at 0.4 holds the first of the three steps of Flux at strength 0.6."
+    ask = {"prompt": PROMPT, "model": "shapes-flux", "seed": 4, "image": SOURCE, "strength": 0.6} | SIZE
+    ask["num_inference_steps"] = 4
+    unit = {"model": "canny", "image": MASK.convert("RGB"), "guidance_end": 0.4}
+    controlled = service.generate(**ask, controlnets=[unit])
+    assert controlled.ok, controlled
+    assert not controlled.warnings
+    assert not np.array_equal(np.asarray(controlled.image), np.asarray(service.generate(**ask).image))
