@@ -9,12 +9,16 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
+from diffusion_workers.cli.main import main
 from diffusion_workers.families.registry import FAMILIES
 from diffusion_workers.families.schedulers import SCHEDULER_FACTS
+from diffusion_workers.panel.form import request_sections
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
+from diffusion_workers.planning.replay import from_parameters
+from diffusion_workers.request.metadata import parameters_line
 from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.service import Settings
-from ez_diffusion_client.models import ModelFamily, OpResult, Phase, ProgressEvent
+from ez_diffusion_client.models import GenerationPlan, ModelFamily, OpResult, Phase, ProgressEvent
 
 PROMPT = "a red circle on a white background"
 SIZE = {"width": 64, "height": 64}
@@ -285,3 +289,29 @@ def test_a_control_that_is_said_to_act_does(service: DiffusionService) -> None:
     assert controlled.ok, controlled
     assert not controlled.warnings
     assert not np.array_equal(np.asarray(controlled.image), np.asarray(service.generate(**ask).image))
+
+
+def test_settings_of_the_scheduler_reach_the_plan_from_every_side(
+    service: DiffusionService, capsys: pytest.CaptureFixture
+) -> None:
+    "Request, command line, form, and the line of parameters that other programs read."
+    fields = {"scheduler": "tcd", "eta": 0.2, "num_inference_steps": 4}
+    plan = service.plan(prompt=PROMPT, seed=5, **fields).plan
+    options = ["--scheduler", "TCD", "--eta", "0.2", "--num-inference-steps", "4", "--seed", "5", "--json"]
+    assert main(["plan", PROMPT, *options]) == 0
+    assert GenerationPlan.model_validate_json(capsys.readouterr().out).eta == plan.eta == 0.2
+    line = parameters_line(plan)
+    assert "Sampler: TCD, Eta DDIM: 0.2" in line
+    assert fields.items() <= service.restore(parameters=line).restored.request.items()
+    trailing = service.plan(prompt=PROMPT, scheduler="ddim", timestep_spacing="trailing").plan
+    assert service.restore(parameters=parameters_line(trailing)).restored.request["timestep_spacing"] == "trailing"
+    offered = {info.name for infos in request_sections().values() for info in infos}
+    assert {"eta", "timestep_spacing", "scheduler"} <= offered
+
+
+@pytest.mark.parametrize(
+    ("model", "clip_skip"), [("shapes-sdxl", 0), ("sd_xl_base_1.0", 0), ("sd3.5_medium", 0), ("dreamshaper_8", 1)]
+)
+def test_clip_skip_of_a_line_follows_the_family_that_the_model_names(model: str, clip_skip: int) -> None:
+    line = f"a red circle\nSteps: 12, Sampler: Euler, CFG scale: 3, Seed: 11, Model: {model}, Clip skip: 2"
+    assert from_parameters(line).request["clip_skip"] == clip_skip

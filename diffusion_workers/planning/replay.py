@@ -128,6 +128,12 @@ class _Reader:
     def family(self) -> Family | None:
         return None if self.model is None else FAMILIES[self.model.family]
 
+    @property
+    def named_family(self) -> Family | None:
+        "The family that the name of the model suggests, where models are not known."
+        name = str(self.fields.get("model", "")).lower()
+        return next((family for family in FAMILIES.values() if any(part in name for part in family.usual_names)), None)
+
     def lose(self, name: str, given: str | None, reason: str = _NO_COUNTERPART) -> None:
         if len(self.lost) >= _MOST_LOST:
             self.more_lost += 1
@@ -258,7 +264,8 @@ def _read_clip_layer(reader: _Reader, setting: Setting) -> None:
     elif not isinstance(layer, int):
         reader.lose(setting.name, setting.text, "the number of a layer is expected")
     else:
-        base = 1 if reader.family is None else reader.family.clip_skip_base
+        family = reader.family or reader.named_family
+        base = 1 if family is None else family.clip_skip_base
         reader.take(setting, "clip_skip", max(0, layer - base))
 
 # %% ../../nbs/40_planning/06_replay.ipynb #867f2d98

@@ -1,12 +1,12 @@
 /** From the metadata of an image back to the form that generates it. The server reads it. */
-import { orThrow, restore, type GenerationPlan, type LostSetting, type OpResult, type RestoredRequest } from 'ez-diffusion-client';
+import { orThrow, restore, type GenerationPlan, type LostSetting, type RestoredRequest } from 'ez-diffusion-client';
 import { asDataUri, bringBack, imageAt } from './images';
 import { get, set, type JsonObject } from './paths';
 import { client, form, items, replaceForm, status } from './state';
 import type { GalleryItem } from './storage';
 
 async function read(file: Blob): Promise<{ found: RestoredRequest; warnings: string[] }> {
-  const result: OpResult = await orThrow(restore({ client: client.value, body: { image: await asDataUri(file) } }));
+  const result = await orThrow(restore({ client: client.value, body: { image: await asDataUri(file) } }));
   if (!result.restored) throw new Error('the server restored no request');
   return { found: result.restored, warnings: (result.warnings ?? []).map(({ message }) => message) };
 }
