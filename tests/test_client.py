@@ -1,16 +1,24 @@
 """The Python client against a live server and against a RunPod endpoint: the same calls, in step and with await."""
 
 import asyncio
+import base64
 import io
+import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 from live_server import PATIENCE, live_server, serving
 from PIL import Image
+from project import ROOT
 from runpod_endpoint import API_KEY, Endpoint, endpoint_app
 
 from diffusion_workers.cli.main import main
@@ -413,3 +421,78 @@ def test_many_threads_share_a_client(url: str) -> None:
         for thread in threads:
             thread.join()
     assert sorted(result.generation.images[0].seed for result in results) == [0, 1, 2, 3]
+
+
+# --- types and images -------------------------------------------------------
+
+PROGRAM = """\
+from ez_diffusion_client import Client, RequestFailed, RunPod, save_images
+
+with Client("http://127.0.0.1:8000") as client:
+    result = client.generate(prompt="a red circle", seed=3, num_images=2)
+    save_images(result, "a.png")
+"""
+
+
+@pytest.mark.parametrize("change, said", [("seed=3", ""), ("sede=3", 'Unexpected keyword argument "sede"')])
+def test_a_strict_type_checker_knows_the_fields(change: str, said: str, tmp_path: Path) -> None:
+    "README's import passes `mypy --strict`; a misspelled field does not."
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.replace("seed=3", change))
+    source = ROOT / "openapi" / "client_libs" / "python"
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(program)]
+    done = subprocess.run(
+        command, env=os.environ | {"MYPYPATH": str(source)}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode == 0, said in done.stdout) == (not said, True), done.stdout + done.stderr
+
+
+@contextmanager
+def bucket_address(data: bytes) -> Iterator[str]:
+    "A web server that has one image, for anyone with the right query and no key."
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = self.path == "/image.png?signature=right" and "authorization" not in self.headers
+            self.send_response(200 if found else 403)
+            self.end_headers()
+            self.wfile.write(data if found else b"<Error>AccessDenied</Error>")
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/image.png?signature="
+        server.shutdown()
+
+
+def test_images_come_as_base64_data_uri_or_address(tmp_path: Path) -> None:
+    "All three give the same bytes and the same file; what cannot be had raises and writes nothing."
+    from ez_diffusion_client import ClientError, image_bytes, pil_images, save_images
+    from ez_diffusion_client.models import ControlMap, GeneratedImage, GenerationResponse
+    from ez_diffusion_client.receipts import save_map
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    data = buffer.getvalue()
+    encoded = base64.b64encode(data).decode()
+
+    def result(image: str) -> OpResult:
+        made = {"image": image, "seed": 1, "format": "png", "width": 8, "height": 8}
+        images = [GeneratedImage.model_validate_json(json.dumps(made))]
+        generation = GenerationResponse.model_construct(images=images)  # the plan plays no part
+        return OpResult.model_construct(status=OpStatus.success, generation=generation)
+
+    with bucket_address(data) as address:
+        for number, image in enumerate([encoded, f"data:image/png;base64,{encoded}", address + "right"]):
+            assert image_bytes(result(image)) == [data]
+            assert pil_images(result(image))[0].getpixel((0, 0)) == (255, 0, 0)
+            assert save_images(result(image), tmp_path / f"{number}.png")[0].read_bytes() == data
+            found = ControlMap(image=image, preprocessor="canny", width=8, height=8)
+            assert save_map(found, tmp_path / f"map{number}.png").read_bytes() == data
+        for image in (address + "expired", "http://127.0.0.1:1/a.png", "not an image!"):
+            with pytest.raises(ClientError) as raised:
+                save_images(result(image), tmp_path / "never.png")
+            assert "expired" not in str(raised.value), "the signature of an address is not shown"
+        assert not (tmp_path / "never.png").exists()

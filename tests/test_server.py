@@ -1,7 +1,9 @@
 """The server behind a real socket: it keeps its contract, survives invalid input, and stops abandoned work."""
 
 import base64
+import io
 import json
+import logging
 import os
 import re
 import signal
@@ -21,6 +23,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from live_server import PATIENCE, live_server
 from load_server import figures
+from PIL import Image
 from project import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -361,6 +364,133 @@ def test_the_page_is_served_where_it_is_built(service: DiffusionService, tmp_pat
                 response = httpx.get(url + path)
                 assert (response.status_code, text in response.text) == (status, True), response.text
             assert httpx.get(f"{url}/models").status_code == 401
+
+
+# --- memory, errors and log lines -------------------------------------------
+
+
+def test_a_finished_job_holds_neither_its_timer_nor_its_images(service: DiffusionService) -> None:
+    "A long deadline and an image do not stay when the result is there."
+    with live_server(service) as (url, app):
+        body = SMALL | {"model": "tiny", "image": picture(url), "timeout_seconds": 3600}
+        job_id = httpx.post(f"{url}/jobs", json=body, timeout=PATIENCE).json()["id"]
+        job = app.state.server.queue.store.get(job_id)
+        wait_until(lambda: job.result is not None and job.size, "it is done")
+        assert job.result.status == "success", job.result.message
+        assert (job.expiry, job.generation, job.request.image) == (None, None, None)
+
+
+def test_results_nobody_has_read_are_kept_and_hold_up_new_requests(service: DiffusionService) -> None:
+    "A result above the budget can be fetched; until then a request gets 429, and afterwards there is room again."
+    with live_server(service, keep_bytes=1000) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as client:
+        job_id = client.post("/jobs", json=SMALL).json()["id"]
+        wait_until(lambda: client.get("/health").json()["queue_length"] == 0, "nothing waits")
+        wait_until(lambda: client.head(f"/jobs/{job_id}").status_code == 200, "it is known")
+        refusals = []
+
+        def refused() -> bool:
+            response = client.post("/jobs", json=SMALL)
+            refusals.append(response)
+            return response.status_code == 429
+
+        wait_until(refused, "the budget is used up")
+        error = OpResult.model_validate_json(refusals[-1].text).errors[0]
+        assert error.retryable and "DIFFUSION_WORKERS_KEEP_BYTES" in error.allowed
+        taken = [response.json()["id"] for response in refusals if response.status_code == 202]
+        for known in (job_id, *taken):
+            wait_until(
+                lambda known=known: Job.model_validate_json(client.get(f"/jobs/{known}").text).result, "it has a result"
+            )
+        wait_until(lambda: client.post("/jobs", json=SMALL).status_code == 202, "there is room again")
+        gone = client.get(f"/jobs/{job_id}")
+        assert gone.status_code == 404 and "dropped" in gone.text
+
+
+def test_decoded_images_of_waiting_jobs_count(service: DiffusionService) -> None:
+    "A small file that decodes to much memory uses up the budget while its job waits."
+    white = io.BytesIO()
+    Image.new("RGB", (1000, 1000), "white").save(white, "PNG")
+    large = SMALL | {"model": "patient", "image": base64.b64encode(white.getvalue()).decode()}
+    with live_server(service, keep_bytes=4_000_000) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as client:
+        jobs = [client.post("/jobs", json=ENDLESS).json()["id"]]
+        answers = [client.post("/jobs", json=large) for _ in range(3)]
+        assert [response.status_code for response in answers] == [202, 202, 429]
+        for job_id in (*jobs, answers[0].json()["id"], answers[1].json()["id"]):
+            client.delete(f"/jobs/{job_id}")
+
+
+def test_an_unexpected_failure_is_a_500_with_id_and_cors(
+    service: DiffusionService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    "In the response, in the log and in the metrics."
+
+    def broken() -> None:
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setattr(service, "list_models", broken)
+    monkeypatch.setattr(logging.getLogger("diffusion_workers"), "propagate", True)
+    origin = "https://example.org"
+    with live_server(service, origins=(origin,)) as (url, _), caplog.at_level(logging.INFO):
+        response = httpx.get(f"{url}/models", headers={"X-Request-ID": "mine", "Origin": origin})
+        metrics = httpx.get(f"{url}/metrics").text
+    assert response.status_code == 500
+    assert response.headers["x-request-id"] == "mine"
+    assert response.headers["access-control-allow-origin"] == origin
+    assert OpResult.model_validate_json(response.text).errors[0].code == "internal_error"
+    assert 'http_requests_total{http_status="500",operation="listModels"} 1.0' in metrics
+    assert any("GET /models 500" in record.getMessage() for record in caplog.records)
+
+
+def test_a_path_cannot_forge_a_log_line(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    "Control characters and line separators are escaped."
+    with caplog.at_level(logging.INFO, "diffusion_workers.server"):
+        httpx.get(url + "/x%0aERROR%1b[31m%e2%80%a8%c2%85y")
+        found = lambda: [record.getMessage() for record in caplog.records if "ERROR" in record.getMessage()]
+        wait_until(found, "the request is logged")
+        lines = found()
+    assert all(line.isprintable() for line in lines), lines
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/models", "/metrics", "/docs", "/openapi.yaml"])
+def test_head_answers_like_get(url: str, path: str) -> None:
+    "The same status, without a body."
+    asked, head = httpx.get(url + path), httpx.head(url + path)
+    assert (head.status_code, head.content) == (asked.status_code, b"")
+
+
+def test_ready_follows_the_device(service: DiffusionService, monkeypatch: pytest.MonkeyPatch) -> None:
+    "503 after the device has failed and a trial image fails too; 200 when an image was made again."
+    generate = service.generate
+    broken = lambda *_: OpResult(status="internal_error", message="the device is lost")
+    submit = service.submit
+
+    def failing(request, *, on_progress):
+        raised = submit({"prompt": 1}, on_progress=None)
+        result = broken()
+        on_progress(ProgressEvent(phase="failed", result=result))
+        return raised
+
+    with live_server(service) as (url, _):
+        assert httpx.get(f"{url}/ready").status_code == 200
+        with monkeypatch.context() as patch:
+            patch.setattr(service, "submit", failing)
+            patch.setattr(service, "generate", broken)
+            assert httpx.post(f"{url}/generate", json=SMALL).status_code == 500
+            wait_until(lambda: httpx.get(f"{url}/ready").status_code == 503, "the server is not ready")
+            assert "the device is lost" in httpx.get(f"{url}/health").json()["message"]
+        assert service.generate == generate
+        assert picture(url)
+        assert httpx.get(f"{url}/ready").status_code == 200
+
+
+def test_a_stream_goes_on_after_the_last_event_id(url: str) -> None:
+    "The last event always comes, whatever the client says that it has."
+    with httpx.Client(base_url=url, timeout=PATIENCE) as client:
+        job_id = client.post("/jobs", json=SMALL).json()["id"]
+        first = client.get(f"/jobs/{job_id}/events").text
+        last_id = re.findall(r"^id: (\d+)$", first, re.MULTILINE)[-1]
+        again = client.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": last_id}).text
+        assert again.count("data: ") == 1 and '"result"' in again
 
 
 # --- the process ------------------------------------------------------------

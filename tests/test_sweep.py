@@ -366,3 +366,25 @@ def test_a_second_run_of_the_same_folder_is_refused(workers: QueueServer, tmp_pa
             text=True,
         )
     assert done.returncode == 1 and "another run is sweeping" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "0123456789abcdef/../../secret", ""])
+def test_a_folder_of_somebody_else_stays_inside_itself(name: str, tmp_path: Path) -> None:
+    "A key or the name of an image that leads out of the folder is not read, written or deleted."
+    request = {"prompt": "a red circle"}
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"status": "internal_error"}')
+    folder = tmp_path / "sweep"
+    (folder / "results").mkdir(parents=True)
+    lines = [
+        {"key": name, "event": "request", "request": request},
+        {"key": "0" * 16, "event": "request", "request": request},
+    ]
+    (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sweep = Sweep(folder)
+    assert [item.key for item in sweep.items] == ["0" * 16]
+    sweep.pending(retry_failed=True)
+    assert secret.exists()
+    (folder / "results" / f"{'0' * 16}.json").symlink_to(secret)
+    with pytest.raises(ValueError, match="outside of its folder"):
+        Sweep(folder)

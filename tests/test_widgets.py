@@ -31,6 +31,24 @@ images = grid({"prompt": "a red circle on a white background", "seed": 1, "num_i
 images
 """
 
+FULL_HISTORY = """\
+import json
+from pathlib import Path
+from PIL import Image
+full = Path({folder!r})
+full.mkdir()
+about = {{"favourite": False, "seconds": 1.0, "files": {{}}}}
+for index in range(1000):
+    Image.new("RGB", (64, 64), (index % 256, 80, 80)).save(full / f"20260301-101500-{{index:06}}-0000.png")
+    prompt = "a star" if index % 2 else "a disc"
+    own = {{"created": "2026-03-01T10:15:00", "seed": index, "request": {{"prompt": prompt}}}}
+    (full / f"20260301-101500-{{index:06}}-0000.json").write_text(json.dumps(about | own))
+"""
+PAINTED = """(layer) => {
+    const { data } = layer.getContext("2d").getImageData(0, 0, layer.width, layer.height);
+    return data.filter((value, at) => at % 4 === 3 && value > 127).length;
+}"""
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -127,13 +145,27 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     expect(page.locator(".dw-status")).to_have_text(re.compile("cancelled"))
     assert kept(folder) == []
 
-    # the image shows what the prompt says
+    # what was visible at the stop can be kept, and deleted; the deletion can be undone
+    page.locator("button.dw-keep").click()
+    expect(page.locator(".dw-gallery li .dw-gallery-label")).to_have_text(re.compile(r"stopped, step \d+ of 150"))
+    [partial] = (folder / "generated").glob("*.jpeg")
+    page.locator(".dw-gallery-open").press("Delete")
+    expect(page.locator(".dw-gallery li")).to_have_count(0)
+    assert not partial.exists()
+    page.locator(".dw-gallery:not(.dw-batch) button.dw-gallery-restore").click()
+    expect(page.locator(".dw-gallery li")).to_have_count(1)
+    assert partial.exists()
+    page.locator(".dw-gallery-open").press("Delete")
+    expect(page.locator(".dw-gallery li")).to_have_count(0)
+
+    # a seed that is typed counts, and the image shows what the prompt says
     field(page, "num_inference_steps").fill("25")
-    page.locator(".dw-panel .widget-toggle-button", has_text="locked").click()
     page.locator(".dw-field-seed input").fill("2")
+    expect(page.locator(".dw-panel .widget-toggle-button.mod-active")).to_have_text("locked")
     page.locator("button.dw-generate").click()
     expect(page.locator(".dw-gallery li")).to_have_count(1)
     first = kept(folder)[0]
+    assert read_metadata(first).plan.seeds == [2]
     reading = read_scene(Image.open(first))
     circle = reading.objects[0]
     assert (reading.background, [(found.color, found.shape) for found in reading.objects]) == (
@@ -201,3 +233,92 @@ def test_stop_works_while_a_cell_is_running(page, lab: tuple[str, Path]) -> None
     page.locator("button.dw-stop").click()
     expect(page.locator(".dw-status")).to_have_text(re.compile("cancelled"))
     expect(page.locator(".jp-OutputArea-output", has_text="it was cancelled").first).to_be_visible()
+
+
+def test_keys_of_the_panel_stay_in_the_panel(page, lab: tuple[str, Path]) -> None:
+    address, folder = lab
+    write_notebook(folder / "keys.ipynb", SETUP, "'a cell that is cut'", "'another one'")
+    open_notebook(page, address.format("keys.ipynb"))
+    run_all(page)
+    expect(page.locator(".dw-panel")).to_be_visible()
+    field(page, "prompt").fill(PROMPT)
+    field(page, "num_inference_steps").fill("4")
+    field(page, "num_images").fill("4")
+
+    # Ctrl+Enter generates; the batch is a grid with the seed of each image
+    field(page, "prompt").press("Control+Enter")
+    expect(page.locator(".dw-batch li img[src]")).to_have_count(4)
+    labels = page.locator(".dw-batch .dw-gallery-label").all_inner_texts()
+    assert len({re.search(r"seed (\d+)", label)[1] for label in labels}) == 4
+    assert all("4 steps" in label for label in labels)
+
+    # with the focus on a thumbnail, a button, a toggle, the mask: x and d d reach nothing but the panel
+    page.locator("button.dw-send-to-inpaint").click()
+    layer = page.locator(".dw-mask-layer")
+    expect(layer).to_be_visible()
+    count = page.locator(".jp-Cell").count()
+    toggle = page.locator(".dw-panel .widget-toggle-button").first
+    places = [page.locator(".dw-gallery-open").first, page.locator("button.dw-generate"), toggle, layer]
+    places += [page.locator(".dw-mask button", has_text="Erase"), page.locator("select").first]
+    for place in places:
+        place.focus()
+        for key in "xddmy":
+            page.keyboard.press(key)
+    assert page.locator(".jp-Cell").count() == count
+
+    # undo and redo of the mask
+    paint(page, layer, (0.4, 0.5), (0.6, 0.5))
+    undo, redo = (page.locator(".dw-mask button", has_text=text) for text in ("Undo", "Redo"))
+    expect(redo).to_be_disabled()
+    painted = layer.evaluate(PAINTED)
+    assert painted > 0
+    undo.click()
+    assert layer.evaluate(PAINTED) < painted
+    redo.click()
+    assert layer.evaluate(PAINTED) == painted
+
+    # zoom keeps the width of the stage, and a stroke lands under the pointer
+    before = page.locator(".dw-mask-stage").bounding_box()["width"]
+    page.locator(".dw-mask button", has_text="+").click()
+    assert layer.bounding_box()["width"] > before
+    assert page.locator(".dw-mask-stage").bounding_box()["width"] == before
+
+    # Generate stays in sight; another press queues, and an entry can be removed
+    page.locator(".dw-use-mask input").uncheck()
+    field(page, "num_images").fill("1")
+    field(page, "num_inference_steps").fill("150")
+    for _ in range(3):
+        page.locator("button.dw-generate").click()
+    expect(page.locator(".dw-queued")).to_have_count(2)
+    page.locator(".dw-queued button").last.click()
+    expect(page.locator(".dw-queued")).to_have_count(1)
+    page.locator(".dw-panel").evaluate(
+        "(panel) => panel.lastElementChild.lastElementChild.scrollIntoView({block: 'end'})"
+    )
+    expect(page.locator("button.dw-generate")).to_be_in_viewport()
+    field(page, "prompt").press("Escape")
+    expect(page.locator(".dw-queued")).to_have_count(0)
+    expect(page.locator(".dw-status")).to_have_text(re.compile(r"step [1-9]\d* of \d+"))
+    field(page, "prompt").press("Escape")
+    expect(page.locator(".dw-status")).to_have_text(re.compile("cancelled"))
+
+
+def test_a_history_of_a_thousand_images(page, lab: tuple[str, Path]) -> None:
+    address, folder = lab
+    make = FULL_HISTORY.format(folder=str(folder / "full"))
+    panel = "panel = GenerationPanel(service, history=full)\npanel"
+    write_notebook(folder / "full.ipynb", SETUP.rpartition("panel = ")[0] + make + panel)
+    open_notebook(page, address.format("full.ipynb"))
+    run_all(page)
+    gallery = page.locator(".dw-gallery:not(.dw-batch)")
+    expect(gallery.locator("li img[src]")).to_have_count(48)
+    expect(gallery.locator(".dw-gallery-count").first).to_have_text("1000 images")
+    gallery.locator(".dw-gallery-next").click()
+    expect(gallery.locator("li .dw-gallery-label").first).to_have_text("951")
+    gallery.locator("input").fill("star 17")
+    expect(gallery.locator(".dw-gallery-count").first).to_have_text("1 of 1000")
+    gallery.locator("li").hover()
+    gallery.locator(".dw-gallery-star").click()
+    gallery.locator("input").fill("")
+    gallery.locator(".dw-gallery-starred").click()
+    expect(gallery.locator("li .dw-gallery-label")).to_have_text("17")

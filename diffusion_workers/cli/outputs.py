@@ -138,7 +138,7 @@ class Output:
         if blocked or not os.access(nearest, os.W_OK):
             hint = "a folder has this name, a file is in place of its folder, or writing is not permitted there"
             raise request_error(
-                ErrorCode.wrong_type, "no file can be written there", field=self.option, given=str(path), hint=hint
+                ErrorCode.wrong_type, "no file can be written there", field=self.option, given=self.text, hint=hint
             )
 
     def paths(

@@ -120,6 +120,11 @@ class ControlnetGuideImagePreprocessor:
     options: tuple[tuple[str, Any], ...] = ()  # further arguments of `from_pretrained`
 
     @property
+    def is_custom(self) -> bool:
+        "Whether it was registered by another package or a notebook, so that other processes do not have it."
+        return self.make_map is not None and not self.make_map.__module__.startswith("diffusion_workers.")
+
+    @property
     def families(self) -> tuple[ModelFamily, ...]:
         "Those that ControlNets for such maps were published for."
         without = lambda family: self.name in family.controls.maps_without_controlnets
@@ -825,6 +830,30 @@ def _prepared_mask(
     return {"mask": np.asarray(resize_image(mask.convert("L"), *size, mode, Image.Resampling.NEAREST))}
 
 
+def _custom_map(
+    row: ControlnetGuideImagePreprocessor, pixels: np.ndarray, arguments: dict[str, Any], field: str
+) -> np.ndarray:
+    "The map of a registered function; a `RequestError` says what it raised, or what is wrong with its map."
+    at = f"{field}.name"
+    if row.make_map is None:
+        raise ValueError(f"{row.name} has no function that makes its map")
+    try:
+        made = row.make_map(pixels.copy(), **arguments)
+    except Exception as exc:
+        message = f"{row.name} raised {type(exc).__name__}: {exc}"
+        raise request_error(ErrorCode.custom_code_failed, message, field=at, given=row.name) from exc
+    made = np.asarray(made)
+    if made.dtype != np.uint8 or made.shape not in (pixels.shape, pixels.shape[:2]):
+        raise request_error(
+            ErrorCode.custom_code_failed,
+            f"the map of {row.name} is an array of {made.dtype} in the shape {made.shape}",
+            field=at,
+            given=row.name,
+            allowed=f"uint8 in the shape {pixels.shape} or {pixels.shape[:2]}",
+        )
+    return made if made.ndim == 3 else three_channels(made)
+
+
 def make_map(
     preprocessing: Preprocessing,
     image: Image.Image,  # any mode and size
@@ -851,7 +880,9 @@ def make_map(
     size = working_size(width, height, preprocessing.resolution)
     pixels = np.asarray(resize_image(to_rgb(image), *size, resize_mode))
     extra = _prepared_mask(row, mask, size, resize_mode, field)
-    if row.make_map is not None:
+    if row.is_custom:
+        made = _custom_map(row, pixels, parameters | extra, field)
+    elif row.make_map is not None:
         made = row.make_map(pixels, **parameters, **extra)
     elif detect is not None:
         made = detect(row, pixels, parameters)

@@ -6,7 +6,6 @@
 
 export function createComparison(root) {
   root.classList.add("dw-compare");
-  root.dataset.lmSuppressShortcuts = "true";
   const stage = document.createElement("div");
   stage.className = "dw-compare-stage";
   const names = ["left", "right", "difference"];
@@ -60,6 +59,10 @@ export function createComparison(root) {
       images[name].src = urls[name];
       images[name].alt = caption;
     },
+    /** Images of different sizes have no difference to show. */
+    setComparable(comparable) {
+      label.hidden = !comparable;
+    },
     setWidth(width) {
       stage.style.setProperty("--dw-width", `${Math.max(256, Math.min(width, 640))}px`);
     },
@@ -74,6 +77,7 @@ export default {
     const comparison = createComparison(el);
     const show = () => {
       comparison.setWidth(model.get("width"));
+      comparison.setComparable(model.get("_difference")?.byteLength > 0);
       for (const name of ["left", "right", "difference"]) comparison.setImage(name, model.get(`_${name}`), name);
     };
     model.on("change:_difference", show);

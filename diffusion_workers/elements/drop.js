@@ -9,7 +9,6 @@ const PIECE = 2 ** 20;
 
 export function createDropZone(root, { onFile, onRemove, onProblem, maxBytes = 64 * 2 ** 20 }) {
   root.classList.add("dw-drop");
-  root.dataset.lmSuppressShortcuts = "true";
   const zone = document.createElement("button");
   zone.type = "button";
   zone.className = "dw-drop-zone";

@@ -1,20 +1,45 @@
 /**
- * Images as a list of thumbnails: choose one or two, mark favourites, delete.
+ * Images as pages of thumbnails: choose one or two, search, mark favourites, delete and undo.
  *
- * `createGallery(root, callbacks)` needs nothing but a browser; the default export fits it to anywidget.
+ * `createGallery(root, callbacks)` needs nothing but a browser; the default export fits it to anywidget. It is given
+ * the order of ids on a page, and asks for those that it has not seen yet, so each thumbnail is sent once.
  */
 
-export function createGallery(root, { onSelect, onFavourite, onDelete }) {
+const make = (tag, className, properties = {}) => Object.assign(document.createElement(tag), { className, ...properties });
+
+export function createGallery(root, callbacks) {
+  const { onSelect, onFavourite, onDelete, onUndo, onNeed, onPage, onQuery, onOnlyFavourites } = callbacks;
   root.classList.add("dw-gallery");
-  root.dataset.lmSuppressShortcuts = "true";
-  const list = document.createElement("ul");
-  list.setAttribute("aria-label", "Images of this session; shift-click selects a second one");
-  root.append(list);
+  const known = new Map(); // id -> { caption, label, favourite, url }
+  const entries = new Map(); // id -> its element
+  let order = [];
   let selected = [];
+  let batch = false;
+
+  const head = make("div", "dw-bar dw-gallery-head");
+  const query = make("input", "dw-gallery-query", { type: "search", placeholder: "Search prompt or seed" });
+  query.setAttribute("aria-label", "Search the images by prompt or seed");
+  const starred = make("button", "dw-gallery-starred", { type: "button", textContent: "★ Favourites" });
+  const count = make("span", "dw-gallery-count");
+  const pages = make("span", "dw-gallery-pages");
+  const previous = make("button", "dw-gallery-previous", { type: "button", textContent: "‹", title: "Previous page" });
+  const next = make("button", "dw-gallery-next", { type: "button", textContent: "›", title: "Next page" });
+  const place = make("span", "dw-gallery-count");
+  for (const element of [previous, next]) element.setAttribute("aria-label", element.title);
+  pages.append(previous, place, next);
+  head.append(query, starred, count, pages);
+  const undo = make("div", "dw-gallery-undo");
+  undo.setAttribute("role", "status");
+  const undoText = make("span", "");
+  const undoButton = make("button", "dw-gallery-restore", { type: "button", textContent: "Undo" });
+  undo.append(undoText, undoButton);
+  const list = make("ul", "");
+  list.setAttribute("aria-label", "Images; shift-click selects a second one");
+  const empty = make("div", "dw-empty");
+  root.append(head, undo, list, empty);
 
   const mark = () => {
-    for (const item of list.children)
-      item.firstChild.setAttribute("aria-pressed", String(selected.includes(item.dataset.id)));
+    for (const [id, item] of entries) item.firstChild.setAttribute("aria-pressed", String(selected.includes(id)));
   };
   const choose = (id, more) => {
     const others = selected.filter((other) => other !== id);
@@ -22,21 +47,21 @@ export function createGallery(root, { onSelect, onFavourite, onDelete }) {
     mark();
     onSelect(selected);
   };
-  const act = (text, title, work) => {
-    const element = Object.assign(document.createElement("button"), { type: "button", textContent: text, title });
-    element.setAttribute("aria-label", title);
+  const tool = (className, work) => {
+    const element = make("button", className, { type: "button" });
     element.onclick = work;
     return element;
   };
-  const entry = ({ id, src, caption, favourite }) => {
-    const item = document.createElement("li");
+  const remove = (id) => {
+    const item = entries.get(id);
+    (item.nextSibling ?? item.previousSibling)?.firstChild.focus();
+    onDelete(id);
+  };
+  const created = (id) => {
+    const item = make("li", "");
     item.dataset.id = id;
-    const open = Object.assign(document.createElement("button"), {
-      type: "button",
-      className: "dw-gallery-open",
-      title: caption,
-    });
-    open.append(Object.assign(document.createElement("img"), { src, alt: caption }));
+    const open = make("button", "dw-gallery-open", { type: "button" });
+    open.append(make("img", "", { alt: "", hidden: true }));
     open.onclick = (event) => choose(id, event.shiftKey || event.ctrlKey || event.metaKey);
     open.onkeydown = (event) => {
       const step = { ArrowRight: "nextSibling", ArrowLeft: "previousSibling" }[event.key];
@@ -44,61 +69,148 @@ export function createGallery(root, { onSelect, onFavourite, onDelete }) {
         event.preventDefault();
         item[step]?.firstChild.focus();
       }
-      if (event.key === "Delete") {
+      if (event.key === "Delete" && !batch) {
         event.preventDefault();
-        (item.nextSibling ?? item.previousSibling)?.firstChild.focus();
-        onDelete(id);
+        remove(id);
       }
     };
-    const tools = Object.assign(document.createElement("span"), { className: "dw-gallery-tools" });
-    const star = act(favourite ? "★" : "☆", favourite ? "No favourite any more" : "Make it a favourite", () =>
-      onFavourite(id, !favourite),
-    );
-    tools.append(
-      star,
-      act("✕", "Delete", () => onDelete(id)),
-    );
-    item.append(open, tools);
+    const tools = make("span", "dw-gallery-tools");
+    const star = tool("dw-gallery-star", () => onFavourite(id, !known.get(id)?.favourite));
+    const bin = tool("dw-gallery-delete", () => remove(id));
+    Object.assign(bin, { textContent: "✕", title: "Delete" });
+    bin.setAttribute("aria-label", "Delete");
+    tools.append(star, bin);
+    item.append(open, make("span", "dw-gallery-label"), tools);
     return item;
   };
+  const fill = (id) => {
+    const item = entries.get(id);
+    const found = known.get(id);
+    if (!item || !found) return;
+    const [open, label, tools] = item.children;
+    const [image] = open.children;
+    image.hidden = !found.url;
+    if (found.url && image.src !== found.url) image.src = found.url;
+    image.alt = open.title = found.caption ?? "";
+    label.textContent = found.label ?? "";
+    tools.hidden = batch;
+    const title = found.favourite ? "Remove from the favourites" : "Add to the favourites";
+    Object.assign(tools.firstChild, { textContent: found.favourite ? "★" : "☆", title });
+    tools.firstChild.setAttribute("aria-label", title);
+    if (found.favourite) item.dataset.favourite = "true";
+    else delete item.dataset.favourite;
+  };
+  const askForMissing = () => {
+    const missing = order.filter((id) => !known.get(id)?.url);
+    if (missing.length) onNeed(missing);
+  };
+
+  let typing = null;
+  query.oninput = () => {
+    clearTimeout(typing);
+    typing = setTimeout(() => onQuery(query.value), 200);
+  };
+  starred.onclick = () => onOnlyFavourites(starred.getAttribute("aria-pressed") !== "true");
+  undoButton.onclick = onUndo;
 
   return {
-    setItems(items) {
+    setOrder(ids) {
       const focused = list.contains(document.activeElement) ? document.activeElement.closest("li")?.dataset.id : null;
-      list.replaceChildren(...items.map(entry));
-      if (focused) [...list.children].find((item) => item.dataset.id === focused)?.firstChild.focus();
+      order = [...ids];
+      for (const [id, item] of entries) {
+        if (order.includes(id)) continue;
+        item.remove();
+        entries.delete(id);
+      }
+      order.forEach((id, index) => {
+        if (!entries.has(id)) entries.set(id, created(id));
+        const item = entries.get(id);
+        if (list.children[index] !== item) list.insertBefore(item, list.children[index] ?? null);
+        fill(id);
+      });
+      if (focused) entries.get(focused)?.firstChild.focus();
       mark();
+      askForMissing();
+    },
+    /** Thumbnails arrive as bytes; an item without one keeps the one that it has. */
+    setItems(items, thumbnails) {
+      items.forEach((item, index) => {
+        const before = known.get(item.id);
+        const bytes = thumbnails[index];
+        let url = before?.url;
+        if (bytes?.byteLength) {
+          if (url) URL.revokeObjectURL(url);
+          url = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
+        }
+        known.set(item.id, { ...item, url });
+        fill(item.id);
+      });
     },
     setSelected(ids) {
       selected = [...ids];
       mark();
     },
+    setState({ page, pages: last, total, matches, query: text, only_favourites: only, deleted, is_batch: isBatch }) {
+      batch = isBatch;
+      root.classList.toggle("dw-batch", batch);
+      head.hidden = batch || !total;
+      if (document.activeElement !== query) query.value = text;
+      starred.setAttribute("aria-pressed", String(only));
+      const filtered = text || only;
+      count.textContent = filtered ? `${matches} of ${total}` : `${total} image${total === 1 ? "" : "s"}`;
+      pages.hidden = last < 2;
+      place.textContent = `${page + 1} / ${last}`;
+      previous.disabled = page <= 0;
+      next.disabled = page >= last - 1;
+      previous.onclick = () => onPage(page - 1);
+      next.onclick = () => onPage(page + 1);
+      undo.hidden = !deleted;
+      undoText.textContent = deleted;
+      empty.hidden = batch || matches > 0;
+      empty.replaceChildren(
+        make("b", "", { textContent: total ? "No image matches" : "No images yet" }),
+        total ? "Change the search, or show all images." : "Write a prompt and press Generate, or Ctrl+Enter.",
+      );
+    },
+    destroy() {
+      for (const { url } of known.values()) if (url) URL.revokeObjectURL(url);
+    },
   };
 }
 
+const STATE = ["page", "pages", "total", "matches", "query", "only_favourites", "deleted", "is_batch"];
+
 export default {
   render({ model, el }) {
+    const set = (name, value) => {
+      model.set(name, value);
+      model.save_changes();
+    };
     const gallery = createGallery(el, {
-      onSelect(ids) {
-        model.set("selected", ids);
-        model.save_changes();
-      },
-      onFavourite(id, on) {
-        model.send({ kind: "favourite", id, on });
-      },
-      onDelete(id) {
-        model.send({ kind: "delete", id });
-      },
+      onSelect: (ids) => set("selected", ids),
+      onFavourite: (id, on) => model.send({ kind: "favourite", id, on }),
+      onDelete: (id) => model.send({ kind: "delete", id }),
+      onUndo: () => model.send({ kind: "undo" }),
+      onNeed: (ids) => model.send({ kind: "need", ids }),
+      onPage: (page) => set("page", page),
+      onQuery: (query) => set("query", query),
+      onOnlyFavourites: (only) => set("only_favourites", only),
     });
-    const showItems = () => gallery.setItems(model.get("items"));
+    const showItems = (message, buffers) => {
+      if (message.kind === "items") gallery.setItems(message.items, buffers);
+    };
+    const showOrder = () => gallery.setOrder(model.get("order"));
     const showSelected = () => gallery.setSelected(model.get("selected"));
-    model.on("change:items", showItems);
-    model.on("change:selected", showSelected);
-    showItems();
+    const showState = () => gallery.setState(Object.fromEntries(STATE.map((name) => [name, model.get(name)])));
+    const handlers = [["msg:custom", showItems], ["change:order", showOrder], ["change:selected", showSelected]];
+    handlers.push(...STATE.map((name) => [`change:${name}`, showState]));
+    for (const [name, work] of handlers) model.on(name, work);
+    showState();
+    showOrder();
     showSelected();
     return () => {
-      model.off("change:items", showItems);
-      model.off("change:selected", showSelected);
+      for (const [name, work] of handlers) model.off(name, work);
+      gallery.destroy();
     };
   },
 };

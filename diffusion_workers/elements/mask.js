@@ -51,7 +51,6 @@ function maskBlob(layer) {
 
 export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   root.classList.add("dw-mask");
-  root.dataset.lmSuppressShortcuts = "true";
   const bar = document.createElement("div");
   bar.className = "dw-bar";
   bar.setAttribute("role", "toolbar");
@@ -65,21 +64,33 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   layer.setAttribute("role", "application");
   layer.setAttribute(
     "aria-label",
-    "Mask: drag to paint; arrow keys move the brush, space paints, E erases, Z undoes, I inverts, " +
-      "[ and ] change the size of the brush",
+    "Mask: drag to paint; arrow keys move the brush, space paints, E erases, Z undoes, Y redoes, I inverts, " +
+      "[ and ] change the size of the brush, + and - zoom, 0 fits",
   );
   const ring = document.createElement("div");
   ring.className = "dw-mask-ring";
-  stage.append(back, layer, ring);
+  const sheet = document.createElement("div");
+  sheet.className = "dw-mask-sheet";
+  sheet.append(back, layer, ring);
+  stage.append(sheet);
   const pen = layer.getContext("2d", { willReadFrequently: true });
-  const state = { erase: false, brush: 24, undo: [], last: null, at: null };
+  const state = { erase: false, brush: 24, undo: [], redo: [], last: null, at: null, zoom: 1, drag: null };
 
   const paint = button("Paint", "Paint the mask", "B");
   const erase = button("Erase", "Take paint away", "E");
-  const undo = button("Undo", "Take the last change back", "Z");
+  const undo = button("Undo", "Undo the last change", "Z");
+  const redo = button("Redo", "Redo the last change", "Y");
   const invert = button("Invert", "Paint what is not painted", "I");
   const clear = button("Clear", "Take all paint away");
   const upload = button("Load…", "Take a mask from a file: white is painted");
+  const zoomOut = button("−", "Zoom out", "-");
+  const zoomIn = button("+", "Zoom in", "+");
+  const fit = button("100 %", "Fit the whole image", "0");
+  zoomOut.setAttribute("aria-label", "Zoom out");
+  zoomIn.setAttribute("aria-label", "Zoom in");
+  const zoomGroup = document.createElement("span");
+  zoomGroup.className = "dw-group";
+  zoomGroup.append(zoomOut, fit, zoomIn);
   const file = Object.assign(document.createElement("input"), { type: "file", accept: "image/*", hidden: true });
   const size = Object.assign(document.createElement("input"), { type: "range", min: 1, max: 256, value: state.brush });
   const feather = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 64, value: 4 });
@@ -96,8 +107,11 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   };
   const sizeLabel = labelled("Brush", size);
   const featherLabel = labelled("Feather", feather);
-  bar.append(paint, erase, undo, invert, clear, upload, file, sizeLabel.label, featherLabel.label);
-  root.append(bar, stage);
+  const hint = document.createElement("div");
+  hint.className = "dw-hint";
+  hint.textContent = "Shift+wheel: brush size · Ctrl+wheel: zoom · drag with the middle button or Alt: move";
+  bar.append(paint, erase, undo, redo, invert, clear, upload, file, sizeLabel.label, featherLabel.label, zoomGroup);
+  root.append(bar, stage, hint);
 
   const scale = () => layer.getBoundingClientRect().width / layer.width || 1;
   const showRing = () => {
@@ -116,11 +130,14 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     paint.setAttribute("aria-pressed", String(!state.erase));
     erase.setAttribute("aria-pressed", String(state.erase));
     undo.disabled = !state.undo.length;
+    redo.disabled = !state.redo.length;
     layer.style.filter = Number(feather.value) ? `blur(${(Number(feather.value) * scale()) / 2}px)` : "";
     showRing();
   };
+  const snapshot = () => pen.getImageData(0, 0, layer.width, layer.height);
   const remember = () => {
-    state.undo.push(pen.getImageData(0, 0, layer.width, layer.height));
+    state.undo.push(snapshot());
+    state.redo = [];
     while (state.undo.length > 1 && state.undo.length * layer.width * layer.height * 4 > UNDO_BYTES) state.undo.shift();
   };
   const changed = async () => {
@@ -151,6 +168,12 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     };
   };
   layer.addEventListener("pointerdown", (event) => {
+    if (event.button === 1 || (event.button === 0 && event.altKey)) {
+      event.preventDefault();
+      layer.setPointerCapture(event.pointerId);
+      state.drag = { x: event.clientX + stage.scrollLeft, y: event.clientY + stage.scrollTop };
+      return;
+    }
     if (event.button) return;
     layer.setPointerCapture(event.pointerId);
     remember();
@@ -159,6 +182,10 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     showRing();
   });
   layer.addEventListener("pointermove", (event) => {
+    if (state.drag) {
+      stage.scrollTo(state.drag.x - event.clientX, state.drag.y - event.clientY);
+      return;
+    }
     state.at = point(event);
     showRing();
     if (!state.last) return;
@@ -166,6 +193,7 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     state.last = state.at;
   });
   const end = () => {
+    state.drag = null;
     if (!state.last) return;
     state.last = null;
     changed();
@@ -189,11 +217,29 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     sizeLabel.show();
     showRing();
   };
-  const takeBack = () => {
-    const before = state.undo.pop();
-    if (!before) return;
-    pen.putImageData(before, 0, 0);
+  const step = (from, to) => {
+    const other = from.pop();
+    if (!other) return;
+    to.push(snapshot());
+    pen.putImageData(other, 0, 0);
     changed();
+  };
+  const undoOne = () => step(state.undo, state.redo);
+  const redoOne = () => step(state.redo, state.undo);
+  /** Zoom, keeping the place under the pointer (in pixels of the page) where it is. */
+  const setZoom = (value, at) => {
+    const box = stage.getBoundingClientRect();
+    const x = (at?.x ?? box.left + box.width / 2) - box.left;
+    const y = (at?.y ?? box.top + box.height / 2) - box.top;
+    const zoom = Math.min(8, Math.max(1, value));
+    const [left, top] = [(stage.scrollLeft + x) / state.zoom, (stage.scrollTop + y) / state.zoom];
+    state.zoom = zoom;
+    sheet.style.width = `${100 * zoom}%`;
+    stage.scrollTo(left * zoom - x, top * zoom - y);
+    fit.textContent = `${Math.round(100 * zoom)} %`;
+    zoomOut.disabled = zoom === 1;
+    zoomIn.disabled = zoom === 8;
+    showTools();
   };
   const invertAll = () =>
     change(() => {
@@ -212,6 +258,19 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     };
     showRing();
   };
+  layer.addEventListener(
+    "wheel",
+    (event) => {
+      if (!event.ctrlKey && !event.shiftKey) return;
+      event.preventDefault();
+      const up = (event.deltaY || event.deltaX) < 0;
+      if (event.ctrlKey) setZoom(state.zoom * (up ? 1.25 : 0.8), { x: event.clientX, y: event.clientY });
+      else setBrush(Math.round(up ? state.brush * 1.15 + 1 : state.brush / 1.15 - 1));
+      state.at = point(event);
+      showRing();
+    },
+    { passive: false },
+  );
   const keys = {
     ArrowLeft: (event) => move(-1, 0, event),
     ArrowRight: (event) => move(1, 0, event),
@@ -223,21 +282,30 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     },
     b: () => setErase(false),
     e: () => setErase(true),
-    z: takeBack,
+    z: (event) => (event.shiftKey ? redoOne() : undoOne()),
+    y: redoOne,
+    "+": () => setZoom(state.zoom * 1.25),
+    "-": () => setZoom(state.zoom / 1.25),
+    0: () => setZoom(1),
     i: invertAll,
     "[": () => setBrush(state.brush - 4),
     "]": () => setBrush(state.brush + 4),
   };
   layer.addEventListener("keydown", (event) => {
     const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
-    if (!act || event.altKey || (event.ctrlKey && event.key !== "z") || event.metaKey) return;
+    const withCtrl = event.ctrlKey || event.metaKey;
+    if (!act || event.altKey || (withCtrl && !"zy".includes(event.key.toLowerCase()))) return;
     event.preventDefault();
     event.stopPropagation();
     act(event);
   });
   paint.onclick = () => setErase(false);
   erase.onclick = () => setErase(true);
-  undo.onclick = takeBack;
+  undo.onclick = undoOne;
+  redo.onclick = redoOne;
+  zoomIn.onclick = () => setZoom(state.zoom * 1.25);
+  zoomOut.onclick = () => setZoom(state.zoom / 1.25);
+  fit.onclick = () => setZoom(1);
   invert.onclick = invertAll;
   clear.onclick = clearAll;
   upload.onclick = () => file.click();
@@ -266,7 +334,7 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     showTools();
   };
   const decoded = (data) => (data?.byteLength ? imageFrom(data) : null);
-  stage.hidden = bar.hidden = true;
+  stage.hidden = bar.hidden = hint.hidden = true;
 
   return {
     /** Show another image and its mask. Nothing can be painted before both are loaded. */
@@ -276,10 +344,13 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
         const [image, bitmap] = await Promise.all([decoded(data), decoded(mask)]);
         for (const canvas of [back, layer]) [canvas.width, canvas.height] = [width || 1, height || 1];
         stage.style.setProperty("--dw-width", `${Math.max(256, Math.min(width, 640))}px`);
+        stage.style.aspectRatio = `${width || 1} / ${height || 1}`;
         state.undo = [];
+        state.redo = [];
+        setZoom(1);
         setBrush(Math.max(4, Math.round(Math.min(width, height) / 6)));
         if (image) back.getContext("2d").drawImage(image, 0, 0, width, height);
-        stage.hidden = bar.hidden = !image;
+        stage.hidden = bar.hidden = hint.hidden = !image;
         setMask(bitmap);
       } finally {
         root.inert = false;

@@ -6,8 +6,8 @@
 __all__ = ['PATTERN_WORDS', 'Name', 'Text', 'Pixels', 'Count', 'Subfolder', 'GGUF', 'WeightsFile', 'NetworkFile', 'Dtype',
            'ConfigSource', 'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype', 'QuantizationName', 'AttentionBackend',
            'Share', 'Complaint', 'GGUF_ENCODERS', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource',
-           'HubSource', 'FileSource', 'Component', 'ControlNetEntry', 'LoraEntry', 'RefinerEntry', 'Profile',
-           'MemorySettings', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
+           'HubSource', 'FileSource', 'MemorySource', 'Component', 'ControlNetEntry', 'LoraEntry', 'RefinerEntry',
+           'Profile', 'MemorySettings', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
 
 # %% ../../nbs/20_models/01_manifest.ipynb #e7db61b6
 import hashlib
@@ -215,9 +215,38 @@ class FileSource(_Source):
         return f"file:{Path(self.file).name}"
 
 
+class MemorySource(_Source):
+    "A pipeline or network that a Python caller has loaded; a manifest file cannot name one."
+
+    kind: ClassVar[str] = "memory"
+    memory: Annotated[str, Field(strict=True, min_length=1, max_length=200)]  # class of the object, for people
+    _held: Any = PrivateAttr(default=None)
+
+    @classmethod
+    def of(
+        cls,
+        held: Any,  # a pipeline of diffusers, or a network
+    ) -> "MemorySource":
+        "The source that stands for an object."
+        source = cls(memory=type(held).__name__)
+        source._held = held
+        return source
+
+    @property
+    def held(self) -> Any:
+        "The object."
+        return self._held
+
+    def location(self) -> Path:
+        return Path(f"memory:{self.memory}")  # no such file
+
+    def describe(self) -> str:
+        return f"memory:{self.memory}"
+
+
 SOURCE_KINDS = (BuiltinSource, FolderSource, FileSource, HubSource)
 Source = Annotated[
-    _Builtin | _Folder | Annotated[FileSource, Tag("<file>")] | _Hub,
+    _Builtin | _Folder | Annotated[FileSource, Tag("<file>")] | _Hub | Annotated[MemorySource, Tag("<memory>")],
     _exactly_one_of("builtin", "folder", "file", "hub"),
 ]
 

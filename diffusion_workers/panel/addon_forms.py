@@ -297,9 +297,16 @@ class ControlUnit(widgets.VBox):
         self._parameter_box = widgets.VBox([self.parameters])
         self.preview = MapPreview(preprocess, self.values)
         self.message = widgets.HTML("")
+        self.enabled = widgets.Checkbox(
+            value=True, description="On", indent=False, layout=widgets.Layout(flex="1 1 auto")
+        )
+        self.enabled.add_class("dw-unit-on")
+        self.enabled.observe(lambda change: self._switched(), "value")
         remove = widgets.Button(description="Remove", layout=widgets.Layout(width="auto"))
         remove.on_click(lambda button: on_remove(self))
-        super().__init__([self.image, self.form, self._parameter_box, self.preview, self.message, self.mask, remove])
+        head = widgets.HBox([self.enabled, remove])
+        head.add_class("dw-unit-head")
+        super().__init__([head, self.image, self.form, self._parameter_box, self.preview, self.message, self.mask])
         self.offer(controlnets)
 
     def offer(self, controlnets: Iterable[ControlNetInfo]) -> None:
@@ -311,9 +318,11 @@ class ControlUnit(widgets.VBox):
     def values(self) -> dict[str, Any]:
         "The unit for a request."
         found = self.form.values()
+        if not self.enabled.value:
+            found["enabled"] = False
         preprocessing = found.get("preprocessing") or {}
-        if "name" not in preprocessing:
-            found.pop("preprocessing", None)
+        if preprocessing and "name" not in preprocessing:
+            preprocessing["name"] = "none"  # a resolution alone
         elif parameters := self.parameters.values():
             preprocessing["parameters"] = parameters
         found["image"] = self.image.read() or ""
@@ -323,6 +332,7 @@ class ControlUnit(widgets.VBox):
 
     def set_values(self, values: Mapping[str, Any]) -> None:
         "Show a unit of a request."
+        self.enabled.value = values.get("enabled") is not False
         self.form.set_values(values)
         self._changed()
         self.parameters.set_values((values.get("preprocessing") or {}).get("parameters") or {})
@@ -355,6 +365,13 @@ class ControlUnit(widgets.VBox):
             self.parameters = ParameterForm(self.preprocessors.get(name), self._on_change)
             self._parameter_box.children = (self.parameters,)
         self._offer_preprocessors()
+        self._on_change()
+
+    def _switched(self) -> None:
+        if self.enabled.value:
+            self.remove_class("dw-off")
+        else:
+            self.add_class("dw-off")
         self._on_change()
 
     def _chosen_controlnet(self) -> ControlNetInfo | None:
@@ -411,8 +428,8 @@ class ControlUnits(widgets.VBox):
             unit.offer(self._controlnets)
 
     def values(self) -> list[dict[str, Any]]:
-        "The units for a request."
-        return [unit.values() for unit in self.units]
+        "The units for a request; one that is off and has no image stays in the form."
+        return [unit.values() for unit in self.units if unit.enabled.value or unit.image.read()]
 
     def set_values(self, values: Iterable[Mapping[str, Any]]) -> None:
         "Show the units of a request."
@@ -423,7 +440,7 @@ class ControlUnits(widgets.VBox):
     def show_errors(self, errors: Iterable[ErrorDetail]) -> list[ErrorDetail]:  # those of other fields
         "Show the errors of each unit at its fields."
         rest = list(errors)
-        for index, unit in enumerate(self.units):
+        for index, unit in enumerate(unit for unit in self.units if unit.enabled.value or unit.image.read()):
             rest = unit.show_errors(rest, f"controlnets[{index}]")
         return rest
 

@@ -112,6 +112,7 @@ class ControlPanel(widgets.VBox):
         self.image_field = ImageField("Drop, paste or choose an image", on_change=self._image_changed)
         row = widgets.Layout(flex_flow="row wrap", align_items="flex-start")
         super().__init__([self.image_field, widgets.HBox(list(self.cards.values()), layout=row)])
+        self.add_class("dw-maps")
         if image is not None:
             self.image = image
 

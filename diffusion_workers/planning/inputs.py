@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import BaseModel
 
 from ..control.preprocessors import PREPROCESSORS, check_preprocessing
-from ..models.manifest import ModelManifest
+from ..models.manifest import MemorySource, ModelManifest
 from .controls import ControlFacts, enabled_units
 from .loras import ResolvedLora, resolve_loras
 from .plan import make_plan
@@ -35,6 +35,8 @@ from ..request.masks import check_mask, decode_mask
 from ..request.schema import IMAGE_FIELDS
 from ez_diffusion_client.models import (
     ControlNetUnit,
+    CustomKind,
+    CustomPart,
     ErrorCode,
     GenerationPlan,
     GenerationRequest,
@@ -200,6 +202,18 @@ def _mask_warnings(plan: GenerationPlan, inputs: Inputs) -> Iterator[RequestWarn
             yield warning(message, field=f"controlnets[{index}].mask_image")
 
 
+def _custom_parts(plan: GenerationPlan, manifest: ModelManifest) -> Iterator[CustomPart]:
+    "What the plan names, and another process does not have."
+    if isinstance(manifest.source, MemorySource):
+        yield CustomPart(kind=CustomKind.pipeline, name=manifest.source.memory)
+    for control in plan.controlnets or []:
+        entry = manifest.controlnets.get(control.model)
+        if entry is not None and isinstance(entry.source, MemorySource):
+            yield CustomPart(kind=CustomKind.controlnet, name=control.model)
+        if control.preprocessing is not None and PREPROCESSORS[control.preprocessing.name].is_custom:
+            yield CustomPart(kind=CustomKind.preprocessor, name=control.preprocessing.name)
+
+
 def plan_request(
     request: GenerationRequest,
     manifest: ModelManifest,  # of the model that the request names
@@ -219,7 +233,7 @@ def plan_request(
         random_seed=secrets.randbelow(2**32) if random_seed is None else random_seed,
     )
     warnings = [*(plan.warnings or []), *inputs.warnings, *_mask_warnings(plan, inputs)]
-    plan = plan.model_copy(update={"warnings": warnings or None})
+    plan = plan.model_copy(update={"warnings": warnings or None, "custom": list(_custom_parts(plan, manifest)) or None})
     inputs = Inputs(inputs.image, inputs.mask_image, inputs.controls, inputs.control_masks, resolved)
     return PlannedRequest(request, plan, inputs)
 

@@ -100,8 +100,14 @@ def from_plan(
         request=fields,
         plan=plan,
         missing_images=images or None,
-        lost=[LostSetting(name=path, reason=_HASH_ONLY) for path in images] or None,
+        lost=[*(LostSetting(name=path, reason=_HASH_ONLY) for path in images), *_custom_parts(plan)] or None,
     )
+
+
+def _custom_parts(plan: GenerationPlan) -> list[LostSetting]:
+    "What was handed in from Python when the image was made, and has to be handed in again."
+    reason = "it was handed in from Python, which metadata cannot hold: hand it in again"
+    return [LostSetting(name=part.kind.value, given=part.name, reason=reason) for part in plan.custom or []]
 
 # %% ../../nbs/40_planning/06_replay.ipynb #d01bfa30
 _MOST_LOST = 200  # settings that are listed

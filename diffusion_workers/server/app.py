@@ -9,11 +9,12 @@ __all__ = ['OPERATIONS', 'WEB', 'specification', 'shown_specification', 'add_ope
 # %% ../../nbs/70_server/05_app.ipynb #1ebabe24
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 from fastapi import FastAPI, Request
@@ -63,9 +64,8 @@ def add_operations(app: FastAPI) -> None:
         for method, operation in item.items():
             if method != "parameters":
                 name = operation["operationId"]
-                app.add_api_route(
-                    path, OPERATIONS[name], methods=[method.upper()], operation_id=name, response_model=None
-                )
+                methods = ["GET", "HEAD"] if method == "get" else [method.upper()]
+                app.add_api_route(path, OPERATIONS[name], methods=methods, operation_id=name, response_model=None)
 
 # %% ../../nbs/70_server/05_app.ipynb #5c436f9e
 WEB = package_folder("web")
@@ -83,13 +83,13 @@ def add_pages(app: FastAPI, settings: ServerSettings, web: Path = WEB) -> None:
     index = web / "index.html"
     shown = shown_specification(settings)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
         if index.is_file():
             return FileResponse(index, headers={"Cache-Control": "no-cache"})
         return HTMLResponse(_NO_PAGE, 404)
 
-    @app.get("/docs", include_in_schema=False)
+    @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
     async def docs() -> Response:
         return get_swagger_ui_html(
             openapi_url="openapi.json",
@@ -99,11 +99,11 @@ def add_pages(app: FastAPI, settings: ServerSettings, web: Path = WEB) -> None:
             swagger_favicon_url="docs-assets/favicon-32x32.png",
         )
 
-    @app.get("/openapi.json", include_in_schema=False)
+    @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
     async def openapi_json() -> dict:
         return shown
 
-    @app.get("/openapi.yaml", include_in_schema=False)
+    @app.api_route("/openapi.yaml", methods=["GET", "HEAD"], include_in_schema=False)
     async def openapi_yaml() -> Response:
         return Response(specification(), media_type="application/yaml")
 
@@ -125,13 +125,17 @@ class MetricsMiddleware:
         started = time.perf_counter()
         status = 499  # the client disconnected, unless a response starts
 
-        async def send_and_note(message: dict) -> None:
+        async def send_and_note(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
         try:
             await self.app(scope, receive, send_and_note)
+        except Exception as exc:  # answered here, so that the response gets its request id and CORS headers
+            if status != 499:
+                raise  # in the middle of a response
+            await answer_error(exc, scope.get("state", {}).get("request_id"))(scope, receive, send_and_note)
         finally:
             route = scope.get("route")
             name = getattr(route, "operation_id", None) or "other"
@@ -212,7 +216,6 @@ def create_app(
         RequestError: _on_error,
         HTTPException: _on_http_error,
         ClientDisconnect: _on_disconnect,
-        Exception: _on_error,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cachetools import LRUCache
+
 from ..request.errors import RequestError, error_detail, failure, request_error
 from ..settings.server import ServerSettings
 from ez_diffusion_client import models as wire
@@ -45,6 +47,19 @@ class Job:
         self.watchers = 0
         self.touched = time.monotonic()  # when a client last watched or polled it
         self.cancel_requested = False
+        self.fetched = False  # whether a client has read the result
+        self.size = 0  # bytes of the result
+        self.expiry: asyncio.TimerHandle | None = None  # of its deadline
+
+    def release(self) -> None:
+        "Drop what only an unfinished job needs: its timer, its images and its handle."
+        if self.expiry is not None:
+            self.expiry.cancel()
+        self.expiry = None
+        self.generation = None
+        units = [unit.model_copy(update={"image": "", "mask_image": None}) for unit in self.request.controlnets or []]
+        cleared = {"image": None, "mask_image": None, "controlnets": units or None}
+        self.request = self.request.model_copy(update=cleared)
 
     @property
     def state(self) -> JobState:
@@ -80,11 +95,11 @@ class Job:
 
 # %% ../../nbs/70_server/01_jobs.ipynb #36344ddb
 def result_bytes(result: OpResult) -> int:
-    "About how much memory a result takes: its images."
-    made = result.generation
-    if made is None:
-        return 1000
-    return sum(len(image.image) for image in made.images) + sum(len(map.image) for map in made.control_maps or [])
+    "How much memory a result takes: its images, its plan and all other text, as JSON."
+    return len(result.model_dump_json(exclude_none=True))
+
+
+_REMEMBERED = 10_000  # ids of dropped jobs
 
 
 class JobStore:
@@ -94,6 +109,7 @@ class JobStore:
         self.keep_seconds = keep_seconds
         self.keep_bytes = keep_bytes
         self._jobs: dict[str, Job] = {}  # in order of arrival
+        self._dropped: LRUCache[str, str] = LRUCache(_REMEMBERED)  # id -> why
 
     def add(self, job: Job) -> None:
         "Make a job known."
@@ -104,21 +120,34 @@ class JobStore:
         self.clean()
         if job_id not in self._jobs:
             hint = f"a result can be fetched for {self.keep_seconds:g} seconds"
-            raise request_error(ErrorCode.not_found, "there is no such job", field="job_id", given=job_id, hint=hint)
+            message = self._dropped.get(job_id, "there is no such job")
+            raise request_error(ErrorCode.not_found, message, field="job_id", given=job_id, hint=hint)
         job = self._jobs[job_id]
         job.touched = time.monotonic()
         return job
 
-    def clean(self) -> None:
-        "Drop what has waited too long, or takes too much memory."
+    @property
+    def finished(self) -> list[Job]:
+        "The jobs with a result, in order of arrival."
+        return [job for job in self._jobs.values() if job.result is not None]
+
+    def clean(self, more: int = 0) -> None:
+        "Drop what has waited too long; then results that were read, until `more` further bytes fit the budget."
         now = datetime.now(UTC)
-        kept = 0
-        for job in reversed(list(self._jobs.values())):
+        kept = sum(job.size for job in self.finished) + more
+        for job in list(self._jobs.values()):
             if job.result is None or job.finished_at is None:
                 continue
-            kept += result_bytes(job.result)
-            if (now - job.finished_at).total_seconds() > self.keep_seconds or kept > self.keep_bytes:
-                del self._jobs[job.id]
+            if (now - job.finished_at).total_seconds() > self.keep_seconds:
+                self._drop(job, f"the result of this job was dropped after {self.keep_seconds:g} seconds")
+                kept -= job.size
+            elif job.fetched and kept > self.keep_bytes:
+                self._drop(job, "the result of this job was read, and then dropped to free memory")
+                kept -= job.size
+
+    def _drop(self, job: Job, why: str) -> None:
+        del self._jobs[job.id]
+        self._dropped[job.id] = why
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -150,9 +179,14 @@ class Intake:
     def _begin(self, job: Job, report: Callable[[ProgressEvent], Any]) -> None:  # on a thread
         if job.result is not None:
             return
-        job.generation = self.service.submit(job.request, on_progress=report)
+        generation = self.service.submit(job.request, on_progress=report)
+        inputs = generation.inputs
+        if inputs is not None:
+            job.size += sum(len(found.image.getbands()) * found.width * found.height for found in inputs.decoded)
+        if job.result is None:
+            job.generation = generation
         if job.cancel_requested:
-            job.generation.cancel()
+            generation.cancel()
 
     def close(self) -> None:
         "Take nothing more."
@@ -217,12 +251,21 @@ class JobQueue:
     async def submit(self, request: GenerationRequest) -> Job:
         "Take a request; a `RequestError` where there is no place for it."
         self._check_place()
+        size = len(request.model_dump_json(exclude_unset=True))
+        self._check_memory(size)
         job = Job(self._limited(request))
+        job.size = size
         self.open.append(job)
         self._update_places()
+        loop = asyncio.get_running_loop()
         if job.request.timeout_seconds:
-            asyncio.get_running_loop().call_later(job.request.timeout_seconds, self._expire, job)
-        await self._intake.submit(job, partial(self._take, job))
+            job.expiry = loop.call_later(job.request.timeout_seconds, self._expire, job)
+        taken = asyncio.ensure_future(self._intake.submit(job, partial(self._take, job)))
+        ended = asyncio.ensure_future(self.wait(job))  # its deadline may pass while an image is fetched
+        await asyncio.wait((taken, ended), return_when=asyncio.FIRST_COMPLETED)
+        ended.cancel()
+        if taken.done():
+            taken.result()
         return job
 
     def cancel(self, job: Job, message: str = "the generation was cancelled") -> None:
@@ -237,9 +280,10 @@ class JobQueue:
         self,
         job: Job,
         heartbeat: float = 15.0,  # seconds of silence after which None comes
+        after: int = -1,  # the version of the last event that the client has
     ) -> AsyncIterator[ProgressEvent | None]:
         "The events of a job, the last one with the result."
-        seen = -1
+        seen = -1 if job.result is not None else after
         job.watchers += 1
         try:
             while True:
@@ -248,6 +292,7 @@ class JobQueue:
                     seen = job.version
                     yield job.event
                     if job.event.result is not None:
+                        job.fetched = True  # the event was sent
                         return
                     continue
                 try:
@@ -289,6 +334,22 @@ class JobQueue:
                 hint=f"retry after {self.retry_after} s",
             )
 
+    def _check_memory(self, more: int) -> None:
+        "A `RequestError` where requests that wait and results that nobody has read leave no room."
+        waiting = sum(job.size for job in self.open)
+        self.store.clean(waiting + more)
+        unread = sum(job.size for job in self.store.finished)
+        budget = self.settings.keep_bytes
+        held = waiting + unread
+        if held and held + more > budget:  # a request is never too large for an idle server
+            raise request_error(
+                ErrorCode.queue_full,
+                "too much memory is held by waiting requests and by results that were not fetched yet",
+                given=f"{held + more} bytes with this request",
+                allowed=f"{budget} bytes (DIFFUSION_WORKERS_KEEP_BYTES)",
+                hint=f"fetch the results of earlier jobs, or retry after {self.retry_after} s",
+            )
+
     def _limited(self, request: GenerationRequest) -> GenerationRequest:
         "The request with the earlier of its own deadline and the operator's."
         limits = [seconds for seconds in (request.timeout_seconds, self.settings.deadline) if seconds]
@@ -324,6 +385,8 @@ class JobQueue:
         phase = {OpStatus.success: Phase.done, OpStatus.cancelled: Phase.cancelled}.get(result.status, Phase.failed)
         job.update(ProgressEvent(phase=phase, message=result.message, result=result))
         self.on_finish(job)
+        job.size = result_bytes(result)
+        job.release()
         self.store.clean()
         self._update_places()
 

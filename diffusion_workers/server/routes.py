@@ -11,6 +11,7 @@ __all__ = ['Body', 'logger', 'Result', 'read_body', 'wanted_image', 'as_wanted',
 import asyncio
 import base64
 import logging
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
@@ -98,6 +99,11 @@ def image_answer(result: OpResult) -> Response:
 logger = logging.getLogger("diffusion_workers.server")
 
 
+_DOUBTFUL = (OpStatus.internal_error, OpStatus.out_of_memory)
+_TRIAL = {"prompt": "a circle", "seed": 0, "num_inference_steps": 1, "request_id": "trial"}
+_TRIAL_PAUSE = 30.0  # seconds between two trial images of a device that fails
+
+
 class ServerState:
     "What the routes share."
 
@@ -105,13 +111,34 @@ class ServerState:
         self.service = service
         self.settings = settings
         self.metrics = ServerMetrics()
-        self.queue = JobQueue(service, settings, on_finish=self.metrics.finished)
+        self.queue = JobQueue(service, settings, on_finish=self._finished)
         self.one_map = asyncio.Semaphore(1)  # preprocessors run one at a time
         self.maps_waiting = 0
         self.startup: list[wire.PhaseTime] = []
         self.trouble: str | None = None  # why the warm-up failed
         self._stop: asyncio.Task | None = None
+        self._trial: asyncio.Task | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
+
+    def _finished(self, job: Job) -> None:
+        "Count a job that ended; after a failure that may come from the device, make a trial image."
+        self.metrics.finished(job)
+        assert job.result is not None
+        if job.result.status == OpStatus.success:
+            self.trouble = None
+        elif job.result.status in _DOUBTFUL and (self._trial is None or self._trial.done()):
+            self._trial = asyncio.ensure_future(self._try_device())
+
+    async def _try_device(self) -> None:
+        "Make a small image; a server that cannot is not ready, and tries again until it can."
+        while not self.queue.stopping:
+            result = await asyncio.to_thread(self.service.generate, _TRIAL)
+            if result.status == OpStatus.success:
+                self.trouble = None
+                return
+            self.trouble = f"no image can be made any more: {result.message}"
+            logger.error("%s", self.trouble)
+            await asyncio.sleep(_TRIAL_PAUSE)
 
     def begin_stop(self) -> None:
         "Start stopping, from the event loop; further requests are refused."
@@ -125,6 +152,8 @@ class ServerState:
     async def stopped(self) -> None:
         "Wait until everything is answered."
         await self._stopping()
+        if self._trial is not None:
+            self._trial.cancel()
 
     async def warm_up(self) -> None:
         "Load the default model and make an image, in the queue like any other request."
@@ -148,8 +177,10 @@ class ServerState:
         )
         if self.queue.stopping:
             return found.model_copy(update={"state": HealthState.stopping, "message": "the server is stopping"})
-        if self.trouble and found.state != HealthState.ready:
+        if self.trouble:
             return found.model_copy(update={"state": HealthState.degraded, "message": self.trouble})
+        if not self.settings.warm_up and found.state == HealthState.starting:  # the first request loads the model
+            return found.model_copy(update={"state": HealthState.ready})
         return found
 
 # %% ../../nbs/70_server/04_routes.ipynb #a5fcb39c
@@ -236,7 +267,10 @@ async def create_job(request: Request) -> Response:
 
 async def get_job(request: Request, job_id: str) -> Response:
     "GET /jobs/{job_id}"
-    return _json(request.app.state.server.queue.store.get(job_id).as_wire())
+    job = request.app.state.server.queue.store.get(job_id)
+    if job.result is not None and request.method == "GET":
+        job.fetched = True
+    return _json(job.as_wire())
 
 
 async def cancel_job(request: Request, job_id: str) -> Response:
@@ -247,8 +281,8 @@ async def cancel_job(request: Request, job_id: str) -> Response:
     return _json(job.as_wire())
 
 
-async def _messages(queue: JobQueue, job: Job) -> AsyncIterator[str]:  # as text/event-stream
-    async for event in queue.watch(job):
+async def _messages(queue: JobQueue, job: Job, after: int) -> AsyncIterator[str]:  # as text/event-stream
+    async for event in queue.watch(job, after=after):
         if event is None:
             yield ": still here\n\n"
         else:
@@ -259,7 +293,12 @@ async def stream_job_events(request: Request, job_id: str) -> Response:
     "GET /jobs/{job_id}/events"
     queue = request.app.state.server.queue
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_messages(queue, queue.store.get(job_id)), headers=headers, media_type="text/event-stream")
+    job = queue.store.get(job_id)
+    if request.method == "HEAD":
+        return Response(headers=headers, media_type="text/event-stream")
+    given = request.headers.get("last-event-id", "")
+    after = int(given) if re.fullmatch(r"[0-9]{1,9}", given) else -1
+    return StreamingResponse(_messages(queue, job, after), headers=headers, media_type="text/event-stream")
 
 # %% ../../nbs/70_server/04_routes.ipynb #1a02af10
 async def list_models(request: Request) -> Response:

@@ -8,12 +8,13 @@ __all__ = ['BatchPolicy', 'sharing_key', 'Member', 'together', 'SharedStop', 'Sh
 # %% ../../nbs/60_service/05_batching.ipynb #81da093d
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from PIL import Image
 
 from ..lora.layers import LoraStore
 from ..pipeline.factory import PipelineFactory
+from ..pipeline.hooks import NO_HOOKS, Hooks
 from ..planning.plan import batch_key
 from ..request.errors import RequestError, warning
 from .handle import OnProgress, StopSignal
@@ -96,11 +97,7 @@ class SharedWatch(StepWatch):
     ):
         count = sum(images for _, images, _ in members)
         super().__init__(stop, self._tell, chunks=-(-count // batch_size))
-        self.members, self._latents = members, None
-
-    def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict) -> dict:
-        self._latents = tensors["latents"]
-        return super().__call__(pipe, index, timestep, tensors)
+        self.members = members
 
     def _tell(self, event: ProgressEvent) -> None:
         first = 0
@@ -108,7 +105,7 @@ class SharedWatch(StepWatch):
             shown = previewer if event.phase == Phase.denoise else None
             report(
                 event.model_copy(
-                    update={"preview": shown and shown(self.step, sum(self.durations), self._latents[first:])}
+                    update={"preview": shown and shown(self.step, sum(self.durations), self.latents[first:])}
                 )
             )
             first += images
@@ -131,10 +128,11 @@ def render_together(
     watch: StepWatch,
     timings: Timings,  # is added to
     lora_store: LoraStore | None = None,
+    hooks: Hooks = NO_HOOKS,  # what was handed in from Python, for a plan that is alone
 ) -> list[tuple[list[Image.Image], list[RequestWarning]]]:  # for each plan its images and warnings
     "Carry out plans in one batch."
     if len(plans) == 1:
-        return [render(factory, plans[0], prepared, watch, timings, lora_store)]
+        return [render(factory, plans[0], prepared, watch, timings, lora_store, hooks=hooks)]
     seeds = [seed for plan in plans for seed in plan.seeds]
     texts = joined_texts(plans)
     own_notes = [text_notes(factory.variant(plan.task, plan.control_kind), plan) for plan in plans]

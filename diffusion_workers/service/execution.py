@@ -17,18 +17,29 @@ import torch
 from PIL import Image
 
 from ..control.detectors import PreprocessorStore
-from ..lora.layers import LoraStore
+from ..lora.layers import LoraStore, use_loras
 from ..models.manifest import ModelManifest
 from ..pipeline.controlnets import PreparedControl
 from ..pipeline.factory import PipelineFactory
-from ..request.errors import failure, is_out_of_memory, logger, request_error
+from ..pipeline.hooks import NO_HOOKS, PromptEmbeds, check_tensor, custom_code_error, encode_prompts
+from ..pipeline.loading import quiet_libraries
+from ..planning.inputs import PlannedRequest
+from ..request.errors import RequestError, failure, is_out_of_memory, logger, request_error
 from ..request.images import to_image_string
 from .batching import SharedStop, SharedWatch, render_together
 from .handle import Generation
 from .model_pool import ModelPool
 from .out_of_memory import MemoryFallbacks
 from .preparation import Prepared, prepare_inputs
-from .render import batch_size, generated_image, previewer_for, with_environment
+from diffusion_workers.service.render import (
+    batch_size,
+    decode_latents,
+    generated_image,
+    pipeline_arguments,
+    planned_loras,
+    previewer_for,
+    with_environment,
+)
 from ez_diffusion_client.models import (
     ControlMap,
     ErrorCode,
@@ -38,11 +49,12 @@ from ez_diffusion_client.models import (
     Phase,
     ProgressEvent,
     RequestWarning,
+    Task,
     Timings,
 )
 
 # %% ../../nbs/60_service/09_execution.ipynb #2859e929
-_device_locks: dict[str, threading.Lock] = defaultdict(threading.Lock)  # one generation at a time on each device
+_device_locks: dict[str, threading.RLock] = defaultdict(threading.RLock)  # one generation at a time on each device
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_device_locks.clear)  # a forked child has no thread that would release them
 
@@ -87,14 +99,18 @@ class Executor:
         self.finish = finish
         self.fallbacks = MemoryFallbacks()
         self.images_made = 0
+        self.thread: int | None = None  # that is carrying out a group
 
     def run(self, group: list[Generation]) -> None:
         "Carry out a group that shares a batch; every request in it gets a result."
         try:
             with _device_locks[str(self.pool.device)]:
+                self.thread = threading.get_ident()
                 self._carry_out(group)
         except BaseException as exc:
             self._recover(group, exc)
+        finally:
+            self.thread = None
 
     def _recover(self, group: list[Generation], exc: BaseException) -> None:
         "Run again what may still succeed; everything else fails with this exception."
@@ -121,13 +137,19 @@ class Executor:
         return found
 
     def _fail(self, generation: Generation, exc: BaseException) -> None:
+        unexpected = isinstance(exc, Exception) and not isinstance(exc, RequestError) and not is_out_of_memory(exc)
+        if unexpected and (custom := generation.plan.custom):
+            exc = custom_code_error(exc, ", ".join(part.kind.value for part in custom))
         self.finish(generation, failure(exc).model_copy(update={"plan": generation.plan}))
 
-    def _loaded_factory(self, generation: Generation, timings: Timings) -> PipelineFactory:
+    def _loaded_factory(
+        self, generation: Generation | None, timings: Timings, model: str | None = None
+    ) -> PipelineFactory:
         "The factory of a plan's model, with its weights in memory."
-        factory = self.pool.factory(self.find(generation.plan.model))
+        factory = self.pool.factory(self.find(model or generation.plan.model))
         if not factory.loaded:
-            generation.report(ProgressEvent(phase=Phase.load))
+            if generation is not None:
+                generation.report(ProgressEvent(phase=Phase.load))
             self.pool.make_room(factory)
             factory.load()
             timings.load_seconds = factory.load_seconds
@@ -151,8 +173,9 @@ class Executor:
             previewer = previewer_for(factory, generation.plan, generation.request.preview_interval)
             listeners.append((generation.report, len(generation.plan.seeds), previewer))
         watch = SharedWatch(stop, listeners, batch_size(plans[0]))
+        hooks = members[0].hooks or NO_HOOKS
         prepared = prepare_inputs(plans[0], members[0].inputs, self.preprocessors)
-        rendered = render_together(factory, plans, prepared, watch, timings, self.loras)
+        rendered = render_together(factory, plans, prepared, watch, timings, self.loras, hooks)
         self.pool.make_room(factory)
         calls = len(watch.durations) // watch.chunks
         for generation in members:
@@ -168,15 +191,55 @@ class Executor:
         generation: Generation,
         factory: PipelineFactory,
         prepared: Prepared,
-        images: list[Image.Image],
+        images: list[Image.Image] | list[torch.Tensor],
         warnings: list[RequestWarning],
         timings: Timings,
     ) -> OpResult:
-        "Encoded images with their receipt, and the control maps that were asked for."
+        "Encoded images with their receipt, or latents, and the control maps that were asked for."
         receipt = with_environment(generation.plan, factory, warnings, prepared.loras)
-        encoded = [generated_image(image, receipt, index) for index, image in enumerate(images)]
+        latents = torch.stack(images) if isinstance(images[0], torch.Tensor) else None
+        encoded = []
+        if latents is None:
+            encoded = [generated_image(image, receipt, index) for index, image in enumerate(images)]
         timings.total_seconds = time.perf_counter() - generation.submitted
         self.images_made += len(encoded)
         maps = [control_map(item, index) for index, item in enumerate(prepared.controls) if item.control.return_map]
         response = GenerationResponse(images=encoded, control_maps=maps or None, plan=receipt, timings=timings)
-        return OpResult(status=OpStatus.success, generation=response, warnings=receipt.warnings)
+        result = OpResult(status=OpStatus.success, generation=response, warnings=receipt.warnings)
+        result._latents = latents
+        return result
+
+    def factory(
+        self,
+        model: str,
+    ) -> PipelineFactory:
+        "The factory of a model, with its weights in memory; waits for a generation that is running."
+        with _device_locks[str(self.pool.device)]:
+            return self._loaded_factory(None, Timings(), model)
+
+    def encode(
+        self,
+        planned: PlannedRequest,
+    ) -> PromptEmbeds:
+        "What the text encoders make of the texts of a request, with its LoRAs applied."
+        plan = planned.plan
+        with _device_locks[str(self.pool.device)], quiet_libraries():
+            factory = self.factory(plan.model)
+            pipe = factory.variant(plan.task, plan.control_kind)
+            entries = [resolved.load_entry() for resolved in planned.inputs.loras]
+            with use_loras(pipe, planned_loras(plan, entries, self.loras)):
+                texts = pipeline_arguments(plan.model_copy(update={"task": Task.text_to_image}), plan.seeds, Prepared())
+                return encode_prompts(pipe, texts, factory.device)
+
+    def decode(
+        self,
+        model: str,
+        latents: torch.Tensor,  # (images, C, H/8, W/8)
+    ) -> list[Image.Image]:
+        "Latents as images, through the VAE of a model."
+        with _device_locks[str(self.pool.device)], quiet_libraries():
+            factory = self.factory(model)
+            pipe = factory.load()
+            shape = (None, factory.record.latents.channels, None, None)
+            check_tensor(latents, "latents", [shape])
+            return decode_latents(pipe, latents.to(factory.device, factory.dtype))

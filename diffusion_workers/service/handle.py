@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ..planning.inputs import Inputs, PlannedRequest
 from ..request.errors import failure, logger, request_error
@@ -23,6 +23,9 @@ from ez_diffusion_client.models import (
     Phase,
     ProgressEvent,
 )
+
+if TYPE_CHECKING:  # hooks need torch, which a client can do without
+    from diffusion_workers.pipeline.hooks import Hooks
 
 # %% ../../nbs/60_service/01_handle.ipynb #5f2f72ba
 OnProgress = Callable[[ProgressEvent], None]
@@ -82,8 +85,10 @@ class Generation:
         self,
         request: GenerationRequest | None,  # None for one that could not be parsed
         on_progress: OnProgress | None = None,  # called with every event
+        hooks: "Hooks | None" = None,  # what was handed in from Python
     ):
         self.request = request
+        self.hooks = hooks
         self.plan: GenerationPlan | None = None
         self.inputs: Inputs | None = None  # dropped when it is finished
         self.stop = StopSignal(request.timeout_seconds if request else None)
@@ -111,6 +116,7 @@ class Generation:
     def finish(self, result: OpResult) -> OpResult:
         "Set the result and report the last event."
         self.inputs = None
+        self.hooks = None
         phase = _FINAL_PHASES.get(result.status, Phase.failed)
         self.report(ProgressEvent(phase=phase, message=result.message, result=result))
         self._future.set_result(result)
@@ -124,6 +130,11 @@ class Generation:
             ErrorCode.internal_error, "this generation belongs to the parent of this process", hint=hint
         )
         self.finish(failure(lost, self.request.request_id if self.request else None))
+
+    @property
+    def alone(self) -> bool:
+        "Whether it cannot share a batch, because of what was handed in from Python."
+        return self.hooks is not None and self.hooks.alone
 
     @property
     def done(self) -> bool:

@@ -67,6 +67,11 @@ class ModelPool:
             self._factories.move_to_end(manifest.name)
             return self._factories[manifest.name]
 
+    def classes(self, name: str) -> dict[str, type]:
+        "Pipeline classes of a caller that a model uses, by the name of the class that they take the place of."
+        with self._guard:
+            return self._factories[name].classes if name in self._factories else {}
+
     def budget(self, manifest: ModelManifest) -> int | None:  # bytes
         "The smaller of the environment's and the manifest's budget; None is no limit."
         own = None if manifest.memory_budget_gb is None else int(manifest.memory_budget_gb * 1e9)

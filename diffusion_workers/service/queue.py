@@ -103,7 +103,9 @@ class RequestQueue:
             time.sleep(max(0.0, until - time.perf_counter()))
         with self._guard:
             waiting = self._not_taken()
-            group = waiting[:1] if self.batching is None else together(waiting, self.batching)
+            alone = self.batching is None or (waiting and waiting[0].alone)
+            sharing = [generation for generation in waiting if not generation.alone]
+            group = waiting[:1] if alone else together(sharing, self.batching)
             for generation in group:
                 generation.taken = True
         return group

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_BATCH', 'SWITCH_AT_ONCE', 'PIXEL_PACKAGES', 'largest_difference', 'batch_size', 'size_arguments',
-           'pipeline_arguments', 'StepWatch', 'spatial_latents', 'previewer_for', 'decode_latents', 'render_chunk',
-           'cut_off_text', 'text_notes', 'skipping_encoder', 'use_clip_skip', 'switch_point', 'after_second_order',
-           'count_refiner_calls', 'planned_loras', 'render', 'with_environment', 'generated_image']
+           'pipeline_arguments', 'StepWatch', 'spatial_latents', 'packed_latents', 'looking', 'previewer_for',
+           'decode_latents', 'render_chunk', 'cut_off_text', 'text_notes', 'skipping_encoder', 'use_clip_skip',
+           'switch_point', 'after_second_order', 'count_refiner_calls', 'planned_loras', 'render', 'with_environment',
+           'generated_image']
 
 # %% ../../nbs/60_service/04_render.ipynb #5740eba1
 import base64
@@ -33,6 +34,7 @@ from ..lora.layers import LoadedLora, LoraStore, use_loras
 from ..models.manifest import LoraEntry
 from ..pipeline.controlnets import control_arguments, view_of
 from ..pipeline.factory import PipelineFactory, make_scheduler, use_part, use_scheduler
+from ..pipeline.hooks import NO_HOOKS, Hooks, Step, call_on_step, check_widths, use_noise
 from ..pipeline.loading import quiet_libraries
 from ..pipeline.weights import storage_packages, stored_format
 from ..planning.loras import with_lora_hashes
@@ -151,8 +153,11 @@ class StepWatch:
         on_progress: OnProgress,
         chunks: int = 1,  # how many times the pipeline will run
         previewer: Previewer | None = None,  # makes the previews in the events
+        look: Callable[[Any, int, Any, torch.Tensor], torch.Tensor] | None = None,  # replaces the latents of a step
     ):
         self.stop, self.on_progress, self.chunks, self.previewer = stop, on_progress, chunks, previewer
+        self.look = look
+        self.latents: torch.Tensor | None = None  # after the last step, as the pipeline holds them
         self.step, self.durations = 0, []
         self.steps_per_run: int | None = None  # None: as many as the order of the scheduler makes of its calls
         self.refiner_calls = 0  # of each run; the callback is called after each call of a denoiser
@@ -189,13 +194,16 @@ class StepWatch:
         self.durations.append(now - self._last)
         self._last = now
         self.stop.check()
+        if self.look is not None:
+            tensors = tensors | {"latents": self.look(pipe, index, timestep, tensors["latents"])}
+        self.latents = tensors["latents"]
         if not self.refining:
             self._calls_per_run = pipe.num_timesteps + self.refiner_calls
         calls, total = self._calls_per_run * self.chunks, self._steps_per_run(pipe) * self.chunks
         self.step, self._calls_per_step = -(-len(self.durations) * total // calls), calls / total
         pace = self.seconds_per_step
         left = pace * max(0, total - self.step)
-        preview = self.previewer and self.previewer(self.step, sum(self.durations), tensors["latents"])
+        preview = self.previewer and self.previewer(self.step, sum(self.durations), self.latents)
         self.on_progress(
             ProgressEvent(
                 phase=Phase.denoise,
@@ -223,6 +231,37 @@ def spatial_latents(
     if FAMILIES[plan.family].latents.packed:
         return pipe._unpack_latents(latents, plan.height, plan.width, pipe.vae_scale_factor)
     return latents
+
+
+def packed_latents(
+    pipe,
+    latents: torch.Tensor,  # (B, C, H/8, W/8)
+    plan: GenerationPlan,
+) -> torch.Tensor:  # as the pipeline holds them
+    "The reverse of `spatial_latents`."
+    if FAMILIES[plan.family].latents.packed:
+        return pipe._pack_latents(latents, *latents.shape)
+    return latents
+
+
+def looking(
+    plan: GenerationPlan,
+    seeds: Sequence[int],  # of a batch
+    hooks: Hooks,
+) -> Callable[[Any, int, Any, torch.Tensor], torch.Tensor] | None:
+    "What passes the latents of each step to the caller's function, and takes back what it returns."
+    if hooks.on_step is None:
+        return None
+
+    def look(pipe, index: int, timestep: Any, latents: torch.Tensor) -> torch.Tensor:
+        shown = spatial_latents(pipe, latents, plan).clone()
+        step = Step(
+            index, pipe.num_timesteps, float(timestep), shown, tuple(seeds), lambda: decode_latents(pipe, shown)
+        )
+        replaced = call_on_step(hooks.on_step, step)
+        return latents if replaced is None else packed_latents(pipe, replaced, plan)
+
+    return look
 
 
 def previewer_for(
@@ -261,7 +300,8 @@ def render_chunk(
     watch: StepWatch,
     timings: Timings,  # is added to
     refine: Callable[[torch.Tensor], torch.Tensor] | None = None,  # latents to latents, the last steps
-) -> list[Image.Image]:
+    decode: bool = True,  # else the latents themselves
+) -> list[Image.Image] | list[torch.Tensor]:
     "Run the pipeline once and decode what it gives."
     started = time.perf_counter()
     with watch.watching(denoiser):
@@ -270,7 +310,8 @@ def render_chunk(
     denoised = time.perf_counter()
     watch.stop.check()
     watch.on_progress(ProgressEvent(phase=Phase.decode, step=watch.step))
-    pictures = decode_latents(pipe, spatial_latents(pipe, latents, plan))
+    latents = spatial_latents(pipe, latents, plan)
+    pictures = decode_latents(pipe, latents) if decode else list(latents.float().cpu())
     timings.encode_seconds += watch.began - started
     timings.denoise_seconds += denoised - watch.began
     timings.decode_seconds += time.perf_counter() - denoised
@@ -419,6 +460,12 @@ def _refining(
     return refine
 
 # %% ../../nbs/60_service/04_render.ipynb #3f2e2b3f
+def _on_device(arguments: dict[str, Any], factory: PipelineFactory) -> dict[str, Any]:
+    "Arguments with their tensors where the model computes, in its dtype."
+    embeds = {name: value for name, value in arguments.items() if name.endswith("prompt_embeds")}
+    return arguments | {name: value.to(factory.device, factory.dtype) for name, value in embeds.items()}
+
+
 def planned_loras(
     plan: GenerationPlan,
     entries: Sequence[LoraEntry],  # the files of plan.loras, as planning found them
@@ -441,7 +488,8 @@ def render(
     texts: Mapping[str, list[str]] = MappingProxyType(
         {}
     ),  # field -> one text for each of at most MAX_BATCH seeds, where they differ
-) -> tuple[list[Image.Image], list[RequestWarning]]:  # one image for each seed, and what had to be said
+    hooks: Hooks = NO_HOOKS,  # what was handed in from Python
+) -> tuple[list[Image.Image] | list[torch.Tensor], list[RequestWarning]]:  # one for each seed, and what had to be said
     "Carry out a plan."
     pictures, loras = [], planned_loras(plan, prepared.loras, lora_store or LoraStore())
     pipe = factory.variant(plan.task, plan.control_kind)
@@ -449,26 +497,32 @@ def render(
         quiet_libraries(),
         use_loras(pipe, loras, merge=factory.compilable and wants_compilation(plan, factory)) as lora_notes,
     ):
-        notes = [*([] if texts else text_notes(pipe, plan)), *lora_notes]
-        size = batch_size(plan)
+        notes = [*([] if texts or hooks.embeds else text_notes(pipe, plan)), *lora_notes]
+        if hooks.embeds is not None:
+            check_widths(hooks.embeds, getattr(pipe, factory.record.denoiser))
+        size, decode = batch_size(plan), hooks.output_type == "pil"
         other_count = plan.refiner and plan.refiner.num_inference_steps not in (None, plan.num_inference_steps)
         watch.steps_per_run = None if other_count else plan.denoising_steps
         for first in range(0, len(plan.seeds), size):
-            arguments, refine = pipeline_arguments(plan, plan.seeds[first : first + size], prepared, texts), None
+            seeds = plan.seeds[first : first + size]
+            arguments, refine = pipeline_arguments(plan, seeds, prepared, texts), None
+            arguments = _on_device(hooks.text_arguments(arguments, first, len(seeds)), factory)
+            watch.look = looking(plan, seeds, hooks)
             if plan.refiner is not None and plan.refiner.switch_at < 1:
                 refine = _refining(factory, plan, arguments, watch)
                 arguments["denoising_end"] = switch_point(plan)
             with (
                 cached_encoders(pipe),
                 use_clip_skip(pipe, plan.clip_skip or 0),
-                factory.configured(plan, prepared.controls),
+                factory.configured(plan, prepared.controls, hooks.make_scheduler()),
                 accelerated(factory, pipe, plan),
+                use_noise(pipe, hooks.noise(first, len(seeds))),
             ):
                 pictures += render_chunk(
-                    pipe, getattr(pipe, factory.record.denoiser), arguments, plan, watch, timings, refine
+                    pipe, getattr(pipe, factory.record.denoiser), arguments, plan, watch, timings, refine, decode
                 )
         notes += acceleration_notes(pipe, plan, factory)
-    if prepared.canvas is not None:
+    if prepared.canvas is not None and decode:
         pictures = [paste_back(prepared.canvas, picture, prepared.canvas_mask, prepared.box) for picture in pictures]
     timings.seconds_per_step = watch.seconds_per_step
     return pictures, notes

@@ -86,9 +86,9 @@ class ServerSettings(Settings):
         description="seconds for which the result of a job can be fetched",
     )
     keep_bytes: Bytes = Field(
-        ByteSize(256 * 2**20),
+        ByteSize(2**30),
         validation_alias="DIFFUSION_WORKERS_KEEP_BYTES",
-        description="memory for such results; the oldest are dropped first",
+        description="memory for waiting requests and for results; results that were read are dropped first",
     )
     json_logs: bool = Field(False, validation_alias="DIFFUSION_WORKERS_JSON_LOGS", description="log lines as JSON")
     warm_up: bool = Field(

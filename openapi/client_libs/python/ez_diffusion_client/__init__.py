@@ -28,7 +28,22 @@ _HOMES = {
     "ReceiptImage": "receipts",
     "save_images": "receipts",
 }
-__all__ = ["__version__", "models", *_HOMES]
+__all__ = [  # spelled out, for type checkers
+    "AsyncClient",
+    "Client",
+    "ClientError",
+    "ReceiptImage",
+    "RequestFailed",
+    "Retries",
+    "RunPod",
+    "Server",
+    "__version__",
+    "image_bytes",
+    "models",
+    "pil_images",
+    "raise_for_status",
+    "save_images",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import httpx
 from httpx_sse import EventSource, ServerSentEvent, SSEError
@@ -19,6 +19,7 @@ from .errors import (
     WaitTimeout,
     raise_for_status,
 )
+from .fields import PreprocessFields, RequestFields
 from .models import (
     GenerationRequest,
     Health,
@@ -217,10 +218,10 @@ class Client(_Base):
         *,
         on_progress: OnProgress | None = None,  # called with each event
         timeout: float | None = None,  # seconds after which the work is told to stop and `WaitTimeout` is raised
-        **fields: Any,  # of the request; pictures may be bytes, paths or PIL images
+        **fields: Unpack[RequestFields],  # of the request; pictures may be bytes, paths or PIL images
     ) -> OpResult:
         """Make images and wait for them; what the other side answers is returned, whatever its status."""
-        body, deadline = request_body(request, fields), _deadline(timeout)
+        body, deadline = request_body(request, {**fields}), _deadline(timeout)
         if on_progress is not None:
             return self._watched(body, on_progress, deadline)
         alone = timeout is None or isinstance(
@@ -257,9 +258,9 @@ class Client(_Base):
             raise
         raise ConnectionLost("the events ended without a result")
 
-    def submit(self, request: Request = None, **fields: Any) -> Job:
+    def submit(self, request: Request = None, **fields: Unpack[RequestFields]) -> Job:
         """Queue a request and return at once; a `RequestFailed` where it is refused."""
-        return self._do(self.target.submit(request_body(request, fields)))
+        return self._do(self.target.submit(request_body(request, {**fields})))
 
     def job(self, job_id: str) -> Job:
         """How a job stands, with its result once there is one."""
@@ -336,13 +337,15 @@ class Client(_Base):
             time.sleep(self._poll(looks))
             looks = 0 if batch.events else looks + 1
 
-    def plan(self, request: Request = None, **fields: Any) -> OpResult:
+    def plan(self, request: Request = None, **fields: Unpack[RequestFields]) -> OpResult:
         """What a request would do, without doing it."""
-        return self._do(self.target.ask("POST", "/plan", OpResult, request_body(request, fields)))
+        return self._do(self.target.ask("POST", "/plan", OpResult, request_body(request, {**fields})))
 
-    def preprocess(self, request: PreprocessRequest | dict[str, Any] | None = None, **fields: Any) -> OpResult:
+    def preprocess(
+        self, request: PreprocessRequest | dict[str, Any] | None = None, **fields: Unpack[PreprocessFields]
+    ) -> OpResult:
         """The control map of a picture."""
-        return self._do(self.target.ask("POST", "/preprocess", OpResult, request_body(request, fields)))
+        return self._do(self.target.ask("POST", "/preprocess", OpResult, request_body(request, {**fields})))
 
     def restore(
         self,
@@ -418,10 +421,10 @@ class AsyncClient(_Base):
         *,
         on_progress: OnProgress | None = None,  # called with each event; may be a coroutine function
         timeout: float | None = None,  # seconds after which the work is told to stop and `WaitTimeout` is raised
-        **fields: Any,  # of the request; pictures may be bytes, paths or PIL images
+        **fields: Unpack[RequestFields],  # of the request; pictures may be bytes, paths or PIL images
     ) -> OpResult:
         """Make images and wait for them; a task that is cancelled takes the work on the other side with it."""
-        body = request_body(request, fields)
+        body = request_body(request, {**fields})
         try:
             async with asyncio.timeout(timeout):
                 return await (self._run(body) if on_progress is None else self._watched(body, on_progress))
@@ -462,9 +465,9 @@ class AsyncClient(_Base):
         with suppress(ClientError):
             await asyncio.shield(self.cancel(job_id))
 
-    async def submit(self, request: Request = None, **fields: Any) -> Job:
+    async def submit(self, request: Request = None, **fields: Unpack[RequestFields]) -> Job:
         """Queue a request and return at once; a `RequestFailed` where it is refused."""
-        return await self._do(self.target.submit(request_body(request, fields)))
+        return await self._do(self.target.submit(request_body(request, {**fields})))
 
     async def job(self, job_id: str) -> Job:
         """How a job stands, with its result once there is one."""
@@ -536,13 +539,15 @@ class AsyncClient(_Base):
             await asyncio.sleep(self._poll(looks))
             looks = 0 if batch.events else looks + 1
 
-    async def plan(self, request: Request = None, **fields: Any) -> OpResult:
+    async def plan(self, request: Request = None, **fields: Unpack[RequestFields]) -> OpResult:
         """What a request would do, without doing it."""
-        return await self._do(self.target.ask("POST", "/plan", OpResult, request_body(request, fields)))
+        return await self._do(self.target.ask("POST", "/plan", OpResult, request_body(request, {**fields})))
 
-    async def preprocess(self, request: PreprocessRequest | dict[str, Any] | None = None, **fields: Any) -> OpResult:
+    async def preprocess(
+        self, request: PreprocessRequest | dict[str, Any] | None = None, **fields: Unpack[PreprocessFields]
+    ) -> OpResult:
         """The control map of a picture."""
-        return await self._do(self.target.ask("POST", "/preprocess", OpResult, request_body(request, fields)))
+        return await self._do(self.target.ask("POST", "/preprocess", OpResult, request_body(request, {**fields})))
 
     async def restore(
         self,

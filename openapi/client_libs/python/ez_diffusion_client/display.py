@@ -11,9 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, PrivateAttr
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from .models import (
         ControlMap,
         DeviceMemory,
@@ -189,6 +191,8 @@ class ResultMethods(CompactModel):
         control_map: ControlMap | None
         memory: MemoryReport | None
 
+    _latents: Any = PrivateAttr(default=None)  # a torch.Tensor, of a service in this process
+
     @property
     def ok(self) -> bool:
         """Whether the operation succeeded."""
@@ -213,8 +217,27 @@ class ResultMethods(CompactModel):
         """The first generated image; raises `RequestFailed` after a failure, `ValueError` if there is no image."""
         images = self.images
         if not images:
-            raise ValueError(f"this result has no image: {self!r}")
+            hint = "; result.latents has the latents" if self._latents is not None else ""
+            raise ValueError(f"this result has no image: {self!r}{hint}")
         return images[0]
+
+    @property
+    def latents(self) -> Any:
+        """Of a call with `output_type="latent"`: a float32 tensor on the CPU, (images, channels, height/8, width/8).
+
+        They are scaled as inside the pipeline, (x - shift_factor) * scaling_factor; `service.decode` makes images of
+        them. Raises `RequestFailed` after a failure, `ValueError` for a result without latents.
+        """
+        self.raise_for_status()
+        if self._latents is None:
+            raise ValueError('this result has no latents: call generate(..., output_type="latent") of a service')
+        return self._latents
+
+    def to_dataframe(self) -> "DataFrame":
+        """One row for each image: every setting of its plan, its seed, the timings and the image; needs pandas."""
+        from .frames import to_dataframe
+
+        return to_dataframe([self])  # type: ignore[list-item]  # every instance is an OpResult
 
     def save(
         self,

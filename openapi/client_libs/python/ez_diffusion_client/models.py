@@ -219,6 +219,7 @@ class ErrorCode(StrEnum):
     unknown_controlnet = "unknown_controlnet"
     unknown_preprocessor = "unknown_preprocessor"
     unsupported_combination = "unsupported_combination"
+    custom_code_failed = "custom_code_failed"
     missing_dependency = "missing_dependency"
     model_unavailable = "model_unavailable"
     out_of_memory = "out_of_memory"
@@ -985,6 +986,42 @@ class Environment(CompactModel):
     ] = None
 
 
+class CustomKind(StrEnum):
+    """
+    What was handed in from Python
+    """
+
+    pipeline = "pipeline"
+    pipeline_class = "pipeline_class"
+    controlnet = "controlnet"
+    scheduler = "scheduler"
+    preprocessor = "preprocessor"
+    latents = "latents"
+    prompt_embeds = "prompt_embeds"
+    on_step = "on_step"
+
+
+class CustomPart(CompactModel):
+    """
+    Something that was handed in from Python, and that a request cannot hold
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    kind: CustomKind
+    name: Annotated[
+        StrictStr,
+        Field(
+            description="The class, the function, or the name it was registered under"
+        ),
+    ]
+    sha256: Annotated[
+        StrictStr | None,
+        Field(description="Of the numbers, for latents and prompt embeddings"),
+    ] = None
+
+
 class GenerationPlan(PlanMethods):
     """
     Everything that decides the pixels; the receipt inside each image
@@ -1060,6 +1097,12 @@ class GenerationPlan(PlanMethods):
     acceleration: AccelerationOptions | None = None
     memory: MemoryOptions | None = None
     output: OutputOptions | None = None
+    custom: Annotated[
+        list[CustomPart] | None,
+        Field(
+            description="What a Python caller handed in and a request cannot hold: a replay has to hand it in again"
+        ),
+    ] = None
     warnings: Annotated[
         list[RequestWarning] | None,
         Field(description="What was rounded, ignored, converted or cut off"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from .errors import ConnectionLost, UnexpectedAnswer
 from .models import GenerationRequest, OpResult, PreprocessRequest
 
 if TYPE_CHECKING:
@@ -77,6 +78,31 @@ def restore_body(
     return {name: value for name, value in given.items() if value is not None}
 
 
+def picture_bytes(
+    text: str,  # base64, a data URI, or an http(s) URL, such as one of a worker's bucket
+) -> bytes:
+    """The file that an image of a result stands for; a `ClientError` where it cannot be had."""
+    if re.match("https?://", text, re.IGNORECASE):
+        return _fetched(text)
+    encoded = text.partition(",")[2] if text[:5].lower() == "data:" else text
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except ValueError:
+        raise UnexpectedAnswer(f"the image of the result is neither base64 nor a URL: {text[:60]!r}") from None
+
+
+def _fetched(url: str) -> bytes:
+    import httpx
+
+    shown = url.partition("?")[0]  # the query of a presigned URL holds its signature
+    try:  # without the key of the server or endpoint, which is not the bucket's business
+        return httpx.get(url, timeout=60, follow_redirects=True).raise_for_status().content
+    except httpx.HTTPStatusError as exc:
+        raise ConnectionLost(f"{shown} answered {exc.response.status_code}: the image cannot be fetched") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        raise ConnectionLost(f"the image cannot be fetched from {shown}: {type(exc).__name__}") from None
+
+
 def image_bytes(
     result: OpResult,  # of a generation
 ) -> list[bytes]:
@@ -84,7 +110,7 @@ def image_bytes(
     from .errors import raise_for_status
 
     made = raise_for_status(result).generation
-    return [base64.b64decode(image.image) for image in made.images] if made else []
+    return [picture_bytes(image.image) for image in made.images] if made else []
 
 
 def pil_images(result: OpResult) -> "list[ReceiptImage]":

@@ -1,6 +1,5 @@
 """Receipts in image files: how an image was made, kept when it is saved again. Needs Pillow."""
 
-import base64
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from .models import ControlMap, OpResult
+from .pictures import picture_bytes
 
 PLAN_KEY = "diffusion_workers"  # the plan as JSON
 PARAMETERS_KEY = "parameters"  # one line that other programs read
@@ -213,5 +213,5 @@ def save_map(
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path.name}: a control map is saved as .png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(base64.b64decode(found.image.rpartition(",")[2]))
+    path.write_bytes(picture_bytes(found.image))
     return path

@@ -239,6 +239,7 @@ export const ErrorCode = {
     UNKNOWN_CONTROLNET: 'unknown_controlnet',
     UNKNOWN_PREPROCESSOR: 'unknown_preprocessor',
     UNSUPPORTED_COMBINATION: 'unsupported_combination',
+    CUSTOM_CODE_FAILED: 'custom_code_failed',
     MISSING_DEPENDENCY: 'missing_dependency',
     MODEL_UNAVAILABLE: 'model_unavailable',
     OUT_OF_MEMORY: 'out_of_memory',
@@ -806,6 +807,40 @@ export type Environment = {
 };
 
 /**
+ * What was handed in from Python
+ */
+export const CustomKind = {
+    PIPELINE: 'pipeline',
+    PIPELINE_CLASS: 'pipeline_class',
+    CONTROLNET: 'controlnet',
+    SCHEDULER: 'scheduler',
+    PREPROCESSOR: 'preprocessor',
+    LATENTS: 'latents',
+    PROMPT_EMBEDS: 'prompt_embeds',
+    ON_STEP: 'on_step'
+} as const;
+
+/**
+ * What was handed in from Python
+ */
+export type CustomKind = typeof CustomKind[keyof typeof CustomKind];
+
+/**
+ * Something that was handed in from Python, and that a request cannot hold
+ */
+export type CustomPart = {
+    kind: CustomKind;
+    /**
+     * The class, the function, or the name it was registered under
+     */
+    name: string;
+    /**
+     * Of the numbers, for latents and prompt embeddings
+     */
+    sha256?: string | null;
+};
+
+/**
  * Everything that decides the pixels; the receipt inside each image
  */
 export type GenerationPlan = {
@@ -885,6 +920,10 @@ export type GenerationPlan = {
     acceleration?: AccelerationOptions | null;
     memory?: MemoryOptions | null;
     output?: OutputOptions;
+    /**
+     * What a Python caller handed in and a request cannot hold: a replay has to hand it in again
+     */
+    custom?: Array<CustomPart> | null;
     /**
      * What was rounded, ignored, converted or cut off
      */

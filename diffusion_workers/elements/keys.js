@@ -1,0 +1,59 @@
+/**
+ * Keys that are pressed in a panel stay in the panel, and two of them control it.
+ *
+ * A notebook looks for its shortcuts before the focused element gets the key: with the focus on a button, `x` would cut
+ * the cell. It skips elements with `data-lm-suppress-shortcuts`, and it has to find the attribute on the focused
+ * element itself. Ctrl+Enter presses Generate, Escape presses Stop; other keys with Ctrl or Cmd, such as Ctrl+S, stay
+ * the notebook's.
+ *
+ * Python puts this text in front of each of its elements; whichever is loaded first installs it.
+ */
+
+const OWN = ".dw-panel, .dw-mask, .dw-drop, .dw-compare, .dw-gallery, .dw-grid, .dw-grid-toggle, .dw-maps, .dw-code";
+const FOCUSABLE = "a[href], button, input, select, textarea, [tabindex]";
+const SUPPRESS = "data-lm-suppress-shortcuts";
+const KEPT_WITH_CTRL = new Set(["enter", "z", "y", "a", "c", "x", "v"]);
+
+function press(panel, name) {
+  const button = panel?.querySelector(`button.${name}`);
+  if (!button || button.disabled) return false;
+  button.click();
+  return true;
+}
+
+export function keepKeys(view = window) {
+  if (view.dwKeepsKeys) return;
+  view.dwKeepsKeys = true;
+  const ownerOf = (target) => (target instanceof view.Element ? target.closest(OWN) : null);
+  const suppress = (target) => target.setAttribute(SUPPRESS, "true");
+  view.addEventListener(
+    "focusin",
+    ({ target }) => {
+      const owner = ownerOf(target);
+      if (!owner) return;
+      suppress(target);
+      for (const element of owner.querySelectorAll(FOCUSABLE)) suppress(element);
+    },
+    true,
+  );
+  view.addEventListener(
+    "keydown",
+    (event) => {
+      const { target } = event;
+      if (!ownerOf(target)) return;
+      const withCtrl = event.ctrlKey || event.metaKey;
+      if (withCtrl && !KEPT_WITH_CTRL.has(event.key.toLowerCase())) target.removeAttribute(SUPPRESS);
+      else suppress(target);
+      const panel = target.closest(".dw-panel");
+      const used =
+        (event.key === "Enter" && withCtrl && press(panel, "dw-generate")) ||
+        (event.key === "Escape" && !event.isComposing && press(panel, "dw-stop"));
+      if (!used) return;
+      event.preventDefault();
+      event.stopPropagation();
+    },
+    true,
+  );
+}
+
+if (typeof window !== "undefined") keepKeys();
