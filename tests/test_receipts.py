@@ -180,6 +180,67 @@ def test_an_old_image_is_replayed_by_the_command_line(tmp_path: Path, capsys: py
     assert read_metadata(replayed).plan.step_cache.method == "deep_features"
 
 
+def _image_of(tmp_path: Path, **fields) -> Path:
+    "An image with the receipt of an earlier version."
+    info = PngInfo()
+    data = json.loads((RECEIPTS / "no_acceleration.json").read_text()) | {"plan_version": PLAN_VERSION} | fields
+    info.add_text(PLAN_KEY, json.dumps(data))
+    path = tmp_path / "before.png"
+    control_image().save(path, pnginfo=info)
+    return path
+
+
+def _scheduler(name: str, class_name: str, **options) -> dict:
+    return {"scheduler": {"name": name, "class_name": class_name, "options": options or None}}
+
+
+SDXL = {"model": "shapes-sdxl", "family": "sdxl", "pipeline_class": "StableDiffusionXLPipeline"}
+HEUN = _scheduler("heun", "HeunDiscreteScheduler")
+MIDWAY = {"denoising_steps": 3, "strength": 0.5}
+DEIS = _scheduler("deis", "DEISMultistepScheduler", use_karras_sigmas=True)
+TRAILING = _scheduler("ddim", "DDIMScheduler", timestep_spacing="trailing")
+LMS, PNDM = _scheduler("lms", "LMSDiscreteScheduler"), _scheduler("pndm", "PNDMScheduler")
+CORRECTED = [
+    (LMS | MIDWAY, "scheduler"),
+    (PNDM | MIDWAY, "scheduler"),
+    (SDXL | PNDM | {"refiner": {"switch_at": 0.5}}, "scheduler"),
+    (LMS, None),
+    (DEIS | {"num_inference_steps": 1, "denoising_steps": 1}, "use_karras_sigmas"),
+    (DEIS, None),
+    ({"clip_skip": 1}, "clip_skip"),
+    ({"clip_skip": 1, "guidance_scale": 1.0}, None),
+    (SDXL | HEUN | {"refiner": {"switch_at": 0.5}}, "scheduler"),
+    (SDXL | {"refiner": {"switch_at": 0.0}}, "refiner.switch_at"),
+    (SDXL | {"refiner": {"switch_at": 0.5}}, None),
+    *[
+        (TRAILING | {"num_inference_steps": steps, "denoising_steps": steps}, "timestep_spacing")
+        for steps in (61, 103, 121, 122)
+    ],
+    (TRAILING | {"num_inference_steps": 60, "denoising_steps": 60}, None),
+]
+
+
+@pytest.mark.parametrize(("fields", "warned"), CORRECTED)
+def test_a_receipt_from_before_a_correction_is_restored_with_a_warning(
+    service: DiffusionService, tmp_path: Path, fields: dict, warned: str | None
+) -> None:
+    result = service.restore(_image_of(tmp_path, **fields))
+    assert result.restored.source == "plan"
+    notes = result.warnings or []
+    assert [note.field for note in notes] == ([] if warned is None else [warned])
+    assert all("earlier version" in note.message for note in notes)
+    of_today = service.restore(_image_of(tmp_path, **fields, denoiser_calls=1))
+    assert not of_today.warnings
+
+
+def test_the_command_line_replays_it_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = _image_of(tmp_path, clip_skip=1, negative_prompt="a blue square")
+    replayed = tmp_path / "again.png"
+    assert main(["replay", str(path), "-o", str(replayed), "--quiet"]) == 1
+    assert "note: clip_skip: an earlier version, which made this image, read the negative" in capsys.readouterr().err
+    assert read_metadata(replayed).plan.clip_skip == 1
+
+
 def test_a_receipt_of_a_newer_version_says_so(tmp_path: Path) -> None:
     newer = json.loads((RECEIPTS / "deepcache.json").read_text()) | {"plan_version": PLAN_VERSION + 1}
     info = PngInfo()

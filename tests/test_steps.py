@@ -6,14 +6,19 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
+from diffusion_workers.cli.main import main
 from diffusion_workers.families.registry import FAMILIES
 from diffusion_workers.families.schedulers import SCHEDULER_FACTS
+from diffusion_workers.panel.form import request_sections
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
+from diffusion_workers.planning.replay import from_parameters
+from diffusion_workers.request.metadata import parameters_line
 from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.service import Settings
-from ez_diffusion_client.models import ModelFamily, OpResult, Phase, ProgressEvent
+from ez_diffusion_client.models import GenerationPlan, ModelFamily, OpResult, Phase, ProgressEvent
 
 PROMPT = "a red circle on a white background"
 SIZE = {"width": 64, "height": 64}
@@ -28,12 +33,24 @@ CASES = [
     if SCHEDULER_FACTS[name].karras or not karras
 ]
 
+TWO_SDXL = """
+family: sdxl
+source: {builtin: shapes-sdxl}
+variant: fp16
+components:
+  vae: {source: {builtin: shapes-sd15, subfolder: vae}, variant: fp16}
+refiner: {source: {builtin: shapes-sdxl}, variant: fp16}
+defaults: {width: 64, height: 64, num_inference_steps: 8, guidance_scale: 1.5, scheduler: ddim}
+limits: {min_width: 64, max_width: 256, min_height: 64, max_height: 256}
+"""
+
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionService]:
     folder = tmp_path_factory.mktemp("models")
     for family in FAMILIES:
         write_tiny_model(folder, family, family.value)
+    (folder / "two.yaml").write_text(TWO_SDXL)
     with DiffusionService(Settings.from_environment().model_copy(update={"model_folders": (folder,)})) as made:
         yield made
 
@@ -62,26 +79,46 @@ class Counted:
         self.progress = [(event.step, event.total_steps) for event in self.events if event.phase == Phase.denoise]
 
 
+IMAGE = {"image": SOURCE}
+INPAINT = {"image": SOURCE, "mask_image": MASK}
+
+
+def _check_counts(service: DiffusionService, **fields) -> None:
+    "Calls of the denoiser, steps and progress, with a guidance scale that needs no second call."
+    fields |= {"seed": 1, "guidance_scale": 1.0} | SIZE
+    planned = service.plan(prompt=PROMPT, **fields)
+    assert planned.ok, planned
+    made = Counted(service, **fields)
+    assert made.plan.denoiser_calls == planned.plan.denoiser_calls == len(made.timesteps)
+    assert len(made.progress) == len(made.timesteps)
+    assert made.progress[-1] == (planned.plan.denoising_steps,) * 2
+    assert min(made.timesteps) >= 0
+
+
 @pytest.mark.parametrize(("family", "scheduler", "karras"), CASES)
 def test_the_plan_counts_what_is_made(
     service: DiffusionService, family: ModelFamily, scheduler: str, karras: bool
 ) -> None:
-    "Calls of the denoiser, steps and progress, with a guidance scale that needs no second call."
-    tasks = [{}, {"image": SOURCE}, {"image": SOURCE, "mask_image": MASK}]
-    asked = {"model": family.value, "scheduler": scheduler, "use_karras_sigmas": karras or None, "seed": 1, **SIZE}
-    for task in tasks:
-        for steps, strength in ((1, 1.0), (4, 0.3), (5, 0.75), (4, 0.999)):
-            fields = asked | task | {"num_inference_steps": steps, "guidance_scale": 1.0}
-            if task:
-                fields["strength"] = strength
-            planned = service.plan(prompt=PROMPT, **fields)
-            assert planned.ok, planned
-            made = Counted(service, **fields)
-            case = (steps, strength, len(task))
-            assert made.plan.denoiser_calls == planned.plan.denoiser_calls == len(made.timesteps), case
-            assert len(made.progress) == len(made.timesteps), case
-            assert made.progress[-1] == (planned.plan.denoising_steps,) * 2, case
-            assert min(made.timesteps) >= 0, case
+    asked = {"model": family.value, "scheduler": scheduler, "use_karras_sigmas": karras or None}
+    _check_counts(service, **asked, num_inference_steps=4)
+    _check_counts(service, **asked, **IMAGE, num_inference_steps=4, strength=0.3)
+    _check_counts(service, **asked, **INPAINT, num_inference_steps=5, strength=0.75)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("task", [IMAGE, INPAINT], ids=["image", "inpaint"])
+def test_strengths_at_the_ends_are_counted(service: DiffusionService, family: ModelFamily, task: dict) -> None:
+    "One step, a strength that rounds to all steps, and one that leaves a single step."
+    for steps, strength in ((1, 1.0), (4, 0.999), (10, 0.1)):
+        for scheduler in {FAMILIES[family].schedulers[0].value, FAMILIES[family].schedulers[-1].value}:
+            _check_counts(
+                service,
+                model=family.value,
+                scheduler=scheduler,
+                **task,
+                num_inference_steps=steps,
+                strength=strength,
+            )
 
 
 @pytest.mark.parametrize("steps", [61])
@@ -128,13 +165,17 @@ def test_a_strength_without_influence_of_the_image_is_a_warning(service: Diffusi
         assert any(note.field == "strength" for note in plan.warnings or ()) == warned
 
 
+@pytest.fixture(scope="module")
+def base(service: DiffusionService) -> Image.Image:
+    return service.generate(prompt=PROMPT, seed=3).image
+
+
 @pytest.mark.parametrize("scheduler", ["lms", "pndm"])
 @pytest.mark.parametrize(("steps", "strength"), [(10, 0.1), (10, 0.2), (50, 0.06), (5, 0.5), (20, 0.95)])
 def test_multistep_methods_start_in_the_middle(
-    service: DiffusionService, scheduler: str, steps: int, strength: float
+    service: DiffusionService, base: Image.Image, scheduler: str, steps: int, strength: float
 ) -> None:
     "Image to image keeps the source at low strengths as DDIM does, without noise left over."
-    base = service.generate(prompt=PROMPT, seed=3).image
 
     def image(name: str) -> np.ndarray:
         result = service.generate(
@@ -189,3 +230,88 @@ def test_a_smaller_request_runs_as_before_after_an_out_of_memory(service: Diffus
     assert not after.warnings
     assert np.array_equal(np.asarray(before.image), np.asarray(after.image))
     assert service.executor.fallbacks.apply(large).memory.vae_tiling
+
+
+@pytest.mark.parametrize("switch_at", [0.8, 0.01, 0.0])
+@pytest.mark.parametrize("scheduler", ["ddim", "heun"])
+def test_a_refiner_makes_the_steps_that_are_left(service: DiffusionService, scheduler: str, switch_at: float) -> None:
+    "Progress reaches the total once, and base and refiner together make the calls of one run."
+    events: list[ProgressEvent] = []
+    ask = {"prompt": PROMPT, "model": "two", "seed": 5, "scheduler": scheduler}
+    result = service.generate(**ask, refiner={"switch_at": switch_at}, on_progress=events.append)
+    assert result.ok, result
+    progress = [(event.step, event.total_steps) for event in events if event.phase == Phase.denoise]
+    steps = [step for step, _ in progress]
+    assert {total for _, total in progress} == {8}
+    assert steps == sorted(steps)
+    assert (steps[0], steps[-1]) == (1, 8)
+    assert len(steps) == result.generation.plan.denoiser_calls
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "lms", "pndm", "heun"])
+def test_a_refiner_of_the_same_weights_changes_little(service: DiffusionService, scheduler: str) -> None:
+    "What is handed over has the noise of its timestep: nothing of it is left in the image."
+    ask = {"prompt": PROMPT, "model": "two", "seed": 5, "scheduler": scheduler, "num_inference_steps": 12}
+    whole, refined = (service.generate(**ask, **more).image for more in ({}, {"refiner": {"switch_at": 0.5}}))
+    assert np.abs(np.asarray(whole, dtype=int) - np.asarray(refined, dtype=int)).mean() < 4
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_clip_skip_reaches_both_prompts(service: DiffusionService, clip_skip: int) -> None:
+    "The pixels are those of diffusers with both texts encoded at that layer."
+    negative = "a blue square on a navy background"
+    ask = {"num_inference_steps": 4, "guidance_scale": 4.0} | SIZE
+    made = service.generate(
+        prompt=PROMPT, negative_prompt=negative, clip_skip=clip_skip, scheduler="ddim", seed=5, **ask
+    )
+    pipe = service.factory(service.manifest("shapes-sd15")).load()
+    parts = {name: part for name, part in pipe.components.items() if name != "scheduler"}
+    plain = StableDiffusionPipeline(
+        **parts, scheduler=DDIMScheduler.from_config(pipe.scheduler.config), requires_safety_checker=False
+    )
+    plain.set_progress_bar_config(disable=True)
+    texts = [plain.encode_prompt(text, "cpu", 1, False, clip_skip=clip_skip)[0] for text in (PROMPT, negative)]
+    expected = plain(
+        prompt_embeds=texts[0],
+        negative_prompt_embeds=texts[1],
+        generator=torch.Generator().manual_seed(5),
+        **ask,
+    ).images[0]
+    assert np.abs(np.asarray(made.image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
+
+def test_a_control_that_is_said_to_act_does(service: DiffusionService) -> None:
+    "A window that ends at 0.4 holds the first of the three steps of Flux at strength 0.6."
+    ask = {"prompt": PROMPT, "model": "shapes-flux", "seed": 4, "image": SOURCE, "strength": 0.6} | SIZE
+    ask["num_inference_steps"] = 4
+    unit = {"model": "canny", "image": MASK.convert("RGB"), "guidance_end": 0.4}
+    controlled = service.generate(**ask, controlnets=[unit])
+    assert controlled.ok, controlled
+    assert not controlled.warnings
+    assert not np.array_equal(np.asarray(controlled.image), np.asarray(service.generate(**ask).image))
+
+
+def test_settings_of_the_scheduler_reach_the_plan_from_every_side(
+    service: DiffusionService, capsys: pytest.CaptureFixture
+) -> None:
+    "Request, command line, form, and the line of parameters that other programs read."
+    fields = {"scheduler": "tcd", "eta": 0.2, "num_inference_steps": 4}
+    plan = service.plan(prompt=PROMPT, seed=5, **fields).plan
+    options = ["--scheduler", "TCD", "--eta", "0.2", "--num-inference-steps", "4", "--seed", "5", "--json"]
+    assert main(["plan", PROMPT, *options]) == 0
+    assert GenerationPlan.model_validate_json(capsys.readouterr().out).eta == plan.eta == 0.2
+    line = parameters_line(plan)
+    assert "Sampler: TCD, Eta DDIM: 0.2" in line
+    assert fields.items() <= service.restore(parameters=line).restored.request.items()
+    trailing = service.plan(prompt=PROMPT, scheduler="ddim", timestep_spacing="trailing").plan
+    assert service.restore(parameters=parameters_line(trailing)).restored.request["timestep_spacing"] == "trailing"
+    offered = {info.name for infos in request_sections().values() for info in infos}
+    assert {"eta", "timestep_spacing", "scheduler"} <= offered
+
+
+@pytest.mark.parametrize(
+    ("model", "clip_skip"), [("shapes-sdxl", 0), ("sd_xl_base_1.0", 0), ("sd3.5_medium", 0), ("dreamshaper_8", 1)]
+)
+def test_clip_skip_of_a_line_follows_the_family_that_the_model_names(model: str, clip_skip: int) -> None:
+    line = f"a red circle\nSteps: 12, Sampler: Euler, CFG scale: 3, Seed: 11, Model: {model}, Clip skip: 2"
+    assert from_parameters(line).request["clip_skip"] == clip_skip

@@ -10,8 +10,9 @@ __all__ = ['ImageKey', 'read_receipt', 'planned_images', 'given_files', 'check_s
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .commands import fail, make_service, plan_here, progress_of, read_models
 from .options import add_common_options, read_image
@@ -118,13 +119,16 @@ def _replay_request(plan: GenerationPlan, arguments: argparse.Namespace) -> Gene
     return request_from_plan(plan, **own, controls=controls)
 
 
-def _print_changes(plan: GenerationPlan, now: GenerationPlan) -> None:
+def _print_changes(plan: GenerationPlan, now: GenerationPlan, own: Mapping[str, Any]) -> None:
     from diffusion_workers.planning.loras import changed_loras
+    from diffusion_workers.planning.replay import corrected_since
 
     if now.manifest_sha256 != plan.manifest_sha256:
         print("note: the manifest of the model has changed since", file=sys.stderr)
     for note in changed_loras(plan, now):
         print(f"note: {note.field}: {note.message} ({note.given} -> {note.used})", file=sys.stderr)
+    for note in corrected_since(plan, own):
+        print(f"note: {note.field}: {note.message}", file=sys.stderr)
 
 
 def _difference(left: "Image", right: "Image") -> str | None:  # None for the same pixels
@@ -184,6 +188,12 @@ def show_request(arguments: argparse.Namespace) -> int:  # the exit code
     return 0 if restored.request else 1
 
 
+def _own_scheduler(arguments: argparse.Namespace, model: str) -> Mapping[str, Any]:
+    from diffusion_workers.models.own_scheduler import own_scheduler
+
+    return own_scheduler(read_models(arguments).find(model))
+
+
 def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
     "Regenerate an image from its metadata, and report whether the pixels are the same."
     if arguments.show_request:
@@ -200,7 +210,7 @@ def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
         planned = plan_here(arguments, request)  # before torch is imported
         now = planned.plan
     check_same_images(plan, now)
-    _print_changes(plan, now)
+    _print_changes(plan, now, {} if is_remote(arguments) else _own_scheduler(arguments, plan.model))
     if is_remote(arguments):
         with progress_of(arguments) as show:
             result = remote_generate(arguments, request, show)

@@ -141,6 +141,7 @@ SD35 = Family(
     text_layout="clip_clip_t5",
     size_multiple=16,  # patches of 2 x 2 latents of 8 x 8 pixels
     clip_skip_base=2,  # the last layer but one is the usual one
+    usual_names=("sd3", "sd_3", "sd-3", "stable-diffusion-3", "stable_diffusion_3"),
     schedulers=(SchedulerName.flow_match_euler,),
     latents=Latents(channels=16),
     denoiser_calls="doubled",

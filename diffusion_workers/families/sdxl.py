@@ -106,6 +106,7 @@ SDXL = Family(
     text_layout="clip_clip",
     size_multiple=8,
     clip_skip_base=2,  # the last layer but one is the usual one
+    usual_names=("xl", "pony", "illustrious", "noobai"),
     schedulers=DIFFUSION_SCHEDULERS,
     latents=Latents(channels=4),
     denoiser_calls="doubled",

@@ -179,7 +179,7 @@ _LABELS = {
     "schedule type": "schedule", "scheduler": "schedule", "cfg scale": "cfg", "distilled cfg scale": "distilled_cfg",
     "seed": "seed", "size": "size", "model": "model", "clip skip": "clip_layer", "mask blur": "inpaint.mask_blur",
     "masked area padding": "inpaint.padding", "inpaint padding": "inpaint.padding", "cfg rescale": "guidance_rescale",
-    "rescale cfg": "guidance_rescale",
+    "rescale cfg": "guidance_rescale", "timestep spacing": "timestep_spacing", "eta ddim": "eta",
 }  # fmt: skip
 _IGNORED_LABELS = frozenset(
     ("version", "model hash", "vae hash", "lora hashes", "ti hashes", "hashes", "app", "user", "created date")

@@ -97,6 +97,8 @@ def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
         "Steps": plan.num_inference_steps,
         "Sampler": SAMPLER_LABELS.get(plan.scheduler.name, plan.scheduler.class_name),
         "Schedule type": "Karras" if options.get("use_karras_sigmas") else None,
+        "Timestep spacing": options.get("timestep_spacing"),
+        "Eta DDIM": plan.eta,
         "CFG scale": getattr(plan, guidance.field),
         "Distilled CFG Scale": None if embedded is None else getattr(plan, embedded),
         "Seed": seed,

@@ -5,10 +5,10 @@ import { get, set, type JsonObject } from './paths';
 import { client, form, items, replaceForm, status } from './state';
 import type { GalleryItem } from './storage';
 
-async function readRequest(file: Blob): Promise<RestoredRequest> {
+async function read(file: Blob): Promise<{ found: RestoredRequest; warnings: string[] }> {
   const result = await orThrow(restore({ client: client.value, body: { image: await asDataUri(file) } }));
   if (!result.restored) throw new Error('the server restored no request');
-  return result.restored;
+  return { found: result.restored, warnings: (result.warnings ?? []).map(({ message }) => message) };
 }
 
 /** The request of an image, with the input images that `source` still has, and the paths of these. */
@@ -31,7 +31,7 @@ function previewInterval(): JsonObject {
 /** The form that generates an item of the gallery again: everything that its plan decided, with its own seed. */
 export async function formOf(item: GalleryItem): Promise<JsonObject> {
   await bringBack(item.form);
-  const found = await readRequest(item.blob).catch(() => null);
+  const found = await read(item.blob).then((result) => result.found).catch(() => null);
   const own = { ...item.form, seed: item.seed }; // without a server or without metadata
   const base = found && found.source === 'plan' ? withInputs(found, item.form).next : own;
   return { ...base, num_images: 1, ...previewInterval() };
@@ -52,7 +52,7 @@ function sentences(lost: LostSetting[]): string {
 
 /** Restore the settings of a dropped file; false where it has no metadata. What the form held before is gone. */
 export async function restoreFile(file: Blob): Promise<boolean> {
-  const found = await readRequest(file);
+  const { found, warnings } = await read(file);
   const [problem] = found.lost ?? [];
   if (found.source === 'none' && problem) throw new Error(sentence(problem));
   if (found.source === 'none') return false;
@@ -62,6 +62,7 @@ export async function restoreFile(file: Blob): Promise<boolean> {
   const { next, given } = withInputs(found, source);
   replaceForm({ ...next, ...previewInterval() }, 'seed' in next);
   const lost = (found.lost ?? []).filter(({ name }) => !given.has(name));
-  status.value = lost.length ? `Settings restored, except: ${sentences(lost)}.` : 'Settings restored.';
+  const restored = lost.length ? `Settings restored, except: ${sentences(lost)}.` : 'Settings restored.';
+  status.value = [restored, ...warnings.map((warning) => `Note: ${warning}.`)].join(' ');
   return true;
 }
