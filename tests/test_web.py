@@ -84,7 +84,8 @@ def fill(page: Page, **fields: object) -> None:
 
 
 def unfold(page: Page, title: str) -> None:
-    page.locator("details.section", has_text=title).evaluate("section => { section.open = true }")
+    section = page.locator("details.section").filter(has=page.locator("summary", has_text=title))
+    section.evaluate("section => { section.open = true }")
 
 
 def choose_image(page: Page, path: str, image: Image.Image) -> None:
@@ -463,7 +464,8 @@ def test_grid_and_comparison(page: Page) -> None:
     page.get_by_role("button", name="Compare").click()
     page.locator(".thumbs button:not([aria-pressed=true])").first.click()
     rows = page.locator(".differences tbody th").all_inner_texts()
-    assert "seed" not in rows and set(rows) <= {"num_inference_steps", "denoising_steps", "guidance_scale"} and rows
+    varied = {"num_inference_steps", "denoising_steps", "denoiser_calls", "guidance_scale"}
+    assert "seed" not in rows and set(rows) <= varied and rows
     slider = page.get_by_label("How much of the left image is shown")
     slider.fill("25")
     clip = page.locator(".pair .over").evaluate("image => getComputedStyle(image).clipPath")
