@@ -10,6 +10,7 @@ __all__ = ['PROMPT_FIELDS', 'MAX_SYNTAX_WARNINGS', 'reads_syntax', 'with_syntax'
 from collections.abc import Iterator
 
 from ..models.manifest import ModelManifest
+from .embeddings import unknown_names
 from .schedules import split_parts, text_schedule
 from .syntax import Alternation, LoraTag, PromptError, Schedule, parse
 from .tags import TaggedLora, drawn_as_text, take_loras
@@ -147,6 +148,9 @@ def syntax_warnings(request: GenerationRequest) -> Iterator[RequestWarning]:
             for note in parse(text, variants=False).notes[:MAX_SYNTAX_WARNINGS]:
                 message = f"{note.message}, at character {note.start + 1}"
                 yield warning(message, field=field, given=text[note.start : note.end])
+            for at, name in unknown_names(text, ())[:MAX_SYNTAX_WARNINGS]:  # no model offers embeddings yet
+                message = f"there is no such embedding, so its name is drawn as words, at character {at + 1}"
+                yield warning(message, field=field, given=name)
             continue
         for found in drawn_as_text(text)[:MAX_SYNTAX_WARNINGS]:
             message = f"{found.what} in the syntax of another program is drawn as text, at character {found.start + 1}"
