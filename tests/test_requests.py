@@ -43,6 +43,8 @@ PRIVATE = [
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of schedulers beside a newer numpy
 FIELDS = list(wire.GenerationRequest.model_fields)
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+HOOKS = ("on_step", "latents", "output_type", *EMBEDS)  # what only Python can hand in
 
 
 # --- signatures -----------------------------------------------------------------
@@ -55,8 +57,9 @@ def test_signatures_follow_the_schema(method: str) -> None:
     typed = PreprocessFields if method == "preprocess" else RequestFields
     function = getattr(DiffusionService, method)
     parameters = inspect.signature(function).parameters
-    fields = [name for name in parameters if name not in ("self", "request", "on_progress", "progress")]
+    fields = [name for name in parameters if name in model.model_fields]
     assert fields == list(model.model_fields) == list(typed.__annotations__)
+    assert set(parameters) - set(fields) <= {"self", "request", "on_progress", "progress", *HOOKS}
     lines = re.sub(r"\n +", " ", function.__doc__).splitlines()
     for info in schema_fields(model, nested=False):
         parameter = parameters[info.name]

@@ -235,6 +235,15 @@ def test_stop_works_while_a_cell_is_running(page, lab: tuple[str, Path]) -> None
     expect(page.locator(".jp-OutputArea-output", has_text="it was cancelled").first).to_be_visible()
 
 
+def until(page, holds: Callable[[], bool], what: str) -> None:
+    "Wait until something holds: a mask is decoded and drawn after the click has returned."
+    for _ in range(100):
+        if holds():
+            return
+        page.wait_for_timeout(100)
+    pytest.fail(f"waited in vain: {what}")
+
+
 def test_keys_of_the_panel_stay_in_the_panel(page, lab: tuple[str, Path]) -> None:
     address, folder = lab
     write_notebook(folder / "keys.ipynb", SETUP, "'a cell that is cut'", "'another one'")
@@ -273,9 +282,9 @@ def test_keys_of_the_panel_stay_in_the_panel(page, lab: tuple[str, Path]) -> Non
     painted = layer.evaluate(PAINTED)
     assert painted > 0
     undo.click()
-    assert layer.evaluate(PAINTED) < painted
+    until(page, lambda: layer.evaluate(PAINTED) < painted, "undo removes the stroke")
     redo.click()
-    assert layer.evaluate(PAINTED) == painted
+    until(page, lambda: layer.evaluate(PAINTED) == painted, "redo brings it back")
 
     # zoom keeps the width of the stage, and a stroke lands under the pointer
     before = page.locator(".dw-mask-stage").bounding_box()["width"]

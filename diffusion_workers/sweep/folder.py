@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..request.errors import RequestError, parse
+from ..request.errors import RequestError, logger, parse, shorten
 from ez_diffusion_client.errors import ConnectionLost
 from ez_diffusion_client.models import GenerationRequest, OpResult, OpStatus, OutputFormat
 from ez_diffusion_client.pictures import request_body
@@ -95,8 +95,12 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and {"key", "event"} <= line.keys() and is_request_key(line["key"]):
+        if not (isinstance(line, dict) and {"key", "event"} <= line.keys()):
+            continue
+        if is_request_key(line["key"]):
             yield line
+        else:
+            logger.warning("%s: a line is ignored, %s is not the key of a request", path.name, shorten(line["key"]))
 
 # %% ../../nbs/72_sweep/01_folder.ipynb #a326afac
 @contextmanager
