@@ -117,7 +117,7 @@ def _pipeline(class_name: str, source: Source, variant: str | None, arguments: d
     return _from_repository(cls, source, variant, left_out | arguments)
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #884987be
-# diffusers' own ControlNet for Flux imports a name that diffusers deprecates; nobody who reads the warning can act on it
+# diffusers' own ControlNet for Flux imports a name that diffusers deprecates, and a reader cannot act on it
 warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
 
 
