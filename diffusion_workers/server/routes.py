@@ -9,7 +9,6 @@ __all__ = ['Body', 'logger', 'Result', 'read_body', 'wanted_image', 'as_wanted',
 
 # %% ../../nbs/70_server/04_routes.ipynb #0aebbf0d
 import asyncio
-import base64
 import logging
 import re
 import time
@@ -37,6 +36,7 @@ from ez_diffusion_client.models import (
     PreprocessRequest,
     RestoreRequest,
 )
+from ez_diffusion_client.pictures import picture_bytes
 
 # %% ../../nbs/70_server/04_routes.ipynb #add9c6c2
 Body = TypeVar("Body", GenerationRequest, PreprocessRequest, RestoreRequest)
@@ -93,7 +93,7 @@ def image_answer(result: OpResult) -> Response:
     images = result.generation.images
     image = images[0]
     headers = {"X-Seed": str(image.seed), "X-Image-Count": str(len(images))}
-    return Response(base64.b64decode(image.image), 200, headers, media_type=f"image/{image.format.value}")
+    return Response(picture_bytes(image.image), 200, headers, media_type=f"image/{image.format.value}")
 
 # %% ../../nbs/70_server/04_routes.ipynb #225f4551
 logger = logging.getLogger("diffusion_workers.server")
@@ -214,7 +214,7 @@ async def generate(request: Request) -> Response:
         return Response(status_code=499)
     request.state.log = {"outcome": result.status.value, "job": job.id}
     if media and result.status == OpStatus.success:
-        return image_answer(result)
+        return await asyncio.to_thread(image_answer, result)
     retryable = result.errors and result.errors[0].retryable
     return answer(result, headers={"Retry-After": str(state.queue.retry_after)} if retryable else None)
 

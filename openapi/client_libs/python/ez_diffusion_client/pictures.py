@@ -85,8 +85,9 @@ def picture_bytes(
     if re.match("https?://", text, re.IGNORECASE):
         return _fetched(text)
     encoded = text.partition(",")[2] if text[:5].lower() == "data:" else text
+    compact = "".join(encoded.split()).rstrip("=").replace("-", "+").replace("_", "/")  # as a server reads it
     try:
-        return base64.b64decode(encoded, validate=True)
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
     except ValueError:
         raise UnexpectedAnswer(f"the image of the result is neither base64 nor a URL: {text[:60]!r}") from None
 
