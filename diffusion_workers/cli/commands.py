@@ -57,7 +57,7 @@ from ez_diffusion_client.models import (
     PreprocessRequest,
     ProgressEvent,
 )
-from ez_diffusion_client.pictures import picture_bytes
+from ez_diffusion_client.pictures import image_data
 from ez_diffusion_client.progress import ProgressBar
 from ez_diffusion_client.receipts import save_map
 
@@ -527,7 +527,7 @@ def command_preprocess(arguments: argparse.Namespace) -> int:  # the exit code
         return fail(result, arguments)
     found = present(result.control_map)
     if output.is_stdout:
-        sys.stdout.buffer.write(picture_bytes(found.image))
+        sys.stdout.buffer.write(image_data(found.image))
         return 0
     path = save_map(found, paths[0])
     if arguments.json:

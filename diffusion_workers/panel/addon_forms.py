@@ -32,7 +32,7 @@ from ez_diffusion_client.models import (
     PreprocessorParameter,
     PreprocessRequest,
 )
-from ez_diffusion_client.pictures import picture_bytes
+from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #076b2a9b
 class ImageField(widgets.VBox):
@@ -72,7 +72,7 @@ def file_of(
     "The bytes of an image in a request."
     if not text or text.lower().startswith(("http://", "https://")):
         return text or None
-    return picture_bytes(text)
+    return image_data(text)
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #52800ec3
 class LoraRow(widgets.HBox):
@@ -270,7 +270,7 @@ class MapPreview(widgets.VBox):
         self.message.value = ""
         with self.map.hold_sync():
             self.map.format = "png"
-            self.map.value = picture_bytes(result.control_map.image)
+            self.map.value = image_data(result.control_map.image)
         self.map.layout.display = None
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #a1f721f1

@@ -31,7 +31,7 @@ from ..request.errors import RequestError, logger, parse, request_error
 from ..request.schema import field_at, set_value
 from ez_diffusion_client.frames import import_pandas, plan_columns
 from ez_diffusion_client.models import ErrorCode, ErrorDetail, GenerationPlan, GenerationRequest, OpResult, OpStatus
-from ez_diffusion_client.pictures import picture_bytes
+from ez_diffusion_client.pictures import image_data
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -563,7 +563,7 @@ class Grid:
             made = cell.result.generation.images[0]
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"{number:03}.{made.format.value}"
-            file.write_bytes(picture_bytes(made.image))
+            file.write_bytes(image_data(made.image))
             links[id(cell)] = f"{folder.name}/{file.name}"
         return links
 

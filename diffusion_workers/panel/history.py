@@ -31,7 +31,7 @@ from ..request.metadata import read_metadata
 from ..request.schema import IMAGE_FIELDS, set_value
 from ez_diffusion_client.frames import import_pandas, plan_columns
 from ez_diffusion_client.models import GenerationPlan, GenerationRequest, OpResult
-from ez_diffusion_client.pictures import picture_bytes
+from ez_diffusion_client.pictures import image_data
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -132,7 +132,7 @@ def _keep_inputs(folder: Path, request: GenerationRequest) -> dict[str, Path]:  
     for path, text in _image_fields(request).items():
         if text.lower().startswith(("http://", "https://")):
             continue
-        data = picture_bytes(text)
+        data = image_data(text)
         ending = (sniff_format(data) or "bin").lower()
         file = folder / "inputs" / f"{hashlib.sha256(data).hexdigest()[:32]}.{ending}"
         if not file.exists():
@@ -175,7 +175,7 @@ class ImageHistory:
         timings = result.generation.timings
         seconds = None if timings is None else timings.total_seconds
         return [
-            self._add(request, made.seed, picture_bytes(made.image), made.format.value, {"seconds": seconds})
+            self._add(request, made.seed, image_data(made.image), made.format.value, {"seconds": seconds})
             for made in result.generation.images
         ]
 

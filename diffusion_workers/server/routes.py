@@ -36,7 +36,7 @@ from ez_diffusion_client.models import (
     PreprocessRequest,
     RestoreRequest,
 )
-from ez_diffusion_client.pictures import picture_bytes
+from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/70_server/04_routes.ipynb #add9c6c2
 Body = TypeVar("Body", GenerationRequest, PreprocessRequest, RestoreRequest)
@@ -93,7 +93,7 @@ def image_answer(result: OpResult) -> Response:
     images = result.generation.images
     image = images[0]
     headers = {"X-Seed": str(image.seed), "X-Image-Count": str(len(images))}
-    return Response(picture_bytes(image.image), 200, headers, media_type=f"image/{image.format.value}")
+    return Response(image_data(image.image), 200, headers, media_type=f"image/{image.format.value}")
 
 # %% ../../nbs/70_server/04_routes.ipynb #225f4551
 logger = logging.getLogger("diffusion_workers.server")

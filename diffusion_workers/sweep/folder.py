@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from ..request.errors import RequestError, logger, parse, shorten
 from ez_diffusion_client.models import GenerationRequest, OpResult, OpStatus, OutputFormat
-from ez_diffusion_client.pictures import picture_bytes, request_body
+from ez_diffusion_client.pictures import image_data, request_body
 
 # %% ../../nbs/72_sweep/01_folder.ipynb #172bc4bb
 Request = GenerationRequest | Mapping[str, Any]
@@ -131,7 +131,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 # %% ../../nbs/72_sweep/01_folder.ipynb #e5d4191c
 async def _image_bytes(text: str) -> bytes:  # base64 text, or a link into the bucket of a worker
-    return await asyncio.to_thread(picture_bytes, text)
+    return await asyncio.to_thread(image_data, text)
 
 
 async def _in_files(
