@@ -314,7 +314,8 @@ class ControlUnit(widgets.VBox):
         "Offer the ControlNets of a model."
         self.controlnets = list(controlnets)
         notes = {controlnet.name: availability_note(controlnet) for controlnet in self.controlnets}
-        self.form.fields["model"].offer(notes, notes=notes)
+        only = next(iter(notes)) if len(notes) == 1 else None  # which a unit without a name takes
+        self.form.fields["model"].offer(notes, only, notes)
         self._offer_preprocessors()
 
     def values(self) -> dict[str, Any]:

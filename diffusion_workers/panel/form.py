@@ -36,6 +36,7 @@ _LABELS = {
     "vae_tiling": "VAE tiling",
     "dtype": "dtype",
     "conditioning_scale": "Weight",
+    "preprocessing.name": "Preprocessor",
 }
 CHOICES = {  # choices as people know them from other programs
     "ddim": "DDIM",
@@ -81,7 +82,7 @@ SLIDERS = {  # field -> lowest, highest and step of its slider; the text field t
 def field_label(info: FieldInfo) -> str:
     "The name of a field as a form shows it."
     name = str(info.path[-1])
-    return _LABELS.get(name, name.replace("_", " ").capitalize())
+    return _LABELS.get(info.name) or _LABELS.get(name, name.replace("_", " ").capitalize())
 
 
 def alert(
