@@ -54,7 +54,7 @@ class ImageView(widgets.Image):
         with self.hold_sync():
             self.format = format
             self.value = data
-            self.layout.width = f"{max(256, width)}px"
+            self.layout.width = f"{max(384, width)}px"
             self.layout.display = None
         self.remove_class("dw-emerging")
         self.remove_class("dw-past")
