@@ -1,5 +1,6 @@
 /** An image for the request: dropped, pasted, chosen, or dragged from the gallery. */
 import { useRef, useState } from 'preact/hooks';
+import { touch } from './errors';
 import { Errors, usePlace } from './fields';
 import { addImage, imageAt, reference } from './images';
 import { edit, itemAt, value } from './state';
@@ -53,7 +54,7 @@ export function ImageInput({ path, title, description, actions, beside }: ImageI
   };
   const size = image && `${image.width} × ${image.height}`;
   return (
-    <div class="field wide" ref={place} title={description}>
+    <div class="field wide" ref={place} title={description} onFocusOut={() => touch(path)}>
       <div class="label-row">
         <span class="label">{title}</span>
         {size && <span class="note">{size}</span>}

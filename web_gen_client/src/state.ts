@@ -1,7 +1,7 @@
 /** The state of the page: the form, the server, the gallery, and what is on the stage. */
 import { computed, effect, signal } from '@preact/signals';
 import { connect, type GenerationPlan, type GenerationRequest, type Health, type ModelList } from 'ez-diffusion-client';
-import { clearErrors } from './errors';
+import { clearErrors, forgetTouched } from './errors';
 import { get, isObject, set, type Json, type JsonObject } from './paths';
 import { bringBack, withData } from './images';
 import type { Schema } from './schema';
@@ -56,6 +56,7 @@ export function replaceForm(next: JsonObject, lockSeed: boolean): void {
   form.value = { ...EMPTY_FORM, ...next };
   seedLocked.value = lockSeed;
   clearErrors();
+  forgetTouched();
 }
 
 /** The request that a form stands for, with the data of its images. */

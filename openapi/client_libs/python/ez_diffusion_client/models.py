@@ -1611,6 +1611,20 @@ class ModelInfo(CompactModel):
     loras: list[StrictStr] | None = None
     controlnets: list[ControlNetInfo] | None = None
     profiles: list[ProfileInfo] | None = None
+    trigger_words: Annotated[
+        dict[str, list[StrictStr]] | None,
+        Field(
+            description="Words for the prompt that a LoRA was trained with, by the name of the LoRA"
+        ),
+    ] = None
+    unused_fields: Annotated[
+        list[StrictStr] | None,
+        Field(description="Request fields that have no effect on this model"),
+    ] = None
+    size_multiple: Annotated[
+        StrictInt | None,
+        Field(description="Width and height are multiples of it, in pixels"),
+    ] = None
 
 
 class ModelList(ModelListMethods):

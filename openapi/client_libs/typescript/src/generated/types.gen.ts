@@ -1325,6 +1325,20 @@ export type ModelInfo = {
     loras?: Array<string> | null;
     controlnets?: Array<ControlNetInfo> | null;
     profiles?: Array<ProfileInfo> | null;
+    /**
+     * Words for the prompt that a LoRA was trained with, by the name of the LoRA
+     */
+    trigger_words?: {
+        [key: string]: Array<string>;
+    } | null;
+    /**
+     * Request fields that have no effect on this model
+     */
+    unused_fields?: Array<string> | null;
+    /**
+     * Width and height are multiples of it, in pixels
+     */
+    size_multiple?: number | null;
 };
 
 /**
