@@ -461,6 +461,7 @@ def test_grid_and_comparison(page: Page) -> None:
     page.locator("button.cell").first.click()
     first = read_metadata(shown_file(page)).plan
     assert (first.num_inference_steps, first.guidance_scale) == (2, 1)
+    page.get_by_role("button", name="More for this image").click()
     page.get_by_role("button", name="Compare").click()
     page.locator(".thumbs button:not([aria-pressed=true])").first.click()
     rows = page.locator(".differences tbody th").all_inner_texts()
@@ -484,6 +485,7 @@ def test_copied_requests_run(page: Page, server: str, tmp_path) -> None:
     wanted = pixels(generate(page))
     copied = {}
     for name in ("JSON", "curl", "Python"):
+        page.get_by_role("button", name="More for the form").click()
         page.get_by_role("form").get_by_role("button", name=f"Copy as {name}").click()
         expect(page.locator(".status")).to_have_text(f"Copied as {name}.")
         copied[name] = page.evaluate("navigator.clipboard.readText()")

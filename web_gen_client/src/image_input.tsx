@@ -14,6 +14,12 @@ export function blobIn(data: DataTransfer | null): Blob | undefined {
   return item?.blob ?? [...(data?.files ?? [])].find((file) => file.type.startsWith('image/'));
 }
 
+/** Why nothing of what was dropped is an image. */
+export function problemWith(data: DataTransfer | null): string {
+  const [file] = data?.files ?? [];
+  return file ? `${file.name} is not an image: drop a PNG, JPEG or WebP file.` : 'No image was dropped.';
+}
+
 interface ImageInputProps {
   path: string;
   title: string;
@@ -31,8 +37,8 @@ export function ImageInput({ path, title, description, actions, beside }: ImageI
   const [over, setOver] = useState(false);
   const image = imageAt(value(path));
 
-  const take = async (blob: Blob | undefined) => {
-    if (!blob) return setProblem('This is not an image.');
+  const take = async (blob: Blob | undefined, otherwise = '') => {
+    if (!blob) return setProblem(otherwise);
     try {
       setProblem('');
       edit(path, reference(await addImage(blob)));
@@ -44,7 +50,7 @@ export function ImageInput({ path, title, description, actions, beside }: ImageI
     event.preventDefault();
     event.stopPropagation();
     setOver(false);
-    void take(blobIn(event.dataTransfer));
+    void take(blobIn(event.dataTransfer), problemWith(event.dataTransfer));
   };
   const paste = (event: ClipboardEvent) => {
     if (!blobIn(event.clipboardData)) return;
