@@ -178,7 +178,11 @@ def test_a_control_from_a_photo_to_a_replay(tiny: Path, capsys: pytest.CaptureFi
 def test_lists_name_nets_and_preprocessors(tiny: Path, capsys: pytest.CaptureFixture) -> None:
     "Models list their ControlNets, union ControlNets their modes, and preprocessors the bounds of their parameters."
     assert main(["models"]) == 0
-    assert "ControlNets: all (union: openpose, depth, " in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "ControlNets: all (union: openpose, depth, " in listed
+    rows = {line[2:].split()[0]: line for line in listed.splitlines() if not line.startswith("    ")}
+    assert rows["sdxl-base-1.0"].endswith(("Stable Diffusion XL 1.0, missing", "1.0, download, about 7 GB"))
+    assert rows["shapes-flux"].endswith("Shapes (Flux)")
     assert main(["preprocessors", "--json"]) == 0
     canny = json.loads(capsys.readouterr().out)[0]
     assert (canny["name"], canny["union_modes"], canny["needs_weights"]) == ("canny", ["canny"], False)

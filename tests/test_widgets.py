@@ -1,7 +1,7 @@
 """The panels in JupyterLab in Chromium, with the built-in model: one session, as a user goes through it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np

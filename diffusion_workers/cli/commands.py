@@ -46,7 +46,7 @@ from diffusion_workers.cli.outputs import (
 from .remote import add_remote_options, is_remote, remote_call, remote_generate
 from ..request.errors import error_line, nearest_name, parse, request_error
 from ..request.schema import field_at, set_value, typed_value
-from ez_diffusion_client.display import plan_rows
+from ez_diffusion_client.display import availability_note, plan_rows
 from ez_diffusion_client.models import (
     ControlMap,
     ErrorCode,
@@ -357,7 +357,7 @@ def add_models_options(parser: argparse.ArgumentParser) -> None:
 
 def command_models(arguments: argparse.Namespace) -> int:  # the exit code
     "List the models."
-    from diffusion_workers.models.store import model_list
+    from diffusion_workers.models.listing import model_list
 
     if is_remote(arguments):
         store, listed = None, remote_call(arguments, lambda client: client.models())
@@ -371,7 +371,8 @@ def command_models(arguments: argparse.Namespace) -> int:  # the exit code
             mark = "*" if model.name == listed.default else " "
             family = model.family.value if model.kind == "standard" else f"{model.family.value} {model.kind.value}"
             size = f"{model.width}x{model.height:<6}"
-            print(f"{mark} {model.name:20} {family:6} {size} {model.source:36} {model.title or ''}")
+            about = ", ".join(filter(None, [model.title, availability_note(model)]))
+            print(f"{mark} {model.name:20} {family:6} {size} {model.source:36} {about}")
             for line in _addon_lines(store[model.name]) if store is not None else _remote_addon_lines(model):
                 print(line)
     for name, error in store.errors.items() if store is not None else ():

@@ -167,7 +167,7 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
 
 def show_request(arguments: argparse.Namespace) -> int:  # the exit code
     "Print the request that an image, also of another program, was made with."
-    from diffusion_workers.models.store import model_list
+    from diffusion_workers.models.listing import model_list
     from diffusion_workers.planning.replay import restore_result
 
     store = read_models(arguments)

@@ -555,6 +555,9 @@ class ModelManifest(_Section):
     title: Text | None = None  # for people
     description: Text | None = None
     license: Text | None = None
+    download_gb: Annotated[float, Field(strict=True, gt=0, le=100000)] | None = (
+        None  # about how much the Hub sends before the first image, for people
+    )
     dtype: Dtype = "auto"  # of the weights in memory
     variant: Name | None = None  # of the files, such as fp16
     tasks: tuple[Task, ...] = tuple(Task)  # at least one
@@ -615,11 +618,11 @@ class ModelManifest(_Section):
 
     @property
     def sha256(self) -> str:
-        "Of everything but the name, in a canonical form."
-        usual = (
-            {"memory"} if self.memory == MemorySettings() else set()
-        )  # receipts from before there was this section stay true
-        content = self.model_dump(mode="json", by_alias=True, exclude={"name"} | usual)
+        "Of everything but the name and the size of the download, in a canonical form."
+        left_out = {"name", "download_gb"}
+        if self.memory == MemorySettings():  # receipts from before there was this section stay true
+            left_out.add("memory")
+        content = self.model_dump(mode="json", by_alias=True, exclude=left_out)
         for section in (content["defaults"], *content["profiles"].values()):  # neither had these fields
             for field in _LATER_FIELDS:
                 if section.get(field, "") is None:

@@ -21,6 +21,7 @@ from .form import Groups, SchemaForm, alert, error_html
 from .mask_canvas import ImageSource
 from ..request.errors import failure, parse
 from ..request.schema import IMAGE_FIELDS, schema_fields
+from ez_diffusion_client.display import availability_note
 from ez_diffusion_client.models import (
     ControlNetInfo,
     ControlNetUnit,
@@ -312,7 +313,8 @@ class ControlUnit(widgets.VBox):
     def offer(self, controlnets: Iterable[ControlNetInfo]) -> None:
         "Offer the ControlNets of a model."
         self.controlnets = list(controlnets)
-        self.form.fields["model"].offer([controlnet.name for controlnet in self.controlnets])
+        notes = {controlnet.name: availability_note(controlnet) for controlnet in self.controlnets}
+        self.form.fields["model"].offer(notes, notes=notes)
         self._offer_preprocessors()
 
     def values(self) -> dict[str, Any]:

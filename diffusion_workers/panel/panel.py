@@ -22,6 +22,7 @@ from PIL import Image
 
 from ..families.record import Family
 from ..families.registry import FAMILIES
+from ..families.schedulers import facts_of_class
 from .addon_forms import ControlUnit, ControlUnits, ImageField, LoraList, file_of
 from .elements import CodeView, CompareSlider, Gallery, thumbnail
 from .form import START_IMAGE, FieldWidget, SchemaForm, check, request_sections
@@ -34,8 +35,9 @@ from ..planning.plan import DRAWN_SEED
 from ..planning.replay import plan_differences
 from ..request.errors import error_line, logger, parse, request_error
 from ..request.images import to_image_string
-from ..request.schema import IMAGE_FIELDS, split_path
+from ..request.schema import IMAGE_FIELDS, get_value, split_path
 from ez_diffusion_client import Client, Server
+from ez_diffusion_client.display import availability_note
 from ez_diffusion_client.models import (
     ErrorCode,
     ErrorDetail,
@@ -203,7 +205,14 @@ class StartImage(widgets.VBox):
 
 # %% ../../nbs/73_panel/11_panel.ipynb #47e4e142
 RESTORE = "Restore from an image"
-_FROM_MODEL = ("width", "height", "num_inference_steps", "guidance_scale")  # whose defaults are the model's
+_FROM_MODEL = (
+    "width",
+    "height",
+    "num_inference_steps",
+    "guidance_scale",
+    "scheduler",
+)  # whose defaults are the model's
+_NO_PLANNED_DEFAULT = ("model", "prompt", "prompt_2", "negative_prompt_2", "profile")  # in a plan and no default
 RATIOS = {"1:1": 1, "5:4": 5 / 4, "4:3": 4 / 3, "3:2": 3 / 2, "16:9": 16 / 9, "21:9": 21 / 9}
 
 
@@ -324,12 +333,17 @@ class RequestForm(widgets.VBox):
         self.sizes = SizeTools(fields["width"], fields["height"])
         shown = list(self.main.children)
         shown.insert(shown.index(fields["height"]) + 1, self.sizes)
+        self.about = widgets.HTML("")  # the chosen model in one line
+        self.about.add_class("dw-hint")
+        self.about.add_class("dw-model-about")
+        shown.insert(shown.index(fields["model"]) + 1, self.about)
         self.main.children = shown
         super().__init__([self.main, self.seed], layout=widgets.Layout(width="auto"))
         fields["num_images"].show_default("1")
         if self.models:
             model = self.main.fields["model"]
-            model.offer(self.models, self.default_model)
+            notes = {name: availability_note(info) for name, info in self.models.items()}
+            model.offer(self.models, self.default_model, notes)
             model.control.observe(lambda change: self._model_changed(), "value")
             self._model_changed()
 
@@ -390,18 +404,31 @@ class RequestForm(widgets.VBox):
 
     def show_plan(self, plan: GenerationPlan) -> None:
         "Show the values that a plan has for empty fields."
-        shown = {
-            "width": plan.width,
-            "height": plan.height,
-            "num_inference_steps": plan.num_inference_steps,
-            "guidance_scale": plan.guidance_scale,
+        values = plan.model_dump(mode="json", exclude_none=True)
+        values["scheduler"] = self._planned_scheduler(plan)
+        for name, field in self._planned_fields().items():
+            value = get_value(values, field.info.path)
+            if field.read() is None and not (value is None and name in ("step_cache.method", *_FROM_MODEL)):
+                field.show_default(field.info.default if value is None else value)
+
+    def _planned_scheduler(self, plan: GenerationPlan) -> str | None:
+        planned = plan.scheduler
+        if planned is None or planned.name is not None:
+            return planned and planned.name.value
+        facts = facts_of_class(planned.class_name)
+        if facts is not None:
+            return facts.name.value
+        kept = planned.class_name == "model default"
+        return self.model.scheduler if kept and self.model else planned.class_name.removesuffix("Scheduler")
+
+    def _planned_fields(self) -> dict[str, FieldWidget]:  # those whose default a plan tells
+        forms = (*self.forms.values(), self.start.form)
+        return {
+            name: field
+            for form in forms
+            for name, field in form.fields.items()
+            if field.info.path[0] in GenerationPlan.model_fields and name not in _NO_PLANNED_DEFAULT
         }
-        for name, value in shown.items():
-            if value is not None and self.main.fields[name].read() is None:
-                self.main.fields[name].show_default(f"{value:g}")
-        strength = self.start.form.fields["strength"]
-        if plan.strength is not None and strength.read() is None:
-            strength.show_default(f"{plan.strength:g}")
 
     def _active(self, name: str) -> str:
         if name == START_IMAGE:
@@ -422,10 +449,12 @@ class RequestForm(widgets.VBox):
         info = self.model
         if info is None:
             return
-        for name in _FROM_MODEL:
-            value = getattr(info, name)
-            self.main.fields[name].show_default("" if value is None else f"{value:g}")
+        about = [info.title or "", availability_note(info), info.license or ""]
+        self.about.value = html.escape(", ".join(filter(None, about)))
+        self.about.tooltip = info.description
         self._show_family(FAMILIES.get(info.family), info)
+        for name, field in self._planned_fields().items():
+            field.show_default(getattr(info, name) if name in _FROM_MODEL else field.info.default)
         profiles = [profile.name for profile in info.profiles or () if profile.name != "exact"]
         self.forms["Acceleration"].fields["profile"].offer(["exact", *profiles])
         self.loras.offer(info.loras or ())
@@ -631,6 +660,7 @@ TWO_COLUMNS = {  # the sections below the form; in a narrow page one column, wit
     "width": "100%",
 }
 PLAN_SECONDS = 0.4  # after the last change of the form
+_ANY_PROMPT = "an image"  # to plan a request before a prompt is typed, for the defaults that the form shows
 ACTIONS = {  # label of a button below the image -> the method that it calls
     "Reuse all": "reuse_all",
     "Prompt": "reuse_prompt",
@@ -890,14 +920,16 @@ class GenerationPanel(widgets.VBox):
         self._touched = self._touched or bool(prompt)
         self.form.show_errors(errors)
         self.form.show_active()
-        if not errors and prompt:
+        if not errors:
             self._ask_plan()
 
     def _ask_plan(self) -> None:  # a moment after the last change, in the background
         if self.backend.plan is None:
             return
         self._asked += 1
-        timer = threading.Timer(PLAN_SECONDS, self._show_plan, [self._asked, self.request])
+        values = self.form.values()
+        request = parse(GenerationRequest, values | {"prompt": values["prompt"] or _ANY_PROMPT})
+        timer = threading.Timer(PLAN_SECONDS, self._show_plan, [self._asked, request])
         timer.daemon = True
         timer.start()
 
@@ -915,7 +947,7 @@ class GenerationPanel(widgets.VBox):
             self.form.show_errors(result.errors or [])
             if result.plan is not None:
                 self.form.show_plan(result.plan)
-            self.stage.outlook.value = outlook(result)
+            self.stage.outlook.value = outlook(result) if request.prompt != _ANY_PROMPT else ""
 
     def _with_seed(
         self, values: dict[str, Any]

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 from .stop_button import wait_with_stop
 from ..planning.replay import restore_result
-from ..request.errors import RequestError, failure, logger, request_error
+from ..request.errors import RequestError, failure, failures_shown, logger, request_error
 from ez_diffusion_client.errors import ClientError, NotOffered, RequestFailed
 from ez_diffusion_client.models import (
     ErrorCode,
@@ -184,7 +184,17 @@ def backend_of(
         raise TypeError(
             f"{type(generate).__name__} cannot generate: give a DiffusionService, a client, or a function of a request"
         )
-    return Backend(call, **found, pace=_pace_of(owner), owner=generate if owner is None else owner)
+    shown = {name: method if name == "submit" else _quietly(method) for name, method in found.items()}
+    return Backend(call, **shown, pace=_pace_of(owner), owner=generate if owner is None else owner)
+
+
+def _quietly(method: Callable[..., Any]) -> Callable[..., Any]:  # for a form, which shows the errors itself
+    @wraps(method)
+    def call(*args, **kwargs):
+        with failures_shown():
+            return method(*args, **kwargs)
+
+    return call
 
 # %% ../../nbs/73_panel/04_runs.ipynb #2b494b62
 _running: "weakref.WeakSet[Run]" = weakref.WeakSet()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'STATUS_OF_CODE', 'RETRYABLE_CODES', 'RENAMED_FIELDS', 'FOREIGN_FIELD_NAMES', 'Model', 'MAX_ERRORS',
            'RequestError', 'shorten', 'error_detail', 'request_error', 'describe_field', 'field_path', 'nearest_name',
-           'renamed_field', 'parse', 'is_out_of_memory', 'failure', 'warning']
+           'renamed_field', 'parse', 'is_out_of_memory', 'failure', 'warning', 'failures_shown', 'are_failures_shown']
 
 # %% ../../nbs/10_request/01_errors.ipynb #da29ae5c
 import difflib
@@ -14,6 +14,9 @@ import json
 import logging
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from fastcore.meta import delegates
@@ -396,3 +399,21 @@ def warning(
     "A note about something that was rounded, ignored, converted or cut off."
     shown = [None if value is None else shorten(value) for value in (given, used)]
     return RequestWarning(field=field, message=message, given=shown[0], used=shown[1])
+
+# %% ../../nbs/10_request/01_errors.ipynb #e879c7d4
+_shown_by_caller: ContextVar[bool] = ContextVar("shown_by_caller", default=False)
+
+
+@contextmanager
+def failures_shown() -> Iterator[None]:
+    "Inside the block, a failed call of a service is only returned: the caller shows its errors."
+    token = _shown_by_caller.set(True)
+    try:
+        yield
+    finally:
+        _shown_by_caller.reset(token)
+
+
+def are_failures_shown() -> bool:
+    "Whether the caller shows the errors of a failed call."
+    return _shown_by_caller.get()

@@ -28,8 +28,9 @@ from diffusers import DiffusionPipeline
 from ..control.detectors import PreprocessorStore
 from ..control.preprocessors import preprocessor_list
 from ..lora.layers import LoraStore
+from ..models.listing import model_list
 from ..models.manifest import ModelManifest
-from ..models.store import ManifestStore, load_manifests, model_list
+from ..models.store import ManifestStore, load_manifests
 from ..pipeline.factory import PipelineFactory
 from diffusion_workers.pipeline.hooks import (
     Hooks,
@@ -54,7 +55,15 @@ from diffusion_workers.planning.inputs import (
 )
 from ..planning.plan import check_scheduler, plan_scheduler
 from ..planning.replay import restore_request, restore_result
-from ..request.errors import RequestError, failure, logger, nearest_name, parse, request_error
+from diffusion_workers.request.errors import (
+    RequestError,
+    are_failures_shown,
+    failure,
+    logger,
+    nearest_name,
+    parse,
+    request_error,
+)
 from ..request.images import ImagePolicy, to_image_string
 from ..request.schema import takes_fields_of
 from .batching import BatchPolicy
@@ -538,9 +547,11 @@ class DiffusionService:
 
     def _returned(self, operation: str, result: OpResult) -> OpResult:
         "What a call hands back: a failure is raised or logged, so that it is seen where the result is only assigned."
-        if not result.ok and self.raise_errors:
+        if result.ok or are_failures_shown():
+            return result
+        if self.raise_errors:
             result.raise_for_status()
-        if not result.ok and self.log_failures:
+        if self.log_failures:
             logger.warning("%s", failure_text(operation, result))
         return result
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .models import (
         ControlMap,
+        ControlNetInfo,
         DeviceMemory,
         ErrorDetail,
         GeneratedImage,
@@ -328,6 +329,16 @@ class MemoryReportMethods(CompactModel):
         return "\n".join(lines)
 
 
+def availability_note(
+    info: "ModelInfo | ControlNetInfo",
+) -> str:  # empty where the weights are there, or where nobody knows
+    """What stands between a model and its first image: a download, with its size where it is known, or missing files."""
+    if info.availability == "download":
+        size = getattr(info, "download_gb", None)
+        return f"download, about {size:g} GB" if size else "download"
+    return "missing" if info.availability == "missing" else ""
+
+
 class ModelListMethods(CompactModel):
     """A list of models as a table in a notebook."""
 
@@ -341,6 +352,8 @@ class ModelListMethods(CompactModel):
             marks = " (default)" if info.name == self.default else ""
             if info.loaded:
                 marks += ", loaded"
+            if note := availability_note(info):
+                marks += f", {note}"
             size = f"{info.width} x {info.height} | {info.num_inference_steps}"
             addons = f"{_names(info.controlnets)} | {_names(info.loras)} | {_names(info.profiles)}"
             lines.append(f"| **{info.name}**{marks} | {info.family.value} | {size} | {addons} |")

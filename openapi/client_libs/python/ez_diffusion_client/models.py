@@ -1523,17 +1523,14 @@ class JobState(StrEnum):
     cancelled = "cancelled"
 
 
-class ControlNetInfo(CompactModel):
-    model_config = ConfigDict(
-        extra="forbid",
-    )
-    name: StrictStr
-    union: StrictBool
-    union_modes: Annotated[
-        list[UnionModeName] | None,
-        Field(description="Kinds of maps that a union ControlNet takes"),
-    ] = None
-    preprocessors: list[StrictStr] | None = None
+class Availability(StrEnum):
+    """
+    Where weights are: `available` on the server, `download`ed from the Hub when they are first used, or `missing` (the folder lacks them, or the server may not download)
+    """
+
+    available = "available"
+    download = "download"
+    missing = "missing"
 
 
 class ProfileInfo(CompactModel):
@@ -1656,6 +1653,20 @@ class Job(CompactModel):
     result: OpResult | None = None
 
 
+class ControlNetInfo(CompactModel):
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    name: StrictStr
+    union: StrictBool
+    union_modes: Annotated[
+        list[UnionModeName] | None,
+        Field(description="Kinds of maps that a union ControlNet takes"),
+    ] = None
+    preprocessors: list[StrictStr] | None = None
+    availability: Availability | None = None
+
+
 class ModelInfo(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -1667,11 +1678,28 @@ class ModelInfo(CompactModel):
     kind: ModelKind = ModelKind.standard
     source: StrictStr
     loaded: StrictBool
+    availability: Annotated[
+        Availability | None,
+        Field(description="Of its weights, without ControlNets, LoRAs and refiner"),
+    ] = None
+    download_gb: Annotated[
+        StrictFloat | None,
+        Field(
+            description="About how much is downloaded before the first image; absent where nothing is, or nobody knows"
+        ),
+    ] = None
+    license: StrictStr | None = None
     tasks: list[Task] | None = None
     width: Annotated[StrictInt | None, Field(description="Default, in pixels")] = None
     height: Annotated[StrictInt | None, Field(description="Default, in pixels")] = None
     num_inference_steps: StrictInt | None = None
     guidance_scale: StrictFloat | None = None
+    scheduler: Annotated[
+        StrictStr | None,
+        Field(
+            description="Default: a SchedulerName, or a class of diffusers that has no name here; absent where it is not known before the model is loaded"
+        ),
+    ] = None
     loras: list[StrictStr] | None = None
     controlnets: list[ControlNetInfo] | None = None
     profiles: list[ProfileInfo] | None = None

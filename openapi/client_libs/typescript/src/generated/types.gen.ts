@@ -1345,7 +1345,22 @@ export type ControlNetInfo = {
      */
     union_modes?: Array<UnionModeName> | null;
     preprocessors?: Array<string> | null;
+    availability?: Availability | null;
 };
+
+/**
+ * Where weights are: `available` on the server, `download`ed from the Hub when they are first used, or `missing` (the folder lacks them, or the server may not download)
+ */
+export const Availability = {
+    AVAILABLE: 'available',
+    DOWNLOAD: 'download',
+    MISSING: 'missing'
+} as const;
+
+/**
+ * Where weights are: `available` on the server, `download`ed from the Hub when they are first used, or `missing` (the folder lacks them, or the server may not download)
+ */
+export type Availability = typeof Availability[keyof typeof Availability];
 
 export type ModelInfo = {
     name: string;
@@ -1355,6 +1370,15 @@ export type ModelInfo = {
     kind?: ModelKind;
     source: string;
     loaded: boolean;
+    /**
+     * Of its weights, without ControlNets, LoRAs and refiner
+     */
+    availability?: Availability | null;
+    /**
+     * About how much is downloaded before the first image; absent where nothing is, or nobody knows
+     */
+    download_gb?: number | null;
+    license?: string | null;
     tasks?: Array<Task> | null;
     /**
      * Default, in pixels
@@ -1366,6 +1390,10 @@ export type ModelInfo = {
     height?: number | null;
     num_inference_steps?: number | null;
     guidance_scale?: number | null;
+    /**
+     * Default: a SchedulerName, or a class of diffusers that has no name here; absent where it is not known before the model is loaded
+     */
+    scheduler?: string | null;
     loras?: Array<string> | null;
     controlnets?: Array<ControlNetInfo> | null;
     profiles?: Array<ProfileInfo> | null;
