@@ -1,4 +1,5 @@
 /** The form: what to make. */
+import type { ModelInfo } from 'ez-diffusion-client';
 import { useEffect, useState } from 'preact/hooks';
 import { Controls, Loras } from './addons';
 import { copyButtons } from './copy_menu';
@@ -73,6 +74,29 @@ function Prompt({ name, rows, known }: { name: 'prompt' | 'negative_prompt'; row
   );
 }
 
+/** Whether the weights of a model have to come first. */
+function weightsNote({ availability, download_gb: size }: ModelInfo): string {
+  if (availability === 'missing') return ' · not here';
+  if (availability !== 'download') return '';
+  return size ? ` · download ${size} GB` : ' · download';
+}
+
+/** What will happen before the first image of a model whose weights are not here. */
+function WeightsNotice() {
+  const found = model.value;
+  if (!found || found.loaded || !found.availability || found.availability === 'available') return null;
+  const licence = found.license ? ` Licence: ${found.license}.` : '';
+  const size = found.download_gb ? `about ${found.download_gb} GB` : 'its weights';
+  return (
+    <p class="weights" role="note">
+      {found.availability === 'missing'
+        ? `The weights of ${found.name} are not on the server, which does not download them.`
+        : `Generate downloads ${size} first, once.`}
+      {licence}
+    </p>
+  );
+}
+
 function ModelChoice() {
   const chosen = value('model');
   const found = model.value;
@@ -87,6 +111,7 @@ function ModelChoice() {
           <span class="note">
             {found.family}
             {found.loaded ? ', loaded' : ''}
+            {found.license && found.availability !== 'available' ? `, ${found.license}` : ''}
           </span>
         )
       }
@@ -104,6 +129,7 @@ function ModelChoice() {
           {models.value?.models.map((offered) => (
             <option key={offered.name} value={offered.name}>
               {offered.title ? `${offered.name} – ${offered.title}` : offered.name}
+              {weightsNote(offered)}
             </option>
           ))}
         </select>
@@ -322,6 +348,7 @@ export function Form() {
         <div class="general">
           <Errors path="" />
         </div>
+        <WeightsNotice />
         <DryRun />
         <div class="joined">
           <button type="submit" class="primary big">

@@ -38,7 +38,7 @@ function stateOf(job: RunningJob): string {
     case 'queued':
       return event.queue_position ? `Waiting, ${event.queue_position} before it` : 'Waiting';
     case 'load':
-      return 'Loading the model';
+      return event.message ? `Loading the model: ${event.message}` : 'Loading the model';
     case 'encode':
       return 'Encoding';
     case 'decode':
