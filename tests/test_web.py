@@ -461,6 +461,7 @@ def test_grid_and_comparison(page: Page) -> None:
     page.locator("button.cell").first.click()
     first = read_metadata(shown_file(page)).plan
     assert (first.num_inference_steps, first.guidance_scale) == (2, 1)
+    page.get_by_role("button", name="More for this image").click()
     page.get_by_role("button", name="Compare").click()
     page.locator(".thumbs button:not([aria-pressed=true])").first.click()
     rows = page.locator(".differences tbody th").all_inner_texts()
@@ -484,6 +485,7 @@ def test_copied_requests_run(page: Page, server: str, tmp_path) -> None:
     wanted = pixels(generate(page))
     copied = {}
     for name in ("JSON", "curl", "Python"):
+        page.get_by_role("button", name="More for the form").click()
         page.get_by_role("form").get_by_role("button", name=f"Copy as {name}").click()
         expect(page.locator(".status")).to_have_text(f"Copied as {name}.")
         copied[name] = page.evaluate("navigator.clipboard.readText()")
@@ -526,3 +528,50 @@ def contrast(first: list[float], second: list[float]) -> float:
     ]
     light, dark = sorted((0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in linear), reverse=True)
     return (light + 0.05) / (dark + 0.05)
+
+
+# --- the form ------------------------------------------------------------------
+
+
+def test_preprocessor_parameters_have_sliders(page: Page) -> None:
+    "A parameter with bounds has a slider with the server's bounds, and both ends of the pair follow each other."
+    fill(page, prompt=PROMPT)
+    unfold(page, "ControlNet")
+    page.get_by_role("button", name="Add a control").click()
+    slider = page.get_by_label("Low threshold, slider")
+    assert [slider.get_attribute(name) for name in ("min", "max", "step")] == ["0", "255", "1"]
+    slider.fill("40")
+    expect(page.locator('[data-path="controlnets[0].preprocessing.parameters.low_threshold"]')).to_have_value("40")
+
+
+def test_required_fields_turn_red_late(page: Page) -> None:
+    "A control without an image is not an error while it is being filled in; leaving the field or Generate shows it."
+    fill(page, prompt=PROMPT)
+    unfold(page, "ControlNet")
+    page.get_by_role("button", name="Add a control").click()
+    with page.expect_response("**/plan"):
+        fill(page, num_inference_steps=3)
+    expect(page.locator("details.section .badge.wrong")).to_have_count(0)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("details.section .badge.wrong")).to_have_text("1 error")
+    page.get_by_role("button", name="Remove control 1").click()
+    expect(page.locator("details.section .badge.wrong")).to_have_count(0)
+
+
+def test_any_lora_may_be_named(page: Page) -> None:
+    "Names are suggested, others can be typed; trigger words are shown and added by a click."
+    fill(page, prompt=PROMPT)
+    unfold(page, "LoRA")
+    page.get_by_role("button", name="+ heart").click()
+    page.get_by_role("button", name="heart", exact=True).click()
+    expect(page.locator("[data-path=prompt]")).to_have_value(f"{PROMPT}, heart")
+    name = page.locator('[data-path="loras[0].name"]')
+    suggested = page.locator(f"id={name.get_attribute('list')}").locator("option")
+    assert suggested.evaluate_all("all => all.map(one => one.value)") == ["outline", "night", "heart"]
+    name.fill("someone/another-lora")
+    page.get_by_role("button", name="Generate").click()
+    expect(name).to_have_attribute("aria-invalid", "true")
+    expect(name).to_have_value("someone/another-lora")
+    unfold(page, "ControlNet")
+    page.get_by_role("button", name="Add a control").click()
+    page.locator('[data-path="controlnets[0].model"]').fill("someone/another-controlnet")

@@ -159,6 +159,11 @@ def model_info(
         loras=list(manifest.loras),
         controlnets=controlnets,
         profiles=profiles,
+        trigger_words={
+            name: list(entry.trigger_words) for name, entry in manifest.loras.items() if entry.trigger_words
+        },
+        unused_fields=sorted(manifest.record.unused_fields),
+        size_multiple=manifest.record.size_multiple,
     )
 
 

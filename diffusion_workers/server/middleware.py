@@ -125,12 +125,13 @@ def set_up_logging(as_json: bool, level: int = logging.INFO) -> None:
 # %% ../../nbs/70_server/02_middleware.ipynb #20af677d
 OPEN_PATHS = (
     "/",
+    "/docs",
     "/health",
     "/ready",
     "/favicon.ico",
     "/favicon.svg",
-)  # need no token: the page itself, and the checks of a load balancer
-_OPEN_FOLDERS = ("/assets/",)
+)  # need no token: the page and the documentation, which ask for it, and the checks of a load balancer
+_OPEN_FOLDERS = ("/assets/", "/docs-assets/")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 

@@ -110,6 +110,9 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", action="append", metavar="FOLDER", help="a folder with manifests of your own; may be given again"
     )
+    parser.add_argument(
+        "--outputs", metavar="FOLDER", help="keep every image in this folder, which the gallery of the page shows"
+    )
     parser.epilog = "Token, limits, origins and more are environment variables: see nbs/00_settings/06_table.ipynb."
 
 
@@ -120,6 +123,7 @@ def serve_settings(arguments: argparse.Namespace) -> ServerSettings:
         "port": arguments.port,
         "default_model": arguments.model,
         "device": arguments.device,
+        "outputs": arguments.outputs,
     }
     settings = ServerSettings.from_environment(**{name: value for name, value in options.items() if value})
     folders = (*settings.model_folders, *map(Path, arguments.models or []))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Body', 'Result', 'logger', 'read_body', 'wanted_image', 'as_wanted', 'image_answer', 'ServerState', 'while_connected',
            'generate', 'plan', 'preprocess', 'restore', 'create_job', 'get_job', 'cancel_job', 'stream_job_events',
-           'list_models', 'memory_info', 'health', 'ready', 'metrics']
+           'list_models', 'memory_info', 'health', 'ready', 'metrics', 'list_outputs', 'get_output', 'change_output']
 
 # %% ../../nbs/70_server/04_routes.ipynb #0aebbf0d
 import asyncio
@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from fastapi.responses import FileResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from ..planning.inputs import PlannedMap, plan_map
@@ -28,6 +28,7 @@ from ..request.errors import failure, parse, request_error
 from .jobs import Job, JobQueue, is_url, request_images
 from .metrics import METRICS_TYPE, ServerMetrics, exposition
 from .middleware import HttpError, answer
+from ..service.outputs import OutputFolder
 from ..settings.server import ServerSettings
 from ez_diffusion_client import models as wire
 from ez_diffusion_client.models import (
@@ -36,6 +37,7 @@ from ez_diffusion_client.models import (
     HealthState,
     OpResult,
     OpStatus,
+    OutputChange,
     OutputFormat,
     PreprocessRequest,
     RestoreRequest,
@@ -43,7 +45,7 @@ from ez_diffusion_client.models import (
 from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/70_server/04_routes.ipynb #add9c6c2
-Body = TypeVar("Body", GenerationRequest, PreprocessRequest, RestoreRequest)
+Body = TypeVar("Body", GenerationRequest, PreprocessRequest, RestoreRequest, OutputChange)
 Result = TypeVar("Result")
 _LARGE = 1_000_000  # bytes from which a body is parsed beside the event loop
 
@@ -106,6 +108,7 @@ logger = logging.getLogger("diffusion_workers.server")
 
 _DOUBTFUL = (OpStatus.internal_error, OpStatus.out_of_memory)
 _TRIAL = {"prompt": "a circle", "seed": 0, "num_inference_steps": 1, "request_id": "trial"}
+_WARM_UP = "warm-up"
 _TRIAL_PAUSE = 30.0  # seconds between two trial images of a device that fails
 
 
@@ -120,10 +123,12 @@ class ServerState:
         self.one_map = asyncio.Semaphore(1)  # preprocessors run one at a time
         self.beside = 0  # requests that are worked on beside the queue: control maps, plans, restored settings
         self.reports = ThreadPoolExecutor(max_workers=1, thread_name_prefix="report")  # never waits for a host
+        self.outputs = OutputFolder(settings.outputs) if settings.outputs else None
         self.startup: list[wire.PhaseTime] = []
         self.trouble: str | None = None  # why the warm-up failed
         self._stop: asyncio.Task | None = None
         self._trial: asyncio.Task | None = None
+        self._saving: set[asyncio.Future] = set()
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def _finished(self, job: Job) -> None:
@@ -132,8 +137,18 @@ class ServerState:
         assert job.result is not None
         if job.result.status == OpStatus.success:
             self.trouble = None
+            if self.outputs is not None and job.request.request_id != _WARM_UP:
+                self._saving.add(saving := asyncio.ensure_future(asyncio.to_thread(self._keep, job.result)))
+                saving.add_done_callback(self._saving.discard)
         elif job.result.status in _DOUBTFUL and (self._trial is None or self._trial.done()):
             self._trial = asyncio.ensure_future(self._try_device())
+
+    def _keep(self, result: OpResult) -> None:  # on a thread
+        assert self.outputs is not None
+        try:
+            self.outputs.save(result)
+        except OSError as exc:
+            logger.error("an image is not in %s: %s", self.outputs.folder, exc)
 
     async def _try_device(self) -> None:
         "Make a small image; a server that cannot is not ready, and tries again until it can."
@@ -186,6 +201,7 @@ class ServerState:
     async def stopped(self) -> None:
         "Wait until everything is answered."
         await self._stopping()
+        await asyncio.gather(*self._saving)
         if self._trial is not None:
             self._trial.cancel()
         self.reports.shutdown(wait=False)
@@ -193,7 +209,7 @@ class ServerState:
     async def warm_up(self) -> None:
         "Load the default model and make an image, in the queue like any other request."
         started = time.perf_counter()
-        request = GenerationRequest(prompt="a circle", num_inference_steps=1, request_id="warm-up")
+        request = GenerationRequest(prompt="a circle", num_inference_steps=1, request_id=_WARM_UP)
         result = await self.queue.wait(await self.queue.submit(request))
         seconds = time.perf_counter() - started
         made = result.generation
@@ -208,7 +224,11 @@ class ServerState:
     def health(self) -> wire.Health:
         "How the server is."
         found = self.service.health().model_copy(
-            update={"queue_length": self.queue.waiting, "startup": self.startup or None}
+            update={
+                "queue_length": self.queue.waiting,
+                "startup": self.startup or None,
+                "outputs": self.outputs is not None,
+            }
         )
         if self.queue.stopping:
             return found.model_copy(update={"state": HealthState.stopping, "message": "the server is stopping"})
@@ -369,3 +389,54 @@ async def metrics(request: Request) -> Response:
     return Response(
         exposition(state.metrics, report, waiting, len(state.queue.open) - waiting), media_type=METRICS_TYPE
     )
+
+# %% ../../nbs/70_server/04_routes.ipynb #71384ae9
+class _Page(BaseModel):
+    "The query of GET /outputs."
+
+    model_config = ConfigDict(extra="forbid")
+    query: str = Field("", max_length=256)
+    starred: bool = False
+    before: str | None = Field(None, pattern=r"^[0-9]{8}T[0-9]{12}-[0-9a-f]{6}-[0-9]{1,3}$")
+    limit: int = Field(60, ge=1, le=200)
+
+
+class _Size(BaseModel):
+    "The query of GET /outputs/{output_id}."
+
+    model_config = ConfigDict(extra="forbid")
+    thumbnail: bool = False
+
+
+def _folder(request: Request) -> OutputFolder:
+    "The folder of results; a `RequestError` where the server keeps none."
+    folder = request.app.state.server.outputs
+    if folder is None:
+        hint = "start it with --outputs FOLDER"
+        raise request_error(ErrorCode.not_found, "this server keeps no images", hint=hint)
+    return folder
+
+
+async def list_outputs(request: Request) -> Response:
+    "GET /outputs"
+    folder = _folder(request)
+    wanted = parse(_Page, dict(request.query_params))
+    return _json(await asyncio.to_thread(folder.page, **dict(wanted)))
+
+
+async def get_output(request: Request, output_id: str) -> Response:
+    "GET /outputs/{output_id}"
+    folder = _folder(request)
+    headers = {"Cache-Control": "private, max-age=31536000, immutable"}
+    if parse(_Size, dict(request.query_params)).thumbnail:
+        data = await asyncio.to_thread(folder.thumbnail, output_id)
+        return Response(data, headers=headers, media_type="image/webp")
+    output, file = await asyncio.to_thread(folder.find, output_id)
+    return FileResponse(file, headers=headers, media_type=f"image/{OutputFormat(output.format).value}")
+
+
+async def change_output(request: Request, output_id: str) -> Response:
+    "POST /outputs/{output_id}"
+    folder = _folder(request)
+    wanted = await read_body(request, OutputChange)
+    return _json(await asyncio.to_thread(folder.change, output_id, wanted))

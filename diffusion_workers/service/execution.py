@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..control.detectors import PreprocessorStore
 from ..lora.layers import LoraStore, use_loras
+from ..models.downloads import download_progress
 from ..models.manifest import ModelManifest
 from ..pipeline.controlnets import PreparedControl
 from ..pipeline.factory import PipelineFactory
@@ -151,7 +152,10 @@ class Executor:
             if generation is not None:
                 generation.report(ProgressEvent(phase=Phase.load))
             self.pool.make_room(factory)
-            factory.load()
+            report = generation.report if generation is not None else lambda event: None
+            tell = lambda text: report(ProgressEvent(phase=Phase.load, message=text))
+            with download_progress(factory.manifest, tell):
+                factory.load()
             timings.load_seconds = factory.load_seconds
         return factory
 

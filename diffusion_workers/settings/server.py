@@ -6,6 +6,8 @@
 __all__ = ['ServerSettings']
 
 # %% ../../nbs/00_settings/04_server.ipynb #be4ce045
+from pathlib import Path
+
 from pydantic import ByteSize, Field
 
 from .service import Settings
@@ -89,6 +91,11 @@ class ServerSettings(Settings):
         ByteSize(2**30),
         validation_alias="DIFFUSION_WORKERS_KEEP_BYTES",
         description="memory for waiting requests and for results; results that were read are dropped first",
+    )
+    outputs: Path | None = Field(
+        None,
+        validation_alias="DIFFUSION_WORKERS_OUTPUTS",
+        description="folder in which the server keeps every image that it makes, for the gallery of the page",
     )
     json_logs: bool = Field(False, validation_alias="DIFFUSION_WORKERS_JSON_LOGS", description="log lines as JSON")
     warm_up: bool = Field(

@@ -7,7 +7,7 @@ import {
   type PreprocessorInfo,
   type PreprocessRequest,
 } from 'ez-diffusion-client';
-import { sentence } from './errors';
+import { forgetTouched, sentence } from './errors';
 import { FieldInput, Section, Wrap } from './fields';
 import { MaskEditor } from './mask_editor';
 import { isObject, type Json, type JsonObject } from './paths';
@@ -32,7 +32,34 @@ function named(fields: Field[], name: string): Field {
 
 function removeFrom(path: string, index: number): void {
   const rest = list(path).filter((_, i) => i !== index);
+  forgetTouched(path);
   edit(path, rest.length ? rest : undefined);
+}
+
+/** The words that a LoRA was trained with; each button adds one to the prompt. */
+function TriggerWords({ name }: { name: Json | undefined }) {
+  const words = typeof name === 'string' ? (model.value?.trigger_words?.[name] ?? []) : [];
+  const prompt = String(value('prompt') ?? '');
+  if (!words.length) return null;
+  return (
+    <div class="trigger-words wide" role="group" aria-label="Trigger words">
+      <span class="note">Trigger words</span>
+      {words.map((word) => {
+        const used = prompt.toLowerCase().includes(word.toLowerCase());
+        return (
+          <button
+            type="button"
+            key={word}
+            disabled={used}
+            title={used ? 'In the prompt' : 'Add to the prompt'}
+            onClick={() => edit('prompt', [prompt.trim(), word].filter(Boolean).join(', '))}
+          >
+            {word}
+          </button>
+        );
+      })}
+    </div>
+  );
 }
 
 export function Loras({ known }: { known: Schema }) {
@@ -52,7 +79,14 @@ export function Loras({ known }: { known: Schema }) {
           <fieldset class="unit" key={i}>
             <legend>LoRA {i + 1}</legend>
             <div class="fields">
-              <FieldInput field={named(fields, 'name')} choices={offered.length ? offered : undefined} wide />
+              <FieldInput
+                field={named(fields, 'name')}
+                choices={offered}
+                placeholder="a name, file.safetensors or owner/repository"
+                free
+                wide
+              />
+              <TriggerWords name={value(`loras[${i}].name`)} />
               <FieldInput field={named(fields, 'scale')} slider={[0, 2]} />
               <FieldInput field={named(fields, 'text_encoder_scale')} placeholder="as scale" />
               <FieldInput field={named(fields, 'block_scales')} placeholder="up.0=0.5, mid=1" wide />
@@ -249,7 +283,8 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
           field={named(fields, 'model')}
           title="ControlNet"
           choices={controlnets.map((offered) => offered.name)}
-          placeholder={dryRun.value?.controlnets?.[index]?.model ?? ''}
+          placeholder={dryRun.value?.controlnets?.[index]?.model ?? 'the one that fits'}
+          free
         />
         <PreprocessorChoice
           path={preprocessing.path}
@@ -292,7 +327,7 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
         <FieldInput field={named(fields, 'guidance_start')} slider={[0, 1]} />
         <FieldInput field={named(fields, 'guidance_end')} slider={[0, 1]} />
         {info
-          ? parameterFields(info, preprocessing.path).map((field) => <FieldInput key={field.path} field={field} />)
+          ? parameterFields(info, preprocessing.path).map((field) => <FieldInput key={field.path} field={field} slider />)
           : name && <FieldInput field={named(preprocessing.fields, 'parameters')} wide />}
         {name && <FieldInput field={named(preprocessing.fields, 'resolution')} placeholder="pixel perfect" />}
         <FieldInput field={named(fields, 'resize_mode')} />

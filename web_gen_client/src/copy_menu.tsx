@@ -1,4 +1,4 @@
-/** Buttons that put the request on the clipboard. */
+/** Buttons of a menu that put the request on the clipboard. */
 import { codeOf, copy, type Language } from './code';
 import { status } from './state';
 import type { JsonObject } from './paths';
@@ -14,20 +14,15 @@ interface Source {
   lockSeed: boolean;
 }
 
-export function copyMenu(source: () => Source | Promise<Source>) {
+export function copyButtons(source: () => Source | Promise<Source>) {
   const put = async (language: Language, name: string) => {
     const { form, lockSeed } = await source();
     await copy(codeOf(form, language, lockSeed));
     status.value = `Copied as ${name}.`;
   };
-  return (
-    <span class="copy" role="group" aria-label="Copy the request">
-      <span class="note">Copy as</span>
-      {LANGUAGES.map(([language, name]) => (
-        <button type="button" key={language} onClick={() => void put(language, name)} aria-label={`Copy as ${name}`}>
-          {name}
-        </button>
-      ))}
-    </span>
-  );
+  return LANGUAGES.map(([language, name]) => (
+    <button type="button" key={language} onClick={() => void put(language, name)}>
+      Copy as {name}
+    </button>
+  ));
 }

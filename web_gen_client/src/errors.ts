@@ -21,10 +21,25 @@ function placeOf(path: string | null | undefined, known: ReadonlyMap<string, HTM
   return place;
 }
 
+/** What an empty field causes. It is shown once the field was left, or after Generate. */
+const CAUSED_BY_EMPTY: readonly string[] = ['missing_field', 'too_short', 'empty_prompt'];
+const touched = signal<ReadonlySet<string>>(new Set());
+
+/** Called when the focus leaves a field. */
+export function touch(path: string): void {
+  if (!touched.peek().has(path)) touched.value = new Set(touched.peek()).add(path);
+}
+
+/** Forget which fields were left: the form is another one now, or a part of a list was removed. */
+export function forgetTouched(below = ''): void {
+  touched.value = new Set([...touched.peek()].filter((path) => below !== '' && !path.startsWith(below)));
+}
+
 const placed = computed(() => {
   const found = new Map<string, ErrorDetail[]>();
   for (const error of errors.value) {
     const place = placeOf(error.field, places.value);
+    if (CAUSED_BY_EMPTY.includes(error.code) && place && !touched.value.has(place)) continue;
     found.set(place, [...(found.get(place) ?? []), error]);
   }
   return found;
@@ -61,6 +76,7 @@ export function clearErrors(path?: string): void {
 export function showErrors(reason: unknown, reveal: boolean): void {
   errors.value = detailsOf(reason);
   if (!reveal) return;
+  for (const error of errors.value) touch(placeOf(error.field, places.peek()));
   const place = errors.value.map((error) => placeOf(error.field, places.peek())).find(Boolean);
   const element = place === undefined ? undefined : places.peek().get(place);
   if (!element) return;

@@ -1,7 +1,7 @@
 /** One input for each field of the schema, with its name, its description, what is allowed, and its errors. */
 import type { ComponentChildren } from 'preact';
 import { useEffect, useId, useLayoutEffect, useRef } from 'preact/hooks';
-import { errorsAt, errorsBelow, register, sentence } from './errors';
+import { errorsAt, errorsBelow, register, sentence, touch } from './errors';
 import { get, isObject, type Json, type JsonObject } from './paths';
 import { allowed, label, typedNumber, type Field } from './schema';
 import { dryRun, edit, value } from './state';
@@ -9,11 +9,13 @@ import { dryRun, edit, value } from './state';
 export interface InputProps {
   field: Field;
   title?: string | undefined;
-  /** Ends of a slider below the number */
-  slider?: [number, number] | undefined;
+  /** Ends of a slider below the number; `true` takes the bounds of the field */
+  slider?: [number, number] | boolean | undefined;
   /** What is used while the field is empty; absent, the value of the dry run */
   placeholder?: string | undefined;
   choices?: string[] | undefined;
+  /** Other values than the choices may be typed */
+  free?: boolean | undefined;
   wide?: boolean | undefined;
 }
 
@@ -69,6 +71,7 @@ export function Wrap({ path, title, description, wide, inline, extra, children }
       class={`field${wide ? ' wide' : ''}${wrong ? ' wrong' : ''}${inline ? ' inline' : ''}`}
       ref={place}
       title={description}
+      onFocusOut={() => touch(path)}
     >
       {inline && input}
       <div class="label-row">
@@ -103,12 +106,25 @@ function useShown(text: string, same: (shown: string) => boolean) {
   return input;
 }
 
+function sliderOf(field: Field, asked: InputProps['slider']): [number, number] | undefined {
+  if (Array.isArray(asked)) return asked;
+  if (!asked || field.minimum === undefined || field.maximum === undefined) return undefined;
+  return [field.minimum, field.maximum];
+}
+
+/** A step of a slider: the field's own, or a power of ten that gives at least fifty of them. */
+function sliderStep(field: Field, [low, high]: [number, number]): number {
+  if (field.step) return field.step;
+  return high - low <= 2 ? 0.05 : 10 ** Math.floor(Math.log10((high - low) / 50));
+}
+
 function NumberInput({ field, title, slider, placeholder, wide }: InputProps) {
   const stored = value(field.path);
   const text = typeof stored === 'number' || typeof stored === 'string' ? String(stored) : '';
   const input = useShown(text, (shown) => (shown === '' ? text === '' : typedNumber(shown, field.kind) === stored));
   const hint = placeholder ?? planned(field);
   const range = allowed(field);
+  const ends = sliderOf(field, slider);
   const change = (element: HTMLInputElement) =>
     edit(field.path, element.value === '' ? undefined : typedNumber(element.value, field.kind));
   return (
@@ -131,14 +147,14 @@ function NumberInput({ field, title, slider, placeholder, wide }: InputProps) {
             placeholder={hint}
             onInput={(event) => change(event.currentTarget)}
           />
-          {slider && (
+          {ends && (
             <input
               type="range"
-              aria-label={title ?? label(field.name)}
-              min={slider[0]}
-              max={slider[1]}
-              step="0.05"
-              value={typeof stored === 'number' ? stored : Number(hint) || slider[0]}
+              aria-label={`${title ?? label(field.name)}, slider`}
+              min={ends[0]}
+              max={ends[1]}
+              step={sliderStep(field, ends)}
+              value={typeof stored === 'number' ? stored : Number(hint) || ends[0]}
               onInput={(event) => change(event.currentTarget)}
             />
           )}
@@ -161,6 +177,36 @@ function TextInput({ field, title, placeholder, wide }: InputProps) {
           spellcheck={false}
           onInput={(event) => edit(field.path, event.currentTarget.value || undefined)}
         />
+      )}
+    </Wrap>
+  );
+}
+
+/** A text with suggestions: every other value may be typed too. */
+function ComboInput({ field, title, choices = [], placeholder, wide }: InputProps) {
+  const stored = value(field.path);
+  const list = useId();
+  return (
+    <Wrap path={field.path} title={title ?? label(field.name)} description={field.description} wide={wide}>
+      {(attributes) => (
+        <>
+          <input
+            {...attributes}
+            type="text"
+            list={list}
+            value={typeof stored === 'string' ? stored : ''}
+            placeholder={placeholder ?? planned(field)}
+            spellcheck={false}
+            autoComplete="off"
+            autocapitalize="off"
+            onInput={(event) => edit(field.path, event.currentTarget.value || undefined)}
+          />
+          <datalist id={list}>
+            {choices.map((choice) => (
+              <option key={choice} value={choice} />
+            ))}
+          </datalist>
+        </>
       )}
     </Wrap>
   );
@@ -318,6 +364,7 @@ function ObjectInput({ field }: InputProps) {
 }
 
 export function FieldInput(props: InputProps) {
+  if (props.free) return <ComboInput {...props} />;
   switch (props.choices ? 'choice' : props.field.kind) {
     case 'integer':
     case 'number':

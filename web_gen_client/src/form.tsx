@@ -1,14 +1,30 @@
 /** The form: what to make. */
+import type { ModelInfo } from 'ez-diffusion-client';
 import { useEffect, useState } from 'preact/hooks';
 import { Controls, Loras } from './addons';
-import { copyMenu } from './copy_menu';
+import { copyButtons } from './copy_menu';
+import { Menu } from './menu';
+import { SizeFields } from './size';
 import { Errors, FieldInput, Section, Wrap } from './fields';
 import { generate } from './jobs';
 import { MaskEditor } from './mask_editor';
 import { ImageInput } from './image_input';
 import { imageAt } from './images';
 import { label, typedNumber, type Schema } from './schema';
-import { dryRun, edit, form, model, models, replaceForm, schema, seedLocked, shownItem, items, value } from './state';
+import {
+  applies,
+  dryRun,
+  edit,
+  form,
+  items,
+  model,
+  models,
+  replaceFormUndoably,
+  schema,
+  seedLocked,
+  shownItem,
+  value,
+} from './state';
 import { warnings } from './errors';
 
 /** Shown in places of their own; what else the schema has comes under "More". */
@@ -33,7 +49,7 @@ const OWN_PLACE = new Set([
   'request_id',
   'profile',
 ]);
-const MAIN = ['width', 'height', 'num_inference_steps', 'guidance_scale', 'scheduler', 'num_images'];
+const MAIN = ['num_inference_steps', 'guidance_scale', 'num_images', 'scheduler'];
 
 function Prompt({ name, rows, known }: { name: 'prompt' | 'negative_prompt'; rows: number; known: Schema }) {
   const stored = value(name);
@@ -58,6 +74,29 @@ function Prompt({ name, rows, known }: { name: 'prompt' | 'negative_prompt'; row
   );
 }
 
+/** Whether the weights of a model have to come first. */
+function weightsNote({ availability, download_gb: size }: ModelInfo): string {
+  if (availability === 'missing') return ' · not here';
+  if (availability !== 'download') return '';
+  return size ? ` · download ${size} GB` : ' · download';
+}
+
+/** What will happen before the first image of a model whose weights are not here. */
+function WeightsNotice() {
+  const found = model.value;
+  if (!found || found.loaded || !found.availability || found.availability === 'available') return null;
+  const licence = found.license ? ` Licence: ${found.license}.` : '';
+  const size = found.download_gb ? `about ${found.download_gb} GB` : 'its weights';
+  return (
+    <p class="weights" role="note">
+      {found.availability === 'missing'
+        ? `The weights of ${found.name} are not on the server, which does not download them.`
+        : `Generate downloads ${size} first, once.`}
+      {licence}
+    </p>
+  );
+}
+
 function ModelChoice() {
   const chosen = value('model');
   const found = model.value;
@@ -72,6 +111,7 @@ function ModelChoice() {
           <span class="note">
             {found.family}
             {found.loaded ? ', loaded' : ''}
+            {found.license && found.availability !== 'available' ? `, ${found.license}` : ''}
           </span>
         )
       }
@@ -89,6 +129,7 @@ function ModelChoice() {
           {models.value?.models.map((offered) => (
             <option key={offered.name} value={offered.name}>
               {offered.title ? `${offered.name} – ${offered.title}` : offered.name}
+              {weightsNote(offered)}
             </option>
           ))}
         </select>
@@ -112,7 +153,7 @@ function ProfileChoice({ known }: { known: Schema }) {
           value={typeof chosen === 'string' ? chosen : ''}
           onChange={(event) => edit('profile', event.currentTarget.value || undefined)}
         >
-          <option value="">the model's own</option>
+          <option value="">(none)</option>
           {['exact', ...offered.map((profile) => profile.name).filter((name) => name !== 'exact')].map((name) => (
             <option key={name} value={name}>
               {name}
@@ -214,7 +255,7 @@ function StartImage({ known }: { known: Schema }) {
 function More({ known }: { known: Schema }) {
   const rest = known
     .fieldsOf('GenerationRequest')
-    .filter((field) => !OWN_PLACE.has(field.name) && field.kind !== 'other');
+    .filter((field) => !OWN_PLACE.has(field.name) && field.kind !== 'other' && applies(field.name));
   const simple = rest.filter((field) => field.kind !== 'object');
   return (
     <Section title="All parameters" paths={rest.map((field) => field.path)}>
@@ -283,35 +324,43 @@ export function Form() {
   return (
     <form class="form" aria-label="What to make" onSubmit={(event) => (event.preventDefault(), void generate())}>
       <div class="form-body">
-        <div class="fields top">
-          <ModelChoice />
-          <Prompt name="prompt" rows={3} known={known} />
-          <Prompt name="negative_prompt" rows={1} known={known} />
-          {MAIN.map((name) => (
-            <FieldInput key={name} field={known.field('GenerationRequest', name)} placeholder={placeholderOf(name)} />
-          ))}
-          <ProfileChoice known={known} />
-          <Seed known={known} />
+        <div class="fields prompts">
+          <Prompt name="prompt" rows={5} known={known} />
+          {applies('negative_prompt') && <Prompt name="negative_prompt" rows={1} known={known} />}
         </div>
-        <StartImage known={known} />
-        <Controls known={known} />
-        <Loras known={known} />
-        <More known={known} />
-        <div class="actions form-actions">
-          {copyMenu(() => ({ form: form.value, lockSeed: seedLocked.value }))}
-          <button type="button" onClick={() => replaceForm({}, false)}>
-            Clear the form
-          </button>
+        <div class="settings">
+          <div class="fields top">
+            <ModelChoice />
+            <SizeFields known={known} />
+            {MAIN.filter(applies).map((name) => (
+              <FieldInput key={name} field={known.field('GenerationRequest', name)} placeholder={placeholderOf(name)} />
+            ))}
+            <ProfileChoice known={known} />
+            <Seed known={known} />
+          </div>
+          <StartImage known={known} />
+          <Controls known={known} />
+          <Loras known={known} />
+          <More known={known} />
         </div>
       </div>
       <div class="send">
         <div class="general">
           <Errors path="" />
         </div>
+        <WeightsNotice />
         <DryRun />
-        <button type="submit" class="primary big">
-          Generate <kbd>Ctrl Enter</kbd>
-        </button>
+        <div class="joined">
+          <button type="submit" class="primary big">
+            Generate <kbd>Ctrl Enter</kbd>
+          </button>
+          <Menu label="⋯" name="More for the form">
+            {copyButtons(() => ({ form: form.value, lockSeed: seedLocked.value }))}
+            <button type="button" onClick={() => replaceFormUndoably({}, false, 'The form is cleared.')}>
+              Clear the form
+            </button>
+          </Menu>
+        </div>
       </div>
     </form>
   );

@@ -1,4 +1,4 @@
-/** One image for each pair of values of two parameters; everything else stays, the seed too. */
+/** One image for each combination of values of up to three parameters; everything else stays, the seed too. */
 import { signal } from '@preact/signals';
 import { OperationError } from 'ez-diffusion-client';
 import { sentence } from './errors';
@@ -6,13 +6,23 @@ import { cancel, jobs, submit } from './jobs';
 import { isObject, set, type Json, type JsonObject } from './paths';
 import { loadImage } from './images';
 import { label, typedNumber, type Field } from './schema';
-import { form, itemAt, models, schema, seedLocked, status, view } from './state';
+import { applies, form, itemAt, models, schema, seedLocked, status, view } from './state';
 import { loadSetting, saveSetting } from './storage';
 
+/** Without a path, an axis that is not used: it has a single value. */
 export interface Axis {
   path: string;
+  /** The parameter in words */
+  title: string;
   values: Json[];
+  /** In the prompt, this text is replaced by each of the values */
+  replaces?: string | undefined;
 }
+
+export const AXES = ['x', 'y', 'z'] as const;
+export type AxisName = (typeof AXES)[number];
+export const UNUSED: Axis = { path: '', title: '', values: [null] };
+export const REPLACE = 'prompt:replace';
 
 export interface Cell {
   state: 'waiting' | 'running' | 'done' | 'failed';
@@ -23,7 +33,9 @@ export interface Cell {
 export interface Grid {
   x: Axis;
   y: Axis;
-  cells: Cell[][];
+  z: Axis;
+  /** By z, y and x */
+  cells: Cell[][][];
 }
 
 export interface Parameter {
@@ -55,8 +67,12 @@ export function parameters(): Parameter[] {
     (Array.isArray(form.value[name]) ? form.value[name] : []).flatMap((_, i) =>
       flat(known.fieldsOf(type, `${name}[${i}]`), `${word} ${i + 1}: `),
     );
+  const prompt = known.field('GenerationRequest', 'prompt');
+  const replacing = { ...prompt, kind: 'choice' as const, choices: [], path: REPLACE };
+  const own = flat(known.fieldsOf('GenerationRequest'), '');
   return [
-    ...flat(known.fieldsOf('GenerationRequest'), ''),
+    ...own.filter(({ path }) => applies(path.split('.')[0] ?? path)),
+    { path: REPLACE, title: 'Prompt: search and replace', field: replacing },
     ...listed('loras', 'Lora', 'LoRA'),
     ...listed('controlnets', 'ControlNetUnit', 'Control'),
   ];
@@ -96,17 +112,29 @@ export function parseValues(parameter: Parameter, text: string): Json[] {
 }
 
 /** A form with the value of one parameter; where that is a part of something that is off, it is on then. */
-function withValue(source: JsonObject, { path }: Axis, value: Json): JsonObject {
-  return set(source, path, value);
+function withValue(source: JsonObject, { path, replaces }: Axis, value: Json): JsonObject {
+  if (!path) return source;
+  if (replaces === undefined) return set(source, path, value);
+  return { ...source, prompt: String(source['prompt'] ?? '').replaceAll(replaces, String(value)) };
 }
 
-function change(row: number, column: number, cell: Cell): void {
+/** An axis as it was typed. The first text of search and replace is the one that is searched. */
+export function axisOf(parameter: Parameter, text: string): Axis {
+  const axis = { path: parameter.path, title: parameter.title, values: parseValues(parameter, text) };
+  if (parameter.path !== REPLACE) return axis;
+  const replaces = String(axis.values[0]);
+  if (!String(form.value['prompt'] ?? '').includes(replaces)) throw new Error(`the prompt does not contain “${replaces}”`);
+  if (axis.values.length < 2) throw new Error('write the text to search, a comma, and what replaces it');
+  return { ...axis, title: `“${replaces}” in the prompt`, replaces };
+}
+
+function change([layer, row, column]: [number, number, number], cell: Cell): void {
   const now = grid.value;
   if (!now) return;
-  grid.value = {
-    ...now,
-    cells: now.cells.map((cells, y) => (y === row ? cells.map((old, x) => (x === column ? cell : old)) : cells)),
-  };
+  const cells = now.cells.map((rows, z) =>
+    z === layer ? rows.map((old, y) => (y === row ? old.map((known, x) => (x === column ? cell : known)) : old)) : rows,
+  );
+  grid.value = { ...now, cells };
 }
 
 function reasonOf(error: unknown): string {
@@ -118,9 +146,9 @@ function reasonOf(error: unknown): string {
   return error instanceof Error ? error.message : String(error);
 }
 
-export async function runGrid(x: Axis, y: Axis): Promise<void> {
-  if (x.values.length * y.values.length > MAX_CELLS)
-    throw new Error(`a grid has at most ${MAX_CELLS} cells, this one would have ${x.values.length * y.values.length}`);
+export async function runGrid({ x, y, z }: Record<AxisName, Axis>): Promise<void> {
+  const count = x.values.length * y.values.length * z.values.length;
+  if (count > MAX_CELLS) throw new Error(`a grid has at most ${MAX_CELLS} cells, this one would have ${count}`);
   const { seeds: _seeds, num_images: _count, ...rest } = form.value;
   const drawn = crypto.getRandomValues(new Uint32Array(1))[0] ?? 0;
   const base: JsonObject = {
@@ -129,20 +157,28 @@ export async function runGrid(x: Axis, y: Axis): Promise<void> {
     preview_interval: 0,
     seed: seedLocked.value ? (form.value['seed'] ?? drawn) : drawn,
   };
-  const waiting = y.values.flatMap((_, row) => x.values.map((_, column) => ({ row, column })));
-  grid.value = { x, y, cells: y.values.map(() => x.values.map(() => ({ state: 'waiting' }))) };
+  const waiting = z.values.flatMap((_, layer) =>
+    y.values.flatMap((_, row) => x.values.map((_, column): [number, number, number] => [layer, row, column])),
+  );
+  const cells = z.values.map(() => y.values.map(() => x.values.map((): Cell => ({ state: 'waiting' }))));
+  grid.value = { x, y, z, cells };
   view.value = { kind: 'grid' };
   gridRunning.value = true;
   const worker = async () => {
     for (let next = waiting.shift(); next && gridRunning.value; next = waiting.shift()) {
-      const { row, column } = next;
-      change(row, column, { state: 'running' });
+      const [layer, row, column] = next;
+      change(next, { state: 'running' });
       try {
-        const source = withValue(withValue(base, x, x.values[column] ?? null), y, y.values[row] ?? null);
+        const chosen: [Axis, number][] = [
+          [x, column],
+          [y, row],
+          [z, layer],
+        ];
+        const source = chosen.reduce((form, [axis, at]) => withValue(form, axis, axis.values[at] ?? null), base);
         const [item] = await submit(source, { cell: true, lockSeed: true });
-        change(row, column, item ? { state: 'done', itemId: item.id } : { state: 'failed', error: 'no image came' });
+        change(next, item ? { state: 'done', itemId: item.id } : { state: 'failed', error: 'no image came' });
       } catch (error) {
-        change(row, column, { state: 'failed', error: reasonOf(error) });
+        change(next, { state: 'failed', error: reasonOf(error) });
       }
     }
   };
@@ -157,8 +193,16 @@ export function stopGrid(): void {
   for (const job of jobs.value) if (job.cell) void cancel(job);
 }
 
+/** A grid of an earlier version had two axes, named by their paths. */
+function upgradeGrid(stored: Grid | (Omit<Grid, 'z' | 'cells'> & { cells: Cell[][] })): Grid {
+  if ('z' in stored) return stored;
+  const titled = (axis: Axis): Axis => ({ ...axis, title: label(axis.path) });
+  return { x: titled(stored.x), y: titled(stored.y), z: UNUSED, cells: [stored.cells] };
+}
+
 export async function restoreGrid(): Promise<void> {
-  grid.value = (await loadSetting<Grid>('grid')) ?? null;
+  const stored = await loadSetting<Grid>('grid');
+  grid.value = stored ? upgradeGrid(stored) : null;
 }
 
 export function shownValue(value: Json | undefined): string {
@@ -166,17 +210,25 @@ export function shownValue(value: Json | undefined): string {
   return isObject(value) || Array.isArray(value) ? JSON.stringify(value) : String(value);
 }
 
-/** The grid as one image, with its values at the edges. */
-export async function gridSheet({ x, y, cells }: Grid): Promise<Blob> {
-  const made = cells.flat().map((cell) => (cell.itemId ? itemAt(cell.itemId) : undefined));
-  const [width, height] = [
-    Math.max(64, ...made.map((item) => item?.width ?? 0)),
-    Math.max(64, ...made.map((item) => item?.height ?? 0)),
-  ];
+/** A value of an axis in words: `Steps 10`. */
+export function headingOf(axis: Axis, index: number): string {
+  const value = axis.values[index];
+  if (!axis.path) return '';
+  if (axis.replaces !== undefined) return shownValue(value);
+  return value === true || value === false ? `${axis.title}: ${value ? 'on' : 'off'}` : `${axis.title} ${shownValue(value)}`;
+}
+
+/** The grid as one image, with its values at the edges, one table below the other. */
+export async function gridSheet(shown: Grid): Promise<Blob> {
+  const { x, y, z, cells } = shown;
+  const made = cells.flat(2).map((cell) => (cell.itemId ? itemAt(cell.itemId) : undefined));
+  const width = Math.max(64, ...made.map((item) => item?.width ?? 0));
+  const height = Math.max(64, ...made.map((item) => item?.height ?? 0));
   const canvas = document.createElement('canvas');
   const [left, top, gap] = [120, 40, 4];
+  const tall = top + y.values.length * (height + gap);
   canvas.width = left + x.values.length * (width + gap);
-  canvas.height = top + y.values.length * (height + gap);
+  canvas.height = z.values.length * tall;
   const pen = canvas.getContext('2d');
   if (!pen) throw new Error('the browser has no canvas');
   pen.fillStyle = '#fff';
@@ -184,18 +236,21 @@ export async function gridSheet({ x, y, cells }: Grid): Promise<Blob> {
   pen.fillStyle = '#111';
   pen.font = '13px system-ui, sans-serif';
   pen.textBaseline = 'middle';
-  pen.fillText(`${y.path} \\ ${x.path}`, 6, top / 2, left - 12);
-  x.values.forEach((value, i) => pen.fillText(shownValue(value), left + i * (width + gap) + 4, top / 2, width - 8));
-  y.values.forEach((value, i) => pen.fillText(shownValue(value), 6, top + i * (height + gap) + height / 2, left - 12));
-  for (const [index, item] of made.entries()) {
-    if (!item) continue;
-    const address = URL.createObjectURL(item.blob);
-    pen.drawImage(
-      await loadImage(address),
-      left + (index % x.values.length) * (width + gap),
-      top + Math.floor(index / x.values.length) * (height + gap),
-    );
-    URL.revokeObjectURL(address);
+  for (const [layer, rows] of cells.entries()) {
+    const above = layer * tall;
+    pen.fillText(headingOf(z, layer), 6, above + top / 2, left - 12);
+    x.values.forEach((_, i) => pen.fillText(headingOf(x, i), left + i * (width + gap) + 4, above + top / 2, width - 8));
+    for (const [row, line] of rows.entries()) {
+      const down = above + top + row * (height + gap);
+      pen.fillText(headingOf(y, row), 6, down + height / 2, left - 12);
+      for (const [column, cell] of line.entries()) {
+        const item = cell.itemId ? itemAt(cell.itemId) : undefined;
+        if (!item) continue;
+        const address = URL.createObjectURL(item.blob);
+        pen.drawImage(await loadImage(address), left + column * (width + gap), down);
+        URL.revokeObjectURL(address);
+      }
+    }
   }
   return new Promise((resolve, reject) =>
     canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error('the browser made no PNG'))), 'image/png'),

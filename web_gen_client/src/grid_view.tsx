@@ -1,18 +1,23 @@
-/** The X/Y grid: two parameters, their values, and a table of images. */
+/** The grid: up to three parameters, their values, and a table of images for each value of the third. */
 import { useState } from 'preact/hooks';
-import { addressOf, select } from './gallery';
+import { addressOf, saveFile, select } from './gallery';
 import {
+  AXES,
+  axisOf,
   choicesOf,
   grid,
   gridRunning,
   gridSheet,
+  headingOf,
   parameters,
-  parseValues,
+  REPLACE,
   runGrid,
-  shownValue,
   stopGrid,
+  UNUSED,
   type Axis,
+  type AxisName,
   type Cell,
+  type Grid,
   type Parameter,
 } from './grid';
 import { showErrors } from './errors';
@@ -35,18 +40,21 @@ function AxisEntry({
   name,
   entry,
   all,
+  optional,
   problem,
   change,
 }: {
   name: string;
   entry: Entry;
   all: Parameter[];
+  optional: boolean;
   problem: string;
   change: (entry: Entry) => void;
 }) {
   const parameter = all.find(({ path }) => path === entry.path);
   const choices = parameter ? choicesOf(parameter) : [];
-  const hint = parameter && parameter.field.kind in HINTS ? HINTS[parameter.field.kind as keyof typeof HINTS] : '';
+  const known = parameter && parameter.field.kind in HINTS ? HINTS[parameter.field.kind as keyof typeof HINTS] : '';
+  const hint = entry.path === REPLACE ? 'red, green, blue: replaces the first by each' : known;
   const choose = (path: string) => {
     const chosen = all.find((other) => other.path === path);
     change({ path, text: chosen ? choicesOf(chosen).join(', ') : '' });
@@ -59,21 +67,24 @@ function AxisEntry({
         value={entry.path}
         onChange={(event) => choose(event.currentTarget.value)}
       >
+        {optional && <option value="">none</option>}
         {all.map(({ path, title }) => (
           <option key={path} value={path}>
             {title}
           </option>
         ))}
       </select>
-      <textarea
-        rows={parameter?.field.kind === 'text' && !choices.length ? 3 : 1}
-        aria-label={`Values of the ${name}`}
-        aria-invalid={problem !== ''}
-        placeholder={hint}
-        value={entry.text}
-        spellcheck={false}
-        onInput={(event) => change({ ...entry, text: event.currentTarget.value })}
-      />
+      {entry.path && (
+        <textarea
+          rows={parameter?.field.kind === 'text' && !choices.length ? 3 : 1}
+          aria-label={`Values of the ${name}`}
+          aria-invalid={problem !== ''}
+          placeholder={hint}
+          value={entry.text}
+          spellcheck={false}
+          onInput={(event) => change({ ...entry, text: event.currentTarget.value })}
+        />
+      )}
       {problem && (
         <ul class="errors" role="alert">
           <li>{problem}</li>
@@ -88,7 +99,7 @@ function CellView({ cell, name }: { cell: Cell | undefined; name: string }) {
   if (item)
     return (
       <button type="button" class="cell" onClick={() => select(item.id)} aria-label={`Show ${name}`}>
-        <img src={addressOf(item)} alt={name} />
+        <img class={Math.max(item.width, item.height) <= 192 ? 'pixels' : ''} src={addressOf(item)} alt="" />
       </button>
     );
   const text =
@@ -106,115 +117,119 @@ function CellView({ cell, name }: { cell: Cell | undefined; name: string }) {
   );
 }
 
-function Table() {
+function Table({ shown, layer }: { shown: Grid; layer: number }) {
+  const { x, y, z, cells } = shown;
+  const name = (row: number, column: number) =>
+    [headingOf(x, column), headingOf(y, row), headingOf(z, layer)].filter(Boolean).join(', ');
+  return (
+    <table class="grid">
+      {z.path && <caption>{headingOf(z, layer)}</caption>}
+      <thead>
+        <tr>
+          {y.path && <td />}
+          {x.values.map((_, column) => (
+            <th scope="col" key={headingOf(x, column)}>
+              {headingOf(x, column)}
+            </th>
+          ))}
+        </tr>
+      </thead>
+      <tbody>
+        {y.values.map((_, row) => (
+          <tr key={headingOf(y, row)}>
+            {y.path && <th scope="row">{headingOf(y, row)}</th>}
+            {x.values.map((_, column) => (
+              <td key={headingOf(x, column)}>
+                <CellView cell={cells[layer]?.[row]?.[column]} name={name(row, column)} />
+              </td>
+            ))}
+          </tr>
+        ))}
+      </tbody>
+    </table>
+  );
+}
+
+function Tables() {
   const shown = grid.value;
   if (!shown)
     return (
       <p class="note">
-        Choose two parameters and their values. Everything else is taken from the form, with one seed for all.
+        Choose up to three parameters and their values. Everything else is taken from the form, with one seed for all.
       </p>
     );
-  const { x, y, cells } = shown;
   return (
     <div class="grid-scroll" tabIndex={0} role="region" aria-label="Grid of images">
-      <table class="grid">
-        <thead>
-          <tr>
-            <th scope="col" class="corner">
-              {y.path} \ {x.path}
-            </th>
-            {x.values.map((value) => (
-              <th scope="col" key={shownValue(value)}>
-                {shownValue(value)}
-              </th>
-            ))}
-          </tr>
-        </thead>
-        <tbody>
-          {y.values.map((value, row) => (
-            <tr key={shownValue(value)}>
-              <th scope="row">{shownValue(value)}</th>
-              {x.values.map((across, column) => (
-                <td key={shownValue(across)}>
-                  <CellView
-                    cell={cells[row]?.[column]}
-                    name={`${x.path} ${shownValue(across)}, ${y.path} ${shownValue(value)}`}
-                  />
-                </td>
-              ))}
-            </tr>
-          ))}
-        </tbody>
-      </table>
+      {shown.z.values.map((_, layer) => (
+        <Table key={layer} shown={shown} layer={layer} />
+      ))}
     </div>
   );
 }
 
-const entries: { x: Entry; y: Entry } = {
+const entries: Record<AxisName, Entry> = {
   x: { path: 'num_inference_steps', text: '5, 10, 25' },
   y: { path: 'guidance_scale', text: '1, 1.5, 3' },
+  z: { path: '', text: '' },
 };
+const NO_PROBLEMS: Record<AxisName, string> = { x: '', y: '', z: '' };
 
 export function GridView() {
   const all = parameters();
-  const [x, setX] = useState(entries.x);
-  const [y, setY] = useState(entries.y);
-  const [problems, setProblems] = useState({ x: '', y: '' });
-  const axis = (entry: Entry): Axis => {
-    const parameter = all.find(({ path }) => path === entry.path);
-    if (!parameter) throw new Error('this parameter is not in the form any more');
-    return { path: entry.path, values: parseValues(parameter, entry.text) };
+  const [typed, setTyped] = useState(entries);
+  const [problems, setProblems] = useState(NO_PROBLEMS);
+  const change = (name: AxisName, entry: Entry) => {
+    entries[name] = entry;
+    setTyped({ ...entries });
   };
-  const attempt = (entry: Entry): { axis?: Axis; problem: string } => {
+  /** The axis that was typed, or what is wrong with it. */
+  const attempt = (name: AxisName): Axis | string => {
+    const { path, text } = typed[name];
+    if (!path) return UNUSED;
+    const same = AXES.slice(0, AXES.indexOf(name)).find((other) => typed[other].path === path);
+    if (same) return `this is the parameter of the ${same.toUpperCase()} axis`;
+    const parameter = all.find((other) => other.path === path);
+    if (!parameter) return 'this parameter is not in the form any more';
     try {
-      return { axis: axis(entry), problem: '' };
+      return axisOf(parameter, text);
     } catch (error) {
-      return { problem: error instanceof Error ? error.message : String(error) };
+      return error instanceof Error ? error.message : String(error);
     }
   };
   const run = async () => {
-    const [across, down] = [attempt(x), attempt(y)];
-    setProblems({
-      x: across.problem,
-      y: down.problem || (x.path === y.path ? 'this is the parameter of the X axis' : ''),
-    });
-    if (!across.axis || !down.axis || x.path === y.path) return;
-    if (!String(form.value['prompt'] ?? '').trim() && ![x.path, y.path].includes('prompt'))
+    const [x, y, z] = [attempt('x'), attempt('y'), attempt('z')];
+    const problem = (axis: Axis | string) => (typeof axis === 'string' ? axis : '');
+    setProblems({ x: problem(x), y: problem(y), z: problem(z) });
+    if (typeof x === 'string' || typeof y === 'string' || typeof z === 'string') return;
+    if (!String(form.value['prompt'] ?? '').trim() && !AXES.some((name) => typed[name].path === 'prompt'))
       return showErrors(new Error('write a prompt first'), true);
     try {
-      await runGrid(across.axis, down.axis);
+      await runGrid({ x, y, z });
     } catch (error) {
-      setProblems({ x: error instanceof Error ? error.message : String(error), y: '' });
+      setProblems({ ...NO_PROBLEMS, x: error instanceof Error ? error.message : String(error) });
     }
   };
   const save = async () => {
     if (!grid.value) return;
-    const link = document.createElement('a');
-    link.href = URL.createObjectURL(await gridSheet(grid.value));
-    link.download = 'grid.png';
-    link.click();
-    URL.revokeObjectURL(link.href);
+    saveFile(await gridSheet(grid.value), 'grid.png');
     status.value = 'The grid is saved.';
   };
-  const cells = grid.value?.cells.flat() ?? [];
+  const cells = grid.value?.cells.flat(2) ?? [];
   const ready = cells.filter(({ state }) => state === 'done' || state === 'failed').length;
   return (
     <div class="grid-view">
       <div class="axes">
-        <AxisEntry
-          name="X axis"
-          entry={x}
-          all={all}
-          problem={problems.x}
-          change={(entry) => setX((entries.x = entry))}
-        />
-        <AxisEntry
-          name="Y axis"
-          entry={y}
-          all={all}
-          problem={problems.y}
-          change={(entry) => setY((entries.y = entry))}
-        />
+        {AXES.map((name) => (
+          <AxisEntry
+            key={name}
+            name={`${name.toUpperCase()} axis`}
+            entry={typed[name]}
+            all={all}
+            optional={name !== 'x'}
+            problem={problems[name]}
+            change={(entry) => change(name, entry)}
+          />
+        ))}
       </div>
       <div class="actions">
         {gridRunning.value ? (
@@ -240,7 +255,7 @@ export function GridView() {
           </>
         )}
       </div>
-      <Table />
+      <Tables />
     </div>
   );
 }

@@ -1,5 +1,6 @@
 /** An image for the request: dropped, pasted, chosen, or dragged from the gallery. */
 import { useRef, useState } from 'preact/hooks';
+import { touch } from './errors';
 import { Errors, usePlace } from './fields';
 import { addImage, imageAt, reference } from './images';
 import { edit, itemAt, value } from './state';
@@ -11,6 +12,12 @@ export const ITEM_TYPE = 'application/x-gallery-item';
 export function blobIn(data: DataTransfer | null): Blob | undefined {
   const item = data && itemAt(data.getData(ITEM_TYPE));
   return item?.blob ?? [...(data?.files ?? [])].find((file) => file.type.startsWith('image/'));
+}
+
+/** Why nothing of what was dropped is an image. */
+export function problemWith(data: DataTransfer | null): string {
+  const [file] = data?.files ?? [];
+  return file ? `${file.name} is not an image: drop a PNG, JPEG or WebP file.` : 'No image was dropped.';
 }
 
 interface ImageInputProps {
@@ -30,8 +37,8 @@ export function ImageInput({ path, title, description, actions, beside }: ImageI
   const [over, setOver] = useState(false);
   const image = imageAt(value(path));
 
-  const take = async (blob: Blob | undefined) => {
-    if (!blob) return setProblem('This is not an image.');
+  const take = async (blob: Blob | undefined, otherwise = '') => {
+    if (!blob) return setProblem(otherwise);
     try {
       setProblem('');
       edit(path, reference(await addImage(blob)));
@@ -43,7 +50,7 @@ export function ImageInput({ path, title, description, actions, beside }: ImageI
     event.preventDefault();
     event.stopPropagation();
     setOver(false);
-    void take(blobIn(event.dataTransfer));
+    void take(blobIn(event.dataTransfer), problemWith(event.dataTransfer));
   };
   const paste = (event: ClipboardEvent) => {
     if (!blobIn(event.clipboardData)) return;
@@ -53,7 +60,7 @@ export function ImageInput({ path, title, description, actions, beside }: ImageI
   };
   const size = image && `${image.width} × ${image.height}`;
   return (
-    <div class="field wide" ref={place} title={description}>
+    <div class="field wide" ref={place} title={description} onFocusOut={() => touch(path)}>
       <div class="label-row">
         <span class="label">{title}</span>
         {size && <span class="note">{size}</span>}

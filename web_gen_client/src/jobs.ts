@@ -13,8 +13,9 @@ import {
 import { clearErrors, showErrors } from './errors';
 import type { JsonObject } from './paths';
 import { asBlob, bringBack, newId } from './images';
-import { client, form, items, requestOf, seedLocked, status, view } from './state';
-import { saveItem, type GalleryItem } from './storage';
+import { keepItems } from './gallery';
+import { client, form, requestOf, seedLocked, status, view, type View } from './state';
+import type { GalleryItem } from './storage';
 
 export interface RunningJob {
   key: string;
@@ -40,8 +41,10 @@ async function keep(result: OpResult, source: JsonObject): Promise<GalleryItem[]
   if (!made) throw new Error('the server sent no images');
   const now = Date.now();
   void navigator.storage?.persist?.(); // not to be cleared when the disk is short of room
+  const batch = newId();
   const found = made.images.map((image, index): GalleryItem => ({
     id: newId(),
+    ...(made.images.length > 1 ? { batch } : {}),
     created: now - index,
     blob: asBlob(asUri(image.image, image.format)),
     width: image.width,
@@ -51,11 +54,7 @@ async function keep(result: OpResult, source: JsonObject): Promise<GalleryItem[]
     plan: { ...made.plan, image_index: index },
     form: source,
   }));
-  items.value = [...found, ...items.value];
-  for (const item of found)
-    await saveItem(item).catch(
-      () => (status.value = 'The browser has no room for this image: it is gone after a reload.'),
-    );
+  await keepItems(found);
   return found;
 }
 
@@ -105,11 +104,15 @@ async function through<Result>(job: RunningJob, work: () => Promise<Result>): Pr
 }
 
 /** Send a form and wait for its images; an OperationError where there are none. */
-export function submit(source: JsonObject, { cell = false, lockSeed = seedLocked.value } = {}): Promise<GalleryItem[]> {
+export function submit(
+  source: JsonObject,
+  { cell = false, lockSeed = seedLocked.value, onAccepted = () => {} } = {},
+): Promise<GalleryItem[]> {
   const job = newJob(source, cell);
   return through(job, async () => {
     const made = await orThrow(createJob({ client: client.value, body: requestOf(source, lockSeed) }));
     job.id = made.id;
+    onAccepted();
     remember();
     if (job.cancelling.value) void cancel(job);
     return follow(job);
@@ -120,29 +123,40 @@ function isCancelled(error: unknown): boolean {
   return error instanceof OperationError && error.result.status === 'cancelled';
 }
 
-async function show(made: Promise<GalleryItem[]>): Promise<void> {
+function reveal(made: readonly GalleryItem[]): void {
+  const [first] = made;
+  if (!first || view.value.kind !== 'live') return;
+  view.value = made.length > 1 ? { kind: 'batch', ids: made.map(({ id }) => id) } : { kind: 'item', id: first.id };
+}
+
+/** Show the images of a job when they come; after a failure, what was on the stage before. */
+async function show(made: Promise<GalleryItem[]>, before: View = { kind: 'live' }): Promise<void> {
   const began = performance.now();
   try {
-    const [first] = await made;
-    if (first && view.value.kind === 'live') view.value = { kind: 'item', id: first.id };
+    reveal(await made);
     status.value = `Made in ${((performance.now() - began) / 1000).toFixed(1)} s.`;
   } catch (error) {
+    if (view.value.kind === 'live' && !jobs.value.some((job) => !job.cell)) view.value = before;
     status.value = isCancelled(error) ? 'Cancelled.' : 'Not generated.';
     if (!isCancelled(error)) showErrors(error, true);
   }
 }
 
-/** Make what the form asks for; several may wait in the queue of the server. */
+/** Make what the form asks for; several may wait in the queue of the server. The stage changes once it is accepted. */
 export function generate(): Promise<void> {
   clearErrors();
   status.value = '';
-  view.value = { kind: 'live' };
-  return show(submit(form.value));
+  const before = view.value;
+  return show(submit(form.value, { onAccepted: () => (view.value = { kind: 'live' }) }), before);
 }
 
 export async function cancel(job: RunningJob): Promise<void> {
   job.cancelling.value = true;
   if (job.id) await cancelJob({ client: client.value, path: { job_id: job.id } });
+}
+
+export async function cancelAll(): Promise<void> {
+  await Promise.all(jobs.value.filter((job) => !job.cancelling.value).map(cancel));
 }
 
 /** Jobs that ran when the page was left: their images come into the gallery all the same. */

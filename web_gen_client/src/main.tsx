@@ -1,10 +1,10 @@
 import { render } from 'preact';
 import { useEffect, useState } from 'preact/hooks';
 import { Form } from './form';
-import { Gallery } from './gallery';
+import { followGalleries, Gallery } from './gallery';
 import { gridRunning, restoreGrid, stopGrid } from './grid';
 import { cancel, findRunning, jobs } from './jobs';
-import { blobIn } from './image_input';
+import { blobIn, problemWith } from './image_input';
 import { addImage, reference } from './images';
 import { restoreFile } from './restore';
 import { keepMeeting, keepPlanning, meetServer } from './server';
@@ -19,12 +19,18 @@ import {
   status,
   theme,
   token,
+  undoLast,
   type Theme,
 } from './state';
 import { loadItems } from './storage';
+import '../../diffusion_workers/elements/tokens.css';
 import './style.css';
 
-const THEMES: Theme[] = ['auto', 'light', 'dark'];
+const THEMES: [Theme, string][] = [
+  ['auto', 'Theme: system'],
+  ['light', 'Theme: light'],
+  ['dark', 'Theme: dark'],
+];
 
 function Token() {
   const [typed, setTyped] = useState(token.value);
@@ -44,8 +50,15 @@ function Token() {
   );
 }
 
+/** The documentation in a new tab, which finds the token in the storage that a new tab of a page inherits. */
+function openDocs(event: MouseEvent): void {
+  if (!token.value) return;
+  event.preventDefault();
+  sessionStorage.setItem('diffusion-workers-token', token.value);
+  open('docs', '_blank');
+}
+
 function Header() {
-  const next = THEMES[(THEMES.indexOf(theme.value) + 1) % THEMES.length] ?? 'auto';
   const now = health.value;
   return (
     <header class="bar">
@@ -56,16 +69,21 @@ function Header() {
       </span>
       {connectionError.value && /token/.test(connectionError.value) && <Token />}
       <span class="spring" />
-      <a href="docs" target="_blank" rel="noreferrer">
+      <a href="docs" target="_blank" rel="opener" onClick={openDocs}>
         API
       </a>
-      <button
-        type="button"
-        onClick={() => (theme.value = next)}
-        aria-label={`Colours: ${theme.value}, change to ${next}`}
+      <select
+        class="theme"
+        aria-label="Theme"
+        value={theme.value}
+        onChange={(event) => (theme.value = event.currentTarget.value as Theme)}
       >
-        {theme.value === 'auto' ? 'Auto' : theme.value === 'light' ? 'Light' : 'Dark'}
-      </button>
+        {THEMES.map(([name, title]) => (
+          <option key={name} value={name}>
+            {title}
+          </option>
+        ))}
+      </select>
     </header>
   );
 }
@@ -92,7 +110,11 @@ function Page() {
   const [over, setOver] = useState(false);
   useEffect(() => {
     const key = (event: KeyboardEvent) => {
-      if (event.key === 'Escape' && !document.querySelector('dialog[open]') && cancelFirst()) event.preventDefault();
+      const covered = document.querySelector('dialog[open], :popover-open') ?? document.fullscreenElement;
+      if (event.key === 'Escape' && !covered && cancelFirst()) event.preventDefault();
+      const typing = (event.target as Element).closest('input, textarea, select, dialog');
+      const undo = event.key === 'z' && (event.ctrlKey || event.metaKey) && !event.shiftKey;
+      if (undo && !typing && undoLast()) event.preventDefault();
     };
     const paste = (event: ClipboardEvent) => {
       const blob = blobIn(event.clipboardData);
@@ -107,6 +129,7 @@ function Page() {
     setOver(false);
     const blob = blobIn(event.dataTransfer);
     if (blob) void takeLoose(blob);
+    else status.value = problemWith(event.dataTransfer);
   };
   return (
     <div
@@ -132,6 +155,7 @@ async function start(): Promise<void> {
   const place = document.getElementById('page');
   if (!place) throw new Error('the page has no #page element');
   render(<Page />, place);
+  followGalleries();
   keepMeeting();
   keepPlanning();
   schema.subscribe((known) => known && document.documentElement.setAttribute('data-ready', ''));

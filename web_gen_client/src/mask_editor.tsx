@@ -1,11 +1,12 @@
-/** Paint an inpainting mask: a canvas at the resolution of the image, in a dialog. */
+/** Paint an inpainting mask: a canvas at the resolution of the image, in a dialog; by mouse, touch, pen and keyboard. */
 import { useEffect, useRef, useState } from 'preact/hooks';
 import { addImage, loadImage, reference, type InputImage } from './images';
 import { edit } from './state';
 
 const MOST_UNDO = 20;
-const PAINT = '#ff2d55';
+const ZOOMS = [1, 1.5, 2, 3, 4, 6, 8];
 
+type Tool = 'paint' | 'erase' | 'fill';
 interface Point {
   x: number;
   y: number;
@@ -16,24 +17,58 @@ async function drawMask(pen: CanvasRenderingContext2D, mask: InputImage): Promis
   const { width, height } = pen.canvas;
   pen.drawImage(await loadImage(mask.dataUri), 0, 0, width, height);
   const data = pen.getImageData(0, 0, width, height);
-  for (let i = 0; i < data.data.length; i += 4) data.data.set([255, 45, 85, data.data[i] ?? 0], i);
+  for (let i = 0; i < data.data.length; i += 4) data.data.set([255, 255, 255, data.data[i] ?? 0], i);
   pen.putImageData(data, 0, 0);
 }
 
 /** White where the layer is painted, black elsewhere, as the request wants it. */
 function maskOf(layer: HTMLCanvasElement): string {
   const canvas = document.createElement('canvas');
-  [canvas.width, canvas.height] = [layer.width, layer.height];
+  canvas.width = layer.width;
+  canvas.height = layer.height;
   const pen = canvas.getContext('2d');
   if (!pen) throw new Error('the browser has no canvas');
   pen.drawImage(layer, 0, 0);
-  pen.globalCompositeOperation = 'source-in';
-  pen.fillStyle = '#fff';
-  pen.fillRect(0, 0, canvas.width, canvas.height);
+  tint(pen, '#fff');
   pen.globalCompositeOperation = 'destination-over';
   pen.fillStyle = '#000';
   pen.fillRect(0, 0, canvas.width, canvas.height);
   return canvas.toDataURL('image/png');
+}
+
+/** Another colour for what is painted. */
+function tint(pen: CanvasRenderingContext2D, colour: string): void {
+  pen.save();
+  pen.globalCompositeOperation = 'source-in';
+  pen.fillStyle = colour;
+  pen.fillRect(0, 0, pen.canvas.width, pen.canvas.height);
+  pen.restore();
+}
+
+/** Fill the unpainted area around a point, up to what is painted: rows at a time. */
+function floodFill(pen: CanvasRenderingContext2D, start: Point): void {
+  const { width, height } = pen.canvas;
+  const image = pen.getImageData(0, 0, width, height);
+  const words = new Uint32Array(image.data.buffer);
+  const isFree = (at: number) => (image.data[at * 4 + 3] ?? 255) < 128;
+  const first = Math.floor(start.y) * width + Math.floor(start.x);
+  if (start.x < 0 || start.y < 0 || start.x >= width || start.y >= height || !isFree(first)) return;
+  const open = [first];
+  while (open.length) {
+    const at = open.pop() ?? 0;
+    if (!isFree(at)) continue;
+    const row = at - (at % width);
+    let left = at;
+    while (left > row && isFree(left - 1)) left--;
+    let right = at;
+    while (right < row + width - 1 && isFree(right + 1)) right++;
+    words.fill(0xffffffff, left, right + 1);
+    for (const next of [left - width, left + width])
+      if (next >= 0 && next < words.length)
+        for (let other = next; other <= next + right - left; other++)
+          if (isFree(other) && (other === next || !isFree(other - 1))) open.push(other);
+  }
+  pen.putImageData(image, 0, 0);
 }
 
 interface MaskEditorProps {
@@ -48,10 +83,19 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
   const dialog = useRef<HTMLDialogElement>(null);
   const layer = useRef<HTMLCanvasElement>(null);
   const ring = useRef<HTMLDivElement>(null);
-  const undo = useRef<ImageData[]>([]);
+  const scroll = useRef<HTMLDivElement>(null);
+  const past = useRef<ImageData[]>([]);
+  const future = useRef<ImageData[]>([]);
   const last = useRef<Point | null>(null);
-  const [erase, setErase] = useState(false);
+  const cursor = useRef<Point>({ x: image.width / 2, y: image.height / 2 });
+  const pressed = useRef(false); // the space bar
+  const pointers = useRef(new Map<number, Point>());
+  const [tool, setTool] = useState<Tool>('paint');
   const [size, setSize] = useState(Math.max(4, Math.round(Math.min(image.width, image.height) / 8)));
+  const [colour, setColour] = useState('#ff2d55');
+  const [opacity, setOpacity] = useState(60);
+  const [zoom, setZoom] = useState(1);
+  const [steps, setSteps] = useState({ back: 0, forth: 0 });
 
   const pen = () => {
     const found = layer.current?.getContext('2d', { willReadFrequently: true });
@@ -60,31 +104,46 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
   };
   useEffect(() => {
     dialog.current?.showModal();
-    if (mask) void drawMask(pen(), mask);
+    layer.current?.focus();
+    if (mask) void drawMask(pen(), mask).then(() => tint(pen(), colour));
   }, []);
+  useEffect(() => tint(pen(), colour), [colour]);
 
+  const counted = () => setSteps({ back: past.current.length, forth: future.current.length });
+  const now = () => pen().getImageData(0, 0, image.width, image.height);
   const keep = () => {
-    undo.current = [...undo.current.slice(1 - MOST_UNDO), pen().getImageData(0, 0, image.width, image.height)];
+    past.current = [...past.current.slice(1 - MOST_UNDO), now()];
+    future.current = [];
+    counted();
   };
-  const takeBack = () => {
-    const before = undo.current.pop();
-    if (before) pen().putImageData(before, 0, 0);
+  const step = (from: ImageData[], to: ImageData[]) => {
+    const shown = from.pop();
+    if (!shown) return;
+    to.push(now());
+    pen().putImageData(shown, 0, 0);
+    tint(pen(), colour);
+    counted();
   };
-  const change = (work: (pen: CanvasRenderingContext2D) => void) => {
+  const undo = () => step(past.current, future.current);
+  const redo = () => step(future.current, past.current);
+  const clear = () => {
+    keep();
+    pen().clearRect(0, 0, image.width, image.height);
+  };
+  const invert = () => {
     keep();
     const drawing = pen();
     drawing.save();
-    work(drawing);
+    drawing.globalCompositeOperation = 'source-out';
+    drawing.fillStyle = colour;
+    drawing.fillRect(0, 0, image.width, image.height);
     drawing.restore();
   };
-  const all = { x: 0, y: 0, width: image.width, height: image.height };
-  const clear = () => change((drawing) => drawing.clearRect(all.x, all.y, all.width, all.height));
-  const invert = () =>
-    change((drawing) => {
-      drawing.globalCompositeOperation = 'source-out';
-      drawing.fillStyle = PAINT;
-      drawing.fillRect(all.x, all.y, all.width, all.height);
-    });
+  const fill = (at: Point) => {
+    keep();
+    floodFill(pen(), at);
+    tint(pen(), colour);
+  };
 
   const pointOf = (event: PointerEvent): Point => {
     const box = layer.current?.getBoundingClientRect();
@@ -94,12 +153,12 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
       y: ((event.clientY - box.top) / box.height) * image.height,
     };
   };
-  const stroke = (to: Point) => {
+  const stroke = (to: Point, pressure = 1) => {
     const drawing = pen();
     const from = last.current ?? to;
-    drawing.globalCompositeOperation = erase ? 'destination-out' : 'source-over';
-    drawing.strokeStyle = PAINT;
-    drawing.lineWidth = size;
+    drawing.globalCompositeOperation = tool === 'erase' ? 'destination-out' : 'source-over';
+    drawing.strokeStyle = colour;
+    drawing.lineWidth = Math.max(1, size * pressure);
     drawing.lineCap = drawing.lineJoin = 'round';
     drawing.beginPath();
     drawing.moveTo(from.x, from.y);
@@ -108,51 +167,123 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
     drawing.globalCompositeOperation = 'source-over';
     last.current = to;
   };
+  const pressureOf = (event: PointerEvent) => (event.pointerType === 'pen' ? 0.3 + 0.7 * event.pressure : 1);
+  const showRing = () => {
+    const box = layer.current?.getBoundingClientRect();
+    if (!ring.current || !box) return;
+    const scale = box.width / image.width;
+    const across = `${size * scale}px`;
+    const { x, y } = cursor.current;
+    Object.assign(ring.current.style, { width: across, height: across, left: `${x * scale}px`, top: `${y * scale}px` });
+  };
+  useEffect(showRing, [size, zoom]);
+
   const down = (event: PointerEvent) => {
     if (event.button !== 0) return;
     layer.current?.setPointerCapture(event.pointerId);
+    pointers.current.set(event.pointerId, { x: event.clientX, y: event.clientY });
+    if (pointers.current.size === 2) {
+      if (last.current) undo(); // the first finger was not meant to paint
+      last.current = null;
+      return;
+    }
+    if (tool === 'fill') return fill(pointOf(event));
     keep();
-    stroke(pointOf(event));
+    stroke(pointOf(event), pressureOf(event));
   };
   const move = (event: PointerEvent) => {
-    const box = layer.current?.getBoundingClientRect();
-    if (ring.current && box) {
-      const across = `${(size * box.width) / image.width}px`;
-      Object.assign(ring.current.style, {
-        width: across,
-        height: across,
-        left: `${event.clientX - box.left}px`,
-        top: `${event.clientY - box.top}px`,
-      });
+    const before = pointers.current.get(event.pointerId);
+    if (before) pointers.current.set(event.pointerId, { x: event.clientX, y: event.clientY });
+    if (pointers.current.size === 2 && before) {
+      const other = [...pointers.current].find(([id]) => id !== event.pointerId)?.[1];
+      scroll.current?.scrollBy(before.x - event.clientX, before.y - event.clientY);
+      if (!other) return;
+      const was = Math.hypot(before.x - other.x, before.y - other.y);
+      const is = Math.hypot(event.clientX - other.x, event.clientY - other.y);
+      if (was) setZoom((old) => Math.min(8, Math.max(1, old * (is / was))));
+      return;
     }
+    cursor.current = pointOf(event);
+    showRing();
     if (!last.current) return;
-    for (const part of event.getCoalescedEvents?.() ?? []) stroke(pointOf(part));
-    stroke(pointOf(event));
+    for (const part of event.getCoalescedEvents?.() ?? []) stroke(pointOf(part), pressureOf(part));
+    stroke(pointOf(event), pressureOf(event));
   };
-  const up = () => (last.current = null);
+  const up = (event: PointerEvent) => {
+    pointers.current.delete(event.pointerId);
+    last.current = null;
+  };
 
+  const zoomBy = (way: 1 | -1) =>
+    setZoom((old) => (way > 0 ? ZOOMS.find((known) => known > old) : ZOOMS.findLast((known) => known < old)) ?? old);
+  const onCanvas = (event: KeyboardEvent) => {
+    const far = event.shiftKey ? 1 : Math.max(1, size / 4);
+    const way = { ArrowLeft: [-far, 0], ArrowRight: [far, 0], ArrowUp: [0, -far], ArrowDown: [0, far] }[event.key];
+    if (way) {
+      const { x, y } = cursor.current;
+      cursor.current = {
+        x: Math.min(image.width, Math.max(0, x + (way[0] ?? 0))),
+        y: Math.min(image.height, Math.max(0, y + (way[1] ?? 0))),
+      };
+      showRing();
+      if (pressed.current) stroke(cursor.current);
+    } else if (event.key === ' ') {
+      if (!event.repeat && tool === 'fill') fill(cursor.current);
+      else if (!pressed.current && tool !== 'fill') {
+        pressed.current = true;
+        keep();
+        stroke(cursor.current);
+      }
+    } else return false;
+    return true;
+  };
   const key = (event: KeyboardEvent) => {
+    const command = event.ctrlKey || event.metaKey;
+    const letter = event.key.toLowerCase();
     const grow = { '[': 0.8, ']': 1.25 }[event.key];
-    if (grow) setSize((now) => Math.min(image.width, Math.max(1, Math.round(now * grow))));
-    else if (event.key === 'e') setErase((now) => !now);
-    else if (event.key === 'z' && (event.ctrlKey || event.metaKey)) takeBack();
+    const tools: Record<string, Tool> = { b: 'paint', e: 'erase', f: 'fill' };
+    if (event.target === layer.current && !command && onCanvas(event)) event.preventDefault();
+    else if (grow) setSize((old) => Math.min(image.width, Math.max(1, Math.round(old * grow))));
+    else if (!command && tools[letter]) setTool(tools[letter]);
+    else if (command && (letter === 'y' || (letter === 'z' && event.shiftKey))) redo();
+    else if (command && letter === 'z') undo();
+    else if (!command && (event.key === '+' || event.key === '-')) zoomBy(event.key === '+' ? 1 : -1);
     else return;
     event.preventDefault();
+    event.stopPropagation();
+  };
+  const release = (event: KeyboardEvent) => {
+    if (event.key !== ' ') return;
+    pressed.current = false;
+    last.current = null;
   };
   const done = async () => {
     if (!layer.current) return;
     edit(path, reference(await addImage(maskOf(layer.current))));
     dialog.current?.close();
   };
+  const tools: [Tool, string][] = [
+    ['paint', 'Paint'],
+    ['erase', 'Erase'],
+    ['fill', 'Fill'],
+  ];
   return (
-    <dialog ref={dialog} class="mask-editor" aria-label="Paint the mask" onClose={onClose} onKeyDown={key}>
+    <dialog
+      ref={dialog}
+      class="mask-editor"
+      aria-label="Paint the mask"
+      onClose={onClose}
+      onKeyDown={key}
+      onKeyUp={release}
+    >
       <div class="mask-tools" role="toolbar" aria-label="Mask tools">
-        <button type="button" aria-pressed={!erase} onClick={() => setErase(false)}>
-          Paint
-        </button>
-        <button type="button" aria-pressed={erase} onClick={() => setErase(true)}>
-          Erase
-        </button>
+        <div class="segments" role="group" aria-label="Tool">
+          {tools.map(([name, title]) => (
+            <button type="button" key={name} aria-pressed={tool === name} onClick={() => setTool(name)}>
+              {title}
+            </button>
+          ))}
+        </div>
         <label class="brush">
           Brush{' '}
           <input
@@ -164,8 +295,11 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
           />{' '}
           <output>{size} px</output>
         </label>
-        <button type="button" onClick={takeBack}>
+        <button type="button" disabled={!steps.back} onClick={undo}>
           Undo
+        </button>
+        <button type="button" disabled={!steps.forth} onClick={redo}>
+          Redo
         </button>
         <button type="button" onClick={invert}>
           Invert
@@ -181,17 +315,24 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
           Done
         </button>
       </div>
-      <div class="mask-stage">
+      <div ref={scroll} class="mask-stage">
         <div
           class="mask-image"
-          style={{ aspectRatio: `${image.width} / ${image.height}`, '--ratio': image.width / image.height }}
+          style={{
+            aspectRatio: `${image.width} / ${image.height}`,
+            '--ratio': image.width / image.height,
+            '--zoom': zoom,
+          }}
         >
           <img src={image.dataUri} alt="The image below the mask" draggable={false} />
           <canvas
             ref={layer}
             width={image.width}
             height={image.height}
-            aria-label="Mask: what is painted is repainted"
+            tabIndex={0}
+            role="application"
+            aria-label="Mask: what is painted is repainted. Arrows move the brush, the space bar paints"
+            style={{ opacity: opacity / 100 }}
             onPointerDown={down}
             onPointerMove={move}
             onPointerUp={up}
@@ -200,9 +341,35 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
           <div ref={ring} class="ring" aria-hidden="true" />
         </div>
       </div>
-      <p class="note">
-        Paint the mask. <kbd>[</kbd> <kbd>]</kbd> brush size, <kbd>E</kbd> erase, <kbd>Ctrl</kbd> <kbd>Z</kbd> undo.
-      </p>
+      <div class="mask-tools">
+        <label class="brush-option">
+          Colour <input type="color" value={colour} onInput={(event) => setColour(event.currentTarget.value)} />
+        </label>
+        <label class="brush-option">
+          Opacity{' '}
+          <input
+            type="range"
+            min="10"
+            max="100"
+            step="5"
+            value={opacity}
+            onInput={(event) => setOpacity(Number(event.currentTarget.value))}
+          />
+        </label>
+        <div class="brush-option" role="group" aria-label="Zoom">
+          <button type="button" aria-label="Zoom out" disabled={zoom <= 1} onClick={() => zoomBy(-1)}>
+            −
+          </button>
+          <output>{Math.round(zoom * 100)} %</output>
+          <button type="button" aria-label="Zoom in" disabled={zoom >= 8} onClick={() => zoomBy(1)}>
+            +
+          </button>
+        </div>
+        <p class="note keys">
+          <kbd>[</kbd> <kbd>]</kbd> size, <kbd>B</kbd> <kbd>E</kbd> <kbd>F</kbd> tool, <kbd>←</kbd> <kbd>→</kbd> move,{' '}
+          <kbd>Space</kbd> paint, <kbd>Ctrl</kbd> <kbd>Z</kbd> undo
+        </p>
+      </div>
     </dialog>
   );
 }

@@ -2,7 +2,7 @@
 import { orThrow, restore, type GenerationPlan, type LostSetting, type RestoredRequest } from 'ez-diffusion-client';
 import { asDataUri, bringBack, imageAt } from './images';
 import { get, set, type JsonObject } from './paths';
-import { client, form, items, replaceForm, status } from './state';
+import { announce, client, form, items, replaceForm, seedLocked } from './state';
 import type { GalleryItem } from './storage';
 
 async function read(file: Blob): Promise<{ found: RestoredRequest; warnings: string[] }> {
@@ -26,6 +26,12 @@ function withInputs(found: RestoredRequest, source: JsonObject | undefined): { n
 
 function previewInterval(): JsonObject {
   return { preview_interval: form.value['preview_interval'] ?? 0 };
+}
+
+/** What the metadata of a file holds: its plan, and the request that makes it again. */
+export async function restoredFrom(file: Blob): Promise<{ plan: GenerationPlan | null; request: JsonObject }> {
+  const { found } = await read(file);
+  return { plan: found.plan ?? null, request: found.request as JsonObject };
 }
 
 /** The form that generates an item of the gallery again: everything that its plan decided, with its own seed. */
@@ -60,9 +66,11 @@ export async function restoreFile(file: Blob): Promise<boolean> {
   const source = found.plan ? sameGeneration(found.plan)?.form : undefined;
   if (source) await bringBack(source);
   const { next, given } = withInputs(found, source);
+  const [before, locked] = [form.value, seedLocked.value];
   replaceForm({ ...next, ...previewInterval() }, 'seed' in next);
   const lost = (found.lost ?? []).filter(({ name }) => !given.has(name));
   const restored = lost.length ? `Settings restored, except: ${sentences(lost)}.` : 'Settings restored.';
-  status.value = [restored, ...warnings.map((warning) => `Note: ${warning}.`)].join(' ');
+  const text = [restored, ...warnings.map((warning) => `Note: ${warning}.`)].join(' ');
+  announce(text, () => replaceForm(before, locked));
   return true;
 }

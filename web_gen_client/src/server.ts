@@ -8,15 +8,31 @@ import {
   plan,
   preprocess,
   type ControlMap,
+  type Health,
   type PreprocessRequest,
 } from 'ez-diffusion-client';
 import { clearErrors, showErrors, warnings } from './errors';
 import type { Json } from './paths';
 import { Schema } from './schema';
-import { client, connectionError, dryRun, form, health, models, request, schema, serverUrl, token } from './state';
+import {
+  client,
+  connectionError,
+  dryRun,
+  form,
+  health,
+  models,
+  onUnreachable,
+  request,
+  schema,
+  serverUrl,
+  token,
+} from './state';
 
 const DRY_RUN_DELAY_MS = 500;
-const LOOK_AGAIN_MS = 15_000;
+const LOOK_AGAIN_MS = 2_000;
+const READ_AGAIN_MS = 15_000;
+const PATIENCE_MS = 10_000;
+export const LOST = 'The server does not answer. Trying again …';
 
 function notAllowed(): Error {
   return new Error(token.value ? 'The server refuses this token.' : 'The server asks for a token.');
@@ -43,15 +59,40 @@ export async function meetServer(): Promise<void> {
     health.value = await orThrow(askHealth({ client: client.value }));
     connectionError.value = null;
   } catch (error) {
+    if (error instanceof TypeError || (error instanceof OperationError && error.httpStatus === undefined)) {
+      connectionError.value = LOST; // no answer at all
+      return;
+    }
     const shown = error instanceof OperationError && error.httpStatus === 401 ? notAllowed() : error;
     connectionError.value = shown instanceof Error ? shown.message : String(shown);
   }
 }
 
-/** Poll the server, so that the page shows when it is not reachable, and continues when it is back. */
+let looking = false;
+
+/** A look at whether the server is up; more than that only where it was away. */
+async function look(): Promise<void> {
+  if (looking) return;
+  looking = true;
+  try {
+    const answer = await fetch(`${serverUrl}/health`, { signal: AbortSignal.timeout(PATIENCE_MS) });
+    if (answer.ok) health.value = (await answer.json()) as Health;
+    if (connectionError.value === LOST) await meetServer();
+  } catch (error) {
+    const slow = error instanceof DOMException && error.name === 'TimeoutError';
+    if (!slow) connectionError.value = LOST;
+  }
+  looking = false;
+}
+
+/** Poll the server, so that the page shows at once when it is not reachable, and continues when it is back. */
 export function keepMeeting(): void {
+  onUnreachable.call = () => void look();
   void meetServer();
-  setInterval(() => document.visibilityState === 'visible' && void meetServer(), LOOK_AGAIN_MS);
+  const visible = () => document.visibilityState === 'visible';
+  setInterval(() => visible() && void look(), LOOK_AGAIN_MS);
+  setInterval(() => visible() && connectionError.value !== LOST && void meetServer(), READ_AGAIN_MS);
+  document.addEventListener('visibilitychange', () => visible() && void look());
 }
 
 /** While nothing is typed for a moment, ask what the request would do. */

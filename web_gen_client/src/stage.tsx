@@ -1,15 +1,30 @@
-/** The middle of the page: the running generation, an image of the gallery, a comparison of two, or a grid. */
+/** The middle of the page: the running generation, images of the gallery, a comparison of two, or a grid. */
 import { useState } from 'preact/hooks';
-import { copyMenu } from './copy_menu';
-import { addressOf, comparing, remove } from './gallery';
+import { copyButtons } from './copy_menu';
+import { addressOf, comparing, fileName, promptOf, remove, saveFile, select, toggleStar } from './gallery';
 import { GridView } from './grid_view';
-import { cancel, jobs, secondsLeft, type RunningJob } from './jobs';
-import { gridRunning } from './grid';
+import { cancel, cancelAll, jobs, secondsLeft, type RunningJob } from './jobs';
+import { gridRunning, stopGrid } from './grid';
+import { Menu } from './menu';
 import { isObject, type Json, type JsonObject } from './paths';
 import { addImage, reference } from './images';
 import { formOf } from './restore';
-import { edit, itemAt, replaceForm, shownItem, status, view, type View } from './state';
+import {
+  connectionError,
+  edit,
+  form,
+  itemAt,
+  items,
+  replaceFormUndoably,
+  shownItem,
+  status,
+  undoable,
+  undoLast,
+  view,
+  type View,
+} from './state';
 import type { GalleryItem } from './storage';
+import { Viewer } from './viewer';
 
 function seconds(value: number): string {
   if (value < 10) return `${value.toFixed(1)} s`;
@@ -23,7 +38,7 @@ function stateOf(job: RunningJob): string {
     case 'queued':
       return event.queue_position ? `Waiting, ${event.queue_position} before it` : 'Waiting';
     case 'load':
-      return 'Loading the model';
+      return event.message ? `Loading the model: ${event.message}` : 'Loading the model';
     case 'encode':
       return 'Encoding';
     case 'decode':
@@ -53,13 +68,8 @@ function Progress({ job }: { job: RunningJob }) {
   );
 }
 
-/** An image as large as its place; small ones keep their pixels. */
-function Frame({ source, name, small }: { source: string; name: string; small: boolean }) {
-  return (
-    <div class="frame">
-      <img class={small ? 'pixels' : ''} src={source} alt={name} />
-    </div>
-  );
+function isSmall(item: GalleryItem): boolean {
+  return Math.max(item.width, item.height) <= 192;
 }
 
 function Live() {
@@ -67,7 +77,9 @@ function Live() {
   const preview = job?.preview.value;
   if (job)
     return preview ? (
-      <Frame source={preview} name="Preview of the image" small />
+      <div class="frame">
+        <img src={preview} alt="Preview of the image" />
+      </div>
     ) : (
       <div class="frame empty" aria-busy="true">
         <p>{stateOf(job)}</p>
@@ -76,7 +88,7 @@ function Live() {
   return (
     <div class="frame empty">
       <div class="welcome">
-        <p>
+        <p class="large">
           Describe the image, and press <kbd>Ctrl</kbd> <kbd>Enter</kbd>.
         </p>
         <p class="note">
@@ -88,14 +100,7 @@ function Live() {
 }
 
 function download(item: GalleryItem): void {
-  const link = document.createElement('a');
-  link.href = addressOf(item);
-  link.download = `${
-    String(item.plan?.prompt ?? 'image')
-      .replaceAll(/[^\p{L}\p{N}]+/gu, '-')
-      .slice(0, 48) || 'image'
-  }-${item.seed}.${item.blob.type.split('/')[1] ?? 'png'}`;
-  link.click();
+  saveFile(item.blob, fileName({ prompt: promptOf(item), seed: item.seed, type: item.blob.type }));
 }
 
 function Facts({ item }: { item: GalleryItem }) {
@@ -125,47 +130,92 @@ function Facts({ item }: { item: GalleryItem }) {
   );
 }
 
+async function asControl(item: GalleryItem): Promise<void> {
+  const units = Array.isArray(form.value['controlnets']) ? form.value['controlnets'] : [];
+  edit('controlnets', [...units, { image: reference(await addImage(item.blob)) }]);
+  status.value = 'The image is a control now.';
+}
+
+function Star({ item }: { item: GalleryItem }) {
+  return (
+    <button
+      type="button"
+      aria-pressed={item.starred === true}
+      aria-label={item.starred ? 'Remove the star' : 'Star this image'}
+      onClick={() => void toggleStar(item)}
+    >
+      {item.starred ? '★' : '☆'}
+    </button>
+  );
+}
+
 function Item({ item }: { item: GalleryItem }) {
-  const use = async () => {
-    replaceForm(await formOf(item), true);
-    status.value = 'Settings restored.';
+  const use = async () => replaceFormUndoably(await formOf(item), true, 'Settings restored.');
+  const start = async () => {
+    edit('image', reference(await addImage(item.blob)));
+    status.value = 'The image is the start image now.';
   };
   return (
     <>
-      <Frame
-        source={addressOf(item)}
-        name={`${String(item.plan?.prompt ?? item.form['prompt'])}, seed ${item.seed}`}
-        small={Math.max(item.width, item.height) <= 192}
-      />
-      <p class="caption">{item.plan?.prompt ?? String(item.form['prompt'])}</p>
-      <Facts item={item} />
+      <Viewer key={item.id} source={addressOf(item)} name={`${promptOf(item)}, seed ${item.seed}`} small={isSmall(item)}>
+        <Star item={item} />
+      </Viewer>
       <div class="actions" role="group" aria-label="This image">
-        <button type="button" onClick={() => void use()}>
-          Reuse settings
-        </button>
-        <button type="button" onClick={() => edit('seed', item.seed)}>
-          Reuse seed
-        </button>
-        <button type="button" onClick={async () => edit('image', reference(await addImage(item.blob)))}>
-          Start from it
-        </button>
-        <button type="button" onClick={() => (comparing.value = item.id)}>
-          Compare
-        </button>
         <button type="button" onClick={() => download(item)}>
           Download
         </button>
-        <button type="button" onClick={() => void remove(item.id)}>
+        <button type="button" onClick={() => void use()}>
+          Reuse settings
+        </button>
+        <button type="button" onClick={() => void start()}>
+          Start from it
+        </button>
+        <Menu label="More ▾" name="More for this image">
+          <button type="button" onClick={() => edit('seed', item.seed)}>
+            Reuse seed
+          </button>
+          <button type="button" onClick={() => (comparing.value = item.id)}>
+            Compare with another
+          </button>
+          <button type="button" onClick={() => void asControl(item)}>
+            Use as a control image
+          </button>
+          {copyButtons(async () => ({ form: await formOf(item), lockSeed: true }))}
+        </Menu>
+        <span class="spring" />
+        <button type="button" class="danger" onClick={() => void remove(item)}>
           Delete
         </button>
-        {copyMenu(async () => ({ form: await formOf(item), lockSeed: true }))}
       </div>
+      <p class="caption">{promptOf(item)}</p>
+      <Facts item={item} />
       {item.plan && (
         <details class="receipt">
           <summary>Receipt</summary>
           <pre tabIndex={0}>{JSON.stringify(item.plan, null, 2)}</pre>
         </details>
       )}
+    </>
+  );
+}
+
+/** All images of one generation. */
+function Batch({ ids }: { ids: string[] }) {
+  const made = ids.map(itemAt).filter((item) => item !== undefined);
+  const columns = Math.ceil(Math.sqrt(made.length));
+  return (
+    <>
+      <ul class="batch" style={{ '--columns': columns }}>
+        {made.map((item) => (
+          <li key={item.id}>
+            <button type="button" aria-label={`Show the image with seed ${item.seed}`} onClick={() => select(item.id)}>
+              <img class={isSmall(item) ? 'pixels' : ''} src={addressOf(item)} alt="" draggable={false} />
+            </button>
+            <span class="note">Seed {item.seed}</span>
+          </li>
+        ))}
+      </ul>
+      {made[0] && <p class="caption">{promptOf(made[0])}</p>}
     </>
   );
 }
@@ -257,15 +307,26 @@ function Shown() {
     const [a, b] = [itemAt(now.a), itemAt(now.b)];
     if (a && b) return <Compare a={a} b={b} />;
   }
+  if (now.kind === 'batch' && now.ids.some(itemAt)) return <Batch ids={now.ids} />;
   return shownItem.value ? <Item item={shownItem.value} /> : <Live />;
 }
 
+/** The other images that were made together with the one that is shown. */
+function batchOf(now: View): string[] {
+  if (now.kind === 'batch') return now.ids;
+  const batch = shownItem.value?.batch;
+  const ids = batch ? items.value.filter((item) => item.batch === batch).map((item) => item.id) : [];
+  return ids.length > 1 ? ids : [];
+}
+
 function Tabs() {
-  const now = view.value.kind;
+  const now = view.value;
   const running = jobs.value.some((job) => !job.cell);
+  const batch = batchOf(now);
   const tabs: [View, string][] = [
     [{ kind: 'live' }, running ? 'Live' : 'Start'],
     [{ kind: 'grid' }, 'X/Y grid'],
+    ...(batch.length ? [[{ kind: 'batch', ids: batch }, `Batch of ${batch.length}`] as [View, string]] : []),
   ];
   return (
     <nav class="tabs" aria-label="Stage">
@@ -273,15 +334,15 @@ function Tabs() {
         <button
           type="button"
           key={target.kind}
-          aria-pressed={now === target.kind}
+          aria-pressed={now.kind === target.kind}
           onClick={() => (view.value = target)}
         >
           {name}
         </button>
       ))}
-      {(now === 'item' || now === 'compare') && (
+      {(now.kind === 'item' || now.kind === 'compare') && (
         <button type="button" aria-pressed="true">
-          {now === 'item' ? 'Image' : 'Comparison'}
+          {now.kind === 'item' ? 'Image' : 'Comparison'}
         </button>
       )}
     </nav>
@@ -291,13 +352,29 @@ function Tabs() {
 export function Stage() {
   const own = jobs.value.filter((job) => !job.cell);
   const cells = jobs.value.filter((job) => job.cell);
+  const stopAll = () => (stopGrid(), void cancelAll());
   return (
     <section class="stage" aria-label="Stage">
+      {connectionError.value && (
+        <p class="banner" role="alert">
+          {connectionError.value}
+        </p>
+      )}
       <div class="stage-head">
         <Tabs />
         <p class="status" role="status">
           {status.value}
         </p>
+        {undoable.value && (
+          <button type="button" onClick={undoLast}>
+            Undo <kbd>Ctrl Z</kbd>
+          </button>
+        )}
+        {own.length > 1 && (
+          <button type="button" onClick={stopAll}>
+            Cancel all {own.length}
+          </button>
+        )}
       </div>
       {[...own, ...(gridRunning.value && view.value.kind !== 'grid' ? cells : [])].map((job) => (
         <Progress key={job.key} job={job} />

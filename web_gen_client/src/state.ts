@@ -1,18 +1,23 @@
 /** The state of the page: the form, the server, the gallery, and what is on the stage. */
 import { computed, effect, signal } from '@preact/signals';
 import { connect, type GenerationPlan, type GenerationRequest, type Health, type ModelList } from 'ez-diffusion-client';
-import { clearErrors } from './errors';
-import { get, isObject, set, type Json, type JsonObject } from './paths';
-import { bringBack, withData } from './images';
+import { clearErrors, forgetTouched } from './errors';
+import { get, set, type Json, type JsonObject } from './paths';
+import { bringBack, idsIn, withData } from './images';
 import type { Schema } from './schema';
-import { loadSetting, saveSetting, type GalleryItem } from './storage';
-import { upgradeSettings } from './upgrade';
+import { loadForm, loadSetting, saveForm, saveSetting, sweep, type GalleryItem } from './storage';
+import { onMessage, tell } from './sync';
 
 export type Theme = 'auto' | 'light' | 'dark';
 export type View =
-  { kind: 'live' } | { kind: 'item'; id: string } | { kind: 'compare'; a: string; b: string } | { kind: 'grid' };
+  | { kind: 'live' }
+  | { kind: 'item'; id: string }
+  | { kind: 'batch'; ids: string[] }
+  | { kind: 'compare'; a: string; b: string }
+  | { kind: 'grid' };
 
 const EMPTY_FORM: JsonObject = { prompt: '', preview_interval: 4 };
+const SWEEP_MS = 3_600_000;
 
 export const form = signal<JsonObject>(EMPTY_FORM);
 export const seedLocked = signal(false);
@@ -23,13 +28,50 @@ export const connectionError = signal<string | null>(null);
 export const token = signal('');
 export const theme = signal<Theme>('auto');
 export const items = signal<readonly GalleryItem[]>([]);
+/** Images of the server's folder that were opened in this tab. */
+export const openedItems = signal<readonly GalleryItem[]>([]);
 export const view = signal<View>({ kind: 'live' });
 export const status = signal('');
 export const dryRun = signal<GenerationPlan | null>(null);
 
+/** The last step that can be taken back, while its message is the one that is shown. */
+const lastStep = signal<{ text: string; undo: () => void } | null>(null);
+export const undoable = computed(() => (lastStep.value?.text === status.value ? lastStep.value : null));
+
+/** Say what was done, with a way back. */
+export function announce(text: string, undo: () => void): void {
+  lastStep.value = { text, undo };
+  status.value = text;
+}
+
+export function undoLast(): boolean {
+  const step = undoable.value;
+  if (!step) return false;
+  lastStep.value = null;
+  status.value = 'Undone.';
+  step.undo();
+  return true;
+}
+
 /** Where the server is: it serves this page, perhaps below a path. */
 export const serverUrl = new URL('.', location.href).href.replace(/\/$/, '');
-export const client = computed(() => connect({ baseUrl: serverUrl, token: token.value || undefined }));
+
+/** Called when a request got no answer at all. */
+export const onUnreachable = { call: (): void => undefined };
+
+async function fetchAndNotice(input: RequestInfo | URL, init?: RequestInit): Promise<Response> {
+  try {
+    return await fetch(input, init);
+  } catch (error) {
+    const aborted = init?.signal?.aborted || (input instanceof Request && input.signal.aborted);
+    if (!aborted) onUnreachable.call();
+    throw error;
+  }
+}
+
+export const client = computed(() =>
+  connect({ baseUrl: serverUrl, token: token.value || undefined, fetch: fetchAndNotice }),
+);
 
 export const model = computed(() => {
   const name = form.value['model'] ?? models.value?.default;
@@ -38,6 +80,11 @@ export const model = computed(() => {
 
 export function value(path: string): Json | undefined {
   return get(form.value, path);
+}
+
+/** Whether a field means something to the chosen model; one that is set is shown all the same. */
+export function applies(name: string): boolean {
+  return value(name) !== undefined || !model.value?.unused_fields?.includes(name);
 }
 
 /** What a field holds now; `undefined` takes it out of the request. */
@@ -56,6 +103,14 @@ export function replaceForm(next: JsonObject, lockSeed: boolean): void {
   form.value = { ...EMPTY_FORM, ...next };
   seedLocked.value = lockSeed;
   clearErrors();
+  forgetTouched();
+}
+
+/** Replace the form, and say so with a way back. */
+export function replaceFormUndoably(next: JsonObject, lockSeed: boolean, text: string): void {
+  const [before, locked] = [form.value, seedLocked.value];
+  replaceForm(next, lockSeed);
+  announce(text, () => replaceForm(before, locked));
 }
 
 /** The request that a form stands for, with the data of its images. */
@@ -68,26 +123,37 @@ export function requestOf(source: JsonObject, lockSeed = seedLocked.value): Gene
 export const request = computed(() => requestOf(form.value));
 
 export function itemAt(id: string): GalleryItem | undefined {
-  return items.value.find((item) => item.id === id);
+  return items.value.find((item) => item.id === id) ?? openedItems.value.find((item) => item.id === id);
 }
 
 export const shownItem = computed(() => (view.value.kind === 'item' ? itemAt(view.value.id) : undefined));
 
+async function restoreShared(): Promise<void> {
+  theme.value = (await loadSetting<Theme>('theme')) ?? 'auto';
+  token.value = (await loadSetting<string>('token')) ?? '';
+}
+
 /** The settings of the last visit, and from then on each change of them. */
 export async function restoreSettings(): Promise<void> {
-  const [storedForm, locked, storedTheme, storedToken] = await Promise.all([
-    loadSetting<JsonObject>('form'),
-    loadSetting<boolean>('seedLocked'),
-    loadSetting<Theme>('theme'),
-    loadSetting<string>('token'),
-  ]);
-  if (isObject(storedForm)) form.value = await bringBack(upgradeSettings(storedForm));
-  seedLocked.value = locked ?? false;
-  theme.value = storedTheme ?? 'auto';
-  token.value = storedToken ?? '';
-  const kept = { form, seedLocked, theme, token };
-  for (const [key, source] of Object.entries(kept)) effect(() => void saveSetting(key, source.value));
+  const [stored] = await Promise.all([loadForm(), restoreShared()]);
+  if (stored) {
+    form.value = await bringBack(stored.form);
+    seedLocked.value = stored.seedLocked;
+  }
+  effect(() => saveForm({ form: form.value, seedLocked: seedLocked.value }));
+  for (const [key, source] of Object.entries({ theme, token })) {
+    let kept: string = source.value;
+    effect(() => {
+      if (source.value === kept) return;
+      kept = source.value;
+      void saveSetting(key, kept).then(() => tell({ kind: 'setting', key }));
+    });
+  }
+  onMessage((message) => message.kind === 'setting' && void restoreShared());
   effect(() => {
     document.documentElement.dataset['theme'] = theme.value;
   });
+  const tidy = () => void sweep(idsIn, form.value);
+  tidy();
+  setInterval(tidy, SWEEP_MS);
 }

@@ -1,7 +1,8 @@
 /** What survives a reload, in IndexedDB. Without it (a private window), everything works and nothing is kept. */
 import type { GenerationPlan } from 'ez-diffusion-client';
 import type { InputImage } from './images';
-import type { JsonObject } from './paths';
+import { isObject, type JsonObject } from './paths';
+import { tell } from './sync';
 import { upgradePlan, upgradeSettings } from './upgrade';
 
 export interface GalleryItem {
@@ -16,10 +17,18 @@ export interface GalleryItem {
   plan: GenerationPlan | null;
   /** The form it was made from, with names in place of images */
   form: JsonObject;
+  /** The same for all images of one generation */
+  batch?: string | undefined;
+  starred?: boolean | undefined;
+  /** When it was deleted; for a while a deletion can be undone */
+  deleted?: number | undefined;
 }
 
 const STORES = { images: 'id', inputs: 'id', settings: 'key' } as const;
 type Store = keyof typeof STORES;
+const UNDO_FOR_MS = 3_600_000;
+/** Other tabs may hold input images in forms that this one does not see, so none is deleted while it is young. */
+const INPUTS_FOR_MS = 7 * 86_400_000;
 let opened: Promise<IDBDatabase | null> | undefined;
 
 function open(): Promise<IDBDatabase | null> {
@@ -43,14 +52,14 @@ function open(): Promise<IDBDatabase | null> {
 async function act<Result>(
   store: Store,
   mode: IDBTransactionMode,
-  action: (store: IDBObjectStore) => IDBRequest<Result>,
+  action: (store: IDBObjectStore) => IDBRequest<Result> | void,
 ): Promise<Result | undefined> {
   const database = await open();
   if (!database) return undefined;
   return new Promise((resolve, reject) => {
     const transaction = database.transaction(store, mode);
     const request = action(transaction.objectStore(store));
-    transaction.oncomplete = () => resolve(request.result);
+    transaction.oncomplete = () => resolve(request?.result);
     transaction.onabort = () => reject(transaction.error ?? new Error('the browser did not store it'));
   });
 }
@@ -62,19 +71,28 @@ function upgradeItem(item: GalleryItem): GalleryItem {
 
 export async function loadItems(): Promise<GalleryItem[]> {
   const items = ((await act('images', 'readonly', (store) => store.getAll())) ?? []) as GalleryItem[];
-  return items.map(upgradeItem).sort((a, b) => b.created - a.created);
+  return items
+    .filter((item) => !item.deleted)
+    .map(upgradeItem)
+    .sort((a, b) => b.created - a.created);
 }
 
-export async function saveItem(item: GalleryItem): Promise<void> {
-  await act('images', 'readwrite', (store) => store.put(item));
+/** Add or change items of the gallery. */
+export async function saveItems(items: readonly GalleryItem[]): Promise<void> {
+  await act('images', 'readwrite', (store) => {
+    for (const item of items) store.put(item);
+  });
+  tell({ kind: 'gallery' });
 }
 
-export async function deleteItem(id: string): Promise<void> {
-  await act('images', 'readwrite', (store) => store.delete(id));
+/** Mark items as deleted; `saveItems` brings them back. */
+export function deleteItems(items: readonly GalleryItem[]): Promise<void> {
+  const deleted = Date.now();
+  return saveItems(items.map((item) => ({ ...item, deleted })));
 }
 
 export async function saveInputImage(image: InputImage): Promise<void> {
-  await act('inputs', 'readwrite', (store) => store.put(image));
+  await act('inputs', 'readwrite', (store) => store.put({ ...image, used: Date.now() }));
 }
 
 export async function loadInputImages(ids: string[]): Promise<InputImage[]> {
@@ -84,10 +102,27 @@ export async function loadInputImages(ids: string[]): Promise<InputImage[]> {
   return found.filter((image) => image !== undefined);
 }
 
-/** Delete the input images that nothing refers to. */
-export async function keepInputImages(used: ReadonlySet<string>): Promise<void> {
-  const keys = (await act('inputs', 'readonly', (store) => store.getAllKeys())) ?? [];
-  for (const key of keys) if (!used.has(String(key))) await act('inputs', 'readwrite', (store) => store.delete(key));
+/** Free the room of deleted images, and of input images that no item and no form has used for a week. */
+export async function sweep(inUse: (form: JsonObject) => Iterable<string>, form: JsonObject): Promise<void> {
+  const now = Date.now();
+  const items = ((await act('images', 'readonly', (store) => store.getAll())) ?? []) as GalleryItem[];
+  const gone = items.filter((item) => item.deleted && now - item.deleted > UNDO_FOR_MS);
+  const used = new Set(items.filter((item) => !gone.includes(item)).flatMap((item) => [...inUse(item.form)]));
+  const own = new Set(inUse(form));
+  await act('images', 'readwrite', (store) => {
+    for (const { id } of gone) store.delete(id);
+  });
+  await act('inputs', 'readwrite', (store) => {
+    const request = store.openCursor();
+    request.onsuccess = () => {
+      const cursor = request.result;
+      if (!cursor) return;
+      const image = cursor.value as InputImage & { used?: number };
+      if (own.has(image.id) || image.used === undefined) cursor.update({ ...image, used: now });
+      else if (!used.has(image.id) && now - image.used > INPUTS_FOR_MS) cursor.delete();
+      cursor.continue();
+    };
+  });
 }
 
 export async function loadSetting<Value>(key: string): Promise<Value | undefined> {
@@ -97,4 +132,33 @@ export async function loadSetting<Value>(key: string): Promise<Value | undefined
 
 export async function saveSetting(key: string, value: unknown): Promise<void> {
   await act('settings', 'readwrite', (store) => store.put({ key, value }));
+}
+
+export interface StoredForm {
+  form: JsonObject;
+  seedLocked: boolean;
+}
+
+const TAB = 'form';
+const LAST = 'lastForm';
+
+function isStored(value: unknown): value is StoredForm & JsonObject {
+  return isObject(value) && isObject(value['form']);
+}
+
+/** The form of this tab; in a new tab, the one that was changed last in any of them. */
+export async function loadForm(): Promise<StoredForm | undefined> {
+  const earlier = await loadSetting<JsonObject>('form'); // by a version in which all tabs had one form
+  if (isObject(earlier)) {
+    await act('settings', 'readwrite', (store) => store.delete('form'));
+    return { form: upgradeSettings(earlier), seedLocked: (await loadSetting<boolean>('seedLocked')) ?? false };
+  }
+  const own: unknown = JSON.parse(sessionStorage.getItem(TAB) ?? 'null');
+  const found = isStored(own) ? own : await loadSetting<StoredForm>(LAST);
+  return isStored(found) ? { form: upgradeSettings(found.form), seedLocked: found.seedLocked } : undefined;
+}
+
+export function saveForm(stored: StoredForm): void {
+  sessionStorage.setItem(TAB, JSON.stringify(stored));
+  void saveSetting(LAST, stored);
 }

@@ -1434,6 +1434,70 @@ class Health(CompactModel):
         list[PhaseTime] | None, Field(description="Where the time of the start went")
     ] = None
     message: StrictStr | None = None
+    outputs: Annotated[
+        StrictBool | None,
+        Field(
+            description="Whether the server keeps the images that it makes in a folder"
+        ),
+    ] = None
+
+
+class Output(CompactModel):
+    """
+    An image that the server keeps in its folder
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    id: StrictStr
+    created: datetime
+    prompt: StrictStr
+    seed: Annotated[
+        StrictInt,
+        Field(
+            description="Starts the random numbers of one image; at most 2**53 - 1, so that JSON readers keep it",
+            ge=0,
+            le=9007199254740991,
+        ),
+    ]
+    model: StrictStr
+    width: StrictInt
+    height: StrictInt
+    format: OutputFormat
+    bytes: Annotated[StrictInt, Field(description="Size of the file")]
+    starred: StrictBool
+
+
+class OutputList(CompactModel):
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    outputs: list[Output]
+    next: Annotated[
+        StrictStr | None,
+        Field(
+            description="What to give as before for the next page; absent on the last one"
+        ),
+    ] = None
+    total: Annotated[
+        StrictInt, Field(description="How many images match, on all pages")
+    ]
+
+
+class OutputChange(CompactModel):
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    request_id: Annotated[
+        StrictStr | None,
+        Field(max_length=128, min_length=1, pattern="^[A-Za-z0-9._:-]+$"),
+    ] = None
+    starred: StrictBool | None = None
+    deleted: Annotated[
+        StrictBool | None,
+        Field(description="True moves it out of the list; false brings it back"),
+    ] = None
 
 
 class Phase(StrEnum):
@@ -1639,6 +1703,20 @@ class ModelInfo(CompactModel):
     loras: list[StrictStr] | None = None
     controlnets: list[ControlNetInfo] | None = None
     profiles: list[ProfileInfo] | None = None
+    trigger_words: Annotated[
+        dict[str, list[StrictStr]] | None,
+        Field(
+            description="Words for the prompt that a LoRA was trained with, by the name of the LoRA"
+        ),
+    ] = None
+    unused_fields: Annotated[
+        list[StrictStr] | None,
+        Field(description="Request fields that have no effect on this model"),
+    ] = None
+    size_multiple: Annotated[
+        StrictInt | None,
+        Field(description="Width and height are multiples of it, in pixels"),
+    ] = None
 
 
 class ModelList(ModelListMethods):

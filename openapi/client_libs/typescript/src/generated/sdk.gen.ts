@@ -2,7 +2,7 @@
 
 import { client } from './client.gen.js';
 import type { Client, Options as Options2, TDataShape } from './client/index.js';
-import type { CancelJobData, CancelJobErrors, CancelJobResponses, CreateJobData, CreateJobErrors, CreateJobResponses, GenerateData, GenerateErrors, GenerateResponses, GetJobData, GetJobErrors, GetJobResponses, HealthData, HealthResponses, ListModelsData, ListModelsErrors, ListModelsResponses, MemoryInfoData, MemoryInfoErrors, MemoryInfoResponses, MetricsData, MetricsResponses, PlanData, PlanErrors, PlanResponses, PreprocessData, PreprocessErrors, PreprocessResponses, ReadyData, ReadyErrors, ReadyResponses, RestoreData, RestoreErrors, RestoreResponses, StreamJobEventsData, StreamJobEventsErrors, StreamJobEventsResponse, StreamJobEventsResponses } from './types.gen.js';
+import type { CancelJobData, CancelJobErrors, CancelJobResponses, ChangeOutputData, ChangeOutputErrors, ChangeOutputResponses, CreateJobData, CreateJobErrors, CreateJobResponses, GenerateData, GenerateErrors, GenerateResponses, GetJobData, GetJobErrors, GetJobResponses, GetOutputData, GetOutputErrors, GetOutputResponses, HealthData, HealthResponses, ListModelsData, ListModelsErrors, ListModelsResponses, ListOutputsData, ListOutputsErrors, ListOutputsResponses, MemoryInfoData, MemoryInfoErrors, MemoryInfoResponses, MetricsData, MetricsResponses, PlanData, PlanErrors, PlanResponses, PreprocessData, PreprocessErrors, PreprocessResponses, ReadyData, ReadyErrors, ReadyResponses, RestoreData, RestoreErrors, RestoreResponses, StreamJobEventsData, StreamJobEventsErrors, StreamJobEventsResponse, StreamJobEventsResponses } from './types.gen.js';
 
 export type Options<TData extends TDataShape = TDataShape, ThrowOnError extends boolean = boolean, TResponse = unknown> = Options2<TData, ThrowOnError, TResponse> & {
     /**
@@ -92,6 +92,28 @@ export const getJob = <ThrowOnError extends boolean = false>(options: Options<Ge
  * Progress of a job as server-sent events
  */
 export const streamJobEvents = <ThrowOnError extends boolean = false>(options: Options<StreamJobEventsData, ThrowOnError, StreamJobEventsResponse>) => (options.client ?? client).sse.get<StreamJobEventsResponses, StreamJobEventsErrors, ThrowOnError>({ url: '/jobs/{job_id}/events', ...options });
+
+/**
+ * The images that the server keeps in its folder, newest first
+ */
+export const listOutputs = <ThrowOnError extends boolean = false>(options?: Options<ListOutputsData, ThrowOnError>) => (options?.client ?? client).get<ListOutputsResponses, ListOutputsErrors, ThrowOnError>({ url: '/outputs', ...options });
+
+/**
+ * The file of an image that the server keeps
+ */
+export const getOutput = <ThrowOnError extends boolean = false>(options: Options<GetOutputData, ThrowOnError>) => (options.client ?? client).get<GetOutputResponses, GetOutputErrors, ThrowOnError>({ url: '/outputs/{output_id}', ...options });
+
+/**
+ * Star an image, or move it to the subfolder of deleted ones and back
+ */
+export const changeOutput = <ThrowOnError extends boolean = false>(options: Options<ChangeOutputData, ThrowOnError>) => (options.client ?? client).post<ChangeOutputResponses, ChangeOutputErrors, ThrowOnError>({
+    url: '/outputs/{output_id}',
+    ...options,
+    headers: {
+        'Content-Type': 'application/json',
+        ...options.headers
+    }
+});
 
 /**
  * The models that this installation offers

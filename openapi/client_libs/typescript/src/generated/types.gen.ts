@@ -1227,6 +1227,50 @@ export type Health = {
      */
     startup?: Array<PhaseTime> | null;
     message?: string | null;
+    /**
+     * Whether the server keeps the images that it makes in a folder
+     */
+    outputs?: boolean | null;
+};
+
+/**
+ * An image that the server keeps in its folder
+ */
+export type Output = {
+    id: string;
+    created: string;
+    prompt: string;
+    seed: Seed;
+    model: string;
+    width: number;
+    height: number;
+    format: OutputFormat;
+    /**
+     * Size of the file
+     */
+    bytes: number;
+    starred: boolean;
+};
+
+export type OutputList = {
+    outputs: Array<Output>;
+    /**
+     * What to give as before for the next page; absent on the last one
+     */
+    next?: string | null;
+    /**
+     * How many images match, on all pages
+     */
+    total: number;
+};
+
+export type OutputChange = {
+    request_id?: string | null;
+    starred?: boolean | null;
+    /**
+     * True moves it out of the list; false brings it back
+     */
+    deleted?: boolean | null;
 };
 
 /**
@@ -1353,6 +1397,20 @@ export type ModelInfo = {
     loras?: Array<string> | null;
     controlnets?: Array<ControlNetInfo> | null;
     profiles?: Array<ProfileInfo> | null;
+    /**
+     * Words for the prompt that a LoRA was trained with, by the name of the LoRA
+     */
+    trigger_words?: {
+        [key: string]: Array<string>;
+    } | null;
+    /**
+     * Request fields that have no effect on this model
+     */
+    unused_fields?: Array<string> | null;
+    /**
+     * Width and height are multiples of it, in pixels
+     */
+    size_multiple?: number | null;
 };
 
 /**
@@ -1421,6 +1479,11 @@ export type ModelList = {
  * The id that POST /jobs answered with
  */
 export type JobId = string;
+
+/**
+ * The id of an image in the list of outputs
+ */
+export type OutputId = string;
 
 export type GenerateData = {
     body: GenerationRequest;
@@ -1636,6 +1699,110 @@ export type StreamJobEventsResponses = {
 };
 
 export type StreamJobEventsResponse = StreamJobEventsResponses[keyof StreamJobEventsResponses];
+
+export type ListOutputsData = {
+    body?: never;
+    path?: never;
+    query?: {
+        /**
+         * Words that all stand in the prompt
+         */
+        query?: string;
+        /**
+         * Only images with a star
+         */
+        starred?: boolean;
+        /**
+         * The next of the page before, to read on
+         */
+        before?: string;
+        limit?: number;
+    };
+    url: '/outputs';
+};
+
+export type ListOutputsErrors = {
+    /**
+     * An OpResult whose status says what went wrong and whose errors name the fields
+     */
+    default: OpResult;
+};
+
+export type ListOutputsError = ListOutputsErrors[keyof ListOutputsErrors];
+
+export type ListOutputsResponses = {
+    /**
+     * A page of images
+     */
+    200: OutputList;
+};
+
+export type ListOutputsResponse = ListOutputsResponses[keyof ListOutputsResponses];
+
+export type GetOutputData = {
+    body?: never;
+    path: {
+        /**
+         * The id of an image in the list of outputs
+         */
+        output_id: string;
+    };
+    query?: {
+        /**
+         * A WebP of at most 256 pixels in place of the file
+         */
+        thumbnail?: boolean;
+    };
+    url: '/outputs/{output_id}';
+};
+
+export type GetOutputErrors = {
+    /**
+     * An OpResult whose status says what went wrong and whose errors name the fields
+     */
+    default: OpResult;
+};
+
+export type GetOutputError = GetOutputErrors[keyof GetOutputErrors];
+
+export type GetOutputResponses = {
+    /**
+     * The file, with its metadata
+     */
+    200: Blob | File;
+};
+
+export type GetOutputResponse = GetOutputResponses[keyof GetOutputResponses];
+
+export type ChangeOutputData = {
+    body: OutputChange;
+    path: {
+        /**
+         * The id of an image in the list of outputs
+         */
+        output_id: string;
+    };
+    query?: never;
+    url: '/outputs/{output_id}';
+};
+
+export type ChangeOutputErrors = {
+    /**
+     * An OpResult whose status says what went wrong and whose errors name the fields
+     */
+    default: OpResult;
+};
+
+export type ChangeOutputError = ChangeOutputErrors[keyof ChangeOutputErrors];
+
+export type ChangeOutputResponses = {
+    /**
+     * The image as it is now
+     */
+    200: Output;
+};
+
+export type ChangeOutputResponse = ChangeOutputResponses[keyof ChangeOutputResponses];
 
 export type ListModelsData = {
     body?: never;
