@@ -44,9 +44,8 @@ def _cells(row: dict[str, str | None]) -> dict[str, Any]:
         with suppress(RequestError):  # the validation of the request names the field
             value = typed_value(field_at(GenerationRequest, path), value)
         if path == ("scheduler",):
-            value, karras = scheduler_named(str(value))
-            if karras:
-                entry["use_karras_sigmas"] = True
+            value, schedule = scheduler_named(str(value))
+            entry |= schedule
         if path[-1] in ("image", "mask_image"):
             value = read_image(str(value), path[-1])
         set_value(entry, path, value)

@@ -280,14 +280,26 @@ def _plain_name(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower().replace("++", "pp"))
 
 
+_SCHEDULE_ENDINGS: dict[str, dict[str, Any]] = {
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"sigma_schedule": "exponential"},
+    "beta": {"sigma_schedule": "beta"},
+    "sgmuniform": {"sigma_schedule": "sgm_uniform"},
+    "ays": {"sigma_schedule": "ays"},
+}
+
+
 def scheduler_named(
     text: str,  # such as "euler_a" or "DPM++ 2M Karras"
-) -> tuple[str, bool]:  # the name of the scheduler, the text itself if it is unknown; whether it asks for Karras sigmas
+) -> tuple[str, dict[str, Any]]:  # the name of the scheduler, the text itself if it is unknown; the schedule as a field
     "A scheduler by its name here, or by the name that other programs show."
     known = {_plain_name(label): name.value for name, label in SAMPLER_LABELS.items()}
     known |= {_plain_name(name.value): name.value for name in SAMPLER_LABELS}
     plain = _plain_name(text).removeprefix("k") if text.lower().startswith("k_") else _plain_name(text)
-    return known.get(plain.removesuffix("karras"), text), plain.endswith("karras")
+    for ending, schedule in _SCHEDULE_ENDINGS.items():
+        if plain.endswith(ending):
+            return known.get(plain.removesuffix(ending), text), schedule
+    return known.get(plain, text), {}
 
 
 def add_fields(fields: dict, arguments: argparse.Namespace) -> None:
@@ -301,9 +313,10 @@ def add_fields(fields: dict, arguments: argparse.Namespace) -> None:
         elif isinstance(value, dict):
             value = dict(value)  # argparse hands out the same object each time
         elif path == ("scheduler",) and isinstance(value, str):
-            value, karras = scheduler_named(value)
-            if karras and getattr(arguments, "field.use_karras_sigmas", None) is None:
-                fields["use_karras_sigmas"] = True
+            value, schedule = scheduler_named(value)
+            given = [getattr(arguments, f"field.{option}", None) for option in ("use_karras_sigmas", "sigma_schedule")]
+            if given == [None, None]:
+                fields |= schedule
         _set_field(fields, path, value)
 
 

@@ -256,6 +256,7 @@ class Family:
     tiny: TinyModel
     load_arguments: Mapping[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained
     clip_skip_base: int = 1  # the "Clip skip" of other programs that means no layer is left out
+    aligned_steps: Literal["sd1", "xl"] | None = None  # the table of Align Your Steps that was made for it
     usual_names: tuple[str, ...] = ()  # parts of the names that people give to its models, in lower case
     refiner: Refiner | None = None
     reads_gguf: bool = False  # whether the denoiser may be a .gguf file

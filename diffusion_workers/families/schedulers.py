@@ -21,7 +21,8 @@ class SchedulerFacts:
     name: SchedulerName
     class_name: str  # in diffusers
     options: Mapping[str, Any] = field(default_factory=dict)  # on top of the model's configuration
-    karras: bool = False  # whether it has Karras noise levels
+    karras: bool = False  # whether it has Karras, exponential and beta noise levels
+    takes_levels: bool = False  # whether it takes any noise levels, or the timesteps that are nearest
     order: int = 1  # calls of the denoiser for a step; with 2, the last step has one call
     repeats_second: bool = False  # the second timestep is visited twice, where sampling starts at the first one
     spacing: bool = True  # whether it follows `timestep_spacing`
@@ -38,20 +39,24 @@ SCHEDULER_FACTS = {
         SchedulerFacts(SchedulerName.ddim, "DDIMScheduler", eta=0.0),
         SchedulerFacts(SchedulerName.ddpm, "DDPMScheduler"),
         SchedulerFacts(SchedulerName.pndm, "PNDMScheduler", {"skip_prk_steps": True}, repeats_second=True, min_steps=5),
-        SchedulerFacts(SchedulerName.euler, "EulerDiscreteScheduler", karras=True),
+        SchedulerFacts(SchedulerName.euler, "EulerDiscreteScheduler", karras=True, takes_levels=True),
         SchedulerFacts(SchedulerName.euler_ancestral, "EulerAncestralDiscreteScheduler"),
-        SchedulerFacts(SchedulerName.heun, "HeunDiscreteScheduler", karras=True, order=2, min_steps=3),
+        SchedulerFacts(
+            SchedulerName.heun, "HeunDiscreteScheduler", karras=True, takes_levels=True, order=2, min_steps=3
+        ),
         SchedulerFacts(
             SchedulerName.dpmpp_2m,
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "dpmsolver++"} | _DPMPP,
             karras=True,
+            takes_levels=True,
         ),
         SchedulerFacts(
             SchedulerName.dpmpp_2m_sde,
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "sde-dpmsolver++"} | _DPMPP,
             karras=True,
+            takes_levels=True,
         ),
         SchedulerFacts(
             SchedulerName.dpmpp_singlestep,

@@ -216,5 +216,6 @@ SD15 = Family(
         zero_layers=UNET_ZERO_LAYERS,
     ),
     reads_gguf=True,
+    aligned_steps="sd1",
     load_arguments={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
 )

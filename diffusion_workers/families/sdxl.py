@@ -105,6 +105,7 @@ SDXL = Family(
     defaults={"width": 1024, "height": 1024, "num_inference_steps": 30, "guidance_scale": 5.0},
     text_layout="clip_clip",
     size_multiple=8,
+    aligned_steps="xl",
     clip_skip_base=2,  # the last layer but one is the usual one
     usual_names=("xl", "pony", "illustrious", "noobai"),
     schedulers=DIFFUSION_SCHEDULERS,

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, LMSDiscreteScheduler, PNDMScheduler, SchedulerMixin
 
@@ -37,6 +38,7 @@ from diffusion_workers.pipeline.loading import (
 )
 from .weights import group_offload, module_bytes
 from ..planning.plan import planned_call
+from ..prompt.sigmas import timestep_of_sigma
 from ..request.errors import request_error
 from ez_diffusion_client.models import (
     ControlKind,
@@ -44,6 +46,7 @@ from ez_diffusion_client.models import (
     GenerationPlan,
     ModelKind,
     PlannedScheduler,
+    SigmaSchedule,
     Task,
 )
 
@@ -91,9 +94,37 @@ class _WithoutRepetition:
         return made
 
 
-def _with_corrections(cls: type[SchedulerMixin], midway: bool) -> type[SchedulerMixin]:
+class _PlannedLevels:
+    "The noise levels of a plan, or the timesteps that are nearest to them."
+
+    planned: Sequence[float]  # the largest first
+    takes_sigmas: bool  # whether the class takes noise levels, and not only timesteps
+
+    def set_timesteps(self, num_inference_steps=None, device=None, *args, **kwargs) -> None:
+        if self.takes_sigmas:
+            super().set_timesteps(None, device, *args, sigmas=[*self.planned, 0.0], **kwargs)
+            return
+        kept = self.alphas_cumprod.double().numpy()
+        timesteps = timestep_of_sigma(np.array(self.planned), np.sqrt((1 - kept) / kept))
+        super().set_timesteps(None, device, *args, timesteps=timesteps.round().astype(int).tolist(), **kwargs)
+
+
+_LEVEL_OPTIONS = {
+    SigmaSchedule.karras: "use_karras_sigmas",
+    SigmaSchedule.exponential: "use_exponential_sigmas",
+    SigmaSchedule.beta: "use_beta_sigmas",
+}
+
+
+def _with_corrections(
+    cls: type[SchedulerMixin], midway: bool, levels: Sequence[float] | None = None
+) -> type[SchedulerMixin]:
     "A scheduler class with what diffusers' lacks."
     corrections = []
+    if levels is not None:
+        takes_sigmas = "sigmas" in inspect.signature(cls.set_timesteps).parameters
+        given = {"planned": tuple(levels), "takes_sigmas": takes_sigmas}
+        corrections.append(type("_PlannedLevels", (_PlannedLevels,), given))
     if issubclass(cls, LMSDiscreteScheduler):
         corrections.append(_OrderByHistory)
     if midway and issubclass(cls, PNDMScheduler):
@@ -112,11 +143,15 @@ def make_scheduler(
     "The scheduler of a plan: its class and options on the model's configuration."
     cls = type(own) if planned.name is None else getattr(diffusers, planned.class_name)
     options = dict(planned.options or {})
-    if options.get("use_karras_sigmas") and own.config.get("rescale_betas_zero_snr"):
+    schedule = SigmaSchedule.karras if options.get("use_karras_sigmas") else planned.sigma_schedule
+    if schedule is not None:
+        known = inspect.signature(cls.__init__).parameters
+        options |= {option: key == schedule for key, option in _LEVEL_OPTIONS.items() if option in known}
+    if schedule is not None and own.config.get("rescale_betas_zero_snr"):
         options["rescale_betas_zero_snr"] = False
     if midway and issubclass(cls, PNDMScheduler):
         options["skip_prk_steps"] = True  # the steps of its other beginning belong to the first timesteps
-    return _with_corrections(cls, midway).from_config(own.config, **options)
+    return _with_corrections(cls, midway, planned.sigmas).from_config(own.config, **options)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from ..models.manifest import ModelManifest
 from ..models.own_scheduler import own_scheduler
 from .inputs import plan_request
 from .loras import folder_lora
-from .plan import KARRAS_SCHEDULERS, request_from_plan
+from .plan import KARRAS_SCHEDULERS, has_schedule, request_from_plan
 from ..request.comfyui import from_graph, graph_of_workflow, is_graph, is_workflow
 from ..request.errors import RequestError, failure, parse, request_error, warning
 from diffusion_workers.request.foreign_settings import (
@@ -69,6 +69,7 @@ from ez_diffusion_client.models import (
     RestoredRequest,
     RestoreRequest,
     SchedulerName,
+    SigmaSchedule,
     TimestepSpacing,
 )
 
@@ -294,10 +295,29 @@ def _read_sampler(reader: _Reader, setting: Setting, schedule: Setting | None) -
     _read_schedule(reader, schedule or setting, schedule_of(word, scheduler), scheduler)
 
 
+_SCHEDULES = {
+    "exponential": SigmaSchedule.exponential,
+    "beta": SigmaSchedule.beta,
+    "sgm uniform": SigmaSchedule.sgm_uniform,
+    "sgm_uniform": SigmaSchedule.sgm_uniform,
+    "ays": SigmaSchedule.ays,
+    "align your steps": SigmaSchedule.ays,
+    "align_your_steps": SigmaSchedule.ays,
+}
+
+
+def _takes_schedule(reader: _Reader, schedule: SigmaSchedule, scheduler: SchedulerName | None) -> bool:
+    family = reader.family or reader.named_family
+    return scheduler is not None and family is not None and has_schedule(schedule, family, scheduler)
+
+
 def _read_schedule(reader: _Reader, setting: Setting, word: str, scheduler: SchedulerName | None) -> None:
     karras = scheduler in KARRAS_SCHEDULERS and scheduler != SchedulerName.flow_match_euler
     if word == "karras" and karras:
         reader.fields["use_karras_sigmas"] = True
+    elif word in _SCHEDULES and _takes_schedule(reader, _SCHEDULES[word], scheduler):
+        reader.fields["sigma_schedule"] = _SCHEDULES[word].value
+        return
     elif word:
         reason = "this scheduler has no Karras noise levels" if word == "karras" and scheduler else _NO_COUNTERPART
         reader.lose(setting.name, setting.text, reason)

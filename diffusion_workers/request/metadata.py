@@ -90,13 +90,20 @@ def _control_text(control: PlannedControl) -> str:  # one control, as the Contro
     )
 
 # %% ../../nbs/10_request/04_metadata.ipynb #3f4806e4
+def _schedule_label(plan: GenerationPlan) -> str | None:
+    if (plan.scheduler.options or {}).get("use_karras_sigmas"):
+        return "Karras"
+    schedule = plan.scheduler.sigma_schedule
+    return None if schedule is None else {"ays": "Align Your Steps"}.get(schedule.value, schedule.value.capitalize())
+
+
 def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
     guidance, options = FAMILIES[plan.family].guidance, plan.scheduler.options or {}
     embedded = guidance.embedded_field
     return {
         "Steps": plan.num_inference_steps,
         "Sampler": SAMPLER_LABELS.get(plan.scheduler.name, plan.scheduler.class_name),
-        "Schedule type": "Karras" if options.get("use_karras_sigmas") else None,
+        "Schedule type": _schedule_label(plan),
         "Timestep spacing": options.get("timestep_spacing"),
         "Eta DDIM": plan.eta,
         "CFG scale": getattr(plan, guidance.field),

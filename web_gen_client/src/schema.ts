@@ -23,6 +23,7 @@ const LABELS: Record<string, string> = {
   prompt_2: 'Second prompt',
   negative_prompt_2: 'Second negative prompt',
   use_karras_sigmas: 'Karras sigmas',
+  sigma_schedule: 'Noise schedule',
   eta: 'Eta',
   preview_interval: 'Preview every',
   timeout_seconds: 'Time limit',

@@ -61,6 +61,9 @@ class RequestFields(TypedDict, total=False):
     """Absent takes the one of the model"""
     use_karras_sigmas: bool | None
     """Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"""
+    sigma_schedule: models.SigmaSchedule | Literal['karras', 'exponential', 'beta', 'sgm_uniform', 'ays'] | None
+    """How the noise levels are spaced, where the scheduler can; karras is the same as use_karras_sigmas,
+    sgm_uniform as trailing timestep_spacing; default: the scheduler's own"""
     timestep_spacing: models.TimestepSpacing | Literal['leading', 'trailing', 'linspace'] | None
     """Which timesteps are sampled, where the scheduler supports it; default: the model's"""
     eta: float | None

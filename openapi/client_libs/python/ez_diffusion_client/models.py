@@ -113,6 +113,18 @@ class TimestepSpacing(StrEnum):
     linspace = "linspace"
 
 
+class SigmaSchedule(StrEnum):
+    """
+    How the noise levels of a sampler are spaced: as in Karras et al. 2022 (arXiv:2206.00364), evenly in their logarithm, by a beta distribution (arXiv:2407.12173), at even timesteps beginning with the last one (trailing spacing), or as in Align Your Steps (arXiv:2404.14507)
+    """
+
+    karras = "karras"
+    exponential = "exponential"
+    beta = "beta"
+    sgm_uniform = "sgm_uniform"
+    ays = "ays"
+
+
 class ResizeMode(StrEnum):
     """
     How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
@@ -827,6 +839,12 @@ class GenerationRequest(CompactModel):
             description="Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"
         ),
     ] = None
+    sigma_schedule: Annotated[
+        SigmaSchedule | None,
+        Field(
+            description="How the noise levels are spaced, where the scheduler can; karras is the same as use_karras_sigmas, sgm_uniform as trailing timestep_spacing; default: the scheduler's own"
+        ),
+    ] = None
     timestep_spacing: Annotated[
         TimestepSpacing | None,
         Field(
@@ -941,6 +959,16 @@ class PlannedScheduler(CompactModel):
     options: Annotated[
         dict[str, StrictBool | StrictInt | StrictFloat | StrictStr] | None,
         Field(description="What is set on top of the configuration of the model"),
+    ] = None
+    sigma_schedule: Annotated[
+        SigmaSchedule | None,
+        Field(description="exponential, beta or ays; the others are among the options"),
+    ] = None
+    sigmas: Annotated[
+        list[StrictFloat] | None,
+        Field(
+            description="The noise levels of ays, the largest first, without the 0 at the end"
+        ),
     ] = None
 
 

@@ -115,6 +115,22 @@ export const TimestepSpacing = {
 export type TimestepSpacing = typeof TimestepSpacing[keyof typeof TimestepSpacing];
 
 /**
+ * How the noise levels of a sampler are spaced: as in Karras et al. 2022 (arXiv:2206.00364), evenly in their logarithm, by a beta distribution (arXiv:2407.12173), at even timesteps beginning with the last one (trailing spacing), or as in Align Your Steps (arXiv:2404.14507)
+ */
+export const SigmaSchedule = {
+    KARRAS: 'karras',
+    EXPONENTIAL: 'exponential',
+    BETA: 'beta',
+    SGM_UNIFORM: 'sgm_uniform',
+    AYS: 'ays'
+} as const;
+
+/**
+ * How the noise levels of a sampler are spaced: as in Karras et al. 2022 (arXiv:2206.00364), evenly in their logarithm, by a beta distribution (arXiv:2407.12173), at even timesteps beginning with the last one (trailing spacing), or as in Align Your Steps (arXiv:2404.14507)
+ */
+export type SigmaSchedule = typeof SigmaSchedule[keyof typeof SigmaSchedule];
+
+/**
  * How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
  */
 export const ResizeMode = {
@@ -695,6 +711,10 @@ export type GenerationRequest = {
      */
     use_karras_sigmas?: boolean | null;
     /**
+     * How the noise levels are spaced, where the scheduler can; karras is the same as use_karras_sigmas, sgm_uniform as trailing timestep_spacing; default: the scheduler's own
+     */
+    sigma_schedule?: SigmaSchedule | null;
+    /**
      * Which timesteps are sampled, where the scheduler supports it; default: the model's
      */
     timestep_spacing?: TimestepSpacing | null;
@@ -771,6 +791,14 @@ export type PlannedScheduler = {
     options?: {
         [key: string]: ParameterValue;
     } | null;
+    /**
+     * exponential, beta or ays; the others are among the options
+     */
+    sigma_schedule?: SigmaSchedule | null;
+    /**
+     * The noise levels of ays, the largest first, without the 0 at the end
+     */
+    sigmas?: Array<number> | null;
 };
 
 /**
