@@ -304,9 +304,9 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
           }
         />
         {problem && (
-          <ul class="errors wide" role="alert">
-            <li>{problem}</li>
-          </ul>
+          <p class="errors wide" role="alert">
+            {problem}
+          </p>
         )}
         {unit['mask_image'] !== undefined && (
           <ImageInput
@@ -327,7 +327,9 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
         <FieldInput field={named(fields, 'guidance_start')} slider={[0, 1]} />
         <FieldInput field={named(fields, 'guidance_end')} slider={[0, 1]} />
         {info
-          ? parameterFields(info, preprocessing.path).map((field) => <FieldInput key={field.path} field={field} slider />)
+          ? parameterFields(info, preprocessing.path).map((field) => (
+              <FieldInput key={field.path} field={field} slider />
+            ))
           : name && <FieldInput field={named(preprocessing.fields, 'parameters')} wide />}
         {name && <FieldInput field={named(preprocessing.fields, 'resolution')} placeholder="pixel perfect" />}
         <FieldInput field={named(fields, 'resize_mode')} />

@@ -157,7 +157,12 @@ function Item({ item }: { item: GalleryItem }) {
   };
   return (
     <>
-      <Viewer key={item.id} source={addressOf(item)} name={`${promptOf(item)}, seed ${item.seed}`} small={isSmall(item)}>
+      <Viewer
+        key={item.id}
+        source={addressOf(item)}
+        name={`${promptOf(item)}, seed ${item.seed}`}
+        small={isSmall(item)}
+      >
         <Star item={item} />
       </Viewer>
       <div class="actions" role="group" aria-label="This image">
