@@ -409,10 +409,11 @@ def test_a_large_seed_is_not_rounded(page: Page) -> None:
     expect(seed).to_have_value("18446744073709551615")
 
 
-def test_token_is_asked_for(browser: Browser) -> None:
-    "A server with a token: the page says so, takes the token, and works; a wrong one is refused."
-    with running_server(DIFFUSION_WORKERS_TOKEN="a-secret-word") as url:
-        shown = browser.new_page()
+def test_token_is_asked_for(browser: Browser, tmp_path) -> None:
+    "A server with a token: the page says so, takes the token, and works, its documentation and folder too."
+    with running_server(DIFFUSION_WORKERS_TOKEN="a-secret-word", DIFFUSION_WORKERS_OUTPUTS=str(tmp_path)) as url:
+        shown = browser.new_context().new_page()
+        shown.set_default_timeout(PATIENCE * 1000)
         shown.goto(url)
         expect(shown.locator("[role=status]").first).to_have_text("The server asks for a token.")
         for word, answer in (
@@ -423,8 +424,38 @@ def test_token_is_asked_for(browser: Browser) -> None:
             shown.get_by_role("button", name="Connect").click()
             expect(shown.locator("[role=status]").first).to_have_text(answer)
         fill(shown, prompt=PROMPT, num_inference_steps=2)
-        generate(shown)
-        shown.close()
+        made = generate(shown)
+        with shown.expect_popup() as opened:
+            shown.get_by_role("link", name="API").click()
+        expect(opened.value.locator("#operations-generation-generate")).to_be_visible()
+        check_folder(shown, made)
+        shown.context.close()
+
+
+def check_folder(page: Page, made: bytes) -> None:
+    "The folder has what was made; it is searched, starred, deleted and brought back."
+    page.get_by_role("button", name="Server folder").click()
+    thumbs = page.locator(".thumbs li")
+    expect(thumbs).to_have_count(1)
+    expect(page.locator(".thumbs img")).to_be_visible()
+    page.get_by_label("Search the prompts").fill("no such word")
+    expect(thumbs).to_have_count(0)
+    page.get_by_label("Search the prompts").fill("blue SQUARE")
+    thumbs.locator("button").click()
+    assert shown_file(page) == made
+    expect(page.locator(".facts")).to_contain_text("ddim")
+    page.get_by_role("button", name="Star this image").click()
+    page.get_by_role("button", name="Only starred images").click()
+    expect(thumbs).to_have_count(1)
+    page.get_by_role("button", name="Delete", exact=True).click()
+    expect(thumbs).to_have_count(0)
+    page.get_by_role("button", name="Undo").click()
+    expect(thumbs).to_have_count(1)
+    page.get_by_role("button", name="More for the gallery").click()
+    with page.expect_download() as downloaded:
+        page.get_by_role("button", name="Download the image as ZIP").click()
+    with zipfile.ZipFile(downloaded.value.path()) as archive:
+        assert [archive.read(name) for name in archive.namelist()] == [made]
 
 
 def test_profile(page: Page) -> None:

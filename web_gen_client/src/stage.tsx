@@ -89,10 +89,18 @@ function Live() {
     <div class="frame empty">
       <div class="welcome">
         <p class="large">
-          Describe the image, and press <kbd>Ctrl</kbd> <kbd>Enter</kbd>.
+          Describe the image
+          <span class="keys">
+            , and press <kbd>Ctrl</kbd> <kbd>Enter</kbd>
+          </span>
+          .
         </p>
         <p class="note">
-          Drop a generated image anywhere on the page to restore its settings. <kbd>Esc</kbd> cancels.
+          Drop a generated image anywhere on the page to restore its settings.
+          <span class="keys">
+            {' '}
+            <kbd>Esc</kbd> cancels.
+          </span>
         </p>
       </div>
     </div>
