@@ -646,7 +646,7 @@ def test_models_that_are_not_here(page: Page) -> None:
 
 
 def test_two_tabs(page: Page, server: str) -> None:
-    "Each tab has its own form; galleries follow each other; a deletion takes no input of another tab, and can be undone."
+    "Each tab has its own form; galleries follow each other; a deletion takes no input of another tab."
     other = page.context.new_page()
     open_page(other, server)
     fill(page, prompt=PROMPT, num_inference_steps=2)
@@ -822,6 +822,53 @@ def test_mask_by_keyboard(page: Page) -> None:
     mask = page.locator("img[alt^='Mask']")
     painted = np.asarray(Image.open(io.BytesIO(base64.b64decode(mask.get_attribute("src").split(",")[1]))).convert("L"))
     assert painted[64, 80] == 255 and painted[2, 2] == 0
+
+
+def test_mask_by_touch_and_pen(browser: Browser, server: str) -> None:
+    "A finger paints, a second one takes that back and zooms, and a pen that is pressed less paints a thinner line."
+    context = browser.new_context(viewport={"width": 400, "height": 800}, has_touch=True)
+    context.set_default_timeout(PATIENCE * 1000)
+    page = context.new_page()
+    open_page(page, server)
+    unfold(page, "Image and mask")
+    choose_image(page, "image", scene())
+    page.get_by_role("button", name="Paint mask").tap()
+    canvas = page.locator(".mask-image canvas")
+    painted = lambda: canvas.evaluate(
+        "canvas => canvas.getContext('2d').getImageData(0, 0, 128, 128).data.filter((_, i) => i % 4 === 3)"
+        ".reduce((sum, alpha) => sum + (alpha > 127), 0)"
+    )
+    box = canvas.bounding_box()
+    middle = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    page.touchscreen.tap(middle["x"], middle["y"])
+    dab = painted()
+    assert 150 < dab < 250, "a circle with a diameter of 16"
+    browser_session = context.new_cdp_session(page)
+    send = lambda kind, *points: browser_session.send(
+        "Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"id": i, **point} for i, point in points]}
+    )
+    shifted = lambda by: {"x": middle["x"] + by, "y": middle["y"] + by}
+    send("touchStart", (0, shifted(-60)))
+    send("touchStart", (0, shifted(-60)), (1, shifted(60)))
+    send("touchMove", (0, shifted(-60)), (1, shifted(120)))
+    send("touchEnd")
+    assert painted() == dab
+    zoom = page.get_by_role("group", name="Zoom").locator("output")
+    assert int(zoom.inner_text().split()[0]) > 120
+    page.get_by_role("button", name="Clear").tap()
+    box = canvas.bounding_box()
+    pen = {
+        "x": box["x"] + 60,
+        "y": box["y"] + 60,
+        "button": "left",
+        "clickCount": 1,
+        "pointerType": "pen",
+        "force": 0.2,
+    }
+    browser_session.send("Input.dispatchMouseEvent", pen | {"type": "mousePressed"})
+    browser_session.send("Input.dispatchMouseEvent", pen | {"type": "mouseReleased"})
+    assert 0 < painted() < dab / 2
+    context.close()
 
 
 # --- for everybody ------------------------------------------------------------

@@ -286,6 +286,13 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
           placeholder={dryRun.value?.controlnets?.[index]?.model ?? 'the one that fits'}
           free
         />
+        {controlnet && controlnet.availability && controlnet.availability !== 'available' && (
+          <p class="weights wide">
+            {controlnet.availability === 'missing'
+              ? `The weights of ${controlnet.name} are not on the server.`
+              : `${controlnet.name} is downloaded when it is first used.`}
+          </p>
+        )}
         <PreprocessorChoice
           path={preprocessing.path}
           name={name}
