@@ -13,7 +13,7 @@ from test_notebooks import run_notebook
 OTHERS = ("6.31.0", "7.0.1")  # messages on the main thread; the first release with subshells
 
 
-@pytest.mark.parametrize("version", OTHERS)
+@pytest.mark.parametrize("version", [OTHERS[0], pytest.param(OTHERS[1], marks=pytest.mark.slow)])
 def test_stop_works_while_a_cell_is_running(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install = [
         sys.executable,

@@ -9,8 +9,9 @@ from diffusion_workers.shapes.scenes import Scene, ShapeObject, matches, read_sc
 from ez_diffusion_client.models import SchedulerName
 
 SCENE = Scene((ShapeObject("red", "circle"),), "white", place="center", size="large")
+OFTEN = ("euler", "dpmpp_2m")  # the schedulers that people use with Karras noise levels; the rest is slow
 CASES = [
-    (name, karras)
+    pytest.param(name, karras, marks=[pytest.mark.slow] if karras and name not in OFTEN else [])
     for name in SCHEDULERS
     if name in FAMILIES["sd15"].schedulers
     for karras in (False, True)

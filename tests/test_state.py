@@ -203,7 +203,7 @@ def check_sequences(models: Path, count: int, seed: int) -> dict[str, int]:
     return ends
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_fixed_request_never_changes(models: Path, seed: int) -> None:
     ends = check_sequences(models, SEQUENCES, seed)
     print(ends)

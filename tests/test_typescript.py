@@ -1,5 +1,7 @@
 """The TypeScript client and the page are up to date, and the client works with the real server."""
 
+import configparser
+import json
 import os
 import shutil
 import subprocess
@@ -55,3 +57,14 @@ def test_client_can_be_packed(tmp_path: Path) -> None:
     assert {"package/dist/index.js", "package/dist/index.d.ts", "package/package.json", "package/README.md"} <= set(
         listed
     )
+
+
+def test_package_names_licence_and_repository() -> None:
+    package = json.loads((CLIENT / "package.json").read_text())
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    told = settings["DEFAULT"]
+    assert package["repository"]["url"] == f"git+{told['git_url']}.git"
+    assert package["repository"]["directory"] == CLIENT.relative_to(ROOT).as_posix()
+    assert package["homepage"] == told["doc_host"] + told["doc_baseurl"]
+    assert (package["license"], told["license"]) == ("Apache-2.0", "apache2")

@@ -49,6 +49,30 @@ PAINTED = """(layer) => {
     return data.filter((value, at) => at % 4 === 3 && value > 127).length;
 }"""
 
+BEYOND = """() => {  // what sticks out of the notebook, is cut, or lies on something else
+    const place = document.querySelector(".dw-panel").closest(".jp-OutputArea-output").getBoundingClientRect();
+    const paper = document.querySelector(".jp-WindowedPanel-outer, .jp-Notebook").getBoundingClientRect();
+    const found = [];
+    const parts = ":is(button, label, input, select, textarea, img, .dw-hint)";
+    for (const part of document.querySelectorAll(`.dw-panel ${parts}`)) {
+        const box = part.getBoundingClientRect();
+        if (!box.width || !box.height || getComputedStyle(part).visibility === "hidden") continue;
+        const name = part.className || part.tagName;
+        const end = Math.min(place.right, paper.right);
+        if (box.left < place.left - 1 || box.right > end + 1) found.push(`outside: ${name}`);
+        const cut = part.matches("button, label") && part.scrollWidth > part.clientWidth + 1;
+        if (cut) found.push(`cut: ${part.innerText}`);
+    }
+    const fields = [...document.querySelectorAll(".dw-panel :is(input:not([type=checkbox]), select, textarea)")];
+    const boxes = fields.map((field) => field.getBoundingClientRect()).filter((box) => box.width && box.height);
+    boxes.forEach((one, at) => boxes.slice(at + 1).forEach((other) => {
+        const across = Math.min(one.right, other.right) - Math.max(one.left, other.left);
+        const down = Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top);
+        if (across > 2 && down > 2) found.push(`overlap at ${Math.round(one.top)}`);
+    }));
+    return found;
+}"""
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -331,3 +355,28 @@ def test_a_history_of_a_thousand_images(page, lab: tuple[str, Path]) -> None:
     gallery.locator("input").fill("")
     gallery.locator(".dw-gallery-starred").click()
     expect(gallery.locator("li .dw-gallery-label")).to_have_text("17")
+
+
+def test_nothing_is_cut_in_a_narrow_page_light_or_dark(page, lab: tuple[str, Path]) -> None:
+    address, folder = lab
+    write_notebook(folder / "narrow.ipynb", SETUP)
+    open_notebook(page, address.format("narrow.ipynb"))
+    run_all(page)
+    expect(page.locator(".dw-panel")).to_be_visible()
+    unfold(page, "ControlNet")
+    page.locator("button.dw-add-control").click()
+    expect(page.locator(".dw-field-preprocessing-name select")).to_be_visible()
+    for width in (1400, 900, 640, 390):  # the last one is what an open sidebar leaves of 640
+        page.set_viewport_size({"width": width, "height": 1000})
+        until(page, lambda: page.evaluate(BEYOND) == [], f"fits into {width} pixels")
+    lefts = page.locator(".dw-field-prompt, .dw-gallery:visible, .widget-accordion").evaluate_all(
+        "(parts) => parts.map((part) => part.getBoundingClientRect().left)"
+    )
+    assert max(lefts) - min(lefts) < 40, "one column"
+
+    # surfaces follow the theme of the notebook
+    surface = "(part) => Math.max(...getComputedStyle(part).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number))"
+    light = page.locator(".dw-controls").evaluate(surface)
+    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
+    until(page, lambda: page.locator(".dw-controls").evaluate(surface) < 60 < light, "a dark surface")
+    until(page, lambda: page.evaluate(BEYOND) == [], "fits in the dark")

@@ -465,6 +465,7 @@ def local_run(path: Path, cwd: Path, as_file: bool) -> None:
     assert "completed successfully" in done.stdout
 
 
+@pytest.mark.slow  # the same by a file is tested below
 def test_test_input_runs_a_sample(tmp_path: Path) -> None:
     local_run(SAMPLES[0], tmp_path, as_file=False)
 

@@ -89,9 +89,9 @@ class Fit:
             more = f" (and {len(self.shapes) - 1} more)" if len(self.shapes) > 1 else ""
             found.append(f"{name} has the shape {list(given)}, the network's is {list(needed)}{more}")
         if self.missing:
-            found.append(f"{_counted(self.missing, 'tensor')} of the network not in it, such as {self.missing[0]}")
+            found.append(f"{_counted(self.missing, 'tensor')} missing, such as {self.missing[0]}")
         if self.surplus:
-            found.append(f"{_counted(self.surplus, 'tensor')} in it without a place, such as {self.surplus[0]}")
+            found.append(f"{_counted(self.surplus, 'tensor')} without a place in it, such as {self.surplus[0]}")
         return found
 
     def error(self) -> WeightFileError:

@@ -11,7 +11,6 @@ __all__ = ['EXIT_CODES', 'PREPROCESS_OPTIONS', 'fail', 'on_terminal', 'progress_
 
 # %% ../../nbs/80_cli/05_commands.ipynb #4f5c7091
 import argparse
-import base64
 import json
 import re
 import sys
@@ -58,6 +57,7 @@ from ez_diffusion_client.models import (
     PreprocessRequest,
     ProgressEvent,
 )
+from ez_diffusion_client.pictures import image_data
 from ez_diffusion_client.progress import ProgressBar
 from ez_diffusion_client.receipts import save_map
 
@@ -528,7 +528,7 @@ def command_preprocess(arguments: argparse.Namespace) -> int:  # the exit code
         return fail(result, arguments)
     found = present(result.control_map)
     if output.is_stdout:
-        sys.stdout.buffer.write(base64.b64decode(found.image.rpartition(",")[2]))
+        sys.stdout.buffer.write(image_data(found.image))
         return 0
     path = save_map(found, paths[0])
     if arguments.json:

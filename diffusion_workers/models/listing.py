@@ -9,7 +9,7 @@ __all__ = ['has_weights', 'network_availability', 'model_availability', 'default
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..families.schedulers import SCHEDULER_FACTS
 from .manifest import FileSource, HubSource, MemorySource, ModelManifest, Source
@@ -33,7 +33,7 @@ def has_weights(
     return any("-of-" not in file.name and file.is_file() for file in folder.glob("*.safetensors"))
 
 
-def _is_remote(source: Source) -> bool:  # whether its files come from the Hub's cache
+def _is_remote(source: Source) -> TypeGuard[HubSource]:  # whether its files come from the Hub's cache
     return isinstance(source, HubSource) and source.location() == source.hub
 
 

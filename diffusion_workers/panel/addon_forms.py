@@ -33,6 +33,7 @@ from ez_diffusion_client.models import (
     PreprocessorParameter,
     PreprocessRequest,
 )
+from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #076b2a9b
 class ImageField(widgets.VBox):
@@ -70,9 +71,9 @@ def file_of(
     text: str | None,  # an image in a request
 ) -> bytes | str | None:  # a URL stays one
     "The bytes of an image in a request."
-    if not text or text.startswith(("http://", "https://")):
+    if not text or text.lower().startswith(("http://", "https://")):
         return text or None
-    return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text)
+    return image_data(text)
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #52800ec3
 class LoraRow(widgets.HBox):
@@ -270,7 +271,7 @@ class MapPreview(widgets.VBox):
         self.message.value = ""
         with self.map.hold_sync():
             self.map.format = "png"
-            self.map.value = base64.b64decode(result.control_map.image)
+            self.map.value = image_data(result.control_map.image)
         self.map.layout.display = None
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #a1f721f1
@@ -314,7 +315,8 @@ class ControlUnit(widgets.VBox):
         "Offer the ControlNets of a model."
         self.controlnets = list(controlnets)
         notes = {controlnet.name: availability_note(controlnet) for controlnet in self.controlnets}
-        self.form.fields["model"].offer(notes, notes=notes)
+        only = next(iter(notes)) if len(notes) == 1 else None  # which a unit without a name takes
+        self.form.fields["model"].offer(notes, only, notes)
         self._offer_preprocessors()
 
     def values(self) -> dict[str, Any]:

@@ -9,7 +9,9 @@ __all__ = ['thumbnail', 'data_uri', 'DropZone', 'difference_map', 'fitted', 'Com
 import base64
 import io
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import anywidget
@@ -214,8 +216,14 @@ class Gallery(anywidget.AnyWidget):
         return thread
 
     def _send_items(self, items: list[dict[str, Any]]) -> None:
-        for start in range(0, len(items), 8):
-            found = [(item, data) for item in items[start : start + 8] if (data := self._thumbnail(item["id"]))]
+        with ThreadPoolExecutor(4) as pool:
+            thumbnails = pool.map(self._thumbnail, [item["id"] for item in items])
+            made = iter(zip(items, thumbnails))
+            self._send_made(made)
+
+    def _send_made(self, made: Iterator[tuple[dict[str, Any], bytes]]) -> None:
+        while chunk := list(islice(made, 8)):
+            found = [(item, data) for item, data in chunk if data]
             if found:
                 self.send({"kind": "items", "items": [item for item, _ in found]}, [data for _, data in found])
 

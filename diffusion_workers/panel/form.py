@@ -13,6 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 import ipywidgets as widgets
+from ipywidgets.widgets.widget_description import DescriptionStyle
+from ipywidgets.widgets.widget_int import SliderStyle
+from ipywidgets.widgets.widget_string import TextStyle
 
 from ..request.errors import RequestError, parse
 from ..request.schema import FieldInfo, get_value, schema_fields, set_value, typed_value
@@ -33,6 +36,7 @@ _LABELS = {
     "vae_tiling": "VAE tiling",
     "dtype": "dtype",
     "conditioning_scale": "Weight",
+    "preprocessing.name": "Preprocessor",
 }
 CHOICES = {  # choices as people know them from other programs
     "ddim": "DDIM",
@@ -78,7 +82,7 @@ SLIDERS = {  # field -> lowest, highest and step of its slider; the text field t
 def field_label(info: FieldInfo) -> str:
     "The name of a field as a form shows it."
     name = str(info.path[-1])
-    return _LABELS.get(name, name.replace("_", " ").capitalize())
+    return _LABELS.get(info.name) or _LABELS.get(name, name.replace("_", " ").capitalize())
 
 
 def alert(
@@ -133,30 +137,47 @@ def _text(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
+_shared: dict[str, widgets.Widget] = {}
+
+
+def _one_for_all(name: str, make: Callable[[], Any]) -> Any:  # a layout or style: each is a message when a panel opens
+    if name not in _shared or _shared[name].comm is None:  # closed by `Widget.close_all`
+        _shared[name] = make()
+    return _shared[name]
+
+
+def _auto_width() -> widgets.Layout:
+    return _one_for_all("auto width", lambda: widgets.Layout(width="auto"))
+
+
+def _labelled(kind: type[DescriptionStyle]) -> DescriptionStyle:
+    return _one_for_all(kind.__name__, lambda: kind(description_width="118px"))
+
+
 def _slider(info: FieldInfo) -> widgets.FloatSlider | widgets.IntSlider | None:
     if info.name not in SLIDERS:
         return None
     low, high, step = SLIDERS[info.name]
     kind = widgets.IntSlider if info.kind == "integer" else widgets.FloatSlider
-    layout = widgets.Layout(flex="1 1 90px", width="auto", min_width="60px")
-    return kind(value=low, min=low, max=high, step=step, readout=False, layout=layout)
+    layout = _one_for_all("slider", lambda: widgets.Layout(flex="1 1 90px", width="auto", min_width="60px"))
+    style = _one_for_all("slider style", SliderStyle)
+    return kind(value=low, min=low, max=high, step=step, readout=False, layout=layout, style=style)
 
 
 def _control(info: FieldInfo) -> widgets.DOMWidget:
     shared = {
         "description": field_label(info),
         "tooltip": f"{info.name}: {info.description}",
-        "layout": widgets.Layout(width="auto"),
-        "style": {"description_width": "118px"},
+        "layout": _auto_width(),
     }
     if info.kind == "boolean":
         info = replace(info, choices=("true", "false"))
     if info.choices:
-        return widgets.Dropdown(options=_options(info), value="", **shared)
+        return widgets.Dropdown(options=_options(info), value="", style=_labelled(DescriptionStyle), **shared)
+    shared |= {"style": _labelled(TextStyle), "continuous_update": True}
     if info.is_long_text:
-        return widgets.Textarea(rows=3 if info.name == "prompt" else 2, continuous_update=True, **shared)
-    placeholder = "" if info.default is None else f"{info.default}"
-    return widgets.Text(placeholder=placeholder, continuous_update=True, **shared)
+        return widgets.Textarea(rows=3 if info.name == "prompt" else 2, **shared)
+    return widgets.Text(placeholder="" if info.default is None else f"{info.default}", **shared)
 
 # %% ../../nbs/73_panel/06_form.ipynb #aea50b3b
 class FieldWidget(widgets.VBox):
@@ -166,8 +187,7 @@ class FieldWidget(widgets.VBox):
         self.info = info
         self._notes: Notes = {}
         self._on_change = on_change
-        self.message = widgets.HTML("")
-        self.message.layout.display = "none"
+        self.message: widgets.HTML | None = None  # made for the first error: a panel has dozens of fields
         super().__init__(layout=widgets.Layout(width="auto", overflow="visible"))
         self._set_control(_control(info))
 
@@ -179,13 +199,13 @@ class FieldWidget(widgets.VBox):
             control.observe(lambda change: self._on_change(), "value")
         row = control
         if self.slider is not None:
-            control.layout.flex = "1 1 190px"
+            control.layout = _one_for_all("beside slider", lambda: widgets.Layout(flex="1 1 190px", width="auto"))
             row = widgets.HBox([control, self.slider])
             self._sliding = False
             control.observe(lambda change: self._place_slider(), "value")
             self.slider.observe(lambda change: self._slid(change.new), "value")
             self._place_slider()
-        self.children = (row, self.message)
+        self.children = (row,) if self.message is None else (row, self.message)
 
     def _place_slider(self) -> None:  # where the text, or the default, is
         slider, text = self.slider, self.control.value.strip() or self.control.placeholder
@@ -257,13 +277,19 @@ class FieldWidget(widgets.VBox):
 
     def show_error(self, message: str) -> None:
         "Show an error, as HTML; an empty text removes it."
+        if self.message is None:
+            if not message:
+                return
+            self.message = widgets.HTML("")
+            self.children = (*self.children, self.message)
         self.message.value = alert(message)
         self.message.layout.display = None if message else "none"
 
     @property
     def error(self) -> str:
         "The text of the error below the field."
-        return html.unescape(self.message.value.partition(">")[2].removesuffix("</div>"))
+        shown = "" if self.message is None else self.message.value
+        return html.unescape(shown.partition(">")[2].removesuffix("</div>"))
 
 # %% ../../nbs/73_panel/06_form.ipynb #5d300ef9
 class SchemaForm(widgets.VBox):

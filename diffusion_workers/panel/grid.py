@@ -7,7 +7,6 @@ __all__ = ['PROMPT_REPLACE', 'Axis', 'with_value', 'GridCell', 'make_cells', 'Gr
            'table_html', 'tables_image', 'GridView', 'shared_settings', 'GridRunner', 'Grid', 'grid']
 
 # %% ../../nbs/73_panel/09_grid.ipynb #7186b2bf
-import base64
 import html
 import itertools
 import secrets
@@ -32,6 +31,7 @@ from ..request.errors import RequestError, logger, parse, request_error
 from ..request.schema import field_at, set_value
 from ez_diffusion_client.frames import import_pandas, plan_columns
 from ez_diffusion_client.models import ErrorCode, ErrorDetail, GenerationPlan, GenerationRequest, OpResult, OpStatus
+from ez_diffusion_client.pictures import image_data
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -563,7 +563,7 @@ class Grid:
             made = cell.result.generation.images[0]
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"{number:03}.{made.format.value}"
-            file.write_bytes(base64.b64decode(made.image))
+            file.write_bytes(image_data(made.image))
             links[id(cell)] = f"{folder.name}/{file.name}"
         return links
 

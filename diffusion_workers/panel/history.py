@@ -31,6 +31,7 @@ from ..request.metadata import read_metadata
 from ..request.schema import IMAGE_FIELDS, set_value
 from ez_diffusion_client.frames import import_pandas, plan_columns
 from ez_diffusion_client.models import GenerationPlan, GenerationRequest, OpResult
+from ez_diffusion_client.pictures import image_data
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -129,9 +130,9 @@ def _image_fields(request: GenerationRequest) -> dict[str, str]:  # path of a fi
 def _keep_inputs(folder: Path, request: GenerationRequest) -> dict[str, Path]:  # path of a field -> file; not for URLs
     kept = {}
     for path, text in _image_fields(request).items():
-        if text.startswith(("http://", "https://")):
+        if text.lower().startswith(("http://", "https://")):
             continue
-        data = base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text)
+        data = image_data(text)
         ending = (sniff_format(data) or "bin").lower()
         file = folder / "inputs" / f"{hashlib.sha256(data).hexdigest()[:32]}.{ending}"
         if not file.exists():
@@ -174,7 +175,7 @@ class ImageHistory:
         timings = result.generation.timings
         seconds = None if timings is None else timings.total_seconds
         return [
-            self._add(request, made.seed, base64.b64decode(made.image), made.format.value, {"seconds": seconds})
+            self._add(request, made.seed, image_data(made.image), made.format.value, {"seconds": seconds})
             for made in result.generation.images
         ]
 

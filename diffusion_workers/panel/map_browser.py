@@ -6,7 +6,6 @@
 __all__ = ['MapCard', 'CardQueue', 'ControlPanel']
 
 # %% ../../nbs/73_panel/10_map_browser.ipynb #dfb3ea24
-import base64
 import html
 import threading
 from collections.abc import Callable, Iterable
@@ -22,6 +21,7 @@ from .mask_canvas import ImageSource, image_from
 from .runs import backend_of
 from ..request.errors import failure, parse
 from ez_diffusion_client.models import OpResult, OpStatus, PreprocessorInfo, PreprocessRequest
+from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/73_panel/10_map_browser.ipynb #979c0b60
 class MapCard(widgets.VBox):
@@ -48,7 +48,7 @@ class MapCard(widgets.VBox):
         self.map.layout.display = None if succeeded else "none"
         if succeeded:
             self.message.value = ""
-            self.map.value = base64.b64decode(result.control_map.image)
+            self.map.value = image_data(result.control_map.image)
         else:
             self.message.value = alert("<br>".join(map(error_html, result.errors or [])))
 

@@ -327,8 +327,13 @@ class RequestForm(widgets.VBox):
         editors = {START_IMAGE: self.start, "ControlNet": self.controls, "LoRA": self.loras}
         rest = {title: form for title, form in self.forms.items() if title}
         sections = {**editors, **rest, RESTORE: self.drop}
-        self.sections = widgets.Accordion(children=tuple(sections.values()), titles=tuple(sections))
         self.section_names = tuple(sections)
+        self._bodies = tuple(sections.values())
+        places = tuple(
+            widgets.VBox() for _ in sections
+        )  # filled when they are unfolded, so that the panel opens quickly
+        self.sections = widgets.Accordion(children=places, titles=self.section_names)
+        self.sections.observe(lambda change: self._fill_section(change.new), "selected_index")
         fields = self.main.fields
         self.sizes = SizeTools(fields["width"], fields["height"])
         shown = list(self.main.children)
@@ -387,6 +392,10 @@ class RequestForm(widgets.VBox):
     def open_section(self, title: str) -> None:
         "Unfold a section."
         self.sections.selected_index = self.section_names.index(title)
+
+    def _fill_section(self, index: int | None) -> None:
+        if index is not None and not self.sections.children[index].children:
+            self.sections.children[index].children = (self._bodies[index],)
 
     @property
     def opened(self) -> str | None:

@@ -6,7 +6,6 @@
 __all__ = ['ImageView', 'queue_row', 'Stage']
 
 # %% ../../nbs/73_panel/08_stage.ipynb #3f1ec4dd
-import base64
 import html
 import threading
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from .runs import Throttle, event_text
 from .stop_button import enable_stop_button
 from ..request.errors import error_line
 from ez_diffusion_client.models import ErrorDetail, OpResult, OpStatus, Phase, ProgressEvent, RequestWarning
+from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/73_panel/08_stage.ipynb #031946e6
 def _status(text: str) -> str:  # HTML; screen readers announce it without interrupting
@@ -54,7 +54,7 @@ class ImageView(widgets.Image):
         with self.hold_sync():
             self.format = format
             self.value = data
-            self.layout.width = f"{max(256, width)}px"
+            self.layout.width = f"{max(384, width)}px"
             self.layout.display = None
         self.remove_class("dw-emerging")
         self.remove_class("dw-past")
@@ -68,7 +68,7 @@ class ImageView(widgets.Image):
         preview: str,  # a JPEG as base64 text or as a data URI
     ) -> None:
         "Show a preview, in the size of the image."
-        self.show_file(base64.b64decode(preview.rpartition(",")[2]), "jpeg", 256)
+        self.show_file(image_data(preview), "jpeg", 256)
         self.add_class("dw-emerging")
 
 # %% ../../nbs/73_panel/08_stage.ipynb #f834cee3
@@ -170,7 +170,7 @@ class Stage(widgets.VBox):
         "Show an event, unless the last one was a moment ago."
         with self._guard:
             if event.preview:
-                self.partial = base64.b64decode(event.preview.rpartition(",")[2])
+                self.partial = image_data(event.preview)
             if event.total_steps:
                 self.reached = f"step {event.step or 0} of {event.total_steps}"
             wanted = self.previews.value and not self._held
@@ -278,4 +278,4 @@ class Stage(widgets.VBox):
         duration = f" in {made.timings.total_seconds:.1f} s" if made.timings and made.timings.total_seconds else ""
         self.status.value = _status(f"done, {len(made.images)} image(s){duration}")
         first = made.images[0]
-        self.image.show_file(base64.b64decode(first.image), first.format.value, first.width)
+        self.image.show_file(image_data(first.image), first.format.value, first.width)

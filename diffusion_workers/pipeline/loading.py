@@ -9,6 +9,7 @@ __all__ = ['pick_device', 'pick_dtype', 'has_variant', 'quiet_libraries', 'sourc
 # %% ../../nbs/50_pipeline/02_loading.ipynb #6db56816
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -116,6 +117,10 @@ def _pipeline(class_name: str, source: Source, variant: str | None, arguments: d
     return _from_repository(cls, source, variant, left_out | arguments)
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #884987be
+# diffusers' own ControlNet for Flux imports a name that diffusers deprecates, and a reader cannot act on it
+warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     "Without progress bars and remarks of diffusers, transformers and bitsandbytes inside the block."

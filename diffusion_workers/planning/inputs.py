@@ -168,6 +168,7 @@ def decode_inputs(
     policy: ImagePolicy = ImagePolicy(),  # which images are accepted
 ) -> Inputs:
     "Decode the images of a request; a `RequestError` names the field of one that cannot be used."
+    policy = policy.for_request(request.timeout_seconds)
     image = None if request.image is None else decode_image(request.image, policy=policy)
     mask = None if request.mask_image is None else decode_mask(request.mask_image, policy=policy)
     controls, masks = {}, {}
@@ -276,6 +277,7 @@ def plan_map(
     policy: ImagePolicy = ImagePolicy(),  # which images are accepted
 ) -> PlannedMap:
     "Decode and check a request for a control map; a `RequestError` names every mistake."
+    policy = policy.for_request()
     image = decode_image(request.image, policy=policy).image
     mask = decode_mask(request.mask_image, policy=policy).image if request.mask_image else None
     if errors := list(check_preprocessing(request.preprocessing, "preprocessing")):

@@ -766,7 +766,9 @@ def restore_request(
                 field="image",
                 allowed="one of image and parameters",
             )
-        source = request.parameters if request.image is None else image_bytes(request.image, policy=policy)
+        source = (
+            request.parameters if request.image is None else image_bytes(request.image, policy=policy.for_request())
+        )
     except RequestError as refused:
         return failure(refused, request.request_id)
     return restore_result(source, models, request.request_id, find_manifest)

@@ -86,7 +86,7 @@ def text_schedule(
 
 # %% ../../nbs/35_prompt/03_schedules.ipynb #bbddfe05
 _AND = re.compile(r"\bAND\b")
-_PART_WEIGHT = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
+_PART_WEIGHT = re.compile(r"[+-]?(?:\d++\.?\d*+|\.\d++)", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ class _Frame:
         return sum(isinstance(item, _Mark) and item.character == character for item in self.items)
 
 
-_NUMBER = re.compile(r"\s*[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\s*", re.ASCII)  # of a schedule
+_NUMBER = re.compile(r"\s*+[+-]?(?:\d++\.?\d*+|\.\d++)(?:[eE][+-]?\d++)?\s*+", re.ASCII)  # of a schedule
 _FACTOR = re.compile(r"\s*[+-]?[.\d]+\s*")  # of a weight
 
 
@@ -256,7 +256,7 @@ def _round(text: str, frame: _Frame, end: int) -> Weight:
     return Weight(frame.start, end, _finished(items), DEFAULT_FACTOR if factor is None else factor)
 
 # %% ../../nbs/35_prompt/01_syntax.ipynb #85e6727b
-_COUNT = re.compile(r"\s*(\d{1,3})?(?:(-)(\d{1,3})?)?\s*\$\$(?:([^$|{}]*)\$\$)?", re.ASCII)
+_COUNT = re.compile(r"\s*+(\d{1,3})?(?:(-)(\d{1,3})?)?\s*+\$\$(?:([^$|{}]*)\$\$)?", re.ASCII)
 _SHARE = re.compile(r"\s*(\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})::", re.ASCII)
 
 

@@ -7,7 +7,7 @@ __all__ = ['Request', 'request_product', 'request_key', 'is_request_key', 'check
            'locked', 'write_whole', 'write_result', 'read_result', 'SweepItem']
 
 # %% ../../nbs/72_sweep/01_folder.ipynb #eb678815
-import base64
+import asyncio
 import hashlib
 import itertools
 import json
@@ -22,9 +22,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..request.errors import RequestError, logger, parse, shorten
-from ez_diffusion_client.errors import ConnectionLost
 from ez_diffusion_client.models import GenerationRequest, OpResult, OpStatus, OutputFormat
-from ez_diffusion_client.pictures import request_body
+from ez_diffusion_client.pictures import image_data, request_body
 
 # %% ../../nbs/72_sweep/01_folder.ipynb #172bc4bb
 Request = GenerationRequest | Mapping[str, Any]
@@ -132,17 +131,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 # %% ../../nbs/72_sweep/01_folder.ipynb #e5d4191c
 async def _image_bytes(text: str) -> bytes:  # base64 text, or a link into the bucket of a worker
-    if not text.startswith(("http://", "https://")):
-        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text)
-    import httpx
-
-    try:
-        async with httpx.AsyncClient(
-            timeout=60
-        ) as http:  # without the key of the endpoint, which is not the bucket's business
-            return (await http.get(text)).raise_for_status().content
-    except httpx.HTTPError as exc:
-        raise ConnectionLost(f"an image could not be fetched from its link: {exc}") from None
+    return await asyncio.to_thread(image_data, text)
 
 
 async def _in_files(

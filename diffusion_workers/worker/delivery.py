@@ -7,7 +7,6 @@ __all__ = ['RUN_LIMIT', 'RUNSYNC_LIMIT', 'STREAM_LIMIT', 'Picture', 'payload_lim
            'uploaded', 'Encoding', 'smaller_encodings', 'reencoded', 'fitted', 'deliver']
 
 # %% ../../nbs/71_worker/02_delivery.ipynb #be5b0942
-import base64
 import io
 import json
 import re
@@ -22,6 +21,7 @@ from ..request.images import encode_base64, sniff_format
 from ..request.metadata import metadata_texts, read_metadata
 from ..settings.worker import WorkerSettings
 from ez_diffusion_client.models import ControlMap, GeneratedImage, OpResult, OutputFormat, OutputOptions, RequestWarning
+from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/71_worker/02_delivery.ipynb #9456eb09
 RUN_LIMIT, RUNSYNC_LIMIT, STREAM_LIMIT = 10_000_000, 20_000_000, 1_000_000  # bytes
@@ -137,7 +137,7 @@ def uploaded(
     def change(index: int, picture: Picture) -> Picture:
         if _is_url(picture):
             return picture
-        data = base64.b64decode(picture.image)
+        data = image_data(picture.image)
         kind = (sniff_format(data) or "png").lower()
         return picture.model_copy(update={"image": bucket.upload(f"{folder}/{index}.{kind}", data, kind, client)})
 
@@ -173,7 +173,7 @@ def reencoded(picture: Picture, encoding: Encoding) -> Picture:
     "The image in an encoding, with the plan that is embedded in it."
     if _is_url(picture):
         return picture
-    data = base64.b64decode(picture.image)
+    data = image_data(picture.image)
     said = read_metadata(data)
     image: Image.Image = Image.open(io.BytesIO(data))
     texts = metadata_texts(said.plan, said.plan.image_index or 0) if said.plan else {}

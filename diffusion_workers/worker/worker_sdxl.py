@@ -69,7 +69,7 @@ def in_their_words(errors: list[ErrorDetail]) -> list[ErrorDetail]:
 
 # %% ../../nbs/71_worker/03_worker_sdxl.ipynb #2f2c62a4
 def _address(image: GeneratedImage) -> str:  # a URL, or a data URI
-    if image.image.startswith(("http://", "https://")):
+    if image.image.startswith(("http://", "https://", "data:")):
         return image.image
     return f"data:image/{image.format.value};base64,{image.image}"
 

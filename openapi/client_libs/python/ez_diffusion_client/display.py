@@ -332,7 +332,7 @@ class MemoryReportMethods(CompactModel):
 def availability_note(
     info: "ModelInfo | ControlNetInfo",
 ) -> str:  # empty where the weights are there, or where nobody knows
-    """What stands between a model and its first image: a download, with its size where it is known, or missing files."""
+    "What stands between a model and its first image: a download (with its size, where known), or missing files."
     if info.availability == "download":
         size = getattr(info, "download_gb", None)
         return f"download, about {size:g} GB" if size else "download"

@@ -78,15 +78,16 @@ def restore_body(
     return {name: value for name, value in given.items() if value is not None}
 
 
-def picture_bytes(
+def image_data(
     text: str,  # base64, a data URI, or an http(s) URL, such as one of a worker's bucket
 ) -> bytes:
     """The file that an image of a result stands for; a `ClientError` where it cannot be had."""
     if re.match("https?://", text, re.IGNORECASE):
         return _fetched(text)
     encoded = text.partition(",")[2] if text[:5].lower() == "data:" else text
+    compact = "".join(encoded.split()).rstrip("=").replace("-", "+").replace("_", "/")  # as a server reads it
     try:
-        return base64.b64decode(encoded, validate=True)
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
     except ValueError:
         raise UnexpectedAnswer(f"the image of the result is neither base64 nor a URL: {text[:60]!r}") from None
 
@@ -110,7 +111,7 @@ def image_bytes(
     from .errors import raise_for_status
 
     made = raise_for_status(result).generation
-    return [picture_bytes(image.image) for image in made.images] if made else []
+    return [image_data(image.image) for image in made.images] if made else []
 
 
 def pil_images(result: OpResult) -> "list[ReceiptImage]":

@@ -9,7 +9,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from .models import ControlMap, OpResult
-from .pictures import picture_bytes
+from .pictures import image_data
 
 PLAN_KEY = "diffusion_workers"  # the plan as JSON
 PARAMETERS_KEY = "parameters"  # one line that other programs read
@@ -213,5 +213,5 @@ def save_map(
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path.name}: a control map is saved as .png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture_bytes(found.image))
+    path.write_bytes(image_data(found.image))
     return path

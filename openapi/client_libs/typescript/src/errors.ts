@@ -1,11 +1,11 @@
 import type { ErrorDetail, OpResult } from './generated/index.js';
 
 /** What an operation of this package resolves to. */
-export type Answer<Data> = { data?: Data | undefined; error?: unknown; response?: Response | undefined };
+export type Answer<Data> = { data?: Data | undefined; error?: unknown; request?: Request | undefined; response?: Response | undefined };
 
 /** An operation that did not succeed; `result` says why, field by field. */
 export class OperationError extends Error {
-  override readonly name = 'OperationError';
+  override readonly name: string = 'OperationError';
   readonly result: OpResult;
   /** The HTTP status, absent when no answer came */
   readonly httpStatus: number | undefined;
@@ -15,6 +15,36 @@ export class OperationError extends Error {
     this.result = result;
     this.httpStatus = httpStatus;
   }
+}
+
+/** An operation that its own signal ended; the name is that of a DOMException: AbortError, or TimeoutError of AbortSignal.timeout(). */
+class AbortedError extends OperationError {
+  override readonly name: string;
+
+  constructor(result: OpResult, reason: unknown) {
+    super(result, undefined, { cause: reason });
+    this.name = nameOf(reason) === 'TimeoutError' ? 'TimeoutError' : 'AbortError';
+  }
+}
+
+function nameOf(reason: unknown): string | undefined {
+  return typeof reason === 'object' && reason !== null && 'name' in reason ? String(reason.name) : undefined;
+}
+
+/** The error of an operation that a signal ended. */
+export function aborted(reason: unknown, result?: OpResult): OperationError {
+  return new AbortedError(result ?? { status: 'cancelled', message: 'the operation was aborted' }, reason);
+}
+
+/** Whether an answer may be another one in a moment: no answer at all, or one of a gateway or an overloaded server. */
+export function isTransient(answer: Answer<unknown>): boolean {
+  if (wasAborted(answer)) return false;
+  if (!answer.response) return answer.error !== undefined;
+  return [408, 429, 500, 502, 503, 504].includes(answer.response.status) && !isOpResult(answer.error);
+}
+
+function wasAborted(answer: Answer<unknown>): boolean {
+  return answer.request?.signal.aborted === true || ['AbortError', 'TimeoutError'].includes(nameOf(answer.error) ?? '');
 }
 
 function errorLine(error: ErrorDetail): string {
@@ -32,11 +62,15 @@ export function isOpResult(value: unknown): value is OpResult {
   return typeof value === 'object' && value !== null && typeof (value as OpResult).status === 'string' && !('phase' in value);
 }
 
-/** The data of an answer; an OperationError where it has none, or where it is an OpResult that tells of a failure. */
+/**
+ * The data of an answer; an OperationError where it has none, or where it is an OpResult that tells of a failure. Its name is
+ * AbortError where the call's own signal ended it.
+ */
 export async function orThrow<Data>(asked: Answer<Data> | Promise<Answer<Data>>): Promise<NonNullable<Data>> {
   const answer = await asked;
   const failed = isOpResult(answer.error) ? answer.error : isOpResult(answer.data) && answer.data.status !== 'success' ? answer.data : undefined;
   if (failed) throw new OperationError(failed, answer.response?.status);
+  if (answer.data === undefined && wasAborted(answer)) throw aborted(answer.request?.signal.reason ?? answer.error);
   if (answer.data === undefined || answer.data === null) {
     throw new OperationError(strangeResult(answer), answer.response?.status, { cause: answer.error });
   }

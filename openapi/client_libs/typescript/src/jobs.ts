@@ -1,13 +1,13 @@
 import type { Client } from './generated/client/index.js';
 import { cancelJob, createJob, getJob, streamJobEvents, type GenerationRequest, type Job, type OpResult, type ProgressEvent } from './generated/index.js';
-import { OperationError, orThrow } from './errors.js';
+import { aborted, isTransient, OperationError, orThrow, type Answer } from './errors.js';
 
 export interface WatchOptions {
   client: Client;
   jobId: string;
   /** Stops the watching; the job goes on */
   signal?: AbortSignal | undefined;
-  /** How often a connection that broke is made again before the job is asked for its state, 4 by default */
+  /** How often in a row a connection that broke, or an answer such as 502, is tried again; 4 by default */
   retries?: number;
 }
 
@@ -33,9 +33,46 @@ function eventOfJob(job: Job): ProgressEvent {
   return { ...(LAST_PHASES.includes(phase) ? {} : job.progress), phase, job_id: job.id, result: job.result ?? null, message: job.result?.message ?? null };
 }
 
+/** The same bytes in pieces that end where a line does: the generated reader goes through all that it holds for each piece. */
+function wholeLines(): TransformStream<Uint8Array, Uint8Array> {
+  let held: Uint8Array[] = [];
+  const flush = (controller: TransformStreamDefaultController<Uint8Array>) => {
+    const joined = new Uint8Array(held.reduce((size, part) => size + part.length, 0));
+    let at = 0;
+    for (const part of held) {
+      joined.set(part, at);
+      at += part.length;
+    }
+    held = [];
+    if (joined.length) controller.enqueue(joined);
+  };
+  return new TransformStream({
+    transform(part, controller) {
+      held.push(part);
+      if (part.includes(10)) flush(controller);
+    },
+    flush,
+  });
+}
+
+async function inWholeLines(send: typeof fetch, input: RequestInfo | URL, init?: RequestInit): Promise<Response> {
+  const { body, status, statusText, headers } = await send(input, init);
+  return new Response(body?.pipeThrough(wholeLines()) ?? null, { status, statusText, headers });
+}
+
+/** The answer of a call that may be repeated; it is, where it was lost or came from a gateway. */
+async function persistently<Data>(ask: () => Promise<Answer<Data>>, retries: number, signal: AbortSignal): Promise<NonNullable<Data>> {
+  for (let attempt = 0; ; attempt++) {
+    const answer = await ask();
+    if (attempt >= retries || signal.aborted || !isTransient(answer)) return orThrow(answer);
+    await pause(FIRST_RETRY_MS * 2 ** attempt, signal);
+  }
+}
+
 /**
- * The events of a job, to the last one, which carries the result. A connection that breaks is made again; where that does not
- * help, the job itself is asked. Leaving the loop closes the connection and leaves the job alone.
+ * The events of a job, to the last one, which carries the result. A connection that breaks, or that ends before the last event, is
+ * made again and goes on after the last event that came; where that does not help, the job itself is asked. Leaving the loop closes
+ * the connection and leaves the job alone.
  */
 export async function* watchJob({ client, jobId, signal, retries = 4 }: WatchOptions): AsyncGenerator<ProgressEvent, void, undefined> {
   const path = { job_id: jobId };
@@ -43,25 +80,34 @@ export async function* watchJob({ client, jobId, signal, retries = 4 }: WatchOpt
   const close = () => closing.abort();
   signal?.addEventListener('abort', close);
   if (signal?.aborted) close();
-  const refused = (error: unknown) => {
-    if (error instanceof Error && /^SSE failed: 4/.test(error.message)) close();
+  const send = client.getConfig().fetch ?? fetch;
+  let lastId: string | undefined;
+  let failures = 0;
+  let refused = false;
+  const options = {
+    client, path, signal: closing.signal, sseMaxRetryAttempts: 1,
+    fetch: ((input, init) => inWholeLines(send, input, init)) as typeof fetch,
+    onSseError: (error: unknown) => (refused = error instanceof Error && /^SSE failed: 4(?!08|29)/.test(error.message)),
+    onSseEvent: ({ id }: { id?: string }) => ((lastId = id ?? lastId), (failures = 0)),
+    sseSleepFn: (milliseconds: number) => pause(milliseconds, closing.signal),
   };
   try {
-    const reconnecting = {
-      onSseError: refused, sseMaxRetryAttempts: retries + 1, sseDefaultRetryDelay: FIRST_RETRY_MS,
-      sseSleepFn: (milliseconds: number) => pause(milliseconds, closing.signal),
-    };
-    const { stream } = await streamJobEvents({ client, path, signal: closing.signal, ...reconnecting });
-    for await (const event of stream) {
+    while (!closing.signal.aborted && !refused && failures <= retries) {
+      const { stream } = await streamJobEvents({ ...options, ...(lastId ? { headers: { 'Last-Event-ID': lastId } } : {}) });
+      for await (const event of stream) {
+        yield event;
+        if (isLast(event)) return;
+      }
+      if (!refused) await pause(FIRST_RETRY_MS * 2 ** failures++, closing.signal);
+    }
+    while (!closing.signal.aborted) {
+      const event = eventOfJob(await persistently(() => getJob({ client, path, signal: closing.signal }), retries, closing.signal));
       yield event;
       if (isLast(event)) return;
+      await pause(1000, closing.signal);
     }
-    while (!signal?.aborted) {
-      const event = eventOfJob(await orThrow(getJob({ client, path, ...(signal ? { signal } : {}) })));
-      yield event;
-      if (isLast(event)) return;
-      await pause(1000, signal ?? closing.signal);
-    }
+  } catch (error) {
+    if (!closing.signal.aborted) throw error;
   } finally {
     signal?.removeEventListener('abort', close);
     close();
@@ -76,10 +122,20 @@ export interface RunOptions {
   signal?: AbortSignal | undefined;
 }
 
-/** Queue a request, report its progress, and wait for its result; an OperationError where it does not succeed. */
+/** Cancel a job; a gateway's refusal is not the end of it. */
+function cancelPersistently(client: Client, jobId: string): void {
+  const ask = () => cancelJob({ client, path: { job_id: jobId } });
+  persistently(ask, 4, new AbortController().signal).catch(() => undefined);
+}
+
+/**
+ * Queue a request, report its progress, and wait for its result; an OperationError where it does not succeed. Where `signal` cancelled
+ * it, the error's name is AbortError.
+ */
 export async function runJob({ client, body, onProgress, signal }: RunOptions): Promise<OpResult> {
+  if (signal?.aborted) throw aborted(signal.reason);
   const job = await orThrow(createJob({ client, body }));
-  const cancel = () => void cancelJob({ client, path: { job_id: job.id } });
+  const cancel = () => cancelPersistently(client, job.id);
   signal?.addEventListener('abort', cancel);
   if (signal?.aborted) cancel();
   try {
@@ -87,6 +143,7 @@ export async function runJob({ client, body, onProgress, signal }: RunOptions): 
       onProgress?.(event);
       if (!isLast(event)) continue;
       if (event.result?.status === 'success') return event.result;
+      if (signal?.aborted && event.phase === 'cancelled') throw aborted(signal.reason, event.result ?? undefined);
       throw new OperationError(event.result ?? { status: event.phase === 'cancelled' ? 'cancelled' : 'internal_error', message: event.message ?? null });
     }
     throw new OperationError({ status: 'internal_error', message: 'the job ended without a result' });

@@ -20,6 +20,7 @@ const STATES: Record<RunpodStatus, JobState> = {
 const HTTP_STATUS: Partial<Record<OpStatus, number>> = {
   success: 200, internal_error: 500, model_unavailable: 503, out_of_memory: 503, timed_out: 504, queue_full: 429, unauthorized: 401, not_found: 404,
 };
+const RETRIES = 4;
 const DEFAULT_BASE_URL = 'https://api.runpod.ai/v2';
 
 function json(body: unknown, status = 200): Response {
@@ -85,14 +86,27 @@ class Endpoint {
     this.root = `${(endpoint.baseUrl ?? DEFAULT_BASE_URL).replace(/\/+$/, '')}/${encodeURIComponent(endpoint.endpointId)}`;
   }
 
-  async call<Answer>(method: 'GET' | 'POST', path: string, body?: unknown, signal?: AbortSignal): Promise<Answer> {
+  /** The same call, which only reads, again where it was lost or a gateway refused it: a job goes on meanwhile. */
+  private async ask<Answer>(path: string, signal?: AbortSignal): Promise<Answer> {
+    for (let attempt = 0; ; attempt++) {
+      try {
+        return await this.call<Answer>('GET', path, undefined, signal);
+      } catch (error) {
+        const lasting = error instanceof Refusal && !error.transient;
+        if (lasting || attempt >= RETRIES || signal?.aborted) throw error;
+      }
+      await this.pause(signal, 2 ** attempt);
+    }
+  }
+
+  private async call<Answer>(method: 'GET' | 'POST', path: string, body?: unknown, signal?: AbortSignal): Promise<Answer> {
     const headers = { Authorization: `Bearer ${this.endpoint.apiKey}`, 'Content-Type': 'application/json' };
     const response = await this.send(`${this.root}${path}`, { method, headers, ...(body === undefined ? {} : { body: JSON.stringify(body) }), ...(signal ? { signal } : {}) });
     const text = await response.text();
     if (response.status === 401 || response.status === 403) throw new Refusal('unauthorized', 'RunPod refused the API key');
     if (response.status === 404) throw new Refusal('not_found', 'RunPod knows no such endpoint or job');
-    if (response.status === 429) throw new Refusal('queue_full', 'RunPod takes no more requests at the moment');
-    if (!response.ok) throw new Refusal('internal_error', `RunPod answered ${response.status}: ${text.slice(0, 200)}`);
+    if (response.status === 429) throw new Refusal('queue_full', 'RunPod takes no more requests at the moment', true);
+    if (!response.ok) throw new Refusal('internal_error', `RunPod answered ${response.status}: ${text.slice(0, 200)}`, response.status >= 500);
     return JSON.parse(text) as Answer;
   }
 
@@ -101,18 +115,18 @@ class Endpoint {
   }
 
   status(id: string, signal?: AbortSignal): Promise<RunpodJob> {
-    return this.call('GET', `/status/${encodeURIComponent(id)}`, undefined, signal);
+    return this.ask(`/status/${encodeURIComponent(id)}`, signal);
   }
 
   cancel(id: string): Promise<RunpodJob> {
     return this.call('POST', `/cancel/${encodeURIComponent(id)}`);
   }
 
-  pause(signal: AbortSignal): Promise<void> {
+  pause(signal: AbortSignal | undefined, times = 1): Promise<void> {
     return new Promise((resolve, reject) => {
-      if (signal.aborted) return reject(signal.reason);
-      const timer = setTimeout(resolve, this.endpoint.pollInterval ?? 500);
-      signal.addEventListener('abort', () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+      if (signal?.aborted) return reject(signal.reason);
+      const timer = setTimeout(resolve, times * (this.endpoint.pollInterval ?? 500));
+      signal?.addEventListener('abort', () => (clearTimeout(timer), reject(signal.reason)), { once: true });
     });
   }
 
@@ -120,7 +134,7 @@ class Endpoint {
   async *events(id: string, signal: AbortSignal): AsyncGenerator<ProgressEvent> {
     let told = '';
     while (true) {
-      const { stream } = await this.call<RunpodStream>('GET', `/stream/${encodeURIComponent(id)}`, undefined, signal);
+      const { stream } = await this.ask<RunpodStream>(`/stream/${encodeURIComponent(id)}`, signal);
       for (const { output } of stream ?? []) if (isEvent(output) && !output.result) yield { ...output, job_id: id };
       const job = jobOf(await this.status(id, signal));
       if (job.state !== 'queued' && job.state !== 'running') return yield lastEvent(job);
@@ -135,7 +149,7 @@ class Endpoint {
 
 /** What RunPod itself refused, before a worker saw it. */
 class Refusal extends Error {
-  constructor(readonly status: Failing, message: string) {
+  constructor(readonly status: Failing, message: string, readonly transient = false) {
     super(message);
   }
 }

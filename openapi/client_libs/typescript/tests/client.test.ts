@@ -109,6 +109,105 @@ test('events go on after the connection broke', async () => {
   assert.equal(events.at(-1)?.phase, 'done');
 });
 
+/** A server behind a proxy that spoils the first of the requests that `spoils` picks. */
+function behindProxy(spoils: (request: Request) => boolean, spoil: (request: Request) => Promise<Response>): { client: Client; requests: Request[] } {
+  const requests: Request[] = [];
+  let spoiled = false;
+  const through = async (input: RequestInfo | URL, init?: RequestInit) => {
+    const request = new Request(input, init);
+    if (!spoils(request)) return fetch(request);
+    requests.push(request);
+    if (spoiled) return fetch(request);
+    spoiled = true;
+    return spoil(request);
+  };
+  return { client: connect({ baseUrl: url, fetch: through }), requests };
+}
+
+const badGateway = async () => new Response('<html>502 Bad Gateway</html>', { status: 502, headers: { 'Content-Type': 'text/html' } });
+
+/** The beginning of a stream, and then its end, as where a proxy closes idle or long connections. */
+async function cut(request: Request): Promise<Response> {
+  const response = await fetch(request);
+  const reader = response.body!.getReader();
+  const { value } = await reader.read();
+  void reader.cancel();
+  return new Response(Buffer.concat([value!, Buffer.from('id: 999\ndata: {"pha')]), response);
+}
+
+test('a stream that ends too early goes on after its last event', async () => {
+  const { client, requests } = behindProxy((request) => request.url.endsWith('/events'), cut);
+  const events = await eventsOf(client, { ...body, preview_interval: 1, num_inference_steps: 20 });
+  assert.equal(requests.length, 2);
+  assert.equal(requests[0]?.headers.get('last-event-id'), null);
+  assert.match(requests[1]?.headers.get('last-event-id') ?? '', /^[0-9]{1,2}$/);
+  assert.equal(events.filter(isLast).length, 1);
+  const shown = events.map((event) => JSON.stringify(event));
+  assert.equal(new Set(shown).size, shown.length, 'no event comes twice');
+});
+
+test('a single 502 for the events does not end a job', async () => {
+  const { client, requests } = behindProxy((request) => request.url.endsWith('/events'), badGateway);
+  assert.equal((await eventsOf(client, body)).at(-1)?.phase, 'done');
+  assert.equal(requests.length, 2);
+});
+
+test('a single 502 for the job does not end it either, where its events cannot be had at all', async () => {
+  const { client, requests } = behindProxy((request) => request.method === 'GET' && /jobs\/[^/]+$/.test(request.url), badGateway);
+  const send = client.getConfig().fetch!;
+  const withoutEvents = async (input: RequestInfo | URL, init?: RequestInit) => {
+    const request = new Request(input, init);
+    return request.url.endsWith('/events') ? badGateway() : send(request);
+  };
+  const job = await orThrow(createJob({ client: server, body }));
+  let last: ProgressEvent | undefined;
+  for await (const event of watchJob({ client: connect({ baseUrl: url, fetch: withoutEvents }), jobId: job.id, retries: 1 })) last = event;
+  assert.equal(last?.phase, 'done');
+  assert.ok(requests.length >= 2);
+});
+
+test('a single 502 does not keep a job from being cancelled', async () => {
+  const { client, requests } = behindProxy((request) => request.method === 'DELETE', badGateway);
+  const stopping = new AbortController();
+  const running = runJob({ client, body: long, signal: stopping.signal, onProgress: () => stopping.abort() });
+  assert.equal((await failure(running)).status, 'cancelled');
+  assert.equal(requests.length, 2);
+});
+
+test('an abort is an AbortError, whatever it ends', async () => {
+  const before = await runJob({ client: server, body, signal: AbortSignal.abort() }).catch((error: unknown) => error);
+  assert.equal((before as Error).name, 'AbortError');
+  const stopping = new AbortController();
+  const running = orThrow(generate({ client: server, body: long, signal: stopping.signal }));
+  setTimeout(() => stopping.abort(), 100);
+  const during = await running.catch((error: unknown) => error);
+  assert.ok(during instanceof OperationError);
+  assert.deepEqual([during.name, during.result.status], ['AbortError', 'cancelled']);
+  const late = await orThrow(generate({ client: server, body: long, signal: AbortSignal.timeout(100) })).catch((error: unknown) => error);
+  assert.equal((late as Error).name, 'TimeoutError');
+});
+
+test('separators of lines in a prompt arrive in the events', async () => {
+  const prompt = 'a red circle\u2028on\u2029white\u0085paper\r\nat\rnight';
+  const result = await runJob({ client: server, body: { ...body, prompt } });
+  assert.equal(result.generation?.plan.prompt, prompt);
+});
+
+test('a large event is read in time that grows with its size alone', async () => {
+  const spent: number[] = [];
+  for (const size of [2e6, 16e6]) {
+    const event = `id: 1\ndata: ${JSON.stringify({ phase: 'done', message: 'x'.repeat(size) })}\n\n`;
+    const pieces = event.match(/[^]{1,8192}/g)!.map((piece) => Buffer.from(piece));
+    const stream = () => new ReadableStream({ pull: (controller) => (pieces.length ? controller.enqueue(pieces.shift()!) : controller.close()) });
+    const local = connect({ baseUrl: url, fetch: async () => new Response(stream()) });
+    const started = process.cpuUsage();
+    for await (const told of watchJob({ client: local, jobId: 'any' })) assert.equal(told.message?.length, size);
+    const { user, system } = process.cpuUsage(started);
+    spent.push(user + system);
+  }
+  assert.ok(spent[1]! < 24 * spent[0]!, `eight times the size took ${spent[1]! / spent[0]!} times as long`);
+});
+
 test('a server that is not there is an error, too', async () => {
   const nowhere = connect({ baseUrl: 'http://127.0.0.1:9' });
   const result = await failure(orThrow(health({ client: nowhere })));
@@ -137,6 +236,7 @@ for (const [name, client] of [['the server', server], ['a RunPod endpoint', runp
       onProgress: (event) => (phases.add(event.phase), event.phase === 'denoise' && stopping.abort()),
     });
     assert.equal((await failure(running)).status, 'cancelled');
+    assert.equal((await running.catch((error: unknown) => error) as Error).name, 'AbortError');
     assert.ok(phases.has('denoise') && !phases.has('done'));
   });
 
@@ -163,4 +263,22 @@ test('RunPod: steps come through the stream', async () => {
   const events = await eventsOf(runpod, body);
   assert.ok(events.some((event) => event.phase === 'denoise'), JSON.stringify(events.map((event) => event.phase)));
   assert.equal(events.filter(isLast).length, 1);
+});
+
+test('RunPod: a single 502 neither ends nor cancels a job', async () => {
+  for (const part of ['/status/', '/stream/']) {
+    let spoiled = 0;
+    const paths: string[] = [];
+    const gateway = connect({
+      runpod: endpoint,
+      fetch: async (input, init) => {
+        const request = new Request(input, init);
+        paths.push(new URL(request.url).pathname);
+        return request.url.includes(part) && spoiled++ === 0 ? badGateway() : fetch(request);
+      },
+    });
+    assert.ok(onlyImage(await runJob({ client: gateway, body })).startsWith(PNG));
+    assert.ok(spoiled >= 2, part);
+    assert.ok(!paths.some((path) => path.includes('/cancel/')));
+  }
 });
