@@ -855,7 +855,8 @@ def test_mask_by_touch_and_pen(browser: Browser, server: str) -> None:
     assert painted() == dab
     zoom = page.get_by_role("group", name="Zoom").locator("output")
     assert int(zoom.inner_text().split()[0]) > 120
-    page.get_by_role("button", name="Clear").tap()
+    page.get_by_role("button", name="Clear").click()
+    assert painted() == 0
     box = canvas.bounding_box()
     pen = {
         "x": box["x"] + 60,
