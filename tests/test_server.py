@@ -64,8 +64,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionServi
 
 
 @pytest.fixture(scope="module")
-def url(service: DiffusionService) -> Iterator[str]:
-    with live_server(service) as (address, _):
+def url(service: DiffusionService, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with live_server(service, outputs=tmp_path_factory.mktemp("outputs")) as (address, _):
         yield address
 
 
@@ -116,6 +116,37 @@ def test_the_server_still_makes_pictures(url: str) -> None:
     "After all of that."
     assert picture(url) == picture(url)
     assert httpx.get(f"{url}/ready").status_code == 200
+
+
+# --- the folder of results ----------------------------------------------------
+
+
+def test_outputs_are_listed_and_stay_inside_their_folder(url: str) -> None:
+    "Every page follows the one before it; no path that a client writes leaves the folder or is worth a 5xx."
+    for _ in range(2):
+        picture(url)
+    wait_until(lambda: httpx.get(f"{url}/outputs").json()["total"] >= 2, "both images are in the folder")
+    first = httpx.get(f"{url}/outputs", params={"limit": 1}).json()
+    second = httpx.get(f"{url}/outputs", params={"limit": 1, "before": first["next"]}).json()
+    newest, older = first["outputs"][0]["id"], second["outputs"][0]["id"]
+    assert newest > older
+    assert httpx.get(f"{url}/outputs/{newest}").content[:4] == b"\x89PNG"
+    for path in (
+        "..%2f..%2fetc%2fpasswd",
+        "%2e%2e",
+        f"deleted%2f{newest}",
+        f"{newest}.json",
+        f"{newest}%00",
+        "x" * 5000,
+    ):
+        assert httpx.get(f"{url}/outputs/{path}").status_code == 404, path
+        assert httpx.post(f"{url}/outputs/{path}", json={"deleted": True}).status_code == 404, path
+    for query in ("limit=0", "limit=201", "limit=x", "before=../x", "starred=perhaps", "query=" + "x" * 257, "page=2"):
+        assert httpx.get(f"{url}/outputs?{query}").status_code == 422, query
+    total = httpx.get(f"{url}/outputs").json()["total"]
+    assert httpx.post(f"{url}/outputs/{newest}", json={"deleted": True}).status_code == 200
+    assert httpx.get(f"{url}/outputs").json()["total"] == total - 1
+    assert httpx.post(f"{url}/outputs/{newest}", content=b"deleted=true").status_code == 415
 
 
 # --- hostile bodies ---------------------------------------------------------

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -210,7 +211,8 @@ def test_control(page: Page) -> None:
 BRING = """([way, kind, data]) => {
     const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
     const carried = new DataTransfer();
-    carried.items.add(new File([bytes], 'star.' + kind, { type: 'image/' + kind }));
+    const type = kind.includes('/') ? kind : 'image/' + kind;
+    carried.items.add(new File([bytes], 'star.' + type.split('/')[1], { type }));
     const options = { bubbles: true, cancelable: true };
     const event = way === 'drop'
         ? new DragEvent('drop', { dataTransfer: carried, ...options })
@@ -407,10 +409,11 @@ def test_a_large_seed_is_not_rounded(page: Page) -> None:
     expect(seed).to_have_value("18446744073709551615")
 
 
-def test_token_is_asked_for(browser: Browser) -> None:
-    "A server with a token: the page says so, takes the token, and works; a wrong one is refused."
-    with running_server(DIFFUSION_WORKERS_TOKEN="a-secret-word") as url:
-        shown = browser.new_page()
+def test_token_is_asked_for(browser: Browser, tmp_path) -> None:
+    "A server with a token: the page says so, takes the token, and works, its documentation and folder too."
+    with running_server(DIFFUSION_WORKERS_TOKEN="a-secret-word", DIFFUSION_WORKERS_OUTPUTS=str(tmp_path)) as url:
+        shown = browser.new_context().new_page()
+        shown.set_default_timeout(PATIENCE * 1000)
         shown.goto(url)
         expect(shown.locator("[role=status]").first).to_have_text("The server asks for a token.")
         for word, answer in (
@@ -421,8 +424,38 @@ def test_token_is_asked_for(browser: Browser) -> None:
             shown.get_by_role("button", name="Connect").click()
             expect(shown.locator("[role=status]").first).to_have_text(answer)
         fill(shown, prompt=PROMPT, num_inference_steps=2)
-        generate(shown)
-        shown.close()
+        made = generate(shown)
+        with shown.expect_popup() as opened:
+            shown.get_by_role("link", name="API").click()
+        expect(opened.value.locator("#operations-generation-generate")).to_be_visible()
+        check_folder(shown, made)
+        shown.context.close()
+
+
+def check_folder(page: Page, made: bytes) -> None:
+    "The folder has what was made; it is searched, starred, deleted and brought back."
+    page.get_by_role("button", name="Server folder").click()
+    thumbs = page.locator(".thumbs li")
+    expect(thumbs).to_have_count(1)
+    expect(page.locator(".thumbs img")).to_be_visible()
+    page.get_by_label("Search the prompts").fill("no such word")
+    expect(thumbs).to_have_count(0)
+    page.get_by_label("Search the prompts").fill("blue SQUARE")
+    thumbs.locator("button").click()
+    assert shown_file(page) == made
+    expect(page.locator(".facts")).to_contain_text("ddim")
+    page.get_by_role("button", name="Star this image").click()
+    page.get_by_role("button", name="Only starred images").click()
+    expect(thumbs).to_have_count(1)
+    page.get_by_role("button", name="Delete", exact=True).click()
+    expect(thumbs).to_have_count(0)
+    page.get_by_role("button", name="Undo").click()
+    expect(thumbs).to_have_count(1)
+    page.get_by_role("button", name="More for the gallery").click()
+    with page.expect_download() as downloaded:
+        page.get_by_role("button", name="Download the image as ZIP").click()
+    with zipfile.ZipFile(downloaded.value.path()) as archive:
+        assert [archive.read(name) for name in archive.namelist()] == [made]
 
 
 def test_profile(page: Page) -> None:
@@ -575,3 +608,334 @@ def test_any_lora_may_be_named(page: Page) -> None:
     unfold(page, "ControlNet")
     page.get_by_role("button", name="Add a control").click()
     page.locator('[data-path="controlnets[0].model"]').fill("someone/another-controlnet")
+
+
+def test_sizes(page: Page) -> None:
+    "Presets keep the area of the model, Swap turns them, and the buttons follow."
+    page.get_by_role("button", name="4:3").click()
+    width, height = (page.locator(f"[data-path={name}]") for name in ("width", "height"))
+    expect(width).to_have_value("144")
+    expect(height).to_have_value("112")
+    page.get_by_role("button", name="Swap width and height").click()
+    expect(width).to_have_value("112")
+    expect(page.get_by_role("button", name="3:4")).to_have_attribute("aria-pressed", "true")
+
+
+def test_only_fields_of_the_model(page: Page) -> None:
+    "A field without effect on the chosen model is not there; one that is set stays."
+    fill(page, clip_skip=1)
+    page.locator("[data-path=model]").select_option("shapes-flux")
+    unfold(page, "All parameters")
+    expect(page.locator("[data-path=true_cfg_scale]")).to_have_count(1)
+    expect(page.locator("[data-path=clip_skip]")).to_have_count(1)
+    page.locator("[data-path=clip_skip]").fill("")
+    expect(page.locator("[data-path=clip_skip]")).to_have_count(0)
+    page.locator("[data-path=model]").select_option("shapes-sd15")
+    expect(page.locator("[data-path=true_cfg_scale]")).to_have_count(0)
+
+
+def test_models_that_are_not_here(page: Page) -> None:
+    "The list says it, and so does the place above Generate, with the licence."
+    page.locator("[data-path=model]").select_option("sdxl-base-1.0")
+    expect(page.locator(".weights")).to_contain_text(re.compile("downloads about 7 GB|not on the server"))
+    expect(page.locator(".weights")).to_contain_text("Licence: CreativeML Open RAIL++-M")
+    assert re.search("download 7 GB|not here", page.locator("option[value='sdxl-base-1.0']").inner_text())
+
+
+# --- several tabs --------------------------------------------------------------
+
+
+def test_two_tabs(page: Page, server: str) -> None:
+    "Each tab has its own form; galleries follow each other; a deletion takes no input of another tab."
+    other = page.context.new_page()
+    open_page(other, server)
+    fill(page, prompt=PROMPT, num_inference_steps=2)
+    fill(other, prompt="a green star")
+    generate(page)
+    expect(other.locator(".thumbs li")).to_have_count(1)
+    other.locator(".thumbs button").click()
+    other.get_by_role("button", name="Start from it").click()
+    expect(other.locator("img[alt^='Start image']")).to_be_attached()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    expect(other.locator(".thumbs li")).to_have_count(0)
+    for shown, prompt in ((page, PROMPT), (other, "a green star")):
+        shown.reload()
+        expect(shown.locator("[data-path=prompt]")).to_have_value(prompt)
+    expect(other.locator("img[alt^='Start image']")).to_be_attached()
+    expect(page.locator("img[alt^='Start image']")).to_have_count(0)
+
+
+def test_what_is_deleted_comes_back(page: Page) -> None:
+    "An image by Ctrl+Z, all images and the form by the button beside the message."
+    fill(page, prompt=PROMPT, num_inference_steps=2, num_images=2)
+    page.keyboard.press("Control+Enter")
+    thumbs = page.locator(".thumbs li")
+    expect(thumbs).to_have_count(2)
+    page.locator(".thumbs button").first.click()
+    page.get_by_role("button", name="Delete", exact=True).click()
+    expect(thumbs).to_have_count(1)
+    page.keyboard.press("Control+z")
+    expect(thumbs).to_have_count(2)
+    page.get_by_role("button", name="More for the gallery").click()
+    page.get_by_role("button", name="Delete all 2").click()
+    expect(thumbs).to_have_count(0)
+    page.get_by_role("button", name="Undo").click()
+    expect(thumbs).to_have_count(2)
+    page.get_by_role("button", name="More for the form").click()
+    page.get_by_role("button", name="Clear the form").click()
+    expect(page.locator("[data-path=prompt]")).to_have_value("")
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator("[data-path=prompt]")).to_have_value(PROMPT)
+
+
+# --- the stage -------------------------------------------------------------------
+
+
+def test_batch_viewer_and_search(page: Page, tmp_path) -> None:
+    "A batch is a grid; one of it can be zoomed, starred and found; all that match come in one ZIP file."
+    fill(page, prompt=PROMPT, num_inference_steps=2, num_images=2, seed=4)
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".batch img")).to_have_count(2)
+    page.locator(".batch button").first.click()
+    image = page.locator(".viewer > img")
+    before = image.bounding_box()["width"]
+    page.locator(".viewer").focus()
+    page.keyboard.press("+")
+    assert abs(image.bounding_box()["width"] / before - 1.25) < 0.01
+    page.keyboard.press("ArrowRight")
+    assert "translate(-40px" in image.get_attribute("style")
+    page.keyboard.press("0")
+    assert abs(image.bounding_box()["width"] - before) < 1
+    box = page.locator(".viewer").bounding_box()
+    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.wheel(0, -100)
+    expect(page.locator(".viewer.zoomed")).to_be_visible()
+    page.keyboard.press("f")
+    page.wait_for_function("document.fullscreenElement?.classList.contains('viewer')")
+    page.evaluate("document.exitFullscreen()")
+    page.get_by_role("button", name="Star this image").click()
+    page.get_by_role("button", name="Only starred images").click()
+    expect(page.locator(".thumbs li")).to_have_count(1)
+    page.get_by_label("Search the prompts").fill("square RED")
+    expect(page.locator(".thumbs li")).to_have_count(1)
+    page.get_by_role("button", name="More for the gallery").click()
+    with page.expect_download() as downloaded:
+        page.get_by_role("button", name="Download the image as ZIP").click()
+    with zipfile.ZipFile(downloaded.value.path()) as archive:
+        assert archive.testzip() is None and len(archive.namelist()) == 1
+        assert read_metadata(archive.read(archive.namelist()[0])).plan.prompt == PROMPT
+    page.get_by_label("Search the prompts").fill("star")
+    expect(page.locator(".thumbs li")).to_have_count(0)
+    page.get_by_role("button", name="Batch of 2").click()
+    expect(page.locator(".batch img")).to_have_count(2)
+
+
+def test_a_refused_request_leaves_the_image(page: Page) -> None:
+    fill(page, prompt=PROMPT, num_inference_steps=2)
+    made = generate(page)
+    fill(page, width=100)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("[data-path=width]")).to_have_attribute("aria-invalid", "true")
+    assert shown_file(page) == made
+
+
+def test_a_file_that_is_no_image(page: Page) -> None:
+    bring(page, b"some notes", "text/plain")
+    expect(page.locator(".status")).to_have_text("star.plain is not an image: drop a PNG, JPEG or WebP file.")
+    bring(page, b"not really a PNG")
+    expect(page.locator(".status")).to_contain_text("image")
+
+
+def test_cancel_all(page: Page) -> None:
+    fill(page, prompt=PROMPT, num_inference_steps=150, num_images=8)
+    for _ in range(3):
+        page.keyboard.press("Control+Enter")
+    page.get_by_role("button", name="Cancel all 3").click()
+    expect(page.locator(".progress")).to_have_count(0)
+    expect(page.locator(".thumbs li")).to_have_count(0)
+
+
+def test_a_server_that_is_gone(page: Page) -> None:
+    "The page shows it without a click, and goes on when the server is back."
+    fill(page, prompt=PROMPT)
+    page.context.set_offline(True)
+    expect(page.get_by_role("alert")).to_have_text("The server does not answer. Trying again …")
+    expect(page.locator("[role=status]").first).to_contain_text("does not answer")
+    page.context.set_offline(False)
+    expect(page.locator("[role=status]").first).to_contain_text("ready")
+    expect(page.locator(".banner")).to_have_count(0)
+
+
+def test_three_axes(page: Page) -> None:
+    "A text in the prompt is replaced by each value, and headings say what differs."
+    fill(page, prompt=PROMPT, num_inference_steps=2)
+    page.get_by_role("button", name="X/Y grid").click()
+    page.get_by_label("Parameter of the X axis").select_option(label="Prompt: search and replace")
+    page.get_by_label("Values of the X axis").fill("pink, green")
+    page.get_by_label("Parameter of the Y axis").select_option(label="none")
+    page.get_by_label("Parameter of the Z axis").select_option(label="Steps")
+    page.get_by_label("Values of the Z axis").fill("1, 2")
+    page.get_by_role("button", name="Make the grid").click()
+    expect(page.locator(".axis.wrong")).to_contain_text("the prompt does not contain “pink”")
+    page.get_by_label("Values of the X axis").fill("red, green")
+    page.get_by_role("button", name="Make the grid").click()
+    expect(page.locator("button.cell")).to_have_count(4)
+    assert page.locator("table.grid caption").all_inner_texts() == ["Steps 1", "Steps 2"]
+    last = page.locator("button.cell").last
+    assert last.bounding_box()["width"] > 250, "the cells use the stage"
+    last.click()
+    plan = read_metadata(shown_file(page)).plan
+    assert (plan.prompt, plan.num_inference_steps) == (PROMPT.replace("red", "green"), 2)
+
+
+def test_mask_by_keyboard(page: Page) -> None:
+    "Open, paint, erase, fill, undo, redo and finish without a mouse."
+    fill(page, prompt=PROMPT)
+    unfold(page, "Image and mask")
+    choose_image(page, "image", scene())
+    page.get_by_role("button", name="Paint mask").focus()
+    page.keyboard.press("Enter")
+    canvas = page.locator(".mask-image canvas")
+    expect(canvas).to_be_focused()
+    alpha = lambda x, y: canvas.evaluate(
+        "(canvas, [x, y]) => canvas.getContext('2d').getImageData(x, y, 1, 1).data[3]", [x, y]
+    )
+    page.keyboard.down("Space")
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.up("Space")
+    assert [alpha(x, 64) for x in (64, 80, 20)] == [255, 255, 0]
+    page.keyboard.press("Control+z")
+    assert alpha(80, 64) == 0
+    page.keyboard.press("Control+Shift+z")
+    assert alpha(80, 64) == 255
+    page.keyboard.press("f")
+    for _ in range(40):
+        page.keyboard.press("ArrowUp")
+    page.keyboard.press("Space")
+    assert [alpha(x, y) for x, y in ((2, 2), (120, 120), (80, 64))] == [255, 255, 255]
+    page.keyboard.press("Control+z")
+    page.locator("input[type=color]").fill("#00ff00")
+    assert canvas.evaluate("canvas => [...canvas.getContext('2d').getImageData(80, 64, 1, 1).data]")[:3] == [0, 255, 0]
+    page.get_by_role("button", name="Done").focus()
+    page.keyboard.press("Enter")
+    mask = page.locator("img[alt^='Mask']")
+    painted = np.asarray(Image.open(io.BytesIO(base64.b64decode(mask.get_attribute("src").split(",")[1]))).convert("L"))
+    assert painted[64, 80] == 255 and painted[2, 2] == 0
+
+
+def test_mask_by_touch_and_pen(browser: Browser, server: str) -> None:
+    "A finger paints, a second one takes that back and zooms, and a pen that is pressed less paints a thinner line."
+    context = browser.new_context(viewport={"width": 400, "height": 800}, has_touch=True)
+    context.set_default_timeout(PATIENCE * 1000)
+    page = context.new_page()
+    open_page(page, server)
+    unfold(page, "Image and mask")
+    choose_image(page, "image", scene())
+    page.get_by_role("button", name="Paint mask").tap()
+    canvas = page.locator(".mask-image canvas")
+    painted = lambda: canvas.evaluate(
+        "canvas => canvas.getContext('2d').getImageData(0, 0, 128, 128).data.filter((_, i) => i % 4 === 3)"
+        ".reduce((sum, alpha) => sum + (alpha > 127), 0)"
+    )
+    box = canvas.bounding_box()
+    middle = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    page.touchscreen.tap(middle["x"], middle["y"])
+    dab = painted()
+    assert 150 < dab < 250, "a circle with a diameter of 16"
+    browser_session = context.new_cdp_session(page)
+    send = lambda kind, *points: browser_session.send(
+        "Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"id": i, **point} for i, point in points]}
+    )
+    shifted = lambda by: {"x": middle["x"] + by, "y": middle["y"] + by}
+    send("touchStart", (0, shifted(-60)))
+    send("touchStart", (0, shifted(-60)), (1, shifted(60)))
+    send("touchMove", (0, shifted(-60)), (1, shifted(120)))
+    send("touchEnd")
+    assert painted() == dab
+    zoom = page.get_by_role("group", name="Zoom").locator("output")
+    assert int(zoom.inner_text().split()[0]) > 120
+    page.get_by_role("button", name="Clear").click()
+    assert painted() == 0
+    box = canvas.bounding_box()
+    pen = {
+        "x": box["x"] + 60,
+        "y": box["y"] + 60,
+        "button": "left",
+        "clickCount": 1,
+        "pointerType": "pen",
+        "force": 0.2,
+    }
+    browser_session.send("Input.dispatchMouseEvent", pen | {"type": "mousePressed"})
+    browser_session.send("Input.dispatchMouseEvent", pen | {"type": "mouseReleased"})
+    assert 0 < painted() < dab / 2
+    context.close()
+
+
+# --- for everybody ------------------------------------------------------------
+
+AXE = ROOT / "web_gen_client" / "node_modules" / "axe-core" / "axe.min.js"
+
+
+def violations(page: Page) -> list[str]:
+    "What axe-core finds on the page as it is."
+    if not page.evaluate("'axe' in window"):
+        page.add_script_tag(path=AXE)
+    found = page.evaluate("async () => (await axe.run({ resultTypes: ['violations'] })).violations")
+    return [
+        f"{rule['id']}: {node['html'][:160]} {node['failureSummary'][:200]}" for rule in found for node in rule["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(browser: Browser, server: str, scheme: str) -> None:
+    "In each state of the page."
+    needs(AXE.is_file(), "axe-core is not installed: ./build.sh packages page")
+    context = browser.new_context(viewport={"width": 1280, "height": 860}, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE * 1000)
+    page, found = context.new_page(), {}
+    open_page(page, server)
+    found["start"] = violations(page)
+    fill(page, prompt=PROMPT, num_inference_steps=2, num_images=2)
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(".batch img")).to_have_count(2)
+    found["batch"] = violations(page)
+    page.locator(".batch button").first.click()
+    page.get_by_role("button", name="More for this image").click()
+    found["image and menu"] = violations(page)
+    page.get_by_role("button", name="Compare with another").click()
+    page.locator(".thumbs button").last.click()
+    found["comparison"] = violations(page)
+    unfold(page, "ControlNet")
+    page.get_by_role("button", name="Add a control").click()
+    unfold(page, "LoRA")
+    page.get_by_role("button", name="+ heart").click()
+    unfold(page, "Image and mask")
+    choose_image(page, "image", scene())
+    fill(page, width=100)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("[data-path=width]")).to_have_attribute("aria-invalid", "true")
+    page.evaluate("document.querySelectorAll('details').forEach(section => { section.open = true })")
+    found["form with errors"] = violations(page)
+    page.get_by_role("button", name="Paint mask").click()
+    found["mask"] = violations(page)
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Remove control 1").click()
+    fill(page, width=96)
+    page.get_by_role("button", name="X/Y grid").click()
+    page.get_by_label("Values of the X axis").fill("1, 2")
+    page.get_by_label("Values of the Y axis").fill("1, none")
+    page.get_by_role("button", name="Make the grid").click()
+    found["grid with an error"] = violations(page)
+    page.get_by_label("Values of the Y axis").fill("1")
+    page.get_by_role("button", name="Make the grid").click()
+    expect(page.locator("button.cell")).to_have_count(1)
+    expect(page.locator(".cell.failed")).to_have_count(1)  # one step of a start image is none
+    found["grid"] = violations(page)
+    page.set_viewport_size({"width": 400, "height": 800})
+    found["narrow"] = violations(page)
+    context.set_offline(True)
+    expect(page.get_by_role("alert").first).to_contain_text("does not answer")
+    found["no server"] = violations(page)
+    context.close()
+    assert not any(found.values()), json.dumps(found, indent=1)

@@ -286,6 +286,13 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
           placeholder={dryRun.value?.controlnets?.[index]?.model ?? 'the one that fits'}
           free
         />
+        {controlnet && controlnet.availability && controlnet.availability !== 'available' && (
+          <p class="weights wide">
+            {controlnet.availability === 'missing'
+              ? `The weights of ${controlnet.name} are not on the server.`
+              : `${controlnet.name} is downloaded when it is first used.`}
+          </p>
+        )}
         <PreprocessorChoice
           path={preprocessing.path}
           name={name}
@@ -304,9 +311,9 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
           }
         />
         {problem && (
-          <ul class="errors wide" role="alert">
-            <li>{problem}</li>
-          </ul>
+          <p class="errors wide" role="alert">
+            {problem}
+          </p>
         )}
         {unit['mask_image'] !== undefined && (
           <ImageInput
@@ -327,7 +334,9 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
         <FieldInput field={named(fields, 'guidance_start')} slider={[0, 1]} />
         <FieldInput field={named(fields, 'guidance_end')} slider={[0, 1]} />
         {info
-          ? parameterFields(info, preprocessing.path).map((field) => <FieldInput key={field.path} field={field} slider />)
+          ? parameterFields(info, preprocessing.path).map((field) => (
+              <FieldInput key={field.path} field={field} slider />
+            ))
           : name && <FieldInput field={named(preprocessing.fields, 'parameters')} wide />}
         {name && <FieldInput field={named(preprocessing.fields, 'resolution')} placeholder="pixel perfect" />}
         <FieldInput field={named(fields, 'resize_mode')} />

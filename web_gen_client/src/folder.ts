@@ -64,9 +64,7 @@ export async function openOutput(output: Output): Promise<GalleryItem> {
 
 export async function changeInFolder(id: string, change: OutputChange): Promise<void> {
   const changed = await orThrow(changeOutput({ client: client.value, path: { output_id: id }, body: change }));
-  openedItems.value = openedItems.value.map((item) =>
-    item.id === id ? { ...item, starred: changed.starred } : item,
-  );
+  openedItems.value = openedItems.value.map((item) => (item.id === id ? { ...item, starred: changed.starred } : item));
   await readFolder();
 }
 

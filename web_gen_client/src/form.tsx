@@ -10,7 +10,7 @@ import { generate } from './jobs';
 import { MaskEditor } from './mask_editor';
 import { ImageInput } from './image_input';
 import { imageAt } from './images';
-import { label, typedNumber, type Schema } from './schema';
+import { label, pathInWords, typedNumber, type Schema } from './schema';
 import {
   applies,
   dryRun,
@@ -294,7 +294,7 @@ function DryRun() {
         <ul class="warnings">
           {warnings.value.map((warning) => (
             <li key={warning.message}>
-              {warning.field ? `${warning.field}: ` : ''}
+              {warning.field ? `${pathInWords(warning.field)}: ` : ''}
               {warning.message}
             </li>
           ))}

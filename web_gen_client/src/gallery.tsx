@@ -87,7 +87,8 @@ async function removeItems(gone: readonly GalleryItem[], text: string): Promise<
   const at = items.value.findIndex((item) => ids.has(item.id));
   items.value = items.value.filter((item) => !ids.has(item.id));
   const next = items.value[Math.min(at, items.value.length - 1)];
-  if (before.kind === 'item' && ids.has(before.id)) view.value = next ? { kind: 'item', id: next.id } : { kind: 'live' };
+  if (before.kind === 'item' && ids.has(before.id))
+    view.value = next ? { kind: 'item', id: next.id } : { kind: 'live' };
   if (before.kind === 'batch' || before.kind === 'compare') view.value = { kind: 'live' };
   for (const id of ids) unsaved.delete(id);
   announce(text, () => void bringBackItems(gone, before));
@@ -115,7 +116,10 @@ export async function toggleStar(item: GalleryItem): Promise<void> {
 }
 
 export function fileName(item: { prompt: string; seed: number; type: string }): string {
-  const words = item.prompt.slice(0, 200).replaceAll(/[^\p{L}\p{N}]+/gu, '-').slice(0, 48);
+  const words = item.prompt
+    .slice(0, 200)
+    .replaceAll(/[^\p{L}\p{N}]+/gu, '-')
+    .slice(0, 48);
   return `${words || 'image'}-${item.seed}.${item.type.split('/')[1] ?? 'png'}`;
 }
 

@@ -123,7 +123,8 @@ export function axisOf(parameter: Parameter, text: string): Axis {
   const axis = { path: parameter.path, title: parameter.title, values: parseValues(parameter, text) };
   if (parameter.path !== REPLACE) return axis;
   const replaces = String(axis.values[0]);
-  if (!String(form.value['prompt'] ?? '').includes(replaces)) throw new Error(`the prompt does not contain “${replaces}”`);
+  if (!String(form.value['prompt'] ?? '').includes(replaces))
+    throw new Error(`the prompt does not contain “${replaces}”`);
   if (axis.values.length < 2) throw new Error('write the text to search, a comma, and what replaces it');
   return { ...axis, title: `“${replaces}” in the prompt`, replaces };
 }
@@ -215,7 +216,9 @@ export function headingOf(axis: Axis, index: number): string {
   const value = axis.values[index];
   if (!axis.path) return '';
   if (axis.replaces !== undefined) return shownValue(value);
-  return value === true || value === false ? `${axis.title}: ${value ? 'on' : 'off'}` : `${axis.title} ${shownValue(value)}`;
+  return value === true || value === false
+    ? `${axis.title}: ${value ? 'on' : 'off'}`
+    : `${axis.title} ${shownValue(value)}`;
 }
 
 /** The grid as one image, with its values at the edges, one table below the other. */

@@ -86,9 +86,9 @@ function AxisEntry({
         />
       )}
       {problem && (
-        <ul class="errors" role="alert">
-          <li>{problem}</li>
-        </ul>
+        <p class="errors" role="alert">
+          {problem}
+        </p>
       )}
     </fieldset>
   );

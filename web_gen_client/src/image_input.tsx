@@ -88,13 +88,8 @@ export function ImageInput({ path, title, description, actions, beside }: ImageI
             {beside}
           </>
         ) : (
-          <button
-            type="button"
-            class="drop"
-            onClick={() => chooser.current?.click()}
-            aria-label={`${title}: choose, drop or paste an image`}
-          >
-            Drop, paste or <u>choose</u>
+          <button type="button" class="drop" onClick={() => chooser.current?.click()}>
+            <span class="unseen">{title}: </span>Drop, paste or <u>choose</u>
           </button>
         )}
       </div>
@@ -110,9 +105,9 @@ export function ImageInput({ path, title, description, actions, beside }: ImageI
         </div>
       )}
       {problem && (
-        <ul class="errors" role="alert">
-          <li>{problem}</li>
-        </ul>
+        <p class="errors" role="alert">
+          {problem}
+        </p>
       )}
       <Errors path={path} />
     </div>

@@ -64,8 +64,10 @@ function Header() {
     <header class="bar">
       <h1>diffusion workers</h1>
       <span class={`server${connectionError.value ? ' lost' : ''}`} role="status">
-        {connectionError.value ??
-          (now ? [now.state, now.device, `version ${now.version}`].filter(Boolean).join(' · ') : 'connecting …')}
+        {connectionError.value ?? now?.state ?? 'connecting …'}
+        {now && !connectionError.value && (
+          <span class="keys">{[now.device, `version ${now.version}`].filter(Boolean).map((fact) => ` · ${fact}`)}</span>
+        )}
       </span>
       {connectionError.value && /token/.test(connectionError.value) && <Token />}
       <span class="spring" />

@@ -162,7 +162,7 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
     drawing.lineCap = drawing.lineJoin = 'round';
     drawing.beginPath();
     drawing.moveTo(from.x, from.y);
-    drawing.lineTo(to.x, to.y);
+    drawing.lineTo(to.x + (from === to ? 0.001 : 0), to.y); // a line without length would not be drawn
     drawing.stroke();
     drawing.globalCompositeOperation = 'source-over';
     last.current = to;

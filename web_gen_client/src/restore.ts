@@ -37,7 +37,9 @@ export async function restoredFrom(file: Blob): Promise<{ plan: GenerationPlan |
 /** The form that generates an item of the gallery again: everything that its plan decided, with its own seed. */
 export async function formOf(item: GalleryItem): Promise<JsonObject> {
   await bringBack(item.form);
-  const found = await read(item.blob).then((result) => result.found).catch(() => null);
+  const found = await read(item.blob)
+    .then((result) => result.found)
+    .catch(() => null);
   const own = { ...item.form, seed: item.seed }; // without a server or without metadata
   const base = found && found.source === 'plan' ? withInputs(found, item.form).next : own;
   return { ...base, num_images: 1, ...previewInterval() };

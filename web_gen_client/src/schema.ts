@@ -45,6 +45,19 @@ export function label(name: string): string {
   return words.charAt(0).toUpperCase() + words.slice(1);
 }
 
+const LISTS: Record<string, string> = { loras: 'LoRA', controlnets: 'Control' };
+
+/** A path of a request in words: `controlnets[0].guidance_start` is "Control 1, Start". */
+export function pathInWords(path: string): string {
+  return path
+    .split('.')
+    .map((step) => {
+      const [name = '', index] = step.replace(']', '').split('[');
+      return index === undefined ? label(name) : `${LISTS[name] ?? label(name)} ${Number(index) + 1}`;
+    })
+    .join(', ');
+}
+
 export class Schema {
   private readonly schemas: JsonObject;
 

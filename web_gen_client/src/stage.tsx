@@ -89,10 +89,18 @@ function Live() {
     <div class="frame empty">
       <div class="welcome">
         <p class="large">
-          Describe the image, and press <kbd>Ctrl</kbd> <kbd>Enter</kbd>.
+          Describe the image
+          <span class="keys">
+            , and press <kbd>Ctrl</kbd> <kbd>Enter</kbd>
+          </span>
+          .
         </p>
         <p class="note">
-          Drop a generated image anywhere on the page to restore its settings. <kbd>Esc</kbd> cancels.
+          Drop a generated image anywhere on the page to restore its settings.
+          <span class="keys">
+            {' '}
+            <kbd>Esc</kbd> cancels.
+          </span>
         </p>
       </div>
     </div>
@@ -157,7 +165,12 @@ function Item({ item }: { item: GalleryItem }) {
   };
   return (
     <>
-      <Viewer key={item.id} source={addressOf(item)} name={`${promptOf(item)}, seed ${item.seed}`} small={isSmall(item)}>
+      <Viewer
+        key={item.id}
+        source={addressOf(item)}
+        name={`${promptOf(item)}, seed ${item.seed}`}
+        small={isSmall(item)}
+      >
         <Star item={item} />
       </Viewer>
       <div class="actions" role="group" aria-label="This image">

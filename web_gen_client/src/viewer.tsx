@@ -94,7 +94,8 @@ export function Viewer({ source, name, small, children }: ViewerProps) {
     else if (event.key === '0') setSight(FIT);
     else if (event.key === '1') zoomTo(1 / fitted);
     else if (event.key === 'f') fullScreen();
-    else if (step && sight.zoom > 1) setSight((now) => ({ ...now, x: now.x + (step[0] ?? 0), y: now.y + (step[1] ?? 0) }));
+    else if (step && sight.zoom > 1)
+      setSight((now) => ({ ...now, x: now.x + (step[0] ?? 0), y: now.y + (step[1] ?? 0) }));
     else return;
     event.preventDefault();
   };
@@ -115,7 +116,8 @@ export function Viewer({ source, name, small, children }: ViewerProps) {
       onPointerUp={up}
       onPointerCancel={up}
       onDblClick={(event) =>
-        !(event.target as HTMLElement).closest('button') && zoomTo(sight.zoom > 1 ? 1 : Math.max(2, 1 / fitted), fromMiddle(event))
+        !(event.target as HTMLElement).closest('button') &&
+        zoomTo(sight.zoom > 1 ? 1 : Math.max(2, 1 / fitted), fromMiddle(event))
       }
       onKeyDown={key}
     >
@@ -130,7 +132,12 @@ export function Viewer({ source, name, small, children }: ViewerProps) {
       />
       <div class="viewer-tools" role="toolbar" aria-label="View">
         {children}
-        <button type="button" aria-label="Zoom out" disabled={sight.zoom <= 1} onClick={() => zoomTo(sight.zoom / STEP)}>
+        <button
+          type="button"
+          aria-label="Zoom out"
+          disabled={sight.zoom <= 1}
+          onClick={() => zoomTo(sight.zoom / STEP)}
+        >
           −
         </button>
         <button
