@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'STATUS_OF_CODE', 'RETRYABLE_CODES', 'RENAMED_FIELDS', 'FOREIGN_FIELD_NAMES', 'Model', 'MAX_ERRORS',
-           'RequestError', 'shorten', 'error_detail', 'request_error', 'describe_field', 'field_path', 'nearest_name',
-           'renamed_field', 'parse', 'is_out_of_memory', 'failure', 'warning']
+           'MAX_VALUES', 'RequestError', 'shorten', 'error_detail', 'request_error', 'describe_field', 'field_path',
+           'nearest_name', 'renamed_field', 'parse', 'is_out_of_memory', 'failure', 'warning']
 
 # %% ../../nbs/10_request/01_errors.ipynb #da29ae5c
 import difflib
@@ -189,7 +189,7 @@ def field_path(location: tuple[str | int, ...]) -> str:  # such as "controlnets[
 
 def nearest_name(name: str, names: list[str]) -> str | None:  # the one that was probably meant
     "The closest of `names`, if one is close."
-    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.6)), None)
+    return next(iter(difflib.get_close_matches(name[:256], names, n=1, cutoff=0.6)), None)
 
 # %% ../../nbs/10_request/01_errors.ipynb #35634e56
 RENAMED_FIELDS = {  # name in requests, manifests and receipts of earlier versions -> name today
@@ -326,6 +326,25 @@ def _detail(model: type[BaseModel], error: ErrorDetails) -> ErrorDetail:  # one 
 # %% ../../nbs/10_request/01_errors.ipynb #9041df9b
 Model = TypeVar("Model", bound=BaseModel)
 MAX_ERRORS = 50  # mistakes that one answer names
+MAX_VALUES = 10_000  # fields and entries of one request, all levels together
+_MAX_COMMAS = 200_000  # of a JSON text, those inside of its texts included
+
+
+def _too_many() -> RequestError:
+    message = f"the request has more than {MAX_VALUES:,} fields and entries"
+    return request_error(ErrorCode.too_long, message, hint="send one request at a time, and only its own fields")
+
+
+def _check_count(data: Any) -> None:
+    "A `RequestError` for data that would take long to check: a body can hold a million unknown fields."
+    waiting, count = [data], 0
+    while waiting:
+        value = waiting.pop()
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        count += len(inside)
+        if count > MAX_VALUES:
+            raise _too_many()
+        waiting.extend(item for item in inside if isinstance(item, (dict, list, tuple)))
 
 
 def parse(
@@ -336,6 +355,8 @@ def parse(
     if isinstance(data, model):
         return data
     if isinstance(data, (str, bytes)):
+        if data.count("," if isinstance(data, str) else b",") > _MAX_COMMAS:
+            raise _too_many()
         try:
             data = json.loads(
                 data if isinstance(data, str) else data.decode("utf-8-sig")
@@ -348,6 +369,7 @@ def parse(
             raise request_error(
                 ErrorCode.malformed_json, f"not valid JSON: {exc}", given=data[:80], hint="send one JSON object"
             ) from None
+    _check_count(data)
     try:
         return model.model_validate(data)
     except ValidationError as exc:

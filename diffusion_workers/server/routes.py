@@ -122,6 +122,7 @@ class ServerState:
         self.reports = ThreadPoolExecutor(max_workers=1, thread_name_prefix="report")  # never waits for a host
         self.startup: list[wire.PhaseTime] = []
         self.trouble: str | None = None  # why the warm-up failed
+        self.stopping = asyncio.Event()
         self._stop: asyncio.Task | None = None
         self._trial: asyncio.Task | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -180,6 +181,7 @@ class ServerState:
 
     def _stopping(self) -> asyncio.Task:
         if self._stop is None:
+            self.stopping.set()
             self._stop = asyncio.ensure_future(self.queue.stop())
         return self._stop
 
