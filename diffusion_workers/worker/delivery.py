@@ -57,20 +57,21 @@ class Bucket:
     region: str = "us-east-1"
     prefix: str = "diffusion-workers"  # of the keys
     expiry: int = 86400  # seconds for which an address works
+    in_host: bool = False  # whether the bucket stands in the host name of its addresses, and not in their path
 
     @classmethod
     def from_settings(cls, settings: WorkerSettings) -> "Bucket | None":
         "The bucket of a worker, if it has one."
-        endpoint, name = settings.bucket_endpoint, settings.bucket_name
-        key_id, secret = settings.bucket_key_id, settings.bucket_secret
-        if endpoint is None or name is None or key_id is None or secret is None:  # the settings have all or none
+        place, key_id, secret = settings.bucket_place(), settings.bucket_key_id, settings.bucket_secret
+        if place is None or key_id is None or secret is None:  # the settings have all or none
             return None
         return cls(
-            endpoint=endpoint,
-            name=name,
+            endpoint=place.endpoint,
+            name=place.name,
             key_id=key_id.get_secret_value(),
             secret=secret.get_secret_value(),
-            region=settings.bucket_region,
+            region=place.region,
+            in_host=place.in_host,
             prefix=settings.bucket_prefix,
             expiry=settings.bucket_expiry,
         )
@@ -81,7 +82,8 @@ class Bucket:
         from botocore.config import Config
 
         own = Config(
-            signature_version="s3v4", s3={"addressing_style": "path"}, connect_timeout=10, read_timeout=60,
+            signature_version="s3v4", s3={"addressing_style": "virtual" if self.in_host else "path"},
+            connect_timeout=10, read_timeout=60,
             retries={"mode": "standard", "total_max_attempts": 3},
             request_checksum_calculation="when_required", response_checksum_validation="when_required",
         )  # fmt: skip
