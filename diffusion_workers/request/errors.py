@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['logger', 'STATUS_OF_CODE', 'RETRYABLE_CODES', 'RENAMED_FIELDS', 'FOREIGN_FIELD_NAMES', 'Model', 'MAX_ERRORS',
-           'MAX_VALUES', 'RequestError', 'shorten', 'error_detail', 'request_error', 'describe_field', 'field_path',
-           'nearest_name', 'renamed_field', 'parse', 'is_out_of_memory', 'failure', 'warning']
+           'MAX_VALUES', 'EXTRAS', 'RequestError', 'shorten', 'error_detail', 'request_error', 'describe_field',
+           'field_path', 'nearest_name', 'renamed_field', 'parse', 'install_line', 'is_installed', 'missing_package',
+           'is_out_of_memory', 'failure', 'warning']
 
 # %% ../../nbs/10_request/01_errors.ipynb #da29ae5c
 import difflib
 import functools
+import importlib.util
 import json
 import logging
 import math
@@ -377,6 +379,45 @@ def parse(
         found = [_detail(model, error) for error in mistakes]
         raise RequestError(list({(e.field, e.code): e for e in found}.values())) from None
 
+# %% ../../nbs/10_request/01_errors.ipynb #ac7d6bc0
+EXTRAS = {  # package, as it is imported -> extra of diffusion-workers
+    **dict.fromkeys(["ipywidgets", "anywidget", "traitlets", "IPython", "pandas", "matplotlib"], "notebook"),
+    **dict.fromkeys(["runpod", "boto3", "botocore"], "worker"),
+    **dict.fromkeys(["bitsandbytes", "torchao", "gguf"], "quantization"),
+    "controlnet_aux": "controlnet",
+    "ray": "ray",
+}
+
+
+def install_line(
+    package: str,  # as it is imported, such as "runpod" or "ray.serve"
+) -> str:
+    "The command that installs a package, with the extra that it belongs to."
+    extra = EXTRAS.get(package.partition(".")[0])
+    return f"pip install 'diffusion-workers[{extra}]'" if extra else "pip install --upgrade diffusion-workers"
+
+
+def is_installed(package: str) -> bool:
+    "Whether a package can be found; it is not imported."
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def missing_package(
+    exc: ImportError,
+    purpose: str = "this",  # what needs it, the beginning of a sentence
+) -> RequestError | None:  # None where it is a module of this package that cannot be imported
+    "The error for a package that is not installed."
+    if "pip install" in str(exc):  # explained where it was imported
+        return request_error(ErrorCode.missing_dependency, str(exc))
+    package = (exc.name or "").partition(".")[0]
+    if not package or package in ("diffusion_workers", "ez_diffusion_client") or is_installed(package):
+        return None
+    message = f"{purpose} needs the package {package}, which is not installed"
+    return request_error(ErrorCode.missing_dependency, message, hint=f"{install_line(package)}, and start again")
+
 # %% ../../nbs/10_request/01_errors.ipynb #c6797d55
 def is_out_of_memory(exc: BaseException) -> bool:
     "Whether an exception means that the host or a device ran out of memory."
@@ -403,6 +444,8 @@ def _unexpected(exc: BaseException) -> RequestError:
     if is_out_of_memory(exc):
         hint = "ask for fewer images or a smaller size"
         return request_error(ErrorCode.out_of_memory, "out of device memory", hint=hint)
+    if isinstance(exc, ImportError) and (missing := missing_package(exc)) is not None:
+        return missing
     logger.error("unexpected %s", type(exc).__name__, exc_info=exc)
     message = f"the operation failed unexpectedly: {type(exc).__name__}"
     return request_error(ErrorCode.internal_error, message, hint="internal error; see the server log")

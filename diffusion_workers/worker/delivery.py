@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..request.errors import logger, warning
+from ..request.errors import RequestError, logger, missing_package, warning
 from ..request.images import encode_base64, sniff_format
 from ..request.metadata import metadata_texts, read_metadata
 from ..settings.worker import WorkerSettings
@@ -78,8 +78,11 @@ class Bucket:
 
     def client(self) -> Any:
         "A boto3 client; an upload that fails is tried three times."
-        import boto3
-        from botocore.config import Config
+        try:
+            import boto3
+            from botocore.config import Config
+        except ImportError as exc:
+            raise missing_package(exc, "an upload to a bucket") or exc from None
 
         own = Config(
             signature_version="s3v4", s3={"addressing_style": "virtual" if self.in_host else "path"},
@@ -226,7 +229,6 @@ def deliver(
             return uploaded(result, bucket, job_id)
         except Exception as exc:
             logger.error("the upload failed: %s", type(exc).__name__, exc_info=exc)
-            result = _noted(
-                result, warning(f"the upload failed ({type(exc).__name__}); the log has the details", field="output")
-            )
+            why = str(exc) if isinstance(exc, RequestError) else f"{type(exc).__name__}; the log has the details"
+            result = _noted(result, warning(f"the upload failed: {why}", field="output"))
     return result if answer_bytes(result) <= limit else fitted(result, limit)

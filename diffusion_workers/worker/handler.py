@@ -20,7 +20,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..request.errors import RequestError, failure, logger, request_error
+from ..request.errors import RequestError, failure, install_line, is_installed, logger, request_error
 from ..request.logs import PlainFormatter
 from ..settings.environment import SettingsError
 from ..settings.worker import WorkerSettings, share_log_level
@@ -338,6 +338,10 @@ def main() -> int:  # the exit code
     except SettingsError as error:
         print(f"diffusion-workers: {error}", file=sys.stderr)
         return 2
+    for package in ("runpod", "boto3") if settings.has_bucket else ("runpod",):
+        if not is_installed(package):
+            print(f"diffusion-workers: a worker needs the package {package}: {install_line(package)}", file=sys.stderr)
+            return 2
     set_up_logging(settings.log_level)
     clock = StartupClock.since_process_start()
     share_log_level(settings)
