@@ -57,7 +57,15 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)  # found at once from now on
+    try:
+        module = import_module(_HOMES[name])
+    except ImportError as exc:
+        from diffusion_workers.request.errors import missing_package
+
+        if (missing := missing_package(exc, name)) is None:
+            raise
+        raise ImportError(str(missing), name=exc.name) from None
+    value = globals()[name] = getattr(module, name)  # found at once from now on
     return value
 
 

@@ -9,7 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from diffusion_workers.server.app import create_app
-from diffusion_workers.server.process import address_of, listening_socket
+from diffusion_workers.server.process import address_of, listening_socket, patient_protocol
 from diffusion_workers.settings.server import ServerSettings
 
 PATIENCE = 300  # seconds until something counts as stuck; never a measure of speed
@@ -30,12 +30,17 @@ class KeptOpen:
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[str]:  # the address
+def serving(app: FastAPI, head_seconds: float = 60.0) -> Iterator[str]:  # the address
     "An ASGI application behind a real socket."
     with listening_socket("127.0.0.1", 0) as listening:
         server = uvicorn.Server(
             uvicorn.Config(
-                app, http="h11", log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=60
+                app,
+                http=patient_protocol(head_seconds),
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                timeout_graceful_shutdown=60,
             )
         )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -52,5 +57,5 @@ def serving(app: FastAPI) -> Iterator[str]:  # the address
 def live_server(service, **settings) -> Iterator[tuple[str, FastAPI]]:  # the address, and the application
     "The server over a service, with these settings."
     app = create_app(KeptOpen(service), ServerSettings(**{"warm_up": False} | settings))
-    with serving(app) as url:
+    with serving(app, settings.get("receive_timeout", 60.0)) as url:
         yield url, app

@@ -74,6 +74,7 @@ METHODS = ("match", "fullmatch", "search", "sub", "subn", "split", "findall", "f
 # Bare expressions in the package, and texts that begin to match each of them. A new expression needs its line here.
 EXPRESSIONS = {
     "server.middleware._REQUEST_ID": "a:b",
+    "server.jobs._URL": " https://",
     "worker.handler._REQUEST_ID": "a:b",
     "request.other_programs._COMBINED": "lora_combined_1",
     "request.other_programs._BRACKETS": "[a]",

@@ -259,6 +259,38 @@ def test_a_slow_sender_is_sent_away(service: DiffusionService) -> None:
         assert b"no data for 0.3 seconds" in answer + b""
 
 
+def test_half_sent_headers_are_closed(service: DiffusionService) -> None:
+    "On a new connection and after an answered request; a request under way is not disturbed."
+    head = b"POST /plan HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    whole = head + b"Content-Length: 15\r\n\r\n" + b'{"prompt": "a"}'
+    with live_server(service, receive_timeout=0.5) as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        for before in (b"", whole):
+            with socket.create_connection((host, int(port)), timeout=PATIENCE) as slow:
+                slow.sendall(before)
+                if before:
+                    assert slow.recv(65536).startswith(b"HTTP/1.1 200")
+                slow.sendall(head[:30])
+                assert slow.recv(65536) == b"", "the server closes the connection"
+        assert picture(url)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/plan", "/jobs", "/preprocess", "/restore"])
+@pytest.mark.parametrize("kind", ["unknown fields", "entries", "objects in a list", "a long text of commas"])
+def test_a_body_of_a_million_values_is_refused_before_it_is_checked(url: str, path: str, kind: str) -> None:
+    "Checking 13 MB of unknown fields takes seconds in which nobody else is answered."
+    many = {
+        "unknown fields": ",".join(f'"field{index}":1' for index in range(1_000_000)),
+        "entries": f'"loras":[{",".join(["1"] * 1_000_000)}]',
+        "objects in a list": f'"controlnets":[{",".join(["{}"] * 100_000)}]',
+        "a long text of commas": f'"prompt":"{"," * 1_000_000}"',
+    }[kind]
+    response = httpx.post(f"{url}{path}", content=f'{{"prompt":"a",{many}}}', headers=JSON, timeout=PATIENCE)
+    assert response.status_code == 422
+    error = response.json()["errors"][0]
+    assert (error["code"], "10,000 fields" in error["message"]) == ("too_long", True), error
+
+
 # --- going away, cancelling, watching ---------------------------------------
 
 
@@ -472,6 +504,46 @@ def test_an_unexpected_failure_is_a_500_with_id_and_cors(
     assert any("GET /models 500" in record.getMessage() for record in caplog.records)
 
 
+def test_an_exception_cannot_forge_a_log_line(
+    service: DiffusionService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    "What a client sent may stand in a traceback, of the server and of a worker."
+    from diffusion_workers.server import middleware
+    from diffusion_workers.worker import handler
+
+    def broken(request):
+        raise ValueError(f"no file for {request.prompt}")
+
+    monkeypatch.setattr(service, "plan", broken)
+    forged = "x\n2026-01-01 00:00:00,000 INFO diffusion_workers: all is well\r\x1b[2Kfine\u2028INFO: fine"
+    levels = {name: logging.getLogger(name) for name in ("diffusion_workers", "uvicorn.error", "")}
+    before = {name: (log.handlers[:], log.propagate, log.level) for name, log in levels.items()}
+    try:
+        middleware.set_up_logging(as_json=False)
+        with live_server(service) as (url, _):
+            assert httpx.post(f"{url}/plan", json={"prompt": forged}, timeout=PATIENCE).status_code == 500
+        levels["diffusion_workers"].handlers = []
+        levels["diffusion_workers"].propagate = True
+        for level in ("INFO", "DEBUG"):
+            handler.set_up_logging(level)
+            try:
+                raise ValueError(forged)
+            except ValueError:
+                logging.getLogger("diffusion_workers").error("failed: %s", forged, exc_info=True)
+    finally:
+        for name, (handlers, propagate, level) in before.items():
+            levels[name].handlers, levels[name].propagate = handlers, propagate
+            levels[name].setLevel(level)
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if "all is well" in line]) >= 4
+    for line in lines:
+        assert line.isprintable()
+        assert line.startswith("    ") or re.match(
+            r"(\d{4}-\S+ \S+ )?(INFO|WARNING|ERROR|DEBUG) (diffusion_workers|uvicorn)", line
+        ), line
+        assert not re.match(r"(2026-01-01 00:00:00,000 )?INFO:? (diffusion_workers: all|fine)", line)
+
+
 def test_a_path_cannot_forge_a_log_line(url: str, caplog: pytest.LogCaptureFixture) -> None:
     "Control characters and line separators are escaped."
     with caplog.at_level(logging.INFO, "diffusion_workers.server"):
@@ -582,7 +654,18 @@ def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
             for _ in range(2):  # two may wait for a moment before the third is there
                 wait_until(lambda: httpx.get(f"{url}/health").json()["queue_length"] == 2, "one runs and two wait")
                 time.sleep(1)
-            process.send_signal(signal.SIGTERM)
+            half = b"POST /plan HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            half += b"Content-Length: 99\r\n\r\n{"
+            with (
+                socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as with_half_a_body,
+                socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as with_half_a_head,
+            ):
+                with_half_a_body.sendall(half)
+                with_half_a_head.sendall(half[:20])
+                wait_until(lambda: httpx.get(f"{url}/health").is_success, "both have arrived")
+                process.send_signal(signal.SIGTERM)
+                assert with_half_a_body.recv(65536).startswith(b"HTTP/1.1 503")  # at once, where a wait ends in 408
+                assert with_half_a_head.recv(65536) == b""
             for client in clients:
                 client.join(PATIENCE)
             assert process.wait(timeout=PATIENCE) == 0  # after the step that was under way

@@ -191,7 +191,7 @@ def _helper(unet: UNet2DConditionModel, branch: Branch):  # a DeepCacheSDHelper 
     try:
         from DeepCache import DeepCacheSDHelper
     except ImportError:
-        hint = "install DeepCache, or set step_cache.method to deep_features, which needs no package"
+        hint = "pip install DeepCache, or set step_cache.method to deep_features, which needs no package"
         raise request_error(
             ErrorCode.unsupported_combination,
             "the package DeepCache is not installed",

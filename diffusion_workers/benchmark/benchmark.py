@@ -30,7 +30,9 @@ import torch
 from PIL import Image
 
 from ..acceleration import step_cache
+from ..request.errors import missing_package
 from ..service.service import DiffusionService, as_request
+from ez_diffusion_client.frames import import_pandas
 
 # %% ../../nbs/66_benchmark/01_benchmark.ipynb #cb520394
 def psnr(
@@ -256,9 +258,7 @@ class BenchmarkResult:
 
     def to_dataframe(self):
         "The rows as a pandas DataFrame."
-        import pandas as pd
-
-        return pd.DataFrame(self.rows()).set_index("scenario")
+        return import_pandas().DataFrame(self.rows()).set_index("scenario")
 
     def to_markdown(self) -> str:
         "The rows as a table, the times with their spread."
@@ -360,7 +360,10 @@ def plot_result(
     ax=None,  # matplotlib axes
 ):
     "Plot speed against quality with the Pareto front; returns the axes."
-    import matplotlib.pyplot as plt
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as exc:
+        raise ImportError(str(missing_package(exc, "a plot") or exc), name="matplotlib") from None
 
     ax = ax or plt.subplots(figsize=(7, 4), layout="constrained")[1]
     highest = max((r[quality] for r in result.rows() if np.isfinite(r[quality])), default=1.0)

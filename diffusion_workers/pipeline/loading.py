@@ -56,12 +56,48 @@ from ..request.errors import RequestError, logger, request_error
 from ez_diffusion_client.models import ErrorCode
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #dd027a78
+def _why_unusable(device: torch.device) -> str | None:  # None where it can be used
+    if device.type == "cuda":
+        if not torch.backends.cuda.is_built():
+            return "this PyTorch is built without CUDA"
+        if not torch.cuda.is_available():
+            return "no NVIDIA GPU with a working driver was found"
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            return f"this machine has {torch.cuda.device_count()} GPU(s), numbered from 0"
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        built = torch.backends.mps.is_built()
+        return "MPS needs macOS 14 on an Apple GPU" if built else "this PyTorch is built without MPS, for Apple GPUs"
+    return None
+
+
+def _checked_device(name: str) -> torch.device:
+    usable = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        usable.append("mps")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        message = "there is no such device"
+        raise request_error(
+            ErrorCode.not_one_of, message, field="device", given=name, allowed=", ".join(["auto", *usable])
+        ) from None
+    if why := _why_unusable(device):
+        raise request_error(
+            ErrorCode.model_unavailable,
+            f"the device {name} cannot be used: {why}",
+            field="device",
+            allowed=", ".join(["auto", *usable]),
+            hint="auto takes the best there is",
+        )
+    return device
+
+
 def pick_device(
     name: str | None = None,  # such as "cuda", "cuda:1", "mps" or "cpu"; None takes the best there is
 ) -> torch.device:
-    "The device to compute on."
+    "The device to compute on; a `RequestError` says why one cannot be used."
     if name is not None and name != "auto":
-        return torch.device(name)
+        return _checked_device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -341,6 +377,9 @@ def _complete_vae(vae: torch.nn.Module) -> None:
         vae.register_to_config(shift_factor=0.0)
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #e38964e5
+_DEVICE_WORDS = ("CUDA", "HIP", "NVIDIA", "MPS", "cuBLAS", "cuDNN", "device-side")
+
+
 def _unavailable(source: Source, name: str, field: str, exc: Exception) -> RequestError:
     if isinstance(exc, WeightFileError):
         message = f"the weights of {source.describe()} cannot be loaded: {exc.message}"
@@ -350,7 +389,9 @@ def _unavailable(source: Source, name: str, field: str, exc: Exception) -> Reque
         hint = "check the network, HF_HUB_OFFLINE and HF_TOKEN, or download the repository and name it as a folder"
     else:
         hint = "check that the files are there and complete; the log has the details"
-        if isinstance(source, FileSource) and source.config is None:
+        if isinstance(exc, RuntimeError) and any(word in str(exc) for word in _DEVICE_WORDS):
+            hint = "the device failed, not the files; the log has the details"
+        elif isinstance(source, FileSource) and source.config is None:
             hint = "name a configuration with config: in the manifest, or check the network; the log has the details"
     message = f"the weights of {source.describe()} cannot be loaded ({type(exc).__name__})"
     return request_error(ErrorCode.model_unavailable, message, field=field, given=name, hint=hint)

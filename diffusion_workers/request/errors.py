@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['logger', 'STATUS_OF_CODE', 'RETRYABLE_CODES', 'RENAMED_FIELDS', 'FOREIGN_FIELD_NAMES', 'Model', 'MAX_ERRORS',
-           'RequestError', 'shorten', 'error_detail', 'request_error', 'describe_field', 'field_path', 'nearest_name',
-           'renamed_field', 'parse', 'is_out_of_memory', 'failure', 'warning', 'failures_shown', 'are_failures_shown']
+           'MAX_VALUES', 'EXTRAS', 'RequestError', 'shorten', 'error_detail', 'request_error', 'describe_field',
+           'field_path', 'nearest_name', 'renamed_field', 'parse', 'install_line', 'is_installed', 'missing_package',
+           'is_out_of_memory', 'failure', 'warning', 'failures_shown', 'are_failures_shown']
 
 # %% ../../nbs/10_request/01_errors.ipynb #da29ae5c
 import difflib
 import functools
+import importlib.util
 import json
 import logging
 import math
@@ -192,7 +194,7 @@ def field_path(location: tuple[str | int, ...]) -> str:  # such as "controlnets[
 
 def nearest_name(name: str, names: list[str]) -> str | None:  # the one that was probably meant
     "The closest of `names`, if one is close."
-    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.6)), None)
+    return next(iter(difflib.get_close_matches(name[:256], names, n=1, cutoff=0.6)), None)
 
 # %% ../../nbs/10_request/01_errors.ipynb #35634e56
 RENAMED_FIELDS = {  # name in requests, manifests and receipts of earlier versions -> name today
@@ -330,6 +332,25 @@ def _detail(model: type[BaseModel], error: ErrorDetails) -> ErrorDetail:  # one 
 # %% ../../nbs/10_request/01_errors.ipynb #9041df9b
 Model = TypeVar("Model", bound=BaseModel)
 MAX_ERRORS = 50  # mistakes that one answer names
+MAX_VALUES = 10_000  # fields and entries of one request, all levels together
+_MAX_COMMAS = 200_000  # of a JSON text, those inside of its texts included
+
+
+def _too_many() -> RequestError:
+    message = f"the request has more than {MAX_VALUES:,} fields and entries"
+    return request_error(ErrorCode.too_long, message, hint="send one request at a time, and only its own fields")
+
+
+def _check_count(data: Any) -> None:
+    "A `RequestError` for data that would take long to check: a body can hold a million unknown fields."
+    waiting, count = [data], 0
+    while waiting:
+        value = waiting.pop()
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+        count += len(inside)
+        if count > MAX_VALUES:
+            raise _too_many()
+        waiting.extend(item for item in inside if isinstance(item, (dict, list, tuple)))
 
 
 def parse(
@@ -340,6 +361,8 @@ def parse(
     if isinstance(data, model):
         return data
     if isinstance(data, (str, bytes)):
+        if data.count("," if isinstance(data, str) else b",") > _MAX_COMMAS:
+            raise _too_many()
         try:
             data = json.loads(
                 data if isinstance(data, str) else data.decode("utf-8-sig")
@@ -352,12 +375,52 @@ def parse(
             raise request_error(
                 ErrorCode.malformed_json, f"not valid JSON: {exc}", given=data[:80], hint="send one JSON object"
             ) from None
+    _check_count(data)
     try:
         return model.model_validate(data)
     except ValidationError as exc:
         mistakes = exc.errors(include_url=False, include_context=False)[:MAX_ERRORS]
         found = [_detail(model, error) for error in mistakes]
         raise RequestError(list({(e.field, e.code): e for e in found}.values())) from None
+
+# %% ../../nbs/10_request/01_errors.ipynb #ac7d6bc0
+EXTRAS = {  # package, as it is imported -> extra of diffusion-workers
+    **dict.fromkeys(["ipywidgets", "anywidget", "traitlets", "IPython", "pandas", "matplotlib"], "notebook"),
+    **dict.fromkeys(["runpod", "boto3", "botocore"], "worker"),
+    **dict.fromkeys(["bitsandbytes", "torchao", "gguf"], "quantization"),
+    "controlnet_aux": "controlnet",
+    "ray": "ray",
+}
+
+
+def install_line(
+    package: str,  # as it is imported, such as "runpod" or "ray.serve"
+) -> str:
+    "The command that installs a package, with the extra that it belongs to."
+    extra = EXTRAS.get(package.partition(".")[0])
+    return f"pip install 'diffusion-workers[{extra}]'" if extra else "pip install --upgrade diffusion-workers"
+
+
+def is_installed(package: str) -> bool:
+    "Whether a package can be found; it is not imported."
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def missing_package(
+    exc: ImportError,
+    purpose: str = "this",  # what needs it, the beginning of a sentence
+) -> RequestError | None:  # None where it is a module of this package that cannot be imported
+    "The error for a package that is not installed."
+    if "pip install" in str(exc):  # explained where it was imported
+        return request_error(ErrorCode.missing_dependency, str(exc))
+    package = (exc.name or "").partition(".")[0]
+    if not package or package in ("diffusion_workers", "ez_diffusion_client") or is_installed(package):
+        return None
+    message = f"{purpose} needs the package {package}, which is not installed"
+    return request_error(ErrorCode.missing_dependency, message, hint=f"{install_line(package)}, and start again")
 
 # %% ../../nbs/10_request/01_errors.ipynb #c6797d55
 def is_out_of_memory(exc: BaseException) -> bool:
@@ -385,6 +448,8 @@ def _unexpected(exc: BaseException) -> RequestError:
     if is_out_of_memory(exc):
         hint = "ask for fewer images or a smaller size"
         return request_error(ErrorCode.out_of_memory, "out of device memory", hint=hint)
+    if isinstance(exc, ImportError) and (missing := missing_package(exc)) is not None:
+        return missing
     logger.error("unexpected %s", type(exc).__name__, exc_info=exc)
     message = f"the operation failed unexpectedly: {type(exc).__name__}"
     return request_error(ErrorCode.internal_error, message, hint="internal error; see the server log")

@@ -285,7 +285,7 @@ def create_app(
         app.add_exception_handler(kind, handler)
     app.add_middleware(MetricsMiddleware, metrics=app.state.server.metrics)
     app.add_middleware(CompressPages)
-    app.add_middleware(RequestMiddleware, settings=settings)
+    app.add_middleware(RequestMiddleware, settings=settings, stopping=app.state.server.stopping)
     if settings.origins:
         shown = ["X-Request-ID", "X-Seed", "X-Image-Count", "Retry-After"]
         app.add_middleware(

@@ -126,6 +126,7 @@ class ServerState:
         self.outputs = OutputFolder(settings.outputs) if settings.outputs else None
         self.startup: list[wire.PhaseTime] = []
         self.trouble: str | None = None  # why the warm-up failed
+        self.stopping = asyncio.Event()
         self._stop: asyncio.Task | None = None
         self._trial: asyncio.Task | None = None
         self._saving: set[asyncio.Future] = set()
@@ -195,6 +196,7 @@ class ServerState:
 
     def _stopping(self) -> asyncio.Task:
         if self._stop is None:
+            self.stopping.set()
             self._stop = asyncio.ensure_future(self.queue.stop())
         return self._stop
 

@@ -43,7 +43,9 @@ class ServerSettings(Settings):
         description="names accepted in the Host header, or *; default: this machine's own while only it can connect",
     )
     max_body: Bytes | None = Field(
-        None, validation_alias="DIFFUSION_WORKERS_MAX_BODY", description="largest request body, such as 32MB"
+        ByteSize(512 * 10**6),
+        validation_alias="DIFFUSION_WORKERS_MAX_BODY",
+        description="largest request body, such as 32MB",
     )
     max_queue: int | None = Field(
         None,
@@ -64,7 +66,7 @@ class ServerSettings(Settings):
         ge=0.1,
         le=3600,
         validation_alias="DIFFUSION_WORKERS_RECEIVE_TIMEOUT",
-        description="seconds to wait for the next part of a body",
+        description="seconds to wait for the headers of a request, and for the next part of its body",
     )
     grace: float = Field(
         10.0,

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..request.errors import logger, warning
+from ..request.errors import RequestError, logger, missing_package, warning
 from ..request.images import encode_base64, sniff_format
 from ..request.metadata import metadata_texts, read_metadata
 from ..settings.worker import WorkerSettings
@@ -57,31 +57,36 @@ class Bucket:
     region: str = "us-east-1"
     prefix: str = "diffusion-workers"  # of the keys
     expiry: int = 86400  # seconds for which an address works
+    in_host: bool = False  # whether the bucket stands in the host name of its addresses, and not in their path
 
     @classmethod
     def from_settings(cls, settings: WorkerSettings) -> "Bucket | None":
         "The bucket of a worker, if it has one."
-        endpoint, name = settings.bucket_endpoint, settings.bucket_name
-        key_id, secret = settings.bucket_key_id, settings.bucket_secret
-        if endpoint is None or name is None or key_id is None or secret is None:  # the settings have all or none
+        place, key_id, secret = settings.bucket_place(), settings.bucket_key_id, settings.bucket_secret
+        if place is None or key_id is None or secret is None:  # the settings have all or none
             return None
         return cls(
-            endpoint=endpoint,
-            name=name,
+            endpoint=place.endpoint,
+            name=place.name,
             key_id=key_id.get_secret_value(),
             secret=secret.get_secret_value(),
-            region=settings.bucket_region,
+            region=place.region,
+            in_host=place.in_host,
             prefix=settings.bucket_prefix,
             expiry=settings.bucket_expiry,
         )
 
     def client(self) -> Any:
         "A boto3 client; an upload that fails is tried three times."
-        import boto3
-        from botocore.config import Config
+        try:
+            import boto3
+            from botocore.config import Config
+        except ImportError as exc:
+            raise missing_package(exc, "an upload to a bucket") or exc from None
 
         own = Config(
-            signature_version="s3v4", s3={"addressing_style": "path"}, connect_timeout=10, read_timeout=60,
+            signature_version="s3v4", s3={"addressing_style": "virtual" if self.in_host else "path"},
+            connect_timeout=10, read_timeout=60,
             retries={"mode": "standard", "total_max_attempts": 3},
             request_checksum_calculation="when_required", response_checksum_validation="when_required",
         )  # fmt: skip
@@ -224,7 +229,6 @@ def deliver(
             return uploaded(result, bucket, job_id)
         except Exception as exc:
             logger.error("the upload failed: %s", type(exc).__name__, exc_info=exc)
-            result = _noted(
-                result, warning(f"the upload failed ({type(exc).__name__}); the log has the details", field="output")
-            )
+            why = str(exc) if isinstance(exc, RequestError) else f"{type(exc).__name__}; the log has the details"
+            result = _noted(result, warning(f"the upload failed: {why}", field="output"))
     return result if answer_bytes(result) <= limit else fitted(result, limit)

@@ -20,7 +20,8 @@ from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..request.errors import RequestError, failure, logger, request_error
+from ..request.errors import RequestError, failure, install_line, is_installed, logger, request_error
+from ..request.logs import PlainFormatter
 from ..settings.environment import SettingsError
 from ..settings.worker import WorkerSettings, share_log_level
 from .delivery import Bucket, as_json, deliver, payload_limit
@@ -322,21 +323,10 @@ class Worker:
         self._pool.shutdown(wait=False)
 
 # %% ../../nbs/71_worker/05_handler.ipynb #6b817946
-class _OneLine(logging.Formatter):
-    "Log lines without tracebacks."
-
-    def format(self, record: logging.LogRecord) -> str:
-        cause = (
-            f" ({record.exc_info[0].__name__}: {record.exc_info[1]})" if record.exc_info and record.exc_info[0] else ""
-        )
-        plain = logging.makeLogRecord(record.__dict__ | {"exc_info": None, "exc_text": None})
-        return super().format(plain) + " ".join(cause.split("\n"))
-
-
 def set_up_logging(level: str) -> None:
     "Log to standard error; with tracebacks at DEBUG alone."
     handler = logging.StreamHandler()
-    handler.setFormatter((logging.Formatter if level == "DEBUG" else _OneLine)("%(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(PlainFormatter("%(levelname)s %(name)s: %(message)s", tracebacks=level == "DEBUG"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logger.setLevel(level)
 
@@ -348,6 +338,10 @@ def main() -> int:  # the exit code
     except SettingsError as error:
         print(f"diffusion-workers: {error}", file=sys.stderr)
         return 2
+    for package in ("runpod", "boto3") if settings.has_bucket else ("runpod",):
+        if not is_installed(package):
+            print(f"diffusion-workers: a worker needs the package {package}: {install_line(package)}", file=sys.stderr)
+            return 2
     set_up_logging(settings.log_level)
     clock = StartupClock.since_process_start()
     share_log_level(settings)

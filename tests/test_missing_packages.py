@@ -1,0 +1,157 @@
+"""A package that is not installed is explained with the line that installs it, wherever it is needed."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from PIL import Image
+from project import ROOT
+
+from diffusion_workers.request.errors import EXTRAS, RequestError, failure
+from ez_diffusion_client.models import ErrorCode, OpResult, OpStatus
+
+COMMAND = "from diffusion_workers.cli.main import main; sys.exit(main({!r}))"
+WORKER = "from diffusion_workers.worker.handler import main; sys.exit(main())"
+BUCKET = (
+    "import os; os.environ.update(BUCKET_ENDPOINT_URL='http://minio:9000/a', BUCKET_ACCESS_KEY_ID='a', "
+    "BUCKET_SECRET_ACCESS_KEY='b'); "
+)
+
+
+def without(*packages: str, code: str) -> subprocess.CompletedProcess[str]:
+    "Run code in a process that cannot import some packages."
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({packages!r})); "
+    return subprocess.run([sys.executable, "-c", blocked + code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize(
+    "package, code, line",
+    [
+        ("runpod", WORKER, "pip install 'diffusion-workers[worker]'"),
+        ("runpod", COMMAND.format(["worker", "--test_input", "{}"]), "pip install 'diffusion-workers[worker]'"),
+        ("boto3", BUCKET + WORKER, "pip install 'diffusion-workers[worker]'"),
+        ("uvicorn", COMMAND.format(["serve", "--port", "0"]), "pip install --upgrade diffusion-workers"),
+        ("fastapi", COMMAND.format(["serve", "--port", "0"]), "pip install --upgrade diffusion-workers"),
+    ],
+)
+def test_a_command_names_the_extra_in_one_line(package: str, code: str, line: str) -> None:
+    done = without(package, code=code)
+    assert done.returncode not in (0, 1)
+    assert line in done.stderr and package in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "unexpected" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["GenerationPanel", "grid", "MaskCanvas", "ControlPanel"])
+@pytest.mark.parametrize("package", ["ipywidgets", "anywidget"])
+def test_a_panel_names_the_notebook_extra(name: str, package: str) -> None:
+    done = without(package, code=f"from diffusion_workers import {name}")
+    if done.returncode == 0:
+        assert (name, package) in [("ControlPanel", "anywidget")]  # needs the other one alone
+        return
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError") and package in last, done.stderr
+    assert "pip install 'diffusion-workers[notebook]'" in last
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+
+
+@pytest.mark.parametrize(
+    "package, need",
+    [
+        ("pandas", lambda: __import__("ez_diffusion_client.frames").frames.to_dataframe([])),
+        ("pandas", lambda: __import__("diffusion_workers.sweep.run").sweep.run.sweep_table([])),
+        ("ray", lambda: __import__("diffusion_workers.sweep.ray").sweep.ray.import_ray()),
+    ],
+)
+def test_a_call_in_python_names_the_package(
+    package: str, need: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    __import__("diffusion_workers.sweep.ray")
+    hide(monkeypatch, package)
+    with pytest.raises(ImportError, match=rf"pip install '?(diffusion-workers\[(notebook|ray)\]|{package})"):
+        need()
+
+
+def test_a_plot_and_a_table_of_a_benchmark_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusion_workers.benchmark.benchmark import BenchmarkResult, plot_result
+
+    empty = BenchmarkResult.__new__(BenchmarkResult)
+    hide(monkeypatch, "matplotlib.pyplot")
+    hide(monkeypatch, "matplotlib")
+    with pytest.raises(ImportError, match=r"diffusion-workers\[notebook\]"):
+        plot_result(empty, "quality")
+    hide(monkeypatch, "pandas")
+    with pytest.raises(ImportError, match="pip install pandas"):
+        BenchmarkResult.to_dataframe(empty)
+
+
+@pytest.mark.parametrize(
+    "package, need, line",
+    [
+        ("gguf", "diffusion_workers.checkpoints.layouts:require_gguf", "diffusion-workers[quantization]"),
+        ("bitsandbytes", "diffusion_workers.pipeline.weights:require_package", "diffusion-workers[quantization]"),
+        ("torchao", "diffusion_workers.pipeline.weights:require_package", "diffusion-workers[quantization]"),
+        ("cv2", "diffusion_workers.control.preprocessors:opencv", "pip install opencv-python-headless"),
+    ],
+)
+def test_a_model_or_preprocessor_that_needs_a_package(
+    package: str, need: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _, name = need.partition(":")
+    call = getattr(__import__(module, fromlist=[name]), name)
+    hide(monkeypatch, package)
+    with pytest.raises(RequestError, match=line.replace("[", r"\[")) as refused:
+        call(package, "this model") if name == "require_package" else call()
+    assert refused.value.errors[0].code == ErrorCode.missing_dependency
+
+
+def test_a_request_that_needs_controlnet_aux(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusion_workers.service.service import DiffusionService
+
+    hide(monkeypatch, "controlnet_aux")
+    with DiffusionService(device="cpu") as service:
+        result = service.preprocess(image=Image.new("RGB", (64, 64)), preprocessing={"name": "hed"})
+    assert (result.status, result.errors[0].code) == ("missing_dependency", "missing_dependency")
+    assert "pip install controlnet-aux" in result.errors[0].hint
+
+
+def test_an_upload_without_boto3_says_so_and_keeps_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusion_workers.worker.delivery import Bucket, deliver
+    from ez_diffusion_client.models import ControlMap
+
+    hide(monkeypatch, "boto3")
+    result = OpResult(
+        status=OpStatus.success, control_map=ControlMap(image="aGVsbG8=", preprocessor="canny", width=8, height=8)
+    )
+    sent = deliver(result, "job", 10_000_000, Bucket("http://minio:9000", "a", "b", "c"), upload_all=True)
+    assert sent.control_map == result.control_map
+    assert "pip install 'diffusion-workers[worker]'" in sent.warnings[0].message
+
+
+@pytest.mark.parametrize("package", EXTRAS)
+def test_any_operation_explains_an_extra_instead_of_failing_unexpectedly(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(monkeypatch, package)
+    try:
+        __import__(package)
+    except ImportError as exc:
+        result = failure(exc)
+    assert result.status == OpStatus.missing_dependency
+    assert f"diffusion-workers[{EXTRAS[package]}]" in result.errors[0].hint
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    text = (ROOT / "settings.ini").read_text()
+    for package, extra in EXTRAS.items():
+        assert f"{extra}_requirements" in text, package
+
+
+def test_a_broken_module_of_our_own_is_not_blamed_on_a_package() -> None:
+    try:
+        import diffusion_workers.nothing  # noqa: F401
+    except ImportError as exc:
+        assert failure(exc).status == OpStatus.internal_error
