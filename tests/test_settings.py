@@ -50,6 +50,9 @@ def misleading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         "DIFFUSION_WORKERS_MEMORY_BUDGET": "1KB",
         "DIFFUSION_WORKERS_ANNOTATORS": str(other),
         "DIFFUSION_WORKERS_LORAS": str(other),
+        "DIFFUSION_WORKERS_EMBEDDINGS": str(other),
+        "DIFFUSION_WORKERS_WILDCARDS": str(other),
+        "DIFFUSION_WORKERS_STYLES": str(other),
         "DO_TORCH_COMPILE": "1",
     }
     assert values.keys() == {Settings.variable(name) for name in Settings.model_fields}

@@ -331,7 +331,14 @@ def _controlnet_text(name: str, manifest: "ModelManifest") -> str:
     return f"{name} ({kinds})" if kinds else name
 
 
-def _addon_lines(manifest: "ModelManifest") -> list[str]:
+def _first_names(names: Sequence[str] | None, most: int = 20) -> str:
+    "Names in a line, not all where there are many."
+    names = names or []
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
+
+
+def _addon_lines(manifest: "ModelManifest", model: ModelInfo) -> list[str]:
     loras = [*manifest.loras, *(f"any in {folder.describe()}" for folder in manifest.lora_folders)]
     if manifest.hub_loras:
         loras.append("any on the Hub")
@@ -339,14 +346,21 @@ def _addon_lines(manifest: "ModelManifest") -> list[str]:
         "ControlNets": ", ".join(_controlnet_text(name, manifest) for name in manifest.controlnets),
         "control map": ", ".join(manifest.control_preprocessors),
         "LoRAs": ", ".join(loras),
+        **_named_in_prompts(model),
         "refiner": manifest.refiner.source.describe() if manifest.refiner else "",
     }
     return [f"    {name}: {text}" for name, text in lines.items() if text]
 
 
+def _named_in_prompts(model: ModelInfo) -> dict[str, str]:
+    return {name: _first_names(getattr(model, name)) for name in ("embeddings", "wildcards", "styles")}
+
+
 def _remote_addon_lines(model: ModelInfo) -> list[str]:
-    lines = {"ControlNets": [found.name for found in model.controlnets or []], "LoRAs": model.loras or []}
-    return [f"    {name}: {', '.join(found)}" for name, found in lines.items() if found]
+    controlnets = [found.name for found in model.controlnets or []]
+    lines = {"ControlNets": ", ".join(controlnets), "LoRAs": ", ".join(model.loras or [])}
+    lines |= _named_in_prompts(model)
+    return [f"    {name}: {text}" for name, text in lines.items() if text]
 
 
 def add_models_options(parser: argparse.ArgumentParser) -> None:
@@ -358,12 +372,13 @@ def add_models_options(parser: argparse.ArgumentParser) -> None:
 def command_models(arguments: argparse.Namespace) -> int:  # the exit code
     "List the models."
     from diffusion_workers.models.listing import model_list
+    from diffusion_workers.prompt.offered import name_lister
 
     if is_remote(arguments):
         store, listed = None, remote_call(arguments, lambda client: client.models())
     else:
         store = read_models(arguments)
-        listed = model_list(store)
+        listed = model_list(store, names=name_lister())
     if arguments.json:
         print(listed.model_dump_json(indent=2, exclude_none=True))
     else:
@@ -373,7 +388,7 @@ def command_models(arguments: argparse.Namespace) -> int:  # the exit code
             size = f"{model.width}x{model.height:<6}"
             about = ", ".join(filter(None, [model.title, availability_note(model)]))
             print(f"{mark} {model.name:20} {family:6} {size} {model.source:36} {about}")
-            for line in _addon_lines(store[model.name]) if store is not None else _remote_addon_lines(model):
+            for line in _addon_lines(store[model.name], model) if store is not None else _remote_addon_lines(model):
                 print(line)
     for name, error in store.errors.items() if store is not None else ():
         print(f"diffusion-workers: {name} cannot be used: {error}", file=sys.stderr)

@@ -122,10 +122,11 @@ def _replay_request(plan: GenerationPlan, arguments: argparse.Namespace) -> Gene
 def _print_changes(plan: GenerationPlan, now: GenerationPlan, own: Mapping[str, Any]) -> None:
     from diffusion_workers.planning.loras import changed_loras
     from diffusion_workers.planning.replay import corrected_since
+    from diffusion_workers.prompt.offered import changed_embeddings
 
     if now.manifest_sha256 != plan.manifest_sha256:
         print("note: the manifest of the model has changed since", file=sys.stderr)
-    for note in changed_loras(plan, now):
+    for note in [*changed_loras(plan, now), *changed_embeddings(plan, now)]:
         print(f"note: {note.field}: {note.message} ({note.given} -> {note.used})", file=sys.stderr)
     for note in corrected_since(plan, own):
         print(f"note: {note.field}: {note.message}", file=sys.stderr)

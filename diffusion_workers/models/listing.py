@@ -7,7 +7,7 @@ __all__ = ['has_weights', 'network_availability', 'model_availability', 'default
 
 # %% ../../nbs/20_models/09_listing.ipynb #db8b3b72
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -124,6 +124,7 @@ def default_scheduler(manifest: ModelManifest) -> str | None:  # a `SchedulerNam
 def model_info(
     manifest: ModelManifest,
     loaded: bool,  # whether its weights are in memory
+    names: Mapping[str, list[str]] | None = None,  # of embeddings, wildcards and styles, by these fields
 ) -> ModelInfo:
     "What a client learns about a model."
     controlnets = [
@@ -164,14 +165,17 @@ def model_info(
         },
         unused_fields=sorted(manifest.record.unused_fields),
         size_multiple=manifest.record.size_multiple,
+        **(names or {}),
     )
 
 
 def model_list(
     store: ManifestStore,
     loaded: Collection[str] = (),  # names of the models whose weights are in memory
+    names: Callable[[ModelManifest], Mapping[str, list[str]]] | None = None,  # what prompts may name
 ) -> ModelList:
     "What a client learns about all models that can be used."
-    return ModelList(
-        default=store.default, models=[model_info(manifest, name in loaded) for name, manifest in store.items()]
-    )
+    models = [
+        model_info(manifest, name in loaded, names(manifest) if names else None) for name, manifest in store.items()
+    ]
+    return ModelList(default=store.default, models=models)

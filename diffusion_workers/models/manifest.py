@@ -6,8 +6,8 @@
 __all__ = ['PATTERN_WORDS', 'Name', 'Text', 'Pixels', 'Count', 'Subfolder', 'GGUF', 'WeightsFile', 'NetworkFile', 'Dtype',
            'ConfigSource', 'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype', 'QuantizationName', 'AttentionBackend',
            'Share', 'Complaint', 'GGUF_ENCODERS', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource',
-           'HubSource', 'FileSource', 'MemorySource', 'Component', 'ControlNetEntry', 'LoraEntry', 'RefinerEntry',
-           'Profile', 'MemorySettings', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
+           'HubSource', 'FileSource', 'MemorySource', 'Component', 'ControlNetEntry', 'LoraEntry', 'EmbeddingEntry',
+           'RefinerEntry', 'Profile', 'MemorySettings', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
 
 # %% ../../nbs/20_models/01_manifest.ipynb #e7db61b6
 import hashlib
@@ -295,6 +295,23 @@ class LoraEntry(_Section):
         None  # of the file, checked before it is read
     )
 
+
+class EmbeddingEntry(_Section):
+    "A textual inversion that the model offers."
+
+    source: Source
+    weight_name: Annotated[WeightsFile, AfterValidator(_inside)] | None = (
+        None  # file in the folder; default: learned_embeds.safetensors
+    )
+    sha256: Annotated[str, Field(strict=True, pattern="^[0-9a-f]{64}$")] | None = None  # of the file
+
+    def path(self) -> Path:
+        "The file."
+        location = Path(self.source.location())
+        if isinstance(self.source, FileSource):
+            return location
+        return location / (self.weight_name or "learned_embeds.safetensors")
+
 # %% ../../nbs/20_models/01_manifest.ipynb #be5bbbb7
 class RefinerEntry(_Section):
     "The SDXL model that takes over the last steps of a request that asks for it."
@@ -454,9 +471,13 @@ def _entry_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
             )
         elif not entry.union and (entry.union_table or entry.union_modes):
             yield at, "union_table and union_modes need union: true"
-    for name, lora in manifest.loras.items():
-        if lora.weight_name and isinstance(lora.source, FileSource):
-            yield ("loras", name, "weight_name"), "a file needs no weight_name; it is for a folder or a repository"
+    for section in ("loras", "embeddings"):
+        for name, addon in getattr(manifest, section).items():
+            if addon.weight_name and isinstance(addon.source, FileSource):
+                yield (section, name, "weight_name"), "a file needs no weight_name; it is for a folder or a repository"
+    for name, embedding in manifest.embeddings.items():
+        if isinstance(embedding.source, HubSource):
+            yield ("embeddings", name, "source"), "an embedding is read from a file; download it, and name the file"
 
 # %% ../../nbs/20_models/01_manifest.ipynb #b85c1c2c
 def _kind_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
@@ -480,7 +501,7 @@ def _kind_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
 # %% ../../nbs/20_models/01_manifest.ipynb #144ee5a9
 def _sources(manifest: "ModelManifest") -> Iterator[tuple[tuple[str, ...], Source]]:  # with their locations
     yield ("source",), manifest.source
-    for section in ("components", "controlnets", "loras"):
+    for section in ("components", "controlnets", "loras", "embeddings"):
         for name, entry in getattr(manifest, section).items():
             if entry.source is not None:
                 yield (section, name, "source"), entry.source
@@ -543,6 +564,7 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
 
 # %% ../../nbs/20_models/01_manifest.ipynb #546db931
 _LATER_FIELDS = ("timestep_spacing", "eta", "guidance_scale")  # of defaults and profiles: sections had none before
+_LATER_SECTIONS = ("memory", "embeddings", "embedding_folders", "wildcard_folders", "style_folders")
 
 
 class ModelManifest(_Section):
@@ -567,6 +589,10 @@ class ModelManifest(_Section):
     loras: dict[Name, LoraEntry] = {}  # name in a request -> LoRA
     lora_folders: tuple[FolderSource, ...] = ()  # whose .safetensors files a request may name
     hub_loras: Annotated[bool, Field(strict=True)] = False  # whether a request may name a LoRA on the Hub
+    embeddings: dict[Name, EmbeddingEntry] = {}  # name in a prompt -> textual inversion
+    embedding_folders: tuple[FolderSource, ...] = ()  # whose .safetensors files a prompt may name
+    wildcard_folders: tuple[FolderSource, ...] = ()  # whose .txt files a prompt may draw from
+    style_folders: tuple[FolderSource, ...] = ()  # whose .csv and .yaml files hold the styles that a request may name
     refiner: RefinerEntry | None = None  # for families that have one
     profiles: dict[Name, Profile] = {}  # name in a request -> settings
     mag_ratios: tuple[Annotated[float, Field(gt=0)], ...] | None = (
@@ -620,8 +646,9 @@ class ModelManifest(_Section):
     def sha256(self) -> str:
         "Of everything but the name and the size of the download, in a canonical form."
         left_out = {"name", "download_gb"}
-        if self.memory == MemorySettings():  # receipts from before there was this section stay true
-            left_out.add("memory")
+        for name in _LATER_SECTIONS:  # receipts from before there were these sections stay true
+            if getattr(self, name) == type(self).model_fields[name].default:
+                left_out.add(name)
         content = self.model_dump(mode="json", by_alias=True, exclude=left_out)
         for section in (content["defaults"], *content["profiles"].values()):  # neither had these fields
             for field in _LATER_FIELDS:
@@ -661,6 +688,11 @@ def _manifest_table(manifest: ModelManifest) -> str:  # Markdown
                 *["any on the Hub"] * manifest.hub_loras,
             ]
         ),
+        "embeddings": ", ".join(
+            [*manifest.embeddings, *(f"any in {f.describe()}" for f in manifest.embedding_folders)]
+        ),
+        "wildcards": ", ".join(f.describe() for f in manifest.wildcard_folders),
+        "styles": ", ".join(f.describe() for f in manifest.style_folders),
         "refiner": manifest.refiner and manifest.refiner.source.describe(),
         "profiles": ", ".join(
             name + (f" ({profile.description})" if profile.description else "")

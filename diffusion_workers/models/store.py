@@ -104,7 +104,7 @@ def _winners(folders: Sequence[Path]) -> tuple[dict[str, Path], list[str]]:  # (
 
 # %% ../../nbs/20_models/03_store.ipynb #78b95539
 def load_manifests(
-    settings: Settings = Settings(),  # folders with manifests and LoRAs, and the default model
+    settings: Settings = Settings(),  # folders with manifests, LoRAs and more, and the default model
 ) -> ManifestStore:
     "The manifests of the package and of these folders; a `SettingsError` where a folder or the default is missing."
     found, notes = _winners((package_folder("model_loading"), *settings.model_folders))
@@ -113,12 +113,16 @@ def load_manifests(
             f"the default model {settings.default_model!r} has no manifest; allowed: {', '.join(found)}; "
             "see DIFFUSION_WORKERS_DEFAULT_MODEL"
         )
-    shared = tuple(FolderSource(folder=str(folder)) for folder in settings.lora_folders)
+    shared = {
+        name: tuple(FolderSource(folder=str(folder)) for folder in getattr(settings, name))
+        for name in ("lora_folders", "embedding_folders", "wildcard_folders", "style_folders")
+    }
     manifests, errors = {}, {}
     for name, path in found.items():
         try:
             manifest = load_manifest(path)
-            manifests[name] = manifest.model_copy(update={"lora_folders": (*manifest.lora_folders, *shared)})
+            folders = {field: (*getattr(manifest, field), *others) for field, others in shared.items()}
+            manifests[name] = manifest.model_copy(update=folders)
         except ManifestError as exc:
             errors[name] = exc
     return ManifestStore(manifests, errors, settings.default_model, tuple(notes))

@@ -49,7 +49,10 @@ class Axis:
 
     def label(self, value: Any) -> str:
         "A value as the label of a column, row or table."
-        shown = f"{value:g}" if isinstance(value, float) else str(getattr(value, "value", value))
+        if isinstance(value, (list, tuple)):
+            shown = ", ".join(map(str, value)) or "none"
+        else:
+            shown = f"{value:g}" if isinstance(value, float) else str(getattr(value, "value", value))
         return shown if self.field == PROMPT_REPLACE else f"{self.field.replace('_', ' ')} {shown}"
 
 

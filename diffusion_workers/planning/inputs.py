@@ -10,7 +10,7 @@ __all__ = ['ImageInput', 'Request', 'LARGEST_MAP', 'image_text', 'plain_value', 
 import contextlib
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ from ..models.manifest import MemorySource, ModelManifest
 from .controls import ControlFacts, enabled_units
 from .loras import ResolvedLora, resolve_loras
 from .plan import make_plan, plan_seeds
+from ..prompt.embeddings import Embedding
+from ..prompt.offered import planned_embeddings
 from ..prompt.requests import read_prompts, with_syntax
 from ..request.errors import RequestError, parse, request_error, warning
 from diffusion_workers.request.images import (
@@ -143,6 +145,7 @@ class Inputs:
     controls: Mapping[int, DecodedImage] = field(default_factory=dict)  # by index of the enabled unit; RGB
     control_masks: Mapping[int, DecodedImage] = field(default_factory=dict)  # L, white is where the control holds
     loras: tuple[ResolvedLora, ...] = ()  # one for each LoRA of the request
+    embeddings: tuple[Embedding, ...] = ()  # those that its prompts name
 
     @property
     def decoded(self) -> tuple[DecodedImage, ...]:
@@ -241,7 +244,7 @@ def plan_request(
     )
     warnings = [*(plan.warnings or []), *inputs.warnings, *_mask_warnings(plan, inputs)]
     plan = plan.model_copy(update={"warnings": warnings or None, "custom": list(_custom_parts(plan, manifest)) or None})
-    inputs = Inputs(inputs.image, inputs.mask_image, inputs.controls, inputs.control_masks, resolved)
+    inputs = replace(inputs, loras=resolved, embeddings=planned_embeddings(plan, manifest))
     return PlannedRequest(request, plan, inputs)
 
 # %% ../../nbs/40_planning/05_inputs.ipynb #008b63f8

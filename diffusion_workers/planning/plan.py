@@ -46,11 +46,21 @@ from diffusion_workers.planning.controls import (
     plan_controls,
 )
 from .loras import ResolvedLora, check_loras, lora_warnings, plan_loras, resolve_loras
+from ..prompt.embeddings import Embeddings
+from diffusion_workers.prompt.offered import (
+    check_embeddings,
+    embedding_warnings,
+    named_embeddings,
+    offered_embeddings,
+    plan_embeddings,
+)
 from diffusion_workers.prompt.requests import (
+    PROMPT_FIELDS,
     check_syntax,
     read_prompts,
     reads_syntax,
     syntax_warnings,
+    usable_names,
     with_syntax,
 )
 from ..prompt.sigmas import ays_sigmas
@@ -697,14 +707,16 @@ def _plan_syntax(
     request: GenerationRequest,
     written: GenerationRequest,  # the same before its prompts were drawn
 ) -> dict[str, Any]:
-    if not reads_syntax(request):
-        return {}
     drawn = {name: getattr(written, name) for name in ("prompt", "negative_prompt")}
-    return {
-        "prompt_syntax": request.prompt_syntax,
-        "prompt_weighting": request.prompt_weighting or PromptWeighting.comfy,
-        **{f"written_{name}": text for name, text in drawn.items() if text != getattr(request, name)},
-    }
+    told: dict[str, Any] = {f"written_{n}": text for n, text in drawn.items() if text != getattr(request, n)}
+    if written.styles:
+        told["styles"] = list(written.styles)
+    if reads_syntax(request):
+        told |= {
+            "prompt_syntax": request.prompt_syntax,
+            "prompt_weighting": request.prompt_weighting or PromptWeighting.comfy,
+        }
+    return told
 
 
 def _plan_guidance(request: GenerationRequest, manifest: ModelManifest, call: PipelineCall) -> dict[str, float | None]:
@@ -825,14 +837,17 @@ def find_problems(
     call: PipelineCall | None,
     loras: Sequence[ResolvedLora | None],
     broken_prompts: Sequence[ErrorDetail] = (),  # mistakes in their syntax
+    offered: Embeddings | None = None,  # the embeddings of the model
 ) -> list[ErrorDetail]:
     "Everything that speaks against a request."
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
     strength = plan_strength(request, manifest, plan_task(request))
+    made = count_denoising_steps(call, steps, strength) if call else steps
     return [
         *broken_prompts,
         *check_prompt(request, manifest),
         *check_syntax(request, manifest),
+        *_embedding_problems(request, manifest, made, offered or Embeddings()),
         *check_task(request, manifest, steps, strength, call),
         *check_model(request, manifest),
         *check_size(*size, manifest),
@@ -844,6 +859,20 @@ def find_problems(
         *check_profile(request, manifest),
         *check_acceleration(request, manifest, plan_control_kind(request, manifest)),
     ]
+
+
+def _embedding_problems(
+    request: GenerationRequest, manifest: ModelManifest, steps: int, offered: Embeddings
+) -> Iterator[ErrorDetail]:
+    "Embeddings that a prompt names and that cannot be used, each with the first prompt that names it."
+    names, reported = usable_names(request, offered), set()
+    for field in PROMPT_FIELDS if names else ():
+        text = getattr(request, field)
+        if text is None and field == "negative_prompt":
+            text = manifest.defaults.negative_prompt
+        used = [name for name in named_embeddings([text or ""], steps, names) if name not in reported]
+        reported.update(used)
+        yield from check_embeddings(used, manifest, offered, field)
 
 
 def _is_guided(
@@ -875,7 +904,8 @@ def make_plan(
     call = planned_call(manifest, task, kind)
     loras = resolve_loras(request, manifest, read_files=False) if loras is None else loras
     request, distilled_notes = apply_distilled(asked, manifest, loras)
-    if problems := find_problems(request, manifest, size, call, loras, broken_prompts):
+    offered = offered_embeddings(manifest)
+    if problems := find_problems(request, manifest, size, call, loras, broken_prompts, offered):
         raise RequestError(problems)
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
     strength = plan_strength(request, manifest, task)
@@ -887,7 +917,7 @@ def make_plan(
     notes = [
         *size_warnings(request, image, size),
         *text_warnings(request, manifest, guidance),
-        *syntax_warnings(request),
+        *syntax_warnings(request, offered),
         *lora_warnings(request, loras),
         *distilled_notes,
         *scheduler_warnings(request, manifest),
@@ -896,6 +926,9 @@ def make_plan(
         *prediction_warnings(manifest, scheduler),
     ]
     notes += acceleration_warnings(request, manifest, _is_guided(manifest, guidance), kind)
+    texts = _plan_texts(request, manifest, call)
+    embeddings = named_embeddings(filter(None, texts.values()), made, usable_names(request, offered))
+    notes += embedding_warnings(embeddings, manifest)
     return GenerationPlan(
         plan_version=PLAN_VERSION,
         model=manifest.name,
@@ -905,8 +938,9 @@ def make_plan(
         task=task,
         control_kind=kind,
         pipeline_class=call.class_name,
-        **_plan_texts(request, manifest, call),
+        **texts,
         **_plan_syntax(request, written),
+        embeddings=plan_embeddings(embeddings, offered),
         **guidance,
         **_plan_family_fields(request, manifest),
         width=size[0],
@@ -987,6 +1021,8 @@ def request_from_plan(
     fields |= {"eta": plan.eta or 0.0} if plan.eta or (facts and facts.eta is not None) else {}
     fields |= {"clip_skip": plan.clip_skip or 0} if record.applies("clip_skip") else {}
     fields |= {"negative_prompt": plan.negative_prompt or "", "prompt_syntax": plan.prompt_syntax or PromptSyntax.plain}
+    if plan.prompt_syntax is not None:  # a name means the same as then, whatever is offered now
+        fields["embeddings"] = [embedding.name for embedding in plan.embeddings or ()]
     fields |= {
         name: getattr(plan, name) or 0.0 for name in ("guidance_rescale", "true_cfg_scale") if name in call.takes
     }
@@ -1009,6 +1045,7 @@ _PER_IMAGE = {
     "negative_prompt_2",
     "written_prompt",
     "written_negative_prompt",
+    "styles",
     "seeds",
     "output",
     "warnings",

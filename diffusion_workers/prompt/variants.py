@@ -81,8 +81,11 @@ class Wildcards:
 
     def _read(self, name: str) -> tuple[Line, ...]:
         if name not in self._lines and name in self._files:
-            with self._files[name].open("rb") as file:
-                data = file.read(MAX_WILDCARD_BYTES + 1)
+            try:
+                with self._files[name].open("rb") as file:
+                    data = file.read(MAX_WILDCARD_BYTES + 1)
+            except OSError as exc:
+                raise PromptError(f"the wildcard file {name} cannot be opened", 0, "check that it is there") from exc
             if len(data) > MAX_WILDCARD_BYTES:
                 raise PromptError(f"the wildcard file {name} is too large", 0, f"at most {MAX_WILDCARD_BYTES:,} bytes")
             self._lines[name] = read_lines(data.decode("utf-8-sig", "replace"))
@@ -111,7 +114,7 @@ def choose(
     return None
 
 # %% ../../nbs/35_prompt/05_variants.ipynb #a64b1fe8
-MAX_DRAWN = 20_000  # characters of a drawn prompt
+MAX_DRAWN = 10_000  # characters of a drawn prompt, as many as a request may hold
 MAX_NESTED = 16  # wildcards inside wildcards
 MAX_CHOICES = 300  # in one prompt
 
@@ -227,9 +230,13 @@ class Style:
 
 
 def apply_style(template: str, prompt: str) -> str:
-    "A prompt in a template."
-    if PLACEHOLDER in template:
-        return template.replace(PLACEHOLDER, prompt)
+    "A prompt in a template; a `PromptError` where it becomes too long."
+    places = template.count(PLACEHOLDER)
+    if len(template) + max(places, 1) * len(prompt) > MAX_DRAWN:
+        message = f"with its styles, the prompt has more than {MAX_DRAWN:,} characters"
+        raise PromptError(message, 0, "use fewer styles, or a shorter prompt")
+    if not template or places:
+        return template.replace(PLACEHOLDER, prompt) if template else prompt
     return ", ".join(part for part in (prompt.strip(), template.strip()) if part)
 
 

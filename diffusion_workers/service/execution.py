@@ -35,10 +35,12 @@ from .preparation import Prepared, prepare_inputs
 from diffusion_workers.service.render import (
     batch_size,
     decode_latents,
+    encoded_embeds,
     generated_image,
     pipeline_arguments,
     planned_loras,
     previewer_for,
+    use_clip_skip,
     with_environment,
 )
 from ez_diffusion_client.models import (
@@ -232,6 +234,9 @@ class Executor:
             pipe = factory.variant(plan.task, plan.control_kind)
             entries = [resolved.load_entry() for resolved in planned.inputs.loras]
             with use_loras(pipe, planned_loras(plan, entries, self.loras)):
+                if plan.prompt_syntax is not None:
+                    with use_clip_skip(pipe, plan.clip_skip or 0):
+                        return encoded_embeds(pipe, plan, planned.inputs.embeddings)
                 texts = pipeline_arguments(plan.model_copy(update={"task": Task.text_to_image}), plan.seeds, Prepared())
                 return encode_prompts(pipe, texts, factory.device)
 

@@ -17,6 +17,7 @@ from ..families.registry import FAMILIES
 from ..models.manifest import LoraEntry
 from ..pipeline.controlnets import PreparedControl
 from ..planning.inputs import Inputs
+from ..prompt.embeddings import Embedding
 from ..request.images import resize_image
 from diffusion_workers.request.masks import (
     check_mask,
@@ -40,6 +41,7 @@ class Prepared:
     box: tuple[int, int, int, int] | None = None  # where the region lies in the canvas; None is all of it
     controls: tuple[PreparedControl, ...] = ()  # one for each of plan.controlnets
     loras: tuple[LoraEntry, ...] = ()  # the files of plan.loras
+    embeddings: tuple[Embedding, ...] = ()  # those of plan.embeddings
 
 # %% ../../nbs/60_service/03_preparation.ipynb #abd81c50
 def prepare_inputs(
@@ -49,7 +51,7 @@ def prepare_inputs(
 ) -> Prepared:
     "Resize the images of a request to the size of the generation, and make the maps of its controls."
     loras = tuple(resolved.load_entry() for resolved in inputs.loras)
-    prepared = replace(_prepare_images(plan, inputs), loras=loras)
+    prepared = replace(_prepare_images(plan, inputs), loras=loras, embeddings=inputs.embeddings)
     if not plan.controlnets:
         return prepared
     controls = prepare_controls(plan, inputs, prepared, preprocessors or PreprocessorStore())

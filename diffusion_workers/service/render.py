@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_BATCH', 'SWITCH_AT_ONCE', 'PIXEL_PACKAGES', 'largest_difference', 'batch_size', 'size_arguments',
            'pipeline_arguments', 'StepWatch', 'spatial_latents', 'packed_latents', 'looking', 'previewer_for',
-           'decode_latents', 'render_chunk', 'encoded_arguments', 'cut_off_text', 'text_notes', 'skipping_encoder',
-           'use_clip_skip', 'switch_point', 'after_second_order', 'count_refiner_calls', 'planned_loras', 'render',
-           'with_environment', 'generated_image']
+           'decode_latents', 'render_chunk', 'encoded_embeds', 'encoded_arguments', 'cut_off_text', 'text_notes',
+           'skipping_encoder', 'use_clip_skip', 'switch_point', 'after_second_order', 'count_refiner_calls',
+           'planned_loras', 'render', 'with_environment', 'generated_image']
 
 # %% ../../nbs/60_service/04_render.ipynb #5740eba1
 import base64
@@ -32,13 +32,15 @@ from diffusion_workers.acceleration.apply import (
 from ..families.registry import FAMILIES
 from ..lora.layers import LoadedLora, LoraStore, use_loras
 from ..models.manifest import LoraEntry
+from ..models.weight_headers import WeightFileError
 from ..pipeline.controlnets import control_arguments, view_of
-from ..pipeline.encoding import PromptChanges, encode_plan, loop_tensors
+from ..pipeline.encoding import PlannedPrompts, PromptChanges, encode_plan, loop_tensors
 from ..pipeline.factory import PipelineFactory, make_scheduler, use_part, use_scheduler
-from ..pipeline.hooks import NO_HOOKS, Hooks, Step, call_on_step, check_widths, use_noise
+from ..pipeline.hooks import NO_HOOKS, Hooks, PromptEmbeds, Step, call_on_step, check_widths, use_noise
 from ..pipeline.loading import quiet_libraries
 from ..pipeline.weights import storage_packages, stored_format
 from ..planning.loras import with_lora_hashes
+from ..prompt.embeddings import Embedding, Embeddings
 from ..prompt.syntax import PromptError
 from ..request.errors import request_error, warning
 from ..request.masks import cover_cells, paste_back
@@ -323,20 +325,42 @@ def render_chunk(
 _ENCODED = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "clip_skip", "max_sequence_length")
 
 
+def _encoded(pipe, plan: GenerationPlan, embeddings: Sequence[Embedding]) -> PlannedPrompts:
+    "The prompts of a plan as tensors; a `RequestError` for what cannot be encoded."
+    record = FAMILIES[plan.family]
+    takes_negative = "negative_prompt" in record.call_named(plan.pipeline_class).takes
+    try:
+        return encode_plan(pipe, record.text_layout, plan, takes_negative, Embeddings(known=embeddings))
+    except WeightFileError as exc:
+        raise request_error(ErrorCode.unknown_embedding, exc.message, field="prompt", hint=exc.hint) from exc
+    except PromptError as exc:
+        message = f"{exc.message}, at character {exc.position + 1} of what a step sees"
+        raise request_error(ErrorCode.unsupported_combination, message, field="prompt", hint=exc.hint) from exc
+
+
+def encoded_embeds(
+    pipe,
+    plan: GenerationPlan,  # whose prompts are not plain
+    embeddings: Sequence[Embedding] = (),  # that the prompts name
+) -> PromptEmbeds:
+    "The prompts of a plan as prompt embeddings; a `RequestError` where they change from step to step."
+    prompts = _encoded(pipe, plan, embeddings)
+    if prompts.changes:
+        message = "prompt embeddings cannot hold a prompt that changes from step to step"
+        hint = "write the prompt without a schedule, or generate from the prompt itself"
+        raise request_error(ErrorCode.unsupported_combination, message, field="prompt", given=plan.prompt, hint=hint)
+    return PromptEmbeds(**prompts.arguments, prompt=plan.prompt)
+
+
 def encoded_arguments(
     pipe,
     plan: GenerationPlan,  # whose prompts are not plain
     images: int,  # of this chunk
     watch: StepWatch,
+    embeddings: Sequence[Embedding] = (),  # that the prompts name
 ) -> dict[str, Any]:
     "What the pipeline of a plan is called with instead of its texts; a `RequestError` for what it cannot do."
-    record = FAMILIES[plan.family]
-    call = record.call_named(plan.pipeline_class)
-    try:
-        prompts = encode_plan(pipe, record.text_layout, plan, "negative_prompt" in call.takes)
-    except PromptError as exc:
-        message = f"{exc.message}, at character {exc.position + 1} of what a step sees"
-        raise request_error(ErrorCode.unsupported_combination, message, field="prompt", hint=exc.hint) from exc
+    prompts = _encoded(pipe, plan, embeddings)
     arguments: dict[str, Any] = {
         name: tensor.repeat(images, *[1] * (tensor.ndim - 1)) for name, tensor in prompts.arguments.items()
     }
@@ -556,7 +580,9 @@ def render(
             ):
                 if plan.prompt_syntax is not None and hooks.embeds is None:
                     kept = {name: value for name, value in arguments.items() if name not in _ENCODED}
-                    arguments = kept | encoded_arguments(pipe, plan, len(arguments["generator"]), watch)
+                    arguments = kept | encoded_arguments(
+                        pipe, plan, len(arguments["generator"]), watch, prepared.embeddings
+                    )
                 pictures += render_chunk(
                     pipe, getattr(pipe, factory.record.denoiser), arguments, plan, watch, timings, refine, decode
                 )

@@ -55,6 +55,7 @@ from diffusion_workers.planning.inputs import (
 )
 from ..planning.plan import check_scheduler, plan_scheduler
 from ..planning.replay import restore_request, restore_result
+from ..prompt.offered import name_lister
 from diffusion_workers.request.errors import (
     RequestError,
     are_failures_shown,
@@ -528,7 +529,8 @@ class DiffusionService:
 
     def list_models(self) -> ModelList:
         "The models of this service, and the ControlNet preprocessors with their parameters."
-        return model_list(self.models, self.pool.loaded).model_copy(update={"preprocessors": preprocessor_list()})
+        listed = model_list(self.models, self.pool.loaded, name_lister())
+        return listed.model_copy(update={"preprocessors": preprocessor_list()})
 
     def memory_report(self) -> MemoryReport:
         "Memory of the host, of the device and of each loaded model, in bytes."

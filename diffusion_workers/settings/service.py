@@ -50,6 +50,21 @@ class Settings(EnvironmentSettings):
         validation_alias="DIFFUSION_WORKERS_LORAS",
         description="folders whose LoRA files a request may name, for every model",
     )
+    embedding_folders: Folders = Field(
+        (),
+        validation_alias="DIFFUSION_WORKERS_EMBEDDINGS",
+        description="folders whose embedding files (textual inversions) a prompt may name, for every model",
+    )
+    wildcard_folders: Folders = Field(
+        (),
+        validation_alias="DIFFUSION_WORKERS_WILDCARDS",
+        description="folders with wildcard files, NAME.txt for __NAME__ in a prompt; the later win",
+    )
+    style_folders: Folders = Field(
+        (),
+        validation_alias="DIFFUSION_WORKERS_STYLES",
+        description="folders with styles in .csv and .yaml files; the later win",
+    )
     torch_compile: bool = Field(
         False,
         validation_alias="DO_TORCH_COMPILE",

@@ -37,6 +37,11 @@ class RequestFields(TypedDict, total=False):
     """What weights do, with prompt_syntax a1111; absent is comfy"""
     prompt_loras: bool | None
     """Whether a tag <lora:name:0.8> in prompt is an entry of loras, with prompt_syntax a1111"""
+    styles: Sequence[str] | None
+    """Named templates that prompt and negative_prompt are put into, in this order"""
+    embeddings: Sequence[str] | None
+    """Embeddings (textual inversions) whose names in a prompt stand for their vectors, with prompt_syntax
+    a1111; default: all that the model offers"""
     width: int | None
     """Pixels; default: the size of image, or the model's"""
     height: int | None

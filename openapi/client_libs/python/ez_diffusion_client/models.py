@@ -247,6 +247,8 @@ class ErrorCode(StrEnum):
     unknown_model = "unknown_model"
     unknown_scheduler = "unknown_scheduler"
     unknown_lora = "unknown_lora"
+    unknown_embedding = "unknown_embedding"
+    unknown_style = "unknown_style"
     unknown_controlnet = "unknown_controlnet"
     unknown_preprocessor = "unknown_preprocessor"
     unsupported_combination = "unsupported_combination"
@@ -768,6 +770,20 @@ class GenerationRequest(CompactModel):
             description="Whether a tag <lora:name:0.8> in prompt is an entry of loras, with prompt_syntax a1111"
         ),
     ] = None
+    styles: Annotated[
+        list[StrictStr] | None,
+        Field(
+            description="Named templates that prompt and negative_prompt are put into, in this order",
+            max_length=16,
+        ),
+    ] = None
+    embeddings: Annotated[
+        list[StrictStr] | None,
+        Field(
+            description="Embeddings (textual inversions) whose names in a prompt stand for their vectors, with prompt_syntax a1111; default: all that the model offers",
+            max_length=64,
+        ),
+    ] = None
     width: Annotated[
         StrictInt | None,
         Field(
@@ -1009,6 +1025,22 @@ class PlannedControl(CompactModel):
     return_map: StrictBool = False
 
 
+class PlannedEmbedding(CompactModel):
+    """
+    An embedding with the file that its name stands for
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    name: StrictStr
+    source: Annotated[
+        StrictStr,
+        Field(description="Where the file comes from, such as file:ink.safetensors"),
+    ]
+    sha256: Annotated[StrictStr, Field(description="Of the file")]
+
+
 class PlannedLora(CompactModel):
     """
     A LoRA with the file that its name stands for
@@ -1132,6 +1164,14 @@ class GenerationPlan(PlanMethods):
         Field(
             description="What was asked for, where negative_prompt was drawn from it"
         ),
+    ] = None
+    styles: Annotated[
+        list[StrictStr] | None,
+        Field(description="The styles that prompt and negative_prompt were put into"),
+    ] = None
+    embeddings: Annotated[
+        list[PlannedEmbedding] | None,
+        Field(description="The embeddings that the prompts name"),
     ] = None
     width: Annotated[StrictInt, Field(description="Pixels")]
     height: Annotated[StrictInt, Field(description="Pixels")]
@@ -1729,6 +1769,15 @@ class ModelInfo(CompactModel):
         ),
     ] = None
     loras: list[StrictStr] | None = None
+    embeddings: Annotated[
+        list[StrictStr] | None,
+        Field(description="Names that a prompt may use, of textual inversions"),
+    ] = None
+    wildcards: Annotated[
+        list[StrictStr] | None,
+        Field(description="Names that a prompt may use between __ and __"),
+    ] = None
+    styles: list[StrictStr] | None = None
     controlnets: list[ControlNetInfo] | None = None
     profiles: list[ProfileInfo] | None = None
     trigger_words: Annotated[

@@ -276,6 +276,8 @@ export const ErrorCode = {
     UNKNOWN_MODEL: 'unknown_model',
     UNKNOWN_SCHEDULER: 'unknown_scheduler',
     UNKNOWN_LORA: 'unknown_lora',
+    UNKNOWN_EMBEDDING: 'unknown_embedding',
+    UNKNOWN_STYLE: 'unknown_style',
     UNKNOWN_CONTROLNET: 'unknown_controlnet',
     UNKNOWN_PREPROCESSOR: 'unknown_preprocessor',
     UNSUPPORTED_COMBINATION: 'unsupported_combination',
@@ -667,6 +669,14 @@ export type GenerationRequest = {
      */
     prompt_loras?: boolean | null;
     /**
+     * Named templates that prompt and negative_prompt are put into, in this order
+     */
+    styles?: Array<string> | null;
+    /**
+     * Embeddings (textual inversions) whose names in a prompt stand for their vectors, with prompt_syntax a1111; default: all that the model offers
+     */
+    embeddings?: Array<string> | null;
+    /**
      * Pixels; default: the size of image, or the model's
      */
     width?: number | null;
@@ -837,6 +847,21 @@ export type PlannedControl = {
 };
 
 /**
+ * An embedding with the file that its name stands for
+ */
+export type PlannedEmbedding = {
+    name: string;
+    /**
+     * Where the file comes from, such as file:ink.safetensors
+     */
+    source: string;
+    /**
+     * Of the file
+     */
+    sha256: string;
+};
+
+/**
  * A LoRA with the file that its name stands for
  */
 export type PlannedLora = {
@@ -948,6 +973,14 @@ export type GenerationPlan = {
      * What was asked for, where negative_prompt was drawn from it
      */
     written_negative_prompt?: string | null;
+    /**
+     * The styles that prompt and negative_prompt were put into
+     */
+    styles?: Array<string> | null;
+    /**
+     * The embeddings that the prompts name
+     */
+    embeddings?: Array<PlannedEmbedding> | null;
     /**
      * Pixels
      */
@@ -1423,6 +1456,15 @@ export type ModelInfo = {
      */
     scheduler?: string | null;
     loras?: Array<string> | null;
+    /**
+     * Names that a prompt may use, of textual inversions
+     */
+    embeddings?: Array<string> | null;
+    /**
+     * Names that a prompt may use between __ and __
+     */
+    wildcards?: Array<string> | null;
+    styles?: Array<string> | null;
     controlnets?: Array<ControlNetInfo> | null;
     profiles?: Array<ProfileInfo> | null;
     /**
