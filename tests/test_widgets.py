@@ -53,12 +53,15 @@ BEYOND = """() => {  // what sticks out of the notebook, is cut, or lies on some
     const place = document.querySelector(".dw-panel").closest(".jp-OutputArea-output").getBoundingClientRect();
     const paper = document.querySelector(".jp-WindowedPanel-outer, .jp-Notebook").getBoundingClientRect();
     const found = [];
-    for (const part of document.querySelectorAll(".dw-panel :is(button, label, input, select, textarea, img, .dw-hint)")) {
+    const parts = ":is(button, label, input, select, textarea, img, .dw-hint)";
+    for (const part of document.querySelectorAll(`.dw-panel ${parts}`)) {
         const box = part.getBoundingClientRect();
         if (!box.width || !box.height || getComputedStyle(part).visibility === "hidden") continue;
         const name = part.className || part.tagName;
-        if (box.left < place.left - 1 || box.right > Math.min(place.right, paper.right) + 1) found.push(`outside: ${name}`);
-        if (part.matches("button, label") && part.scrollWidth > part.clientWidth + 1) found.push(`cut: ${part.innerText}`);
+        const right = Math.min(place.right, paper.right);
+        if (box.left < place.left - 1 || box.right > right + 1) found.push(`outside: ${name}`);
+        const isCut = part.matches("button, label") && part.scrollWidth > part.clientWidth + 1;
+        if (isCut) found.push(`cut: ${part.innerText}`);
     }
     const fields = [...document.querySelectorAll(".dw-panel :is(input:not([type=checkbox]), select, textarea)")];
     const boxes = fields.map((field) => field.getBoundingClientRect()).filter((box) => box.width && box.height);
