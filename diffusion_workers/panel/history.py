@@ -30,7 +30,7 @@ from ..request.images import sniff_format
 from ..request.metadata import read_metadata
 from ..request.schema import IMAGE_FIELDS, set_value
 from ez_diffusion_client.frames import import_pandas, plan_columns
-from ez_diffusion_client.models import GenerationPlan, GenerationRequest, OpResult
+from ez_diffusion_client.models import CustomKind, GenerationPlan, GenerationRequest, OpResult
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -59,6 +59,12 @@ class HistoryEntry:
     def plan(self) -> GenerationPlan | None:
         "The plan in the image's metadata, if there is one."
         return read_metadata(self.path).plan
+
+    @property
+    def own_scheduler(self) -> str | None:
+        "The scheduler that was handed in from Python, by its registered name or class."
+        parts = (self.plan.custom if self.plan else None) or []
+        return next((part.name for part in parts if part.kind == CustomKind.scheduler), None)
 
     @property
     def code(self) -> str:
