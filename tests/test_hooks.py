@@ -1,12 +1,14 @@
 """What a Python caller hands in: loaded pipelines, noise, embeddings, callbacks, schedulers, preprocessors, classes."""
 
 import dataclasses
+import os
+import signal
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from diffusion_workers import DiffusionService
 from diffusion_workers.control.preprocessors import (
@@ -130,6 +132,70 @@ def test_the_noise_of_a_seed_handed_in_gives_the_image_of_that_seed(tiny, task, 
     other = service.generate(**fields, latents=-noise)
     assert not any(np.array_equal(a, b) for a, b in zip(pixels(plain), pixels(other)))
     assert same(plain, service.generate(**fields))
+
+
+SCENE = {"prompt": "a red circle on a white background", "seed": 3, "num_inference_steps": 6}
+EDGES = Image.new("RGB", (128, 128))
+ImageDraw.Draw(EDGES).ellipse((40, 40, 90, 90), outline="white")
+ADDED = {  # what is applied to a pipeline and has to leave it again
+    "plain": {},
+    "lora": {"loras": [{"name": "LORA", "scale": 1.0}]},
+    "controlnet": {"controlnets": [{"model": "canny", "image": EDGES}]},
+    "cache": {"step_cache": "CACHE"},
+    "all": {
+        "loras": [{"name": "LORA", "scale": 1.0}],
+        "controlnets": [{"model": "canny", "image": EDGES}],
+        "step_cache": "CACHE",
+    },
+}
+ADOPTED = {  # model -> one of its LoRAs, and a step cache of its family
+    "shapes-sd15": ("outline", {"method": "deepcache", "interval": 2}),
+    "shapes-sdxl": ("outline", {"method": "deep_features", "interval": 2}),
+    "shapes-flux": ("heart", {"method": "taylorseer", "interval": 2}),
+}
+
+
+@pytest.mark.parametrize("model", ADOPTED)
+def test_an_adopted_pipeline_takes_loras_controlnets_and_caches_like_the_model_itself(service, model):
+    lora, cache = ADOPTED[model]
+    known = service.manifest(model)
+    pipe = service.pipeline(model)
+    offered = {
+        "loras": {lora: known.loras[lora].model_dump(mode="json", exclude_none=True)},
+        "controlnets": {"canny": known.controlnets["canny"].model_dump(mode="json", exclude_none=True)},
+        "defaults": known.defaults.model_dump(mode="json", exclude_none=True),
+    }
+    service.generate(SCENE | {"model": model})  # transformers attaches its own hooks in the first call
+    before = state_of(pipe)
+    images = {}
+    with DiffusionService.from_pipeline(pipe, "mine", manifest=offered, log_failures=False) as adopting:
+        for name, added in ADDED.items():
+            asked = SCENE | added
+            if "loras" in asked:
+                asked["loras"] = [{"name": lora, "scale": 1.0}]
+            if "step_cache" in asked:
+                asked["step_cache"] = cache
+            if name == "all" and model == "shapes-flux":  # its caches are refused with a ControlNet
+                del asked["controlnets"]
+            images[name] = adopting.generate(asked)
+            assert same(images[name], service.generate(asked | {"model": model})), name
+        assert same(images["plain"], adopting.generate(SCENE))
+
+        # Interrupt in a notebook stops within a step, and the next call works
+        seen = []
+
+        def interrupt(step):
+            seen.append(step.index)
+            if step.index == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            adopting.generate(SCENE | {"num_inference_steps": 60}, on_step=interrupt)
+        assert max(seen) < 30
+        assert same(images["plain"], adopting.generate(SCENE))
+    assert state_of(pipe) == before
+    different = {name: pixels(made)[0].tobytes() for name, made in images.items()}
+    assert len(set(different.values())) == len(ADDED), "each of them changes the image"
 
 
 def test_embeddings_give_the_image_of_their_prompt(tiny):

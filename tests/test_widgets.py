@@ -58,10 +58,10 @@ BEYOND = """() => {  // what sticks out of the notebook, is cut, or lies on some
         const box = part.getBoundingClientRect();
         if (!box.width || !box.height || getComputedStyle(part).visibility === "hidden") continue;
         const name = part.className || part.tagName;
-        const end = Math.min(place.right, paper.right);
-        if (box.left < place.left - 1 || box.right > end + 1) found.push(`outside: ${name}`);
-        const cut = part.matches("button, label") && part.scrollWidth > part.clientWidth + 1;
-        if (cut) found.push(`cut: ${part.innerText}`);
+        const right = Math.min(place.right, paper.right);
+        if (box.left < place.left - 1 || box.right > right + 1) found.push(`outside: ${name}`);
+        const isCut = part.matches("button, label") && part.scrollWidth > part.clientWidth + 1;
+        if (isCut) found.push(`cut: ${part.innerText}`);
     }
     const fields = [...document.querySelectorAll(".dw-panel :is(input:not([type=checkbox]), select, textarea)")];
     const boxes = fields.map((field) => field.getBoundingClientRect()).filter((box) => box.width && box.height);

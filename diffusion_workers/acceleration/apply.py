@@ -189,6 +189,13 @@ def use_transformer_cache(
     finally:
         transformer._reset_stateful_cache()
         transformer.disable_cache()
+        del transformer._cache_config
+        for module in transformer.modules():
+            registry = vars(module).get("_diffusers_hook")
+            if registry is not None and not registry.hooks:  # diffusers leaves the empty registry
+                del module._diffusers_hook
+                if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+                    del module.forward  # and the method that it had replaced
 
 # %% ../../nbs/52_acceleration/05_apply.ipynb #0d28e00f
 def measure_mag_ratios(

@@ -23,6 +23,7 @@ from PIL import Image
 from ..families.record import Family
 from ..families.registry import FAMILIES
 from ..families.schedulers import facts_of_class
+from ..models.store import load_manifests
 from .addon_forms import ControlUnit, ControlUnits, ImageField, LoraList, file_of
 from .elements import CodeView, CompareSlider, Gallery, thumbnail
 from .form import START_IMAGE, FieldWidget, SchemaForm, check, request_sections
@@ -36,6 +37,7 @@ from ..planning.replay import plan_differences
 from ..request.errors import error_line, logger, parse, request_error
 from ..request.images import to_image_string
 from ..request.schema import IMAGE_FIELDS, get_value, split_path
+from ..settings.service import Settings
 from ez_diffusion_client import Client, Server
 from ez_diffusion_client.display import availability_note
 from ez_diffusion_client.models import (
@@ -313,6 +315,7 @@ class RequestForm(widgets.VBox):
         listed = backend.list_models() if backend.list_models else None
         self.models: dict[str, ModelInfo] = {model.name: model for model in listed.models} if listed else {}
         self.default_model = listed.default if listed else None
+        self.own_schedulers: Mapping[str, Any] = getattr(backend.owner, "schedulers", None) or {}  # by registered name
         self.forms = {
             title: SchemaForm(infos, on_change) for title, infos in request_sections().items() if title != START_IMAGE
         }
@@ -362,6 +365,8 @@ class RequestForm(widgets.VBox):
         found: dict[str, Any] = {"prompt": ""}
         for form in self.forms.values():
             found |= form.values()
+        if found.get("scheduler") in self.own_schedulers:  # which no request can hold
+            del found["scheduler"]
         if (seed := self.seed.read()) is not None:
             found["seed"] = seed
         found |= self.start.values()
@@ -370,6 +375,11 @@ class RequestForm(widgets.VBox):
         if controls := self.controls.values():
             found["controlnets"] = controls
         return found
+
+    def extras(self) -> dict[str, Any]:
+        "What is handed to the service beside the request: a scheduler that was registered in Python."
+        scheduler = self.main.fields["scheduler"].read()
+        return {"scheduler": scheduler} if scheduler in self.own_schedulers else {}
 
     def set_values(self, values: Mapping[str, Any]) -> None:
         "Show a request; fields that it does not have become empty."
@@ -472,13 +482,15 @@ class RequestForm(widgets.VBox):
     def _show_family(self, family: Family | None, info: ModelInfo) -> None:  # hide what has no effect with the model
         if family is None:
             return
-        own = {
+        fitting = {
             self.main.fields["scheduler"]: [name.value for name in family.schedulers],
             self.forms["Acceleration"].fields["step_cache.method"]: list(family.step_caches),
         }
-        for field, names in own.items():  # the others stay, so that a restored request shows what it asks for
+        for field, names in fitting.items():  # the others stay, so that a restored request shows what it asks for
             others = [name for name in field.info.choices if name not in names]
-            field.offer_groups({"for this model": names, "other models": others})
+            own = self.own_schedulers if field.info.name == "scheduler" else ()
+            others = [name for name in others if name not in own]
+            field.offer_groups({"for this model": names, "registered in Python": list(own), "other models": others})
         for form in self.forms.values():
             form.show_only(name for name in form.fields if name.partition(".")[0] not in family.unused_fields)
         if info.width and info.height:
@@ -594,6 +606,54 @@ class HistoryGallery(Gallery):
         self.refresh(select=self.history.undo_delete())
 
 # %% ../../nbs/73_panel/11_panel.ipynb #4b3b0919
+_DEFAULT_SERVICE = "from diffusion_workers import DiffusionService\n\nservice = DiffusionService()"
+
+
+def _notebook_name(owner: Any) -> str | None:  # of the variable that holds an object
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return None
+    names = getattr(get_ipython(), "user_ns", {})
+    return next((name for name, value in names.items() if value is owner and not name.startswith("_")), None)
+
+
+def _service_lines(service: Any) -> tuple[str, str]:  # as for `setup_lines`
+    "A service with the settings, device and loaded pipelines of this one."
+    settings, usual = service.settings, type(service.settings).from_environment()
+    held = {name: manifest.source.held for name, manifest in service.models.items() if manifest.source.kind == "memory"}
+    made_here = held or service.schedulers or set(service.models) != set(load_manifests(settings))
+    if made_here and (name := _notebook_name(service)):  # only this notebook has it
+        return f"# {name} is the service of this notebook, which holds what was handed in", f"{name}.generate("
+    imports, arguments = ["from diffusion_workers import DiffusionService"], []
+    fields = {name: getattr(settings, name) for name in type(settings).model_fields}
+    if settings != usual:
+        given = [f"{name}={_plain(value)}" for name, value in fields.items() if value != getattr(Settings(), name)]
+        imports.append("from diffusion_workers.settings.service import Settings")
+        arguments.append(f"Settings({', '.join(given)})")
+    from diffusion_workers.pipeline.loading import pick_device  # imports torch, as the service has
+
+    if str(service.device) != str(pick_device(settings.device)):
+        arguments.append(f"device={str(service.device)!r}")
+    if len(held) == 1:
+        [(model, pipe)] = held.items()
+        imports.append(f"from diffusers import {type(pipe).__name__}")
+        place = str(pipe.config.get("_name_or_path") or "the folder or repository of the pipeline")
+        loaded = f"pipe = {type(pipe).__name__}.from_pretrained({place!r}).to({str(service.device)!r})"
+        settings_given = [f"settings={text}" for text in arguments if text.startswith("Settings(")]
+        call = ", ".join(["pipe", repr(model), *settings_given])
+        return "\n".join(
+            [*imports, "", loaded, f"service = DiffusionService.from_pipeline({call})"]
+        ), "service.generate("
+    return "\n".join([*imports, "", f"service = DiffusionService({', '.join(arguments)})"]), "service.generate("
+
+
+def _plain(value: Any) -> str:  # a setting as Python
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_plain(item) for item in value) + "]"
+    return repr(str(value)) if isinstance(value, Path) else repr(getattr(value, "value", value))
+
+
 def setup_lines(
     owner: Any,  # a service, a client, or a function
 ) -> tuple[str, str]:  # the lines before the call, and how the call begins
@@ -605,8 +665,10 @@ def setup_lines(
             return f"from ez_diffusion_client import Client\n\n{made}", "client.generate("
         made = f"client = Client(RunPod({target.endpoint_id!r}, url={target.url!r}))"
         return f"from ez_diffusion_client import Client, RunPod\n\n{made}", "client.generate("
+    if hasattr(owner, "settings") and hasattr(owner, "models"):
+        return _service_lines(owner)
     if callable(getattr(owner, "generate", None)):
-        return "from diffusion_workers import DiffusionService\n\nservice = DiffusionService()", "service.generate("
+        return _DEFAULT_SERVICE, "service.generate("
     imports = "from ez_diffusion_client.models import GenerationRequest"
     return imports, f"{getattr(owner, '__name__', 'generate')}(GenerationRequest("
 
@@ -617,15 +679,16 @@ def code_of(
 ) -> str:
     "Python that generates an image again, with what the panel generates with."
     code = entry.code
+    if scheduler := entry.own_scheduler:  # which no request can hold
+        code = code.replace("\n)\nresult", f"\n    scheduler={scheduler!r},\n)\nresult", 1)
     owner = None if backend is None else backend.owner
     if owner is None:
         return code
-    local = "from diffusion_workers import DiffusionService\n\nservice = DiffusionService()"
     setup, call = setup_lines(owner)
-    code = code.replace(local, setup, 1).replace("service.generate(", call, 1)
+    code = code.replace(_DEFAULT_SERVICE, setup, 1).replace("service.generate(", call, 1)
     return code.replace("\n)\nresult", "\n))\nresult", 1) if call.endswith("GenerationRequest(") else code
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #b5673dc3
 def comparison_view(left: HistoryEntry, right: HistoryEntry) -> list[widgets.Widget]:
     "Two images under a slider, and the settings that differ."
     slider = CompareSlider(left.image, right.image)
@@ -780,6 +843,7 @@ class GenerationPanel(widgets.VBox):
                 self.stage.refuse(text)
                 return None
             run = Run(parse(GenerationRequest, self._with_seed(values)))
+            run.extras = self.form.extras()
             run.on_event = partial(self._on_event, run)
             self._shown.clear()
             self.queue.append(run)
@@ -837,7 +901,14 @@ class GenerationPanel(widgets.VBox):
 
     def reuse_all(self) -> None:
         "Fill the form with the request of the selected image, its seed locked."
-        self.request = self.selected()[-1].request
+        entry = self.selected()[-1]
+        self.request = entry.request
+        scheduler = entry.own_scheduler
+        if scheduler in self.form.own_schedulers:
+            self.form.main.fields["scheduler"].show(scheduler)
+        elif scheduler is not None:
+            text = f"the scheduler {scheduler} was handed in from Python: register it, and open the panel again"
+            self.stage.message.value = html.escape(text)
 
     def reuse_prompt(self) -> None:
         "Copy the prompts of the selected image into the form."
@@ -938,11 +1009,11 @@ class GenerationPanel(widgets.VBox):
         self._asked += 1
         values = self.form.values()
         request = parse(GenerationRequest, values | {"prompt": values["prompt"] or _ANY_PROMPT})
-        timer = threading.Timer(PLAN_SECONDS, self._show_plan, [self._asked, request])
+        timer = threading.Timer(PLAN_SECONDS, self._show_plan, [self._asked, request, self.form.extras()])
         timer.daemon = True
         timer.start()
 
-    def _show_plan(self, asked: int, request: GenerationRequest) -> None:
+    def _show_plan(self, asked: int, request: GenerationRequest, extras: Mapping[str, Any]) -> None:
         if asked != self._asked or self._closed:
             return
         try:
@@ -956,7 +1027,7 @@ class GenerationPanel(widgets.VBox):
             self.form.show_errors(result.errors or [])
             if result.plan is not None:
                 self.form.show_plan(result.plan)
-            self.stage.outlook.value = outlook(result) if request.prompt != _ANY_PROMPT else ""
+            self.stage.outlook.value = "" if request.prompt == _ANY_PROMPT else outlook(result, **extras)
 
     def _with_seed(
         self, values: dict[str, Any]
@@ -1059,6 +1130,7 @@ class GenerationPanel(widgets.VBox):
 
 def outlook(
     result: OpResult,  # of a plan
+    scheduler: str | None = None,  # the name of one that takes the place of the plan's
 ) -> str:  # HTML
     "What Generate will do, in one line, with the settings that have no effect."
     plan = result.plan
@@ -1067,8 +1139,8 @@ def outlook(
     count = len(plan.seeds)
     parts = [plan.task.value.replace("_", " "), "1 image" if count == 1 else f"{count} images"]
     parts += [f"{plan.width} × {plan.height}", f"{plan.denoising_steps} steps"]
-    if plan.scheduler is not None:
-        parts.append(plan.scheduler.class_name.removesuffix("Scheduler"))
+    if scheduler or plan.scheduler is not None:
+        parts.append(scheduler or plan.scheduler.class_name.removesuffix("Scheduler"))
     if plan.profile:
         parts.append(f"profile {plan.profile}")
     if plan.step_cache is not None:

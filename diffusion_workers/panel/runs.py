@@ -216,6 +216,7 @@ class Run:
     ):
         self.request = request
         self.pace = pace
+        self.extras: dict[str, Any] = {}  # for `submit`, beside the request: a scheduler that was registered in Python
         self.event = ProgressEvent(phase=Phase.queued)
         self.handle: Any = None
         self.cancelled = threading.Event()
@@ -312,7 +313,7 @@ def begin(run: Run, backend: Backend) -> Run:
         threading.Thread(target=_call, args=(run, backend.generate, extras), name="panel-run", daemon=True).start()
         return run
     try:
-        run.handle = backend.submit(run.request, on_progress=run.report)
+        run.handle = backend.submit(run.request, on_progress=run.report, **run.extras)
     except Exception as exc:
         run.finish(failed_result(exc))
         return run
