@@ -361,7 +361,8 @@ def parse(
     if isinstance(data, model):
         return data
     if isinstance(data, (str, bytes)):
-        if data.count("," if isinstance(data, str) else b",") > _MAX_COMMAS:
+        commas = data.count(",") if isinstance(data, str) else data.count(b",")
+        if commas > _MAX_COMMAS:
             raise _too_many()
         try:
             data = json.loads(
