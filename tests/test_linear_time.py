@@ -75,6 +75,7 @@ METHODS = ("match", "fullmatch", "search", "sub", "subn", "split", "findall", "f
 EXPRESSIONS = {
     "server.middleware._REQUEST_ID": "a:b",
     "server.jobs._URL": " https://",
+    "service.outputs._ID": "20261129T131207000000-0a1b2c-0",
     "worker.handler._REQUEST_ID": "a:b",
     "request.other_programs._COMBINED": "lora_combined_1",
     "request.other_programs._BRACKETS": "[a]",

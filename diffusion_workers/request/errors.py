@@ -336,21 +336,34 @@ MAX_VALUES = 10_000  # fields and entries of one request, all levels together
 _MAX_COMMAS = 200_000  # of a JSON text, those inside of its texts included
 
 
-def _too_many() -> RequestError:
-    message = f"the request has more than {MAX_VALUES:,} fields and entries"
-    return request_error(ErrorCode.too_long, message, hint="send one request at a time, and only its own fields")
+def _too_many(field: str) -> RequestError:
+    message = f"there are more than {MAX_VALUES:,} fields and entries"
+    hint = "send one request at a time, and only its own fields"
+    return request_error(ErrorCode.too_long, message, field=field, hint=hint)
+
+
+def _entries(value: Any, limit: int) -> int:  # one above the limit, or more, where counting ended early
+    "How many fields and entries a value holds, at any depth."
+    waiting, count = [value], 0
+    while waiting and count <= limit:
+        inside = waiting.pop()
+        inside = list(inside.values()) if isinstance(inside, dict) else inside
+        if isinstance(inside, (list, tuple)):
+            count += len(inside)
+            waiting.extend(item for item in inside if isinstance(item, (dict, list, tuple)))
+    return count
 
 
 def _check_count(data: Any) -> None:
     "A `RequestError` for data that would take long to check: a body can hold a million unknown fields."
-    waiting, count = [data], 0
-    while waiting:
-        value = waiting.pop()
-        inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-        count += len(inside)
-        if count > MAX_VALUES:
-            raise _too_many()
-        waiting.extend(item for item in inside if isinstance(item, (dict, list, tuple)))
+    fields = data if isinstance(data, dict) else {"request": data}
+    left = MAX_VALUES - len(fields)
+    if left < 0:
+        raise _too_many("request")
+    for name, value in fields.items():
+        left -= _entries(value, left)
+        if left < 0:
+            raise _too_many(name[:80] if isinstance(name, str) else shorten(name))
 
 
 def parse(
@@ -363,7 +376,7 @@ def parse(
     if isinstance(data, (str, bytes)):
         commas = data.count(",") if isinstance(data, str) else data.count(b",")
         if commas > _MAX_COMMAS:
-            raise _too_many()
+            raise _too_many("request")
         try:
             data = json.loads(
                 data if isinstance(data, str) else data.decode("utf-8-sig")
