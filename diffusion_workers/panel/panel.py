@@ -993,6 +993,11 @@ class GenerationPanel(widgets.VBox):
     def _changed(self) -> None:
         if self._quiet:
             return
+        with self._lock:  # a plan that was asked for earlier does not answer this form any more
+            self._asked += 1
+            self._check(self._asked)
+
+    def _check(self, asked: int) -> None:
         prompt = self.form.main.fields["prompt"].read()
         errors = check(self.form.values())
         if not self._touched and not prompt:  # an empty prompt is not an error before anything was typed
@@ -1001,15 +1006,14 @@ class GenerationPanel(widgets.VBox):
         self.form.show_errors(errors)
         self.form.show_active()
         if not errors:
-            self._ask_plan()
+            self._ask_plan(asked)
 
-    def _ask_plan(self) -> None:  # a moment after the last change, in the background
+    def _ask_plan(self, asked: int) -> None:  # a moment after the last change, in the background
         if self.backend.plan is None:
             return
-        self._asked += 1
         values = self.form.values()
         request = parse(GenerationRequest, values | {"prompt": values["prompt"] or _ANY_PROMPT})
-        timer = threading.Timer(PLAN_SECONDS, self._show_plan, [self._asked, request, self.form.extras()])
+        timer = threading.Timer(PLAN_SECONDS, self._show_plan, [asked, request, self.form.extras()])
         timer.daemon = True
         timer.start()
 
