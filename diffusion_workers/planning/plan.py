@@ -64,6 +64,7 @@ from diffusion_workers.prompt.requests import (
     with_syntax,
 )
 from ..prompt.sigmas import ays_sigmas
+from ..prompt.vocabulary import vocabulary_warnings
 from ..request.errors import RequestError, error_detail, warning
 from ..request.images import round_to_multiple
 from ..request.metadata import PLAN_VERSION
@@ -918,6 +919,7 @@ def make_plan(
         *size_warnings(request, image, size),
         *text_warnings(request, manifest, guidance),
         *syntax_warnings(request, offered),
+        *vocabulary_warnings(request, manifest),
         *lora_warnings(request, loras),
         *distilled_notes,
         *scheduler_warnings(request, manifest),

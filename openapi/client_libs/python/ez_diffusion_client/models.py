@@ -1768,6 +1768,9 @@ class ModelInfo(CompactModel):
             description="Default: a SchedulerName, or a class of diffusers that has no name here; absent where it is not known before the model is loaded"
         ),
     ] = None
+    example_prompts: Annotated[
+        list[StrictStr] | None, Field(description="Prompts to begin with")
+    ] = None
     loras: list[StrictStr] | None = None
     embeddings: Annotated[
         list[StrictStr] | None,

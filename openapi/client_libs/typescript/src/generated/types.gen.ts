@@ -1455,6 +1455,10 @@ export type ModelInfo = {
      * Default: a SchedulerName, or a class of diffusers that has no name here; absent where it is not known before the model is loaded
      */
     scheduler?: string | null;
+    /**
+     * Prompts to begin with
+     */
+    example_prompts?: Array<string> | null;
     loras?: Array<string> | null;
     /**
      * Names that a prompt may use, of textual inversions
