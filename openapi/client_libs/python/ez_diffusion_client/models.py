@@ -46,6 +46,7 @@ class ModelFamily(StrEnum):
     sdxl = "sdxl"
     flux = "flux"
     sd35 = "sd35"
+    zimage = "zimage"
 
 
 class ModelKind(StrEnum):

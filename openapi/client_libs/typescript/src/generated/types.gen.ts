@@ -21,7 +21,8 @@ export const ModelFamily = {
     SD15: 'sd15',
     SDXL: 'sdxl',
     FLUX: 'flux',
-    SD35: 'sd35'
+    SD35: 'sd35',
+    ZIMAGE: 'zimage'
 } as const;
 
 /**
