@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'SLIDERS', 'Groups', 'Notes', 'SIMPLE', 'START_IMAGE', 'SECTIONS', 'field_label', 'alert', 'error_html',
-           'FieldWidget', 'SchemaForm', 'check', 'request_sections']
+           'FieldWidget', 'SchemaForm', 'check', 'not_shown', 'request_sections']
 
 # %% ../../nbs/73_panel/06_form.ipynb #765cf18a
 import html
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -189,6 +189,8 @@ class FieldWidget(widgets.VBox):
     def __init__(self, info: FieldInfo, on_change: Callable[[], None] | None = None):
         self.info = info
         self._notes: Notes = {}
+        self._emptied = False  # whether a text is meant to be empty, which is not the default
+        self._default = ""
         self._on_change = on_change
         self.message: widgets.HTML | None = None  # made for the first error: a panel has dozens of fields
         super().__init__(layout=widgets.Layout(width="auto", overflow="visible"))
@@ -197,6 +199,8 @@ class FieldWidget(widgets.VBox):
     def _set_control(self, control: widgets.DOMWidget) -> None:
         self.control = control
         control.add_class("dw-field-" + self.info.name.replace(".", "-"))
+        self._default = getattr(control, "placeholder", "")
+        control.observe(lambda change: self._typed(), "value")
         self.slider = _slider(self.info)
         if self._on_change is not None:
             control.observe(lambda change: self._on_change(), "value")
@@ -229,6 +233,8 @@ class FieldWidget(widgets.VBox):
     def read(self) -> Any:
         "The value for the request; None where the field is empty."
         text = self.control.value
+        if text == "" and self._emptied:
+            return ""
         if text == "" or text.startswith(_HEADING):
             return None
         return typed_value(self.info, text if self.info.is_long_text else text.strip())
@@ -241,7 +247,9 @@ class FieldWidget(widgets.VBox):
                 self.control.options = [*self.control.options, (text, text)]
             else:
                 text = ""
+        self._emptied = value == "" and self.info.is_long_text
         self.control.value = text
+        self._place_default()
 
     def show_default(self, value: Any) -> None:
         "Show what an empty field stands for; None where nobody knows."
@@ -249,9 +257,20 @@ class FieldWidget(widgets.VBox):
         if isinstance(self.control, widgets.Dropdown):
             self.show_none(_default_label(self.info, text, self._notes))
             return
-        self.control.placeholder = text
+        self._default = text
+        self._place_default()
+
+    def _place_default(self) -> None:  # in the empty field
+        if isinstance(self.control, widgets.Dropdown):
+            return
+        self.control.placeholder = "(empty)" if self._emptied else self._default
         if self.slider is not None:
             self._place_slider()
+
+    def _typed(self) -> None:  # a text that was given empty is the default again once something was typed
+        if self._emptied and self.control.value:
+            self._emptied = False
+            self._place_default()
 
     def show_none(self, label: str) -> None:
         "Show what leaving out a choice means."
@@ -344,6 +363,24 @@ def check(
     except RequestError as refused:
         return refused.errors
     return []
+
+# %% ../../nbs/73_panel/06_form.ipynb #844bdfd7
+def not_shown(
+    given: Any,  # the fields of a request, nested
+    shown: Any,  # what the form holds of them
+    path: str = "",
+) -> Iterator[tuple[str, Any, Any]]:  # path, the given value, and the one in its place
+    "The values that a form does not hold as they were given."
+    if isinstance(given, Mapping):
+        held = shown if isinstance(shown, Mapping) else {}
+        for name, value in given.items():
+            yield from not_shown(value, held.get(name), f"{path}.{name}" if path else str(name))
+    elif isinstance(given, (list, tuple)) and any(isinstance(item, Mapping) for item in given):
+        held = list(shown or ())
+        for index, value in enumerate(given):
+            yield from not_shown(value, held[index] if index < len(held) else None, f"{path}[{index}]")
+    elif given is not None and given != shown:
+        yield path, given, shown
 
 # %% ../../nbs/73_panel/06_form.ipynb #f1cda49f
 SIMPLE = (

@@ -26,7 +26,7 @@ from ..families.schedulers import facts_of_class
 from ..models.store import load_manifests
 from .addon_forms import ControlUnit, ControlUnits, ImageField, LoraList, file_of
 from .elements import CodeView, CompareSlider, Gallery, thumbnail
-from .form import START_IMAGE, FieldWidget, SchemaForm, check, request_sections
+from .form import START_IMAGE, FieldWidget, SchemaForm, alert, check, not_shown, request_sections
 from .history import HistoryEntry, HistorySummary, ImageHistory
 from .mask_canvas import ImageSource, MaskCanvas
 from .runs import Backend, Run, backend_of, begin, stop_on_interrupt
@@ -190,6 +190,13 @@ class StartImage(widgets.VBox):
         inpaint = values.get("inpaint") or {}
         self.canvas.feather = inpaint.get("mask_blur", 4)
 
+    @property
+    def summary(self) -> str:
+        "What is given, in a word or two."
+        if not self.field.read():
+            return ""
+        return "image and mask" if self.use_mask.value else "image"
+
     def show_errors(self, errors: Iterable[ErrorDetail]) -> list[ErrorDetail]:  # those of other fields
         "Show the errors of the image, the mask and their settings."
         rest = self.form.show_errors(errors)
@@ -303,6 +310,14 @@ def _pixels(field: FieldWidget) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+def _given(form: SchemaForm, before: Iterable[str] = ()) -> str:  # what is set, in one line
+    read = {name: field.read() for name, field in form.fields.items()}
+    parts = [
+        f"{name.rpartition('.')[2].replace('_', ' ')} {value}" for name, value in read.items() if value is not None
+    ]
+    return ", ".join(filter(None, [*before, *parts]))
+
+
 class RequestForm(widgets.VBox):
     "The form of a whole request; its rarer fields are in `sections`, which the panel places."
 
@@ -381,7 +396,7 @@ class RequestForm(widgets.VBox):
         scheduler = self.main.fields["scheduler"].read()
         return {"scheduler": scheduler} if scheduler in self.own_schedulers else {}
 
-    def set_values(self, values: Mapping[str, Any]) -> None:
+    def set_values(self, values: Mapping[str, Any]) -> list[LostSetting]:  # what the form cannot show
         "Show a request; fields that it does not have become empty."
         for form in self.forms.values():
             form.set_values(values)
@@ -389,6 +404,26 @@ class RequestForm(widgets.VBox):
         self.start.set_values(values)
         self.loras.set_values(values.get("loras") or ())
         self.controls.set_values(values.get("controlnets") or ())
+        if self.model is not None:
+            self._show_fitting(self.model)
+        return self._lost(values)
+
+    def _lost(self, values: Mapping[str, Any]) -> list[LostSetting]:
+        held = self.values() | {"preview_interval": values.get("preview_interval")}  # the panel has its own
+        held["inpaint"] = held.get("inpaint", {}) | {"mask_blur": self.start.canvas.feather}
+        held["controlnets"] = [unit.held() for unit in self.controls.units]
+        found = []
+        for path, given, shown in not_shown(values, held):
+            if path.rpartition(".")[2] in IMAGE_FIELDS:
+                if shown:  # another encoding of the same image
+                    continue
+                given, reason = None, "this image cannot be shown: give it again"
+            elif shown is None:
+                reason = "it is not offered here, so the default takes its place"
+            else:
+                reason = f"{shown} takes its place"
+            found.append(LostSetting(name=path, given=None if given is None else str(given), reason=reason))
+        return found
 
     def show_errors(self, errors: Iterable[ErrorDetail]) -> list[ErrorDetail]:  # those without a field in the form
         "Show each error at its field, and unfold the section of the first one."
@@ -451,9 +486,7 @@ class RequestForm(widgets.VBox):
 
     def _active(self, name: str) -> str:
         if name == START_IMAGE:
-            if not self.start.field.read():
-                return ""
-            return "image and mask" if self.start.use_mask.value else "image"
+            return _given(self.start.form, [self.start.summary])
         if name == "ControlNet":
             count, on = len(self.controls.units), sum(unit.enabled.value for unit in self.controls.units)
             return "" if not count else f"{on} of {count} on"
@@ -461,8 +494,7 @@ class RequestForm(widgets.VBox):
             return ", ".join(f"{lora['name']} {lora['scale']:g}" for lora in self.loras.values())
         if name not in self.forms:
             return ""
-        given = {title: field.read() for title, field in self.forms[name].fields.items() if field.read() is not None}
-        return ", ".join(f"{title.rpartition('.')[2].replace('_', ' ')} {value}" for title, value in given.items())
+        return _given(self.forms[name])
 
     def _model_changed(self) -> None:
         info = self.model
@@ -491,10 +523,14 @@ class RequestForm(widgets.VBox):
             own = self.own_schedulers if field.info.name == "scheduler" else ()
             others = [name for name in others if name not in own]
             field.offer_groups({"for this model": names, "registered in Python": list(own), "other models": others})
-        for form in self.forms.values():
-            form.show_only(name for name in form.fields if name.partition(".")[0] not in family.unused_fields)
+        self._show_fitting(info)
         if info.width and info.height:
             self.sizes.offer(info.width, info.height, family.size_multiple)
+
+    def _show_fitting(self, info: ModelInfo) -> None:  # hide empty fields that have no effect with the model
+        family = FAMILIES.get(info.family)
+        for form in self.forms.values() if family else ():
+            form.show_only(name for name in form.fields if name.partition(".")[0] not in family.unused_fields)
 
     def _unfold(self, errors: Iterable[ErrorDetail]) -> None:
         sections = {str(info.path[0]): title for title, infos in request_sections().items() for info in infos}
@@ -805,7 +841,8 @@ class GenerationPanel(widgets.VBox):
         if not isinstance(value, GenerationRequest):
             images = {name: to_image_string(value[name]) for name in IMAGE_FIELDS if value.get(name) is not None}
             value = parse(GenerationRequest, dict(value) | images)
-        self._show_values(value.model_dump(mode="json", exclude_none=True, exclude_unset=True))
+        unshown = self._show_values(value.model_dump(mode="json", exclude_none=True, exclude_unset=True))
+        self.stage.message.value = alert("<br>".join(html.escape(lost_line(lost)) for lost in unshown))
 
     @property
     def image(self) -> Image.Image | None:
@@ -908,7 +945,7 @@ class GenerationPanel(widgets.VBox):
             self.form.main.fields["scheduler"].show(scheduler)
         elif scheduler is not None:
             text = f"the scheduler {scheduler} was handed in from Python: register it, and open the panel again"
-            self.stage.message.value = html.escape(text)
+            self.stage.message.value += alert(html.escape(text))
 
     def reuse_prompt(self) -> None:
         "Copy the prompts of the selected image into the form."
@@ -960,9 +997,8 @@ class GenerationPanel(widgets.VBox):
         notes += [html.escape(note.message) for note in result.warnings or []]
         found = result.restored
         if found is not None:
-            notes += [html.escape(lost_line(lost)) for lost in found.lost or []]
-            if found.request:
-                self._show_values(found.request)
+            unshown = self._show_values(found.request) if found.request else []
+            notes += [html.escape(lost_line(lost)) for lost in [*(found.lost or []), *unshown]]
         self.form.drop.show_error("<br>".join(notes))
         return found
 
@@ -981,14 +1017,15 @@ class GenerationPanel(widgets.VBox):
             logger.exception("%s failed", method)
             self.stage.message.value = html.escape(f"{type(exc).__name__}: {exc}")
 
-    def _show_values(self, values: Mapping[str, Any]) -> None:
+    def _show_values(self, values: Mapping[str, Any]) -> list[LostSetting]:  # what the form cannot show
         with self._lock:
             self._quiet = True
             try:
-                self.form.set_values(values)
+                unshown = self.form.set_values(values)
             finally:
                 self._quiet = False
-        self._changed()
+            self._changed()
+            return unshown
 
     def _changed(self) -> None:
         if self._quiet:
