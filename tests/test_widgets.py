@@ -41,8 +41,10 @@ from PIL import Image
 full = Path({folder!r})
 full.mkdir()
 about = {{"favourite": False, "seconds": 1.0, "files": {{}}}}
+square = full / "square"
+Image.new("RGB", (1024, 1024), "firebrick").save(square, "PNG")
 for index in range(1000):
-    Image.new("RGB", (64, 64), (index % 256, 80, 80)).save(full / f"20260301-101500-{{index:06}}-0000.png")
+    (full / f"20260301-101500-{{index:06}}-0000.png").hardlink_to(square)
     prompt = "a star" if index % 2 else "a disc"
     own = {{"created": "2026-03-01T10:15:00", "seed": index, "request": {{"prompt": prompt}}}}
     (full / f"20260301-101500-{{index:06}}-0000.json").write_text(json.dumps(about | own))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+from ipywidgets.widgets.widget_button import ButtonStyle
 from PIL import Image
 
 from ..families.record import Family
@@ -26,7 +27,16 @@ from ..families.schedulers import facts_of_class
 from ..models.store import load_manifests
 from .addon_forms import ControlUnit, ControlUnits, ImageField, LoraList, file_of
 from .elements import CodeView, CompareSlider, Gallery, thumbnail
-from .form import START_IMAGE, FieldWidget, SchemaForm, alert, check, not_shown, request_sections
+from diffusion_workers.panel.form import (
+    START_IMAGE,
+    FieldWidget,
+    SchemaForm,
+    alert,
+    check,
+    not_shown,
+    one_for_all,
+    request_sections,
+)
 from .history import HistoryEntry, HistorySummary, ImageHistory
 from .mask_canvas import ImageSource, MaskCanvas
 from .runs import Backend, Run, backend_of, begin, stop_on_interrupt
@@ -150,7 +160,7 @@ class StartImage(widgets.VBox):
     def __init__(self, on_change: Callable[[], None] = lambda: None):
         self._on_change = on_change
         infos = [info for info in request_sections()[START_IMAGE] if info.name != "inpaint.mask_blur"]
-        self.form = SchemaForm(infos, on_change)  # the blur of the mask is the canvas's feather
+        self.form = SchemaForm(infos, on_change, lazy=True)  # the blur of the mask is the canvas's feather
         self.field = ImageField("Drop, paste or choose an image", self._image_changed)
         self.canvas = MaskCanvas()
         self.canvas.layout.display = "none"
@@ -310,11 +320,16 @@ def _pixels(field: FieldWidget) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+def _planned_fields(form: SchemaForm) -> dict[str, FieldWidget]:  # those whose default a plan tells
+    return {
+        name: field
+        for name, field in form.fields.items()
+        if field.info.path[0] in GenerationPlan.model_fields and name not in _NO_PLANNED_DEFAULT
+    }
+
+
 def _given(form: SchemaForm, before: Iterable[str] = ()) -> str:  # what is set, in one line
-    read = {name: field.read() for name, field in form.fields.items()}
-    parts = [
-        f"{name.rpartition('.')[2].replace('_', ' ')} {value}" for name, value in read.items() if value is not None
-    ]
+    parts = [f"{name.rpartition('.')[2].replace('_', ' ')} {value}" for name, value in form.given().items()]
     return ", ".join(filter(None, [*before, *parts]))
 
 
@@ -332,11 +347,16 @@ class RequestForm(widgets.VBox):
         self.default_model = listed.default if listed else None
         self.own_schedulers: Mapping[str, Any] = getattr(backend.owner, "schedulers", None) or {}  # by registered name
         self.forms = {
-            title: SchemaForm(infos, on_change) for title, infos in request_sections().items() if title != START_IMAGE
+            title: SchemaForm(infos, on_change, lazy=title != "")
+            for title, infos in request_sections().items()
+            if title != START_IMAGE
         }
         self.main = self.forms[""]
+        self._plan: GenerationPlan | None = None  # the last one of this model
         self.seed = SeedField(on_change)
         self.start = StartImage(on_change)
+        for form in self._every_form():
+            form.on_made = self._fit
         self.loras = LoraList(on_change)
         preprocessors = listed.preprocessors if listed else None
         self.controls = ControlUnits(preprocessors, backend.preprocess, on_change)
@@ -347,8 +367,9 @@ class RequestForm(widgets.VBox):
         sections = {**editors, **rest, RESTORE: self.drop}
         self.section_names = tuple(sections)
         self._bodies = tuple(sections.values())
+        place = one_for_all("section", widgets.Layout)
         places = tuple(
-            widgets.VBox() for _ in sections
+            widgets.VBox(layout=place) for _ in sections
         )  # filled when they are unfolded, so that the panel opens quickly
         self.sections = widgets.Accordion(children=places, titles=self.section_names)
         self.sections.observe(lambda change: self._fill_section(change.new), "selected_index")
@@ -404,8 +425,8 @@ class RequestForm(widgets.VBox):
         self.start.set_values(values)
         self.loras.set_values(values.get("loras") or ())
         self.controls.set_values(values.get("controlnets") or ())
-        if self.model is not None:
-            self._show_fitting(self.model)
+        for form in self._every_form() if self.model else ():
+            self._show_fitting(form, self.model)
         return self._lost(values)
 
     def _lost(self, values: Mapping[str, Any]) -> list[LostSetting]:
@@ -439,8 +460,13 @@ class RequestForm(widgets.VBox):
         self.sections.selected_index = self.section_names.index(title)
 
     def _fill_section(self, index: int | None) -> None:
-        if index is not None and not self.sections.children[index].children:
-            self.sections.children[index].children = (self._bodies[index],)
+        if index is None or self.sections.children[index].children:
+            return
+        body = self._bodies[index]
+        for form in (body, getattr(body, "form", None)):
+            if isinstance(form, SchemaForm):
+                form.make()
+        self.sections.children[index].children = (body,)
 
     @property
     def opened(self) -> str | None:
@@ -452,15 +478,26 @@ class RequestForm(widgets.VBox):
         "Say in the headings what is set in each section."
         for index, (name, text) in enumerate(zip(self.section_names, map(self._active, self.section_names))):
             self.sections.set_title(index, f"{name}: {text}" if text else name)
+        if not self.forms["Acceleration"].made:
+            return
         cache = self.forms["Acceleration"].fields
         others = any(cache[f"step_cache.{part}"].read() is not None for part in ("interval", "threshold", "branch"))
         cache["step_cache.method"].show_none("the model's method" if others else "off")
 
     def show_plan(self, plan: GenerationPlan) -> None:
         "Show the values that a plan has for empty fields."
+        self._plan = plan
+        for form in self._every_form():
+            if form.made:
+                self._show_plan_in(form, plan)
+
+    def _every_form(self) -> list[SchemaForm]:
+        return [*self.forms.values(), self.start.form]
+
+    def _show_plan_in(self, form: SchemaForm, plan: GenerationPlan) -> None:
         values = plan.model_dump(mode="json", exclude_none=True)
         values["scheduler"] = self._planned_scheduler(plan)
-        for name, field in self._planned_fields().items():
+        for name, field in _planned_fields(form).items():
             value = get_value(values, field.info.path)
             if field.read() is None and not (value is None and name in ("step_cache.method", *_FROM_MODEL)):
                 field.show_default(field.info.default if value is None else value)
@@ -474,15 +511,6 @@ class RequestForm(widgets.VBox):
             return facts.name.value
         kept = planned.class_name == "model default"
         return self.model.scheduler if kept and self.model else planned.class_name.removesuffix("Scheduler")
-
-    def _planned_fields(self) -> dict[str, FieldWidget]:  # those whose default a plan tells
-        forms = (*self.forms.values(), self.start.form)
-        return {
-            name: field
-            for form in forms
-            for name, field in form.fields.items()
-            if field.info.path[0] in GenerationPlan.model_fields and name not in _NO_PLANNED_DEFAULT
-        }
 
     def _active(self, name: str) -> str:
         if name == START_IMAGE:
@@ -503,34 +531,47 @@ class RequestForm(widgets.VBox):
         about = [info.title or "", availability_note(info), info.license or ""]
         self.about.value = html.escape(", ".join(filter(None, about)))
         self.about.tooltip = info.description
-        self._show_family(FAMILIES.get(info.family), info)
-        for name, field in self._planned_fields().items():
-            field.show_default(getattr(info, name) if name in _FROM_MODEL else field.info.default)
-        profiles = [profile.name for profile in info.profiles or () if profile.name != "exact"]
-        self.forms["Acceleration"].fields["profile"].offer(["exact", *profiles])
+        family = FAMILIES.get(info.family)
+        if family is not None and info.width and info.height:
+            self.sizes.offer(info.width, info.height, family.size_multiple)
+        self._plan = None
+        for form in self._every_form():
+            if form.made:
+                self._fit(form)
         self.loras.offer(info.loras or ())
         self.controls.offer(info.controlnets or ())
 
-    def _show_family(self, family: Family | None, info: ModelInfo) -> None:  # hide what has no effect with the model
-        if family is None:
+    def _fit(self, form: SchemaForm) -> None:  # to the model, and to the last plan
+        info = self.model
+        if info is None:
             return
+        for name, field in _planned_fields(form).items():
+            field.show_default(getattr(info, name) if name in _FROM_MODEL else field.info.default)
+        if "profile" in form.fields:
+            profiles = [profile.name for profile in info.profiles or () if profile.name != "exact"]
+            form.fields["profile"].offer(["exact", *profiles])
+        if (family := FAMILIES.get(info.family)) is not None:
+            self._offer_choices(form, family)
+        self._show_fitting(form, info)
+        if self._plan is not None:
+            self._show_plan_in(form, self._plan)
+
+    def _offer_choices(self, form: SchemaForm, family: Family) -> None:
         fitting = {
-            self.main.fields["scheduler"]: [name.value for name in family.schedulers],
-            self.forms["Acceleration"].fields["step_cache.method"]: list(family.step_caches),
+            "scheduler": [name.value for name in family.schedulers],
+            "step_cache.method": list(family.step_caches),
         }
-        for field, names in fitting.items():  # the others stay, so that a restored request shows what it asks for
+        for field_name, names in fitting.items():  # others stay, so that a restored request shows what it asks for
+            if (field := form.fields.get(field_name)) is None:
+                continue
             others = [name for name in field.info.choices if name not in names]
             own = self.own_schedulers if field.info.name == "scheduler" else ()
             others = [name for name in others if name not in own]
             field.offer_groups({"for this model": names, "registered in Python": list(own), "other models": others})
-        self._show_fitting(info)
-        if info.width and info.height:
-            self.sizes.offer(info.width, info.height, family.size_multiple)
 
-    def _show_fitting(self, info: ModelInfo) -> None:  # hide empty fields that have no effect with the model
-        family = FAMILIES.get(info.family)
-        for form in self.forms.values() if family else ():
-            form.show_only(name for name in form.fields if name.partition(".")[0] not in family.unused_fields)
+    def _show_fitting(self, form: SchemaForm, info: ModelInfo) -> None:  # hide empty fields without an effect
+        if (family := FAMILIES.get(info.family)) is not None:
+            form.show_only(name for name in form.infos if name.partition(".")[0] not in family.unused_fields)
 
     def _unfold(self, errors: Iterable[ErrorDetail]) -> None:
         sections = {str(info.path[0]): title for title, infos in request_sections().items() for info in infos}
@@ -1005,7 +1046,9 @@ class GenerationPanel(widgets.VBox):
     # --- internal ---
 
     def _action_button(self, label: str, method: str) -> widgets.Button:
-        button = widgets.Button(description=label, disabled=True, layout=widgets.Layout(width="auto"))
+        layout = one_for_all("action", lambda: widgets.Layout(width="auto"))
+        style = one_for_all("action style", ButtonStyle)
+        button = widgets.Button(description=label, disabled=True, layout=layout, style=style)
         button.on_click(lambda button: self._act(method))
         button.add_class("dw-" + method.replace("_", "-"))
         return button
