@@ -286,6 +286,11 @@ class Family:
         raise KeyError(f"{self.title} has no {class_name}; it has {', '.join(c.class_name for c in self.calls)}")
 
     @property
+    def flow_matching(self) -> bool:
+        "Whether its noise levels go from 1 to 0."
+        return SchedulerName.flow_match_euler in self.schedulers
+
+    @property
     def text_encoders(self) -> tuple[str, ...]:
         "The components that encode text."
         return tuple(slot for slot in self.components if slot.startswith("text_encoder"))

@@ -42,6 +42,7 @@ SCHEDULER_CLASSES = (
     "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler",
     "DEISMultistepScheduler",
+    "SASolverScheduler",
     "LMSDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",

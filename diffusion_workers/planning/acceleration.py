@@ -118,7 +118,8 @@ def apply_profile(request: GenerationRequest, manifest: ModelManifest) -> Genera
         return request
     chosen = {}
     for name in ("num_inference_steps", "guidance_scale", "scheduler", "use_karras_sigmas", "timestep_spacing", "eta"):
-        if name in ("use_karras_sigmas", "timestep_spacing") and request.sigma_schedule is not None:
+        listed = request.sigmas or request.timesteps
+        if name in ("use_karras_sigmas", "timestep_spacing") and (listed or request.sigma_schedule is not None):
             continue  # which says the same
         if getattr(profile, name) is not None and getattr(request, name) is None:
             chosen[name] = getattr(profile, name)

@@ -71,6 +71,8 @@ _SAMPLERS |= {
     "dpm2ancestral": SchedulerName.kdpm2_ancestral,
     "kdpm2a": SchedulerName.kdpm2_ancestral,
     "dpmpp2msdegpu": SchedulerName.dpmpp_2m_sde,
+    "dpmpp3msdegpu": SchedulerName.dpmpp_3m_sde,
+    "dpmpp2s": SchedulerName.dpmpp_singlestep,
     "unipcbh2": SchedulerName.unipc,
     "eulerflowmatch": SchedulerName.flow_match_euler,
 }
@@ -94,6 +96,7 @@ def scheduler_of(
 _AUTOMATIC = {
     SchedulerName.dpmpp_2m: "karras",
     SchedulerName.dpmpp_2m_sde: "exponential",
+    SchedulerName.dpmpp_3m_sde: "exponential",
     SchedulerName.kdpm2: "karras",
     SchedulerName.kdpm2_ancestral: "karras",
 }
@@ -180,6 +183,7 @@ _LABELS = {
     "seed": "seed", "size": "size", "model": "model", "clip skip": "clip_layer", "mask blur": "inpaint.mask_blur",
     "masked area padding": "inpaint.padding", "inpaint padding": "inpaint.padding", "cfg rescale": "guidance_rescale",
     "rescale cfg": "guidance_rescale", "timestep spacing": "timestep_spacing", "eta ddim": "eta",
+    "sigmas": "sigmas", "timesteps": "timesteps",
 }  # fmt: skip
 _IGNORED_LABELS = frozenset(
     ("version", "model hash", "vae hash", "lora hashes", "ti hashes", "hashes", "app", "user", "created date")

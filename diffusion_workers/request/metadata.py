@@ -11,7 +11,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,12 @@ SAMPLER_LABELS = {
     SchedulerName.heun: "Heun",
     SchedulerName.dpmpp_2m: "DPM++ 2M",
     SchedulerName.dpmpp_2m_sde: "DPM++ 2M SDE",
+    SchedulerName.dpmpp_3m: "DPM++ 3M",
+    SchedulerName.dpmpp_3m_sde: "DPM++ 3M SDE",
     SchedulerName.dpmpp_singlestep: "DPM++ 2S",
     SchedulerName.unipc: "UniPC",
     SchedulerName.deis: "DEIS",
+    SchedulerName.sa_solver: "SA Solver",
     SchedulerName.lms: "LMS",
     SchedulerName.kdpm2: "DPM2",
     SchedulerName.kdpm2_ancestral: "DPM2 a",
@@ -97,6 +100,10 @@ def _schedule_label(plan: GenerationPlan) -> str | None:
     return None if schedule is None else {"ays": "Align Your Steps"}.get(schedule.value, schedule.value.capitalize())
 
 
+def _listed(numbers: Sequence[float] | None) -> str | None:
+    return None if numbers is None else ", ".join(map(str, numbers))
+
+
 def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
     guidance, options = FAMILIES[plan.family].guidance, plan.scheduler.options or {}
     embedded = guidance.embedded_field
@@ -105,6 +112,8 @@ def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
         "Sampler": SAMPLER_LABELS.get(plan.scheduler.name, plan.scheduler.class_name),
         "Schedule type": _schedule_label(plan),
         "Timestep spacing": options.get("timestep_spacing"),
+        "Sigmas": _listed(None if plan.scheduler.sigma_schedule else plan.scheduler.sigmas),
+        "Timesteps": _listed(plan.scheduler.timesteps),
         "Eta DDIM": plan.eta,
         "CFG scale": getattr(plan, guidance.field),
         "Distilled CFG Scale": None if embedded is None else getattr(plan, embedded),

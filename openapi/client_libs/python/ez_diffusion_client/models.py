@@ -92,9 +92,12 @@ class SchedulerName(StrEnum):
     heun = "heun"
     dpmpp_2m = "dpmpp_2m"
     dpmpp_2m_sde = "dpmpp_2m_sde"
+    dpmpp_3m = "dpmpp_3m"
+    dpmpp_3m_sde = "dpmpp_3m_sde"
     dpmpp_singlestep = "dpmpp_singlestep"
     unipc = "unipc"
     deis = "deis"
+    sa_solver = "sa_solver"
     lms = "lms"
     kdpm2 = "kdpm2"
     kdpm2_ancestral = "kdpm2_ancestral"
@@ -716,6 +719,14 @@ class OutputOptions(CompactModel):
     ] = True
 
 
+class Sigma(RootModel[StrictFloat]):
+    root: Annotated[StrictFloat, Field(ge=0.0, le=100000.0)]
+
+
+class Timestep(RootModel[StrictInt]):
+    root: Annotated[StrictInt, Field(ge=0, le=999)]
+
+
 class GenerationRequest(CompactModel):
     """
     What to make
@@ -867,6 +878,22 @@ class GenerationRequest(CompactModel):
             description="Which timesteps are sampled, where the scheduler supports it; default: the model's"
         ),
     ] = None
+    sigmas: Annotated[
+        list[Sigma] | None,
+        Field(
+            description="The noise level before each step, the largest first, where the scheduler takes them; the 0 at the end may be left out. In place of num_inference_steps and of every spacing; for flow matching the levels after the shift, at most 1",
+            max_length=1001,
+            min_length=1,
+        ),
+    ] = None
+    timesteps: Annotated[
+        list[Timestep] | None,
+        Field(
+            description="The timestep of each step, the largest first, where the scheduler takes them; in place of num_inference_steps and of every spacing",
+            max_length=1000,
+            min_length=1,
+        ),
+    ] = None
     eta: Annotated[
         StrictFloat | None,
         Field(
@@ -983,8 +1010,12 @@ class PlannedScheduler(CompactModel):
     sigmas: Annotated[
         list[StrictFloat] | None,
         Field(
-            description="The noise levels of ays, the largest first, without the 0 at the end"
+            description="The noise levels of ays or of the request, the largest first, without the 0 at the end"
         ),
+    ] = None
+    timesteps: Annotated[
+        list[StrictInt] | None,
+        Field(description="The timesteps of the request, the largest first"),
     ] = None
 
 

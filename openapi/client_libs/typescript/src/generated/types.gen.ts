@@ -84,9 +84,12 @@ export const SchedulerName = {
     HEUN: 'heun',
     DPMPP_2M: 'dpmpp_2m',
     DPMPP_2M_SDE: 'dpmpp_2m_sde',
+    DPMPP_3M: 'dpmpp_3m',
+    DPMPP_3M_SDE: 'dpmpp_3m_sde',
     DPMPP_SINGLESTEP: 'dpmpp_singlestep',
     UNIPC: 'unipc',
     DEIS: 'deis',
+    SA_SOLVER: 'sa_solver',
     LMS: 'lms',
     KDPM2: 'kdpm2',
     KDPM2_ANCESTRAL: 'kdpm2_ancestral',
@@ -729,6 +732,14 @@ export type GenerationRequest = {
      */
     timestep_spacing?: TimestepSpacing | null;
     /**
+     * The noise level before each step, the largest first, where the scheduler takes them; the 0 at the end may be left out. In place of num_inference_steps and of every spacing; for flow matching the levels after the shift, at most 1
+     */
+    sigmas?: Array<number> | null;
+    /**
+     * The timestep of each step, the largest first, where the scheduler takes them; in place of num_inference_steps and of every spacing
+     */
+    timesteps?: Array<number> | null;
+    /**
      * How much new noise each step of ddim or tcd adds, 0 is none; default: 0, and 0.3 with tcd
      */
     eta?: number | null;
@@ -806,9 +817,13 @@ export type PlannedScheduler = {
      */
     sigma_schedule?: SigmaSchedule | null;
     /**
-     * The noise levels of ays, the largest first, without the 0 at the end
+     * The noise levels of ays or of the request, the largest first, without the 0 at the end
      */
     sigmas?: Array<number> | null;
+    /**
+     * The timesteps of the request, the largest first
+     */
+    timesteps?: Array<number> | null;
 };
 
 /**
