@@ -259,6 +259,8 @@ class Family:
     aligned_steps: Literal["sd1", "xl"] | None = None  # the table of Align Your Steps that was made for it
     usual_names: tuple[str, ...] = ()  # parts of the names that people give to its models, in lower case
     refiner: Refiner | None = None
+    guiders: tuple[str, ...] = ("apg", "cfg_zero_star")  # refinements of guidance that work on the denoiser
+    freeu: Mapping[str, float] = field(default_factory=dict)  # weights of FreeU where they differ from the usual ones
     reads_gguf: bool = False  # whether the denoiser may be a .gguf file
     attention_backends: bool = False  # whether the denoiser has diffusers' choice of attention implementations
     text_layout: Literal["clip", "clip_clip", "clip_t5", "clip_clip_t5"] | None = (

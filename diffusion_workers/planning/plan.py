@@ -7,14 +7,15 @@ __all__ = ['SCHEDULERS', 'KARRAS_SCHEDULERS', 'LEVEL_SCHEDULES', 'MAX_ALIGNED_ST
            'WITHOUT_ZERO_SNR', 'planned_call', 'pipeline_class', 'scheduler_facts', 'asked_scheduler', 'asked_schedule',
            'with_listed_steps', 'listed_sigmas', 'listed_timesteps', 'asked_spacing', 'plan_scheduler', 'plan_eta',
            'check_scheduler', 'has_schedule', 'scheduler_warnings', 'size_multiple', 'plan_size', 'check_size',
-           'size_warnings', 'plan_seeds', 'check_seeds', 'plan_task', 'plan_strength', 'count_denoising_steps',
-           'count_denoiser_calls', 'strength_warnings', 'check_task', 'may_be_empty', 'check_prompt', 'check_model',
-           'prediction_warnings', 'check_support', 'text_warnings', 'apply_distilled', 'is_distilled_plan',
-           'find_problems', 'make_plan', 'request_from_plan', 'batch_key']
+           'size_warnings', 'plan_seeds', 'plan_subseeds', 'check_seeds', 'seed_warnings', 'plan_task', 'plan_strength',
+           'count_denoising_steps', 'count_denoiser_calls', 'strength_warnings', 'check_task', 'may_be_empty',
+           'check_prompt', 'check_model', 'prediction_warnings', 'check_support', 'text_warnings', 'apply_distilled',
+           'is_distilled_plan', 'find_problems', 'make_plan', 'request_from_plan', 'batch_key']
 
 # %% ../../nbs/40_planning/04_plan.ipynb #93aae149
 import hashlib
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -33,8 +34,11 @@ from diffusion_workers.planning.acceleration import (
     acceleration_warnings,
     apply_profile,
     check_acceleration,
+    check_guider,
     check_profile,
+    check_seamless,
     complete,
+    complete_guider,
     steps_for_strength,
 )
 from diffusion_workers.planning.controls import (
@@ -515,7 +519,21 @@ def plan_seeds(
     if request.seeds:
         return [seed.root for seed in request.seeds]
     first = random_seed if request.seed in (None, DRAWN_SEED) else request.seed
-    return [first + i for i in range(request.num_images or 1)]
+    varied = bool(request.subseed_strength)  # then the variation seed counts up
+    return [first if varied else first + i for i in range(request.num_images or 1)]
+
+
+def plan_subseeds(
+    request: GenerationRequest,
+    random_seed: int,  # what a variation seed is drawn from
+) -> list[int] | None:  # one for each image; None without a variation
+    "The variation seed of each image."
+    if not request.subseed_strength:
+        return None
+    first = request.subseed
+    if first in (None, DRAWN_SEED):
+        first = random.Random(random_seed).randrange(2**32)  # another number than the seed drawn from it
+    return [first + i for i in range(len(plan_seeds(request, random_seed)))]
 
 
 def check_seeds(
@@ -550,13 +568,23 @@ def check_seeds(
             given=request.num_images,
             allowed=str(len(request.seeds)),
         )
-    if request.seed is not None and request.seed + count - 1 > LARGEST_SEED:
-        yield error_detail(
-            ErrorCode.out_of_range,
-            "the seed of the last image is too large",
-            field="seed",
-            given=request.seed,
-            allowed=f"at most {LARGEST_SEED - count + 1}",
+    for field in ("seed", "subseed"):
+        given = getattr(request, field)
+        if given is not None and given + count - 1 > LARGEST_SEED:
+            yield error_detail(
+                ErrorCode.out_of_range,
+                f"the {field} of the last image is too large",
+                field=field,
+                given=given,
+                allowed=f"at most {LARGEST_SEED - count + 1}",
+            )
+
+
+def seed_warnings(request: GenerationRequest) -> Iterator[RequestWarning]:
+    "A variation seed that has no effect."
+    if request.subseed is not None and not request.subseed_strength:
+        yield warning(
+            "without subseed_strength the variation seed has no effect", field="subseed", given=request.subseed
         )
 
 # %% ../../nbs/40_planning/04_plan.ipynb #2e2ce2f3
@@ -960,7 +988,20 @@ def find_problems(
         *check_support(request, manifest, call),
         *check_profile(request, manifest),
         *check_acceleration(request, manifest, plan_control_kind(request, manifest)),
+        *_guider_problems(request, manifest, call),
+        *check_seamless(request, manifest),
     ]
+
+
+def _guider_problems(
+    request: GenerationRequest, manifest: ModelManifest, call: PipelineCall | None
+) -> Iterator[ErrorDetail]:
+    if request.guider is None or call is None:
+        return
+    guided = _is_guided(manifest, _plan_guidance(request, manifest, call))
+    if manifest.record.guidance.embedded_field is not None and "negative_prompt" in call.takes:
+        guided = guided and bool(_plan_texts(request, manifest, call)["negative_prompt"])
+    yield from check_guider(request, manifest, guided)
 
 
 def _embedding_problems(
@@ -1024,6 +1065,7 @@ def make_plan(
         *distilled_notes,
         *scheduler_warnings(request, manifest),
         *strength_warnings(strength, steps, made),
+        *seed_warnings(request),
         *control_warnings(request, calls or made),
         *prediction_warnings(manifest, scheduler),
     ]
@@ -1051,6 +1093,8 @@ def make_plan(
         denoising_steps=made,
         denoiser_calls=calls,
         seeds=plan_seeds(request, random_seed),
+        subseeds=plan_subseeds(request, random_seed),
+        subseed_strength=request.subseed_strength or None,
         scheduler=scheduler,
         eta=plan_eta(request, manifest),
         image=image,
@@ -1061,6 +1105,8 @@ def make_plan(
         loras=plan_loras(request, loras),
         controlnets=plan_controls(request, manifest, controls) or None,
         profile=request.profile,
+        seamless=request.seamless,
+        guider=complete_guider(request.guider, manifest.record),
         step_cache=complete(request.step_cache),
         acceleration=request.acceleration,
         memory=request.memory,
@@ -1075,6 +1121,7 @@ _REPLAYED = (
     "guidance_scale", "true_cfg_scale", "guidance_rescale", "seeds", "max_sequence_length",
     "size_conditioning", "refiner",
     "strength", "resize_mode", "inpaint", "loras", "step_cache", "acceleration", "memory", "output",
+    "subseed_strength", "seamless", "guider",
 )  # fmt: skip
 
 
@@ -1110,6 +1157,8 @@ def request_from_plan(
     files = {"loras": {"__all__": {"source", "sha256"}}}  # which file a name stood for, is not part of a request
     told = plan.model_dump(include=set(_REPLAYED), exclude=files)
     fields = {name: value for name, value in told.items() if value is not None}
+    if plan.subseeds:
+        fields["subseed"] = plan.subseeds[0]
     options = plan.scheduler.options or {}
     fields |= {"scheduler": plan.scheduler.name, "use_karras_sigmas": options.get("use_karras_sigmas")}
     if plan.scheduler.sigma_schedule is not None:
@@ -1151,6 +1200,7 @@ _PER_IMAGE = {
     "written_negative_prompt",
     "styles",
     "seeds",
+    "subseeds",
     "output",
     "warnings",
     "environment",

@@ -104,7 +104,7 @@ def _listed(numbers: Sequence[float] | None) -> str | None:
     return None if numbers is None else ", ".join(map(str, numbers))
 
 
-def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
+def _settings(plan: GenerationPlan, seed: int, subseed: int | None) -> dict[str, object]:
     guidance, options = FAMILIES[plan.family].guidance, plan.scheduler.options or {}
     embedded = guidance.embedded_field
     return {
@@ -118,6 +118,8 @@ def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
         "CFG scale": getattr(plan, guidance.field),
         "Distilled CFG Scale": None if embedded is None else getattr(plan, embedded),
         "Seed": seed,
+        "Variation seed": subseed,
+        "Variation seed strength": plan.subseed_strength,
         "Size": f"{plan.width}x{plan.height}",
         "Model": plan.model,
         "Denoising strength": plan.strength,
@@ -125,6 +127,7 @@ def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
         "Mask blur": plan.inpaint.mask_blur if plan.inpaint else None,
         "Loras": ", ".join(f"{lora.name}: {lora.scale:g}" for lora in plan.loras or []) or None,
         **{f"ControlNet {index}": _control_text(control) for index, control in enumerate(plan.controlnets or [])},
+        "Tiling": {"both": "True"}.get(plan.seamless.value, plan.seamless.value) if plan.seamless else None,
         "Version": f"diffusion_workers {__version__}",
     }
 
@@ -135,7 +138,8 @@ def parameters_line(
 ) -> str:  # prompt, negative prompt and settings, each beginning a line
     "How an image was made, in the form that other programs read."
     negative = f"\nNegative prompt: {plan.negative_prompt}" if plan.negative_prompt else ""
-    return f"{plan.prompt}{negative}\n{_joined(_settings(plan, plan.seeds[index]))}"
+    subseed = plan.subseeds[index] if plan.subseeds else None
+    return f"{plan.prompt}{negative}\n{_joined(_settings(plan, plan.seeds[index], subseed))}"
 
 # %% ../../nbs/10_request/04_metadata.ipynb #a600f33f
 _SETTINGS_LINE = re.compile(r"^[ \t]*+Steps:", re.MULTILINE)

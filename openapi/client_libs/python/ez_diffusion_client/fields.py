@@ -62,6 +62,12 @@ class RequestFields(TypedDict, total=False):
     names"""
     seeds: Sequence[int] | None
     """One seed for each image"""
+    subseed: int | None
+    """Variation seed: the other noise that subseed_strength moves towards; image i takes subseed + i, and all
+    images the same seed; without it or with -1 one is drawn"""
+    subseed_strength: float | None
+    """How far the initial noise moves from that of seed (0) to that of subseed (1), by spherical
+    interpolation"""
     scheduler: models.SchedulerName | Literal['ddim', 'ddpm', 'pndm', 'euler', 'euler_ancestral', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m', 'dpmpp_3m_sde', 'dpmpp_singlestep', 'unipc', 'deis', 'sa_solver', 'lms', 'kdpm2', 'kdpm2_ancestral', 'lcm', 'tcd', 'flow_match_euler'] | None
     """Absent takes the one of the model"""
     use_karras_sigmas: bool | None
@@ -103,6 +109,10 @@ class RequestFields(TypedDict, total=False):
     profile: str | None
     """A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or
     fast"""
+    seamless: models.SeamlessAxes | Literal['x', 'y', 'both'] | None
+    """Axes along which the image continues at its opposite edge, so that it can be tiled; U-Nets only;
+    default: none"""
+    guider: models.GuiderOptions | dict[str, Any] | None
     step_cache: models.StepCacheOptions | dict[str, Any] | None
     acceleration: models.AccelerationOptions | dict[str, Any] | None
     memory: models.MemoryOptions | dict[str, Any] | None
