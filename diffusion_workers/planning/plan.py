@@ -66,9 +66,11 @@ from diffusion_workers.prompt.requests import (
     reads_syntax,
     syntax_warnings,
     usable_names,
+    with_drawn_negative,
     with_syntax,
 )
 from ..prompt.sigmas import ays_sigmas
+from ..prompt.variants import is_template
 from ..request.errors import RequestError, error_detail, warning
 from ..request.images import round_to_multiple
 from ..request.metadata import PLAN_VERSION
@@ -832,9 +834,12 @@ def _plan_texts(request: GenerationRequest, manifest: ModelManifest, call: Pipel
 def _plan_syntax(
     request: GenerationRequest,
     written: GenerationRequest,  # the same before its prompts were drawn
+    written_default: str | None,  # the manifest's negative prompt, where the pipeline takes one
 ) -> dict[str, Any]:
     drawn = {name: getattr(written, name) for name in ("prompt", "negative_prompt")}
     told: dict[str, Any] = {f"written_{n}": text for n, text in drawn.items() if text != getattr(request, n)}
+    if request.negative_prompt is None and reads_syntax(request) and is_template(written_default or ""):
+        told["written_negative_prompt"] = written_default
     if written.styles:
         told["styles"] = list(written.styles)
     if reads_syntax(request):
@@ -1038,8 +1043,10 @@ def make_plan(
     "Decide everything that decides the pixels; raises a `RequestError` with all mistakes."
     written, broken_prompts = written or request, []
     request = with_listed_steps(with_syntax(request, manifest))
+    written_default, first_seed = manifest.defaults.negative_prompt, plan_seeds(request, random_seed)[0]
     try:
-        request = read_prompts(request, manifest, plan_seeds(request, random_seed)[0])
+        request = read_prompts(request, manifest, first_seed)
+        manifest = with_drawn_negative(manifest, request, first_seed)
     except RequestError as exc:
         broken_prompts = exc.errors
     asked = apply_profile(request, manifest)
@@ -1083,7 +1090,7 @@ def make_plan(
         control_kind=kind,
         pipeline_class=call.class_name,
         **texts,
-        **_plan_syntax(request, written),
+        **_plan_syntax(request, written, written_default if texts["negative_prompt"] else None),
         embeddings=plan_embeddings(embeddings, offered),
         **guidance,
         **_plan_family_fields(request, manifest),
