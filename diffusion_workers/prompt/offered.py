@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from ..models.manifest import FileSource, FolderSource, ModelManifest
+from ..models.manifest import BuiltinSource, FileSource, FolderSource, ModelManifest
 from ..models.weight_headers import WeightFileError, read_config
 from .embeddings import Embedding, Embeddings, Name, split_at_names
 from .schedules import text_schedule
@@ -187,11 +187,10 @@ def encoder_widths(
 def _encoder_config(manifest: ModelManifest, name: str) -> Mapping[str, Any]:
     part = manifest.components.get(name)
     own = part.source if part is not None else None
-    source = own or manifest.source
-    if isinstance(source, FileSource):
-        source = source.config
-    if source is None or not hasattr(source, "location"):
-        return {}
+    given = own or manifest.source
+    source = given.config if isinstance(given, FileSource) else given
+    if not isinstance(source, BuiltinSource | FolderSource):
+        return {}  # it is known after loading
     try:
         folder = source.location()
         return read_config(folder / name / "config.json") or (read_config(folder / "config.json") if own else {})
@@ -207,9 +206,9 @@ def _misfit(embedding: Embedding, manifest: ModelManifest) -> str | None:
     if not two and "clip_g" in names:
         return "it has vectors for two text encoders, and this model has one"
     for part, width in encoder_widths(manifest).items():
-        given = embedding.tensors.get(part, embedding.tensors.get("")).shape[1]
-        if given != width:
-            return f"its vectors have {given} numbers, and {part} of this model takes {width}"
+        vectors = embedding.tensors.get(part, embedding.tensors.get(""))
+        if vectors is not None and vectors.shape[1] != width:
+            return f"its vectors have {vectors.shape[1]} numbers, and {part} of this model takes {width}"
     return None
 
 
