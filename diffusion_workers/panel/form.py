@@ -31,6 +31,8 @@ _LABELS = {
     "use_karras_sigmas": "Karras sigmas",
     "sigma_schedule": "Noise schedule",
     "timestep_spacing": "Timestep spacing",
+    "subseed": "Variation seed",
+    "subseed_strength": "Variation strength",
     "true_cfg_scale": "True CFG scale",
     "clip_skip": "CLIP skip",
     "torch_compile": "torch.compile",
@@ -49,9 +51,12 @@ CHOICES = {  # choices as people know them from other programs
     "heun": "Heun",
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m": "DPM++ 3M",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
     "dpmpp_singlestep": "DPM++ 2S",
     "unipc": "UniPC",
     "deis": "DEIS",
+    "sa_solver": "SA-Solver",
     "lms": "LMS",
     "kdpm2": "DPM2",
     "kdpm2_ancestral": "DPM2 a",
@@ -59,13 +64,17 @@ CHOICES = {  # choices as people know them from other programs
     "ays": "Align Your Steps",
     "lcm": "LCM",
     "flow_match_euler": "Flow match Euler",
+    "apg": "APG",
+    "cfg_zero_star": "CFG-Zero*",
+    "pag": "Perturbed attention (PAG)",
+    "freeu": "FreeU",
     "deepcache": "DeepCache",
     "taylorseer": "TaylorSeer",
     "mag": "MagCache",
     "true": "on",
     "false": "off",
 }
-_CHOICES_OF = ("scheduler", "step_cache.method")  # and booleans
+_CHOICES_OF = ("scheduler", "step_cache.method", "guider.method")  # and booleans
 _NAMES = ("model", "profile")  # whose choices are names, shown as they are written
 SLIDERS = {  # field -> lowest, highest and step of its slider; the text field takes any valid number
     "width": (64, 2048, 8),
