@@ -368,12 +368,16 @@ class Vocabulary(_Section):
 
     groups: dict[Name, tuple[Text, ...]]  # such as colors: [red, blue]; a prompt needs one of these words
     function_words: tuple[Text, ...] = ()  # such as a, the, on
+    case_sensitive: Annotated[bool, Field(strict=True)] = False  # whether Red is another word than red
 
     @property
     def words(self) -> frozenset[str]:
-        "All of them, in lower case."
-        listed = itertools.chain(self.function_words, *self.groups.values())
-        return frozenset(word.lower() for word in listed)
+        "All of them, as the model knows them."
+        return frozenset(map(self.known_form, itertools.chain(self.function_words, *self.groups.values())))
+
+    def known_form(self, word: str) -> str:
+        "A word as it is looked up."
+        return word if self.case_sensitive else word.lower()
 
 
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]

@@ -42,13 +42,13 @@ def prompt_words(
     text: str,
     is_plain: bool = True,  # False: in the syntax of AUTOMATIC1111
     names: tuple[str, ...] = (),  # of embeddings, which are not words
-) -> list[str]:  # in lower case, each once, in their order
+) -> list[str]:  # as they are written, each once, in their order
     "The words of a prompt."
     found: dict[str, None] = {}
     for piece in _plain_pieces(text) if is_plain else _text_pieces(text):
         for part in split_at_names(piece, names):
             if isinstance(part, str):
-                found |= dict.fromkeys(word.lower() for word in _WORD.findall(part))
+                found |= dict.fromkeys(_WORD.findall(part))
     return list(found)
 
 # %% ../../nbs/35_prompt/11_vocabulary.ipynb #2b3caca4
@@ -62,10 +62,10 @@ def _known(vocabulary: Vocabulary) -> str:
 
 def _word_warning(word: str, field: str, manifest: ModelManifest, vocabulary: Vocabulary) -> RequestWarning:
     for name, entry in manifest.loras.items():
-        if word in (trigger.lower() for trigger in entry.trigger_words):
+        if word.lower() in (trigger.lower() for trigger in entry.trigger_words):
             message = f"{manifest.name} learns this word from the LoRA {name}: add it to loras"
             return warning(message, field=field, given=word)
-    near = nearest_name(word, sorted(vocabulary.words))
+    near = nearest_name(word.lower(), sorted(vocabulary.words))
     hint = f"did you mean {near}?" if near else f"it knows {_known(vocabulary)}"
     return warning(f"{manifest.name} does not know this word; {hint}", field=field, given=word)
 
@@ -73,9 +73,10 @@ def _word_warning(word: str, field: str, manifest: ModelManifest, vocabulary: Vo
 def _text_warnings(
     words: Collection[str], learned: Collection[str], field: str, manifest: ModelManifest, vocabulary: Vocabulary
 ) -> Iterator[RequestWarning]:
-    unknown = [word for word in words if word not in vocabulary.words and word not in learned]
-    meaning = vocabulary.words - {word.lower() for word in vocabulary.function_words}
-    if unknown and not meaning.intersection(words):
+    known = vocabulary.words
+    unknown = [word for word in words if vocabulary.known_form(word) not in known and word.lower() not in learned]
+    meaning = known - {vocabulary.known_form(word) for word in vocabulary.function_words}
+    if unknown and not meaning.intersection(map(vocabulary.known_form, words)):
         about = " ".join((manifest.description or f"it knows {_known(vocabulary)}").split())
         yield warning(f"{manifest.name} knows none of these words: {about}", field=field, given=" ".join(unknown))
         return
