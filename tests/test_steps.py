@@ -140,7 +140,7 @@ def test_trailing_spacing_makes_no_step_too_many(service: DiffusionService, step
 
 
 def test_a_model_that_keeps_its_own_scheduler_is_counted(service: DiffusionService) -> None:
-    for model in ("sd15", "sdxl", "flux", "sd35"):
+    for model in ("sd15", "sdxl", "flux", "sd35", "zimage"):
         made = Counted(service, model=model, num_inference_steps=3, guidance_scale=1.0, seed=1, **SIZE)
         assert made.plan.denoiser_calls == len(made.timesteps) == 3
 

@@ -21,9 +21,10 @@ from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS, nearest_interp
 from diffusers.models.autoencoders.vae import DecoderOutput
 
 from .compilation import CompiledBlocks
-from .denoiser_calls import Arithmetic, DoubledRun, SeparateRun
+from .denoiser_calls import Arithmetic, DoubledRun, ListedRun, SeparateRun
 from .encoder_cache import EncoderCache, use_encoder_cache
 from .step_cache import CacheSchedule, use_unet_cache
+from ..families.registry import FAMILIES
 from ..models.manifest import MemorySettings
 from ..pipeline.controlnets import view_of
 from ..pipeline.factory import PipelineFactory, use_part
@@ -241,7 +242,8 @@ def _doubled_run(
     halve = not any(
         control.control_mode == ControlMode.control for control in plan.controlnets or ()
     )  # that mode looks at both halves
-    return DoubledRun(pipe, options, cached, schedule, reuses_residuals(cache), halve, arithmetic)
+    run = ListedRun if FAMILIES[plan.family].denoiser_calls == "lists" else DoubledRun
+    return run(pipe, options, cached, schedule, reuses_residuals(cache), halve, arithmetic)
 
 
 def _separate_run(

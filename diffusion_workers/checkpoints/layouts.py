@@ -22,6 +22,8 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
+    convert_z_image_controlnet_checkpoint_to_diffusers,
+    convert_z_image_transformer_checkpoint_to_diffusers,
 )
 from safetensors import safe_open
 from torch.utils._pytree import tree_flatten
@@ -363,6 +365,17 @@ def _original_sd3(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     converted = convert_sd3_transformer_checkpoint_to_diffusers(rest)  # takes out what it uses
     return rest | converted
 
+# %% ../../nbs/45_checkpoints/01_layouts.ipynb #2351b4e9
+def _original_zimage(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    if any(name.startswith("all_x_embedder.") for name in tensors):
+        return dict(tensors)
+    return convert_z_image_transformer_checkpoint_to_diffusers(dict(tensors))
+
+
+def _zimage_controlnet(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    "The ControlNet 2.0 has refiners in its file that it was not trained with."
+    return convert_z_image_controlnet_checkpoint_to_diffusers(dict(tensors), config)
+
 # %% ../../nbs/45_checkpoints/01_layouts.ipynb #e9e160ed
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _IN_ATTENTION = re.compile(r"(attentions\.\d+\.)(query|key|value|proj_attn)(\.)")
@@ -490,6 +503,19 @@ LAYOUTS = {
         "a transformer of Stable Diffusion 3", _DENOISER, r"^(?:x_embedder|pos_embed)\.proj\.weight$", _original_sd3
     ),
     "SD3ControlNetModel": Layout("a ControlNet for Stable Diffusion 3", ("",), r"^controlnet_blocks\."),
+    "ZImageTransformer2DModel": Layout(
+        "a transformer of Z-Image",
+        _DENOISER,
+        r"^(?:cap_pad_token|all_x_embedder\.2-1\.weight)$",
+        _original_zimage,
+        r"^norm_final\.",
+    ),
+    "ZImageControlNetModel": Layout(
+        "a ControlNet for Z-Image", ("",), r"^control_all_x_embedder\.", _zimage_controlnet, r"^control_noise_refiner\."
+    ),
+    "Qwen3Model": Layout(
+        "a text encoder of Qwen3", ("model.", ""), r"^layers\.\d+\.self_attn\.q_norm\.", unused=r"^lm_head\."
+    ),
     "ControlNetModel": Layout(
         "a ControlNet",
         ("control_model.", ""),

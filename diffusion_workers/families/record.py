@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SELECTIVE_FIELDS', 'CLIP_SIZES', 'remaining_steps', 'remaining_steps_at_least_one', 'PipelineCall', 'Guidance',
            'TextInput', 'Latents', 'Controls', 'LoraMark', 'LoraBlocks', 'OriginalName', 'LoraKeys', 'TinyComponent',
-           'TinyModel', 'tiny_clip', 'tiny_t5', 'tiny_vae', 'Refiner', 'Family']
+           'TinyModel', 'tiny_clip', 'tiny_t5', 'tiny_qwen', 'tiny_vae', 'Refiner', 'Family']
 
 # %% ../../nbs/05_families/01_record.ipynb #31512aa3
 from collections.abc import Callable, Iterable, Mapping
@@ -50,10 +50,13 @@ class PipelineCall:
     model_kind: ModelKind = ModelKind.standard
     takes: frozenset[str] = frozenset({"negative_prompt"})  # of the request fields in SELECTIVE_FIELDS
     takes_size: bool = True  # whether it has the arguments height and width
+    takes_strength: bool = True  # whether an image is what it starts from, as `strength` says
+    prompt_for_each: bool = False  # takes a prompt for each image, and not a number of images for each prompt
     control_argument: str = "control_image"  # the argument for the control maps
     map_is_input: bool = False  # the control map goes into the denoiser itself, without a ControlNet
     mask_in_pixels: bool = False  # takes every pixel of a mask, instead of the first one of each latent cell
     plain_latents_only: bool = False  # refuses a denoiser that also takes the mask and the masked image
+    controlnet_config: Mapping[str, Any] = field(default_factory=dict)  # what a ControlNet must have been built with
     count_steps: Callable[[int, float], int] = remaining_steps  # (num_inference_steps, strength) -> steps computed
 
 
@@ -64,9 +67,10 @@ SELECTIVE_FIELDS = ("guidance_rescale", "true_cfg_scale", "refiner", "negative_p
 class Guidance:
     "Which request field is classifier-free guidance, with a second prediction for each step."
 
-    field: str = "guidance_scale"  # is on above 1
+    field: str = "guidance_scale"
+    on_above: float = 1.0  # the scale from which on the second prediction counts; 0 where a scale adds to the prompt's
     embedded_field: str | None = None  # a scale that the denoiser is told as a number: distilled guidance
-    needed: str = "guidance_scale"  # what has to be above 1, in messages
+    needed: str = "guidance_scale"  # what has to be above that, in messages
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class TextInput:
     )
     unless: str | None = None  # this field, when it is set, takes the place of `field` in this tokenizer
     instead: str | None = None  # tokenizer to measure with where a model comes without `tokenizer`
+    chat: bool = False  # whether the tokenizer's chat template is put around the text
 
 # %% ../../nbs/05_families/01_record.ipynb #dee6fe9a
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Controls:
 
     controlnet_class: str  # in diffusers
     multi_class: str  # that holds several, with its module
-    residuals: Literal["levels", "packed_tokens", "joint_tokens"]  # what a ControlNet returns, see above
+    residuals: Literal["levels", "packed_tokens", "joint_tokens", "layers"]  # what a ControlNet returns, see above
     union_class: str | None = None
     union_multi_class: str | None = None  # where union ControlNets need a holder of their own
     merges_union_maps: bool = False  # one union ControlNet takes all of its maps in one call
@@ -109,7 +114,9 @@ class Controls:
     )  # mode numbers by name of the table, the default first
     mode_argument: Literal["none", "placeholders", "union_modes"] = "none"  # what control_mode is given
     modes: tuple[ControlMode, ...] = (ControlMode.balanced,)
-    encodes_maps: bool = False  # maps go through the VAE, before anything else does
+    max_units: int | None = None  # ControlNets in one request; None is any number
+    has_windows: bool = True  # whether the pipelines leave out steps outside of a control's window
+    encodes_maps: bool = False  # maps go through the VAE with random numbers, before anything else does
     pixel_map_attribute: str | None = None  # of a ControlNet that, where it is set, takes maps as pixels after all
     marks_masked_pixels: bool = False  # the inpaint ControlNet is given -1 where the image is masked
     maps_without_controlnets: frozenset[str] = frozenset()  # preprocessors that no published ControlNet expects
@@ -162,7 +169,7 @@ class LoraKeys:
 class TinyComponent:
     "A component with random weights."
 
-    class_name: str  # in diffusers or transformers; "clip" and "t5" are tokenizers
+    class_name: str  # in diffusers or transformers; "clip", "t5" and "qwen" are tokenizers
     config: Mapping[str, Any] = field(default_factory=dict)
     config_class: str | None = None  # in transformers, whose classes take a configuration object
     tokenizer: str | None = None  # the tokenizer that decides the size of the vocabulary
@@ -180,7 +187,8 @@ class TinyModel:
     )  # of the denoiser, where a kind of model has its own number
     zero_layers: tuple[
         str, ...
-    ] = ()  # layers of a new ControlNet that are zero: random in a tiny one, so that it has an effect
+    ] = ()  # parts of names in a new ControlNet that are zero: random in a tiny one, so that it has an effect
+    unset: tuple[str, ...] = ()  # parameters of a new denoiser that hold whatever was in memory: random in a tiny one
 
 
 CLIP_SIZES = {
@@ -203,6 +211,13 @@ def tiny_t5(tokenizer: str, width: int = 16) -> TinyComponent:
     "A T5 text encoder."
     sizes = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     return TinyComponent("T5EncoderModel", sizes, "T5Config", tokenizer)
+
+
+def tiny_qwen(class_name: str, layers: int, width: int = 16) -> TinyComponent:
+    "A language model of Qwen's kind."
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "head_dim": width // 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 1024}
+    return TinyComponent(class_name, sizes | heads | {"tie_word_embeddings": True}, "Qwen3Config", "tokenizer")
 
 
 def tiny_vae(channels: int, **config: Any) -> TinyComponent:
@@ -249,7 +264,9 @@ class Family:
     size_multiple: int  # pixels: width and height
     schedulers: tuple[SchedulerName, ...]
     latents: Latents
-    denoiser_calls: Literal["doubled", "separate"]  # guidance: one call with both prompts, or a call for each
+    denoiser_calls: Literal[
+        "doubled", "lists", "separate"
+    ]  # guidance: one call with both prompts, in tensors or in lists, or a call for each
     step_caches: tuple[str, ...]  # methods that work on the denoiser
     controls: Controls
     lora: LoraKeys
@@ -262,6 +279,7 @@ class Family:
     guiders: tuple[str, ...] = ("apg", "cfg_zero_star")  # refinements of guidance that work on the denoiser
     freeu: Mapping[str, float] = field(default_factory=dict)  # weights of FreeU where they differ from the usual ones
     reads_gguf: bool = False  # whether the denoiser may be a .gguf file
+    autocasts: bool = True  # whether the denoiser can compute in another dtype than that of its weights
     attention_backends: bool = False  # whether the denoiser has diffusers' choice of attention implementations
     text_layout: Literal["clip", "clip_clip", "clip_t5", "clip_clip_t5"] | None = (
         None  # of its text encoders, for prompts that are encoded here; None leaves every prompt to the pipeline

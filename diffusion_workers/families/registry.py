@@ -17,6 +17,7 @@ from .record import Family, LoraBlocks, LoraMark
 from .sd15 import CROSS_ATTENTION, SD15, cross_attention_mark
 from .sd35 import SD35
 from .sdxl import SDXL
+from .zimage import ZIMAGE
 from ez_diffusion_client.models import ModelFamily, UnionModeName
 
 # %% ../../nbs/05_families/09_registry.ipynb #477264a1
@@ -27,6 +28,7 @@ FAMILIES: dict[ModelFamily, Family] = {
         SDXL,
         FLUX,
         SD35,
+        ZIMAGE,
     )
 }
 
@@ -86,10 +88,9 @@ OTHER_FAMILIES: dict[str, tuple[LoraMark, ...]] = {
     "Cosmos": (LoraMark(r"^blocks_\d+_(?:self|cross)_attn_(?:[qkv]|output)_proj$", order=9),),
     "Wan": (LoraMark(r"^blocks_\d+_(?:self_attn|cross_attn|ffn|attn1|attn2)_"),),
     "HiDream": (LoraMark(r"^(?:double|single)_stream_blocks_\d+_"),),
-    "Z-Image": (LoraMark(r"^(?:layers|noise_refiner|context_refiner)_\d+_attention_", 3840, 9),),
-    "Lumina 2": (LoraMark(r"^(?:layers|noise_refiner|context_refiner)_\d+_att", 2304, 9),),
+    "Lumina 2": (LoraMark(r"^(?:layers|noise_refiner|context_refiner)_\d+_(?:att|feed_forward)", 2304, 9),),
     "OmniGen": (LoraMark(r"^(?:llm_)?layers_\d+_self_attn_qkv_proj", order=9),),
-    "Lumina or Z-Image": (LoraMark(r"^(?:layers|noise_refiner|context_refiner)_\d+_"),),
+    "Lumina or Z-Image": (LoraMark(r"^(?:layers|noise_refiner|context_refiner)_\d+_", order=11),),
 }
 SAME_NAMES = {  # title -> blocks whose attention has the names and widths of Flux, and is all that a LoRA may hold
     "FLUX.2 klein 4B": LoraBlocks(3072, double=5, single=20),
@@ -109,8 +110,6 @@ _OTHER_ARCHITECTURES = {
     "kolors": "Kolors",
     "qwen": "Qwen-Image",
     "lumina": "Lumina",
-    "z-image": "Z-Image",
-    "zimage": "Z-Image",
     "wan": "Wan",
 }
 WEAK_ORDER = 90  # marks from here on count only for files without any cross-attention

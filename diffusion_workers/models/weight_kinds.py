@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DENOISER_PREFIXES', 'PART_PREFIXES', 'ADAPTERS', 'CONTROLNETS', 'FOREIGN', 'PARTS', 'UNETS_BY_WIDTH', 'EDM', 'SCALES',
            'INPUT_SCALES', 'QUANTISED_WEIGHTS', 'UNPACKED_FORMATS', 'parts_of', 'denoiser_prefix', 'first_layer',
-           'Signature', 'first_match', 'cross_attention_width', 'FileKind', 'identify', 'Prediction', 'prediction_of',
-           'packing_of', 'check_packing']
+           'is_zimage', 'Signature', 'first_match', 'cross_attention_width', 'FileKind', 'identify', 'Prediction',
+           'prediction_of', 'packing_of', 'check_packing']
 
 # %% ../../nbs/20_models/05_weight_kinds.ipynb #d6a95d65
 import json
@@ -36,19 +36,26 @@ def parts_of(header: WeightHeader) -> set[str]:  # keys of PART_PREFIXES
 
 def denoiser_prefix(header: WeightHeader) -> str | None:  # None where there is no denoiser
     "What stands before the names of a U-Net or a transformer."
-    firsts = (*_FIRST_OF_UNETS, *_FIRST_OF_FLUX, *_FIRST_OF_SD3)
+    firsts = (*_FIRST_OF_UNETS, *_FIRST_OF_FLUX, *_FIRST_OF_SD3, *_FIRST_OF_ZIMAGE)
     return next((p for p in DENOISER_PREFIXES if any(p + first in header.tensors for first in firsts)), None)
 
 
 _FIRST_OF_UNETS = ("input_blocks.0.0.weight", "conv_in.weight")
 _FIRST_OF_FLUX = ("img_in.weight", "x_embedder.weight")
+_FIRST_OF_ZIMAGE = ("all_x_embedder.2-1.weight",)
 _FIRST_OF_SD3 = ("x_embedder.proj.weight", "pos_embed.proj.weight")
 
 
 def first_layer(header: WeightHeader, prefix: str) -> tuple[int, ...]:
     "The shape of the layer of a denoiser that takes the latents."
-    names = (*_FIRST_OF_UNETS, *_FIRST_OF_FLUX, *_FIRST_OF_SD3)
-    return next(shape for name in names if (shape := header.shape(prefix + name)) is not None)
+    names = (*_FIRST_OF_UNETS, *_FIRST_OF_FLUX, *_FIRST_OF_SD3, *_FIRST_OF_ZIMAGE)
+    shape = next(shape for name in names if (shape := header.shape(prefix + name)) is not None)
+    return (shape[0], shape[1] // 4) if is_zimage(header, prefix) else shape  # of its patches of 2 x 2
+
+
+def is_zimage(header: WeightHeader, prefix: str) -> bool:
+    "Whether a transformer is one of Z-Image: Lumina's has no embedding for the padding of captions."
+    return f"{prefix}cap_pad_token" in header.tensors
 
 # %% ../../nbs/20_models/05_weight_kinds.ipynb #801a5739
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ ADAPTERS = (
 CONTROLNETS = (
     Signature(r"^task_embedding$|^control_add_embedding\.|^spatial_ch_projs\.", "a union ControlNet", _UNION),
     Signature(r"^controlnet_mode_embedder\.", "a union ControlNet", _UNION),
+    Signature(r"^control_all_x_embedder\.", "a union ControlNet for Z-Image", _UNION),
     Signature(
         r"^(?:control_model\.|input_hint_block\.|zero_convs\.|controlnet_cond_embedding\.)"
         r"|^controlnet_(?:down_blocks|blocks|x_embedder)\.",
@@ -92,7 +100,7 @@ FOREIGN = (  # networks of families that this package does not run
     Signature(r"single_stream_modulation|double_stream_modulation", "a transformer of FLUX.2", _OTHER),
     Signature(r"distilled_guidance_layer\.", "a transformer of Chroma", _OTHER),
     Signature(r"txt_in\.individual_token_refiner\.", "a transformer of HunyuanVideo", _OTHER),
-    Signature(r"(?:^|\.)(?:cap_embedder|noise_refiner)\.", "a transformer of Lumina or Z-Image", _OTHER),
+    Signature(r"(?:^|\.)(?:cap_embedder|noise_refiner)\.", "a transformer of Lumina", _OTHER),
     Signature(r"blocks\.\d+\.cross_attn\.|head\.modulation$", "a transformer of Wan or a relative", _OTHER),
     Signature(r"transformer_blocks\.\d+\.(?:img|txt)_mod\.", "a transformer of Qwen-Image", _OTHER),
     Signature(r"adaln_single\.", "a transformer of PixArt, Sana or LTX-Video", _OTHER),
@@ -143,6 +151,8 @@ def _unet_words(header: WeightHeader, prefix: str) -> str:
 
 def _transformer_words(header: WeightHeader, prefix: str) -> str:
     first = first_layer(header, prefix)
+    if is_zimage(header, prefix):
+        return "a transformer of Z-Image"
     if any(prefix + name in header.tensors for name in _FIRST_OF_SD3):
         return "a transformer of Stable Diffusion 3"
     kind = {64: "", 128: " for control images (Canny or Depth)", 384: " for filling (FLUX.1 Fill)"}
@@ -168,7 +178,8 @@ def identify(header: WeightHeader) -> FileKind:
     parts, prefix = parts_of(header), denoiser_prefix(header)
     if "a denoiser" not in parts and (row := first_match(CONTROLNETS, header)):
         return FileKind("union_controlnet" if "union" in row.what else "controlnet", row.what, row.hint)
-    if row := first_match(FOREIGN, header):
+    zimage = prefix is not None and is_zimage(header, prefix)
+    if not zimage and (row := first_match(FOREIGN, header)):
         return FileKind("foreign", row.what, row.hint)
     if prefix is not None:
         words = _denoiser_words(header, prefix)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['view_of', 'layer_weights', 'mask_tensor', 'shaped_residuals', 'level_view', 'token_mask', 'packed_token_view',
-           'joint_token_view', 'check_alike', 'steady_vae', 'PreparedControl', 'check_union_mode', 'holder_of',
-           'control_object', 'control_arguments']
+           'joint_token_view', 'check_alike', 'borrowing_copy', 'image_then_caption', 'layer_view', 'SingleControlNet',
+           'steady_vae', 'PreparedControl', 'check_union_mode', 'check_built_for', 'holder_of', 'control_object',
+           'control_arguments']
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #a5994ead
 import copy
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..families.record import Controls
+from ..families.record import Controls, PipelineCall
 from ..families.registry import FAMILIES
 from ..request.errors import request_error
 from ez_diffusion_client.models import ControlKind, ControlMode, ErrorCode, GenerationPlan, PlannedControl
@@ -187,6 +188,81 @@ def check_alike(controlnets: Sequence[torch.nn.Module]) -> None:
                 hint="use ControlNets of one publisher together, or one of them alone",
             )
 
+# %% ../../nbs/50_pipeline/03_controlnets.ipynb #6c92da26
+_BORROWED = ("t_scale", "t_embedder", "all_x_embedder", "cap_embedder", "rope_embedder", "noise_refiner",
+             "context_refiner", "x_pad_token", "cap_pad_token")  # fmt: skip
+
+
+def borrowing_copy(
+    controlnet: torch.nn.Module,  # ZImageControlNetModel; is not changed
+    denoiser: torch.nn.Module,  # of the pipeline
+) -> torch.nn.Module:
+    "A ControlNet with the parts of a transformer as attributes, not as children: nothing is moved or saved with it."
+    made = copy.copy(controlnet)
+    vars(made).update({name: getattr(denoiser, name) for name in _BORROWED})
+    return made
+
+
+def image_then_caption(
+    area: torch.Tensor,  # (1, tokens of the image, 1), 0 to 1
+    tokens: int,  # of image and caption, with padding behind each
+) -> torch.Tensor:  # (1, tokens, 1)
+    "A mask for the tokens of a transformer that has those of the caption behind those of the image."
+    return torch.cat([area, area.mean().expand(1, tokens - area.shape[1], 1)], dim=1)
+
+
+def layer_view(
+    controlnet: torch.nn.Module,  # ZImageControlNetModel
+    control: PlannedControl,
+    plan: GenerationPlan,
+    mask: Image.Image | None = None,  # where the control holds
+    denoiser: torch.nn.Module | None = None,  # of the pipeline
+) -> torch.nn.Module:
+    "A ControlNet for the layers of a transformer as one control uses it, for one run of a pipeline."
+    area = None if mask is None else token_mask(mask_tensor(mask), plan.height, plan.width)
+    called = controlnet if denoiser is None else borrowing_copy(controlnet, denoiser)
+    step, total = 0, plan.denoising_steps
+
+    def forward(*args, conditioning_scale: Any = None, **kwargs) -> dict[int, torch.Tensor]:
+        nonlocal step
+        step += 1
+        is_on = (step - 1) / total >= control.guidance_start and step / total <= control.guidance_end
+        if not is_on or not control.conditioning_scale:
+            return {}
+        scale = float(control.conditioning_scale)
+        samples = type(controlnet).forward(called, *args, conditioning_scale=scale, **kwargs)
+        if area is None:
+            return samples
+        return {
+            layer: sample * image_then_caption(area, sample.shape[1]).to(sample) for layer, sample in samples.items()
+        }
+
+    return view_of(controlnet, forward)
+
+
+class SingleControlNet(torch.nn.Module):
+    "What holds the ControlNet of a pipeline that takes one alone; empty until a request names one."
+
+    def __init__(
+        self,
+        controlnets: Sequence[torch.nn.Module],  # at most one
+    ):
+        super().__init__()
+        self.controlnets = torch.nn.ModuleList(controlnets)
+
+    @property
+    def config(self) -> Any:
+        "The configuration of the ControlNet; an empty holder has none of its values."
+        return self.controlnets[0].config if len(self.controlnets) else SimpleNamespace(control_in_dim=None)
+
+    @property
+    def device(self) -> torch.device:
+        "Where it computes, as diffusers asks its own models."
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
+    def forward(self, *args, **kwargs) -> Any:
+        return self.controlnets[0](*args, **kwargs)
+
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #b1514f8e
 def steady_vae(
     vae: torch.nn.Module,
@@ -237,6 +313,24 @@ def check_union_mode(
             hint=hint,
         )
 
+# %% ../../nbs/50_pipeline/03_controlnets.ipynb #d23b20f2
+def check_built_for(
+    controlnets: Sequence[torch.nn.Module],  # of a request
+    call: PipelineCall,  # that carries it out
+) -> None:
+    "Raise a `RequestError` for a ControlNet that was not built for the task."
+    for index, controlnet in enumerate(controlnets):
+        for name, needed in call.controlnet_config.items():
+            given = getattr(controlnet.config, name, None)
+            if given != needed:
+                raise request_error(
+                    ErrorCode.unsupported_combination,
+                    f"this ControlNet was not trained for {call.task.value}: its {name} is {given}",
+                    field=f"controlnets[{index}].model",
+                    allowed=f"a ControlNet whose {name} is {needed}",
+                    hint="name another ControlNet, or leave the mask out",
+                )
+
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #ce25a290
 def holder_of(
     controls: Controls,
@@ -258,15 +352,18 @@ def control_object(
     for index, (controlnet, item) in enumerate(zip(controlnets, prepared)):
         check_union_mode(controlnet, item.control, index)
     record = FAMILIES[plan.family]
+    check_built_for(controlnets, record.call_named(plan.pipeline_class))
     controls, guided = record.controls, getattr(plan, record.guidance.field, None) or 0
     if controls.residuals == "joint_tokens":
         check_alike(controlnets)
 
     def view(controlnet: torch.nn.Module, item: PreparedControl) -> torch.nn.Module:
         if controls.residuals == "levels":
-            return level_view(controlnet, item.control, guided > 1, item.mask)
+            return level_view(controlnet, item.control, guided > record.guidance.on_above, item.mask)
         if controls.residuals == "packed_tokens":
             return packed_token_view(controlnet, item.control, plan, item.mask)
+        if controls.residuals == "layers":
+            return layer_view(controlnet, item.control, plan, item.mask, denoiser)
         return joint_token_view(controlnet, plan, item.mask, denoiser)
 
     same = all(controlnet is controlnets[0] for controlnet in controlnets)
@@ -288,9 +385,10 @@ def control_arguments(
     arguments = {
         record.call_named(plan.pipeline_class).control_argument: maps,
         "controlnet_conditioning_scale": [float(c.conditioning_scale) for c in controls],
-        "control_guidance_start": [c.guidance_start for c in controls],
-        "control_guidance_end": [c.guidance_end for c in controls],
     }
+    if record.controls.has_windows:
+        arguments["control_guidance_start"] = [c.guidance_start for c in controls]
+        arguments["control_guidance_end"] = [c.guidance_end for c in controls]
     if record.controls.mode_argument == "placeholders":
         arguments["control_mode"] = [None] * len(controls)
     elif record.controls.mode_argument == "union_modes" and plan.control_kind == ControlKind.union:

@@ -27,7 +27,13 @@ from diffusers import DiffusionPipeline, LMSDiscreteScheduler, PNDMScheduler, Sc
 from ..families.record import Controls, PipelineCall
 from ..families.schedulers import trailing_rounds_up
 from ..models.manifest import MemorySource, ModelManifest
-from .controlnets import PreparedControl, control_object, holder_of, steady_vae
+from diffusion_workers.pipeline.controlnets import (
+    PreparedControl,
+    borrowing_copy,
+    control_object,
+    holder_of,
+    steady_vae,
+)
 from diffusion_workers.pipeline.loading import (
     load_controlnet,
     load_pipeline,
@@ -207,6 +213,8 @@ def make_sibling(
     cls = cls or getattr(diffusers, call.class_name)
     given = dict(base.config) | base.components | {"controlnet": holder([])} | parts
     sibling = cls(**{name: given[name] for name in inspect.signature(cls.__init__).parameters if name in given})
+    if "controlnet" in sibling.components and "controlnet" not in parts:
+        sibling.controlnet = holder([])  # some pipelines put parts of the transformer into the one that they are given
     sibling.set_progress_bar_config(disable=True)
     return sibling
 
@@ -436,6 +444,8 @@ class PipelineFactory:
         base, call = self.load(), planned_call(self.manifest, task, kind)
         check_variant(self.manifest, base, call, task, kind)
         nets = [self.controlnet(name) for name in controlnets]
+        if self.record.controls.residuals == "layers":
+            nets = [borrowing_copy(net, getattr(base, self.record.denoiser)) for net in nets]
         holder = holder_of(self.record.controls, kind)
         parts = {"scheduler": make_scheduler(base.scheduler, scheduler or PlannedScheduler(class_name="model default"))}
         if nets:

@@ -79,7 +79,7 @@ class PromptEmbeds:
     "What the text encoders make of a prompt; a tensor that a family does not have is None."
 
     prompt_embeds: torch.Tensor  # (1 or images, tokens, width)
-    negative_prompt_embeds: torch.Tensor | None = None  # the same shape
+    negative_prompt_embeds: torch.Tensor | None = None  # the same shape; of Z-Image as long as it is
     pooled_prompt_embeds: torch.Tensor | None = None  # (1 or images, width)
     negative_pooled_prompt_embeds: torch.Tensor | None = None  # the same shape
     prompt: str | None = None  # the text, where it is known
@@ -115,6 +115,7 @@ def encode_prompts(
         against = call(**(texts | negative))
         return PromptEmbeds(made[0], against[0], made[1], against[1], texts["prompt"])
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    made = [value[0][None] if isinstance(value, list) else value for value in made]  # captions as long as they are
     return PromptEmbeds(**dict(zip(names, made, strict=False)), prompt=texts["prompt"])
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #860d3ddc
@@ -403,6 +404,7 @@ class Hooks:
         arguments: dict[str, Any],  # of the pipeline
         first: int,  # image of the batch
         count: int,  # images of the batch
+        lists: bool = False,  # whether the pipeline takes a list of embeddings, each of its own length
     ) -> dict[str, Any]:
         "Arguments of a pipeline with embeddings in place of texts."
         if self.embeds is None:
@@ -415,6 +417,8 @@ class Hooks:
         for name, tensor in tensors.items():  # one each: some pipelines do not repeat embeddings
             shared = len(tensor) == 1
             kept[name] = tensor.expand(count, *tensor.shape[1:]) if shared else tensor[first : first + count]
+            if lists:
+                kept[name] = list(kept[name])
         return kept | {"num_images_per_prompt": 1}
 
 
@@ -450,7 +454,15 @@ def check_hooks(
     if hooks.scheduler is not None:
         check_own_scheduler(hooks.scheduler)
     if hooks.embeds is not None:
-        _check_embeds(hooks.embeds, images, takes)
+        record = FAMILIES[plan.family]
+        lists = record.denoiser_calls == "lists"
+        _check_embeds(hooks.embeds, images, takes, same_length=not lists)
+        guided = (getattr(plan, record.guidance.field) or 0) > record.guidance.on_above
+        if lists and guided and hooks.embeds.negative_prompt_embeds is None:
+            message = "with guidance this pipeline needs negative_prompt_embeds too"
+            raise request_error(
+                ErrorCode.missing_field, message, field="negative_prompt_embeds", hint="see service.encode"
+            )
     if plan.refiner is not None and (hooks.embeds is not None or hooks.scheduler is not None):
         raise request_error(
             ErrorCode.unsupported_combination,
@@ -460,7 +472,7 @@ def check_hooks(
         )
 
 
-def _check_embeds(embeds: PromptEmbeds, images: int, takes: Sequence[str]) -> None:
+def _check_embeds(embeds: PromptEmbeds, images: int, takes: Sequence[str], same_length: bool) -> None:
     tensors = embeds.tensors()
     if embeds.prompt_embeds is None:
         message, names = "the others need prompt_embeds too", ", ".join(tensors)
@@ -475,7 +487,7 @@ def _check_embeds(embeds: PromptEmbeds, images: int, takes: Sequence[str]) -> No
         check_tensor(tensor, name, [(count, *width) for count in dict.fromkeys((1, images))])
     for name in ("prompt_embeds", "pooled_prompt_embeds"):
         own, negative = tensors.get(name), tensors.get(f"negative_{name}")
-        if own is not None and negative is not None and own.shape[1:] != negative.shape[1:]:
+        if same_length and own is not None and negative is not None and own.shape[1:] != negative.shape[1:]:
             raise request_error(
                 ErrorCode.wrong_type,
                 "the tensor has another shape",

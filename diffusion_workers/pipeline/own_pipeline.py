@@ -90,9 +90,9 @@ def _check_ready(pipe: DiffusionPipeline, record: Family) -> None:
 
 def default_size(pipe: DiffusionPipeline, record: Family) -> int:  # pixels
     "The side of the images that a denoiser was made for."
-    if record.latents.packed:
+    sample = getattr(getattr(pipe, record.denoiser).config, "sample_size", None)
+    if record.latents.packed or sample is None:
         return int(record.defaults.get("width", 1024))
-    sample = getattr(pipe, record.denoiser).config.sample_size
     sample = max(sample) if isinstance(sample, (list, tuple)) else sample
     return max(64, sample * record.latents.downscale // record.size_multiple * record.size_multiple)
 

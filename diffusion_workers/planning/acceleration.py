@@ -209,6 +209,14 @@ def check_acceleration(request: GenerationRequest, manifest: ModelManifest, kind
             given=options.dtype.value,
             hint="leave it out; set dtype in the manifest",
         )
+    if options.dtype is not None and not manifest.record.autocasts:
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            f"the denoiser of a {manifest.record.title} model computes in the dtype of its weights alone",
+            field="acceleration.dtype",
+            given=options.dtype.value,
+            hint="leave it out; set dtype in the manifest",
+        )
 
 # %% ../../nbs/40_planning/03_acceleration.ipynb #bf6fb9e1
 GUIDER_FIELDS: dict[GuiderMethod, dict[str, float]] = {  # method -> its fields and their defaults
@@ -296,9 +304,9 @@ def acceleration_warnings(
     options, cache = request.acceleration or AccelerationOptions(), request.step_cache
     for field in ("guidance_start", "guidance_end", "guidance_tolerance"):
         if getattr(options, field) is not None and not guided:
-            needed = manifest.record.guidance.needed
+            guidance = manifest.record.guidance
             yield warning(
-                f"there is no guidance to leave out: {needed} would have to be above 1",
+                f"there is no guidance to leave out: {guidance.needed} would have to be above {guidance.on_above:g}",
                 field=f"acceleration.{field}",
                 given=getattr(options, field),
             )

@@ -201,6 +201,15 @@ def _check_mixture(
 ) -> Iterator[ErrorDetail]:
     "Whether ControlNets can be used together."
     nets = {i: manifest.controlnets[name] for i, name in names.items()}
+    most = manifest.record.controls.max_units
+    if most is not None and len(units) > most:
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            f"{manifest.record.title} takes {most} ControlNet at a time",
+            field="controlnets",
+            given=f"{len(units)} units",
+            hint="disable the others",
+        )
     if not manifest.record.controls.exclusive_unions or not any(net.union for net in nets.values()):
         return
     first = min(names)

@@ -71,6 +71,7 @@ from diffusion_workers.prompt.requests import (
 )
 from ..prompt.sigmas import ays_sigmas
 from ..prompt.variants import is_template
+from ..prompt.vocabulary import vocabulary_warnings
 from ..request.errors import RequestError, error_detail, warning
 from ..request.images import round_to_multiple
 from ..request.metadata import PLAN_VERSION
@@ -794,6 +795,15 @@ def check_support(
             given=getattr(request, field),
             hint="leave it out",
         )
+    if call is not None and not call.takes_strength and request.strength not in (None, 1):
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            "the pipeline for this task and control starts from noise alone",
+            field="strength",
+            given=request.strength,
+            allowed="1",
+            hint="leave it out, or leave the ControlNet out",
+        )
     if request.refiner is not None and record.refiner is not None and manifest.refiner is None:
         yield error_detail(
             ErrorCode.unsupported_combination,
@@ -807,13 +817,12 @@ def text_warnings(
     request: GenerationRequest, manifest: ModelManifest, guidance: dict[str, float | None]
 ) -> Iterator[RequestWarning]:
     "What is taken, but does nothing."
-    name = manifest.record.guidance.field
+    name, least = manifest.record.guidance.field, manifest.record.guidance.on_above
     scale = guidance[name] or 0
     for field in ("negative_prompt", "negative_prompt_2"):
-        if getattr(request, field) and scale <= 1:
-            yield warning(
-                f"a negative prompt does nothing while {name} is not above 1", field=field, given=f"{name} {scale:g}"
-            )
+        if getattr(request, field) and scale <= least:
+            message = f"a negative prompt does nothing while {name} is not above {least:g}"
+            yield warning(message, field=field, given=f"{name} {scale:g}")
 
 # %% ../../nbs/40_planning/04_plan.ipynb #edff336a
 def _first(*values):  # the first that is not None
@@ -1026,7 +1035,7 @@ def _embedding_problems(
 def _is_guided(
     manifest: ModelManifest, guidance: dict[str, float | None]
 ) -> bool:  # whether the denoiser looks at the empty prompt too
-    return (guidance[manifest.record.guidance.field] or 0) > 1
+    return (guidance[manifest.record.guidance.field] or 0) > manifest.record.guidance.on_above
 
 # %% ../../nbs/40_planning/04_plan.ipynb #a7632e35
 def make_plan(
@@ -1068,6 +1077,7 @@ def make_plan(
         *size_warnings(request, image, size),
         *text_warnings(request, manifest, guidance),
         *syntax_warnings(request, offered),
+        *vocabulary_warnings(request, manifest),
         *lora_warnings(request, loras),
         *distilled_notes,
         *scheduler_warnings(request, manifest),

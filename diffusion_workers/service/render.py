@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_BATCH', 'SWITCH_AT_ONCE', 'PIXEL_PACKAGES', 'largest_difference', 'batch_size', 'size_arguments',
            'pipeline_arguments', 'StepWatch', 'spatial_latents', 'packed_latents', 'looking', 'previewer_for',
-           'decode_latents', 'render_chunk', 'encoded_embeds', 'encoded_arguments', 'cut_off_text', 'text_notes',
-           'skipping_encoder', 'use_clip_skip', 'switch_point', 'after_second_order', 'count_refiner_calls', 'chunk_of',
-           'variation_of', 'planned_loras', 'render', 'with_environment', 'generated_image']
+           'decode_latents', 'render_chunk', 'encoded_embeds', 'encoded_arguments', 'cut_off_text', 'chat_tokens',
+           'text_notes', 'skipping_encoder', 'use_clip_skip', 'switch_point', 'after_second_order',
+           'count_refiner_calls', 'chunk_of', 'variation_of', 'planned_loras', 'render', 'with_environment',
+           'generated_image']
 
 # %% ../../nbs/60_service/04_render.ipynb #5740eba1
 import base64
@@ -94,6 +95,7 @@ def batch_size(plan: GenerationPlan) -> int:
     return (plan.memory and plan.memory.batch_size) or MAX_BATCH
 
 
+_TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 _OPTIONAL = (
     "prompt_2",
     "negative_prompt",
@@ -144,17 +146,21 @@ def pipeline_arguments(
     if plan.negative_prompt_2 and plan.negative_prompt is None:
         arguments["negative_prompt"] = ""  # without one, diffusers does not look at the second
     if texts:
-        arguments |= {**texts, "num_images_per_prompt": 1}
+        own = {name: list(values) for name, values in texts.items()}  # Z-Image writes its templates into the list
+        arguments |= own | {"num_images_per_prompt": 1}
         arguments |= {"negative_prompt": [""] * len(seeds)} if arguments.get("negative_prompt") == "" else {}
     arguments |= size_arguments(plan.size_conditioning)
     call = FAMILIES[plan.family].call_named(plan.pipeline_class)
+    if call.prompt_for_each and arguments["num_images_per_prompt"] > 1:
+        shared = {name: [value] * len(seeds) for name, value in arguments.items() if name in _TEXTS}
+        arguments |= shared | {"num_images_per_prompt": 1}
     if call.takes_size:
         arguments |= {"width": plan.width, "height": plan.height}
     if plan.task != Task.text_to_image:
-        arguments |= {
-            "image": [prepared.image] * len(seeds),
-            "strength": plan.strength,
-        }  # one each, so that each is encoded with numbers of its own seed
+        # one each, so that each is encoded with numbers of its own seed
+        arguments["image"] = [prepared.image] * len(seeds)
+        if call.takes_strength:
+            arguments["strength"] = plan.strength
     if plan.task == Task.inpainting:
         # most pipelines take the first pixel of each latent cell for the whole cell
         mask = prepared.mask if call.mask_in_pixels else cover_cells(prepared.mask)
@@ -402,6 +408,13 @@ def cut_off_text(
     return tokenizer.decode(tokens[room:]) if len(tokens) > room else None
 
 
+def chat_tokens(tokenizer) -> int:
+    "How many tokens of a chat template come before the text of a user, and behind it."
+    message = [{"role": "user", "content": ""}]
+    template = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    return len(tokenizer(template, add_special_tokens=False).input_ids)
+
+
 def _texts(
     pipe, plan: GenerationPlan
 ) -> Iterator[tuple[str, Any, str, int]]:  # field, tokenizer, text, tokens that it takes
@@ -416,6 +429,7 @@ def _texts(
                 tokenizer, limit = getattr(pipe, row.instead), None
             if tokenizer is not None:
                 room = tokenizer.model_max_length if limit is None else plan.max_sequence_length or limit
+                room -= chat_tokens(tokenizer) if row.chat else 0
                 yield negative + row.field, tokenizer, text, room
 
 
@@ -538,8 +552,14 @@ def _refining(
 # %% ../../nbs/60_service/04_render.ipynb #3f2e2b3f
 def _on_device(arguments: dict[str, Any], factory: PipelineFactory) -> dict[str, Any]:
     "Arguments with their tensors where the model computes, in its dtype."
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [placed(item) for item in value]
+        return value.to(factory.device, factory.dtype)
+
     embeds = {name: value for name, value in arguments.items() if name.endswith("prompt_embeds")}
-    return arguments | {name: value.to(factory.device, factory.dtype) for name, value in embeds.items()}
+    return arguments | {name: placed(value) for name, value in embeds.items()}
 
 
 def chunk_of(plan: GenerationPlan, first: int, size: int) -> GenerationPlan:
@@ -594,7 +614,8 @@ def render(
         for first in range(0, len(plan.seeds), size):
             seeds, chunk = plan.seeds[first : first + size], chunk_of(plan, first, size)
             arguments, refine = pipeline_arguments(chunk, seeds, prepared, texts), None
-            arguments = _on_device(hooks.text_arguments(arguments, first, len(seeds)), factory)
+            lists = factory.record.denoiser_calls == "lists"
+            arguments = _on_device(hooks.text_arguments(arguments, first, len(seeds), lists), factory)
             watch.look = looking(plan, seeds, hooks)
             if plan.refiner is not None and plan.refiner.switch_at < 1:
                 refine = _refining(factory, plan, arguments, watch)

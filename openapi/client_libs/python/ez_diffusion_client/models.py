@@ -46,6 +46,7 @@ class ModelFamily(StrEnum):
     sdxl = "sdxl"
     flux = "flux"
     sd35 = "sd35"
+    zimage = "zimage"
 
 
 class ModelKind(StrEnum):
@@ -1930,6 +1931,9 @@ class ModelInfo(CompactModel):
         Field(
             description="Default: a SchedulerName, or a class of diffusers that has no name here; absent where it is not known before the model is loaded"
         ),
+    ] = None
+    example_prompts: Annotated[
+        list[StrictStr] | None, Field(description="Prompts to begin with")
     ] = None
     loras: list[StrictStr] | None = None
     embeddings: Annotated[

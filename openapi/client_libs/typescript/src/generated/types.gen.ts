@@ -21,7 +21,8 @@ export const ModelFamily = {
     SD15: 'sd15',
     SDXL: 'sdxl',
     FLUX: 'flux',
-    SD35: 'sd35'
+    SD35: 'sd35',
+    ZIMAGE: 'zimage'
 } as const;
 
 /**
@@ -1562,6 +1563,10 @@ export type ModelInfo = {
      * Default: a SchedulerName, or a class of diffusers that has no name here; absent where it is not known before the model is loaded
      */
     scheduler?: string | null;
+    /**
+     * Prompts to begin with
+     */
+    example_prompts?: Array<string> | null;
     loras?: Array<string> | null;
     /**
      * Names that a prompt may use, of textual inversions
