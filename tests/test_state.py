@@ -110,21 +110,24 @@ def random_request(rng: random.Random, family: str) -> dict:
     ]
     if record.applies("clip_skip"):
         request |= {"guidance_scale": rng.choice([1.0, 3.0]), "clip_skip": rng.choice([0, 1])}
-    request |= random_refinement(rng, record) if rng.random() < 0.5 else {}
-    return request | (random_acceleration(rng, record, bool(units)) if rng.random() < 0.5 else {})
+    faster = random_acceleration(rng, record, bool(units)) if rng.random() < 0.5 else {}
+    if rng.random() < 0.5:
+        request |= random_refinement(rng, record, bool(faster))
+    return request | faster
 
 
-def random_refinement(rng: random.Random, record: Family) -> dict:
+def random_refinement(rng: random.Random, record: Family, faster: bool) -> dict:
     "Prompts with schedules and embeddings, variations, seamless images and guiders of a family."
-    toy = "toy-two" if record.text_layout in ("clip_clip", "clip_clip_t5") else "toy"
-    texts = ["a [cat:dog:0.5] in the (rain:1.3) BREAK night", "a [cat|dog]", f"a {toy} cat", f"a [{toy}:dog:1]"]
-    refined: dict = {"prompt_syntax": "a1111", "prompt": rng.choice(texts), "guidance_scale": 3.0}
-    refined |= rng.choice([{}, {"subseed": 7, "subseed_strength": rng.choice([0.3, 1.0])}])
-    if record.applies("seamless"):
+    refined: dict = rng.choice([{}, {"subseed": 7, "subseed_strength": rng.choice([0.3, 1.0])}])
+    if record.text_layout is not None:
+        toy = "toy-two" if record.text_layout in ("clip_clip", "clip_clip_t5") else "toy"
+        texts = ["a [cat:dog:0.5] in the (rain:1.3) BREAK night", "a [cat|dog]", f"a {toy} cat", f"a [{toy}:dog:1]"]
+        refined = refined | {"prompt_syntax": "a1111", "prompt": rng.choice(texts)}
+    if record.applies("seamless") and not faster:
         refined["seamless"] = rng.choice([None, None, "x", "both"])
-    guiders = [None, *({"method": method} for method in record.guiders)]
+    guiders = [None, *({"method": method} for method in record.guiders if not faster or method == "apg")]
     guider = rng.choice(guiders if record.guidance.embedded_field is None else [None])
-    return refined | ({"guider": guider} if guider else {})
+    return refined | ({"guider": guider, "guidance_scale": 3.0} if guider else {})
 
 
 def random_acceleration(rng: random.Random, record: Family, controlled: bool) -> dict:

@@ -106,9 +106,10 @@ ZIMAGE = Family(
     gpu_dtype="bfloat16",
     unused_fields=frozenset(
         {"prompt_2", "negative_prompt_2", "clip_skip", "true_cfg_scale", "guidance_rescale", "size_conditioning"}
-        | {"refiner", "timestep_spacing", "eta"}
+        | {"refiner", "timestep_spacing", "eta", "timesteps", "seamless"}
     ),
     guidance=Guidance(on_above=0.0),
+    guiders=(),  # its pipeline combines the predictions for each image of a list
     texts=(TextInput("prompt", "tokenizer", max_tokens=512, chat=True),),
     defaults={"width": 1024, "height": 1024, "num_inference_steps": 50, "guidance_scale": 4.0},
     size_multiple=16,  # patches of 2 x 2 latents of 8 x 8 pixels
