@@ -97,3 +97,50 @@ def test_what_is_not_offered_here_is_listed(panel: GenerationPanel) -> None:
 def test_a_mask_softer_than_the_slider_was_is_restored(panel: GenerationPanel) -> None:
     assert panel._show_values({"prompt": PROMPT, "inpaint": {"mask_blur": 100}}) == []
     assert panel.form.start.canvas.feather == 100
+
+
+# --- prompts -----------------------------------------------------------------
+
+TEXTS = [
+    "a (red:1.3) circle, [blue] square BREAK a \\(white\\) background",
+    "one, " * 60 + "((two)) three four five, " * 9,
+    "AND a" + " word" * 200,
+    "[cat:dog:0.5] on a [red|green] hill",
+    "",
+]
+
+
+@pytest.mark.parametrize("model", ["shapes-sd15", "shapes-sdxl", "shapes-flux"])
+def test_tokens_are_counted_as_the_encoder_takes_them(service: DiffusionService, model: str) -> None:
+    from diffusion_workers.panel.prompt_editor import count_tokens, tokenizer_of
+    from diffusion_workers.pipeline.encoding import _LAYOUTS, EncodingOptions, _TextEncoder
+    from diffusion_workers.prompt.schedules import text_schedule
+
+    manifest = service.manifest(model)
+    rows = _LAYOUTS[manifest.record.text_layout]
+    row = rows[1] if manifest.record.text_layout == "clip_t5" else rows[0]
+    pipe = service.pipeline(model)
+    found = tokenizer_of(manifest)
+    assert found is not None
+    encoder = _TextEncoder(pipe, row, EncodingOptions(), found.size + 1)
+    assert found.size == encoder.length - (2 if row.part else 1)
+    for text in TEXTS:
+        chunks = encoder.chunks(text_schedule(text, 1)[0][1])
+        count = count_tokens(text, found.tokenize, found.size, with_syntax=True)
+        assert (count.tokens, count.chunks) == (sum(len(chunk.tokens) for chunk in chunks), len(chunks)), text
+
+
+def test_a_chunk_begins_at_a_word() -> None:
+    from diffusion_workers.panel.prompt_editor import count_tokens
+
+    def by_words(text: str) -> list[tuple[int, int]]:
+        import re
+
+        return [(hash(found[0]), found.start()) for found in re.finditer(r"\w+|[^\w\s]", text)]
+
+    for text in TEXTS[:2]:
+        for place in count_tokens(text, by_words, 10, with_syntax=True).borders:
+            assert text[place].isalnum() or text[place] == "\\" or text[place] in ",()", (
+                place,
+                text[place - 5 : place + 5],
+            )

@@ -456,6 +456,80 @@ def test_a_history_of_a_thousand_images(page, lab: tuple[str, Path]) -> None:
     expect(gallery.locator("li .dw-gallery-label")).to_have_text("17")
 
 
+PROMPTING = """\
+panel.form.main.fields["prompt"].control.names = [
+    {"kind": "trigger", "text": "heartfelt", "note": "trigger word of heart"},
+    {"kind": "embedding", "text": "easynegative", "note": "embedding"},
+    {"kind": "lora", "text": "heart", "note": "LoRA"},
+]
+"""
+
+
+def test_a_prompt_is_counted_marked_and_completed(page, lab: tuple[str, Path]) -> None:
+    address, folder = lab
+    write_notebook(folder / "prompt.ipynb", SETUP, PROMPTING)
+    open_notebook(page, address.format("prompt.ipynb"))
+    run_all(page)
+    prompt = field(page, "prompt")
+    shown = page.locator(".dw-field-prompt")
+    expect(prompt).to_be_visible()
+
+    # tokens are counted, and a prompt that is too long shows where it is cut off
+    prompt.fill("a red circle on a white background")
+    expect(shown.locator(".dw-prompt-count")).to_have_text("7 of 30 tokens")
+    prompt.fill("a red circle, " * 9)
+    expect(shown.locator(".dw-prompt-count")).to_contain_text("cut off")
+    expect(shown.locator(".dw-prompt-border")).to_have_count(1)
+
+    # a weight is drawn as text in a plain prompt, and read with the syntax
+    prompt.fill("a red circle")
+    prompt.press("End")
+    prompt.press("Control+ArrowUp")
+    prompt.press("Control+ArrowUp")
+    expect(prompt).to_have_value("a red (circle:1.2)")
+    expect(shown.locator("mark")).to_have_text("(circle:1.2)")
+    expect(shown.locator(".dw-prompt-mistake")).to_contain_text("drawn as text")
+    unfold(page, "More")
+    page.locator(".dw-field-prompt_syntax select").select_option(label="a1111")
+    expect(shown.locator("mark")).to_have_count(0)
+    prompt.press("Control+ArrowDown")
+    prompt.press("Control+ArrowDown")
+    expect(prompt).to_have_value("a red circle")
+    prompt.press("Control+z")
+    expect(prompt).to_have_value("a red (circle:1.1)")
+
+    # a mistake of the syntax is at its character
+    prompt.fill("a red) circle")
+    expect(shown.locator(".dw-prompt-mistake")).to_contain_text("character 6:")
+    shown.locator(".dw-prompt-mistake").click()
+    assert prompt.evaluate("(area) => [area.selectionStart, area.selectionEnd]") == [5, 6]
+
+    # names are completed by the keyboard; Escape closes the menu and stops nothing
+    prompt.fill("")
+    prompt.press_sequentially("a hear")
+    expect(shown.locator("[role=option]")).to_have_count(2)
+    prompt.press("Escape")
+    expect(shown.locator("[role=option]:visible")).to_have_count(0)
+    prompt.press_sequentially("t")
+    prompt.press("ArrowDown")
+    prompt.press("Enter")
+    expect(prompt).to_have_value("a heartfelt")
+    prompt.press_sequentially(", hear")
+    prompt.press("ArrowUp")
+    prompt.press("Enter")  # the LoRA is added to the request
+    expect(prompt).to_have_value("a heartfelt, ")
+    expect(page.locator(".dw-panel")).to_contain_text("LoRA: heart 1")
+    prompt.press_sequentially("<lora:he")
+    prompt.press("Tab")
+    expect(prompt).to_have_value("a heartfelt, <lora:heart:1>")
+
+    # the trigger words of a LoRA are buttons
+    unfold(page, "LoRA")
+    prompt.fill("a circle")
+    page.locator(".dw-trigger-words button").click()
+    expect(prompt).to_have_value("a circle, heart")
+
+
 @pytest.mark.slow
 def test_images_of_other_programs_are_restored(page, lab: tuple[str, Path]) -> None:
     address, folder = lab

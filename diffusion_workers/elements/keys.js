@@ -3,16 +3,16 @@
  *
  * A notebook looks for its shortcuts before the focused element gets the key: with the focus on a button, `x` would cut
  * the cell. It skips elements with `data-lm-suppress-shortcuts`, and it has to find the attribute on the focused
- * element itself. Ctrl+Enter presses Generate, Escape presses Stop; other keys with Ctrl or Cmd, such as Ctrl+S, stay
+ * element itself. Ctrl+Enter presses Generate, Escape closes a menu or presses Stop; other keys with Ctrl or Cmd, such as Ctrl+S, stay
  * the notebook's.
  *
  * Python puts this text in front of each of its elements; whichever is loaded first installs it.
  */
 
-const OWN = ".dw-panel, .dw-mask, .dw-drop, .dw-compare, .dw-gallery, .dw-grid, .dw-grid-toggle, .dw-maps, .dw-code";
+const OWN = ".dw-panel, .dw-prompt, .dw-mask, .dw-drop, .dw-compare, .dw-gallery, .dw-grid, .dw-grid-toggle, .dw-maps, .dw-code";
 const FOCUSABLE = "a[href], button, input, select, textarea, [tabindex]";
 const SUPPRESS = "data-lm-suppress-shortcuts";
-const KEPT_WITH_CTRL = new Set(["enter", "z", "y", "a", "c", "x", "v"]);
+const KEPT_WITH_CTRL = new Set(["enter", "z", "y", "a", "c", "x", "v", "arrowup", "arrowdown"]);
 
 function press(panel, name) {
   const button = panel?.querySelector(`button.${name}`);
@@ -47,10 +47,19 @@ export function keepKeys(view = window) {
       const panel = target.closest(".dw-panel");
       const used =
         (event.key === "Enter" && withCtrl && press(panel, "dw-generate")) ||
+        (event.key === "Escape" && target.closest(".dw-prompt")?.dwCloseMenu?.()) ||
         (event.key === "Escape" && !event.isComposing && press(panel, "dw-stop"));
       if (!used) return;
       event.preventDefault();
       event.stopPropagation();
+    },
+    true,
+  );
+  view.addEventListener(
+    "beforeinput", // JupyterLab prevents undo, redo and line breaks of any field in a notebook
+    (event) => {
+      const isTheirs = event.inputType.startsWith("history") || event.inputType === "insertLineBreak";
+      if (isTheirs && ownerOf(event.target)) event.stopPropagation();
     },
     true,
   );

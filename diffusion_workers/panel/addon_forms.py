@@ -80,7 +80,16 @@ def file_of(
 class LoraRow(widgets.HBox):
     "A LoRA with its strength."
 
-    def __init__(self, names: Iterable[str], on_change: Callable[[], None], on_remove: Callable[["LoraRow"], None]):
+    def __init__(
+        self,
+        names: Iterable[str],
+        on_change: Callable[[], None],
+        on_remove: Callable[["LoraRow"], None],
+        on_word: Callable[[str], None] = lambda word: None,  # receives a trigger word for the prompt
+        trigger_words: Mapping[str, Iterable[str]] | None = None,  # by the name of a LoRA
+    ):
+        self._on_word = on_word
+        self.trigger_words = dict(trigger_words or {})
         self.name = widgets.Combobox(
             options=tuple(names),
             placeholder="LoRA",
@@ -91,11 +100,27 @@ class LoraRow(widgets.HBox):
         remove = widgets.Button(description="Remove", layout=widgets.Layout(width="84px"))
         self.note = widgets.HTML("", layout=widgets.Layout(flex="1 1 100%", display="none"))
         self.note.add_class("dw-hint")
-        super().__init__([self.name, self.scale, remove, self.note], layout=widgets.Layout(flex_flow="row wrap"))
+        self.words = widgets.HBox([], layout=widgets.Layout(flex="1 1 100%", flex_flow="row wrap", display="none"))
+        self.words.add_class("dw-trigger-words")
+        parts = [self.name, self.scale, remove, self.words, self.note]
+        super().__init__(parts, layout=widgets.Layout(flex_flow="row wrap"))
+        self.name.observe(lambda change: self.show_words(), "value")
         self._further: dict[str, Any] = {}
         remove.on_click(lambda button: on_remove(self))
         for control in (self.name, self.scale):
             control.observe(lambda change: on_change(), "value")
+
+    def show_words(self) -> None:
+        "Show the trigger words of the chosen LoRA; each button adds one to the prompt."
+        words = list(self.trigger_words.get(self.name.value, ()))
+        self.words.children = [self._word_button(word) for word in words]
+        self.words.layout.display = None if words else "none"
+
+    def _word_button(self, word: str) -> widgets.Button:
+        layout = widgets.Layout(width="auto")
+        button = widgets.Button(description=word, tooltip="Trigger word: add to the prompt", icon="plus", layout=layout)
+        button.on_click(lambda button: self._on_word(word))
+        return button
 
     @property
     def further(self) -> dict[str, Any]:
@@ -116,9 +141,15 @@ class LoraRow(widgets.HBox):
 class LoraList(widgets.VBox):
     "LoRAs with their strengths; rows without a name are left out."
 
-    def __init__(self, on_change: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        on_change: Callable[[], None] = lambda: None,
+        on_word: Callable[[str], None] = lambda word: None,  # receives a trigger word for the prompt
+    ):
         self._on_change = on_change
+        self._on_word = on_word
         self._names: tuple[str, ...] = ()
+        self._trigger_words: Mapping[str, Iterable[str]] = {}
         self.rows: list[LoraRow] = []
         self.message = widgets.HTML("")
         self._body = widgets.VBox([])
@@ -129,7 +160,7 @@ class LoraList(widgets.VBox):
 
     def add(self, name: str = "", scale: float = 1.0, **further: Any) -> LoraRow:
         "Add a row."
-        row = LoraRow(self._names, self._on_change, self.remove)
+        row = LoraRow(self._names, self._on_change, self.remove, self._on_word, self._trigger_words)
         row.name.value = name
         row.scale.value = scale
         row.further = further
@@ -141,11 +172,18 @@ class LoraList(widgets.VBox):
         self._set_rows([other for other in self.rows if other is not row])
         self._on_change()
 
-    def offer(self, names: Iterable[str]) -> None:
+    def offer(
+        self,
+        names: Iterable[str],
+        trigger_words: Mapping[str, Iterable[str]] | None = None,  # by the name of a LoRA
+    ) -> None:
         "Suggest the LoRAs of a model."
         self._names = tuple(names)
+        self._trigger_words = trigger_words or {}
         for row in self.rows:
             row.name.options = self._names
+            row.trigger_words = dict(self._trigger_words)
+            row.show_words()
 
     def values(self) -> list[dict[str, Any]]:
         "The LoRAs for a request."
