@@ -109,7 +109,7 @@ ZIMAGE = Family(
         | {"refiner", "timestep_spacing", "eta"}
     ),
     guidance=Guidance(on_above=0.0),
-    texts=(TextInput("prompt", "tokenizer", max_tokens=512, chat=True),),
+    texts=(TextInput("prompt", "tokenizer", max_tokens=512, chat={"enable_thinking": True}),),
     defaults={"width": 1024, "height": 1024, "num_inference_steps": 50, "guidance_scale": 4.0},
     size_multiple=16,  # patches of 2 x 2 latents of 8 x 8 pixels
     usual_names=("z-image", "z_image", "zimage"),

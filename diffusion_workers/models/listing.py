@@ -163,8 +163,9 @@ def model_info(
         trigger_words={
             name: list(entry.trigger_words) for name, entry in manifest.loras.items() if entry.trigger_words
         },
-        unused_fields=sorted(manifest.record.unused_fields),
+        unused_fields=sorted(manifest.record.fields_without_use),
         size_multiple=manifest.record.size_multiple,
+        max_reference_images=manifest.record.max_references,
         **(names or {}),
     )
 
