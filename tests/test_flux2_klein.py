@@ -1,5 +1,6 @@
 """FLUX.2 Klein through the service: drawing, editing with reference images, inpainting, LoRA layouts, files."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
+from diffusion_workers.cli.main import main
 from diffusion_workers.families.flux2 import flux2_original_names
 from diffusion_workers.lora.files import LoraName, fits
 from diffusion_workers.lora.keys import module_shapes
@@ -22,10 +24,11 @@ from diffusion_workers.pipeline.tiny_models import tiny_pipeline, write_tiny_mod
 from diffusion_workers.planning.plan import request_from_plan
 from diffusion_workers.request.errors import RequestError
 from diffusion_workers.request.images import to_image_string
+from diffusion_workers.server.jobs import Job, request_bytes, request_images
 from diffusion_workers.service.previews import scaled_latents, vae_latents
 from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.service import Settings
-from ez_diffusion_client.models import ModelFamily, OpStatus
+from ez_diffusion_client.models import GenerationRequest, ModelFamily, OpStatus
 
 ROUNDING = 1  # of 255: a batch adds in another order than an image alone
 COMMON = {"model": "flux2", "prompt": "a red circle on a white background", "num_inference_steps": 3, "width": 64}
@@ -298,6 +301,31 @@ def test_an_edit_is_regenerated_from_its_receipt(service: DiffusionService) -> N
     restored = service.restore(result.image).restored
     assert restored.missing_images == ["reference_images[0]", "reference_images[1]"]
     assert restored.request["prompt"] == COMMON["prompt"] and "reference_images" not in restored.request
+
+
+def test_the_command_line_takes_references_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "first.png", tmp_path / "second.png"]
+    for file, image in zip(files, TWO["reference_images"]):
+        image.save(file)
+    options = [text for file in files for text in ("--reference", str(file))]
+    assert main(["plan", "put the disc of image 2 into image 1", "--model", "flux2-klein-4b", *options, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["task"] == "edit"
+    sizes = [(image["width"], image["height"]) for image in plan["reference_images"]]
+    assert sizes == [image.size for image in TWO["reference_images"]]
+    assert main(["plan", "a", "--model", "flux2-klein-4b", "--reference", str(tmp_path / "missing.png")]) != 0
+    assert "reference_images[0]" in capsys.readouterr().err
+
+
+def test_a_server_counts_and_drops_reference_images() -> None:
+    "They are part of the size of a request, may be URLs, and a job that has ended does not hold them."
+    texts = [to_image_string(image) for image in TWO["reference_images"]]
+    request = GenerationRequest(prompt="a", reference_images=[*texts, "https://example.org/a.png"])
+    assert request_images(request)[2:] == [*texts, "https://example.org/a.png"]
+    assert request_bytes(request) > sum(map(len, texts))
+    job = Job(request)
+    job.release()
+    assert job.request.reference_images is None and job.request.prompt == "a"
 
 
 def lora_matrices(pipe, rank: int = 2) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
