@@ -1,21 +1,28 @@
 """The Dockerfile without a container engine: a linter, its COPY sources, and its RUN lines in a clean environment."""
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from configparser import ConfigParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 from project import ROOT
 
+from diffusion_workers.models.store import load_manifests
 from diffusion_workers.settings.worker import WorkerSettings
+from diffusion_workers.worker.placement import placed_models
 
 BIN = Path(sys.executable).parent
-FINAL = 1  # the stage that becomes the image; stage 0 only installs uv
 
 
 def instructions() -> list[list[tuple[str, str]]]:
@@ -27,9 +34,9 @@ def instructions() -> list[list[tuple[str, str]]]:
     return [found[start:end] for start, end in zip(starts, [*starts[1:], None])]
 
 
-def arguments(name: str, stage: int = FINAL) -> list[str]:
-    "What an instruction is given, each time."
-    return [text for instruction, text in instructions()[stage] if instruction == name]
+def arguments(name: str) -> list[str]:
+    "What an instruction is given in any stage, each time."
+    return [text for stage in instructions() for instruction, text in stage if instruction == name]
 
 
 def test_hadolint_passes() -> None:
@@ -38,20 +45,44 @@ def test_hadolint_passes() -> None:
 
 
 def test_bases_are_pinned_and_for_one_platform() -> None:
+    cuda = r"--platform=linux/amd64 nvidia/cuda:13\.0\.[\d.]+-runtime-ubuntu[\d.]+ AS (uv|packages)"
     for stage in instructions():
-        assert re.fullmatch(r"--platform=linux/amd64 nvidia/cuda:[\d.]+-runtime-ubuntu[\d.]+( AS uv)?", stage[0][1])
+        assert re.fullmatch(rf"{cuda}|scratch AS manifests|packages( AS models)?", stage[0][1]), stage[0]
+    assert hub("hub.json")["config"]["allowedCudaVersions"] == [
+        "13.0"
+    ]  # what torch's wheels and the base are built for
 
 
 def test_code_comes_after_what_is_large() -> None:
     "A code change invalidates no layer with torch, the other packages or a model."
-    texts = [f"{name} {text}" for name, text in instructions()[FINAL]]
-    at = lambda part: next(i for i, text in enumerate(texts) if part in text)
-    assert at("torch==") < at("requirements.txt") < at("snapshot_download") < at("COPY diffusion_workers")
+    stages = [[f"{name} {text}" for name, text in stage] for stage in instructions()]
+    at = lambda texts, part: next(i for i, text in enumerate(texts) if part in text)
+    packages, final = stages[2], stages[-1]
+    assert at(packages, "gcc") < at(packages, "torch==") < at(packages, "requirements.txt")
+    assert not any("COPY" in text for text in packages if "settings.ini" not in text)
+    assert at(final, "COPY --from=models") < at(final, "COPY diffusion_workers")
+
+
+def test_a_compiler_is_there_for_torch_compile() -> None:
+    "Triton compiles its launchers with a C compiler and Python's headers."
+    [installed] = [text for text in arguments("RUN") if "apt-get" in text and "python3-venv" not in text]
+    assert {"gcc", "libc6-dev", "python3-dev"} <= set(installed.split())
+
+
+def test_a_token_stays_out_of_the_image() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    assert "--mount=type=secret,id=hf_token" in text
+    named = [value for name in ("ARG", "ENV") for value in arguments(name) if "TOKEN" in value]
+    assert not named
+    from diffusion_workers.worker.baking import SECRET
+
+    assert Path("/run/secrets/hf_token") == SECRET
 
 
 def test_what_is_copied_is_there_and_not_ignored() -> None:
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    sources = [part for text in arguments("COPY") for part in text.split()[:-1]]
+    copies = [text for text in arguments("COPY") if not text.startswith("--from=")]
+    sources = [part for text in copies for part in text.split()[:-1]]
     assert sources
     for source in sources:
         assert (ROOT / source).exists() and source in allowed, source
@@ -69,8 +100,9 @@ def test_torch_is_the_one_of_ci() -> None:
     assert any(pinned in text for text in arguments("RUN"))
 
 
-def test_requirements_are_read_from_settings(tmp_path: Path) -> None:
-    "The line that lists the packages, as it stands, names all of settings.ini but the client."
+@pytest.mark.parametrize("extras", [(), ("controlnet", "quantization")])
+def test_requirements_are_read_from_settings(tmp_path: Path, extras: tuple[str, ...]) -> None:
+    "The line that lists the packages, as it stands, names those of settings.ini and of the extras but the client."
     line = next(text for text in arguments("RUN") if "requirements.txt" in text)
     command = re.sub(r"^--mount=\S+ +", "", line).split(" && ")[0]
     shutil.copy(ROOT / "settings.ini", tmp_path)
@@ -78,14 +110,14 @@ def test_requirements_are_read_from_settings(tmp_path: Path) -> None:
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=tmp_path,
         check=True,
-        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"},
+        env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "EXTRAS": " ".join(extras)},
     )
     written = [text.strip() for text in (tmp_path / "requirements.txt").read_text().splitlines() if text.strip()]
     settings = ConfigParser(delimiters=["="])
     settings.read(ROOT / "settings.ini")
     named = [
         text.strip()
-        for key in ("requirements", "worker_requirements")
+        for key in ("requirements", "worker_requirements", *(f"{extra}_requirements" for extra in extras))
         for text in settings["DEFAULT"][key].splitlines()
         if text.strip()
     ]
@@ -99,6 +131,7 @@ def test_its_lines_install_a_worker_that_works(tmp_path: Path) -> None:
         "/opt/uv": tmp_path / "uv",
         "/opt/venv": tmp_path / "venv",
         "/opt/models": tmp_path / "models",
+        "/opt/manifests": tmp_path / "manifests",
         "/src": tmp_path / "src",
     }
     moved = lambda text: re.sub("|".join(places), lambda found: str(places[found[0]]), text)
@@ -110,7 +143,7 @@ def test_its_lines_install_a_worker_that_works(tmp_path: Path) -> None:
         "PATH": f"{places['/opt/venv'] / 'bin'}:{BIN}:{env['PATH']}",
         "HF_HUB_OFFLINE": "1",
     }
-    env |= {"HUB_MODEL": "", "HUB_REVISION": "main", "HUB_WEIGHTS": "*.safetensors"} | dict(
+    env |= {"MODELS": "", "PARTS": "", "EXTRAS": ""} | dict(
         pair.split("=") for pair in arguments("ENV")[0].split() if pair.startswith("UV_")
     )
 
@@ -127,7 +160,7 @@ def test_its_lines_install_a_worker_that_works(tmp_path: Path) -> None:
 
     for stage in instructions():
         for name, text in stage:
-            if name == "COPY":
+            if name == "COPY" and not text.startswith("--from="):
                 *sources, target = text.split()
                 for source in sources:
                     to = tmp_path / "src" / (source if target == "./" else target)
@@ -157,13 +190,105 @@ def test_the_hub_form_asks_for_variables_that_are_read() -> None:
     config = hub("hub.json")["config"]
     keys = [entry["key"] for entry in config["env"]]
     known = {WorkerSettings.variable(name) for name in WorkerSettings.model_fields} | {"HF_TOKEN"}
+    folders = {"DIFFUSION_WORKERS_ANNOTATORS", "DIFFUSION_WORKERS_LORAS", "DIFFUSION_WORKERS_MODELS"}
+    assert folders <= set(keys)
     assert set(keys) <= known and len(set(keys)) == len(keys)
     defaults = {entry["key"]: str(entry["input"]["default"]) for entry in config["env"]}
     assert WorkerSettings.from_environment(defaults) == WorkerSettings()
-    from diffusion_workers.models.store import load_manifests
-
     for preset in config["presets"]:
         chosen = WorkerSettings.from_environment(
             defaults | {key: str(value) for key, value in preset["defaults"].items()}
         )
         assert chosen.default_model in load_manifests()
+
+
+def test_the_hub_form_offers_the_values_that_a_variable_can_have() -> None:
+    "A field whose variable takes a few values lists exactly these."
+    for entry in hub("hub.json")["config"]["env"]:
+        names = [name for name in WorkerSettings.model_fields if WorkerSettings.variable(name) == entry["key"]]
+        options = [option["value"] for option in entry["input"].get("options", ())]
+        for name in names:
+            kind = WorkerSettings.model_fields[name].annotation
+            choices = list(get_args(kind)) if get_origin(kind) is Literal else []
+            assert choices == options, entry["key"]
+
+
+def test_the_hub_listing_has_an_icon_that_is_there() -> None:
+    address = hub("hub.json")["iconUrl"]
+    assert address.startswith("https://") and address.endswith("/.runpod/icon.png")
+    with Image.open(ROOT / ".runpod" / "icon.png") as icon:
+        assert icon.format == "PNG" and icon.width == icon.height >= 256
+
+
+# --- models in the image ----------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    "The Hub's answers for one repository, as far as its library asks."
+
+    files: ClassVar[dict[str, bytes]] = {
+        "model_index.json": b"{}",
+        "unet/config.json": b"{}",
+        "unet/diffusion_pytorch_model.safetensors": b"whole",
+        "unet/diffusion_pytorch_model.fp16.safetensors": b"half",
+        "text_encoder/model.safetensors": b"text",
+        "everything.safetensors": b"a second copy of it all",
+    }
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    tokens: ClassVar[set[str | None]] = set()
+
+    def answer(self, body: bool) -> None:
+        self.tokens.add(self.headers.get("Authorization"))
+        path = urlsplit(self.path).path
+        listed = [{"type": "file", "path": name, "size": len(data), "oid": ""} for name, data in self.files.items()]
+        data = json.dumps(listed).encode()
+        if "/resolve/" in path:
+            data = self.files[path.partition("/resolve/")[2].partition("/")[2]]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def log_message(self, *ignored: object) -> None:
+        pass
+
+
+def test_what_is_baked_is_what_a_worker_finds(tmp_path: Path) -> None:
+    "The command of the Dockerfile, with a server in place of the Hub; then the worker's own search, without a network."
+    (tmp_path / "manifests").mkdir()
+    (tmp_path / "manifests" / "tiny.yaml").write_text("family: sd15\nsource: {hub: owner/tiny}\nvariant: fp16\n")
+    into = tmp_path / "models"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN": "hf_secret",
+        "HF_HUB_DISABLE_XET": "1",
+        "DIFFUSION_WORKERS_MODELS": str(tmp_path / "manifests"),
+    }
+    command = [sys.executable, "-m", "diffusion_workers.worker.baking", "tiny", "--parts", "--into", str(into)]
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Hub.tokens == {"Bearer hf_secret"} and "hf_secret" not in done.stdout + done.stderr
+    settings = WorkerSettings(model_folders=(tmp_path / "manifests",), hub_folders=(into,))
+    found = placed_models(load_manifests(settings), settings.hub_folders)["tiny"]
+    place = Path(found.source.location())
+    assert place.is_relative_to(into)
+    files = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+    assert files == set(Hub.files) - {"unet/diffusion_pytorch_model.safetensors", "everything.safetensors"}
+    assert (place / "unet" / "diffusion_pytorch_model.fp16.safetensors").read_bytes() == b"half"

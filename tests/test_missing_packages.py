@@ -54,6 +54,15 @@ def test_a_panel_names_the_notebook_extra(name: str, package: str) -> None:
     assert "pip install 'diffusion-workers[notebook]'" in last
 
 
+@pytest.mark.parametrize("module", ["panel", "grid", "history"])
+@pytest.mark.parametrize("package", ["ipywidgets", "anywidget"])
+def test_a_module_of_the_panel_names_the_notebook_extra(module: str, package: str) -> None:
+    done = without(package, code=f"import diffusion_workers.panel.{module}")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: a panel in a notebook needs the package") and package in last, done.stderr
+    assert "pip install 'diffusion-workers[notebook]'" in last
+
+
 def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
 

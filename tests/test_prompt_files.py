@@ -124,7 +124,7 @@ def test_nothing_is_left_behind(service: DiffusionService) -> None:
     before, size, state = service.generate(RED), len(pipe.tokenizer), table.weight.clone()
     service.generate(READ, prompt="a (my-red:1.3) [single|my-red] circle")
     refused = service.generate(READ, prompt="a wide my-red circle")
-    assert not refused.ok and "it has vectors of 7, and clip_l takes" in refused.message
+    assert not refused.ok and "its vectors have 7 numbers, and clip_l of this model takes 128" in refused.message
     assert same(before, service.generate(RED))
     assert len(pipe.tokenizer) == size and (table.weight == state).all()
     assert not table._forward_hooks and not hasattr(table, "injected_vectors")
@@ -163,6 +163,8 @@ def test_a_receipt_pins_the_embeddings(service: DiffusionService, folder: Path) 
         ({"prompt": "old"}, "torch.load('NAME.pt', weights_only=True)"),
         ({"prompt": "xl-red"}, "it has vectors for two text encoders, and this model has one"),
         ({"prompt": "my-red", "model": "shapes-sdxl"}, "it has vectors for one text encoder, and this model has two"),
+        ({"prompt": "wide"}, "its vectors have 7 numbers, and clip_l of this model takes 128"),
+        ({"prompt": "wide", "model": "shapes-flux"}, "its vectors have 7 numbers, and clip_l of this model takes"),
         ({"prompt": "a", "negative_prompt": "old"}, "negative_prompt: the embedding old cannot be used"),
         ({"prompt": "a", "prompt_syntax": "plain", "embeddings": ["my-red"]}, "embeddings does nothing with a plain"),
     ],
@@ -222,6 +224,27 @@ def test_a_template_is_drawn_from_the_seed(service: DiffusionService) -> None:
     assert plan.styles == ["drawn", "white"]
     with DiffusionService(device="cpu") as bare:
         assert same(made, bare.generate(request_from_plan(plan)))
+
+
+def test_the_negative_prompt_of_a_manifest_is_drawn(service: DiffusionService) -> None:
+    "With a style and without one; a plain prompt takes it as it stands, and a mistake in it is refused."
+    manifest = service.manifest("shapes-sd15")
+    defaults = manifest.defaults.model_copy(update={"negative_prompt": "a __colour__ square"})
+    manifest = manifest.model_copy(update={"defaults": defaults})
+    asked = GenerationRequest(prompt="a circle", prompt_syntax="a1111", seed=4, guidance_scale=3.0)
+    plan = make_plan(asked, manifest)
+    assert plan.negative_prompt in {"a red square", "a blue square", "a yellow square"}
+    assert plan.written_negative_prompt == "a __colour__ square"
+    styled = make_plan(asked.model_copy(update={"styles": ["white"]}), manifest)
+    assert styled.negative_prompt == plan.negative_prompt
+    assert make_plan(request_from_plan(plan), manifest).negative_prompt == plan.negative_prompt
+    plain = make_plan(asked.model_copy(update={"prompt_syntax": None}), manifest)
+    assert (plain.negative_prompt, plain.written_negative_prompt) == ("a __colour__ square", None)
+    given = make_plan(asked.model_copy(update={"negative_prompt": "green"}), manifest)
+    assert (given.negative_prompt, given.written_negative_prompt) == ("green", None)
+    wrong = defaults.model_copy(update={"negative_prompt": "a __nowhere__ square"})
+    with pytest.raises(RequestError, match="negative_prompt"):
+        make_plan(asked, manifest.model_copy(update={"defaults": wrong}))
 
 
 def test_a_style_applies_to_a_plain_prompt(service: DiffusionService) -> None:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusion_workers.families.record import Family
+from diffusion_workers.families.record import CLIP_SIZES, Family
 from diffusion_workers.families.registry import FAMILIES
 from diffusion_workers.pipeline.loading import load_pipeline, pick_device, quiet_libraries
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
@@ -50,6 +50,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pipe = load_pipeline(manifest, pick_device("cpu"), torch.float32)
         for seed, name in enumerate(loras):
             write_lora(folder / f"{family}-{name}.safetensors", pipe, FAMILIES[manifest.family].denoiser, seed)
+    (folder / "words").mkdir()
+    vectors = torch.randn(2, CLIP_SIZES["hidden_size"], generator=torch.Generator().manual_seed(0))
+    save_file({"emb_params": vectors}, folder / "words" / "toy.safetensors")
+    save_file({"clip_l": vectors, "clip_g": vectors.clone()}, folder / "words" / "toy-two.safetensors")
     return folder
 
 
@@ -109,7 +113,21 @@ def random_request(rng: random.Random, family: str) -> dict:
     ]
     if record.applies("clip_skip"):
         request |= {"guidance_scale": rng.choice([1.0, 3.0]), "clip_skip": rng.choice([0, 1])}
+    request |= random_refinement(rng, record) if rng.random() < 0.5 else {}
     return request | (random_acceleration(rng, record, bool(units)) if rng.random() < 0.5 else {})
+
+
+def random_refinement(rng: random.Random, record: Family) -> dict:
+    "Prompts with schedules and embeddings, variations, seamless images and guiders of a family."
+    toy = "toy-two" if record.text_layout in ("clip_clip", "clip_clip_t5") else "toy"
+    texts = ["a [cat:dog:0.5] in the (rain:1.3) BREAK night", "a [cat|dog]", f"a {toy} cat", f"a [{toy}:dog:1]"]
+    refined: dict = {"prompt_syntax": "a1111", "prompt": rng.choice(texts), "guidance_scale": 3.0}
+    refined |= rng.choice([{}, {"subseed": 7, "subseed_strength": rng.choice([0.3, 1.0])}])
+    if record.applies("seamless"):
+        refined["seamless"] = rng.choice([None, None, "x", "both"])
+    guiders = [None, *({"method": method} for method in record.guiders)]
+    guider = rng.choice(guiders if record.guidance.embedded_field is None else [None])
+    return refined | ({"guider": guider} if guider else {})
 
 
 def random_acceleration(rng: random.Random, record: Family, controlled: bool) -> dict:
@@ -194,12 +212,14 @@ def run_random(service: DiffusionService, rng: random.Random, wrong: Iterator[di
 
 def check_sequences(models: Path, count: int, seed: int) -> dict[str, int]:
     "Runs the sequences; how the requests ended."
-    with DiffusionService(Settings(model_folders=(models,)), device="cpu") as fresh:
+    with DiffusionService(Settings(model_folders=(models,), embedding_folders=models / "words"), device="cpu") as fresh:
         wanted = {(family, index): base_pixels(fresh, family, index) for family in FAMILY_NAMES for index in (0, 1)}
         assert all(wanted[family, 0] != wanted[family, 1] for family in FAMILY_NAMES)
         budget = sum(sum(factory.component_bytes().values()) for factory in fresh.pool.factories) * 4 // 5
     rng, wrong, ends = random.Random(seed), disturbances(), {}
-    with DiffusionService(Settings(model_folders=(models,), memory_budget=budget), device="cpu") as service:
+    with DiffusionService(
+        Settings(model_folders=(models,), embedding_folders=models / "words", memory_budget=budget), device="cpu"
+    ) as service:
         for number in range(count):
             for _ in range(rng.choice([1, 2, 3])):
                 end = run_random(service, rng, wrong)

@@ -1,5 +1,7 @@
 """The panels in JupyterLab in Chromium, with the built-in model: one session, as a user goes through it."""
 
+import io
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 from jupyter_lab import open_notebook, run_all, running_lab, save, write_notebook
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from server_process import PATIENCE, needs
 
 from diffusion_workers.request.metadata import read_metadata
@@ -38,8 +41,10 @@ from PIL import Image
 full = Path({folder!r})
 full.mkdir()
 about = {{"favourite": False, "seconds": 1.0, "files": {{}}}}
+square = full / "square"
+Image.new("RGB", (1024, 1024), "firebrick").save(square, "PNG")
 for index in range(1000):
-    Image.new("RGB", (64, 64), (index % 256, 80, 80)).save(full / f"20260301-101500-{{index:06}}-0000.png")
+    (full / f"20260301-101500-{{index:06}}-0000.png").hardlink_to(square)
     prompt = "a star" if index % 2 else "a disc"
     own = {{"created": "2026-03-01T10:15:00", "seed": index, "request": {{"prompt": prompt}}}}
     (full / f"20260301-101500-{{index:06}}-0000.json").write_text(json.dumps(about | own))
@@ -72,6 +77,100 @@ BEYOND = """() => {  // what sticks out of the notebook, is cut, or lies on some
     }));
     return found;
 }"""
+
+
+AUTOMATIC1111 = f"""{PROMPT}, easynegative <lora:heart:0.8> <lora:gone:0.5>
+Negative prompt: blurry
+Steps: 20, Sampler: DPM++ 2M SDE, Schedule type: Exponential, CFG scale: 7, Seed: 42, Size: 128x96, Clip skip: 2, \
+Model: dreamshaper_8, Denoising strength: 0.5, Hires upscale: 2, Hires upscaler: Latent, Version: v1.10.1"""
+INVOKE = {
+    "generation_mode": "txt2img",
+    "positive_prompt": "a green square",
+    "negative_prompt": "dark",
+    "seed": 7,
+    "width": 128,
+    "height": 128,
+    "steps": 12,
+    "cfg_scale": 3.5,
+    "scheduler": "euler_a",
+    "vae": {"name": "sdxl-vae"},
+    "app_version": "4.2.0",
+}
+COMFY = {
+    "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "other.safetensors"}},
+    "2": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a blue star"}},
+    "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "noise"}},
+    "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 96, "height": 128, "batch_size": 1}},
+    "5": {
+        "class_type": "KSampler",
+        "inputs": {
+            "model": ["1", 0],
+            "positive": ["2", 0],
+            "negative": ["3", 0],
+            "latent_image": ["4", 0],
+            "seed": 9,
+            "steps": 15,
+            "cfg": 2.5,
+            "sampler_name": "ddim",
+            "scheduler": "normal",
+            "denoise": 1.0,
+        },
+    },
+    "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
+    "7": {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "made"}},
+}
+FOREIGN = {  # program: its text in a PNG, what the fields show, what is listed as lost
+    "AUTOMATIC1111": (
+        {"parameters": AUTOMATIC1111},
+        {
+            "negative_prompt": "blurry",
+            "num_inference_steps": "20",
+            "scheduler": "DPM++ 2M SDE",
+            "sigma_schedule": "exponential",
+            "guidance_scale": "7.0",
+            "seed": "42",
+            "width": "128",
+            "height": "96",
+            "clip_skip": "1",
+        },
+        ["dreamshaper_8", "gone", "Denoising strength", "Hires upscale", "Hires upscaler"],
+    ),
+    "InvokeAI": (
+        {"invokeai_metadata": json.dumps(INVOKE)},
+        {
+            "prompt": "a green square",
+            "negative_prompt": "dark",
+            "num_inference_steps": "12",
+            "scheduler": "Euler a",
+            "guidance_scale": "3.5",
+            "seed": "7",
+            "sigma_schedule": re.compile("default"),  # that of the image before is gone
+            "clip_skip": "",
+        },
+        ["vae"],
+    ),
+    "ComfyUI": (
+        {"prompt": json.dumps(COMFY)},
+        {
+            "prompt": "a blue star",
+            "negative_prompt": "noise",
+            "num_inference_steps": "15",
+            "scheduler": "DDIM",
+            "guidance_scale": "2.5",
+            "seed": "9",
+            "width": "96",
+        },
+        ["other.safetensors"],
+    ),
+}
+
+
+def png_of(texts: dict[str, str]) -> bytes:
+    info, buffer = PngInfo(), io.BytesIO()
+    for key, text in texts.items():
+        info.add_text(key, text)
+    Image.new("RGB", (64, 64), "red").save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +454,34 @@ def test_a_history_of_a_thousand_images(page, lab: tuple[str, Path]) -> None:
     gallery.locator("input").fill("")
     gallery.locator(".dw-gallery-starred").click()
     expect(gallery.locator("li .dw-gallery-label")).to_have_text("17")
+
+
+@pytest.mark.slow
+def test_images_of_other_programs_are_restored(page, lab: tuple[str, Path]) -> None:
+    address, folder = lab
+    write_notebook(folder / "foreign.ipynb", SETUP)
+    open_notebook(page, address.format("foreign.ipynb"))
+    run_all(page)
+    expect(page.locator(".dw-panel")).to_be_visible()
+    for program, (texts, fields, lost) in FOREIGN.items():
+        unfold(page, "Restore from an image")
+        choose_file(page, ".dw-restore", f"{program}.png", png_of(texts))
+        listed = page.locator(".dw-restore .dw-error")
+        for name in lost:
+            expect(listed).to_contain_text(name)
+        unfold(page, "More")
+        for name, shown in fields.items():
+            control = page.locator(".dw-field-seed input") if name == "seed" else field(page, name)
+            expect(control, f"{program}: {name}").to_be_visible()
+            expect(control, f"{program}: {name}").to_have_value(shown)
+        if program == "AUTOMATIC1111":
+            expect(field(page, "prompt")).to_have_value(re.compile(f"^{PROMPT}, easynegative"))
+            expect(page.locator(".dw-panel")).to_contain_text("LoRA: heart 0.8")
+            page.locator("button.dw-generate").click()  # what was restored can be generated
+            expect(page.locator(".dw-gallery li")).to_have_count(1)
+            plan = read_metadata(kept(folder)[-1]).plan
+            assert (plan.seeds, plan.width, plan.height, plan.clip_skip) == ([42], 128, 96, 1)
+            assert [lora.name for lora in plan.loras] == ["heart"]
 
 
 def test_nothing_is_cut_in_a_narrow_page_light_or_dark(page, lab: tuple[str, Path]) -> None:

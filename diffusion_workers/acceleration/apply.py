@@ -29,7 +29,7 @@ from ..models.manifest import MemorySettings
 from ..pipeline.controlnets import view_of
 from ..pipeline.factory import PipelineFactory, use_part
 from ..pipeline.weights import device_of
-from ..planning.acceleration import TRANSFORMER_METHODS, complete, reuses_residuals
+from ..planning.acceleration import TRANSFORMER_METHODS, UNCOMPILED, complete, reuses_residuals
 from ..request.errors import request_error, warning
 from ez_diffusion_client.models import (
     AccelerationOptions,
@@ -144,7 +144,9 @@ def use_decoder(
 
 
 def uses_tiling(plan: GenerationPlan, memory: MemorySettings) -> bool:
-    "Whether the VAE decodes in tiles: the plan's setting, or else the manifest's."
+    "Whether the VAE decodes in tiles: the plan's setting, or else the manifest's; a seamless image is decoded whole."
+    if plan.seamless is not None:
+        return False
     asked = plan.memory and plan.memory.vae_tiling
     return memory.vae_tiling if asked is None else asked
 
@@ -262,6 +264,8 @@ def _separate_run(
 # %% ../../nbs/52_acceleration/05_apply.ipynb #90e90319
 def wants_compilation(plan: GenerationPlan, factory: PipelineFactory) -> bool:
     "Whether the denoiser is to be compiled: the plan's setting, or else the installation's."
+    if plan.seamless is not None or (plan.guider is not None and plan.guider.method in UNCOMPILED):
+        return False  # they change layers of the denoiser
     asked = plan.acceleration and plan.acceleration.torch_compile
     return factory.torch_compile if asked is None else asked
 

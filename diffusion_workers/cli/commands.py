@@ -198,7 +198,7 @@ def _generate(
     "Generate here, or on a server, once the output files are known to be writable."
     sources = _sources(arguments)
     if is_remote(arguments):
-        if request.seed is not None and not output.is_stdout:
+        if request.seed is not None and not request.subseed_strength and not output.is_stdout:
             seeds = [request.seed + i for i in range(request.num_images or 1)]
             output.check(output.paths(seeds, request.model or "default", request.prompt), sources)
         with progress_of(arguments) as show:

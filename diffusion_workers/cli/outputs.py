@@ -260,8 +260,8 @@ def write_maps(
 
 
 def planned_paths(output: Output, plan: GenerationPlan) -> list[Path]:
-    "The files of the images that a plan describes."
-    return output.paths([seed.root if hasattr(seed, "root") else seed for seed in plan.seeds], plan.model, plan.prompt)
+    "The files of the images that a plan describes; variations of one seed have the names of their variation seeds."
+    return output.paths(plan.subseeds or plan.seeds, plan.model, plan.prompt)
 
 # %% ../../nbs/80_cli/02_outputs.ipynb #b5211208
 def add_output_options(

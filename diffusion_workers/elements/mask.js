@@ -93,7 +93,7 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   zoomGroup.append(zoomOut, fit, zoomIn);
   const file = Object.assign(document.createElement("input"), { type: "file", accept: "image/*", hidden: true });
   const size = Object.assign(document.createElement("input"), { type: "range", min: 1, max: 256, value: state.brush });
-  const feather = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 64, value: 4 });
+  const feather = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 256, value: 4 });
   const labelled = (text, input) => {
     const label = document.createElement("label");
     const output = document.createElement("output");

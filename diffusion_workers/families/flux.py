@@ -184,7 +184,16 @@ FLUX = Family(
     denoiser_config={},
     gpu_dtype="bfloat16",
     unused_fields=frozenset(
-        {"clip_skip", "guidance_rescale", "size_conditioning", "refiner", "timestep_spacing", "eta"}
+        {
+            "clip_skip",
+            "guidance_rescale",
+            "size_conditioning",
+            "refiner",
+            "timestep_spacing",
+            "eta",
+            "timesteps",
+            "seamless",
+        }
     ),
     guidance=Guidance("true_cfg_scale", embedded_field="guidance_scale", needed="true_cfg_scale and a negative prompt"),
     texts=(  # CLIP only summarises the prompt; what T5 cuts off is lost

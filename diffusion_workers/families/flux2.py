@@ -116,7 +116,7 @@ FLUX2 = Family(
     gpu_dtype="bfloat16",
     unused_fields=frozenset(
         {"prompt_2", "negative_prompt", "negative_prompt_2", "clip_skip", "true_cfg_scale", "guidance_rescale"}
-        | {"size_conditioning", "refiner", "timestep_spacing", "eta", "controlnets"}
+        | {"size_conditioning", "refiner", "timestep_spacing", "eta", "controlnets", "seamless"}
     ),
     instead={
         "negative_prompt": "say in the prompt what the image shows",
@@ -139,6 +139,7 @@ FLUX2 = Family(
     latents=Latents(channels=32, packed=True, normalised_patches=True),
     denoiser_calls="separate",
     step_caches=("taylorseer",),
+    guiders=(),  # they would measure the tokens of reference images too
     references=References(max_pixels=_MEGAPIXEL, multiple=16, min_side=64, max_aspect=8),
     controls=Controls(controlnet_class="", multi_class="torch.nn.ModuleList", residuals="packed_tokens"),
     lora=LoraKeys(

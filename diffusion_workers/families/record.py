@@ -310,6 +310,8 @@ class Family:
     aligned_steps: Literal["sd1", "xl"] | None = None  # the table of Align Your Steps that was made for it
     usual_names: tuple[str, ...] = ()  # parts of the names that people give to its models, in lower case
     refiner: Refiner | None = None
+    guiders: tuple[str, ...] = ("apg", "cfg_zero_star")  # refinements of guidance that work on the denoiser
+    freeu: Mapping[str, float] = field(default_factory=dict)  # weights of FreeU where they differ from the usual ones
     reads_gguf: bool = False  # whether the denoiser may be a .gguf file
     autocasts: bool = True  # whether the denoiser can compute in another dtype than that of its weights
     attention_backends: bool = False  # whether the denoiser has diffusers' choice of attention implementations
@@ -340,6 +342,11 @@ class Family:
             if call.class_name == class_name and task in (None, call.task):
                 return call
         raise KeyError(f"{self.title} has no {class_name}; it has {', '.join(c.class_name for c in self.calls)}")
+
+    @property
+    def flow_matching(self) -> bool:
+        "Whether its noise levels go from 1 to 0."
+        return SchedulerName.flow_match_euler in self.schedulers
 
     @property
     def text_encoders(self) -> tuple[str, ...]:

@@ -23,58 +23,94 @@ class SchedulerFacts:
     options: Mapping[str, Any] = field(default_factory=dict)  # on top of the model's configuration
     karras: bool = False  # whether it has Karras, exponential and beta noise levels
     takes_levels: bool = False  # whether it takes any noise levels, or the timesteps that are nearest
+    takes_timesteps: bool = False  # whether it takes a list of timesteps
+    takes_sigmas: bool = False  # whether it takes a list of noise levels, and adds the 0 at the end
     order: int = 1  # calls of the denoiser for a step; with 2, the last step has one call
     repeats_second: bool = False  # the second timestep is visited twice, where sampling starts at the first one
     spacing: bool = True  # whether it follows `timestep_spacing`
     max_steps: int | None = None
     eta: float | None = None  # new noise in each step, where a request does not say; None has no such setting
     min_steps: int = 1  # with fewer steps, but more than one, the method spoils the image
+    repeats_last: bool = False  # named noise levels end with the last one twice, instead of with 0
 
 
 LCM_MAX_STEPS = 50  # original_inference_steps of diffusers' LCMScheduler and TCDScheduler
 _DPMPP = {"solver_order": 2}
+_LEVELS: dict[str, Any] = {"karras": True, "takes_levels": True, "takes_sigmas": True}
 SCHEDULER_FACTS = {
     facts.name: facts
     for facts in (
         SchedulerFacts(SchedulerName.ddim, "DDIMScheduler", eta=0.0),
-        SchedulerFacts(SchedulerName.ddpm, "DDPMScheduler"),
+        SchedulerFacts(SchedulerName.ddpm, "DDPMScheduler", takes_timesteps=True),
         SchedulerFacts(SchedulerName.pndm, "PNDMScheduler", {"skip_prk_steps": True}, repeats_second=True, min_steps=5),
-        SchedulerFacts(SchedulerName.euler, "EulerDiscreteScheduler", karras=True, takes_levels=True),
+        SchedulerFacts(SchedulerName.euler, "EulerDiscreteScheduler", takes_timesteps=True, **_LEVELS),
         SchedulerFacts(SchedulerName.euler_ancestral, "EulerAncestralDiscreteScheduler"),
         SchedulerFacts(
-            SchedulerName.heun, "HeunDiscreteScheduler", karras=True, takes_levels=True, order=2, min_steps=3
+            SchedulerName.heun, "HeunDiscreteScheduler", order=2, min_steps=3, takes_timesteps=True, **_LEVELS
         ),
         SchedulerFacts(
             SchedulerName.dpmpp_2m,
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "dpmsolver++"} | _DPMPP,
-            karras=True,
-            takes_levels=True,
+            takes_timesteps=True,
+            **_LEVELS,
         ),
         SchedulerFacts(
             SchedulerName.dpmpp_2m_sde,
             "DPMSolverMultistepScheduler",
             {"algorithm_type": "sde-dpmsolver++"} | _DPMPP,
-            karras=True,
-            takes_levels=True,
+            takes_timesteps=True,
+            **_LEVELS,
+        ),
+        SchedulerFacts(
+            SchedulerName.dpmpp_3m,
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "dpmsolver++", "solver_order": 3},
+            takes_timesteps=True,
+            **_LEVELS,
+        ),
+        SchedulerFacts(
+            SchedulerName.dpmpp_3m_sde,
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            takes_timesteps=True,
+            **_LEVELS,
         ),
         SchedulerFacts(
             SchedulerName.dpmpp_singlestep,
             "DPMSolverSinglestepScheduler",
             {"algorithm_type": "dpmsolver++"} | _DPMPP,
             karras=True,
+            takes_sigmas=True,
+            takes_timesteps=True,
             spacing=False,
         ),
-        SchedulerFacts(SchedulerName.unipc, "UniPCMultistepScheduler", karras=True),
-        SchedulerFacts(SchedulerName.deis, "DEISMultistepScheduler", karras=True),
-        SchedulerFacts(SchedulerName.lms, "LMSDiscreteScheduler", karras=True),
-        SchedulerFacts(SchedulerName.kdpm2, "KDPM2DiscreteScheduler", karras=True, order=2, min_steps=3),
+        SchedulerFacts(SchedulerName.unipc, "UniPCMultistepScheduler", karras=True, takes_sigmas=True),
+        SchedulerFacts(SchedulerName.deis, "DEISMultistepScheduler", karras=True, repeats_last=True),
+        SchedulerFacts(SchedulerName.sa_solver, "SASolverScheduler", karras=True, repeats_last=True),
+        SchedulerFacts(SchedulerName.lms, "LMSDiscreteScheduler", karras=True, takes_sigmas=True),
         SchedulerFacts(
-            SchedulerName.kdpm2_ancestral, "KDPM2AncestralDiscreteScheduler", karras=True, order=2, min_steps=5
+            SchedulerName.kdpm2, "KDPM2DiscreteScheduler", karras=True, takes_sigmas=True, order=2, min_steps=3
         ),
-        SchedulerFacts(SchedulerName.lcm, "LCMScheduler", spacing=False, max_steps=LCM_MAX_STEPS),
-        SchedulerFacts(SchedulerName.tcd, "TCDScheduler", spacing=False, max_steps=LCM_MAX_STEPS, eta=0.3),
-        SchedulerFacts(SchedulerName.flow_match_euler, "FlowMatchEulerDiscreteScheduler", karras=True, spacing=False),
+        SchedulerFacts(
+            SchedulerName.kdpm2_ancestral,
+            "KDPM2AncestralDiscreteScheduler",
+            karras=True,
+            takes_sigmas=True,
+            order=2,
+            min_steps=5,
+        ),
+        SchedulerFacts(SchedulerName.lcm, "LCMScheduler", takes_timesteps=True, spacing=False, max_steps=LCM_MAX_STEPS),
+        SchedulerFacts(
+            SchedulerName.tcd, "TCDScheduler", takes_timesteps=True, spacing=False, max_steps=LCM_MAX_STEPS, eta=0.3
+        ),
+        SchedulerFacts(
+            SchedulerName.flow_match_euler,
+            "FlowMatchEulerDiscreteScheduler",
+            karras=True,
+            takes_sigmas=True,
+            spacing=False,
+        ),
     )
 }
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DIFFUSION_SCHEDULERS', 'SCHEDULER_CLASSES', 'VAE_CLASSES', 'CLIP_TOKENIZERS', 'UNET_COMPONENTS', 'UNET_STEP_CACHES',
-           'UNET_MODULES', 'CROSS_ATTENTION', 'TINY_UNET', 'TINY_DENOISER', 'TINY_CONTROLNET', 'UNET_ZERO_LAYERS',
-           'TINY_SCHEDULER', 'SD15', 'unet_original_names', 'cross_attention_mark']
+           'UNET_GUIDERS', 'UNET_MODULES', 'CROSS_ATTENTION', 'TINY_UNET', 'TINY_DENOISER', 'TINY_CONTROLNET',
+           'UNET_ZERO_LAYERS', 'TINY_SCHEDULER', 'SD15', 'unet_original_names', 'cross_attention_mark']
 
 # %% ../../nbs/05_families/02_sd15.ipynb #9e8c5072
 import re
@@ -42,6 +42,7 @@ SCHEDULER_CLASSES = (
     "DPMSolverSinglestepScheduler",
     "UniPCMultistepScheduler",
     "DEISMultistepScheduler",
+    "SASolverScheduler",
     "LMSDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "KDPM2AncestralDiscreteScheduler",
@@ -58,6 +59,7 @@ UNET_COMPONENTS = {
     "tokenizer": CLIP_TOKENIZERS,
 }
 UNET_STEP_CACHES = ("deepcache", "deep_features")
+UNET_GUIDERS = ("apg", "cfg_zero_star", "pag", "freeu")
 
 # %% ../../nbs/05_families/02_sd15.ipynb #479f9998
 _RESNET_NAMES = {
@@ -190,6 +192,7 @@ SD15 = Family(
     latents=Latents(channels=4),
     denoiser_calls="doubled",
     step_caches=UNET_STEP_CACHES,
+    guiders=UNET_GUIDERS,
     controls=Controls(
         controlnet_class="ControlNetModel",
         multi_class="diffusers.models.controlnets.multicontrolnet.MultiControlNetModel",

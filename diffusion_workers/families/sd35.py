@@ -124,7 +124,16 @@ SD35 = Family(
     denoiser_config={},
     gpu_dtype="bfloat16",
     unused_fields=frozenset(
-        {"true_cfg_scale", "guidance_rescale", "size_conditioning", "refiner", "timestep_spacing", "eta"}
+        {
+            "true_cfg_scale",
+            "guidance_rescale",
+            "size_conditioning",
+            "refiner",
+            "timestep_spacing",
+            "eta",
+            "timesteps",
+            "seamless",
+        }
     ),
     guidance=Guidance(),
     texts=(  # CLIP reads the beginning of the prompt, T5 all of it

@@ -28,6 +28,7 @@ from diffusion_workers.families.sd15 import (
     TINY_DENOISER,
     TINY_SCHEDULER,
     UNET_COMPONENTS,
+    UNET_GUIDERS,
     UNET_STEP_CACHES,
     UNET_ZERO_LAYERS,
     cross_attention_mark,
@@ -112,6 +113,8 @@ SDXL = Family(
     latents=Latents(channels=4),
     denoiser_calls="doubled",
     step_caches=UNET_STEP_CACHES,
+    guiders=UNET_GUIDERS,
+    freeu={"backbone_1": 1.3, "backbone_2": 1.4},
     controls=Controls(
         controlnet_class="ControlNetModel",
         multi_class="diffusers.models.controlnets.multicontrolnet.MultiControlNetModel",

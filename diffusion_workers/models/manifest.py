@@ -7,10 +7,11 @@ __all__ = ['PATTERN_WORDS', 'Name', 'Text', 'Pixels', 'Count', 'Subfolder', 'GGU
            'ConfigSource', 'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype', 'QuantizationName', 'AttentionBackend',
            'Share', 'Complaint', 'GGUF_ENCODERS', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource',
            'HubSource', 'FileSource', 'MemorySource', 'Component', 'ControlNetEntry', 'LoraEntry', 'EmbeddingEntry',
-           'RefinerEntry', 'Profile', 'MemorySettings', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
+           'RefinerEntry', 'Profile', 'MemorySettings', 'Vocabulary', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
 
 # %% ../../nbs/20_models/01_manifest.ipynb #e7db61b6
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -362,6 +363,19 @@ class MemorySettings(_Section):
     )
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ed4f0a23
+class Vocabulary(_Section):
+    "The words that a model was trained on, where they are few enough to list."
+
+    groups: dict[Name, tuple[Text, ...]]  # such as colors: [red, blue]; a prompt needs one of these words
+    function_words: tuple[Text, ...] = ()  # such as a, the, on
+
+    @property
+    def words(self) -> frozenset[str]:
+        "All of them, in lower case."
+        listed = itertools.chain(self.function_words, *self.groups.values())
+        return frozenset(word.lower() for word in listed)
+
+
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 
 
@@ -607,6 +621,8 @@ class ModelManifest(_Section):
     )
     defaults: Defaults
     limits: Limits = Limits()
+    vocabulary: Vocabulary | None = None  # a request with other words gets a warning
+    example_prompts: tuple[Text, ...] = ()  # for people who see the model for the first time
 
     @model_validator(mode="before")
     @classmethod
@@ -648,8 +664,8 @@ class ModelManifest(_Section):
 
     @property
     def sha256(self) -> str:
-        "Of everything but the name and the size of the download, in a canonical form."
-        left_out = {"name", "download_gb"}
+        "Of everything that can change an image, in a canonical form."
+        left_out = {"name", "download_gb", "vocabulary", "example_prompts"}
         for name in _LATER_SECTIONS:  # receipts from before there were these sections stay true
             if getattr(self, name) == type(self).model_fields[name].default:
                 left_out.add(name)
@@ -705,6 +721,8 @@ def _manifest_table(manifest: ModelManifest) -> str:  # Markdown
         "memory": _shown(manifest.memory, exclude_defaults=True),
         "defaults": _shown(manifest.defaults),
         "limits": _shown(manifest.limits),
+        "vocabulary": manifest.vocabulary and f"{len(manifest.vocabulary.words)} words",
+        "example prompts": "; ".join(manifest.example_prompts),
         "sha256": f"`{manifest.sha256[:12]}`",
     }
     lines = [

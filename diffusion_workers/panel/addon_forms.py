@@ -9,6 +9,7 @@ __all__ = ['Preprocess', 'ImageField', 'file_of', 'LoraRow', 'LoraList', 'Parame
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #a7516557
 import base64
 import html
+import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -77,7 +78,7 @@ def file_of(
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #52800ec3
 class LoraRow(widgets.HBox):
-    "A LoRA and its strength."
+    "A LoRA with its strength."
 
     def __init__(self, names: Iterable[str], on_change: Callable[[], None], on_remove: Callable[["LoraRow"], None]):
         self.name = widgets.Combobox(
@@ -88,11 +89,24 @@ class LoraRow(widgets.HBox):
         )
         self.scale = widgets.FloatText(value=1.0, step=0.1, tooltip="Strength", layout=widgets.Layout(width="80px"))
         remove = widgets.Button(description="Remove", layout=widgets.Layout(width="84px"))
-        super().__init__([self.name, self.scale, remove], layout=widgets.Layout(flex_flow="row wrap"))
-        self.further: dict[str, Any] = {}  # settings of the LoRA that this row does not show
+        self.note = widgets.HTML("", layout=widgets.Layout(flex="1 1 100%", display="none"))
+        self.note.add_class("dw-hint")
+        super().__init__([self.name, self.scale, remove, self.note], layout=widgets.Layout(flex_flow="row wrap"))
+        self._further: dict[str, Any] = {}
         remove.on_click(lambda button: on_remove(self))
         for control in (self.name, self.scale):
             control.observe(lambda change: on_change(), "value")
+
+    @property
+    def further(self) -> dict[str, Any]:
+        "Settings of the LoRA that have no field; they are listed below it."
+        return self._further
+
+    @further.setter
+    def further(self, values: Mapping[str, Any]) -> None:
+        self._further = dict(values)
+        self.note.value = html.escape(", ".join(f"{name} {json.dumps(value)}" for name, value in values.items()))
+        self.note.layout.display = None if values else "none"
 
     def values(self) -> dict[str, Any]:
         "The LoRA for a request."
@@ -333,6 +347,13 @@ class ControlUnit(widgets.VBox):
         if mask := self.mask.read():
             found["mask_image"] = mask
         return found
+
+    def held(self) -> dict[str, Any]:
+        "All that the unit holds, also where a request may leave it out."
+        found = self.values() | {"enabled": self.enabled.value}
+        preprocessing = found.get("preprocessing") or {}
+        every = {name: control.value for name, control in self.parameters.controls.items()}
+        return found | {"preprocessing": {"name": "none"} | preprocessing | {"parameters": every}}
 
     def set_values(self, values: Mapping[str, Any]) -> None:
         "Show a unit of a request."

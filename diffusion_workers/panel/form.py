@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'SLIDERS', 'Groups', 'Notes', 'SIMPLE', 'START_IMAGE', 'SECTIONS', 'field_label', 'alert', 'error_html',
-           'FieldWidget', 'SchemaForm', 'check', 'request_sections']
+           'one_for_all', 'FieldWidget', 'SchemaForm', 'check', 'not_shown', 'request_sections']
 
 # %% ../../nbs/73_panel/06_form.ipynb #765cf18a
 import html
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,8 @@ _LABELS = {
     "use_karras_sigmas": "Karras sigmas",
     "sigma_schedule": "Noise schedule",
     "timestep_spacing": "Timestep spacing",
+    "subseed": "Variation seed",
+    "subseed_strength": "Variation strength",
     "true_cfg_scale": "True CFG scale",
     "clip_skip": "CLIP skip",
     "torch_compile": "torch.compile",
@@ -48,9 +51,12 @@ CHOICES = {  # choices as people know them from other programs
     "heun": "Heun",
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_3m": "DPM++ 3M",
+    "dpmpp_3m_sde": "DPM++ 3M SDE",
     "dpmpp_singlestep": "DPM++ 2S",
     "unipc": "UniPC",
     "deis": "DEIS",
+    "sa_solver": "SA-Solver",
     "lms": "LMS",
     "kdpm2": "DPM2",
     "kdpm2_ancestral": "DPM2 a",
@@ -58,13 +64,17 @@ CHOICES = {  # choices as people know them from other programs
     "ays": "Align Your Steps",
     "lcm": "LCM",
     "flow_match_euler": "Flow match Euler",
+    "apg": "APG",
+    "cfg_zero_star": "CFG-Zero*",
+    "pag": "Perturbed attention (PAG)",
+    "freeu": "FreeU",
     "deepcache": "DeepCache",
     "taylorseer": "TaylorSeer",
     "mag": "MagCache",
     "true": "on",
     "false": "off",
 }
-_CHOICES_OF = ("scheduler", "step_cache.method")  # and booleans
+_CHOICES_OF = ("scheduler", "step_cache.method", "guider.method")  # and booleans
 _NAMES = ("model", "profile")  # whose choices are names, shown as they are written
 SLIDERS = {  # field -> lowest, highest and step of its slider; the text field takes any valid number
     "width": (64, 2048, 8),
@@ -143,18 +153,27 @@ def _text(value: Any) -> str:
 _shared: dict[str, widgets.Widget] = {}
 
 
-def _one_for_all(name: str, make: Callable[[], Any]) -> Any:  # a layout or style: each is a message when a panel opens
+def one_for_all(
+    name: str,
+    make: Callable[[], Any],
+) -> Any:
+    "A layout or style that many widgets share: each is a message when a panel opens."
     if name not in _shared or _shared[name].comm is None:  # closed by `Widget.close_all`
         _shared[name] = make()
     return _shared[name]
 
 
 def _auto_width() -> widgets.Layout:
-    return _one_for_all("auto width", lambda: widgets.Layout(width="auto"))
+    return one_for_all("auto width", lambda: widgets.Layout(width="auto"))
+
+
+def _field_layout(hidden: bool) -> widgets.Layout:
+    display = "none" if hidden else None
+    return one_for_all(f"field {hidden}", lambda: widgets.Layout(width="auto", overflow="visible", display=display))
 
 
 def _labelled(kind: type[DescriptionStyle]) -> DescriptionStyle:
-    return _one_for_all(kind.__name__, lambda: kind(description_width="118px"))
+    return one_for_all(kind.__name__, lambda: kind(description_width="118px"))
 
 
 def _slider(info: FieldInfo) -> widgets.FloatSlider | widgets.IntSlider | None:
@@ -162,8 +181,8 @@ def _slider(info: FieldInfo) -> widgets.FloatSlider | widgets.IntSlider | None:
         return None
     low, high, step = SLIDERS[info.name]
     kind = widgets.IntSlider if info.kind == "integer" else widgets.FloatSlider
-    layout = _one_for_all("slider", lambda: widgets.Layout(flex="1 1 90px", width="auto", min_width="60px"))
-    style = _one_for_all("slider style", SliderStyle)
+    layout = one_for_all("slider", lambda: widgets.Layout(flex="1 1 90px", width="auto", min_width="60px"))
+    style = one_for_all("slider style", SliderStyle)
     return kind(value=low, min=low, max=high, step=step, readout=False, layout=layout, style=style)
 
 
@@ -189,20 +208,34 @@ class FieldWidget(widgets.VBox):
     def __init__(self, info: FieldInfo, on_change: Callable[[], None] | None = None):
         self.info = info
         self._notes: Notes = {}
+        self._emptied = False  # whether a text is meant to be empty, which is not the default
+        self._default = ""
         self._on_change = on_change
         self.message: widgets.HTML | None = None  # made for the first error: a panel has dozens of fields
-        super().__init__(layout=widgets.Layout(width="auto", overflow="visible"))
+        super().__init__(layout=_field_layout(hidden=False))
         self._set_control(_control(info))
+
+    @property
+    def hidden(self) -> bool:
+        "Whether the field is left out of the form."
+        return self.layout.display == "none"
+
+    @hidden.setter
+    def hidden(self, hidden: bool) -> None:
+        if hidden != self.hidden:
+            self.layout = _field_layout(hidden)
 
     def _set_control(self, control: widgets.DOMWidget) -> None:
         self.control = control
         control.add_class("dw-field-" + self.info.name.replace(".", "-"))
+        self._default = getattr(control, "placeholder", "")
+        control.observe(lambda change: self._typed(), "value")
         self.slider = _slider(self.info)
         if self._on_change is not None:
             control.observe(lambda change: self._on_change(), "value")
         row = control
         if self.slider is not None:
-            control.layout = _one_for_all("beside slider", lambda: widgets.Layout(flex="1 1 190px", width="auto"))
+            control.layout = one_for_all("beside slider", lambda: widgets.Layout(flex="1 1 190px", width="auto"))
             row = widgets.HBox([control, self.slider])
             self._sliding = False
             control.observe(lambda change: self._place_slider(), "value")
@@ -229,6 +262,8 @@ class FieldWidget(widgets.VBox):
     def read(self) -> Any:
         "The value for the request; None where the field is empty."
         text = self.control.value
+        if text == "" and self._emptied:
+            return ""
         if text == "" or text.startswith(_HEADING):
             return None
         return typed_value(self.info, text if self.info.is_long_text else text.strip())
@@ -241,7 +276,9 @@ class FieldWidget(widgets.VBox):
                 self.control.options = [*self.control.options, (text, text)]
             else:
                 text = ""
+        self._emptied = value == "" and self.info.is_long_text
         self.control.value = text
+        self._place_default()
 
     def show_default(self, value: Any) -> None:
         "Show what an empty field stands for; None where nobody knows."
@@ -249,9 +286,20 @@ class FieldWidget(widgets.VBox):
         if isinstance(self.control, widgets.Dropdown):
             self.show_none(_default_label(self.info, text, self._notes))
             return
-        self.control.placeholder = text
+        self._default = text
+        self._place_default()
+
+    def _place_default(self) -> None:  # in the empty field
+        if isinstance(self.control, widgets.Dropdown):
+            return
+        self.control.placeholder = "(empty)" if self._emptied else self._default
         if self.slider is not None:
             self._place_slider()
+
+    def _typed(self) -> None:  # a text that was given empty is the default again once something was typed
+        if self._emptied and self.control.value:
+            self._emptied = False
+            self._place_default()
 
     def show_none(self, label: str) -> None:
         "Show what leaving out a choice means."
@@ -302,37 +350,76 @@ class SchemaForm(widgets.VBox):
         self,
         fields: Iterable[FieldInfo],
         on_change: Callable[[], None] | None = None,  # called after each change
+        lazy: bool = False,  # make the widgets when they are needed first
     ):
-        self.fields = {info.name: FieldWidget(info, on_change) for info in fields}
-        super().__init__(list(self.fields.values()), layout=widgets.Layout(width="auto"))
+        self.infos = {info.name: info for info in fields}
+        self.on_made: Callable[[SchemaForm], None] = lambda form: None  # called when the widgets were made
+        self._on_change = on_change
+        self._fields: dict[str, FieldWidget] = {}
+        self._making = threading.RLock()
+        super().__init__(layout=_auto_width())
+        if not lazy:
+            self.make()
+
+    @property
+    def made(self) -> bool:
+        "Whether the widgets of the fields exist; those of a form that nobody has seen do not."
+        return bool(self._fields)
+
+    @property
+    def fields(self) -> dict[str, FieldWidget]:
+        "The widgets by the name of their field."
+        self.make()
+        return self._fields
+
+    def make(self) -> None:
+        "Make the widgets, unless they are there."
+        with self._making:
+            if not self.made:
+                self._fields = {name: FieldWidget(info, self._on_change) for name, info in self.infos.items()}
+                self.children = tuple(self._fields.values())
+                self.on_made(self)
+
+    def given(self) -> dict[str, Any]:
+        "The values that are not empty, by the name of their field."
+        read = {name: field.read() for name, field in self._fields.items()}
+        return {name: value for name, value in read.items() if value is not None}
 
     def values(self) -> dict[str, Any]:
         "The fields that are not empty, nested as in a request."
         found: dict[str, Any] = {}
-        for field in self.fields.values():
+        for field in self._fields.values():
             if (value := field.read()) is not None:
                 set_value(found, field.info.path, value)
         return found
 
     def set_values(self, values: Mapping[str, Any]) -> None:
         "Show these values; fields that they do not name become empty."
-        for field in self.fields.values():
+        if any(get_value(values, info.path) is not None for info in self.infos.values()):
+            self.make()
+        for field in self._fields.values():
             field.show(get_value(values, field.info.path))
 
     def show_only(self, names: Iterable[str]) -> None:
         "Hide the fields that are not named, unless they have a value."
         names = set(names)
-        for name, field in self.fields.items():
-            field.layout.display = None if name in names or field.read() is not None else "none"
+        for name, field in self._fields.items():
+            field.hidden = name not in names and field.read() is None
 
     def show_errors(self, errors: Iterable[ErrorDetail]) -> list[ErrorDetail]:  # those of other fields
         "Put each error at its field; fields without one are cleared."
         rest = list(errors)
-        for name, field in self.fields.items():
-            own = [error for error in rest if error.field == name or (error.field or "").startswith(f"{name}[")]
+        if any(_is_of(error, name) for error in rest for name in self.infos):
+            self.make()
+        for name, field in self._fields.items():
+            own = [error for error in rest if _is_of(error, name)]
             field.show_error("<br>".join(map(error_html, own)))
             rest = [error for error in rest if error not in own]
         return rest
+
+
+def _is_of(error: ErrorDetail, name: str) -> bool:
+    return error.field == name or (error.field or "").startswith(f"{name}[")
 
 # %% ../../nbs/73_panel/06_form.ipynb #093e15db
 def check(
@@ -344,6 +431,24 @@ def check(
     except RequestError as refused:
         return refused.errors
     return []
+
+# %% ../../nbs/73_panel/06_form.ipynb #844bdfd7
+def not_shown(
+    given: Any,  # the fields of a request, nested
+    shown: Any,  # what the form holds of them
+    path: str = "",
+) -> Iterator[tuple[str, Any, Any]]:  # path, the given value, and the one in its place
+    "The values that a form does not hold as they were given."
+    if isinstance(given, Mapping):
+        held = shown if isinstance(shown, Mapping) else {}
+        for name, value in given.items():
+            yield from not_shown(value, held.get(name), f"{path}.{name}" if path else str(name))
+    elif isinstance(given, (list, tuple)) and any(isinstance(item, Mapping) for item in given):
+        held = list(shown or ())
+        for index, value in enumerate(given):
+            yield from not_shown(value, held[index] if index < len(held) else None, f"{path}[{index}]")
+    elif given is not None and given != shown:
+        yield path, given, shown
 
 # %% ../../nbs/73_panel/06_form.ipynb #f1cda49f
 SIMPLE = (

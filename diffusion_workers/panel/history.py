@@ -159,6 +159,12 @@ DELETED_SECONDS = 24 * 3600  # that a deletion can be undone
 STORED_AFTER = 50  # images whose JSON was read: then one file holds what a list shows of all of them
 
 
+def _of_image(request: GenerationRequest, result: OpResult, index: int) -> GenerationRequest:
+    "The request with the variation seed of one of its images."
+    subseeds = result.plan.subseeds if result.plan else None
+    return request.model_copy(update={"subseed": subseeds[index]}) if subseeds else request
+
+
 class ImageHistory:
     "The generated images in a folder, the newest first."
 
@@ -182,8 +188,14 @@ class ImageHistory:
         timings = result.generation.timings
         seconds = None if timings is None else timings.total_seconds
         return [
-            self._add(request, made.seed, image_data(made.image), made.format.value, {"seconds": seconds})
-            for made in result.generation.images
+            self._add(
+                _of_image(request, result, index),
+                made.seed,
+                image_data(made.image),
+                made.format.value,
+                {"seconds": seconds},
+            )
+            for index, made in enumerate(result.generation.images)
         ]
 
     def add_stopped(

@@ -67,7 +67,7 @@ class MaskCanvas(anywidget.AnyWidget):
     _css = STYLES
     width = traitlets.Int(1, help="pixels of image and mask").tag(sync=True)
     height = traitlets.Int(1, help="pixels of image and mask").tag(sync=True)
-    feather = traitlets.Int(4, min=0, max=64, help="pixels over which the edge is softened").tag(sync=True)
+    feather = traitlets.Int(4, min=0, max=256, help="pixels over which the edge is softened").tag(sync=True)
     problem = traitlets.Unicode("", help="what was wrong with an uploaded mask").tag(sync=True)
     _background = _bytes_trait()
     _mask = _bytes_trait()

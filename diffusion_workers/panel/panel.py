@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+from ipywidgets.widgets.widget_button import ButtonStyle
 from PIL import Image
 
 from ..families.record import Family
@@ -26,7 +27,16 @@ from ..families.schedulers import facts_of_class
 from ..models.store import load_manifests
 from .addon_forms import ControlUnit, ControlUnits, ImageField, LoraList, file_of
 from .elements import CodeView, CompareSlider, Gallery, thumbnail
-from .form import START_IMAGE, FieldWidget, SchemaForm, check, request_sections
+from diffusion_workers.panel.form import (
+    START_IMAGE,
+    FieldWidget,
+    SchemaForm,
+    alert,
+    check,
+    not_shown,
+    one_for_all,
+    request_sections,
+)
 from .history import HistoryEntry, HistorySummary, ImageHistory
 from .mask_canvas import ImageSource, MaskCanvas
 from .runs import Backend, Run, backend_of, begin, stop_on_interrupt
@@ -150,7 +160,7 @@ class StartImage(widgets.VBox):
     def __init__(self, on_change: Callable[[], None] = lambda: None):
         self._on_change = on_change
         infos = [info for info in request_sections()[START_IMAGE] if info.name != "inpaint.mask_blur"]
-        self.form = SchemaForm(infos, on_change)  # the blur of the mask is the canvas's feather
+        self.form = SchemaForm(infos, on_change, lazy=True)  # the blur of the mask is the canvas's feather
         self.field = ImageField("Drop, paste or choose an image", self._image_changed)
         self.canvas = MaskCanvas()
         self.canvas.layout.display = "none"
@@ -189,6 +199,13 @@ class StartImage(widgets.VBox):
             self.canvas.mask = file_of(mask)
         inpaint = values.get("inpaint") or {}
         self.canvas.feather = inpaint.get("mask_blur", 4)
+
+    @property
+    def summary(self) -> str:
+        "What is given, in a word or two."
+        if not self.field.read():
+            return ""
+        return "image and mask" if self.use_mask.value else "image"
 
     def show_errors(self, errors: Iterable[ErrorDetail]) -> list[ErrorDetail]:  # those of other fields
         "Show the errors of the image, the mask and their settings."
@@ -303,6 +320,19 @@ def _pixels(field: FieldWidget) -> int | None:
     return int(text) if text.isdecimal() else None
 
 
+def _planned_fields(form: SchemaForm) -> dict[str, FieldWidget]:  # those whose default a plan tells
+    return {
+        name: field
+        for name, field in form.fields.items()
+        if field.info.path[0] in GenerationPlan.model_fields and name not in _NO_PLANNED_DEFAULT
+    }
+
+
+def _given(form: SchemaForm, before: Iterable[str] = ()) -> str:  # what is set, in one line
+    parts = [f"{name.rpartition('.')[2].replace('_', ' ')} {value}" for name, value in form.given().items()]
+    return ", ".join(filter(None, [*before, *parts]))
+
+
 class RequestForm(widgets.VBox):
     "The form of a whole request; its rarer fields are in `sections`, which the panel places."
 
@@ -317,11 +347,16 @@ class RequestForm(widgets.VBox):
         self.default_model = listed.default if listed else None
         self.own_schedulers: Mapping[str, Any] = getattr(backend.owner, "schedulers", None) or {}  # by registered name
         self.forms = {
-            title: SchemaForm(infos, on_change) for title, infos in request_sections().items() if title != START_IMAGE
+            title: SchemaForm(infos, on_change, lazy=title != "")
+            for title, infos in request_sections().items()
+            if title != START_IMAGE
         }
         self.main = self.forms[""]
+        self._plan: GenerationPlan | None = None  # the last one of this model
         self.seed = SeedField(on_change)
         self.start = StartImage(on_change)
+        for form in self._every_form():
+            form.on_made = self._fit
         self.loras = LoraList(on_change)
         preprocessors = listed.preprocessors if listed else None
         self.controls = ControlUnits(preprocessors, backend.preprocess, on_change)
@@ -332,8 +367,9 @@ class RequestForm(widgets.VBox):
         sections = {**editors, **rest, RESTORE: self.drop}
         self.section_names = tuple(sections)
         self._bodies = tuple(sections.values())
+        place = one_for_all("section", widgets.Layout)
         places = tuple(
-            widgets.VBox() for _ in sections
+            widgets.VBox(layout=place) for _ in sections
         )  # filled when they are unfolded, so that the panel opens quickly
         self.sections = widgets.Accordion(children=places, titles=self.section_names)
         self.sections.observe(lambda change: self._fill_section(change.new), "selected_index")
@@ -381,7 +417,7 @@ class RequestForm(widgets.VBox):
         scheduler = self.main.fields["scheduler"].read()
         return {"scheduler": scheduler} if scheduler in self.own_schedulers else {}
 
-    def set_values(self, values: Mapping[str, Any]) -> None:
+    def set_values(self, values: Mapping[str, Any]) -> list[LostSetting]:  # what the form cannot show
         "Show a request; fields that it does not have become empty."
         for form in self.forms.values():
             form.set_values(values)
@@ -389,6 +425,26 @@ class RequestForm(widgets.VBox):
         self.start.set_values(values)
         self.loras.set_values(values.get("loras") or ())
         self.controls.set_values(values.get("controlnets") or ())
+        for form in self._every_form() if self.model else ():
+            self._show_fitting(form, self.model)
+        return self._lost(values)
+
+    def _lost(self, values: Mapping[str, Any]) -> list[LostSetting]:
+        held = self.values() | {"preview_interval": values.get("preview_interval")}  # the panel has its own
+        held["inpaint"] = held.get("inpaint", {}) | {"mask_blur": self.start.canvas.feather}
+        held["controlnets"] = [unit.held() for unit in self.controls.units]
+        found = []
+        for path, given, shown in not_shown(values, held):
+            if path.rpartition(".")[2] in IMAGE_FIELDS:
+                if shown:  # another encoding of the same image
+                    continue
+                given, reason = None, "this image cannot be shown: give it again"
+            elif shown is None:
+                reason = "it is not offered here, so the default takes its place"
+            else:
+                reason = f"{shown} takes its place"
+            found.append(LostSetting(name=path, given=None if given is None else str(given), reason=reason))
+        return found
 
     def show_errors(self, errors: Iterable[ErrorDetail]) -> list[ErrorDetail]:  # those without a field in the form
         "Show each error at its field, and unfold the section of the first one."
@@ -404,8 +460,13 @@ class RequestForm(widgets.VBox):
         self.sections.selected_index = self.section_names.index(title)
 
     def _fill_section(self, index: int | None) -> None:
-        if index is not None and not self.sections.children[index].children:
-            self.sections.children[index].children = (self._bodies[index],)
+        if index is None or self.sections.children[index].children:
+            return
+        body = self._bodies[index]
+        for form in (body, getattr(body, "form", None)):
+            if isinstance(form, SchemaForm):
+                form.make()
+        self.sections.children[index].children = (body,)
 
     @property
     def opened(self) -> str | None:
@@ -417,15 +478,26 @@ class RequestForm(widgets.VBox):
         "Say in the headings what is set in each section."
         for index, (name, text) in enumerate(zip(self.section_names, map(self._active, self.section_names))):
             self.sections.set_title(index, f"{name}: {text}" if text else name)
+        if not self.forms["Acceleration"].made:
+            return
         cache = self.forms["Acceleration"].fields
         others = any(cache[f"step_cache.{part}"].read() is not None for part in ("interval", "threshold", "branch"))
         cache["step_cache.method"].show_none("the model's method" if others else "off")
 
     def show_plan(self, plan: GenerationPlan) -> None:
         "Show the values that a plan has for empty fields."
+        self._plan = plan
+        for form in self._every_form():
+            if form.made:
+                self._show_plan_in(form, plan)
+
+    def _every_form(self) -> list[SchemaForm]:
+        return [*self.forms.values(), self.start.form]
+
+    def _show_plan_in(self, form: SchemaForm, plan: GenerationPlan) -> None:
         values = plan.model_dump(mode="json", exclude_none=True)
         values["scheduler"] = self._planned_scheduler(plan)
-        for name, field in self._planned_fields().items():
+        for name, field in _planned_fields(form).items():
             value = get_value(values, field.info.path)
             if field.read() is None and not (value is None and name in ("step_cache.method", *_FROM_MODEL)):
                 field.show_default(field.info.default if value is None else value)
@@ -440,20 +512,9 @@ class RequestForm(widgets.VBox):
         kept = planned.class_name == "model default"
         return self.model.scheduler if kept and self.model else planned.class_name.removesuffix("Scheduler")
 
-    def _planned_fields(self) -> dict[str, FieldWidget]:  # those whose default a plan tells
-        forms = (*self.forms.values(), self.start.form)
-        return {
-            name: field
-            for form in forms
-            for name, field in form.fields.items()
-            if field.info.path[0] in GenerationPlan.model_fields and name not in _NO_PLANNED_DEFAULT
-        }
-
     def _active(self, name: str) -> str:
         if name == START_IMAGE:
-            if not self.start.field.read():
-                return ""
-            return "image and mask" if self.start.use_mask.value else "image"
+            return _given(self.start.form, [self.start.summary])
         if name == "ControlNet":
             count, on = len(self.controls.units), sum(unit.enabled.value for unit in self.controls.units)
             return "" if not count else f"{on} of {count} on"
@@ -461,8 +522,7 @@ class RequestForm(widgets.VBox):
             return ", ".join(f"{lora['name']} {lora['scale']:g}" for lora in self.loras.values())
         if name not in self.forms:
             return ""
-        given = {title: field.read() for title, field in self.forms[name].fields.items() if field.read() is not None}
-        return ", ".join(f"{title.rpartition('.')[2].replace('_', ' ')} {value}" for title, value in given.items())
+        return _given(self.forms[name])
 
     def _model_changed(self) -> None:
         info = self.model
@@ -471,30 +531,47 @@ class RequestForm(widgets.VBox):
         about = [info.title or "", availability_note(info), info.license or ""]
         self.about.value = html.escape(", ".join(filter(None, about)))
         self.about.tooltip = info.description
-        self._show_family(FAMILIES.get(info.family), info)
-        for name, field in self._planned_fields().items():
-            field.show_default(getattr(info, name) if name in _FROM_MODEL else field.info.default)
-        profiles = [profile.name for profile in info.profiles or () if profile.name != "exact"]
-        self.forms["Acceleration"].fields["profile"].offer(["exact", *profiles])
+        family = FAMILIES.get(info.family)
+        if family is not None and info.width and info.height:
+            self.sizes.offer(info.width, info.height, family.size_multiple)
+        self._plan = None
+        for form in self._every_form():
+            if form.made:
+                self._fit(form)
         self.loras.offer(info.loras or ())
         self.controls.offer(info.controlnets or ())
 
-    def _show_family(self, family: Family | None, info: ModelInfo) -> None:  # hide what has no effect with the model
-        if family is None:
+    def _fit(self, form: SchemaForm) -> None:  # to the model, and to the last plan
+        info = self.model
+        if info is None:
             return
+        for name, field in _planned_fields(form).items():
+            field.show_default(getattr(info, name) if name in _FROM_MODEL else field.info.default)
+        if "profile" in form.fields:
+            profiles = [profile.name for profile in info.profiles or () if profile.name != "exact"]
+            form.fields["profile"].offer(["exact", *profiles])
+        if (family := FAMILIES.get(info.family)) is not None:
+            self._offer_choices(form, family)
+        self._show_fitting(form, info)
+        if self._plan is not None:
+            self._show_plan_in(form, self._plan)
+
+    def _offer_choices(self, form: SchemaForm, family: Family) -> None:
         fitting = {
-            self.main.fields["scheduler"]: [name.value for name in family.schedulers],
-            self.forms["Acceleration"].fields["step_cache.method"]: list(family.step_caches),
+            "scheduler": [name.value for name in family.schedulers],
+            "step_cache.method": list(family.step_caches),
         }
-        for field, names in fitting.items():  # the others stay, so that a restored request shows what it asks for
+        for field_name, names in fitting.items():  # others stay, so that a restored request shows what it asks for
+            if (field := form.fields.get(field_name)) is None:
+                continue
             others = [name for name in field.info.choices if name not in names]
             own = self.own_schedulers if field.info.name == "scheduler" else ()
             others = [name for name in others if name not in own]
             field.offer_groups({"for this model": names, "registered in Python": list(own), "other models": others})
-        for form in self.forms.values():
-            form.show_only(name for name in form.fields if name.partition(".")[0] not in family.unused_fields)
-        if info.width and info.height:
-            self.sizes.offer(info.width, info.height, family.size_multiple)
+
+    def _show_fitting(self, form: SchemaForm, info: ModelInfo) -> None:  # hide empty fields without an effect
+        if (family := FAMILIES.get(info.family)) is not None:
+            form.show_only(name for name in form.infos if name.partition(".")[0] not in family.unused_fields)
 
     def _unfold(self, errors: Iterable[ErrorDetail]) -> None:
         sections = {str(info.path[0]): title for title, infos in request_sections().items() for info in infos}
@@ -805,7 +882,8 @@ class GenerationPanel(widgets.VBox):
         if not isinstance(value, GenerationRequest):
             images = {name: to_image_string(value[name]) for name in IMAGE_FIELDS if value.get(name) is not None}
             value = parse(GenerationRequest, dict(value) | images)
-        self._show_values(value.model_dump(mode="json", exclude_none=True, exclude_unset=True))
+        unshown = self._show_values(value.model_dump(mode="json", exclude_none=True, exclude_unset=True))
+        self.stage.message.value = alert("<br>".join(html.escape(lost_line(lost)) for lost in unshown))
 
     @property
     def image(self) -> Image.Image | None:
@@ -908,7 +986,7 @@ class GenerationPanel(widgets.VBox):
             self.form.main.fields["scheduler"].show(scheduler)
         elif scheduler is not None:
             text = f"the scheduler {scheduler} was handed in from Python: register it, and open the panel again"
-            self.stage.message.value = html.escape(text)
+            self.stage.message.value += alert(html.escape(text))
 
     def reuse_prompt(self) -> None:
         "Copy the prompts of the selected image into the form."
@@ -960,16 +1038,17 @@ class GenerationPanel(widgets.VBox):
         notes += [html.escape(note.message) for note in result.warnings or []]
         found = result.restored
         if found is not None:
-            notes += [html.escape(lost_line(lost)) for lost in found.lost or []]
-            if found.request:
-                self._show_values(found.request)
+            unshown = self._show_values(found.request) if found.request else []
+            notes += [html.escape(lost_line(lost)) for lost in [*(found.lost or []), *unshown]]
         self.form.drop.show_error("<br>".join(notes))
         return found
 
     # --- internal ---
 
     def _action_button(self, label: str, method: str) -> widgets.Button:
-        button = widgets.Button(description=label, disabled=True, layout=widgets.Layout(width="auto"))
+        layout = one_for_all("action", lambda: widgets.Layout(width="auto"))
+        style = one_for_all("action style", ButtonStyle)
+        button = widgets.Button(description=label, disabled=True, layout=layout, style=style)
         button.on_click(lambda button: self._act(method))
         button.add_class("dw-" + method.replace("_", "-"))
         return button
@@ -981,14 +1060,15 @@ class GenerationPanel(widgets.VBox):
             logger.exception("%s failed", method)
             self.stage.message.value = html.escape(f"{type(exc).__name__}: {exc}")
 
-    def _show_values(self, values: Mapping[str, Any]) -> None:
+    def _show_values(self, values: Mapping[str, Any]) -> list[LostSetting]:  # what the form cannot show
         with self._lock:
             self._quiet = True
             try:
-                self.form.set_values(values)
+                unshown = self.form.set_values(values)
             finally:
                 self._quiet = False
-        self._changed()
+            self._changed()
+            return unshown
 
     def _changed(self) -> None:
         if self._quiet:

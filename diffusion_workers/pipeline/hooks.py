@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OnStep', 'OwnScheduler', 'NO_HOOKS', 'check_tensor', 'tensor_sha256', 'PromptEmbeds', 'encode_prompts', 'Step',
            'check_replaced', 'call_on_step', 'custom_code_error', 'check_own_scheduler', 'own_scheduler', 'use_noise',
-           'Hooks', 'check_hooks', 'check_widths', 'with_hooks']
+           'slerp', 'use_variation', 'Hooks', 'check_hooks', 'check_widths', 'with_hooks']
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #b92fb277
 import copy
@@ -14,11 +14,13 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..families.registry import FAMILIES
@@ -224,32 +226,16 @@ def own_scheduler(
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #2f7dc7f5
 @contextmanager
-def use_noise(
+def _drawing(
     pipe: DiffusionPipeline,
-    noise: torch.Tensor | None,  # (B, C, H/8, W/8); None leaves the pipeline alone
+    draw_noise: Callable[..., torch.Tensor],  # (what the pipeline draws with, its arguments)
 ) -> Iterator[None]:
-    "Let a pipeline start from this noise inside the block."
-    if noise is None:
-        yield
-        return
+    "Let a pipeline draw its initial noise in another way inside the block."
     prepare = type(pipe).prepare_latents
     draw = prepare.__globals__["randn_tensor"]
-    used = False
-
-    def given_noise(shape, *args, **kwargs) -> torch.Tensor:
-        nonlocal used
-        drawn = draw(shape, *args, **kwargs)
-        given = noise
-        if drawn.numel() == noise.numel() and drawn.shape != noise.shape:  # FLUX.2 draws patches
-            given = torch.nn.functional.pixel_unshuffle(noise, 2)
-        if used or drawn.shape != given.shape:
-            return drawn
-        used = True
-        return given.to(drawn)
-
     changed = FunctionType(
         prepare.__code__,
-        prepare.__globals__ | {"randn_tensor": given_noise},
+        prepare.__globals__ | {"randn_tensor": partial(draw_noise, draw)},
         prepare.__name__,
         prepare.__defaults__,
         prepare.__closure__,
@@ -260,10 +246,111 @@ def use_noise(
         yield
     finally:
         del pipe.prepare_latents
+
+
+@contextmanager
+def use_noise(
+    pipe: DiffusionPipeline,
+    noise: torch.Tensor | None,  # (B, C, H/8, W/8); None leaves the pipeline alone
+) -> Iterator[None]:
+    "Let a pipeline start from this noise inside the block."
+    if noise is None:
+        yield
+        return
+    used = False
+
+    def given_noise(draw, shape, *args, **kwargs) -> torch.Tensor:
+        nonlocal used
+        drawn = draw(shape, *args, **kwargs)
+        given = noise
+        if drawn.numel() == noise.numel() and drawn.shape != noise.shape:  # FLUX.2 draws patches
+            given = torch.nn.functional.pixel_unshuffle(noise, 2)
+        if used or drawn.shape != given.shape:
+            return drawn
+        used = True
+        return given.to(drawn)
+
+    with _drawing(pipe, given_noise):
+        yield
     if not used:
         raise request_error(
             ErrorCode.unsupported_combination, f"{type(pipe).__name__} does not draw initial noise", field="latents"
         )
+
+# %% ../../nbs/50_pipeline/08_hooks.ipynb #d0f21bd6
+def slerp(
+    share: float,  # 0 is low, 1 is high
+    low: torch.Tensor,  # (..., height, width)
+    high: torch.Tensor,  # the same shape
+) -> torch.Tensor:
+    "Spherical interpolation of noise along its height, as AUTOMATIC1111 does it."
+    along = -2
+    cosine = (low / low.norm(dim=along, keepdim=True) * (high / high.norm(dim=along, keepdim=True))).sum(
+        along, keepdim=True
+    )
+    angle = torch.acos(cosine.clamp(-1, 1))
+    if cosine.mean() > 0.9995:  # the same noise
+        return low
+    return torch.sin((1 - share) * angle) / torch.sin(angle) * low + torch.sin(share * angle) / torch.sin(angle) * high
+
+# %% ../../nbs/50_pipeline/08_hooks.ipynb #a8be4b05
+@contextmanager
+def use_variation(
+    pipe: DiffusionPipeline,
+    generators: Sequence[torch.Generator],  # that the pipeline is called with, fresh
+    seeds: Sequence[int] | None,  # the variation seed of each; None leaves the pipeline alone
+    strength: float | None,  # above 0, below 1
+) -> Iterator[None]:
+    "Let a pipeline start between the noise of its generators and that of other seeds inside the block."
+    if not seeds or not strength:
+        yield
+        return
+    others = {
+        id(generator): torch.Generator("cpu").manual_seed(seed)
+        for generator, seed in zip(generators, seeds, strict=True)
+    }
+    used = False
+
+    def paired(generator: Any) -> Any:
+        return [others[id(one)] for one in generator] if isinstance(generator, list) else others[id(generator)]
+
+    def between(draw, shape, generator=None, **kwargs) -> torch.Tensor:
+        nonlocal used
+        drawn = draw(shape, generator=generator, **kwargs)
+        if used:
+            return drawn
+        used = True
+        return slerp(strength, drawn, draw(shape, generator=paired(generator), **kwargs))
+
+    vae = pipe.vae
+    view = copy.copy(vae)
+
+    def encode(*args, **kwargs) -> Any:
+        encoded = vae.encode(*args, **kwargs)
+        distribution = getattr(encoded, "latent_dist", None)
+        if distribution is None:
+            return encoded
+        both = copy.copy(distribution)  # which may be in a cache
+
+        def sample_both(generator=None) -> torch.Tensor:
+            if generator is not None:
+                mean = distribution.mean
+                randn_tensor(mean.shape, generator=paired(generator), device=mean.device, dtype=mean.dtype)
+            return distribution.sample(generator)
+
+        both.sample = sample_both
+        return type(encoded)(latent_dist=both)
+
+    view.encode = encode
+    pipe.vae = view
+    try:
+        with _drawing(pipe, between):
+            yield
+    finally:
+        pipe.vae = vae
+    if not used:
+        message = f"{type(pipe).__name__} does not draw initial noise"
+        raise request_error(ErrorCode.unsupported_combination, message, field="subseed_strength")
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #b6aa5039
 @dataclass(frozen=True, eq=False)
@@ -361,6 +448,10 @@ def check_hooks(
     if hooks.latents is not None:
         shape = (images, layout.channels, plan.height // layout.downscale, plan.width // layout.downscale)
         check_tensor(hooks.latents, "latents", [shape])
+        if plan.subseeds:
+            message = "the noise is handed in, so there is none of a seed to vary"
+            hint = "leave out subseed_strength, or hand in no latents"
+            raise request_error(ErrorCode.unsupported_combination, message, field="subseed_strength", hint=hint)
     if hooks.on_step is not None and not callable(hooks.on_step):
         raise request_error(
             ErrorCode.wrong_type, "a function of a step is needed", field="on_step", given=hooks.on_step

@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['SCHEDULERS', 'KARRAS_SCHEDULERS', 'LEVEL_SCHEDULES', 'MAX_ALIGNED_STEPS', 'LARGEST_SEED', 'DRAWN_SEED',
            'WITHOUT_ZERO_SNR', 'planned_call', 'pipeline_class', 'scheduler_facts', 'asked_scheduler', 'asked_schedule',
-           'asked_spacing', 'plan_scheduler', 'plan_eta', 'check_scheduler', 'has_schedule', 'scheduler_warnings',
-           'size_multiple', 'plan_size', 'check_size', 'size_warnings', 'plan_seeds', 'check_seeds', 'plan_task',
-           'plan_strength', 'count_denoising_steps', 'count_denoiser_calls', 'strength_warnings', 'check_task',
-           'may_be_empty', 'check_prompt', 'check_model', 'prediction_warnings', 'check_support', 'check_references',
+           'with_listed_steps', 'listed_sigmas', 'listed_timesteps', 'asked_spacing', 'plan_scheduler', 'plan_eta',
+           'check_scheduler', 'has_schedule', 'scheduler_warnings', 'size_multiple', 'plan_size', 'check_size',
+           'size_warnings', 'plan_seeds', 'plan_subseeds', 'check_seeds', 'seed_warnings', 'plan_task', 'plan_strength',
+           'count_denoising_steps', 'count_denoiser_calls', 'strength_warnings', 'check_task', 'may_be_empty',
+           'check_prompt', 'check_model', 'prediction_warnings', 'check_support', 'check_references',
            'reference_warnings', 'plan_references', 'check_distilled', 'text_warnings', 'apply_distilled',
            'is_distilled_plan', 'find_problems', 'make_plan', 'request_from_plan', 'batch_key']
 
 # %% ../../nbs/40_planning/04_plan.ipynb #93aae149
 import hashlib
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -33,8 +35,11 @@ from diffusion_workers.planning.acceleration import (
     acceleration_warnings,
     apply_profile,
     check_acceleration,
+    check_guider,
     check_profile,
+    check_seamless,
     complete,
+    complete_guider,
     steps_for_strength,
 )
 from diffusion_workers.planning.controls import (
@@ -62,9 +67,12 @@ from diffusion_workers.prompt.requests import (
     reads_syntax,
     syntax_warnings,
     usable_names,
+    with_drawn_negative,
     with_syntax,
 )
 from ..prompt.sigmas import ays_sigmas
+from ..prompt.variants import is_template
+from ..prompt.vocabulary import vocabulary_warnings
 from ..request.errors import RequestError, error_detail, warning
 from ..request.images import round_to_multiple
 from ..request.metadata import PLAN_VERSION
@@ -130,8 +138,31 @@ def asked_schedule(request: GenerationRequest) -> SigmaSchedule | None:
     return SigmaSchedule.karras if request.use_karras_sigmas else request.sigma_schedule
 
 
+def with_listed_steps(request: GenerationRequest) -> GenerationRequest:
+    "The request with the number of steps of its list of noise levels or timesteps."
+    listed = listed_sigmas(request) or listed_timesteps(request)
+    if not listed or request.num_inference_steps is not None:
+        return request
+    return request.model_copy(update={"num_inference_steps": len(listed)})
+
+
+def listed_sigmas(request: GenerationRequest) -> list[float] | None:
+    "The noise levels that a request lists, without the 0 at the end."
+    if request.sigmas is None:
+        return None
+    listed = [float(level.root) for level in request.sigmas]
+    return listed[:-1] if listed[-1] == 0 else listed
+
+
+def listed_timesteps(request: GenerationRequest) -> list[int] | None:
+    "The timesteps that a request lists."
+    return None if request.timesteps is None else [timestep.root for timestep in request.timesteps]
+
+
 def asked_spacing(request: GenerationRequest, manifest: ModelManifest) -> TimestepSpacing | None:
     "The timestep spacing of a request, or else of the manifest; None is that of the scheduler's configuration."
+    if request.sigmas or request.timesteps:
+        return None
     if request.sigma_schedule == SigmaSchedule.sgm_uniform:
         return TimestepSpacing.trailing
     return request.timestep_spacing or manifest.defaults.timestep_spacing
@@ -144,10 +175,12 @@ def plan_scheduler(
     "Which scheduler class runs, and what is set on top of the model's configuration."
     name = asked_scheduler(request, manifest)
     facts, spacing = scheduler_facts(name, manifest), asked_spacing(request, manifest)
-    schedule = asked_schedule(request)
+    schedule, listed = asked_schedule(request), bool(request.sigmas or request.timesteps)
     karras = request.use_karras_sigmas if schedule is None else schedule == SigmaSchedule.karras
     if karras is None and request.scheduler in (None, manifest.defaults.scheduler):
         karras = manifest.defaults.use_karras_sigmas
+    if listed:
+        karras = None
     options: dict[str, Any] = {}
     if spacing is not None and manifest.record.applies("timestep_spacing") and (facts is None or facts.spacing):
         options["timestep_spacing"] = spacing.value
@@ -158,7 +191,7 @@ def plan_scheduler(
         options["use_karras_sigmas"] = bool(karras) and not one_level
     if schedule not in LEVEL_SCHEDULES or one_level:
         schedule = None
-    sigmas = None
+    sigmas = listed_sigmas(request)
     if schedule == SigmaSchedule.ays and manifest.record.aligned_steps is not None:
         steps = request.num_inference_steps or manifest.defaults.num_inference_steps
         sigmas = [round(float(sigma), 6) for sigma in ays_sigmas(manifest.record.aligned_steps, steps)]
@@ -168,13 +201,14 @@ def plan_scheduler(
         options={**facts.options, **options} or None,
         sigma_schedule=schedule,
         sigmas=sigmas,
+        timesteps=listed_timesteps(request),
     )
 
 
 def _has_one_level(request: GenerationRequest, manifest: ModelManifest, facts: SchedulerFacts) -> bool:
     "Whether Karras noise levels would end where they begin: DEIS repeats the last one instead of adding 0."
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
-    return steps == 1 and facts.name == SchedulerName.deis
+    return steps == 1 and facts.repeats_last
 
 
 def plan_eta(request: GenerationRequest, manifest: ModelManifest) -> float | None:  # None where it is 0
@@ -209,6 +243,7 @@ def check_scheduler(
         )
     yield from _check_scheduler_settings(request, manifest, facts)
     yield from _check_schedule(request, manifest, facts)
+    yield from _check_listed(request, manifest, facts)
     if request.use_karras_sigmas and name not in KARRAS_SCHEDULERS:
         message = f"{name.value} has no Karras noise levels" if name else "Karras noise levels need a named scheduler"
         allowed = "schedulers " + ", ".join(n.value for n in KARRAS_SCHEDULERS)
@@ -283,6 +318,75 @@ def _check_schedule(
             field="num_inference_steps",
             given=steps,
             allowed=f"1 to {MAX_ALIGNED_STEPS} with sigma_schedule ays",
+        )
+
+
+def _check_listed(
+    request: GenerationRequest, manifest: ModelManifest, facts: SchedulerFacts | None
+) -> Iterator[ErrorDetail]:
+    "Whether the scheduler takes a list of noise levels or timesteps, and no other field says the contrary."
+    record = manifest.record
+    for field, takes, listed in (
+        ("sigmas", "takes_sigmas", listed_sigmas(request)),
+        ("timesteps", "takes_timesteps", listed_timesteps(request)),
+    ):
+        if listed is None or not record.applies(field):
+            continue
+        refused = partial(error_detail, ErrorCode.unsupported_combination, field=field, given=_shortened(listed))
+        for other in ("sigma_schedule", "use_karras_sigmas", "timestep_spacing", "timesteps"):
+            if other != field and getattr(request, other):
+                yield refused(f"{field} and {other} exclude each other", hint="give one of both")
+        yield from _check_falling(field, listed, record)
+        steps = request.num_inference_steps
+        if listed and steps not in (None, len(listed)) and not (request.sigmas and field == "timesteps"):
+            yield error_detail(
+                ErrorCode.unsupported_combination,
+                f"{field} has {len(listed)} steps",
+                field="num_inference_steps",
+                given=steps,
+                allowed=str(len(listed)),
+                hint="leave it out",
+            )
+        if request.refiner is not None and request.refiner.num_inference_steps not in (None, len(listed)):
+            yield refused("the refiner makes another number of steps", hint="leave refiner.num_inference_steps out")
+        having = [name for name in record.schedulers if getattr(SCHEDULER_FACTS[name], takes)]
+        schedulers = "schedulers " + ", ".join(name.value for name in having)
+        if asked_scheduler(request, manifest) is None:
+            yield refused(f"{field} needs a named scheduler", allowed=schedulers)
+        elif facts.name not in having:
+            yield refused(f"{facts.name.value} takes no {field}", allowed=schedulers)
+
+
+def _shortened(numbers: Sequence[float]) -> str:
+    shown = ", ".join(f"{number:g}" for number in numbers[:6])
+    return f"{shown} ... ({len(numbers)} numbers)" if len(numbers) > 6 else shown
+
+
+def _check_falling(field: str, listed: Sequence[float], record: Family) -> Iterator[ErrorDetail]:
+    "Whether a list falls from step to step, within what the family has."
+    if not listed:
+        yield error_detail(ErrorCode.too_short, "there is no noise level above 0", field=field, given="0")
+    rising = next((i for i in range(1, len(listed)) if listed[i] >= listed[i - 1]), None)
+    if rising is not None:
+        yield error_detail(
+            ErrorCode.out_of_range,
+            f"{field} must fall from step to step",
+            field=f"{field}[{rising}]",
+            given=listed[rising],
+            allowed=f"less than {listed[rising - 1]:g}",
+        )
+    zero = next((i for i, level in enumerate(listed) if field == "sigmas" and level == 0), None)
+    if zero is not None and rising is None:
+        yield error_detail(
+            ErrorCode.out_of_range, "only the last noise level may be 0", field=f"{field}[{zero}]", given=0
+        )
+    if field == "sigmas" and listed and record.flow_matching and listed[0] > 1:
+        yield error_detail(
+            ErrorCode.out_of_range,
+            f"the noise levels of the family {record.name.value} are at most 1",
+            field="sigmas[0]",
+            given=listed[0],
+            allowed="above 0, up to 1",
         )
 
 
@@ -423,7 +527,21 @@ def plan_seeds(
     if request.seeds:
         return [seed.root for seed in request.seeds]
     first = random_seed if request.seed in (None, DRAWN_SEED) else request.seed
-    return [first + i for i in range(request.num_images or 1)]
+    varied = bool(request.subseed_strength)  # then the variation seed counts up
+    return [first if varied else first + i for i in range(request.num_images or 1)]
+
+
+def plan_subseeds(
+    request: GenerationRequest,
+    random_seed: int,  # what a variation seed is drawn from
+) -> list[int] | None:  # one for each image; None without a variation
+    "The variation seed of each image."
+    if not request.subseed_strength:
+        return None
+    first = request.subseed
+    if first in (None, DRAWN_SEED):
+        first = random.Random(random_seed).randrange(2**32)  # another number than the seed drawn from it
+    return [first + i for i in range(len(plan_seeds(request, random_seed)))]
 
 
 def check_seeds(
@@ -458,13 +576,23 @@ def check_seeds(
             given=request.num_images,
             allowed=str(len(request.seeds)),
         )
-    if request.seed is not None and request.seed + count - 1 > LARGEST_SEED:
-        yield error_detail(
-            ErrorCode.out_of_range,
-            "the seed of the last image is too large",
-            field="seed",
-            given=request.seed,
-            allowed=f"at most {LARGEST_SEED - count + 1}",
+    for field in ("seed", "subseed"):
+        given = getattr(request, field)
+        if given is not None and given + count - 1 > LARGEST_SEED:
+            yield error_detail(
+                ErrorCode.out_of_range,
+                f"the {field} of the last image is too large",
+                field=field,
+                given=given,
+                allowed=f"at most {LARGEST_SEED - count + 1}",
+            )
+
+
+def seed_warnings(request: GenerationRequest) -> Iterator[RequestWarning]:
+    "A variation seed that has no effect."
+    if request.subseed is not None and not request.subseed_strength:
+        yield warning(
+            "without subseed_strength the variation seed has no effect", field="subseed", given=request.subseed
         )
 
 # %% ../../nbs/40_planning/04_plan.ipynb #2e2ce2f3
@@ -606,7 +734,8 @@ def check_prompt(request: GenerationRequest, manifest: ModelManifest) -> Iterato
 
 # %% ../../nbs/40_planning/04_plan.ipynb #c797a241
 WITHOUT_ZERO_SNR = ("PNDMScheduler", "HeunDiscreteScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler",
-                    "LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")  # fmt: skip
+                    "SASolverScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler",
+                    "KDPM2AncestralDiscreteScheduler")  # fmt: skip
 
 
 def check_model(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
@@ -795,9 +924,12 @@ def _plan_texts(request: GenerationRequest, manifest: ModelManifest, call: Pipel
 def _plan_syntax(
     request: GenerationRequest,
     written: GenerationRequest,  # the same before its prompts were drawn
+    written_default: str | None,  # the manifest's negative prompt, where the pipeline takes one
 ) -> dict[str, Any]:
     drawn = {name: getattr(written, name) for name in ("prompt", "negative_prompt")}
     told: dict[str, Any] = {f"written_{n}": text for n, text in drawn.items() if text != getattr(request, n)}
+    if request.negative_prompt is None and reads_syntax(request) and is_template(written_default or ""):
+        told["written_negative_prompt"] = written_default
     if written.styles:
         told["styles"] = list(written.styles)
     if reads_syntax(request):
@@ -857,7 +989,9 @@ def _distilled_settings(
         if value is not None and getattr(request, name) is None and not set_by_manifest:
             chosen[name] = value
     running = SCHEDULER_FACTS.get(chosen.get("scheduler") or asked_scheduler(request, manifest))
-    if distilled.timestep_spacing and asked_spacing(request, manifest) is None and running and running.spacing:
+    listed = request.sigmas or request.timesteps
+    unspaced = not listed and asked_spacing(request, manifest) is None
+    if distilled.timestep_spacing and unspaced and running and running.spacing:
         chosen["timestep_spacing"] = distilled.timestep_spacing
     if distilled.eta is not None and request.eta is None and running and running.eta is not None:
         chosen["eta"] = distilled.eta
@@ -878,7 +1012,9 @@ def _distilled_misfits(
     facts = scheduler_facts(name, manifest)
     if distilled.schedulers and facts is not None and facts.name not in distilled.schedulers:
         yield "scheduler", facts.name.value, ", ".join(each.value for each in distilled.schedulers)
-    elif distilled.timestep_spacing and facts is not None and facts.spacing:
+    elif (
+        distilled.timestep_spacing and facts is not None and facts.spacing and not (request.sigmas or request.timesteps)
+    ):
         used = spacing or own_scheduler(manifest).get("timestep_spacing")
         if used != distilled.timestep_spacing:
             yield "timestep_spacing", used, distilled.timestep_spacing.value
@@ -950,7 +1086,20 @@ def find_problems(
         *check_distilled(request, manifest),
         *check_profile(request, manifest),
         *check_acceleration(request, manifest, plan_control_kind(request, manifest)),
+        *_guider_problems(request, manifest, call),
+        *check_seamless(request, manifest),
     ]
+
+
+def _guider_problems(
+    request: GenerationRequest, manifest: ModelManifest, call: PipelineCall | None
+) -> Iterator[ErrorDetail]:
+    if request.guider is None or call is None:
+        return
+    guided = _is_guided(manifest, _plan_guidance(request, manifest, call))
+    if manifest.record.guidance.embedded_field is not None and "negative_prompt" in call.takes:
+        guided = guided and bool(_plan_texts(request, manifest, call)["negative_prompt"])
+    yield from check_guider(request, manifest, guided)
 
 
 def _embedding_problems(
@@ -987,9 +1136,11 @@ def make_plan(
 ) -> GenerationPlan:
     "Decide everything that decides the pixels; raises a `RequestError` with all mistakes."
     written, broken_prompts = written or request, []
-    request = with_syntax(request, manifest)
+    request = with_listed_steps(with_syntax(request, manifest))
+    written_default, first_seed = manifest.defaults.negative_prompt, plan_seeds(request, random_seed)[0]
     try:
-        request = read_prompts(request, manifest, plan_seeds(request, random_seed)[0])
+        request = read_prompts(request, manifest, first_seed)
+        manifest = with_drawn_negative(manifest, request, first_seed)
     except RequestError as exc:
         broken_prompts = exc.errors
     asked = apply_profile(request, manifest)
@@ -1013,10 +1164,12 @@ def make_plan(
         *size_warnings(request, image, size),
         *text_warnings(request, manifest, guidance),
         *syntax_warnings(request, offered),
+        *vocabulary_warnings(request, manifest),
         *lora_warnings(request, loras),
         *distilled_notes,
         *scheduler_warnings(request, manifest),
         *strength_warnings(strength, steps, made),
+        *seed_warnings(request),
         *control_warnings(request, calls or made),
         *prediction_warnings(manifest, scheduler),
         *reference_warnings(references),
@@ -1035,7 +1188,7 @@ def make_plan(
         control_kind=kind,
         pipeline_class=call.class_name,
         **texts,
-        **_plan_syntax(request, written),
+        **_plan_syntax(request, written, written_default if texts["negative_prompt"] else None),
         embeddings=plan_embeddings(embeddings, offered),
         **guidance,
         **_plan_family_fields(request, manifest),
@@ -1045,6 +1198,8 @@ def make_plan(
         denoising_steps=made,
         denoiser_calls=calls,
         seeds=plan_seeds(request, random_seed),
+        subseeds=plan_subseeds(request, random_seed),
+        subseed_strength=request.subseed_strength or None,
         scheduler=scheduler,
         eta=plan_eta(request, manifest),
         image=image,
@@ -1056,6 +1211,8 @@ def make_plan(
         loras=plan_loras(request, loras),
         controlnets=plan_controls(request, manifest, controls) or None,
         profile=request.profile,
+        seamless=request.seamless,
+        guider=complete_guider(request.guider, manifest.record),
         step_cache=complete(request.step_cache),
         acceleration=request.acceleration,
         memory=request.memory,
@@ -1070,6 +1227,7 @@ _REPLAYED = (
     "guidance_scale", "true_cfg_scale", "guidance_rescale", "seeds", "max_sequence_length",
     "size_conditioning", "refiner",
     "strength", "resize_mode", "inpaint", "loras", "step_cache", "acceleration", "memory", "output",
+    "subseed_strength", "seamless", "guider",
 )  # fmt: skip
 
 
@@ -1106,11 +1264,15 @@ def request_from_plan(
     files = {"loras": {"__all__": {"source", "sha256"}}}  # which file a name stood for, is not part of a request
     told = plan.model_dump(include=set(_REPLAYED), exclude=files)
     fields = {name: value for name, value in told.items() if value is not None}
+    if plan.subseeds:
+        fields["subseed"] = plan.subseeds[0]
     options = plan.scheduler.options or {}
     fields |= {"scheduler": plan.scheduler.name, "use_karras_sigmas": options.get("use_karras_sigmas")}
     if plan.scheduler.sigma_schedule is not None:
         fields |= {"sigma_schedule": plan.scheduler.sigma_schedule, "use_karras_sigmas": None}
-    fields |= {"timestep_spacing": options.get("timestep_spacing")}
+    elif plan.scheduler.sigmas is not None:
+        fields |= {"sigmas": plan.scheduler.sigmas}
+    fields |= {"timesteps": plan.scheduler.timesteps, "timestep_spacing": options.get("timestep_spacing")}
     if plan.profile is not None or is_distilled_plan(plan):
         fields["profile"] = EXACT  # the settings are in the plan
     record = FAMILIES[plan.family]
@@ -1153,6 +1315,7 @@ _PER_IMAGE = {
     "written_negative_prompt",
     "styles",
     "seeds",
+    "subseeds",
     "output",
     "warnings",
     "environment",

@@ -97,6 +97,8 @@ def from_plan(
             del fields["controlnets"][index][name]
     fields.pop("seeds", None)
     fields["seed"] = plan.seeds[plan.image_index or 0]
+    if plan.subseeds:
+        fields["subseed"] = plan.subseeds[plan.image_index or 0]
     listed = [f"reference_images[{index}]" for index in range(len(references))]
     images = [*given, *listed, *(f"controlnets[{index}].{name}" for index, names in controls.items() for name in names)]
     return RestoredRequest(
@@ -815,8 +817,12 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:  # "a.b[0].c" -> value
 
 
 def _settings(plan: GenerationPlan) -> dict[str, Any]:
-    told = plan.model_dump(mode="json", exclude_none=True, exclude={"plan_version", "warnings", "seeds", "image_index"})
-    return _flat(told) | {"seed": plan.seeds[plan.image_index or 0]}
+    told = plan.model_dump(
+        mode="json", exclude_none=True, exclude={"plan_version", "warnings", "seeds", "subseeds", "image_index"}
+    )
+    index = plan.image_index or 0
+    own = {"seed": plan.seeds[index]} | ({"subseed": plan.subseeds[index]} if plan.subseeds else {})
+    return _flat(told) | own
 
 
 def plan_differences(

@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['MAX_STYLE_BYTES', 'MAX_STYLE_FILES', 'MAX_STYLES', 'MAX_LISTED', 'read_yaml_styles', 'Styles', 'some_names',
            'offered_embeddings', 'offered_wildcards', 'offered_styles', 'name_lister', 'named_embeddings',
-           'check_embeddings', 'plan_embeddings', 'embedding_warnings', 'planned_embeddings', 'changed_embeddings']
+           'encoder_widths', 'check_embeddings', 'plan_embeddings', 'embedding_warnings', 'planned_embeddings',
+           'changed_embeddings']
 
 # %% ../../nbs/35_prompt/09_offered.ipynb #d0d9f7bb
 import contextlib
 import csv
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..models.manifest import FolderSource, ModelManifest
-from ..models.weight_headers import WeightFileError
+from ..models.manifest import BuiltinSource, FileSource, FolderSource, ModelManifest
+from ..models.weight_headers import WeightFileError, read_config
 from .embeddings import Embedding, Embeddings, Name, split_at_names
 from .schedules import text_schedule
 from .syntax import PromptError
@@ -172,12 +173,43 @@ def named_embeddings(
 _BOTH_ENCODERS = ("clip_clip", "clip_clip_t5")  # text layouts whose embeddings have vectors for two encoders
 
 
+def encoder_widths(
+    manifest: ModelManifest,
+) -> dict[str, int]:  # clip_l and clip_g -> width; without those whose configuration is not on this machine
+    "How wide the vectors of an embedding have to be, as the configurations of the text encoders say."
+    parts = {"clip_l": "text_encoder"}
+    if manifest.record.text_layout in _BOTH_ENCODERS:
+        parts["clip_g"] = "text_encoder_2"
+    widths = {part: _encoder_config(manifest, name).get("hidden_size") for part, name in parts.items()}
+    return {part: width for part, width in widths.items() if isinstance(width, int)}
+
+
+def _encoder_config(manifest: ModelManifest, name: str) -> Mapping[str, Any]:
+    part = manifest.components.get(name)
+    own = part.source if part is not None else None
+    given = own or manifest.source
+    source = given.config if isinstance(given, FileSource) else given
+    if not isinstance(source, BuiltinSource | FolderSource):
+        return {}  # it is known after loading
+    try:
+        folder = source.location()
+        return read_config(folder / name / "config.json") or (read_config(folder / "config.json") if own else {})
+    except (WeightFileError, OSError):
+        return {}  # loading says what is wrong with it
+
+
 def _misfit(embedding: Embedding, manifest: ModelManifest) -> str | None:
     "Why an embedding is for another family of models; None where it fits as far as its file says."
-    names = set(embedding.tensors)
-    if manifest.record.text_layout in _BOTH_ENCODERS:
-        return None if names == {"clip_l", "clip_g"} else "it has vectors for one text encoder, and this model has two"
-    return "it has vectors for two text encoders, and this model has one" if "clip_g" in names else None
+    names, two = set(embedding.tensors), manifest.record.text_layout in _BOTH_ENCODERS
+    if two and names != {"clip_l", "clip_g"}:
+        return "it has vectors for one text encoder, and this model has two"
+    if not two and "clip_g" in names:
+        return "it has vectors for two text encoders, and this model has one"
+    for part, width in encoder_widths(manifest).items():
+        vectors = embedding.tensors.get(part, embedding.tensors.get(""))
+        if vectors is not None and vectors.shape[1] != width:
+            return f"its vectors have {vectors.shape[1]} numbers, and {part} of this model takes {width}"
+    return None
 
 
 def check_embeddings(

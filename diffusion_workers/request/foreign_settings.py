@@ -71,6 +71,8 @@ _SAMPLERS |= {
     "dpm2ancestral": SchedulerName.kdpm2_ancestral,
     "kdpm2a": SchedulerName.kdpm2_ancestral,
     "dpmpp2msdegpu": SchedulerName.dpmpp_2m_sde,
+    "dpmpp3msdegpu": SchedulerName.dpmpp_3m_sde,
+    "dpmpp2s": SchedulerName.dpmpp_singlestep,
     "unipcbh2": SchedulerName.unipc,
     "eulerflowmatch": SchedulerName.flow_match_euler,
 }
@@ -94,6 +96,7 @@ def scheduler_of(
 _AUTOMATIC = {
     SchedulerName.dpmpp_2m: "karras",
     SchedulerName.dpmpp_2m_sde: "exponential",
+    SchedulerName.dpmpp_3m_sde: "exponential",
     SchedulerName.kdpm2: "karras",
     SchedulerName.kdpm2_ancestral: "karras",
 }
@@ -180,12 +183,15 @@ _LABELS = {
     "seed": "seed", "size": "size", "model": "model", "clip skip": "clip_layer", "mask blur": "inpaint.mask_blur",
     "masked area padding": "inpaint.padding", "inpaint padding": "inpaint.padding", "cfg rescale": "guidance_rescale",
     "rescale cfg": "guidance_rescale", "timestep spacing": "timestep_spacing", "eta ddim": "eta",
+    "sigmas": "sigmas", "timesteps": "timesteps", "variation seed": "subseed",
+    "variation seed strength": "subseed_strength",
 }  # fmt: skip
 _IGNORED_LABELS = frozenset(
     ("version", "model hash", "vae hash", "lora hashes", "ti hashes", "hashes", "app", "user", "created date")
 )
 _HIRES = ("hires", "first pass size")
 _MASK_MODES = {"inpaint masked": "false", "inpaint not masked": "true"}
+_TILING = {"true": "both", "both": "both", "x": "x", "y": "y"}
 _AREAS = {"only masked": "true", "whole picture": "false", "whole image": "false"}
 
 
@@ -196,6 +202,8 @@ def _text_setting(name: str, text: str, hires: bool) -> Setting:
         return Setting(name, text, None, reason=reason) if hires else Setting(name, text, "strength")
     if label == "inpaint area" and text.lower() in _AREAS:
         return Setting(name, text, "inpaint.only_masked", _AREAS[text.lower()])
+    if label == "tiling" and text.lower() in (*_TILING, "false"):
+        return Setting(name, text, "seamless" if text.lower() in _TILING else "ignored", _TILING.get(text.lower()))
     if label == "mask mode" and text.lower() in _MASK_MODES:
         return Setting(name, text, "inpaint.invert", _MASK_MODES[text.lower()])
     if (label, text.lower()) == ("masked content", "original"):

@@ -11,7 +11,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,12 @@ SAMPLER_LABELS = {
     SchedulerName.heun: "Heun",
     SchedulerName.dpmpp_2m: "DPM++ 2M",
     SchedulerName.dpmpp_2m_sde: "DPM++ 2M SDE",
+    SchedulerName.dpmpp_3m: "DPM++ 3M",
+    SchedulerName.dpmpp_3m_sde: "DPM++ 3M SDE",
     SchedulerName.dpmpp_singlestep: "DPM++ 2S",
     SchedulerName.unipc: "UniPC",
     SchedulerName.deis: "DEIS",
+    SchedulerName.sa_solver: "SA Solver",
     SchedulerName.lms: "LMS",
     SchedulerName.kdpm2: "DPM2",
     SchedulerName.kdpm2_ancestral: "DPM2 a",
@@ -97,7 +100,11 @@ def _schedule_label(plan: GenerationPlan) -> str | None:
     return None if schedule is None else {"ays": "Align Your Steps"}.get(schedule.value, schedule.value.capitalize())
 
 
-def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
+def _listed(numbers: Sequence[float] | None) -> str | None:
+    return None if numbers is None else ", ".join(map(str, numbers))
+
+
+def _settings(plan: GenerationPlan, seed: int, subseed: int | None) -> dict[str, object]:
     guidance, options = FAMILIES[plan.family].guidance, plan.scheduler.options or {}
     embedded = guidance.embedded_field
     return {
@@ -105,10 +112,14 @@ def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
         "Sampler": SAMPLER_LABELS.get(plan.scheduler.name, plan.scheduler.class_name),
         "Schedule type": _schedule_label(plan),
         "Timestep spacing": options.get("timestep_spacing"),
+        "Sigmas": _listed(None if plan.scheduler.sigma_schedule else plan.scheduler.sigmas),
+        "Timesteps": _listed(plan.scheduler.timesteps),
         "Eta DDIM": plan.eta,
         "CFG scale": getattr(plan, guidance.field),
         "Distilled CFG Scale": None if embedded is None else getattr(plan, embedded),
         "Seed": seed,
+        "Variation seed": subseed,
+        "Variation seed strength": plan.subseed_strength,
         "Size": f"{plan.width}x{plan.height}",
         "Model": plan.model,
         "Denoising strength": plan.strength,
@@ -116,6 +127,7 @@ def _settings(plan: GenerationPlan, seed: int) -> dict[str, object]:
         "Mask blur": plan.inpaint.mask_blur if plan.inpaint else None,
         "Loras": ", ".join(f"{lora.name}: {lora.scale:g}" for lora in plan.loras or []) or None,
         **{f"ControlNet {index}": _control_text(control) for index, control in enumerate(plan.controlnets or [])},
+        "Tiling": {"both": "True"}.get(plan.seamless.value, plan.seamless.value) if plan.seamless else None,
         "Version": f"diffusion_workers {__version__}",
     }
 
@@ -126,7 +138,8 @@ def parameters_line(
 ) -> str:  # prompt, negative prompt and settings, each beginning a line
     "How an image was made, in the form that other programs read."
     negative = f"\nNegative prompt: {plan.negative_prompt}" if plan.negative_prompt else ""
-    return f"{plan.prompt}{negative}\n{_joined(_settings(plan, plan.seeds[index]))}"
+    subseed = plan.subseeds[index] if plan.subseeds else None
+    return f"{plan.prompt}{negative}\n{_joined(_settings(plan, plan.seeds[index], subseed))}"
 
 # %% ../../nbs/10_request/04_metadata.ipynb #a600f33f
 _SETTINGS_LINE = re.compile(r"^[ \t]*+Steps:", re.MULTILINE)

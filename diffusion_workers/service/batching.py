@@ -139,7 +139,8 @@ def render_together(
     seeds = [seed for plan in plans for seed in plan.seeds]
     texts = joined_texts(plans)
     own_notes = [text_notes(factory.variant(plan.task, plan.control_kind), plan) for plan in plans]
-    joint = plans[0].model_copy(update={"seeds": seeds})
+    subseeds = [subseed for plan in plans for subseed in plan.subseeds or ()] or None
+    joint = plans[0].model_copy(update={"seeds": seeds, "subseeds": subseeds})
     images, shared = render(factory, joint, prepared, watch, timings, lora_store, texts)
     if not texts:  # then `render` has noted what is cut off the one prompt
         shared = shared[len(own_notes[0]) :]

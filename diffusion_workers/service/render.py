@@ -7,7 +7,8 @@ __all__ = ['MAX_BATCH', 'SWITCH_AT_ONCE', 'PIXEL_PACKAGES', 'largest_difference'
            'pipeline_arguments', 'StepWatch', 'spatial_latents', 'packed_latents', 'returned_latents', 'looking',
            'previewer_for', 'decode_latents', 'render_chunk', 'encoded_embeds', 'encoded_arguments', 'cut_off_text',
            'chat_tokens', 'text_notes', 'skipping_encoder', 'use_clip_skip', 'switch_point', 'after_second_order',
-           'count_refiner_calls', 'planned_loras', 'render', 'with_environment', 'generated_image']
+           'count_refiner_calls', 'chunk_of', 'variation_of', 'planned_loras', 'render', 'with_environment',
+           'generated_image']
 
 # %% ../../nbs/60_service/04_render.ipynb #5740eba1
 import base64
@@ -29,6 +30,8 @@ from diffusion_workers.acceleration.apply import (
     cached_encoders,
     wants_compilation,
 )
+from ..acceleration.guiders import use_guider
+from ..acceleration.seamless import use_seamless
 from ..families.registry import FAMILIES
 from ..lora.layers import LoadedLora, LoraStore, use_loras
 from ..models.manifest import LoraEntry
@@ -36,7 +39,16 @@ from ..models.weight_headers import WeightFileError
 from ..pipeline.controlnets import control_arguments, view_of
 from ..pipeline.encoding import PlannedPrompts, PromptChanges, encode_plan, loop_tensors
 from ..pipeline.factory import PipelineFactory, make_scheduler, use_part, use_scheduler
-from ..pipeline.hooks import NO_HOOKS, Hooks, PromptEmbeds, Step, call_on_step, check_widths, use_noise
+from diffusion_workers.pipeline.hooks import (
+    NO_HOOKS,
+    Hooks,
+    PromptEmbeds,
+    Step,
+    call_on_step,
+    check_widths,
+    use_noise,
+    use_variation,
+)
 from ..pipeline.loading import quiet_libraries
 from ..pipeline.weights import storage_packages, stored_format
 from ..planning.loras import with_lora_hashes
@@ -110,6 +122,11 @@ def size_arguments(asked: SizeConditioning | None) -> dict[str, tuple[int, int]]
     }
 
 
+def _drawn_seeds(plan: GenerationPlan, seeds: list[int]) -> list[int]:
+    "The seeds of the generators of a chunk: those of the variation where it is complete."
+    return plan.subseeds[: len(seeds)] if plan.subseeds and plan.subseed_strength == 1 else seeds
+
+
 def pipeline_arguments(
     plan: GenerationPlan,
     seeds: list[int],  # of this chunk
@@ -124,7 +141,7 @@ def pipeline_arguments(
         "num_inference_steps": plan.num_inference_steps,
         "guidance_scale": plan.guidance_scale,
         "num_images_per_prompt": len(seeds),
-        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in _drawn_seeds(plan, seeds)],
         "output_type": "latent",
     }
     arguments |= {name: value for name in _OPTIONAL if (value := getattr(plan, name)) is not None}
@@ -569,6 +586,18 @@ def _on_device(arguments: dict[str, Any], factory: PipelineFactory) -> dict[str,
     return arguments | {name: placed(value) for name, value in embeds.items()}
 
 
+def chunk_of(plan: GenerationPlan, first: int, size: int) -> GenerationPlan:
+    "The plan of some of its images."
+    last = first + size
+    own = {"seeds": plan.seeds[first:last], "subseeds": plan.subseeds and plan.subseeds[first:last]}
+    return plan.model_copy(update=own)
+
+
+def variation_of(plan: GenerationPlan) -> tuple[list[int] | None, float | None]:
+    "The variation seeds to mix in, and how much of them; a complete variation is the other seed itself."
+    return (None, None) if plan.subseed_strength in (None, 1) else (plan.subseeds, plan.subseed_strength)
+
+
 def planned_loras(
     plan: GenerationPlan,
     entries: Sequence[LoraEntry],  # the files of plan.loras, as planning found them
@@ -607,8 +636,8 @@ def render(
         other_count = plan.refiner and plan.refiner.num_inference_steps not in (None, plan.num_inference_steps)
         watch.steps_per_run = None if other_count else plan.denoising_steps
         for first in range(0, len(plan.seeds), size):
-            seeds = plan.seeds[first : first + size]
-            arguments, refine = pipeline_arguments(plan, seeds, prepared, texts), None
+            seeds, chunk = plan.seeds[first : first + size], chunk_of(plan, first, size)
+            arguments, refine = pipeline_arguments(chunk, seeds, prepared, texts), None
             lists = factory.record.denoiser_calls == "lists"
             arguments = _on_device(hooks.text_arguments(arguments, first, len(seeds), lists), factory)
             watch.look = looking(plan, seeds, hooks)
@@ -619,8 +648,11 @@ def render(
                 cached_encoders(pipe),
                 use_clip_skip(pipe, plan.clip_skip or 0),
                 factory.configured(plan, prepared.controls, hooks.make_scheduler()),
-                accelerated(factory, pipe, plan),
+                accelerated(factory, pipe, plan) as run,
+                use_seamless(pipe, plan.seamless),
+                use_guider(pipe, plan, run),
                 use_noise(pipe, hooks.noise(first, len(seeds))),
+                use_variation(pipe, arguments["generator"], *variation_of(chunk)),
             ):
                 if plan.prompt_syntax is not None and hooks.embeds is None:
                     kept = {name: value for name, value in arguments.items() if name not in _ENCODED}
@@ -668,8 +700,7 @@ def generated_image(picture: Image.Image, plan: GenerationPlan, index: int) -> G
     "An image as it goes over the wire, with its receipt inside if that is wanted."
     size = batch_size(plan)
     first = index - index % size
-    chunk = plan.model_copy(update={"seeds": plan.seeds[first : first + size]})
-    encoded = embed(picture, chunk, index - first)
+    encoded = embed(picture, chunk_of(plan, first, size), index - first)
     text = base64.b64encode(encoded.data).decode()
     return GeneratedImage(
         image=text, format=plan.output.format, width=picture.width, height=picture.height, seed=plan.seeds[index]

@@ -25,6 +25,8 @@ const LABELS: Record<string, string> = {
   use_karras_sigmas: 'Karras sigmas',
   sigma_schedule: 'Noise schedule',
   eta: 'Eta',
+  subseed: 'Variation seed',
+  subseed_strength: 'Variation strength',
   preview_interval: 'Preview every',
   timeout_seconds: 'Time limit',
   conditioning_scale: 'Weight',

@@ -62,7 +62,13 @@ class RequestFields(TypedDict, total=False):
     names"""
     seeds: Sequence[int] | None
     """One seed for each image"""
-    scheduler: models.SchedulerName | Literal['ddim', 'ddpm', 'pndm', 'euler', 'euler_ancestral', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_singlestep', 'unipc', 'deis', 'lms', 'kdpm2', 'kdpm2_ancestral', 'lcm', 'tcd', 'flow_match_euler'] | None
+    subseed: int | None
+    """Variation seed: the other noise that subseed_strength moves towards; image i takes subseed + i, and all
+    images the same seed; without it or with -1 one is drawn"""
+    subseed_strength: float | None
+    """How far the initial noise moves from that of seed (0) to that of subseed (1), by spherical
+    interpolation"""
+    scheduler: models.SchedulerName | Literal['ddim', 'ddpm', 'pndm', 'euler', 'euler_ancestral', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m', 'dpmpp_3m_sde', 'dpmpp_singlestep', 'unipc', 'deis', 'sa_solver', 'lms', 'kdpm2', 'kdpm2_ancestral', 'lcm', 'tcd', 'flow_match_euler'] | None
     """Absent takes the one of the model"""
     use_karras_sigmas: bool | None
     """Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"""
@@ -71,6 +77,13 @@ class RequestFields(TypedDict, total=False):
     sgm_uniform as trailing timestep_spacing; default: the scheduler's own"""
     timestep_spacing: models.TimestepSpacing | Literal['leading', 'trailing', 'linspace'] | None
     """Which timesteps are sampled, where the scheduler supports it; default: the model's"""
+    sigmas: Sequence[float] | None
+    """The noise level before each step, the largest first, where the scheduler takes them; the 0 at the end
+    may be left out. In place of num_inference_steps and of every spacing; for flow matching the levels after
+    the shift, at most 1"""
+    timesteps: Sequence[int] | None
+    """The timestep of each step, the largest first, where the scheduler takes them; in place of
+    num_inference_steps and of every spacing"""
     eta: float | None
     """How much new noise each step of ddim or tcd adds, 0 is none; default: 0, and 0.3 with tcd"""
     clip_skip: int | None
@@ -99,6 +112,10 @@ class RequestFields(TypedDict, total=False):
     profile: str | None
     """A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or
     fast"""
+    seamless: models.SeamlessAxes | Literal['x', 'y', 'both'] | None
+    """Axes along which the image continues at its opposite edge, so that it can be tiled; U-Nets only;
+    default: none"""
+    guider: models.GuiderOptions | dict[str, Any] | None
     step_cache: models.StepCacheOptions | dict[str, Any] | None
     acceleration: models.AccelerationOptions | dict[str, Any] | None
     memory: models.MemoryOptions | dict[str, Any] | None

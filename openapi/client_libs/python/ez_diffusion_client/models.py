@@ -106,9 +106,12 @@ class SchedulerName(StrEnum):
     heun = "heun"
     dpmpp_2m = "dpmpp_2m"
     dpmpp_2m_sde = "dpmpp_2m_sde"
+    dpmpp_3m = "dpmpp_3m"
+    dpmpp_3m_sde = "dpmpp_3m_sde"
     dpmpp_singlestep = "dpmpp_singlestep"
     unipc = "unipc"
     deis = "deis"
+    sa_solver = "sa_solver"
     lms = "lms"
     kdpm2 = "kdpm2"
     kdpm2_ancestral = "kdpm2_ancestral"
@@ -502,6 +505,106 @@ class ControlNetUnit(CompactModel):
     ] = False
 
 
+class SeamlessAxes(StrEnum):
+    """
+    Axes along which an image can be tiled: x joins its left and right edge, y top and bottom
+    """
+
+    x = "x"
+    y = "y"
+    both = "both"
+
+
+class GuiderMethod(StrEnum):
+    """
+    What takes the place of plain classifier-free guidance: adaptive projected guidance (arXiv:2410.02416), CFG-Zero* (arXiv:2503.18886), perturbed-attention guidance beside it (arXiv:2403.17377), or FreeU, which weights the features of a U-Net (arXiv:2309.11497)
+    """
+
+    apg = "apg"
+    cfg_zero_star = "cfg_zero_star"
+    pag = "pag"
+    freeu = "freeu"
+
+
+class GuiderOptions(CompactModel):
+    """
+    A refinement of guidance; it changes pixels
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    method: GuiderMethod
+    eta: Annotated[
+        StrictFloat | None,
+        Field(
+            description="apg: share of the part of guidance that is parallel to the prediction; 1 keeps all of it, 0 the oversaturation out; default: 0",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = None
+    momentum: Annotated[
+        StrictFloat | None,
+        Field(
+            description="apg: weight of the guidance of earlier steps; default: 0, the paper has -0.5",
+            ge=-1.0,
+            le=1.0,
+        ),
+    ] = None
+    norm_threshold: Annotated[
+        StrictFloat | None,
+        Field(
+            description="apg: largest norm of the guidance, 0 is no limit; default: 0, the paper has 15 for SDXL",
+            ge=0.0,
+            le=1000.0,
+        ),
+    ] = None
+    zero_init_steps: Annotated[
+        StrictInt | None,
+        Field(
+            description="cfg_zero_star: first steps that leave the noise as it is; default: 0",
+            ge=0,
+            le=100,
+        ),
+    ] = None
+    scale: Annotated[
+        StrictFloat | None,
+        Field(
+            description="pag: weight of the perturbed prediction; default: 3",
+            ge=0.0,
+            le=100.0,
+        ),
+    ] = None
+    backbone_1: Annotated[
+        StrictFloat | None,
+        Field(
+            description="freeu: weight of the backbone features of the first stage; default: 1.5 for SD 1.5, 1.3 for SDXL",
+            ge=0.0,
+            le=4.0,
+        ),
+    ] = None
+    backbone_2: Annotated[
+        StrictFloat | None,
+        Field(
+            description="freeu: of the second stage; default: 1.6 for SD 1.5, 1.4 for SDXL",
+            ge=0.0,
+            le=4.0,
+        ),
+    ] = None
+    skip_1: Annotated[
+        StrictFloat | None,
+        Field(
+            description="freeu: weight of the low frequencies of the skip features of the first stage; default: 0.9",
+            ge=0.0,
+            le=4.0,
+        ),
+    ] = None
+    skip_2: Annotated[
+        StrictFloat | None,
+        Field(description="freeu: of the second stage; default: 0.2", ge=0.0, le=4.0),
+    ] = None
+
+
 class Dtype(StrEnum):
     """
     A floating-point type of weights
@@ -730,6 +833,14 @@ class OutputOptions(CompactModel):
     ] = True
 
 
+class Sigma(RootModel[StrictFloat]):
+    root: Annotated[StrictFloat, Field(ge=0.0, le=100000.0)]
+
+
+class Timestep(RootModel[StrictInt]):
+    root: Annotated[StrictInt, Field(ge=0, le=999)]
+
+
 class GenerationRequest(CompactModel):
     """
     What to make
@@ -860,6 +971,22 @@ class GenerationRequest(CompactModel):
         list[Seed] | None,
         Field(description="One seed for each image", max_length=64, min_length=1),
     ] = None
+    subseed: Annotated[
+        StrictInt | None,
+        Field(
+            description="Variation seed: the other noise that subseed_strength moves towards; image i takes subseed + i, and all images the same seed; without it or with -1 one is drawn",
+            ge=-1,
+            le=9007199254740991,
+        ),
+    ] = None
+    subseed_strength: Annotated[
+        StrictFloat | None,
+        Field(
+            description="How far the initial noise moves from that of seed (0) to that of subseed (1), by spherical interpolation",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = None
     scheduler: Annotated[
         SchedulerName | None, Field(description="Absent takes the one of the model")
     ] = None
@@ -879,6 +1006,22 @@ class GenerationRequest(CompactModel):
         TimestepSpacing | None,
         Field(
             description="Which timesteps are sampled, where the scheduler supports it; default: the model's"
+        ),
+    ] = None
+    sigmas: Annotated[
+        list[Sigma] | None,
+        Field(
+            description="The noise level before each step, the largest first, where the scheduler takes them; the 0 at the end may be left out. In place of num_inference_steps and of every spacing; for flow matching the levels after the shift, at most 1",
+            max_length=1001,
+            min_length=1,
+        ),
+    ] = None
+    timesteps: Annotated[
+        list[Timestep] | None,
+        Field(
+            description="The timestep of each step, the largest first, where the scheduler takes them; in place of num_inference_steps and of every spacing",
+            max_length=1000,
+            min_length=1,
         ),
     ] = None
     eta: Annotated[
@@ -950,6 +1093,13 @@ class GenerationRequest(CompactModel):
             min_length=1,
         ),
     ] = None
+    seamless: Annotated[
+        SeamlessAxes | None,
+        Field(
+            description="Axes along which the image continues at its opposite edge, so that it can be tiled; U-Nets only; default: none"
+        ),
+    ] = None
+    guider: GuiderOptions | None = None
     step_cache: StepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
     memory: MemoryOptions | None = None
@@ -1005,8 +1155,12 @@ class PlannedScheduler(CompactModel):
     sigmas: Annotated[
         list[StrictFloat] | None,
         Field(
-            description="The noise levels of ays, the largest first, without the 0 at the end"
+            description="The noise levels of ays or of the request, the largest first, without the 0 at the end"
         ),
+    ] = None
+    timesteps: Annotated[
+        list[StrictInt] | None,
+        Field(description="The timesteps of the request, the largest first"),
     ] = None
 
 
@@ -1236,6 +1390,13 @@ class GenerationPlan(PlanMethods):
     true_cfg_scale: StrictFloat | None = None
     guidance_rescale: StrictFloat | None = None
     seeds: Annotated[list[StrictInt], Field(description="One for each image")]
+    subseeds: Annotated[
+        list[StrictInt] | None,
+        Field(
+            description="The variation seed of each image; absent without a variation"
+        ),
+    ] = None
+    subseed_strength: StrictFloat | None = None
     image_index: Annotated[
         StrictInt | None,
         Field(
@@ -1264,6 +1425,8 @@ class GenerationPlan(PlanMethods):
     profile: Annotated[
         StrictStr | None, Field(description="The profile that settings were taken from")
     ] = None
+    seamless: SeamlessAxes | None = None
+    guider: GuiderOptions | None = None
     step_cache: StepCacheOptions | None = None
     acceleration: AccelerationOptions | None = None
     memory: MemoryOptions | None = None
@@ -1816,6 +1979,9 @@ class ModelInfo(CompactModel):
         Field(
             description="Default: a SchedulerName, or a class of diffusers that has no name here; absent where it is not known before the model is loaded"
         ),
+    ] = None
+    example_prompts: Annotated[
+        list[StrictStr] | None, Field(description="Prompts to begin with")
     ] = None
     loras: list[StrictStr] | None = None
     embeddings: Annotated[

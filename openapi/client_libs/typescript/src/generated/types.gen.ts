@@ -87,9 +87,12 @@ export const SchedulerName = {
     HEUN: 'heun',
     DPMPP_2M: 'dpmpp_2m',
     DPMPP_2M_SDE: 'dpmpp_2m_sde',
+    DPMPP_3M: 'dpmpp_3m',
+    DPMPP_3M_SDE: 'dpmpp_3m_sde',
     DPMPP_SINGLESTEP: 'dpmpp_singlestep',
     UNIPC: 'unipc',
     DEIS: 'deis',
+    SA_SOLVER: 'sa_solver',
     LMS: 'lms',
     KDPM2: 'kdpm2',
     KDPM2_ANCESTRAL: 'kdpm2_ancestral',
@@ -462,6 +465,78 @@ export type ControlNetUnit = {
 };
 
 /**
+ * Axes along which an image can be tiled: x joins its left and right edge, y top and bottom
+ */
+export const SeamlessAxes = {
+    X: 'x',
+    Y: 'y',
+    BOTH: 'both'
+} as const;
+
+/**
+ * Axes along which an image can be tiled: x joins its left and right edge, y top and bottom
+ */
+export type SeamlessAxes = typeof SeamlessAxes[keyof typeof SeamlessAxes];
+
+/**
+ * What takes the place of plain classifier-free guidance: adaptive projected guidance (arXiv:2410.02416), CFG-Zero* (arXiv:2503.18886), perturbed-attention guidance beside it (arXiv:2403.17377), or FreeU, which weights the features of a U-Net (arXiv:2309.11497)
+ */
+export const GuiderMethod = {
+    APG: 'apg',
+    CFG_ZERO_STAR: 'cfg_zero_star',
+    PAG: 'pag',
+    FREEU: 'freeu'
+} as const;
+
+/**
+ * What takes the place of plain classifier-free guidance: adaptive projected guidance (arXiv:2410.02416), CFG-Zero* (arXiv:2503.18886), perturbed-attention guidance beside it (arXiv:2403.17377), or FreeU, which weights the features of a U-Net (arXiv:2309.11497)
+ */
+export type GuiderMethod = typeof GuiderMethod[keyof typeof GuiderMethod];
+
+/**
+ * A refinement of guidance; it changes pixels
+ */
+export type GuiderOptions = {
+    method: GuiderMethod;
+    /**
+     * apg: share of the part of guidance that is parallel to the prediction; 1 keeps all of it, 0 the oversaturation out; default: 0
+     */
+    eta?: number | null;
+    /**
+     * apg: weight of the guidance of earlier steps; default: 0, the paper has -0.5
+     */
+    momentum?: number | null;
+    /**
+     * apg: largest norm of the guidance, 0 is no limit; default: 0, the paper has 15 for SDXL
+     */
+    norm_threshold?: number | null;
+    /**
+     * cfg_zero_star: first steps that leave the noise as it is; default: 0
+     */
+    zero_init_steps?: number | null;
+    /**
+     * pag: weight of the perturbed prediction; default: 3
+     */
+    scale?: number | null;
+    /**
+     * freeu: weight of the backbone features of the first stage; default: 1.5 for SD 1.5, 1.3 for SDXL
+     */
+    backbone_1?: number | null;
+    /**
+     * freeu: of the second stage; default: 1.6 for SD 1.5, 1.4 for SDXL
+     */
+    backbone_2?: number | null;
+    /**
+     * freeu: weight of the low frequencies of the skip features of the first stage; default: 0.9
+     */
+    skip_1?: number | null;
+    /**
+     * freeu: of the second stage; default: 0.2
+     */
+    skip_2?: number | null;
+};
+
+/**
  * A floating-point type of weights
  */
 export const Dtype = {
@@ -716,6 +791,14 @@ export type GenerationRequest = {
      */
     seeds?: Array<Seed> | null;
     /**
+     * Variation seed: the other noise that subseed_strength moves towards; image i takes subseed + i, and all images the same seed; without it or with -1 one is drawn
+     */
+    subseed?: number | null;
+    /**
+     * How far the initial noise moves from that of seed (0) to that of subseed (1), by spherical interpolation
+     */
+    subseed_strength?: number | null;
+    /**
      * Absent takes the one of the model
      */
     scheduler?: SchedulerName | null;
@@ -731,6 +814,14 @@ export type GenerationRequest = {
      * Which timesteps are sampled, where the scheduler supports it; default: the model's
      */
     timestep_spacing?: TimestepSpacing | null;
+    /**
+     * The noise level before each step, the largest first, where the scheduler takes them; the 0 at the end may be left out. In place of num_inference_steps and of every spacing; for flow matching the levels after the shift, at most 1
+     */
+    sigmas?: Array<number> | null;
+    /**
+     * The timestep of each step, the largest first, where the scheduler takes them; in place of num_inference_steps and of every spacing
+     */
+    timesteps?: Array<number> | null;
     /**
      * How much new noise each step of ddim or tcd adds, 0 is none; default: 0, and 0.3 with tcd
      */
@@ -775,6 +866,11 @@ export type GenerationRequest = {
      * A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or fast
      */
     profile?: string | null;
+    /**
+     * Axes along which the image continues at its opposite edge, so that it can be tiled; U-Nets only; default: none
+     */
+    seamless?: SeamlessAxes | null;
+    guider?: GuiderOptions | null;
     step_cache?: StepCacheOptions | null;
     acceleration?: AccelerationOptions | null;
     memory?: MemoryOptions | null;
@@ -813,9 +909,13 @@ export type PlannedScheduler = {
      */
     sigma_schedule?: SigmaSchedule | null;
     /**
-     * The noise levels of ays, the largest first, without the 0 at the end
+     * The noise levels of ays or of the request, the largest first, without the 0 at the end
      */
     sigmas?: Array<number> | null;
+    /**
+     * The timesteps of the request, the largest first
+     */
+    timesteps?: Array<number> | null;
 };
 
 /**
@@ -1039,6 +1139,11 @@ export type GenerationPlan = {
      */
     seeds: Array<number>;
     /**
+     * The variation seed of each image; absent without a variation
+     */
+    subseeds?: Array<number> | null;
+    subseed_strength?: number | null;
+    /**
      * In the receipt inside an image: which of seeds it was made from
      */
     image_index?: number | null;
@@ -1066,6 +1171,8 @@ export type GenerationPlan = {
      * The profile that settings were taken from
      */
     profile?: string | null;
+    seamless?: SeamlessAxes | null;
+    guider?: GuiderOptions | null;
     step_cache?: StepCacheOptions | null;
     acceleration?: AccelerationOptions | null;
     memory?: MemoryOptions | null;
@@ -1492,6 +1599,10 @@ export type ModelInfo = {
      * Default: a SchedulerName, or a class of diffusers that has no name here; absent where it is not known before the model is loaded
      */
     scheduler?: string | null;
+    /**
+     * Prompts to begin with
+     */
+    example_prompts?: Array<string> | null;
     loras?: Array<string> | null;
     /**
      * Names that a prompt may use, of textual inversions
