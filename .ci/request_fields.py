@@ -19,6 +19,7 @@ from ez_diffusion_client.models import GenerationRequest, PreprocessRequest
 
 TARGET = ROOT / "openapi/client_libs/python/ez_diffusion_client/fields.py"
 IMAGES = ("image", "mask_image")  # fields that take more from Python than text
+IMAGE_LISTS = ("reference_images",)  # those that take several of them
 CLASSES = {"RequestFields": GenerationRequest, "PreprocessFields": PreprocessRequest}
 BASIC = {"integer": "int", "number": "float", "boolean": "bool", "string": "str", "object": "dict[str, Any]"}
 HEAD = '''\
@@ -67,6 +68,7 @@ def typed_dict(name: str, model: type[BaseModel]) -> str:
     ]
     for field, schema in root["properties"].items():
         text = "ImageInput" if field in IMAGES else type_text(schema, root)
+        text = "Sequence[ImageInput]" if field in IMAGE_LISTS else text
         lines.append(f"    {field}: {text}{'' if field in root['required'] else ' | None'}")
         if description := schema.get("description"):
             lines += textwrap.wrap(f'"""{description}"""', 110, initial_indent="    ", subsequent_indent="    ")

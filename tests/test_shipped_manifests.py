@@ -32,7 +32,7 @@ def offers(manifest: ModelManifest) -> list[list[dict]]:
 def test_all_are_read() -> None:
     assert not STORE.errors, STORE.errors
     assert {"shapes-sd15", "sdxl-base-1.0", "flux1-schnell", "flux1-dev", "stable-diffusion-v1-5"} <= set(STORE)
-    assert {"stable-diffusion-3.5-medium", "z-image", "z-image-turbo"} <= set(STORE)
+    assert {"stable-diffusion-3.5-medium", "z-image", "z-image-turbo", "flux2-klein-4b"} <= set(STORE)
 
 
 @pytest.mark.parametrize("name", list(STORE))
@@ -41,11 +41,14 @@ def test_every_offer_is_planned(name: str) -> None:
     for entry in manifest.controlnets.values():
         assert set(entry.preprocessors) <= set(PREPROCESSORS)
     for task, units in product(manifest.tasks, offers(manifest)):
-        pictures = {"image": FACT} if task != Task.text_to_image else {}
+        pictures = {"image": FACT} if task in (Task.image_to_image, Task.inpainting) else {}
         pictures |= {"mask_image": FACT} if task == Task.inpainting else {}
-        request = GenerationRequest(
-            prompt="a", controlnets=[unit | {"image": PICTURE} for unit in units], **dict.fromkeys(pictures, PICTURE)
+        references = {"reference_images": [FACT]} if task == Task.edit else {}
+        given = dict.fromkeys(pictures, PICTURE) | {key: [PICTURE] for key in references}
+        given |= {"controlnets": [unit | {"image": PICTURE} for unit in units]} if units else {}
+        request = GenerationRequest(prompt="a", **given)
+        plan = make_plan(
+            request, manifest, **references, **pictures, controls=ControlFacts(dict.fromkeys(range(len(units)), FACT))
         )
-        plan = make_plan(request, manifest, **pictures, controls=ControlFacts(dict.fromkeys(range(len(units)), FACT)))
         assert plan.task == task and len(plan.controlnets or []) == len(units)
         assert plan.width % manifest.record.size_multiple == 0

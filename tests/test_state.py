@@ -67,7 +67,8 @@ def picture(seed: int) -> Image.Image:
 
 def random_request(rng: random.Random, family: str) -> dict:
     "Any request that the family takes."
-    record, task = FAMILIES[family], rng.choice(list(Task))
+    record = FAMILIES[family]
+    task = rng.choice(record.tasks)
     kind = rng.choice([kind for kind in ("none", "none", "single", "multiple", "union") if record.call(task, kind)])
     window = lambda: {
         "conditioning_scale": rng.choice([0.0, 0.5, 1.0, 2.0]),
@@ -97,11 +98,13 @@ def random_request(rng: random.Random, family: str) -> dict:
         "seed": rng.randrange(99),
         "num_images": rng.choice([1, 1, 2]),
         "scheduler": rng.choice([None, *names]),
-        "controlnets": units,
+        **({"controlnets": units} if units else {}),
         "width": rng.choice([64, 96]),
     }
-    if task != Task.text_to_image:
+    if task in (Task.image_to_image, Task.inpainting):
         request["image"] = picture(7)
+    if record.max_references and (task == Task.edit or rng.random() < 0.5):
+        request["reference_images"] = [picture(9)] * (2 if task == Task.edit else 1)
     if task == Task.inpainting:
         request["mask_image"] = picture(8).convert("L")
     request["loras"] = [
@@ -186,6 +189,7 @@ BASES = {  # family -> requests whose pixels must not change
         "flux": {"step_cache": {"method": "first_block", "threshold": 0.5}},
         "sd35": {"acceleration": {"guidance_end": 0.5}},
         "zimage": {"acceleration": {"guidance_end": 0.5}},
+        "flux2": {"step_cache": {"method": "taylorseer", "interval": 2}},
     }.items()
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from diffusers.loaders.single_file_utils import (
     convert_controlnet_checkpoint,
+    convert_flux2_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
@@ -366,6 +367,20 @@ def _original_sd3(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     return rest | converted
 
 # %% ../../nbs/45_checkpoints/01_layouts.ipynb #2351b4e9
+def _original_flux2(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    if not any(name.startswith(("double_blocks.", "single_blocks.")) for name in tensors):
+        return dict(tensors)
+    return convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors))
+
+
+def _tied_head(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    "A language model whose last layer is its first one is saved without it."
+    first = tensors.get("model.embed_tokens.weight")
+    if first is None or not config.get("tie_word_embeddings"):
+        return dict(tensors)
+    return {"lm_head.weight": first} | tensors
+
+
 def _original_zimage(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     if any(name.startswith("all_x_embedder.") for name in tensors):
         return dict(tensors)
@@ -512,6 +527,12 @@ LAYOUTS = {
     ),
     "ZImageControlNetModel": Layout(
         "a ControlNet for Z-Image", ("",), r"^control_all_x_embedder\.", _zimage_controlnet, r"^control_noise_refiner\."
+    ),
+    "Flux2Transformer2DModel": Layout(
+        "a transformer of FLUX.2", _DENOISER, r"^(?:img_in|x_embedder)\.weight$", _original_flux2
+    ),
+    "Qwen3ForCausalLM": Layout(
+        "a language model of Qwen3", ("",), r"^model\.layers\.\d+\.self_attn\.q_norm\.", _tied_head
     ),
     "Qwen3Model": Layout(
         "a text encoder of Qwen3", ("model.", ""), r"^layers\.\d+\.self_attn\.q_norm\.", unused=r"^lm_head\."

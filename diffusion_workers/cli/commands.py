@@ -182,6 +182,7 @@ def make_service(arguments: argparse.Namespace) -> "DiffusionService":
 def _sources(arguments: argparse.Namespace) -> list[Path]:
     "The files that a request reads."
     texts = [getattr(arguments, f"field.{name}", None) for name in ("image", "mask_image")]
+    texts += getattr(arguments, "field.reference_images", None) or []
     for option, text in arguments.controls or []:
         parts = [text.partition(":")[2]] if option == "--control" else [p.partition("=")[2] for p in text.split(",")]
         texts += parts

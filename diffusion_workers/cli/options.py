@@ -24,7 +24,15 @@ from diffusion_workers.request.errors import (
     shorten,
 )
 from ..request.metadata import SAMPLER_LABELS
-from ..request.schema import FieldInfo, field_at, get_value, schema_fields, set_value, typed_value
+from diffusion_workers.request.schema import (
+    IMAGE_LISTS,
+    FieldInfo,
+    field_at,
+    get_value,
+    schema_fields,
+    set_value,
+    typed_value,
+)
 from ez_diffusion_client.models import ControlNetUnit, ErrorCode, ErrorDetail, GenerationRequest, Lora, OpResult
 
 # %% ../../nbs/80_cli/01_options.ipynb #924c98a4
@@ -72,6 +80,10 @@ def add_field_option(
     if info.kind == "boolean":
         parser.add_argument(*options, dest=dest, action=_FlagAction, default=None, help=help_text)
         return
+    if info.path[-1] in IMAGE_LISTS:
+        help_text = argparse.SUPPRESS if hidden else "an image: a file, or an http(s) URL; once for each, in order"
+        parser.add_argument(*options, dest=dest, action="append", default=None, metavar="FILE", help=help_text)
+        return
     more: dict[str, Any] = {"nargs": "?", "const": {}} if info.kind == "object" else {}
     if info.is_image:
         metavar = "FILE"
@@ -99,6 +111,7 @@ SHORT_NAMES = {  # field -> names beside its own, shown in the help
     "num_images": ("-n",),
     "scheduler": ("--sampler",),
     "mask_image": ("--mask",),
+    "reference_images": ("--reference",),
 }
 COMMON_FIELDS = ("model", *SHORT_NAMES, "seed", "image", "strength")  # shown by --help
 
@@ -310,6 +323,8 @@ def add_fields(fields: dict, arguments: argparse.Namespace) -> None:
             continue
         if path[-1] in ("image", "mask_image"):
             value = read_image(value, path[-1])
+        elif path[-1] in IMAGE_LISTS:
+            value = [read_image(item, f"{path[-1]}[{index}]") for index, item in enumerate(value)]
         elif isinstance(value, dict):
             value = dict(value)  # argparse hands out the same object each time
         elif path == ("scheduler",) and isinstance(value, str):

@@ -100,6 +100,10 @@ def given_files(plan: GenerationPlan, arguments: argparse.Namespace) -> dict[Ima
 def check_same_images(plan: GenerationPlan, replanned: GenerationPlan) -> None:
     "Refuse images whose pixels are not those of the receipt."
     now = planned_images(replanned)
+    before, after = ([image.sha256 for image in each.reference_images or ()] for each in (plan, replanned))
+    if before != after:
+        message, hint = "these are not the reference images that were used", "give the very same pixels, in order"
+        raise RequestError([error_detail(ErrorCode.not_found, message, field="--reference", hint=hint)])
     wrong = [key for key, before in planned_images(plan).items() if now[key].sha256 != before.sha256]
     if wrong:
         message, hint = "this is not the image that was used", "give the very same pixels"
@@ -116,7 +120,10 @@ def _replay_request(plan: GenerationPlan, arguments: argparse.Namespace) -> Gene
             own[field] = read_image(file, field)
         else:
             controls.setdefault(index, {})[field] = read_image(file, f"controlnets[{index}].{field}")
-    return request_from_plan(plan, **own, controls=controls)
+    references = [
+        read_image(file, f"reference_images[{index}]") for index, file in enumerate(arguments.references or ())
+    ]
+    return request_from_plan(plan, **own, reference_images=references, controls=controls)
 
 
 def _print_changes(plan: GenerationPlan, now: GenerationPlan, own: Mapping[str, Any]) -> None:
@@ -150,6 +157,9 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", "--force", action="store_true", help="overwrite an existing file")
     parser.add_argument("--image", dest="image", metavar="FILE", help="the image that it started from")
     parser.add_argument("--mask-image", dest="mask_image", metavar="FILE", help="the mask of its inpainting")
+    parser.add_argument(
+        "--reference", dest="references", action="append", metavar="FILE", help="a reference image; once for each"
+    )
     for name in ("image", "mask"):
         parser.add_argument(
             f"--control-{name}",

@@ -127,7 +127,7 @@ class ControlnetGuideImagePreprocessor:
     @property
     def families(self) -> tuple[ModelFamily, ...]:
         "Those that ControlNets for such maps were published for."
-        without = lambda family: self.name in family.controls.maps_without_controlnets
+        without = lambda family: not family.has_controlnets or self.name in family.controls.maps_without_controlnets
         return tuple(name for name, family in FAMILIES.items() if not without(family))
 
     @property

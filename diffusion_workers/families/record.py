@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SELECTIVE_FIELDS', 'CLIP_SIZES', 'remaining_steps', 'remaining_steps_at_least_one', 'PipelineCall', 'Guidance',
-           'TextInput', 'Latents', 'Controls', 'LoraMark', 'LoraBlocks', 'OriginalName', 'LoraKeys', 'TinyComponent',
-           'TinyModel', 'tiny_clip', 'tiny_t5', 'tiny_qwen', 'tiny_vae', 'Refiner', 'Family']
+           'TextInput', 'Latents', 'References', 'Controls', 'LoraMark', 'LoraBlocks', 'OriginalName', 'LoraKeys',
+           'TinyComponent', 'TinyModel', 'tiny_clip', 'tiny_t5', 'tiny_qwen', 'tiny_vae', 'Refiner', 'Family']
 
 # %% ../../nbs/05_families/01_record.ipynb #31512aa3
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -51,6 +52,9 @@ class PipelineCall:
     takes: frozenset[str] = frozenset({"negative_prompt"})  # of the request fields in SELECTIVE_FIELDS
     takes_size: bool = True  # whether it has the arguments height and width
     takes_strength: bool = True  # whether an image is what it starts from, as `strength` says
+    references: int = 0  # how many reference images it takes
+    reference_argument: str = "image"  # the argument for them
+    max_pixels: int | None = None  # beyond which it shrinks the image by itself; None has no such limit
     prompt_for_each: bool = False  # takes a prompt for each image, and not a number of images for each prompt
     control_argument: str = "control_image"  # the argument for the control maps
     map_is_input: bool = False  # the control map goes into the denoiser itself, without a ControlNet
@@ -84,7 +88,7 @@ class TextInput:
     )
     unless: str | None = None  # this field, when it is set, takes the place of `field` in this tokenizer
     instead: str | None = None  # tokenizer to measure with where a model comes without `tokenizer`
-    chat: bool = False  # whether the tokenizer's chat template is put around the text
+    chat: Mapping[str, Any] | None = None  # options of the tokenizer's chat template, where it is put around the text
 
 # %% ../../nbs/05_families/01_record.ipynb #dee6fe9a
 @dataclass(frozen=True)
@@ -93,7 +97,34 @@ class Latents:
 
     channels: int
     packed: bool = False  # (B, H/16 * W/16, 4 * channels), 2 x 2 patches in rows, instead of (B, channels, H/8, W/8)
+    normalised_patches: bool = False  # patches are normalised by the VAE's statistics; the pipeline returns plain ones
     downscale: int = 8  # pixels of an image for each latent
+
+# %% ../../nbs/05_families/01_record.ipynb #426ca5f6
+@dataclass(frozen=True)
+class References:
+    "Which reference images the pipelines of a family take, and in which size the model sees them."
+
+    max_pixels: int  # a larger image is scaled down
+    multiple: int  # pixels: both sides are cut to it, at the centre
+    min_side: int  # pixels
+    max_aspect: float  # the longer side divided by the shorter
+
+    def used_size(
+        self,
+        width: int,  # pixels as given
+        height: int,
+    ) -> tuple[int, int]:  # width and height in pixels
+        "The size in which the model sees an image."
+        width, height = self.scaled_size(width, height)
+        return width // self.multiple * self.multiple, height // self.multiple * self.multiple
+
+    def scaled_size(self, width: int, height: int) -> tuple[int, int]:
+        "The size after scaling, before the sides are cut."
+        if width * height <= self.max_pixels:
+            return width, height
+        scale = math.sqrt(self.max_pixels / (width * height))
+        return int(width * scale), int(height * scale)
 
 # %% ../../nbs/05_families/01_record.ipynb #0099f246
 @dataclass(frozen=True)
@@ -131,6 +162,7 @@ class LoraMark:
     order: int = 10  # smaller is tried first
     outputs: int | None = None  # width; None is any
     written: bool = False  # the pattern is for the name as the file has it, with its dots
+    title: str | None = None  # of the variant that it identifies; None is the family's
 
 
 @dataclass(frozen=True)
@@ -180,7 +212,7 @@ class TinyModel:
     "The configuration of every component of a tiny model."
 
     components: Mapping[str, TinyComponent]
-    controlnet: TinyComponent
+    controlnet: TinyComponent | None
     union: TinyComponent | None = None
     in_channels: Mapping[ModelKind, int] = field(
         default_factory=dict
@@ -271,6 +303,8 @@ class Family:
     controls: Controls
     lora: LoraKeys
     tiny: TinyModel
+    references: References | None = None  # None takes no reference images
+    instead: Mapping[str, str] = field(default_factory=dict)  # unused request field -> what to do, for error messages
     load_arguments: Mapping[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained
     clip_skip_base: int = 1  # the "Clip skip" of other programs that means no layer is left out
     aligned_steps: Literal["sd1", "xl"] | None = None  # the table of Align Your Steps that was made for it
@@ -298,10 +332,14 @@ class Family:
                 return call
         return None
 
-    def call_named(self, class_name: str) -> PipelineCall:
+    def call_named(
+        self,
+        class_name: str,
+        task: Task | None = None,  # where one class carries out several; None is the first of them
+    ) -> PipelineCall:
         "The call of a pipeline class; a KeyError names a class that the family does not have."
         for call in self.calls:
-            if call.class_name == class_name:
+            if call.class_name == class_name and task in (None, call.task):
                 return call
         raise KeyError(f"{self.title} has no {class_name}; it has {', '.join(c.class_name for c in self.calls)}")
 
@@ -320,4 +358,24 @@ class Family:
         field: str,  # of a request
     ) -> bool:
         "Whether a request field means anything to the family."
-        return field not in self.unused_fields
+        return field not in self.fields_without_use
+
+    @property
+    def fields_without_use(self) -> frozenset[str]:
+        "Request fields that mean nothing to the family."
+        return self.unused_fields | (frozenset() if self.max_references else {"reference_images"})
+
+    @property
+    def max_references(self) -> int:
+        "How many reference images a request may have."
+        return max(call.references for call in self.calls)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        "What models of the family can do."
+        return tuple(task for task in Task if any(call.task == task for call in self.calls))
+
+    @property
+    def has_controlnets(self) -> bool:
+        "Whether diffusers has ControlNets for the family."
+        return bool(self.controls.controlnet_class)

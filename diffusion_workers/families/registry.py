@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .flux import FLUX
+from .flux2 import FLUX2, KLEIN_4B
 from .record import Family, LoraBlocks, LoraMark
 from .sd15 import CROSS_ATTENTION, SD15, cross_attention_mark
 from .sd35 import SD35
@@ -29,6 +30,7 @@ FAMILIES: dict[ModelFamily, Family] = {
         FLUX,
         SD35,
         ZIMAGE,
+        FLUX2,
     )
 }
 
@@ -63,13 +65,6 @@ OTHER_FAMILIES: dict[str, tuple[LoraMark, ...]] = {
     "AnimateDiff": (LoraMark(r"motion_modules_\d+_", order=-1),),
     "Stable Video Diffusion": (LoraMark(r"temporal_transformer_blocks_\d+_", order=-1),),
     "AuraFlow": (LoraMark(r"^joint_transformer_blocks_"),),
-    "FLUX.2": (LoraMark(r"^(?:double|single)_stream_modulation|to_qkv_mlp_proj"),),
-    "FLUX.2 klein 4B": (
-        LoraMark(r"to_qkv_mlp_proj|^single_blocks_\d+_linear1$", 3072, 5, outputs=27648),
-        LoraMark(r"^double_blocks_\d+_(?:img|txt)_mlp_0$|_ff_(?:context_)?linear_in$", 3072, 5, outputs=18432),
-        LoraMark(r"^single_blocks_\d+_linear2$|^single_transformer_blocks_\d+_attn_to_out$", 12288, 5, outputs=3072),
-    ),
-    "FLUX.2 klein 9B": (LoraMark(_JOINT, 4096, 5),),
     "FLUX.2 dev": (LoraMark(_JOINT, 6144, 5),),
     "Chroma": (LoraMark(r"^distilled_guidance_layer"),),
     "Qwen-Image": (LoraMark(r"^transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)"),),
@@ -93,7 +88,7 @@ OTHER_FAMILIES: dict[str, tuple[LoraMark, ...]] = {
     "Lumina or Z-Image": (LoraMark(r"^(?:layers|noise_refiner|context_refiner)_\d+_", order=11),),
 }
 SAME_NAMES = {  # title -> blocks whose attention has the names and widths of Flux, and is all that a LoRA may hold
-    "FLUX.2 klein 4B": LoraBlocks(3072, double=5, single=20),
+    KLEIN_4B: LoraBlocks(3072, double=5, single=20),
     "HunyuanVideo": LoraBlocks(3072, double=20, single=40),
     "Qwen-Image": LoraBlocks(3072, double=60, single=0),
     "Chroma": LoraBlocks(3072, double=19, single=38),
@@ -102,10 +97,9 @@ _OTHER_ARCHITECTURES = {
     "sd_v2": "Stable Diffusion 2.x",
     "stable-diffusion-v2": "Stable Diffusion 2.x",
     "chroma": "Chroma",
-    "flux2": "FLUX.2",
-    "flux-2": "FLUX.2",
-    "flux.2": "FLUX.2",
-    "klein": "FLUX.2 klein",
+    "flux2-dev": "FLUX.2 dev",
+    "flux-2-dev": "FLUX.2 dev",
+    "flux.2-dev": "FLUX.2 dev",
     "hunyuan": "HunyuanVideo",
     "kolors": "Kolors",
     "qwen": "Qwen-Image",
@@ -123,8 +117,13 @@ class LoraSource:
     family: ModelFamily | None  # None for a family that is not supported
 
 
+def _source(title: str) -> LoraSource:
+    "A family by its title, or what else the title names."
+    return next((source for _mark, source in _marks() if source.title == title), LoraSource(title, None))
+
+
 def _marks() -> list[tuple[LoraMark, LoraSource]]:
-    known = [(mark, LoraSource(f.title, f.name)) for f in FAMILIES.values() for mark in f.lora.marks]
+    known = [(mark, LoraSource(mark.title or f.title, f.name)) for f in FAMILIES.values() for mark in f.lora.marks]
     others = [(mark, LoraSource(title, None)) for title, marks in OTHER_FAMILIES.items() for mark in marks]
     return sorted(known + others, key=lambda row: row[0].order)
 
@@ -162,13 +161,13 @@ def _by_blocks(modules: list[tuple], family: Family) -> LoraSource | None:  # No
             others[title] = other
     complete = [t for t, o in others.items() if len(double) == o.double and len(single) in (0, o.single)]
     if last[0] >= blocks.double or last[1] >= blocks.single:
-        return LoraSource(" or ".join(complete or others) or f"a transformer deeper than {family.title}", None)
+        return _source(" or ".join(complete or others) or f"a transformer deeper than {family.title}")
     if any(not _is_shared(name) for name, *_ in modules if re.match(r"\w*(?:blocks)_\d+_", name)):
         return None
     if len(double) == blocks.double or len(single) == blocks.single:
         return None
     if complete and len(double) >= MANY_BLOCKS:
-        return LoraSource(complete[0], None)
+        return _source(complete[0])
     numbers = double or single
     if len(numbers) >= MANY_BLOCKS and numbers == set(range(len(numbers))):
         return LoraSource(f"{', '.join(others)} or {family.title}, which have the same blocks", None)

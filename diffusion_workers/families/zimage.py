@@ -109,8 +109,7 @@ ZIMAGE = Family(
         | {"refiner", "timestep_spacing", "eta", "timesteps", "seamless"}
     ),
     guidance=Guidance(on_above=0.0),
-    guiders=(),  # its pipeline combines the predictions for each image of a list
-    texts=(TextInput("prompt", "tokenizer", max_tokens=512, chat=True),),
+    texts=(TextInput("prompt", "tokenizer", max_tokens=512, chat={"enable_thinking": True}),),
     defaults={"width": 1024, "height": 1024, "num_inference_steps": 50, "guidance_scale": 4.0},
     size_multiple=16,  # patches of 2 x 2 latents of 8 x 8 pixels
     usual_names=("z-image", "z_image", "zimage"),
@@ -118,6 +117,7 @@ ZIMAGE = Family(
     latents=Latents(channels=16),
     denoiser_calls="lists",
     step_caches=(),
+    guiders=(),  # they look for both predictions in one tensor
     controls=Controls(
         controlnet_class="ZImageControlNetModel",
         multi_class="diffusion_workers.pipeline.controlnets.SingleControlNet",

@@ -480,6 +480,9 @@ def _entry_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     tables = manifest.record.controls.union_tables
     for name, entry in manifest.controlnets.items():
         at = ("controlnets", name)
+        if not manifest.record.has_controlnets:
+            yield at, f"there are no ControlNets for {manifest.family}"
+            continue
         if entry.union and not tables:
             yield (*at, "union"), f"there is no union ControlNet for {manifest.family}"
         elif entry.union_table and entry.union_table not in tables:
@@ -600,7 +603,7 @@ class ModelManifest(_Section):
     )
     dtype: Dtype = "auto"  # of the weights in memory
     variant: Name | None = None  # of the files, such as fp16
-    tasks: tuple[Task, ...] = tuple(Task)  # at least one
+    tasks: tuple[Task, ...] = tuple(Task)  # at least one; default: all of the family
     components: dict[Name, Component] = {}  # slot -> replacement
     controlnets: dict[Name, ControlNetEntry] = {}  # name in a request -> ControlNet
     control_preprocessors: tuple[Name, ...] = ()  # of a model of the kind control, the usual one first
@@ -634,7 +637,8 @@ class ModelManifest(_Section):
         known = next((family for name, family in FAMILIES.items() if name == data.get("family")), None)
         row = (known or next(iter(FAMILIES.values()))).defaults  # an unknown family is refused by its field
         given = {key: value for key, value in (data.get("defaults") or {}).items() if value is not None}
-        return {**data, "defaults": {**row, **given}}
+        tasks = {} if known is None else {"tasks": known.tasks}
+        return {**tasks, **data, "defaults": {**row, **given}}
 
     @model_validator(mode="after")
     def _check_together(self) -> "ModelManifest":

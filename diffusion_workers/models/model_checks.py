@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_NEEDED', 'check_class', 'is_network', 'named_networks', 'checkpoint_networks', 'check_channels', 'DenoiserFacts',
-           'source_facts', 'denoiser_facts', 'check_controlnet', 'ModelProblem', 'model_problems']
+           'source_facts', 'denoiser_facts', 'check_controlnet', 'ModelProblem', 'model_problems', 'is_step_distilled']
 
 # %% ../../nbs/20_models/06_model_checks.ipynb #180a3bc1
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ..families.record import Controls, Latents
-from .manifest import ControlNetEntry, FileSource, HubSource, ModelManifest, Source
+from diffusion_workers.models.manifest import (
+    ControlNetEntry,
+    FileSource,
+    HubSource,
+    MemorySource,
+    ModelManifest,
+    Source,
+)
 from .weight_headers import WeightFileError, read_config, read_header
 from diffusion_workers.models.weight_kinds import (
     Prediction,
@@ -268,3 +275,13 @@ def model_problems(
         except WeightFileError as exc:
             if path.exists():
                 yield ModelProblem("controlnets", name, exc)
+
+# %% ../../nbs/20_models/06_model_checks.ipynb #ce4dfa0b
+def is_step_distilled(manifest: ModelManifest) -> bool:
+    "Whether a local pipeline says that it was distilled to a few steps, and ignores guidance; False where unknown."
+    if isinstance(manifest.source, MemorySource):
+        return bool(getattr(manifest.source.held.config, "is_distilled", False))
+    try:
+        return bool((_folder_index(manifest.source) or {}).get("is_distilled", False))
+    except WeightFileError:
+        return False

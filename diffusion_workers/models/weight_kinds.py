@@ -97,7 +97,6 @@ CONTROLNETS = (
 )
 _OTHER = "declare a model of a supported family"
 FOREIGN = (  # networks of families that this package does not run
-    Signature(r"single_stream_modulation|double_stream_modulation", "a transformer of FLUX.2", _OTHER),
     Signature(r"distilled_guidance_layer\.", "a transformer of Chroma", _OTHER),
     Signature(r"txt_in\.individual_token_refiner\.", "a transformer of HunyuanVideo", _OTHER),
     Signature(r"(?:^|\.)(?:cap_embedder|noise_refiner)\.", "a transformer of Lumina", _OTHER),
@@ -153,6 +152,8 @@ def _transformer_words(header: WeightHeader, prefix: str) -> str:
     first = first_layer(header, prefix)
     if is_zimage(header, prefix):
         return "a transformer of Z-Image"
+    if any("double_stream_modulation_" in name for name in header.tensors):
+        return "a transformer of FLUX.2"
     if any(prefix + name in header.tensors for name in _FIRST_OF_SD3):
         return "a transformer of Stable Diffusion 3"
     kind = {64: "", 128: " for control images (Canny or Depth)", 384: " for filling (FLUX.1 Fill)"}

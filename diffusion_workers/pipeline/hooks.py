@@ -113,6 +113,8 @@ def encode_prompts(
     if "negative_prompt" not in takes:  # Flux encodes both prompts alike: embeddings, pooled embeddings, positions
         negative = {"prompt": texts.get("negative_prompt", ""), "prompt_2": texts.get("negative_prompt_2")}
         against = call(**(texts | negative))
+        if "pooled_prompt_embeds" not in takes:
+            return PromptEmbeds(made[0], against[0], prompt=texts["prompt"])
         return PromptEmbeds(made[0], against[0], made[1], against[1], texts["prompt"])
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     made = [value[0][None] if isinstance(value, list) else value for value in made]  # captions as long as they are
@@ -260,10 +262,13 @@ def use_noise(
     def given_noise(draw, shape, *args, **kwargs) -> torch.Tensor:
         nonlocal used
         drawn = draw(shape, *args, **kwargs)
-        if used or drawn.shape != noise.shape:
+        given = noise
+        if drawn.numel() == noise.numel() and drawn.shape != noise.shape:  # FLUX.2 draws patches
+            given = torch.nn.functional.pixel_unshuffle(noise, 2)
+        if used or drawn.shape != given.shape:
             return drawn
         used = True
-        return noise.to(drawn)
+        return given.to(drawn)
 
     with _drawing(pipe, given_noise):
         yield

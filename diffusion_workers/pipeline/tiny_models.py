@@ -133,6 +133,9 @@ def tiny_pipeline(
     for name, parameter in parts[record.denoiser].named_parameters():
         if name in record.tiny.unset:
             torch.nn.init.normal_(parameter)
+    if record.latents.normalised_patches:  # a new one has the statistics of normalised latents already
+        parts["vae"].bn.running_mean.normal_()
+        parts["vae"].bn.running_var.uniform_(0.5, 2)
     return getattr(diffusers, record.base_classes[kind])(**parts, **record.load_arguments)
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #947b6860
@@ -157,7 +160,7 @@ def write_tiny_model(
     )
     with quiet_libraries():
         tiny_pipeline(family, kind, in_channels, seed).save_pretrained(folder / name)
-        if kind == ModelKind.standard:
+        if kind == ModelKind.standard and record.has_controlnets:
             controlnets: dict[str, dict[str, Any]] = {
                 "canny": dict(preprocessors=["canny"]),
                 "tile": dict(preprocessors=["tile"]),

@@ -299,6 +299,8 @@ def _check_control_model(units: dict[int, ControlNetUnit], manifest: ModelManife
 def check_controls(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "Everything that speaks against the ControlNet units of a request."
     units = enabled_units(request)
+    if not manifest.record.has_controlnets and manifest.kind == ModelKind.standard:
+        return  # the field is refused as a whole
     for i, unit in units.items():
         yield from check_unit(unit, f"controlnets[{i}]", manifest)
     if manifest.kind == ModelKind.control:

@@ -36,7 +36,7 @@ from diffusion_workers.request.images import (
     to_image_string,
 )
 from ..request.masks import check_mask, decode_mask
-from ..request.schema import IMAGE_FIELDS
+from ..request.schema import IMAGE_FIELDS, IMAGE_LISTS, image_strings
 from ez_diffusion_client.models import (
     ControlNetUnit,
     CustomKind,
@@ -81,7 +81,8 @@ def plain_value(
     if isinstance(value, (dict, list, tuple)) and depth == 0:
         return value
     if isinstance(value, dict):
-        return {key: item if key in IMAGE_FIELDS else plain_value(item, depth - 1) for key, item in value.items()}
+        images = (*IMAGE_FIELDS, *IMAGE_LISTS)
+        return {key: item if key in images else plain_value(item, depth - 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain_value(item, depth - 1) for item in value]
     if isinstance(value, (np.generic, np.ndarray)) or type(value).__module__.partition(".")[0] == "torch":
@@ -92,7 +93,11 @@ def plain_value(
 
 def _with_texts(fields: dict[str, Any], at: str = "") -> dict[str, Any]:
     "Fields of a request or of a unit, with their images as text and their numbers as Python's own."
-    return plain_value(fields) | {name: image_text(fields[name], at + name) for name in IMAGE_FIELDS if name in fields}
+    texts = {name: image_text(fields[name], at + name) for name in IMAGE_FIELDS if name in fields}
+    for name in IMAGE_LISTS:
+        if isinstance(fields.get(name), (list, tuple)):
+            texts[name] = [image_text(value, f"{at}{name}[{index}]") for index, value in enumerate(fields[name])]
+    return plain_value(fields) | texts
 
 
 def _unit_with_texts(index: int, unit: Any) -> Any:
@@ -144,6 +149,7 @@ class Inputs:
     mask_image: DecodedImage | None = None  # L, white is repainted
     controls: Mapping[int, DecodedImage] = field(default_factory=dict)  # by index of the enabled unit; RGB
     control_masks: Mapping[int, DecodedImage] = field(default_factory=dict)  # L, white is where the control holds
+    references: tuple[DecodedImage, ...] = ()  # RGB, in the order of the request
     loras: tuple[ResolvedLora, ...] = ()  # one for each LoRA of the request
     embeddings: tuple[Embedding, ...] = ()  # those that its prompts name
 
@@ -151,7 +157,7 @@ class Inputs:
     def decoded(self) -> tuple[DecodedImage, ...]:
         "All decoded images."
         single = tuple(decoded for decoded in (self.image, self.mask_image) if decoded)
-        return (*single, *self.controls.values(), *self.control_masks.values())
+        return (*single, *self.references, *self.controls.values(), *self.control_masks.values())
 
     @property
     def warnings(self) -> tuple[RequestWarning, ...]:
@@ -182,7 +188,11 @@ def decode_inputs(
     for index, unit in enabled_units(request).items():
         if unit.mask_image:
             masks[index] = decode_mask(unit.mask_image, field=f"controlnets[{index}].mask_image", policy=policy)
-    return Inputs(image, mask, controls, masks)
+    references = tuple(
+        decode_image(text, field=f"reference_images[{index}]", policy=policy)
+        for index, text in enumerate(image_strings(request))
+    )
+    return Inputs(image, mask, controls, masks, references)
 
 # %% ../../nbs/40_planning/05_inputs.ipynb #6b9ea90c
 @dataclass(frozen=True)
@@ -237,6 +247,7 @@ def plan_request(
         manifest,
         image=inputs.image and image_facts(inputs.image),
         mask_image=inputs.mask_image and image_facts(inputs.mask_image),
+        reference_images=[image_facts(decoded) for decoded in inputs.references],
         controls=inputs.control_facts,
         loras=resolved,
         random_seed=random_seed,

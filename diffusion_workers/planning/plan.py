@@ -9,7 +9,8 @@ __all__ = ['SCHEDULERS', 'KARRAS_SCHEDULERS', 'LEVEL_SCHEDULES', 'MAX_ALIGNED_ST
            'check_scheduler', 'has_schedule', 'scheduler_warnings', 'size_multiple', 'plan_size', 'check_size',
            'size_warnings', 'plan_seeds', 'plan_subseeds', 'check_seeds', 'seed_warnings', 'plan_task', 'plan_strength',
            'count_denoising_steps', 'count_denoiser_calls', 'strength_warnings', 'check_task', 'may_be_empty',
-           'check_prompt', 'check_model', 'prediction_warnings', 'check_support', 'text_warnings', 'apply_distilled',
+           'check_prompt', 'check_model', 'prediction_warnings', 'check_support', 'check_references',
+           'reference_warnings', 'plan_references', 'check_distilled', 'text_warnings', 'apply_distilled',
            'is_distilled_plan', 'find_problems', 'make_plan', 'request_from_plan', 'batch_key']
 
 # %% ../../nbs/40_planning/04_plan.ipynb #93aae149
@@ -27,7 +28,7 @@ from ..families.registry import FAMILIES
 from ..families.schedulers import SCHEDULER_FACTS, SchedulerFacts, denoiser_calls, facts_of_class
 from ..models.distilled import Distilled, distilled_by_name, distilled_lora, distilled_model
 from ..models.manifest import ModelManifest
-from ..models.model_checks import denoiser_facts, model_problems
+from ..models.model_checks import denoiser_facts, is_step_distilled, model_problems
 from ..models.own_scheduler import own_scheduler
 from diffusion_workers.planning.acceleration import (
     EXACT,
@@ -85,6 +86,7 @@ from ez_diffusion_client.models import (
     InpaintOptions,
     OutputOptions,
     PlannedImage,
+    PlannedReference,
     PlannedScheduler,
     PromptSyntax,
     PromptWeighting,
@@ -440,9 +442,9 @@ def size_multiple(manifest: ModelManifest) -> int:  # pixels
 def plan_size(
     request: GenerationRequest,
     manifest: ModelManifest,
-    image: PlannedImage | None,  # the picture to start from
+    image: PlannedImage | PlannedReference | None,  # the image to start from, or the first reference image
 ) -> tuple[int, int]:  # width and height in pixels
-    "The size of the result: as asked for, else of the picture to start from, else of the model."
+    "The size of the result: as asked for, else of that image, else of the model."
     defaults, limits = manifest.defaults, manifest.limits
     if image is None:
         width, height = request.width or defaults.width, request.height or defaults.height
@@ -464,7 +466,9 @@ def plan_size(
     return width, height
 
 # %% ../../nbs/40_planning/04_plan.ipynb #a8ad5c23
-def check_size(width: int, height: int, manifest: ModelManifest) -> Iterator[ErrorDetail]:  # what is beyond the model
+def check_size(
+    width: int, height: int, manifest: ModelManifest, call: PipelineCall | None = None
+) -> Iterator[ErrorDetail]:  # what is beyond the model, or its pipeline
     "Whether the model can make a picture of that size."
     limits = manifest.limits
     bounds = {
@@ -481,8 +485,9 @@ def check_size(width: int, height: int, manifest: ModelManifest) -> Iterator[Err
                 given=value,
                 allowed=allowed,
             )
-    if width * height > limits.max_pixels:
-        allowed = f"at most {limits.max_pixels} pixels in all"
+    most = min(limits.max_pixels, (call and call.max_pixels) or limits.max_pixels)
+    if width * height > most:
+        allowed = f"at most {most} pixels in all"
         yield error_detail(
             ErrorCode.size_over_limit,
             "the picture has too many pixels",
@@ -595,12 +600,14 @@ def plan_task(request: GenerationRequest) -> Task:
     "What the request does, by what it brings along."
     if request.mask_image is not None:
         return Task.inpainting
-    return Task.text_to_image if request.image is None else Task.image_to_image
+    if request.image is not None:
+        return Task.image_to_image
+    return Task.edit if request.reference_images else Task.text_to_image
 
 
 def plan_strength(request: GenerationRequest, manifest: ModelManifest, task: Task) -> float | None:  # above 0, up to 1
     "How far the result may leave the picture; an inpainted region starts from noise unless the request says otherwise."
-    if task == Task.text_to_image:
+    if task in (Task.text_to_image, Task.edit):
         return None
     return request.strength or (manifest.defaults.strength if task == Task.image_to_image else 1.0)
 
@@ -642,14 +649,16 @@ def check_task(
     request: GenerationRequest, manifest: ModelManifest, steps: int, strength: float | None, call: PipelineCall | None
 ) -> Iterator[ErrorDetail]:
     "Whether image, mask, strength and steps make sense together."
-    task = plan_task(request)
-    if task not in manifest.tasks:
-        allowed = ", ".join(task.value for task in manifest.tasks)
+    task, record = plan_task(request), manifest.record
+    if task not in manifest.tasks and (task != Task.edit or record.max_references):
+        hint = record.instead.get("image") if task not in record.tasks else None
+        title = "this model" if task in record.tasks else f"a model of the family {manifest.family.value}"
         yield error_detail(
             ErrorCode.unsupported_combination,
-            f"this model is not offered for {task.value}",
-            field="image",
-            allowed=allowed,
+            f"{title} is not offered for {task.value}",
+            field="reference_images" if task == Task.edit else "image",
+            allowed=", ".join(task.value for task in manifest.tasks),
+            hint=hint,
         )
     needs_image = {"mask_image": ErrorCode.mask_without_image, "strength": ErrorCode.strength_without_image}
     for field, code in needs_image.items():
@@ -660,7 +669,7 @@ def check_task(
                 f"{field} needs an image to work on",
                 field=field,
                 given=given,
-                hint=f"add image, or leave {field} out",
+                hint=record.instead.get(field, f"add image, or leave {field} out"),
             )
     if request.inpaint is not None and request.mask_image is None:
         yield error_detail(
@@ -767,7 +776,7 @@ def check_support(
 ) -> Iterator[ErrorDetail]:
     "Whether family, pipeline and package can carry out what the request asks for."
     family, record = manifest.family.value, manifest.record
-    if call is None:
+    if call is None and plan_task(request) in record.tasks and record.has_controlnets:
         kind = plan_control_kind(request, manifest).value
         message = f"diffusers has no pipeline for {kind} control with {plan_task(request).value} in the family {family}"
         yield error_detail(ErrorCode.unsupported_combination, message, field="controlnets", given=kind)
@@ -778,8 +787,8 @@ def check_support(
                 ErrorCode.unsupported_combination,
                 f"a model of the family {family} has no use for {field}",
                 field=field,
-                given=given,
-                hint="leave it out",
+                given=f"{len(given)} images" if field == "reference_images" else given,
+                hint=record.instead.get(field) or (_REFERENCES_HINT if field == "reference_images" else "leave it out"),
             )
     for field in SELECTIVE_FIELDS:
         if call is None or not getattr(request, field) or field in call.takes or not record.applies(field):
@@ -810,6 +819,78 @@ def check_support(
             "the manifest of this model names no refiner",
             field="refiner",
             hint="leave it out, or choose another model",
+        )
+
+
+_REFERENCES_HINT = "start from one image with image and strength, or take a model of the families "
+_REFERENCES_HINT += ", ".join(family.value for family, record in FAMILIES.items() if record.max_references)
+
+
+def check_references(
+    request: GenerationRequest,
+    manifest: ModelManifest,
+    call: PipelineCall | None,
+    references: Sequence[PlannedReference],
+) -> Iterator[ErrorDetail]:
+    "Whether the reference images are not too many, too small or too long for the family."
+    limits, title = manifest.record.references, manifest.record.title
+    count = len(request.reference_images or ())
+    if limits is None or call is None:
+        return
+    if count > call.references:
+        yield error_detail(
+            ErrorCode.out_of_range,
+            f"{title} takes fewer reference images for {call.task.value}",
+            field="reference_images",
+            given=f"{count} images",
+            allowed=f"at most {call.references}",
+        )
+    for index, reference in enumerate(references):
+        at, given = f"reference_images[{index}]", f"{reference.width} x {reference.height}"
+        if min(reference.width, reference.height) < limits.min_side:
+            message, allowed = f"the image is too small for {title}", f"sides of at least {limits.min_side} pixels"
+            yield error_detail(ErrorCode.size_over_limit, message, field=at, given=given, allowed=allowed)
+        elif max(reference.width, reference.height) > limits.max_aspect * min(reference.width, reference.height):
+            message, allowed = f"the image is too long for {title}", f"sides of at most {limits.max_aspect:g} to 1"
+            yield error_detail(ErrorCode.size_over_limit, message, field=at, given=given, allowed=allowed)
+
+
+def reference_warnings(references: Sequence[PlannedReference]) -> Iterator[RequestWarning]:
+    "Reference images that the model does not see as they were given."
+    for index, reference in enumerate(references):
+        given, used = (reference.width, reference.height), (reference.used_width, reference.used_height)
+        if given != used:
+            yield warning(
+                "the reference image was fitted to a size that the model can use",
+                field=f"reference_images[{index}]",
+                given=f"{given[0]} x {given[1]}",
+                used=f"{used[0]} x {used[1]}",
+            )
+
+
+def plan_references(
+    images: Sequence[PlannedImage],  # facts of the decoded reference images
+    manifest: ModelManifest,
+) -> list[PlannedReference]:
+    "What the plan says of the reference images."
+    limits, planned = manifest.record.references, []
+    for image in images:
+        size = (image.width, image.height) if limits is None else limits.used_size(image.width, image.height)
+        used = {"used_width": max(1, size[0]), "used_height": max(1, size[1])}
+        planned.append(PlannedReference(sha256=image.sha256, width=image.width, height=image.height, **used))
+    return planned
+
+
+def check_distilled(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
+    "Guidance that a distilled model would ignore."
+    if is_step_distilled(manifest) and (request.guidance_scale or 0) > manifest.record.guidance.on_above:
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            f"this model of the family {manifest.family.value} is distilled, and ignores guidance",
+            field="guidance_scale",
+            given=request.guidance_scale,
+            allowed="1",
+            hint="leave it out, or take the base model",
         )
 
 
@@ -982,6 +1063,7 @@ def find_problems(
     loras: Sequence[ResolvedLora | None],
     broken_prompts: Sequence[ErrorDetail] = (),  # mistakes in their syntax
     offered: Embeddings | None = None,  # the embeddings of the model
+    references: Sequence[PlannedReference] = (),  # those of the request
 ) -> list[ErrorDetail]:
     "Everything that speaks against a request."
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
@@ -994,12 +1076,14 @@ def find_problems(
         *_embedding_problems(request, manifest, made, offered or Embeddings()),
         *check_task(request, manifest, steps, strength, call),
         *check_model(request, manifest),
-        *check_size(*size, manifest),
+        *check_size(*size, manifest, call),
         *check_seeds(request, manifest),
         *check_scheduler(request, manifest),
         *check_loras(request, manifest, loras),
         *check_controls(request, manifest),
         *check_support(request, manifest, call),
+        *check_references(request, manifest, call, references),
+        *check_distilled(request, manifest),
         *check_profile(request, manifest),
         *check_acceleration(request, manifest, plan_control_kind(request, manifest)),
         *_guider_problems(request, manifest, call),
@@ -1044,6 +1128,7 @@ def make_plan(
     *,
     image: PlannedImage | None = None,  # facts of the decoded `request.image`
     mask_image: PlannedImage | None = None,  # facts of the decoded `request.mask_image`
+    reference_images: Sequence[PlannedImage] = (),  # facts of the decoded `request.reference_images`
     controls: ControlFacts = ControlFacts(),  # facts of the decoded pictures of the enabled ControlNet units
     loras: Sequence[ResolvedLora | None] | None = None,  # files of `request.loras`; None looks up the names alone
     random_seed: int = 0,  # 0 to 2**53 - 64, taken when the request names no seed
@@ -1059,12 +1144,14 @@ def make_plan(
     except RequestError as exc:
         broken_prompts = exc.errors
     asked = apply_profile(request, manifest)
-    task, kind, size = plan_task(asked), plan_control_kind(asked, manifest), plan_size(asked, manifest, image)
+    references = plan_references(reference_images, manifest)
+    task, kind = plan_task(asked), plan_control_kind(asked, manifest)
+    size = plan_size(asked, manifest, references[0] if task == Task.edit and references else image)
     call = planned_call(manifest, task, kind)
     loras = resolve_loras(request, manifest, read_files=False) if loras is None else loras
     request, distilled_notes = apply_distilled(asked, manifest, loras)
     offered = offered_embeddings(manifest)
-    if problems := find_problems(request, manifest, size, call, loras, broken_prompts, offered):
+    if problems := find_problems(request, manifest, size, call, loras, broken_prompts, offered, references):
         raise RequestError(problems)
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
     strength = plan_strength(request, manifest, task)
@@ -1085,6 +1172,7 @@ def make_plan(
         *seed_warnings(request),
         *control_warnings(request, calls or made),
         *prediction_warnings(manifest, scheduler),
+        *reference_warnings(references),
     ]
     notes += acceleration_warnings(request, manifest, _is_guided(manifest, guidance), kind)
     texts = _plan_texts(request, manifest, call)
@@ -1119,6 +1207,7 @@ def make_plan(
         resize_mode=request.resize_mode,
         mask_image=mask_image,
         inpaint=_inpaint_options(request, task),
+        reference_images=references or None,
         loras=plan_loras(request, loras),
         controlnets=plan_controls(request, manifest, controls) or None,
         profile=request.profile,
@@ -1166,6 +1255,7 @@ def request_from_plan(
     *,
     image: str | None = None,  # the picture to start from, as in a request
     mask_image: str | None = None,  # the mask, as in a request
+    reference_images: Sequence[str] = (),  # as in a request
     controls: Mapping[int, dict[str, str]] = MappingProxyType(
         {}
     ),  # index of a control -> its `image` and `mask_image`, as in a request
@@ -1190,7 +1280,8 @@ def request_from_plan(
     facts = plan.scheduler.name and SCHEDULER_FACTS[plan.scheduler.name]
     fields |= {"eta": plan.eta or 0.0} if plan.eta or (facts and facts.eta is not None) else {}
     fields |= {"clip_skip": plan.clip_skip or 0} if record.applies("clip_skip") else {}
-    fields |= {"negative_prompt": plan.negative_prompt or "", "prompt_syntax": plan.prompt_syntax or PromptSyntax.plain}
+    fields |= {"prompt_syntax": plan.prompt_syntax or PromptSyntax.plain}
+    fields |= {"negative_prompt": plan.negative_prompt or ""} if record.applies("negative_prompt") else {}
     if plan.prompt_syntax is not None:  # a name means the same as then, whatever is offered now
         fields["embeddings"] = [embedding.name for embedding in plan.embeddings or ()]
     fields |= {
@@ -1203,6 +1294,13 @@ def request_from_plan(
             raise RequestError(
                 [error_detail(ErrorCode.missing_field, message, field=field, hint=f"hand in the {field} again")]
             )
+    if len(plan.reference_images or ()) != len(reference_images):
+        count = len(plan.reference_images or ())
+        message = f"the plan has {count} reference images, and a receipt keeps only their hashes"
+        hint = "hand in the reference images again, in their order"
+        raise RequestError([error_detail(ErrorCode.missing_field, message, field="reference_images", hint=hint)])
+    if reference_images:
+        fields["reference_images"] = list(reference_images)
     if plan.controlnets:
         fields["controlnets"] = [_replayed_unit(plan, i, controls.get(i, {})) for i in range(len(plan.controlnets))]
     return GenerationRequest(**fields)

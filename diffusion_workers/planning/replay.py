@@ -86,8 +86,10 @@ def from_plan(
         index: {name: "-" for name in IMAGE_FIELDS if getattr(control, name) is not None}
         for index, control in enumerate(plan.controlnets or [])
     }
-    request = request_from_plan(plan, **given, controls=controls)
+    references = ["-"] * len(plan.reference_images or ())
+    request = request_from_plan(plan, **given, reference_images=references, controls=controls)
     fields = request.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    fields.pop("reference_images", None)
     for name in given:
         del fields[name]
     for index, names in controls.items():
@@ -97,7 +99,8 @@ def from_plan(
     fields["seed"] = plan.seeds[plan.image_index or 0]
     if plan.subseeds:
         fields["subseed"] = plan.subseeds[plan.image_index or 0]
-    images = [*given, *(f"controlnets[{index}].{name}" for index, names in controls.items() for name in names)]
+    listed = [f"reference_images[{index}]" for index in range(len(references))]
+    images = [*given, *listed, *(f"controlnets[{index}].{name}" for index, names in controls.items() for name in names)]
     return RestoredRequest(
         source=MetadataSource.plan,
         request=fields,
@@ -609,7 +612,12 @@ def _stand_in(colour: str) -> str:  # base64 of a file
 
 def _with_stand_ins(fields: dict[str, Any], missing: Sequence[str]) -> dict[str, Any]:
     whole = {"prompt": "-"} | copy.deepcopy(fields)
+    references = sum(path.startswith("reference_images[") for path in missing)
+    if references:
+        whole["reference_images"] = [_stand_in("gray")] * references
     for path in missing:
+        if path.startswith("reference_images["):
+            continue
         set_value(whole, path, _stand_in("white" if path.endswith("mask_image") else "gray"))
     return whole
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cachetools import LRUCache
 
 from ..request.errors import RequestError, error_detail, failure, request_error
+from ..request.schema import image_strings
 from ..settings.server import ServerSettings
 from ez_diffusion_client import models as wire
 from ez_diffusion_client.models import ErrorCode, GenerationRequest, JobState, OpResult, OpStatus, Phase, ProgressEvent
@@ -59,7 +60,7 @@ class Job:
         self.expiry = None
         self.generation = None
         units = [unit.model_copy(update={"image": "", "mask_image": None}) for unit in self.request.controlnets or []]
-        cleared = {"image": None, "mask_image": None, "controlnets": units or None}
+        cleared = {"image": None, "mask_image": None, "reference_images": None, "controlnets": units or None}
         self.request = self.request.model_copy(update=cleared)
 
     @property
@@ -164,7 +165,7 @@ def is_url(image: str | None) -> bool:
 
 def request_images(request: GenerationRequest) -> list[str | None]:
     "All images of a request."
-    images = [request.image, request.mask_image]
+    images = [request.image, request.mask_image, *image_strings(request)]
     for unit in request.controlnets or []:
         images += [unit.image, unit.mask_image]
     return images
@@ -173,7 +174,8 @@ def request_images(request: GenerationRequest) -> list[str | None]:
 def request_bytes(request: GenerationRequest) -> int:
     "How much memory a request takes."
     units = [unit.model_copy(update={"image": "", "mask_image": None}) for unit in request.controlnets or []]
-    rest = request.model_copy(update={"image": None, "mask_image": None, "controlnets": units or None})
+    cleared = {"image": None, "mask_image": None, "reference_images": None, "controlnets": units or None}
+    rest = request.model_copy(update=cleared)
     images = sum(len(image) for image in request_images(request) if image)
     return images + len(rest.model_dump_json(exclude_unset=True))
 

@@ -40,6 +40,7 @@ class Prepared:
     canvas_mask: Image.Image | None = None  # L, the size of the canvas, soft at the edge
     box: tuple[int, int, int, int] | None = None  # where the region lies in the canvas; None is all of it
     controls: tuple[PreparedControl, ...] = ()  # one for each of plan.controlnets
+    references: tuple[Image.Image, ...] = ()  # RGB, in the sizes of plan.reference_images
     loras: tuple[LoraEntry, ...] = ()  # the files of plan.loras
     embeddings: tuple[Embedding, ...] = ()  # those of plan.embeddings
 
@@ -52,10 +53,23 @@ def prepare_inputs(
     "Resize the images of a request to the size of the generation, and make the maps of its controls."
     loras = tuple(resolved.load_entry() for resolved in inputs.loras)
     prepared = replace(_prepare_images(plan, inputs), loras=loras, embeddings=inputs.embeddings)
+    prepared = replace(prepared, references=tuple(_prepare_references(plan, inputs)))
     if not plan.controlnets:
         return prepared
     controls = prepare_controls(plan, inputs, prepared, preprocessors or PreprocessorStore())
     return replace(prepared, controls=tuple(controls))
+
+
+def _prepare_references(plan: GenerationPlan, inputs: Inputs) -> Iterator[Image.Image]:
+    "Scaled down where they are too large, and cut at the centre, as the family's pipelines do it."
+    limits = FAMILIES[plan.family].references
+    for decoded, planned in zip(inputs.references, plan.reference_images or (), strict=True):
+        image = decoded.image
+        size = limits.scaled_size(*image.size)
+        if size != image.size:
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        left, top = (size[0] - planned.used_width) // 2, (size[1] - planned.used_height) // 2
+        yield image.crop((left, top, left + planned.used_width, top + planned.used_height))
 
 
 def _prepare_images(plan: GenerationPlan, inputs: Inputs) -> Prepared:

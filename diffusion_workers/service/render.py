@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_BATCH', 'SWITCH_AT_ONCE', 'PIXEL_PACKAGES', 'largest_difference', 'batch_size', 'size_arguments',
-           'pipeline_arguments', 'StepWatch', 'spatial_latents', 'packed_latents', 'looking', 'previewer_for',
-           'decode_latents', 'render_chunk', 'encoded_embeds', 'encoded_arguments', 'cut_off_text', 'chat_tokens',
-           'text_notes', 'skipping_encoder', 'use_clip_skip', 'switch_point', 'after_second_order',
+           'pipeline_arguments', 'StepWatch', 'spatial_latents', 'packed_latents', 'returned_latents', 'looking',
+           'previewer_for', 'decode_latents', 'render_chunk', 'encoded_embeds', 'encoded_arguments', 'cut_off_text',
+           'chat_tokens', 'text_notes', 'skipping_encoder', 'use_clip_skip', 'switch_point', 'after_second_order',
            'count_refiner_calls', 'chunk_of', 'variation_of', 'planned_loras', 'render', 'with_environment',
            'generated_image']
 
@@ -59,7 +59,7 @@ from ..request.masks import cover_cells, paste_back
 from ..request.metadata import embed
 from .handle import OnProgress, StopSignal
 from .preparation import Prepared
-from .previews import Previewer, fitting_size, preview_maker
+from .previews import Previewer, fitting_size, preview_maker, scaled_latents, vae_latents
 from ez_diffusion_client.models import (
     Environment,
     ErrorCode,
@@ -89,6 +89,8 @@ MAX_BATCH = 8  # images that go through the network together
 
 def batch_size(plan: GenerationPlan) -> int:
     "How many images of a plan share a batch: one where a cache decides by the content of the images."
+    if plan.reference_images and plan.task == Task.inpainting:
+        return 1  # diffusers would give each image of a batch one of as many references
     tolerance = plan.acceleration is not None and plan.acceleration.guidance_tolerance
     if tolerance or (plan.step_cache is not None and plan.step_cache.method == StepCacheMethod.first_block):
         return 1
@@ -150,13 +152,15 @@ def pipeline_arguments(
         arguments |= own | {"num_images_per_prompt": 1}
         arguments |= {"negative_prompt": [""] * len(seeds)} if arguments.get("negative_prompt") == "" else {}
     arguments |= size_arguments(plan.size_conditioning)
-    call = FAMILIES[plan.family].call_named(plan.pipeline_class)
+    call = FAMILIES[plan.family].call_named(plan.pipeline_class, plan.task)
     if call.prompt_for_each and arguments["num_images_per_prompt"] > 1:
         shared = {name: [value] * len(seeds) for name, value in arguments.items() if name in _TEXTS}
         arguments |= shared | {"num_images_per_prompt": 1}
     if call.takes_size:
         arguments |= {"width": plan.width, "height": plan.height}
-    if plan.task != Task.text_to_image:
+    if prepared.references:  # all of them for each image
+        arguments[call.reference_argument] = list(prepared.references)
+    if plan.task in (Task.image_to_image, Task.inpainting):
         # one each, so that each is encoded with numbers of its own seed
         arguments["image"] = [prepared.image] * len(seeds)
         if call.takes_strength:
@@ -254,7 +258,11 @@ def spatial_latents(
     plan: GenerationPlan,
 ) -> torch.Tensor:  # (B, C, H/8, W/8)
     "Latents in rows and columns, as the VAE takes them."
-    if FAMILIES[plan.family].latents.packed:
+    layout = FAMILIES[plan.family].latents
+    if layout.normalised_patches:
+        rows = latents.unflatten(1, (plan.height // 16, plan.width // 16))
+        return torch.nn.functional.pixel_shuffle(rows.permute(0, 3, 1, 2), 2)
+    if layout.packed:
         return pipe._unpack_latents(latents, plan.height, plan.width, pipe.vae_scale_factor)
     return latents
 
@@ -265,9 +273,23 @@ def packed_latents(
     plan: GenerationPlan,
 ) -> torch.Tensor:  # as the pipeline holds them
     "The reverse of `spatial_latents`."
-    if FAMILIES[plan.family].latents.packed:
+    layout = FAMILIES[plan.family].latents
+    if layout.normalised_patches:
+        return pipe._pack_latents(torch.nn.functional.pixel_unshuffle(latents, 2))
+    if layout.packed:
         return pipe._pack_latents(latents, *latents.shape)
     return latents
+
+
+def returned_latents(
+    pipe,
+    latents: torch.Tensor,  # as the pipeline returns them
+    plan: GenerationPlan,
+) -> torch.Tensor:  # (B, C, H/8, W/8), scaled
+    "The result of a pipeline in the form of `spatial_latents`."
+    if FAMILIES[plan.family].latents.normalised_patches:  # that pipeline has undone the scaling already
+        return scaled_latents(pipe.vae, latents.float())
+    return spatial_latents(pipe, latents, plan)
 
 
 def looking(
@@ -308,8 +330,7 @@ def decode_latents(
     latents: torch.Tensor,  # (B, C, H/8, W/8), (x - vae.config.shift_factor) * vae.config.scaling_factor
 ) -> list[Image.Image]:  # B images, RGB
     "Latents to images; refuses to pass off broken numbers as a black image."
-    config = pipe.vae.config
-    latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    latents = vae_latents(pipe.vae, latents)
     with torch.no_grad():
         decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
     if not torch.isfinite(decoded).all():
@@ -336,7 +357,7 @@ def render_chunk(
     denoised = time.perf_counter()
     watch.stop.check()
     watch.on_progress(ProgressEvent(phase=Phase.decode, step=watch.step))
-    latents = spatial_latents(pipe, latents, plan)
+    latents = returned_latents(pipe, latents, plan)
     pictures = decode_latents(pipe, latents) if decode else list(latents.float().cpu())
     timings.encode_seconds += watch.began - started
     timings.denoise_seconds += denoised - watch.began
@@ -408,10 +429,13 @@ def cut_off_text(
     return tokenizer.decode(tokens[room:]) if len(tokens) > room else None
 
 
-def chat_tokens(tokenizer) -> int:
+def chat_tokens(
+    tokenizer,
+    options: Mapping[str, Any],  # of the template
+) -> int:
     "How many tokens of a chat template come before the text of a user, and behind it."
     message = [{"role": "user", "content": ""}]
-    template = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    template = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **options)
     return len(tokenizer(template, add_special_tokens=False).input_ids)
 
 
@@ -429,7 +453,7 @@ def _texts(
                 tokenizer, limit = getattr(pipe, row.instead), None
             if tokenizer is not None:
                 room = tokenizer.model_max_length if limit is None else plan.max_sequence_length or limit
-                room -= chat_tokens(tokenizer) if row.chat else 0
+                room -= 0 if row.chat is None else chat_tokens(tokenizer, row.chat)
                 yield negative + row.field, tokenizer, text, room
 
 
@@ -639,6 +663,15 @@ def render(
                     pipe, getattr(pipe, factory.record.denoiser), arguments, plan, watch, timings, refine, decode
                 )
         notes += acceleration_notes(pipe, plan, factory)
+        if getattr(pipe.config, "is_distilled", False) and plan.guidance_scale > factory.record.guidance.on_above:
+            notes.append(
+                warning(
+                    "the model is distilled, and ignores guidance",
+                    field="guidance_scale",
+                    given=plan.guidance_scale,
+                    used=1.0,
+                )
+            )
     if prepared.canvas is not None and decode:
         pictures = [paste_back(prepared.canvas, picture, prepared.canvas_mask, prepared.box) for picture in pictures]
     timings.seconds_per_step = watch.seconds_per_step

@@ -139,7 +139,7 @@ def available_combinations(service: DiffusionService, models: tuple[str, ...]) -
     for model in models:
         controlnets = service.manifest(model).controlnets
         kinds = [kind for kind in ControlKind if kind == ControlKind.none or UNITS[kind][0][0] in controlnets]
-        combinations += [(model, task, kind) for kind in kinds for task in Task]
+        combinations += [(model, task, kind) for kind in kinds for task in service.manifest(model).tasks]
     return combinations
 
 # %% ../../nbs/65_shapes/13_cells.ipynb #6ab60c1f

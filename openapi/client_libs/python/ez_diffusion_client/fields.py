@@ -102,6 +102,9 @@ class RequestFields(TypedDict, total=False):
     mask_image: ImageInput | None
     """White where image is repainted, black where it stays; needs image"""
     inpaint: models.InpaintOptions | dict[str, Any] | None
+    reference_images: Sequence[ImageInput] | None
+    """Images that the prompt speaks of, in order: the one to edit, or those to take something from. Alone
+    they make the task edit; with image and mask_image they guide what is painted"""
     loras: Sequence[models.Lora | dict[str, Any]] | None
     """LoRAs put on for this request alone"""
     controlnets: Sequence[models.ControlNetUnit | dict[str, Any]] | None

@@ -26,6 +26,17 @@ from pydantic import (
 from typing_extensions import TypeAliasType
 
 
+class ImageString(RootModel[StrictStr]):
+    root: Annotated[
+        StrictStr,
+        Field(
+            description="An image as base64 text, as a data URI (data:image/png;base64,...) or as an http(s) URL of a public host. File paths are never accepted.",
+            max_length=134217728,
+            min_length=1,
+        ),
+    ]
+
+
 class Seed(RootModel[StrictInt]):
     root: Annotated[
         StrictInt,
@@ -47,6 +58,7 @@ class ModelFamily(StrEnum):
     flux = "flux"
     sd35 = "sd35"
     zimage = "zimage"
+    flux2 = "flux2"
 
 
 class ModelKind(StrEnum):
@@ -61,12 +73,13 @@ class ModelKind(StrEnum):
 
 class Task(StrEnum):
     """
-    What a request does; it follows from the presence of image and mask_image
+    What a request does; it follows from the presence of image, mask_image and reference_images
     """
 
     text_to_image = "text_to_image"
     image_to_image = "image_to_image"
     inpainting = "inpainting"
+    edit = "edit"
 
 
 class ControlKind(StrEnum):
@@ -1056,6 +1069,14 @@ class GenerationRequest(CompactModel):
         ),
     ] = None
     inpaint: InpaintOptions | None = None
+    reference_images: Annotated[
+        list[ImageString] | None,
+        Field(
+            description="Images that the prompt speaks of, in order: the one to edit, or those to take something from. Alone they make the task edit; with image and mask_image they guide what is painted",
+            max_length=10,
+            min_length=1,
+        ),
+    ] = None
     loras: Annotated[
         list[Lora] | None,
         Field(description="LoRAs put on for this request alone", max_length=16),
@@ -1159,6 +1180,30 @@ class PlannedImage(CompactModel):
     ]
     width: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
     height: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
+
+
+class PlannedReference(CompactModel):
+    """
+    A reference image, by its content, and the size in which the model sees it
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    sha256: Annotated[
+        StrictStr,
+        Field(description="Of the decoded RGB pixels", pattern="^[0-9a-f]{64}$"),
+    ]
+    width: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
+    height: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
+    used_width: Annotated[
+        StrictInt,
+        Field(
+            description="Pixels; less than width where it was scaled down or cut to a multiple",
+            ge=1,
+        ),
+    ]
+    used_height: Annotated[StrictInt, Field(description="Pixels", ge=1)]
 
 
 class PlannedControl(CompactModel):
@@ -1372,6 +1417,9 @@ class GenerationPlan(PlanMethods):
     resize_mode: ResizeMode = ResizeMode.just_resize
     mask_image: PlannedImage | None = None
     inpaint: InpaintOptions | None = None
+    reference_images: Annotated[
+        list[PlannedReference] | None, Field(description="In the order of the request")
+    ] = None
     loras: list[PlannedLora] | None = None
     controlnets: list[PlannedControl] | None = None
     profile: Annotated[
@@ -1960,6 +2008,12 @@ class ModelInfo(CompactModel):
     size_multiple: Annotated[
         StrictInt | None,
         Field(description="Width and height are multiples of it, in pixels"),
+    ] = None
+    max_reference_images: Annotated[
+        StrictInt | None,
+        Field(
+            description="How many reference_images a request may have; 0 is none", ge=0
+        ),
     ] = None
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .receipts import ReceiptImage
 
 _FIELDS = ("image", "mask_image")
+_LISTS = ("reference_images",)
 
 
 def picture_text(
@@ -35,6 +36,9 @@ def picture_text(
 
 def _with_text(body: dict[str, Any]) -> dict[str, Any]:
     body = body | {name: picture_text(body[name]) for name in _FIELDS if name in body}
+    for name in _LISTS:
+        if isinstance(body.get(name), (list, tuple)):
+            body = body | {name: [picture_text(value) for value in body[name]]}
     if isinstance(body.get("controlnets"), (list, tuple)):
         body["controlnets"] = [
             _with_text(plain(unit)) if isinstance(unit, (dict, BaseModel)) else unit for unit in body["controlnets"]

@@ -22,7 +22,8 @@ export const ModelFamily = {
     SDXL: 'sdxl',
     FLUX: 'flux',
     SD35: 'sd35',
-    ZIMAGE: 'zimage'
+    ZIMAGE: 'zimage',
+    FLUX2: 'flux2'
 } as const;
 
 /**
@@ -45,16 +46,17 @@ export const ModelKind = {
 export type ModelKind = typeof ModelKind[keyof typeof ModelKind];
 
 /**
- * What a request does; it follows from the presence of image and mask_image
+ * What a request does; it follows from the presence of image, mask_image and reference_images
  */
 export const Task = {
     TEXT_TO_IMAGE: 'text_to_image',
     IMAGE_TO_IMAGE: 'image_to_image',
-    INPAINTING: 'inpainting'
+    INPAINTING: 'inpainting',
+    EDIT: 'edit'
 } as const;
 
 /**
- * What a request does; it follows from the presence of image and mask_image
+ * What a request does; it follows from the presence of image, mask_image and reference_images
  */
 export type Task = typeof Task[keyof typeof Task];
 
@@ -849,6 +851,10 @@ export type GenerationRequest = {
     mask_image?: ImageString | null;
     inpaint?: InpaintOptions | null;
     /**
+     * Images that the prompt speaks of, in order: the one to edit, or those to take something from. Alone they make the task edit; with image and mask_image they guide what is painted
+     */
+    reference_images?: Array<ImageString> | null;
+    /**
      * LoRAs put on for this request alone
      */
     loras?: Array<Lora> | null;
@@ -928,6 +934,32 @@ export type PlannedImage = {
      * Pixels as given
      */
     height: number;
+};
+
+/**
+ * A reference image, by its content, and the size in which the model sees it
+ */
+export type PlannedReference = {
+    /**
+     * Of the decoded RGB pixels
+     */
+    sha256: string;
+    /**
+     * Pixels as given
+     */
+    width: number;
+    /**
+     * Pixels as given
+     */
+    height: number;
+    /**
+     * Pixels; less than width where it was scaled down or cut to a multiple
+     */
+    used_width: number;
+    /**
+     * Pixels
+     */
+    used_height: number;
 };
 
 export type PlannedControl = {
@@ -1129,6 +1161,10 @@ export type GenerationPlan = {
     resize_mode?: ResizeMode;
     mask_image?: PlannedImage | null;
     inpaint?: InpaintOptions | null;
+    /**
+     * In the order of the request
+     */
+    reference_images?: Array<PlannedReference> | null;
     loras?: Array<PlannedLora> | null;
     controlnets?: Array<PlannedControl> | null;
     /**
@@ -1593,6 +1629,10 @@ export type ModelInfo = {
      * Width and height are multiples of it, in pixels
      */
     size_multiple?: number | null;
+    /**
+     * How many reference_images a request may have; 0 is none
+     */
+    max_reference_images?: number | null;
 };
 
 /**
