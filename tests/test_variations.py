@@ -96,6 +96,12 @@ def test_a_batch_of_variations_keeps_the_seed_and_counts_the_variation_seed(serv
     assert (several.generation.plan.seeds, several.generation.plan.subseeds) == ([3, 4], [8, 9])
 
 
+def test_a_variation_towards_the_same_seed_is_the_seed(service: DiffusionService) -> None:
+    images = made(service, seed=8, subseed=7, subseed_strength=0.3, num_images=2).images
+    assert largest_difference(images[1], made(service, seed=8).image) <= 2
+    assert images[0].tobytes() != images[1].tobytes()
+
+
 def test_variation_seeds_of_automatic1111(service: DiffusionService) -> None:
     settings = "Steps: 4, Sampler: Euler, CFG scale: 2, Seed: 3, Size: 64x64, Model: shapes-sd15, "
     settings += "Variation seed: 8, Variation seed strength: 0.2, Tiling: True"
@@ -226,3 +232,13 @@ def test_the_command_line_names_variations_apart(tmp_path: Path) -> None:
     command += ["--subseed", "8", "--subseed-strength", "0.2", "-o", str(tmp_path)]
     assert main(command) == 0
     assert sorted(path.stem[-2:] for path in tmp_path.glob("*.png")) == ["-8", "-9"]
+
+
+def test_a_variation_beside_a_control_whose_map_is_encoded(service: DiffusionService, start: Image.Image) -> None:
+    control = {"model": "canny", "image": start, "preprocessing": {"name": "canny"}}
+    fields = {"model": "shapes-flux", "scheduler": None, "controlnets": [control], "image": start, "strength": 0.8}
+    shares = (0, 0.1, 1)
+    images = [made(service, seed=3, subseed=8, subseed_strength=share, **fields).image for share in shares]
+    assert images[0].tobytes() == made(service, seed=3, **fields).image.tobytes()
+    assert images[2].tobytes() == made(service, seed=8, **fields).image.tobytes()
+    assert images[0].tobytes() != images[1].tobytes() != images[2].tobytes()

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -289,9 +290,10 @@ def slerp(
         along, keepdim=True
     )
     angle = torch.acos(cosine.clamp(-1, 1))
-    if cosine.mean() > 0.9995:  # the same noise
-        return low
-    return torch.sin((1 - share) * angle) / torch.sin(angle) * low + torch.sin(share * angle) / torch.sin(angle) * high
+    along_arc = (
+        torch.sin((1 - share) * angle) / torch.sin(angle) * low + torch.sin(share * angle) / torch.sin(angle) * high
+    )
+    return torch.where(torch.sin(angle) < 1e-3, low, along_arc)  # the same noise has no arc
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #a8be4b05
 @contextmanager
@@ -328,7 +330,7 @@ def use_variation(
     def encode(*args, **kwargs) -> Any:
         encoded = vae.encode(*args, **kwargs)
         distribution = getattr(encoded, "latent_dist", None)
-        if distribution is None:
+        if not isinstance(distribution, DiagonalGaussianDistribution):  # nothing is drawn, as for control maps
             return encoded
         both = copy.copy(distribution)  # which may be in a cache
 

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator
 
 from ..models.manifest import ModelManifest, Vocabulary
 from .embeddings import split_at_names
-from .requests import PROMPT_FIELDS, reads_syntax, usable_names
 from .offered import offered_embeddings
+from .requests import PROMPT_FIELDS, reads_syntax, usable_names
 from .syntax import PromptError, Text, parse
 from .tags import drawn_as_text
 from ..request.errors import nearest_name, warning
