@@ -1,14 +1,22 @@
 """The panel without a page: what it shows of a request, and answers that come too late."""
 
+import re
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from diffusion_workers.panel.addon_forms import ControlUnit
 from diffusion_workers.panel.form import START_IMAGE, request_sections
 from diffusion_workers.panel.panel import GenerationPanel
+from diffusion_workers.panel.prompt_editor import count_tokens, tokenizer_of
+from diffusion_workers.panel.runs import backend_of
 from diffusion_workers.request.schema import FieldInfo, get_value, set_value
 from diffusion_workers.service.service import DiffusionService
+from ez_diffusion_client.models import GenerationRequest, OpResult, PreprocessRequest
 
 PROMPT = "a red circle on a white background"
 FIELDS = [(title, info) for title, infos in request_sections().items() for info in infos if info.name != "model"]
@@ -112,7 +120,6 @@ TEXTS = [
 
 @pytest.mark.parametrize("model", ["shapes-sd15", "shapes-sdxl", "shapes-flux"])
 def test_tokens_are_counted_as_the_encoder_takes_them(service: DiffusionService, model: str) -> None:
-    from diffusion_workers.panel.prompt_editor import count_tokens, tokenizer_of
     from diffusion_workers.pipeline.encoding import _LAYOUTS, EncodingOptions, _TextEncoder
     from diffusion_workers.prompt.schedules import text_schedule
 
@@ -131,11 +138,7 @@ def test_tokens_are_counted_as_the_encoder_takes_them(service: DiffusionService,
 
 
 def test_a_chunk_begins_at_a_word() -> None:
-    from diffusion_workers.panel.prompt_editor import count_tokens
-
     def by_words(text: str) -> list[tuple[int, int]]:
-        import re
-
         return [(hash(found[0]), found.start()) for found in re.finditer(r"\w+|[^\w\s]", text)]
 
     for text in TEXTS[:2]:
@@ -144,3 +147,66 @@ def test_a_chunk_begins_at_a_word() -> None:
                 place,
                 text[place - 5 : place + 5],
             )
+
+
+# --- answers that come too late ----------------------------------------------
+
+
+def test_a_result_does_not_clear_the_errors_of_what_was_typed_meanwhile(service: DiffusionService) -> None:
+    began, may_end = threading.Event(), threading.Event()
+
+    def generate(request: GenerationRequest) -> OpResult:
+        began.set()
+        assert may_end.wait(60)
+        return service.plan(request).model_copy(update={"status": "success"})
+
+    backend = replace(backend_of(service), generate=generate, submit=None, plan=None)
+    panel = GenerationPanel(backend, {"prompt": PROMPT, "seed": 1}, history=None)
+    panel.generate()
+    assert began.wait(60)
+    width = panel.form.main.fields["width"]
+    width.control.value = "130"
+    assert "multiple of 8" in width.error
+    may_end.set()
+    assert panel.wait(60) is not None
+    assert "multiple of 8" in width.error
+    panel.close()
+
+
+def test_a_map_of_other_settings_is_not_shown(service: DiffusionService) -> None:
+    began, may_end = threading.Event(), threading.Event()
+
+    def preprocess(request: PreprocessRequest) -> OpResult:
+        began.set()
+        assert may_end.wait(60)
+        return service.preprocess(request)
+
+    unit = ControlUnit(preprocess=preprocess)
+    unit.image.set(Image.new("RGB", (64, 64), "red"))
+    unit.form.fields["preprocessing.name"].show("gray")
+    running = unit.preview.run()
+    assert began.wait(60)
+    unit.form.fields["preprocessing.name"].show("blur")
+    may_end.set()
+    running.join(60)
+    assert unit.preview.map.layout.display == "none" and "have changed" in unit.preview.message.value
+    unit.preview.run().join(60)
+    assert unit.preview.map.layout.display is None and unit.preview.message.value == ""
+
+
+def test_a_closed_panel_shows_no_plan(service: DiffusionService) -> None:
+    began, may_end = threading.Event(), threading.Event()
+
+    def plan(request: GenerationRequest) -> OpResult:
+        began.set()
+        assert may_end.wait(60)
+        return service.plan(request)
+
+    panel = GenerationPanel(replace(backend_of(service), plan=plan), history=None)
+    panel.form.main.fields["prompt"].control.value = PROMPT
+    assert began.wait(60)
+    [asking] = [each for each in threading.enumerate() if getattr(each, "function", None) == panel._show_plan]
+    panel.close()
+    may_end.set()
+    asking.join(60)
+    assert panel.stage.outlook.value == ""

@@ -305,6 +305,7 @@ class MapPreview(widgets.VBox):
         return thread
 
     def _run(self) -> None:
+        given: Mapping[str, Any] = {}
         try:
             given = self._values()
             names = ("image", "mask_image", "preprocessing", "resize_mode")
@@ -313,7 +314,10 @@ class MapPreview(widgets.VBox):
         except Exception as exc:
             result = failure(exc)
         self.button.disabled = False
-        self.show(result)
+        if given == self._values():
+            self.show(result)
+        else:
+            self.message.value = alert("the settings have changed meanwhile: show the map again")
 
     def show(self, result: OpResult) -> None:
         "Show the map, or why there is none."

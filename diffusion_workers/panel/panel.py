@@ -90,7 +90,7 @@ class SeedField(widgets.VBox):
             value="random",
             tooltips=["another seed each time", "the same seed again", "the next seed"],
             style={"button_width": "84px"},
-            layout=widgets.Layout(margin="0 0 0 122px"),
+            layout=widgets.Layout(margin="0 0 0 126px"),
         )
         self.message = widgets.HTML("")
         self.text.add_class("dw-field-seed")
@@ -274,7 +274,7 @@ class SizeTools(widgets.HBox):
         self.swap = widgets.Button(
             description="Swap", icon="exchange", tooltip="Swap width and height", layout=widgets.Layout(width="auto")
         )
-        layout = widgets.Layout(margin="0 0 0 122px", flex_flow="row wrap")
+        layout = widgets.Layout(margin="0 0 0 126px", flex_flow="row wrap")
         super().__init__([self.presets, self.lock, self.swap], layout=layout)
         self.add_class("dw-size-tools")
         self._ratio: float | None = None  # width to height, while it is locked
@@ -996,7 +996,7 @@ class GenerationPanel(widgets.VBox):
                 return None
             run = Run(parse(GenerationRequest, self._with_seed(values)))
             run.extras = self.form.extras()
-            run.on_event = partial(self._on_event, run)
+            run.on_event = partial(self._on_event, run, self._asked)
             self._shown.clear()
             self.queue.append(run)
             self._next()
@@ -1233,7 +1233,7 @@ class GenerationPanel(widgets.VBox):
     def _show_queue(self) -> None:
         self.stage.show_queue((_queue_line(run, place), run.cancel) for place, run in enumerate(self.queue, 1))
 
-    def _on_event(self, run: Run, event: ProgressEvent) -> None:
+    def _on_event(self, run: Run, asked: int, event: ProgressEvent) -> None:
         if event.result is None:
             if run is self.run:
                 self.stage.show_event(event)
@@ -1242,10 +1242,10 @@ class GenerationPanel(widgets.VBox):
             if run in self.queue:  # it was removed
                 self.queue.remove(run)
             else:
-                self._show_result(run, event.result)
+                self._show_result(run, event.result, is_current=asked == self._asked)
             self._next()
 
-    def _show_result(self, run: Run, result: OpResult) -> None:
+    def _show_result(self, run: Run, result: OpResult, is_current: bool) -> None:
         self.last = result
         kept: list[HistoryEntry] = []
         try:
@@ -1253,7 +1253,9 @@ class GenerationPanel(widgets.VBox):
                 if self.form.seed.mode.value != "+1":
                     self.form.seed.after([made.seed for made in result.generation.images])
                 kept = self.history.add(_without_previews(run.request), result)
-            unplaced = self.form.show_errors(result.errors or [])
+            unplaced = result.errors or []
+            if is_current:  # else the errors at the fields are those of another request, which was typed meanwhile
+                unplaced = self.form.show_errors(unplaced)
         except OSError as exc:  # the disk is full, or the folder is not writable
             logger.exception("an image could not be kept")
             unplaced = [*(result.errors or []), unkept_error(exc)]
