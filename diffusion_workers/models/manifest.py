@@ -366,7 +366,9 @@ class MemorySettings(_Section):
 class Vocabulary(_Section):
     "The words that a model was trained on, where they are few enough to list."
 
-    groups: dict[Name, tuple[Text, ...]]  # such as colors: [red, blue]; without one of these words a prompt says nothing
+    groups: dict[
+        Name, tuple[Text, ...]
+    ]  # such as colors: [red, blue]; without one of these words a prompt says nothing
     function_words: tuple[Text, ...] = ()  # such as a, the, on
 
     @property
