@@ -2,9 +2,11 @@
 
 import base64
 import io
+import random
 import struct
 from collections.abc import Iterator
 
+import hostile_bodies
 import numpy as np
 import pytest
 import torch
@@ -188,3 +190,11 @@ def test_seed_minus_one_draws_a_seed_that_the_plan_names(service: DiffusionServi
     assert result.ok and result.generation.images[0].seed == result.generation.plan.seeds[0] >= 0
     assert service.plan(prompt="a", seed=-2).errors[0].code == ErrorCode.out_of_range
     assert service.plan(prompt="a", seeds=[-1]).errors[0].code == ErrorCode.out_of_range
+
+
+def test_a_palette_image_without_a_palette_is_damaged(service: DiffusionService) -> None:
+    "Pillow opens it, and fails only when its pixels are converted."
+    file = hostile_bodies.FILES["a palette without colours"](random.Random(0))
+    result = service.generate(prompt="a", image=base64.b64encode(file).decode())
+    assert (result.status, result.errors[0].field) == ("bad_image", "image")
+    assert "the PNG file is cut off or damaged" in result.message

@@ -68,3 +68,47 @@ def test_package_names_licence_and_repository() -> None:
     assert package["repository"]["directory"] == CLIENT.relative_to(ROOT).as_posix()
     assert package["homepage"] == told["doc_host"] + told["doc_baseurl"]
     assert (package["license"], told["license"]) == ("Apache-2.0", "apache2")
+
+
+# Every regular expression of the page and the client, and a text that it matches. A new one needs its line here.
+PATTERNS = {
+    r"/^(?=.)/gm": "a\nb",
+    r"/(^|\.|\[)[^.[]*$/": "a.b[0]",
+    r"/\s+/": " a",
+    r"/[^\p{L}\p{N}]+/gu": " -a",
+    r"/[,\n]/": ",",
+    r"/^data:([^;]+)/": "data:a;",
+    r"/token/": "token",
+    r"/\[(\d+)\]|[^.[\]]+/g": "a[12].b",
+    r"/^(environment|image_index|warnings|seeds)/": "seeds",
+    r"/\/$/": "a/",
+    r"/^SSE failed: 4(?!08|29)/": "SSE failed: 404",
+    r"/^\/jobs\/([^/]+)(\/events)?$/": "/jobs/a/events",
+}
+
+
+def linear_time(samples: dict[str, str], tmp_path: Path, *files: Path) -> dict:
+    "The patterns of some sources, and those that take more than linear time."
+    run(str(ROOT / "build.sh"), "packages", "typescript")
+    given = tmp_path / "samples.json"
+    given.write_text(json.dumps(samples))
+    compiler = CLIENT / "node_modules" / "typescript" / "lib" / "typescript.js"
+    script = ROOT / "tests" / "linear_time.mjs"
+    done = subprocess.run(["node", script, compiler, given, *files], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_patterns_take_linear_time(tmp_path: Path) -> None:
+    sources = [*(ROOT / "web_gen_client" / "src").glob("*.ts*"), *(CLIENT / "src").glob("*.ts")]
+    found = linear_time(PATTERNS, tmp_path, *sorted(sources))
+    assert set(found["found"]) == set(PATTERNS)
+    assert not found["slow"]
+
+
+def test_the_measurement_finds_slow_patterns(tmp_path: Path) -> None:
+    source = tmp_path / "slow.ts"
+    source.write_text("export const slow = /\\/+$/; export const built = new RegExp('a');")
+    found = linear_time({r"/\/+$/": "/"}, tmp_path, source)
+    assert found["found"] == [r"/\/+$/", "new RegExp('a')"]
+    assert list(found["slow"]) == [r"/\/+$/"]

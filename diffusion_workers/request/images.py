@@ -178,7 +178,13 @@ DECODER_ERRORS = (
     TypeError,
     ArithmeticError,
     AttributeError,
+    AssertionError,
 )
+
+
+def _damaged(data: bytes, field: str) -> RequestError:
+    message = f"the {sniff_format(data) or 'unknown'} file is cut off or damaged"
+    return _refused(ErrorCode.image_truncated, message, field, f"{len(data):,} bytes")
 
 
 def open_image(
@@ -198,14 +204,14 @@ def open_image(
             image.info["wide"] = any(";16" in str(tile[3]) for tile in image.tile) or image.mode.startswith("I;16")
             image.info["frames"] = getattr(image, "is_animated", False)
             image.load()
+            if image.mode in ("P", "PA") and image.palette is None:
+                raise ValueError("no palette")
             return image
         size = f"{image.width} x {image.height}"
     except Image.DecompressionBombError:
         size = "more than Pillow opens"
     except DECODER_ERRORS:
-        raise _refused(
-            ErrorCode.image_truncated, f"the {name} file is cut off or damaged", field, f"{len(data):,} bytes"
-        ) from None
+        raise _damaged(data, field) from None
     raise _refused(
         ErrorCode.image_too_large,
         f"the image has more than {policy.max_pixels:,} pixels",
@@ -440,7 +446,10 @@ def load_image(
 ) -> tuple[Image.Image, list[RequestWarning]]:  # "L", "RGB" or "RGBA", upright, and what was changed
     "The pixels of a file in one of three modes, transparent parts still so."
     image, warnings = _upright(open_image(data, field=field, policy=policy), field)
-    image, notes = _simple(image, field, managed)
+    try:
+        image, notes = _simple(image, field, managed)
+    except DECODER_ERRORS:  # Pillow finds some damage only when it converts the pixels
+        raise _damaged(data, field) from None
     return image, warnings + [warning(note, field=field) for note in notes]
 
 

@@ -1,5 +1,5 @@
 import { type Client, createClient, createConfig } from './generated/client/index.js';
-import { runpodFetch, type RunpodEndpoint } from './runpod.js';
+import { runpodFetch, type RunpodEndpoint, withoutSlash } from './runpod.js';
 
 /** Where requests go: to a server, or to a RunPod endpoint. */
 export type Connection =
@@ -25,5 +25,5 @@ export function connect(connection: Connection): Client {
     return createClient(createConfig({ baseUrl: 'http://runpod.invalid', fetch: runpodFetch(connection.runpod, own) }));
   }
   const headers = connection.token ? { Authorization: `Bearer ${connection.token}` } : {};
-  return createClient(createConfig({ baseUrl: connection.baseUrl.replace(/\/+$/, ''), headers, fetch: own }));
+  return createClient(createConfig({ baseUrl: withoutSlash(connection.baseUrl), headers, fetch: own }));
 }
