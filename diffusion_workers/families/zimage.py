@@ -7,6 +7,7 @@ __all__ = ['QWEN_TOKENIZERS', 'ZIMAGE_CALLS', 'ZIMAGE', 'zimage_original_names']
 
 # %% ../../nbs/05_families/07_zimage.ipynb #37548ad9
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from .flux import MAPS_OF_STABLE_DIFFUSION
@@ -62,7 +63,7 @@ _CONTROLLED = (ControlKind.single, ControlKind.union)
 
 
 def _call(class_name: str, task: Task, *rest: Any, **more: Any) -> PipelineCall:
-    return PipelineCall(class_name, task, *rest, count_steps=remaining_steps_at_least_one, **more)
+    return replace(PipelineCall(class_name, task, *rest, **more), count_steps=remaining_steps_at_least_one)
 
 
 ZIMAGE_CALLS = (

@@ -449,9 +449,9 @@ def not_shown(
         for name, value in given.items():
             yield from not_shown(value, held.get(name), f"{path}.{name}" if path else str(name))
     elif isinstance(given, (list, tuple)) and any(isinstance(item, Mapping) for item in given):
-        held = list(shown or ())
+        listed = list(shown or ())
         for index, value in enumerate(given):
-            yield from not_shown(value, held[index] if index < len(held) else None, f"{path}[{index}]")
+            yield from not_shown(value, listed[index] if index < len(listed) else None, f"{path}[{index}]")
     elif given is not None and given != shown:
         yield path, given, shown
 

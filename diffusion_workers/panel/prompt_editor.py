@@ -213,7 +213,7 @@ class PromptEditor(anywidget.AnyWidget):
     placeholder = traitlets.Unicode("").tag(sync=True)
     rows = traitlets.Int(2).tag(sync=True)
     with_syntax = traitlets.Bool(False, help="whether weights and tags are read").tag(sync=True)
-    names = traitlets.List(help="what can be completed: text, kind and note of each").tag(sync=True)
+    names: traitlets.List = traitlets.List(help="what can be completed: text, kind and note of each").tag(sync=True)
     annotation = traitlets.Dict(help="text, note, borders and marks").tag(sync=True)
 
     def __init__(self, **kwargs):
@@ -229,7 +229,7 @@ class PromptEditor(anywidget.AnyWidget):
         marks: Iterable[Mark],
     ) -> None:
         "Show the tokens and the mistakes of a text."
-        about = {"text": text, "marks": [asdict(mark) for mark in marks]}
+        about: dict[str, Any] = {"text": text, "marks": [asdict(mark) for mark in marks]}
         about |= {"note": count.text if count else "", "borders": list(count.borders) if count else []}
         with self._writing:
             if text == self.value:

@@ -118,8 +118,8 @@ def encode_prompts(
             return PromptEmbeds(made[0], against[0], prompt=texts["prompt"])
         return PromptEmbeds(made[0], against[0], made[1], against[1], texts["prompt"])
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    made = [value[0][None] if isinstance(value, list) else value for value in made]  # captions as long as they are
-    return PromptEmbeds(**dict(zip(names, made, strict=False)), prompt=texts["prompt"])
+    whole = [value[0][None] if isinstance(value, list) else value for value in made]  # captions as long as they are
+    return PromptEmbeds(**dict(zip(names, whole, strict=False)), prompt=texts["prompt"])
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #860d3ddc
 @dataclass(frozen=True, eq=False)

@@ -41,8 +41,10 @@ def t5_tokenizer(length: int = 32) -> transformers.T5Tokenizer:
     return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
 
 
-_QWEN_WORDS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
-_QWEN_WORDS += ("<|image_pad|>", "<|video_pad|>")
+_QWEN_WORDS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+)
 _CHAT = """{%- for message in messages -%}
 <|im_start|>{{ message.role + '\\n' }}
 {%- if message.content is string -%}{{ message.content }}{%- else -%}

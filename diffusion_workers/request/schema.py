@@ -78,7 +78,7 @@ class FieldInfo:
 # %% ../../nbs/10_request/05_schema.ipynb #d0aa9de3
 def image_strings(request: GenerationRequest) -> list[str]:
     "The reference images of a request as text, without the class that the specification puts around each."
-    return [getattr(image, "root", image) for image in request.reference_images or ()]
+    return [image if isinstance(image, str) else image.root for image in request.reference_images or ()]
 
 # %% ../../nbs/10_request/05_schema.ipynb #a2405cd6
 @functools.cache

@@ -266,11 +266,11 @@ def _far_from(color: str | None, others: Collection[str | None]) -> bool:
 def _chosen(scene: Scene, rng: np.random.Generator) -> Scene:  # with every color and shape
     told = [thing.color for thing in scene.things]
     background = scene.background or _pick(rng, [name for name in PALETTE if all(_far_from(c, [name]) for c in told)])
-    nested, things = _nested(scene), []
+    nested, things = _nested(scene), list[Thing]()
     partners = nested | {back: front for front, back in nested.items()}
     for index, thing in enumerate(scene.things):
         partner = partners.get(index)
-        beside = [background]
+        beside: list[str | None] = [background]
         if partner is not None:
             beside.append((things if partner < index else scene.things)[partner].color)
         color = thing.color or _pick(rng, [name for name in OBJECT_COLORS if _far_from(name, beside)])
@@ -766,7 +766,7 @@ def read_world(
     border = ~_inside(np.ones((SIDE, SIDE), bool), 4)
     ground = np.median(pixels[border], axis=0)
     distance = np.sqrt(np.square(pixels - ground).sum(-1))
-    taken = np.zeros((SIDE, SIDE), bool)
+    taken: np.ndarray = np.zeros((SIDE, SIDE), bool)
     found: list[ReadThing] = []
     for region in _regions(distance > 40, 12):
         silhouette = ndimage.binary_fill_holes(region)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..control.preprocessors import PREPROCESSORS
 from ..models.manifest import HubSource, ModelManifest, Source
@@ -76,7 +77,8 @@ def model_downloads(manifest: ModelManifest) -> Iterator[Download]:
     yield from _annotators(manifest)
 
 # %% ../../nbs/71_worker/08_baking.ipynb #0bc47340
-_WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?P<variant>\.[^.]+?)?(?:-\d+-of-\d+)?\.safetensors")
+_WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.[^.]+?)?(?:-\d+-of-\d+)?\.safetensors")
+_WHOLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d+-of-\d+)?\.safetensors")  # of no variant
 _INDEX = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.[^.]+)?\.safetensors\.index(?:\.[^.]+)?\.json")
 _SMALL = (".json", ".txt", ".model", ".jinja")
 
@@ -93,7 +95,7 @@ def folder_files(
     chosen = [path for path in weights if variant and f".{variant}" in path.name]
     mark = f".{variant}" if chosen else ""
     if not chosen:
-        chosen = [path for path in weights if _WEIGHTS.fullmatch(path.name)["variant"] is None]
+        chosen = [path for path in weights if _WHOLE.fullmatch(path.name)]
     indices = [
         path
         for path in inside
@@ -126,7 +128,7 @@ def fetch(download: Download, into: Path, token: str | None = None) -> int:  # b
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    wanted = {"revision": download.revision, "token": token}
+    wanted: dict[str, Any] = {"revision": download.revision, "token": token}
     names = HfApi().list_repo_files(download.repository, **wanted)
     total = 0
     for file in download_files(download, names):
