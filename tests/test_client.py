@@ -227,8 +227,14 @@ def test_a_wrong_key_is_told(target: Server | RunPod) -> None:
         if isinstance(target, Server)
         else RunPod("tested", api_key="wrong", url=target.url)
     )
-    with Client(wrong) as client, pytest.raises(Unauthorized):
+    with Client(wrong) as client, pytest.raises(Unauthorized) as refused:
         client.submit(SMALL)
+    told = f"{refused.value} {refused.value!r}"
+    assert "battery-staple" not in told and "correct-horse" not in told
+    if isinstance(target, Server):
+        with Client(Server(target.url)) as client, pytest.raises(Unauthorized) as missing:
+            client.submit(SMALL)
+        assert "the token is wrong" in told and "a token is needed" in str(missing.value)
 
 
 def test_the_command_line_sends_elsewhere(

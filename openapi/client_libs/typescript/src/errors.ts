@@ -53,9 +53,17 @@ function errorLine(error: ErrorDetail): string {
 
 /** The answer of a server that is none of ours, or none at all, as an OpResult. */
 function strangeResult(answer: Answer<unknown>): OpResult {
-  const said = answer.error instanceof Error ? answer.error.message : String(answer.error);
-  const message = answer.response ? `the server answered ${answer.response.status} and no OpResult` : `the server cannot be reached: ${said}`;
+  const message = answer.response ? `the server answered ${answer.response.status} and no OpResult` : unreachable(answer.error);
   return { status: 'internal_error', message, errors: [{ code: 'internal_error', message, retryable: !answer.response }] };
+}
+
+/** What fetch throws in each browser and in Node where there is no connection; none of it says more than that. */
+const NO_CONNECTION = ['Failed to fetch', 'Load failed', 'fetch failed', 'network error'];
+
+function unreachable(error: unknown): string {
+  const said = error instanceof Error ? error.message : String(error);
+  const bare = NO_CONNECTION.includes(said) || said.startsWith('NetworkError when attempting to fetch');
+  return `the server cannot be reached: ${bare ? 'check that it is running, and its address' : said}`;
 }
 
 export function isOpResult(value: unknown): value is OpResult {

@@ -211,7 +211,7 @@ test('a large event is read in time that grows with its size alone', async () =>
 test('a server that is not there is an error, too', async () => {
   const nowhere = connect({ baseUrl: 'http://127.0.0.1:9' });
   const result = await failure(orThrow(health({ client: nowhere })));
-  assert.match(result.message ?? '', /cannot be reached/);
+  assert.match(result.message ?? '', /cannot be reached: check that it is running, and its address/);
 });
 
 for (const [name, client] of [['the server', server], ['a RunPod endpoint', runpod]] as const) {
