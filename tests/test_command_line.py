@@ -422,6 +422,13 @@ def test_an_interrupt_ends_a_long_generation(folder: Path) -> None:
 # --- mistakes ---------------------------------------------------------------
 
 
+def test_an_error_of_the_device_names_the_option(capsys: pytest.CaptureFixture) -> None:
+    "A device that exists as a name, but not on any machine."
+    assert main(["generate", "x", "--device", "cuda:99"]) != 0
+    said = capsys.readouterr().err
+    assert "--device" in said and "diffusion-workers: device" not in said
+
+
 @pytest.mark.parametrize("arguments, stdin, code, said", [
     (["generate", "x", "--stepz", "3"], "", 2, ["there is no such option", "--stepz"]),
     (["plan", "--request", "-"], '{"prompt": "x", "num-images": 3}', 2, ["num-images", "there is no such field"]),

@@ -402,7 +402,8 @@ def option_of(
     if getattr(arguments, "request", None):
         return f"{field} in {arguments.request}"
     known = [".".join(map(str, info.path)) for info in request_options()]
-    return option_name(tuple(field.split("."))) if field in known else field
+    is_option = field in known or getattr(arguments, field, None) is not None  # such as --device, of no request
+    return option_name(tuple(field.split("."))) if is_option else field
 
 
 def with_options(
