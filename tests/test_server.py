@@ -705,6 +705,16 @@ def test_wrong_settings_end_in_one_line(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("typed", [["--port", "99999"], ["--device", "nonsense"]])
+def test_a_wrong_option_is_named_as_it_was_typed(typed: list[str], capsys: pytest.CaptureFixture) -> None:
+    "Not as the variable that would set the same."
+    from diffusion_workers.cli.main import main
+
+    assert main(["serve", "--port", "0", *typed]) == 2
+    said = capsys.readouterr().err
+    assert f"{typed[0]}: given '{typed[1]}'" in said and "DIFFUSION_WORKERS_" not in said
+
+
 # --- many at once -----------------------------------------------------------
 
 

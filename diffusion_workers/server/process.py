@@ -172,7 +172,15 @@ def serve_settings(arguments: argparse.Namespace) -> ServerSettings:
         "device": arguments.device,
         "outputs": arguments.outputs,
     }
-    settings = ServerSettings.from_environment(**{name: value for name, value in options.items() if value})
+    given = {name: value for name, value in options.items() if value}
+    try:
+        settings = ServerSettings.from_environment(**given)
+    except SettingsError as error:
+        said = str(error)
+        for name in given:  # what was typed is an option, and not a variable
+            option = {"default_model": "--model"}.get(name, f"--{name}")
+            said = said.replace(f"{ServerSettings.variable(name)}:", f"{option}:")
+        raise SettingsError(said) from None
     folders = (*settings.model_folders, *map(Path, arguments.models or []))
     return settings.model_copy(update={"model_folders": folders})
 
