@@ -19,6 +19,7 @@ from PIL import Image
 from project import ROOT
 
 from diffusion_workers.models.store import load_manifests
+from diffusion_workers.planning.loras import lora_file
 from diffusion_workers.settings.worker import WorkerSettings
 from diffusion_workers.worker.placement import placed_models
 
@@ -223,6 +224,15 @@ def test_the_hub_listing_has_an_icon_that_is_there() -> None:
 # --- models in the image ----------------------------------------------------
 
 
+MANIFEST = """\
+family: sd15
+source: {hub: owner/tiny}
+variant: fp16
+loras:
+  ink: {source: {hub: owner/tiny, subfolder: loras}, weight_name: ink.safetensors}
+"""
+
+
 class Hub(BaseHTTPRequestHandler):
     "The Hub's answers for one repository, as far as its library asks."
 
@@ -233,6 +243,7 @@ class Hub(BaseHTTPRequestHandler):
         "unet/diffusion_pytorch_model.fp16.safetensors": b"half",
         "text_encoder/model.safetensors": b"text",
         "everything.safetensors": b"a second copy of it all",
+        "loras/ink.safetensors": b"a LoRA",
     }
     commit = "0123456789abcdef0123456789abcdef01234567"
     tokens: ClassVar[set[str | None]] = set()
@@ -265,7 +276,7 @@ class Hub(BaseHTTPRequestHandler):
 def test_what_is_baked_is_what_a_worker_finds(tmp_path: Path) -> None:
     "The command of the Dockerfile, with a server in place of the Hub; then the worker's own search, without a network."
     (tmp_path / "manifests").mkdir()
-    (tmp_path / "manifests" / "tiny.yaml").write_text("family: sd15\nsource: {hub: owner/tiny}\nvariant: fp16\n")
+    (tmp_path / "manifests" / "tiny.yaml").write_text(MANIFEST)
     into = tmp_path / "models"
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -292,3 +303,5 @@ def test_what_is_baked_is_what_a_worker_finds(tmp_path: Path) -> None:
     files = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
     assert files == set(Hub.files) - {"unet/diffusion_pytorch_model.safetensors", "everything.safetensors"}
     assert (place / "unet" / "diffusion_pytorch_model.fp16.safetensors").read_bytes() == b"half"
+    lora = lora_file(found.loras["ink"])
+    assert lora == place / "loras" / "ink.safetensors" and lora.read_bytes() == b"a LoRA"

@@ -173,6 +173,8 @@ def lora_path(
         return source.location()
     if not isinstance(source, HubSource):
         return source.location() / filename
+    if not source.is_remote:
+        return Path(source.location(), source.subfolder or "", filename)
     try:
         if filename == "adapter_model.safetensors":  # peft keeps alpha beside the weights
             hf_hub_download(source.hub, "adapter_config.json", **source.load_arguments())

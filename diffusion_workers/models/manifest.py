@@ -172,6 +172,11 @@ class HubSource(_Source):
     def location(self) -> str:
         return self.hub
 
+    @property
+    def is_remote(self) -> bool:
+        "Whether the files come from the Hub or its cache, and not from a folder that holds the repository."
+        return self.location() == self.hub
+
     def load_arguments(self) -> dict[str, str]:
         "The revision and the subfolder, where they are given."
         return self.model_dump(include={"revision", "subfolder"}, exclude_none=True)

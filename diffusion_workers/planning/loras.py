@@ -85,6 +85,8 @@ def lora_file(entry: LoraEntry) -> Path | None:  # None: not downloaded yet
     filename = entry.weight_name or DEFAULT_WEIGHT_NAME
     if not isinstance(entry.source, HubSource):
         return entry.source.location() / filename
+    if not entry.source.is_remote:
+        return Path(entry.source.location(), entry.source.subfolder or "", filename)
     from huggingface_hub import try_to_load_from_cache
 
     arguments = entry.source.load_arguments()

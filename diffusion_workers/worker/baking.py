@@ -69,8 +69,11 @@ def model_downloads(manifest: ModelManifest) -> Iterator[Download]:
         yield from _network("controlnets", entry.source, entry.variant)
     for lora in manifest.loras.values():
         if isinstance(lora.source, HubSource):
-            file = _folder(lora.source, lora.weight_name or DEFAULT_WEIGHT_NAME)
-            yield Download("loras", lora.source.hub, lora.source.revision, files=(file,))
+            names = [lora.weight_name or DEFAULT_WEIGHT_NAME]
+            if names == ["adapter_model.safetensors"]:  # peft keeps alpha beside the weights
+                names.append("adapter_config.json")
+            files = tuple(_folder(lora.source, name) for name in names)
+            yield Download("loras", lora.source.hub, lora.source.revision, files=files)
     if manifest.refiner:
         slots = [*manifest.record.components]
         yield from _network("refiner", manifest.refiner.source, manifest.refiner.variant, ["", *slots])
