@@ -325,10 +325,17 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert main(["replay", str(tmp_path / "none.png"), "--show-request"]) != 0
 
 
-def test_prompt_language_is_named() -> None:
-    restored = restore("a (red:1.3) cat BREAK [blue:green:0.5]\nSteps: 3, Seed: 1")
+def test_prompt_language_is_read_as_it_was() -> None:
+    "What AUTOMATIC1111 read as weights is read as weights; AND is not carried out, so such a prompt stays plain."
+    line = "a (red:1.3) cat BREAK [blue:green:0.5]\nSteps: 3, Seed: 1"
+    restored = restore(line)
     assert restored.request["prompt"] == "a (red:1.3) cat BREAK [blue:green:0.5]"
-    assert [entry.given for entry in restored.lost] == ["(red:1.3)", "BREAK", "[blue:green:0.5]"]
+    assert (restored.request["prompt_syntax"], restored.request["prompt_weighting"]) == ("a1111", "a1111")
+    assert not restored.lost
+    joined = restore(line.replace("cat", "cat AND a dog"))
+    assert "prompt_syntax" not in joined.request
+    assert [entry.given for entry in joined.lost] == ["(red:1.3)", "AND", "BREAK", "[blue:green:0.5]"]
+    assert "prompt_syntax" not in restore("a red cat\nSteps: 3, Seed: 1").request
 
 
 # --- models -----------------------------------------------------------------

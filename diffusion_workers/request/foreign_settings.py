@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEANINGS', 'Setting', 'text_of', 'is_neutral', 'scheduler_of', 'schedule_of', 'lora_setting', 'split_loras',
-           'prompt_syntax', 'from_text', 'prompt_settings', 'has_settings']
+           'prompt_syntax', 'uses_syntax', 'from_text', 'prompt_settings', 'has_settings']
 
 # %% ../../nbs/10_request/07_foreign_settings.ipynb #580884d3
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,6 +259,26 @@ def _control_setting(name: str, text: str) -> Setting:
     return Setting(name, text, "control", unit)
 
 # %% ../../nbs/10_request/07_foreign_settings.ipynb #98fe48b7
+_SYNTAX_CHARACTERS = frozenset("()[]\\")
+
+
+def _embedding_names(hashes: str) -> list[str]:  # of "easynegative: c74b4e810b03, badhand: 74c0a3ed7b02"
+    names = [part.rpartition(":")[0].strip() for part in hashes.strip('"').split(",")]
+    return [name for name in names if name]
+
+
+def uses_syntax(
+    parts: Mapping[str, str],  # label -> text, of the AUTOMATIC1111 web UI
+) -> bool:
+    "Whether the prompts mean something else than their words; not where they are joined by AND, which is not carried out."
+    texts = [split_loras(text)[0] for label, text in parts.items() if label.lower() in ("prompt", "negative prompt")]
+    if any(re.search(r"\bAND\b", text) for text in texts):
+        return False
+    if any(label.lower() == "ti hashes" for label in parts):
+        return True
+    return any(_SYNTAX_CHARACTERS & set(text) or prompt_syntax(text) for text in texts)
+
+
 def from_text(
     text: str,  # prompt, negative prompt and settings
 ) -> list[Setting]:
@@ -268,7 +288,10 @@ def from_text(
         text = text.replace("\r\n", "\n") if "\n" in text else text.replace("\r", "\n")
     parts = parse_parameters(text)
     hires = any(name.lower().startswith(_HIRES) for name in parts)
+    is_read = not own and uses_syntax(parts)
     found: list[Setting] = []
+    if is_read:
+        found = [Setting("prompt syntax", "a1111", "prompt_syntax"), Setting("emphasis", "a1111", "prompt_weighting")]
     for name, given in parts.items():
         label = name.lower()
         if label in ("loras", "lora weights"):
@@ -276,7 +299,9 @@ def from_text(
         elif re.fullmatch(r"controlnet(?: \d{1,2})?", label):
             found.append(_control_setting(name, given))
         elif label in ("prompt", "negative prompt") and not own:
-            found += prompt_settings(name, given, _LABELS[label])
+            found += prompt_settings(name, given, _LABELS[label], is_read)
+        elif label == "ti hashes" and is_read:
+            found.append(Setting(name, ", ".join(_embedding_names(given)), "embeddings"))
         else:
             found.append(_text_setting(name, given, hires))
     return found
@@ -286,9 +311,12 @@ def prompt_settings(
     name: str,  # as the program calls it
     text: str,
     path: str = "prompt",  # of the field
+    is_read: bool = False,  # whether the request will name the syntax
 ) -> list[Setting]:
     "A prompt, the LoRAs in it, and what of it other programs do not read as plain text."
     prompt, loras = split_loras(text)
+    if is_read:
+        return [Setting(name, prompt, path), *loras]
     reason = "weights, alternatives and schedules in a prompt are taken as plain text"
     syntax = [Setting(name, part, None, reason=reason) for part in prompt_syntax(prompt)]
     return [Setting(name, prompt, path), *loras, *syntax]
