@@ -270,7 +270,7 @@ def _embedding_names(hashes: str) -> list[str]:  # of "easynegative: c74b4e810b0
 def uses_syntax(
     parts: Mapping[str, str],  # label -> text, of the AUTOMATIC1111 web UI
 ) -> bool:
-    "Whether the prompts mean something else than their words; not where they are joined by AND, which is not carried out."
+    "Whether the prompts mean more than their words; not where they are joined by AND, which is not carried out."
     texts = [split_loras(text)[0] for label, text in parts.items() if label.lower() in ("prompt", "negative prompt")]
     if any(re.search(r"\bAND\b", text) for text in texts):
         return False
