@@ -393,6 +393,7 @@ class RequestForm(widgets.VBox):
         }
         self.main = self.forms[""]
         self._plan: GenerationPlan | None = None  # the last one of this model
+        self._on_change = on_change
         self.seed = SeedField(on_change)
         self.start = StartImage(on_change)
         for form in self._every_form():
@@ -626,6 +627,7 @@ class RequestForm(widgets.VBox):
         if kind == "lora":
             if name not in [lora["name"] for lora in self.loras.values()]:
                 self.loras.add(name)
+                self._on_change()
             return
         field = self.forms["More"].fields["styles"]
         field.show(list(dict.fromkeys([*(field.read() or []), name])))
