@@ -6,7 +6,6 @@
 __all__ = ['main']
 
 # %% ../nbs/71_worker/07_start_command.ipynb #194f06e7
-import os
 import sys
 
 from .settings.worker import keep_downloads
@@ -14,7 +13,7 @@ from .settings.worker import keep_downloads
 
 def main() -> int:  # exit code
     "Run the worker, with what it downloads on the network volume."
-    keep_downloads(os.environ)
+    keep_downloads()
     from diffusion_workers.worker.handler import main as run  # imports huggingface_hub, which reads the variables
 
     return run()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator
 
 from ..models.manifest import ModelManifest, Vocabulary
-from .embeddings import split_at_names
+from .embeddings import split_at_names, unknown_names
 from .offered import offered_embeddings
 from .requests import PROMPT_FIELDS, reads_syntax, usable_names
 from .syntax import PromptError, Text, parse
@@ -45,6 +45,9 @@ def prompt_words(
 ) -> list[str]:  # as they are written, each once, in their order
     "The words of a prompt."
     found: dict[str, None] = {}
+    for at, name in unknown_names(text, names):  # another warning says that there is no such embedding
+        start = at - len("embedding:")
+        text = text[:start] + " " * (at + len(name) - start) + text[at + len(name) :]
     for piece in _plain_pieces(text) if is_plain else _text_pieces(text):
         for part in split_at_names(piece, names):
             if isinstance(part, str):

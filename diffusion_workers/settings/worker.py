@@ -182,10 +182,11 @@ class WorkerSettings(Settings):
 
 # %% ../../nbs/00_settings/05_worker.ipynb #edf477f8
 def keep_downloads(
-    environ: MutableMapping[str, str],  # changed in place
+    environ: MutableMapping[str, str] | None = None,  # changed in place; default: that of the process
     volume: Path = VOLUME,
 ) -> bool:  # whether it was changed
     "Put the Hub's cache on the network volume, if there is one that can be written to."
+    environ = os.environ if environ is None else environ
     chosen = any(environ.get(name) for name in ("HF_HOME", "HF_HUB_CACHE"))
     if chosen or not (volume.is_dir() and os.access(volume, os.W_OK)):
         return False
