@@ -24,7 +24,7 @@ from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import Task
 
-SEQUENCES, MANY_SEQUENCES = 30, 2000  # of each seed
+SEQUENCES, MANY_SEQUENCES = 20, 2000  # of each seed
 FAMILY_NAMES = tuple(name.value for name in FAMILIES)
 
 
