@@ -5,11 +5,26 @@
 
 const PIECE = 2 ** 20;
 
+/** Python answers each piece: a kernel may handle messages on several threads, which do not keep their order. */
+function answered(model, token) {
+  return new Promise((resolve) => {
+    const listen = (message) => {
+      if (message.kind !== "received" || message.token !== token) return;
+      model.off("msg:custom", listen);
+      resolve();
+    };
+    model.on("msg:custom", listen);
+  });
+}
+
 async function sendPieces(model, file) {
   const count = Math.max(1, Math.ceil(file.size / PIECE));
   for (let index = 0; index < count; index += 1) {
     const piece = await file.slice(index * PIECE, (index + 1) * PIECE).arrayBuffer();
-    model.send({ kind: "piece", index, count, name: file.name }, undefined, [new DataView(piece)]);
+    const token = `${Math.random()}`;
+    const received = answered(model, token);
+    model.send({ kind: "piece", index, count, token, name: file.name }, undefined, [new DataView(piece)]);
+    await received;
   }
 }
 

@@ -127,7 +127,10 @@ class DropZone(anywidget.AnyWidget):
         elif kind == "remove":
             self.clear()
         elif kind == "piece":
-            self._add_piece(content, bytes(buffers[0]))
+            try:
+                self._add_piece(content, bytes(buffers[0]))
+            finally:  # the page sends the next piece after this answer
+                self.send({"kind": "received", "token": content.get("token")})
 
     def _add_piece(self, content: dict, piece: bytes) -> None:
         try:

@@ -117,7 +117,10 @@ class ReferenceList(anywidget.AnyWidget):
         elif kind == "remove":
             self.remove(content["id"])
         elif kind == "piece":
-            self._add_piece(content, bytes(buffers[0]))
+            try:
+                self._add_piece(content, bytes(buffers[0]))
+            finally:  # the page sends the next piece after this answer
+                self.send({"kind": "received", "token": content.get("token")})
 
     def _add_piece(self, content: dict, piece: bytes) -> None:
         name = str(content.get("name") or "the file")
