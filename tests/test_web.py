@@ -646,6 +646,7 @@ def test_models_that_are_not_here(page: Page) -> None:
 
 # --- reference images -----------------------------------------------------------
 
+TIMES = "\N{MULTIPLICATION SIGN}"
 DROP_FILES = """(place, files) => {
     const data = new DataTransfer();
     for (const [name, bytes] of files)
@@ -685,10 +686,15 @@ def test_reference_images(browser: Browser, editing_server: str) -> None:
     chosen = [{"name": f"{side}.png", "mimeType": "image/png", "buffer": file(side)} for side in (112, 128)]
     page.set_input_files('[data-image="reference_images"]', chosen)
     expect(place.get_by_role("alert")).to_contain_text("128.png was not added: this model takes at most 4")
-    order = lambda *sides: expect(items.locator("img")).to_have_count(len(sides)) or [
-        expect(items.nth(at).locator("img")).to_have_attribute("alt", f"Reference image {at + 1}, {side} × {side}")
-        for at, side in enumerate(sides)
-    ]
+    order = lambda *sides: (
+        expect(items.locator("img")).to_have_count(len(sides))
+        or [
+            expect(items.nth(at).locator("img")).to_have_attribute(
+                "alt", f"Reference image {at + 1}, {side} {TIMES} {side}"
+            )
+            for at, side in enumerate(sides)
+        ]
+    )
     order(64, 80, 96, 112)
 
     items.nth(3).drag_to(items.nth(0))

@@ -44,7 +44,8 @@ from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import ModelFamily
 write_tiny_model(Path("models"), ModelFamily.flux2)
 service = DiffusionService(Settings(model_folders=(Path("models"),)), device="cpu")
-panel = GenerationPanel(service, {"prompt": "put the disc of image 2 into image 1", "model": "flux2", "num_inference_steps": 2})
+request = {"prompt": "put the disc of image 2 into image 1", "model": "flux2", "num_inference_steps": 2}
+panel = GenerationPanel(service, request)
 panel
 """
 DROP = """(place, files) => {
@@ -595,7 +596,9 @@ def test_reference_images_are_dropped_moved_and_used(page, lab: tuple[str, Path]
     place = page.locator(".dw-references")
     items = place.locator("li")
     shown = lambda: items.locator("img").evaluate_all("all => all.map(image => image.alt)")
-    named = lambda *sides: [f"Reference image {at}, {side} × {side}" for at, side in enumerate(sides, 1)]
+    named = lambda *sides: [
+        f"Reference image {at}, {side} \N{MULTIPLICATION SIGN} {side}" for at, side in enumerate(sides, 1)
+    ]
 
     # several by one drop, of which one is not an image; several by the file chooser, of which one is too many
     files = [("red.png", square("red", 64)), ("letter.png", b"a letter"), ("blue.png", square("blue", 80))]
