@@ -42,8 +42,7 @@ def reference_image(
 ) -> ReferenceImage:
     "An image from an upload or from Python; a `RequestError` where it is not one."
     image = image_from(value, "reference_images").image
-    is_file = isinstance(value, (bytes, bytearray, memoryview))
-    data = bytes(value) if is_file else png_bytes(image)
+    data = bytes(value) if isinstance(value, (bytes, bytearray, memoryview)) else png_bytes(image)
     return ReferenceImage(id, data, thumbnail(image), *image.size)
 
 # %% ../../nbs/73_panel/08a_references.ipynb #a15f2888
@@ -56,7 +55,7 @@ class ReferenceList(anywidget.AnyWidget):
     max_bytes = traitlets.Int(64 * 2**20, help="bytes that a file may have").tag(sync=True)
     problem = traitlets.Unicode("", help="why images were refused; empty when all were accepted")
     images = traitlets.Tuple(help="the `ReferenceImage`s in their order")
-    _shown = traitlets.List().tag(sync=True)
+    _shown = traitlets.List(traitlets.Dict()).tag(sync=True)
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -83,7 +82,7 @@ class ReferenceList(anywidget.AnyWidget):
         try:
             image = reference_image(value, str(next(self._numbers)))
         except RequestError as refused:
-            self._refuse(f"{name}: {error_line(refused.errors[0])}")
+            self._refuse(f"{name}: {error_line(refused.errors[0].model_copy(update={'field': None}))}")
             return False
         self.images = (*self.images, image)
         return True
@@ -174,7 +173,7 @@ class ReferenceImages(widgets.VBox):
         limit = self.list.limit
         self.list.limit, self.list.problem, self.list.images = None, "", ()
         for index, text in enumerate(values, 1):
-            self.list.add(file_of(text), f"image {index}")
+            self.list.add(file_of(text) or text, f"image {index}")
         self.list.limit = limit
 
     @property

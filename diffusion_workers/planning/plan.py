@@ -10,9 +10,9 @@ __all__ = ['SCHEDULERS', 'KARRAS_SCHEDULERS', 'LEVEL_SCHEDULES', 'MAX_ALIGNED_ST
            'size_multiple', 'plan_size', 'check_size', 'size_warnings', 'plan_seeds', 'plan_subseeds', 'check_seeds',
            'seed_warnings', 'plan_task', 'plan_strength', 'count_denoising_steps', 'count_denoiser_calls',
            'strength_warnings', 'check_task', 'may_be_empty', 'check_prompt', 'check_model', 'prediction_warnings',
-           'check_support', 'check_references', 'reference_warnings', 'plan_references', 'check_distilled',
-           'text_warnings', 'apply_distilled', 'is_distilled_plan', 'find_problems', 'make_plan', 'request_from_plan',
-           'batch_key']
+           'check_support', 'check_references', 'reference_warnings', 'edit_size_warnings', 'plan_references',
+           'check_distilled', 'text_warnings', 'apply_distilled', 'is_distilled_plan', 'find_problems', 'make_plan',
+           'request_from_plan', 'batch_key']
 
 # %% ../../nbs/40_planning/04_plan.ipynb #93aae149
 import hashlib
@@ -884,6 +884,22 @@ def reference_warnings(references: Sequence[PlannedReference]) -> Iterator[Reque
             )
 
 
+def edit_size_warnings(
+    request: GenerationRequest, references: Sequence[PlannedReference], size: tuple[int, int]
+) -> Iterator[RequestWarning]:
+    "That an edit could not take the size of its first reference."
+    if request.image is not None or not references or (request.width, request.height) != (None, None):
+        return
+    first = references[0].used_width, references[0].used_height
+    if first != size:
+        yield warning(
+            "the size of the first reference image is not one that the model can make",
+            field="reference_images[0]",
+            given=f"{first[0]} x {first[1]}",
+            used=f"{size[0]} x {size[1]}",
+        )
+
+
 def plan_references(
     images: Sequence[PlannedImage],  # facts of the decoded reference images
     manifest: ModelManifest,
@@ -1189,6 +1205,7 @@ def make_plan(
         *control_warnings(request, calls or made),
         *prediction_warnings(manifest, scheduler),
         *reference_warnings(references),
+        *edit_size_warnings(request, references, size),
     ]
     notes += acceleration_warnings(request, manifest, _is_guided(manifest, guidance), kind)
     texts = _plan_texts(request, manifest, call)
