@@ -678,6 +678,10 @@ def test_reference_images(browser: Browser, editing_server: str) -> None:
     unfold(page, "Reference images")
     expect(section.locator("summary")).to_contain_text("0 of at most 4")
     place, items = page.locator(".references"), page.locator(".references ol > li")
+    bring(page, png(Image.new("RGB", (64, 64), "gold")))  # this model starts from no image
+    expect(page.locator(".status")).to_have_text("The image is reference image 1 now.")
+    place.get_by_role("button", name="Remove: reference image 1").click()
+    expect(items).to_have_count(0)
     file = lambda side: png(Image.new("RGB", (side, side), "seagreen"))
     files = [("64.png", file(64)), ("letter.png", b"a letter"), ("80.png", file(80)), ("96.png", file(96))]
     place.evaluate(DROP_FILES, [[name, base64.b64encode(data).decode()] for name, data in files])
@@ -722,16 +726,18 @@ def test_reference_images(browser: Browser, editing_server: str) -> None:
     order(64, 80, 64)
     page.get_by_role("button", name="Reuse settings").click()
     order(64, 80)
+    page.locator(".thumbs button").drag_to(place.locator(".drop"))
+    order(64, 80, 64)
 
     small = {"name": "small.png", "mimeType": "image/png", "buffer": file(32)}
     page.set_input_files('[data-image="reference_images"]', small)
     page.get_by_role("button", name="Generate").click()
-    expect(items.nth(2).locator(".errors li")).to_contain_text("allowed: sides of at least 64 pixels")
+    expect(items.nth(3).locator(".errors li")).to_contain_text("allowed: sides of at least 64 pixels")
     found["an error at an image"] = violations(page)
     page.locator("[data-path=model]").select_option("shapes-sd15")
     page.get_by_role("button", name="Generate").click()
     expect(place.locator("> .errors > li")).to_contain_text("take a model of the families")
-    for _ in range(3):
+    for _ in range(4):
         place.get_by_role("button", name="Remove: reference image 1").click()
     expect(section).to_have_count(0)
     context.close()
