@@ -237,6 +237,27 @@ def test_a_wrong_key_is_told(target: Server | RunPod) -> None:
         assert "the token is wrong" in told and "a token is needed" in str(missing.value)
 
 
+@pytest.mark.parametrize("secret", ["secret-12\nSet-Cookie: x", "secret-12é", "secret-12\0", "secret-12 3"])
+def test_a_secret_that_no_header_can_carry_is_refused_and_not_repeated(secret: str) -> None:
+    for kind in (Server("http://127.0.0.1:9", token=secret), RunPod("tested", api_key=secret)):
+        with pytest.raises(ValueError, match="character 10 ") as refused:
+            Client(kind)
+        assert "secret" not in str(refused.value) and "secret" not in repr(kind)
+
+
+def test_the_command_line_names_the_variable_of_a_secret_that_no_header_can_carry(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for variable, where in (
+        ("DIFFUSION_WORKERS_TOKEN", ("--url", "http://127.0.0.1:9")),
+        ("RUNPOD_API_KEY", ("--runpod", "x")),
+    ):
+        monkeypatch.setenv(variable, "secret-12é")
+        assert main(["generate", "x", *where]) != 0
+        told = capsys.readouterr().err
+        assert f"{variable}: character 10 " in told and "secret-12" not in told
+
+
 def test_the_command_line_sends_elsewhere(
     target: Server | RunPod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
