@@ -719,7 +719,7 @@ def check_prompt(request: GenerationRequest, manifest: ModelManifest) -> Iterato
             field="prompt",
             given=request.prompt,
             allowed="text of 1 to 10000 characters",
-            hint="say what the picture shows",
+            hint="say what the image shows",
         )
     most = manifest.limits.max_prompt_length
     for field in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
