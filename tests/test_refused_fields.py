@@ -117,4 +117,6 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: 
             options += [option, str(filled(item, file))]
     assert main(["plan", "a red circle", *options]) != 0
     said = " ".join(capsys.readouterr().err.split())
-    assert [word for word in [OPTIONS.get(field, f"--{field.replace('_', '-')}"), *words] if word not in said] == [], said
+    assert [word for word in [OPTIONS.get(field, f"--{field.replace('_', '-')}"), *words] if word not in said] == [], (
+        said
+    )

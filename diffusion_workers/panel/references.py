@@ -133,7 +133,7 @@ class ReferenceList(anywidget.AnyWidget):
 
 # %% ../../nbs/73_panel/08a_references.ipynb #62b18be2
 FIELD = "reference_images"
-_HINT = "The prompt may speak of image 1, image 2 …, in this order. Without a start image they are edited."
+_HINT = "The prompt may speak of image 1, image 2 …, in this order. Without a start image, the prompt edits them."
 
 
 def _error_text(error: ErrorDetail) -> str:

@@ -231,7 +231,7 @@ export function References({ known }: { known: Schema }) {
         </div>
         <Errors path={FIELD} />
         <p class="note">
-          The prompt may speak of image 1, image 2 …, in this order. Without a start image they are edited.
+          The prompt may speak of image 1, image 2 …, in this order. Without a start image, the prompt edits them.
         </p>
       </div>
     </Section>
