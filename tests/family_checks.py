@@ -1,16 +1,19 @@
 """What the tests of the model families share: images, LoRA layouts, weights in other names, a row for each family."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from diffusion_workers.families.record import OriginalName
+from diffusion_workers.families.registry import FAMILIES
 from diffusion_workers.lora.files import LoraName, fits
 from diffusion_workers.lora.keys import module_shapes
 from diffusion_workers.lora.layers import _rows, load_lora
@@ -100,6 +103,22 @@ class FamilyCheck:
         common = {"prompt": PROMPT, "num_inference_steps": 3, "width": 64, "height": 64}
         made = pipe(**common | self.theirs | arguments, generator=torch.Generator().manual_seed(seed))
         return np.asarray(made.images[0]).astype(int)
+
+
+SMALL_SIZES = ((48, 96), (64, 64), (96, 64))
+
+
+@contextmanager
+def small_references() -> Iterator[None]:
+    "Let reference images be seen in small sizes, where a model sees them in sizes of its own."
+    with pytest.MonkeyPatch.context() as patch:
+        for name, record in list(FAMILIES.items()):
+            small = {
+                kind: replace(limits, sizes=SMALL_SIZES) if limits.sizes else limits
+                for kind, limits in record.references.items()
+            }
+            patch.setitem(FAMILIES, name, replace(record, references=small))
+        yield
 
 
 def quiet_pipeline(family: ModelFamily, kind: ModelKind = ModelKind.standard) -> diffusers.DiffusionPipeline:

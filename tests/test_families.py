@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import family_checks
 import numpy as np
 import pytest
 import torch
@@ -34,6 +35,7 @@ from family_checks import (
 from PIL import Image
 from safetensors.torch import save_file
 
+from diffusion_workers.families.flux import flux_original_names
 from diffusion_workers.families.flux2 import flux2_original_names
 from diffusion_workers.families.sd35 import sd35_original_names
 from diffusion_workers.families.zimage import zimage_original_names
@@ -44,9 +46,10 @@ from diffusion_workers.pipeline.loading import quiet_libraries
 from diffusion_workers.service.preparation import Prepared
 from diffusion_workers.service.render import pipeline_arguments
 from diffusion_workers.service.service import DiffusionService
-from ez_diffusion_client.models import ModelFamily, OpStatus
+from ez_diffusion_client.models import ModelFamily, ModelKind, OpStatus
 
 NEGATIVE = {"negative_prompt": "blurry"}
+ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0")
 FLOW_ONLY = ({"scheduler": "ddim"}, "allowed: flow_match_euler")
 CHECKS = [
     FamilyCheck(
@@ -75,9 +78,38 @@ CHECKS = [
         unguided={"guidance_scale": 1.0},
         theirs={"guidance_scale": 2.0, "max_sequence_length": 256},
         original_names=sd35_original_names,
-        lora_ends=("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "norm_out.linear"),
+        lora_ends=(*ATTENTION, "norm_out.linear"),
         lora_untold=True,
         controlnets=True,
+    ),
+    FamilyCheck(
+        ModelFamily.flux,
+        kind=ModelKind.edit,
+        tasks={
+            "text to image": Ran({}, "text_to_image", "FluxKontextPipeline"),
+            "edit": Ran(ONE, "edit", "FluxKontextPipeline"),
+            "inpainting": Ran(MASKED | {"strength": 0.5}, "inpainting", "FluxKontextInpaintPipeline", 2),
+            "inpainting with a reference": Ran(MASKED | ONE, "inpainting", "FluxKontextInpaintPipeline"),
+        },
+        refused=(
+            FLOW_ONLY,
+            ({"clip_skip": 1}, "flux has no use for clip_skip"),
+            (TWO, "Flux takes fewer reference images for edit; given '2 images'; allowed: at most 1"),
+            ({"image": photo()}, "not offered for image_to_image; put it into reference_images"),
+            ({"controlnets": [{"image": photo()}]}, "this model takes no control maps"),
+        ),
+        guidance={"true_cfg_scale": 9.0} | NEGATIVE,
+        unguided={"true_cfg_scale": 1.0},
+        batch={"true_cfg_scale": 2.0} | NEGATIVE,
+        theirs={"guidance_scale": 2.0, "max_area": 64 * 64, "_auto_resize": False},
+        guided_tasks=("text to image", "edit", "inpainting with a reference"),
+        original_names=flux_original_names,
+        lora_ends=(*ATTENTION, "proj_mlp", "ff.net.2", "norm_out.linear"),
+        lora_untold=True,
+        transformer="FluxTransformer2DModel",
+        file_title="a transformer of FLUX.1",
+        changed_weights=norm_scales,
+        gguf_architecture="flux",
     ),
     FamilyCheck(
         ModelFamily.zimage,
@@ -160,8 +192,8 @@ CHECKS = [
         guided_tasks=("text to image", "edit with two references"),
         original_names=flux2_original_names,
         lora_ends=(
-            *("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "attn.to_out"),
-            *("linear_in", "to_qkv_mlp_proj", "double_stream_modulation_img.linear", "norm_out.linear"),
+            *(*ATTENTION, "attn.to_out", "linear_in"),
+            *("to_qkv_mlp_proj", "double_stream_modulation_img.linear", "norm_out.linear"),
         ),
         transformer="Flux2Transformer2DModel",
         file_title="a transformer of FLUX.2",
@@ -172,6 +204,13 @@ CHECKS = [
 NAMES = {check.name: check for check in CHECKS}
 WITH_FILES = [name for name, check in NAMES.items() if check.transformer]
 Serve = Callable[[FamilyCheck], DiffusionService]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_references() -> Iterator[None]:
+    "Reference images that a model sees in sizes of its own, as small as the images of these tests."
+    with family_checks.small_references():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,7 @@ FLUX2 = Family(
     denoiser_calls="separate",
     step_caches=("taylorseer",),
     guiders=(),  # they would measure the tokens of reference images too
-    references=References(max_pixels=_MEGAPIXEL, multiple=16, min_side=64, max_aspect=8),
+    references={ModelKind.standard: References(max_pixels=_MEGAPIXEL, multiple=16, min_side=64, max_aspect=8)},
     controls=Controls(controlnet_class="", multi_class="torch.nn.ModuleList", residuals="packed_tokens"),
     lora=LoraKeys(
         original_names=flux2_original_names,

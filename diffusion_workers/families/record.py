@@ -55,6 +55,8 @@ class PipelineCall:
     references: int = 0  # how many reference images it takes
     reference_argument: str = "image"  # the argument for them
     max_pixels: int | None = None  # beyond which it shrinks the image by itself; None has no such limit
+    area_argument: str | None = None  # the argument for width x height, without which it takes an area of its own
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones, always the same
     prompt_for_each: bool = False  # takes a prompt for each image, and not a number of images for each prompt
     control_argument: str = "control_image"  # the argument for the control maps
     map_is_input: bool = False  # the control map goes into the denoiser itself, without a ControlNet
@@ -103,12 +105,14 @@ class Latents:
 # %% ../../nbs/05_families/01_record.ipynb #426ca5f6
 @dataclass(frozen=True)
 class References:
-    "Which reference images the pipelines of a family take, and in which size the model sees them."
+    "Which reference images the pipelines of a kind of model take, and in which size the model sees them."
 
-    max_pixels: int  # a larger image is scaled down
-    multiple: int  # pixels: both sides are cut to it, at the centre
-    min_side: int  # pixels
-    max_aspect: float  # the longer side divided by the shorter
+    max_pixels: int | None = None  # a larger image is scaled down; None scales none
+    multiple: int = 1  # pixels: both sides are cut to it, at the centre
+    sizes: tuple[tuple[int, int], ...] = ()  # an image is scaled to the one with the nearest aspect ratio
+    min_side: int = 1  # pixels
+    max_aspect: float = math.inf  # the longer side divided by the shorter
+    decides_size: bool = False  # whether the result has the size in which the first one is seen, or that of its file
 
     def used_size(
         self,
@@ -117,11 +121,15 @@ class References:
     ) -> tuple[int, int]:  # width and height in pixels
         "The size in which the model sees an image."
         width, height = self.scaled_size(width, height)
+        if self.sizes:
+            return width, height
         return width // self.multiple * self.multiple, height // self.multiple * self.multiple
 
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
         "The size after scaling, before the sides are cut."
-        if width * height <= self.max_pixels:
+        if self.sizes:
+            return min(self.sizes, key=lambda size: (abs(width / height - size[0] / size[1]), size))
+        if self.max_pixels is None or width * height <= self.max_pixels:
             return width, height
         scale = math.sqrt(self.max_pixels / (width * height))
         return int(width * scale), int(height * scale)
@@ -303,7 +311,9 @@ class Family:
     controls: Controls
     lora: LoraKeys
     tiny: TinyModel
-    references: References | None = None  # None takes no reference images
+    references: Mapping[ModelKind, References] = field(
+        default_factory=dict
+    )  # a kind that is missing takes no reference images
     instead: Mapping[str, str] = field(default_factory=dict)  # unused request field -> what to do, for error messages
     load_arguments: Mapping[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained
     clip_skip_base: int = 1  # the "Clip skip" of other programs that means no layer is left out
@@ -356,24 +366,27 @@ class Family:
     def applies(
         self,
         field: str,  # of a request
+        kind: ModelKind = ModelKind.standard,
     ) -> bool:
-        "Whether a request field means anything to the family."
-        return field not in self.fields_without_use
+        "Whether a request field means anything to models of a kind."
+        return field not in self.fields_without_use(kind)
 
-    @property
-    def fields_without_use(self) -> frozenset[str]:
-        "Request fields that mean nothing to the family."
-        return self.unused_fields | (frozenset() if self.max_references else {"reference_images"})
+    def fields_without_use(self, kind: ModelKind = ModelKind.standard) -> frozenset[str]:
+        "Request fields that mean nothing to models of a kind."
+        return self.unused_fields | (frozenset() if self.max_references(kind) else {"reference_images"})
 
-    @property
-    def max_references(self) -> int:
-        "How many reference images a request may have."
-        return max(call.references for call in self.calls)
+    def max_references(self, kind: ModelKind = ModelKind.standard) -> int:
+        "How many reference images a request to models of a kind may have."
+        return max((call.references for call in self.calls if call.model_kind == kind), default=0)
+
+    def tasks_of(self, kind: ModelKind) -> tuple[Task, ...]:
+        "What models of a kind can do."
+        return tuple(task for task in Task if any((call.task, call.model_kind) == (task, kind) for call in self.calls))
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        "What models of the family can do."
-        return tuple(task for task in Task if any(call.task == task for call in self.calls))
+        "What ordinary models of the family can do."
+        return self.tasks_of(ModelKind.standard)
 
     @property
     def has_controlnets(self) -> bool:

@@ -19,7 +19,7 @@ from .sd15 import CROSS_ATTENTION, SD15, cross_attention_mark
 from .sd35 import SD35
 from .sdxl import SDXL
 from .zimage import ZIMAGE
-from ez_diffusion_client.models import ModelFamily, UnionModeName
+from ez_diffusion_client.models import ModelFamily, ModelKind, UnionModeName
 
 # %% ../../nbs/05_families/09_registry.ipynb #477264a1
 FAMILIES: dict[ModelFamily, Family] = {

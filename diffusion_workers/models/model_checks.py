@@ -107,7 +107,13 @@ def _folder_index(source: Source) -> dict[str, Any]:
     return read_config(source.location() / "model_index.json")
 
 # %% ../../nbs/20_models/06_model_checks.ipynb #4507ab83
-_HALVES = {ModelKind.standard: 2, ModelKind.control: 4, ModelKind.fill: 12}  # input channels for two output channels
+_HALVES = {  # input channels for two output channels
+    ModelKind.standard: 2,
+    ModelKind.control: 4,
+    ModelKind.fill: 12,
+    ModelKind.edit: 2,
+    ModelKind.edit_plus: 2,
+}
 
 
 def check_channels(

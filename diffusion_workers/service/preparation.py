@@ -62,8 +62,11 @@ def prepare_inputs(
 
 def _prepare_references(plan: GenerationPlan, inputs: Inputs) -> Iterator[Image.Image]:
     "Scaled down where they are too large, and cut at the centre, as the family's pipelines do it."
-    limits = FAMILIES[plan.family].references
-    for decoded, planned in zip(inputs.references, plan.reference_images or (), strict=True):
+    if not plan.reference_images:
+        return
+    record = FAMILIES[plan.family]
+    limits = record.references[record.call_named(plan.pipeline_class, plan.task).model_kind]
+    for decoded, planned in zip(inputs.references, plan.reference_images, strict=True):
         image = decoded.image
         size = limits.scaled_size(*image.size)
         if size != image.size:

@@ -158,6 +158,9 @@ def pipeline_arguments(
         arguments |= shared | {"num_images_per_prompt": 1}
     if call.takes_size:
         arguments |= {"width": plan.width, "height": plan.height}
+    arguments |= call.arguments
+    if call.area_argument is not None:
+        arguments[call.area_argument] = plan.width * plan.height
     if prepared.references:  # all of them for each image
         arguments[call.reference_argument] = list(prepared.references)
     if plan.task in (Task.image_to_image, Task.inpainting):

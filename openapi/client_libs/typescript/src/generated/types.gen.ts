@@ -32,16 +32,18 @@ export const ModelFamily = {
 export type ModelFamily = typeof ModelFamily[keyof typeof ModelFamily];
 
 /**
- * Whether a model is an ordinary one, or one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+ * Whether a model is an ordinary one, one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels, or one that edits by reference images (FLUX.1 Kontext, Qwen-Image-Edit; edit_plus takes several, as of Qwen-Image-Edit-2509)
  */
 export const ModelKind = {
     STANDARD: 'standard',
     FILL: 'fill',
-    CONTROL: 'control'
+    CONTROL: 'control',
+    EDIT: 'edit',
+    EDIT_PLUS: 'edit_plus'
 } as const;
 
 /**
- * Whether a model is an ordinary one, or one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+ * Whether a model is an ordinary one, one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels, or one that edits by reference images (FLUX.1 Kontext, Qwen-Image-Edit; edit_plus takes several, as of Qwen-Image-Edit-2509)
  */
 export type ModelKind = typeof ModelKind[keyof typeof ModelKind];
 
