@@ -10,9 +10,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image, ImageDraw
 
-from diffusion_workers.families.record import OriginalName
+from diffusion_workers.families.record import OriginalName, References
 from diffusion_workers.families.registry import FAMILIES
 from diffusion_workers.lora.files import LoraName, fits
 from diffusion_workers.lora.keys import module_shapes
@@ -45,6 +46,7 @@ def half() -> Image.Image:
     return mask
 
 
+NEGATIVE = {"negative_prompt": "blurry"}
 CANNY = {"model": "canny", "image": photo(), "preprocessing": {"name": "canny"}}
 TILE = {"model": "tile", "image": photo()}
 UNION = CANNY | {"model": "all"}
@@ -105,20 +107,32 @@ class FamilyCheck:
         return np.asarray(made.images[0]).astype(int)
 
 
+SMALL_AREA = 64 * 64
+_DIMENSIONS = {
+    module: module.calculate_dimensions for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus)
+}
 SMALL_SIZES = ((48, 96), (64, 64), (96, 64))
 
 
 @contextmanager
-def small_references() -> Iterator[None]:
+def small_references(small_area: int = SMALL_AREA) -> Iterator[None]:
     "Let reference images be seen in small sizes, where a model sees them in sizes of its own."
     with pytest.MonkeyPatch.context() as patch:
         for name, record in list(FAMILIES.items()):
-            small = {
-                kind: replace(limits, sizes=SMALL_SIZES) if limits.sizes else limits
-                for kind, limits in record.references.items()
-            }
-            patch.setitem(FAMILIES, name, replace(record, references=small))
+            patch.setitem(
+                FAMILIES,
+                name,
+                replace(record, references={k: _small(v, small_area) for k, v in record.references.items()}),
+            )
+        for module, own in _DIMENSIONS.items():
+            patch.setattr(module, "calculate_dimensions", lambda area, ratio, own=own: own(small_area, ratio))
         yield
+
+
+def _small(limits: References, area: int) -> References:
+    if limits.sizes:
+        return replace(limits, sizes=SMALL_SIZES)
+    return limits if limits.area is None else replace(limits, area=area)
 
 
 def quiet_pipeline(family: ModelFamily, kind: ModelKind = ModelKind.standard) -> diffusers.DiffusionPipeline:

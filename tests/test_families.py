@@ -12,6 +12,7 @@ from family_checks import (
     CANNY,
     LORA_LAYOUTS,
     MASKED,
+    NEGATIVE,
     ONE,
     ROUNDING,
     SMALL,
@@ -48,9 +49,22 @@ from diffusion_workers.service.render import pipeline_arguments
 from diffusion_workers.service.service import DiffusionService
 from ez_diffusion_client.models import ModelFamily, ModelKind, OpStatus
 
-NEGATIVE = {"negative_prompt": "blurry"}
 ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0")
 FLOW_ONLY = ({"scheduler": "ddim"}, "allowed: flow_match_euler")
+QWEN_LORA = {
+    "lora_ends": (*ATTENTION, "img_mlp.net.2", "img_mod.1"),
+    "no_layouts": tuple(name for name in LORA_LAYOUTS if "original" in name),  # they are those of diffusers
+}
+QWEN_REFUSED = (
+    FLOW_ONLY,
+    ({"true_cfg_scale": 2.0}, "qwen has no use for true_cfg_scale"),
+    ({"true_cfg_scale": 2.0}, "set guidance_scale"),
+    ({"prompt_2": "a dog"}, "has no use for prompt_2"),
+    ({"clip_skip": 1}, "has no use for clip_skip"),
+    ({"seamless": "both"}, "has no use for seamless"),
+    ({"guider": {"method": "apg"}}, "qwen has no apg"),
+    ({"step_cache": {"method": "mag"}}, "allowed: first_block, taylorseer"),
+)
 CHECKS = [
     FamilyCheck(
         ModelFamily.sd35,
@@ -200,6 +214,72 @@ CHECKS = [
         changed_weights=norm_scales,
         gguf_architecture="flux",
     ),
+    FamilyCheck(
+        ModelFamily.qwen,
+        tasks={
+            "text to image": Ran({}, "text_to_image", "QwenImagePipeline"),
+            "image to image": Ran({"image": photo(), "strength": 0.5}, "image_to_image", "QwenImageImg2ImgPipeline", 2),
+            "inpainting": Ran(MASKED, "inpainting", "QwenImageInpaintPipeline"),
+            "ControlNet": Ran({"controlnets": [CANNY]}, "text_to_image", "QwenImageControlNetPipeline"),
+            "two ControlNets": Ran({"controlnets": [CANNY, TILE]}, "text_to_image", "QwenImageControlNetPipeline"),
+            "union ControlNet": Ran({"controlnets": [UNION]}, "text_to_image", "QwenImageControlNetPipeline"),
+        },
+        refused=(
+            *QWEN_REFUSED,
+            (ONE, "qwen has no use for reference_images"),
+            ({"image": photo(), "controlnets": [CANNY]}, "no pipeline for single control with image_to_image"),
+            ({"controlnets": [UNION | {"control_mode": "prompt"}]}, "no control mode"),
+        ),
+        guidance={"guidance_scale": 9.0} | NEGATIVE,
+        unguided={"guidance_scale": 1.0},
+        batch=NEGATIVE,
+        theirs={"true_cfg_scale": 2.0} | NEGATIVE,
+        ours=NEGATIVE,
+        guided_tasks=("text to image", "ControlNet"),
+        transformer="QwenImageTransformer2DModel",
+        file_title="a transformer of Qwen-Image",
+        gguf_architecture="qwen_image",
+        controlnets=True,
+        **QWEN_LORA,
+    ),
+    FamilyCheck(
+        ModelFamily.qwen,
+        kind=ModelKind.edit,
+        tasks={"edit": Ran(ONE, "edit", "QwenImageEditPipeline")},
+        refused=(
+            *((ONE | fields, message) for fields, message in QWEN_REFUSED),
+            ({}, "not offered for text_to_image; add reference_images; allowed: edit"),
+            ({"image": photo()}, "not offered for image_to_image; put it into reference_images"),
+            (TWO, "Qwen-Image takes fewer reference images for edit; given '2 images'; allowed: at most 1"),
+            (ONE | {"controlnets": [{"image": photo()}]}, "this model takes no control maps"),
+        ),
+        guidance={"guidance_scale": 9.0} | NEGATIVE,
+        unguided={"guidance_scale": 1.0},
+        batch=NEGATIVE,
+        theirs={"true_cfg_scale": 2.0, "image": ONE["reference_images"]} | NEGATIVE,
+        ours=NEGATIVE | ONE,
+        guided_tasks=("edit",),
+    ),
+    FamilyCheck(
+        ModelFamily.qwen,
+        kind=ModelKind.edit_plus,
+        tasks={
+            "edit": Ran(ONE, "edit", "QwenImageEditPlusPipeline"),
+            "edit with two references": Ran(TWO, "edit", "QwenImageEditPlusPipeline"),
+            "edit with three references": Ran(THREE, "edit", "QwenImageEditPlusPipeline"),
+        },
+        refused=(
+            ({}, "not offered for text_to_image; add reference_images; allowed: edit"),
+            ({"image": photo()}, "not offered for image_to_image; put it into reference_images"),
+            ({"reference_images": [photo()] * 4}, "given '4 images'; allowed: at most 3"),
+        ),
+        guidance={"guidance_scale": 9.0} | NEGATIVE,
+        unguided={"guidance_scale": 1.0},
+        batch=NEGATIVE,
+        theirs={"true_cfg_scale": 2.0, "image": TWO["reference_images"]} | NEGATIVE,
+        ours=NEGATIVE | TWO,
+        guided_tasks=("edit with two references",),
+    ),
 ]
 NAMES = {check.name: check for check in CHECKS}
 WITH_FILES = [name for name, check in NAMES.items() if check.transformer]
@@ -260,13 +340,17 @@ def test_requests_with_prompts_of_other_lengths_share_a_batch(serve: Serve, name
     "Each draws what it draws alone, and no list of the caller is written to."
     check, service = NAMES[name], serve(NAMES[name])
     prompts = ["a cat", "a dog in the rain, under a red umbrella, at night"]
+    fields = dict(next(iter(check.tasks.values())).fields)
     requests = [
-        SMALL | {"model": name, "prompt": prompt, "seed": seed} | check.batch for seed, prompt in enumerate(prompts)
+        SMALL | fields | {"model": name, "prompt": prompt, "seed": seed} | check.batch
+        for seed, prompt in enumerate(prompts)
     ]
     alone = [check.pixels(service, **request)[0] for request in requests]
     handles = [service.submit(request) for request in requests]
     for handle, wanted in zip(handles, alone):
         assert difference(np.asarray(handle.result(timeout=120).image), wanted) <= ROUNDING
+    if fields:
+        return
     texts = {"prompt": list(prompts)}
     arguments = pipeline_arguments(service.plan(**SMALL, model=name).plan, [1, 2], Prepared(), texts)
     service.factory(service.manifest(name)).load()(**arguments | {"num_inference_steps": 1})
@@ -284,9 +368,10 @@ def test_it_draws_what_diffusers_draws(serve: Serve, name: str) -> None:
 def test_sizes_are_kept(serve: Serve, name: str) -> None:
     "As asked for, with a warning where they are rounded; without, the size of an image to start from."
     check, service = NAMES[name], serve(NAMES[name])
+    first = next(iter(check.tasks.values())).fields
     draw = lambda **fields: service.generate(model=name, prompt="a", num_inference_steps=1, seed=1, **fields)
-    rounded = draw(width=88, height=64)
-    assert [(note.field, note.given, note.used) for note in rounded.warnings] == [("width", "88", "96")]
+    rounded = draw(**first, width=88, height=64)
+    assert ("width", "88", "96") in [(note.field, note.given, note.used) for note in rounded.warnings]
     assert rounded.image.size == (96, 64)
     for task, ran in check.tasks.items():
         if {"image", "mask_image"} & ran.fields.keys() and "controlnets" not in ran.fields:
@@ -404,6 +489,7 @@ def test_every_task_runs_in_bfloat16(serve: Serve, name: str, task: str) -> None
 def test_what_a_step_sees_decodes_to_the_image(serve: Serve, name: str) -> None:
     "Previews are made of the same latents."
     seen, service = [], serve(NAMES[name])
-    result = service.generate(**SMALL, model=name, seed=1, on_step=seen.append)
+    fields = next(iter(NAMES[name].tasks.values())).fields
+    result = service.generate(**SMALL | fields, height=64, model=name, seed=1, on_step=seen.append)
     assert seen[-1].latents.ndim == 4 and seen[-1].latents.shape[2:] == (8, 8)
     assert difference(np.asarray(seen[-1].decode()[0]), np.asarray(result.image)) <= ROUNDING

@@ -155,7 +155,7 @@ FLUX2 = Family(
     ),
     tiny=TinyModel(
         components={
-            "tokenizer": TinyComponent("qwen"),
+            "tokenizer": TinyComponent("qwen_text"),
             "text_encoder": tiny_qwen("Qwen3ForCausalLM", layers=27),
             "vae": TinyComponent(
                 "AutoencoderKLFlux2",

@@ -58,6 +58,8 @@ class PipelineCall:
     area_argument: str | None = None  # the argument for width x height, without which it takes an area of its own
     arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones, always the same
     prompt_for_each: bool = False  # takes a prompt for each image, and not a number of images for each prompt
+    one_prompt: bool = False  # takes one prompt for all images
+    cuts_text: bool = True  # whether it cuts off a prompt that is longer than its `max_sequence_length`
     control_argument: str = "control_image"  # the argument for the control maps
     map_is_input: bool = False  # the control map goes into the denoiser itself, without a ControlNet
     mask_in_pixels: bool = False  # takes every pixel of a mask, instead of the first one of each latent cell
@@ -77,6 +79,8 @@ class Guidance:
     on_above: float = 1.0  # the scale from which on the second prediction counts; 0 where a scale adds to the prompt's
     embedded_field: str | None = None  # a scale that the denoiser is told as a number: distilled guidance
     needed: str = "guidance_scale"  # what has to be above that, in messages
+    argument: str | None = None  # of the pipelines, for `guidance_scale`; None is the same name
+    empty_negative: str | None = None  # the negative prompt without which they do not guide, where a request has none
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class Latents:
     channels: int
     packed: bool = False  # (B, H/16 * W/16, 4 * channels), 2 x 2 patches in rows, instead of (B, channels, H/8, W/8)
     normalised_patches: bool = False  # patches are normalised by the VAE's statistics; the pipeline returns plain ones
+    frames: bool = False  # the VAE is one for video: (B, channels, frames, H/8, W/8), with one frame
     downscale: int = 8  # pixels of an image for each latent
 
 # %% ../../nbs/05_families/01_record.ipynb #426ca5f6
@@ -110,6 +115,7 @@ class References:
     max_pixels: int | None = None  # a larger image is scaled down; None scales none
     multiple: int = 1  # pixels: both sides are cut to it, at the centre
     sizes: tuple[tuple[int, int], ...] = ()  # an image is scaled to the one with the nearest aspect ratio
+    area: int | None = None  # pixels, to about which the pipelines scale an image by themselves
     min_side: int = 1  # pixels
     max_aspect: float = math.inf  # the longer side divided by the shorter
     decides_size: bool = False  # whether the result has the size in which the first one is seen, or that of its file
@@ -121,12 +127,17 @@ class References:
     ) -> tuple[int, int]:  # width and height in pixels
         "The size in which the model sees an image."
         width, height = self.scaled_size(width, height)
-        if self.sizes:
+        if self.sizes or self.area is not None:
             return width, height
         return width // self.multiple * self.multiple, height // self.multiple * self.multiple
 
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
         "The size after scaling, before the sides are cut."
+        if self.area is not None:
+            wide = math.sqrt(self.area * width / height)
+            return round(wide / self.multiple) * self.multiple, round(
+                wide * height / width / self.multiple
+            ) * self.multiple
         if self.sizes:
             return min(self.sizes, key=lambda size: (abs(width / height - size[0] / size[1]), size))
         if self.max_pixels is None or width * height <= self.max_pixels:
@@ -141,7 +152,9 @@ class Controls:
 
     controlnet_class: str  # in diffusers
     multi_class: str  # that holds several, with its module
-    residuals: Literal["levels", "packed_tokens", "joint_tokens", "layers"]  # what a ControlNet returns, see above
+    residuals: Literal[
+        "levels", "packed_tokens", "joint_tokens", "layers", "image_tokens"
+    ]  # what a ControlNet returns, see above
     union_class: str | None = None
     union_multi_class: str | None = None  # where union ControlNets need a holder of their own
     merges_union_maps: bool = False  # one union ControlNet takes all of its maps in one call
@@ -209,7 +222,7 @@ class LoraKeys:
 class TinyComponent:
     "A component with random weights."
 
-    class_name: str  # in diffusers or transformers; "clip", "t5" and "qwen" are tokenizers
+    class_name: str  # in diffusers or transformers; "clip", "t5" and "qwen_text" are tokenizers, "qwen_vl" a processor
     config: Mapping[str, Any] = field(default_factory=dict)
     config_class: str | None = None  # in transformers, whose classes take a configuration object
     tokenizer: str | None = None  # the tokenizer that decides the size of the vocabulary
@@ -325,6 +338,7 @@ class Family:
     reads_gguf: bool = False  # whether the denoiser may be a .gguf file
     autocasts: bool = True  # whether the denoiser can compute in another dtype than that of its weights
     attention_backends: bool = False  # whether the denoiser has diffusers' choice of attention implementations
+    pads_texts: bool = True  # whether embeddings of a prompt and of a negative one have the same length
     text_layout: Literal["clip", "clip_clip", "clip_t5", "clip_clip_t5"] | None = (
         None  # of its text encoders, for prompts that are encoded here; None leaves every prompt to the pipeline
     )

@@ -62,7 +62,7 @@ def is_network(
     slot: str,  # of a pipeline
 ) -> bool:
     "Whether a component has weights."
-    return slot != "scheduler" and not slot.startswith("tokenizer")
+    return slot not in ("scheduler", "processor") and not slot.startswith("tokenizer")
 
 
 def named_networks(
@@ -126,7 +126,8 @@ def check_channels(
     if channels is None:
         return
     if latents.packed:
-        _check_packed_channels(channels, config.get("out_channels") or channels, kind)
+        outputs = (config.get("out_channels") or channels) * (config.get("patch_size") or 1) ** 2
+        _check_packed_channels(channels, outputs if config.get("out_channels") else channels, kind)
     elif channels == 2 * own:
         raise WeightFileError(
             f"its U-Net takes {channels} channels: it was trained to edit images (InstructPix2Pix)",

@@ -264,7 +264,9 @@ def use_noise(
         nonlocal used
         drawn = draw(shape, *args, **kwargs)
         given = noise
-        if drawn.numel() == noise.numel() and drawn.shape != noise.shape:  # FLUX.2 draws patches
+        if drawn.shape == (len(noise), 1, *noise.shape[1:]):  # Qwen-Image draws frames
+            given = noise[:, None]
+        elif drawn.numel() == noise.numel() and drawn.shape != noise.shape:  # FLUX.2 draws patches
             given = torch.nn.functional.pixel_unshuffle(noise, 2)
         if used or drawn.shape != given.shape:
             return drawn
@@ -463,7 +465,7 @@ def check_hooks(
     if hooks.embeds is not None:
         record = FAMILIES[plan.family]
         lists = record.denoiser_calls == "lists"
-        _check_embeds(hooks.embeds, images, takes, same_length=not lists)
+        _check_embeds(hooks.embeds, images, takes, same_length=record.pads_texts)
         guided = (getattr(plan, record.guidance.field) or 0) > record.guidance.on_above
         if lists and guided and hooks.embeds.negative_prompt_embeds is None:
             message = "with guidance this pipeline needs negative_prompt_embeds too"

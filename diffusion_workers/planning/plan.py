@@ -658,7 +658,7 @@ def check_task(
         able = record.tasks_of(manifest.kind)
         hint = record.instead.get("image") if task not in able else None
         if task not in able and hint is None and Task.edit in able:
-            hint = _EDIT_HINT
+            hint = "add reference_images" if task == Task.text_to_image else _EDIT_HINT
         title = "this model" if task in record.tasks else f"a model of the family {manifest.family.value}"
         yield error_detail(
             ErrorCode.unsupported_combination,

@@ -59,6 +59,7 @@ class ModelFamily(StrEnum):
     sd35 = "sd35"
     zimage = "zimage"
     flux2 = "flux2"
+    qwen = "qwen"
 
 
 class ModelKind(StrEnum):

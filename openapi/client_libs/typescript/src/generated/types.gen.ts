@@ -23,7 +23,8 @@ export const ModelFamily = {
     FLUX: 'flux',
     SD35: 'sd35',
     ZIMAGE: 'zimage',
-    FLUX2: 'flux2'
+    FLUX2: 'flux2',
+    QWEN: 'qwen'
 } as const;
 
 /**
