@@ -1,5 +1,6 @@
 """What the tests of the model families share: images, LoRA layouts, weights in other names, a row for each family."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -253,10 +254,10 @@ def original_weights(transformer: Any, names: Iterable[OriginalName]) -> dict[st
 
 
 def norm_scales(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    "The norms of query and key as Black Forest Labs name their weights."
+    "The weights of norms as Black Forest Labs, and the authors of Chroma, name them."
     named = {}
     for name, tensor in weights.items():
-        ends = name.endswith(("norm.query_norm.weight", "norm.key_norm.weight"))
+        ends = re.search(r"norm\.(?:query|key)_norm\.weight$|_guidance_layer\.norms\.\d+\.weight$", name)
         named[name.removesuffix("weight") + "scale" if ends else name] = tensor
     return named
 

@@ -36,6 +36,7 @@ from family_checks import (
 from PIL import Image
 from safetensors.torch import save_file
 
+from diffusion_workers.families.chroma import chroma_original_names
 from diffusion_workers.families.flux import flux_original_names
 from diffusion_workers.families.flux2 import flux2_original_names
 from diffusion_workers.families.sd35 import sd35_original_names
@@ -279,6 +280,36 @@ CHECKS = [
         theirs={"true_cfg_scale": 2.0, "image": TWO["reference_images"]} | NEGATIVE,
         ours=NEGATIVE | TWO,
         guided_tasks=("edit with two references",),
+    ),
+    FamilyCheck(
+        ModelFamily.chroma,
+        tasks={
+            "text to image": Ran({}, "text_to_image", "ChromaPipeline"),
+            "image to image": Ran({"image": photo(), "strength": 0.5}, "image_to_image", "ChromaImg2ImgPipeline", 2),
+        },
+        refused=(
+            FLOW_ONLY,
+            ({"true_cfg_scale": 2.0}, "chroma has no use for true_cfg_scale"),
+            ({"true_cfg_scale": 2.0}, "set guidance_scale"),
+            ({"prompt_2": "a dog"}, "has no use for prompt_2"),
+            ({"clip_skip": 1}, "has no use for clip_skip"),
+            ({"seamless": "both"}, "has no use for seamless"),
+            ({"step_cache": {"method": "first_block"}}, "allowed: taylorseer"),
+            ({"controlnets": [{"image": photo()}]}, "chroma has no use for controlnets"),
+            (MASKED, "chroma is not offered for inpainting; leave mask_image out"),
+            (ONE, "chroma has no use for reference_images"),
+        ),
+        guidance={"guidance_scale": 9.0} | NEGATIVE,
+        unguided={"guidance_scale": 1.0},
+        batch=NEGATIVE,
+        theirs={"guidance_scale": 2.0} | NEGATIVE,
+        ours=NEGATIVE,
+        original_names=chroma_original_names,
+        lora_ends=(*ATTENTION, "proj_mlp", "ff.net.2", "linear_1"),
+        transformer="ChromaTransformer2DModel",
+        file_title="a transformer of Chroma",
+        changed_weights=norm_scales,
+        gguf_architecture="flux",
     ),
 ]
 NAMES = {check.name: check for check in CHECKS}

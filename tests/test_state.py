@@ -190,6 +190,7 @@ BASES = {  # family -> requests whose pixels must not change
         "sd35": {"acceleration": {"guidance_end": 0.5}},
         "zimage": {"acceleration": {"guidance_end": 0.5}},
         "flux2": {"step_cache": {"method": "taylorseer", "interval": 2}},
+        "chroma": {"step_cache": {"method": "taylorseer", "interval": 2}},
         "qwen": {"step_cache": {"method": "first_block", "threshold": 0.5}},
     }.items()
 }  # fmt: skip

@@ -373,6 +373,19 @@ def _original_flux2(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     return convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors))
 
 
+_APPROXIMATOR = {"in_layer": "linear_1", "out_layer": "linear_2"}
+_IN_APPROXIMATOR = re.compile(r"^(distilled_guidance_layer\.layers\.\d+\.)(in_layer|out_layer)\.")
+_NORM_OF_APPROXIMATOR = re.compile(r"^(distilled_guidance_layer\.norms\.\d+\.)scale$")
+
+
+def _original_chroma(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    renamed = {}
+    for name, tensor in tensors.items():
+        name = _IN_APPROXIMATOR.sub(lambda found: f"{found[1]}{_APPROXIMATOR[found[2]]}.", name)
+        renamed[_NORM_OF_APPROXIMATOR.sub(r"\1weight", name)] = tensor
+    return _original_flux(renamed, config)
+
+
 def _vision_language(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     "Its two parts lie below model in transformers, and side by side in files."
     renamed = {}
@@ -544,6 +557,9 @@ LAYOUTS = {
     ),
     "Flux2Transformer2DModel": Layout(
         "a transformer of FLUX.2", _DENOISER, r"^(?:img_in|x_embedder)\.weight$", _original_flux2
+    ),
+    "ChromaTransformer2DModel": Layout(
+        "a transformer of Chroma", _DENOISER, r"^distilled_guidance_layer\.", _original_chroma
     ),
     "QwenImageTransformer2DModel": Layout(
         "a transformer of Qwen-Image", _DENOISER, r"^transformer_blocks\.\d+\.img_mod\."

@@ -212,6 +212,7 @@ class LoraKeys:
     marks: tuple[LoraMark, ...]
     architectures: tuple[str, ...]  # how ss_base_model_version or modelspec.architecture begins
     blocks: LoraBlocks | None = None  # where other families name their attention the same
+    like: tuple[ModelFamily, ...] = ()  # families whose files are tried too, as far as their layers are the same
     block_scales: bool = False  # whether the blocks of the denoiser can be scaled one by one
     text_encoders: Mapping[str, str] = field(
         default_factory=dict
@@ -339,6 +340,7 @@ class Family:
     autocasts: bool = True  # whether the denoiser can compute in another dtype than that of its weights
     attention_backends: bool = False  # whether the denoiser has diffusers' choice of attention implementations
     pads_texts: bool = True  # whether embeddings of a prompt and of a negative one have the same length
+    embeds_have_masks: bool = False  # whether prompt embeddings need attention masks beside them; then none are taken
     text_layout: Literal["clip", "clip_clip", "clip_t5", "clip_clip_t5"] | None = (
         None  # of its text encoders, for prompts that are encoded here; None leaves every prompt to the pipeline
     )

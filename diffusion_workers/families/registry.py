@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from .chroma import CHROMA
 from .flux import FLUX
 from .flux2 import FLUX2, KLEIN_4B
 from .qwen import QWEN
@@ -33,6 +34,7 @@ FAMILIES: dict[ModelFamily, Family] = {
         ZIMAGE,
         FLUX2,
         QWEN,
+        CHROMA,
     )
 }
 
@@ -68,7 +70,6 @@ OTHER_FAMILIES: dict[str, tuple[LoraMark, ...]] = {
     "Stable Video Diffusion": (LoraMark(r"temporal_transformer_blocks_\d+_", order=-1),),
     "AuraFlow": (LoraMark(r"^joint_transformer_blocks_"),),
     "FLUX.2 dev": (LoraMark(_JOINT, 6144, 5),),
-    "Chroma": (LoraMark(r"^distilled_guidance_layer"),),
     "HunyuanVideo": (
         LoraMark(r"^double_blocks\.\d+\.(?:img|txt)_(?:attn_|mod\.linear|mlp\.fc)", written=True),
         LoraMark(r"_(?:img|txt)_(?:mlp_fc[12]|mod_linear)$|modulation_linear$|individual_token_refiner"),
@@ -97,7 +98,6 @@ SAME_NAMES = {  # title -> blocks whose attention has the names and widths of Fl
 _OTHER_ARCHITECTURES = {
     "sd_v2": "Stable Diffusion 2.x",
     "stable-diffusion-v2": "Stable Diffusion 2.x",
-    "chroma": "Chroma",
     "flux2-dev": "FLUX.2 dev",
     "flux-2-dev": "FLUX.2 dev",
     "flux.2-dev": "FLUX.2 dev",
@@ -211,7 +211,7 @@ def lora_family(
         family = None if source.family is None else FAMILIES[source.family]
         if family is None or family.lora.blocks is None:
             return source
-        if declared is not None and declared.family is None:
+        if declared is not None and (declared.family is None or declared.title in SAME_NAMES):
             return declared
         return _by_blocks(modules, family) or source
     return declared

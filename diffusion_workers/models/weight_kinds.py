@@ -97,7 +97,6 @@ CONTROLNETS = (
 )
 _OTHER = "declare a model of a supported family"
 FOREIGN = (  # networks of families that this package does not run
-    Signature(r"distilled_guidance_layer\.", "a transformer of Chroma", _OTHER),
     Signature(r"txt_in\.individual_token_refiner\.", "a transformer of HunyuanVideo", _OTHER),
     Signature(r"(?:^|\.)(?:cap_embedder|noise_refiner)\.", "a transformer of Lumina", _OTHER),
     Signature(r"blocks\.\d+\.cross_attn\.|head\.modulation$", "a transformer of Wan or a relative", _OTHER),
@@ -154,6 +153,8 @@ def _transformer_words(header: WeightHeader, prefix: str) -> str:
     first = first_layer(header, prefix)
     if is_zimage(header, prefix):
         return "a transformer of Z-Image"
+    if any("distilled_guidance_layer." in name for name in header.tensors):
+        return "a transformer of Chroma"
     if any(_QWEN.search(name) for name in header.tensors):
         return "a transformer of Qwen-Image"
     if any("double_stream_modulation_" in name for name in header.tensors):

@@ -60,6 +60,7 @@ class ModelFamily(StrEnum):
     zimage = "zimage"
     flux2 = "flux2"
     qwen = "qwen"
+    chroma = "chroma"
 
 
 class ModelKind(StrEnum):

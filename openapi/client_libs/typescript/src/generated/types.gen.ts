@@ -24,7 +24,8 @@ export const ModelFamily = {
     SD35: 'sd35',
     ZIMAGE: 'zimage',
     FLUX2: 'flux2',
-    QWEN: 'qwen'
+    QWEN: 'qwen',
+    CHROMA: 'chroma'
 } as const;
 
 /**
