@@ -216,6 +216,29 @@ CHECKS = [
         gguf_architecture="flux",
     ),
     FamilyCheck(
+        ModelFamily.flux2,
+        kind=ModelKind.kv,
+        tasks={
+            "text to image": Ran({}, "text_to_image", "Flux2KleinKVPipeline"),
+            "edit": Ran(ONE, "edit", "Flux2KleinKVPipeline"),
+            "edit with two references": Ran(TWO, "edit", "Flux2KleinKVPipeline"),
+            "edit with three references": Ran(THREE, "edit", "Flux2KleinKVPipeline"),
+        },
+        refused=(
+            FLOW_ONLY,
+            (NEGATIVE, "flux2 has no use for negative_prompt"),
+            ({"guidance_scale": 4.0}, "flux2 of the kind kv has no guidance"),
+            ({"step_cache": {"method": "taylorseer"}}, "flux2 of the kind kv takes no step cache"),
+            (MASKED, "not offered for inpainting; put it into reference_images"),
+            ({"reference_images": [photo()] * 5}, "fewer reference images for edit; given '5 images'"),
+        ),
+        guidance={},
+        unguided={},
+        theirs={"image": TWO["reference_images"]},
+        ours=TWO,
+        guided_tasks=(),
+    ),
+    FamilyCheck(
         ModelFamily.qwen,
         tasks={
             "text to image": Ran({}, "text_to_image", "QwenImagePipeline"),

@@ -221,3 +221,19 @@ def test_files_of_klein_at_its_real_width_are_told_from_others(folder: Path) -> 
             tensors[f"lora_unet_{name}.lora_up.weight"] = torch.zeros(outputs, 1)
         save_file(tensors, folder / "loras" / "probe.safetensors")
         assert load_lora(folder / "loras" / "probe.safetensors", LoraName("probe")).header.family == "flux2", title
+
+
+def test_a_model_that_keeps_references_leaves_its_twin_alone(tmp_path: Path) -> None:
+    "The pipeline changes the attention of its transformer for good; an ordinary model of the same folder has its own."
+    write_tiny_model(tmp_path, ModelFamily.flux2)
+    text = (tmp_path / "flux2.yaml").read_text()
+    (tmp_path / "kv.yaml").write_text(text + "kind: kv\n")
+    with serving(tmp_path) as service:
+        before = pixels(service, seed=3, height=64, **TWO)[0]
+        kept = pixels(service, model="kv", seed=3, height=64, **TWO)[0]
+        assert difference(kept, before) > 0 and difference(pixels(service, seed=3, height=64, **TWO)[0], before) == 0
+        processors = lambda name: {
+            type(part).__name__
+            for part in service.factory(service.manifest(name)).load().transformer.attn_processors.values()
+        }
+        assert not processors("flux2") & processors("kv")

@@ -59,6 +59,8 @@ class PipelineCall:
     arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones, always the same
     prompt_for_each: bool = False  # takes a prompt for each image, and not a number of images for each prompt
     one_prompt: bool = False  # takes one prompt for all images
+    guided: bool = True  # whether it has the argument for classifier-free guidance
+    takes_step_caches: bool = True  # whether its steps are alike enough for the step caches of the family
     cuts_text: bool = True  # whether it cuts off a prompt that is longer than its `max_sequence_length`
     control_argument: str = "control_image"  # the argument for the control maps
     map_is_input: bool = False  # the control map goes into the denoiser itself, without a ControlNet
@@ -334,6 +336,7 @@ class Family:
     aligned_steps: Literal["sd1", "xl"] | None = None  # the table of Align Your Steps that was made for it
     usual_names: tuple[str, ...] = ()  # parts of the names that people give to its models, in lower case
     refiner: Refiner | None = None
+    changes_denoiser: frozenset[ModelKind] = frozenset()  # kinds whose pipelines change its modules for good
     guiders: tuple[str, ...] = ("apg", "cfg_zero_star")  # refinements of guidance that work on the denoiser
     freeu: Mapping[str, float] = field(default_factory=dict)  # weights of FreeU where they differ from the usual ones
     reads_gguf: bool = False  # whether the denoiser may be a .gguf file

@@ -642,8 +642,12 @@ class ModelManifest(_Section):
         known = next((family for name, family in FAMILIES.items() if name == data.get("family")), None)
         row = (known or next(iter(FAMILIES.values()))).defaults  # an unknown family is refused by its field
         given = {key: value for key, value in (data.get("defaults") or {}).items() if value is not None}
-        kind = data.get("kind", ModelKind.standard)
-        tasks = {} if known is None or kind not in known.base_classes else {"tasks": known.tasks_of(ModelKind(kind))}
+        edits = known is not None and data.get("kind", ModelKind.standard) in known.references
+        tasks = (
+            {}
+            if known is None
+            else {"tasks": known.tasks_of(ModelKind(data.get("kind", "standard"))) if edits else known.tasks}
+        )
         return {**tasks, **data, "defaults": {**row, **given}}
 
     @model_validator(mode="after")

@@ -113,6 +113,7 @@ _HALVES = {  # input channels for two output channels
     ModelKind.fill: 12,
     ModelKind.edit: 2,
     ModelKind.edit_plus: 2,
+    ModelKind.kv: 2,
 }
 
 

@@ -820,6 +820,23 @@ def check_support(
             allowed="1",
             hint="leave it out, or leave the ControlNet out",
         )
+    if call is not None and not call.guided and (request.guidance_scale or 0) > record.guidance.on_above:
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            f"a model of the family {family} of the kind {manifest.kind.value} has no guidance",
+            field="guidance_scale",
+            given=request.guidance_scale,
+            allowed=f"{record.guidance.on_above:g}",
+            hint="leave it out, or take the base model",
+        )
+    if call is not None and not call.takes_step_caches and request.step_cache is not None:
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            f"a model of the family {family} of the kind {manifest.kind.value} takes no step cache",
+            field="step_cache",
+            given=request.step_cache.method.value,
+            hint="leave it out",
+        )
     if request.refiner is not None and record.refiner is not None and manifest.refiner is None:
         yield error_detail(
             ErrorCode.unsupported_combination,
@@ -964,6 +981,8 @@ def _plan_syntax(
 
 def _plan_guidance(request: GenerationRequest, manifest: ModelManifest, call: PipelineCall) -> dict[str, float | None]:
     planned = {"guidance_scale": float(_first(request.guidance_scale, manifest.defaults.guidance_scale))}
+    if not call.guided:
+        planned["guidance_scale"] = manifest.record.guidance.on_above
     for name in ("guidance_rescale", "true_cfg_scale"):
         asked = _first(getattr(request, name), getattr(manifest.defaults, name))
         planned[name] = (asked or None) if name in call.takes else None

@@ -169,6 +169,8 @@ def pipeline_arguments(
     if call.prompt_for_each and arguments["num_images_per_prompt"] > 1:
         shared = {name: [value] * len(seeds) for name, value in arguments.items() if name in _TEXTS}
         arguments |= shared | {"num_images_per_prompt": 1}
+    if not call.guided:
+        del arguments["guidance_scale"]
     if call.takes_size:
         arguments |= {"width": plan.width, "height": plan.height}
     arguments |= call.arguments
