@@ -85,6 +85,7 @@ from ez_diffusion_client.models import (
     GenerationPlan,
     GenerationRequest,
     InpaintOptions,
+    ModelKind,
     OutputOptions,
     PlannedImage,
     PlannedReference,
@@ -646,13 +647,19 @@ def strength_warnings(strength: float | None, steps: int, made: int) -> Iterator
         )
 
 
+_EDIT_HINT = "put it into reference_images, and say in the prompt what to change"
+
+
 def check_task(
     request: GenerationRequest, manifest: ModelManifest, steps: int, strength: float | None, call: PipelineCall | None
 ) -> Iterator[ErrorDetail]:
     "Whether image, mask, strength and steps make sense together."
     task, record = plan_task(request), manifest.record
-    if task not in manifest.tasks and (task != Task.edit or record.max_references):
-        hint = record.instead.get("image") if task not in record.tasks else None
+    if task not in manifest.tasks and (task != Task.edit or record.max_references(manifest.kind)):
+        able = record.tasks_of(manifest.kind)
+        hint = record.instead.get("image") if task not in able else None
+        if task not in able and hint is None and Task.edit in able:
+            hint = "add reference_images" if task == Task.text_to_image else _EDIT_HINT
         title = "this model" if task in record.tasks else f"a model of the family {manifest.family.value}"
         yield error_detail(
             ErrorCode.unsupported_combination,
@@ -783,7 +790,7 @@ def check_support(
         yield error_detail(ErrorCode.unsupported_combination, message, field="controlnets", given=kind)
     for field in type(request).model_fields:  # in the order of the specification
         given = getattr(request, field) if field in request.model_fields_set else None
-        if given is not None and not record.applies(field):
+        if given is not None and not record.applies(field, manifest.kind):
             yield error_detail(
                 ErrorCode.unsupported_combination,
                 f"a model of the family {family} has no use for {field}",
@@ -814,6 +821,23 @@ def check_support(
             allowed="1",
             hint="leave it out, or leave the ControlNet out",
         )
+    if call is not None and not call.guided and (request.guidance_scale or 0) > record.guidance.on_above:
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            f"a model of the family {family} of the kind {manifest.kind.value} has no guidance",
+            field="guidance_scale",
+            given=request.guidance_scale,
+            allowed=f"{record.guidance.on_above:g}",
+            hint="leave it out, or take the base model",
+        )
+    if call is not None and not call.takes_step_caches and request.step_cache is not None:
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            f"a model of the family {family} of the kind {manifest.kind.value} takes no step cache",
+            field="step_cache",
+            given=request.step_cache.method.value,
+            hint="leave it out",
+        )
     if request.refiner is not None and record.refiner is not None and manifest.refiner is None:
         yield error_detail(
             ErrorCode.unsupported_combination,
@@ -824,7 +848,13 @@ def check_support(
 
 
 _REFERENCES_HINT = "start from one image with image and strength, or take a model of the families "
-_REFERENCES_HINT += ", ".join(family.value for family, record in FAMILIES.items() if record.max_references)
+_REFERENCES_HINT += ", ".join(
+    family.value
+    if ModelKind.standard in record.references
+    else f"{family.value} (kind {next(iter(record.references))})"
+    for family, record in FAMILIES.items()
+    if record.references
+)
 
 
 def check_references(
@@ -834,7 +864,7 @@ def check_references(
     references: Sequence[PlannedReference],
 ) -> Iterator[ErrorDetail]:
     "Whether the reference images are not too many, too small or too long for the family."
-    limits, title = manifest.record.references, manifest.record.title
+    limits, title = manifest.record.references.get(manifest.kind), manifest.record.title
     count = len(request.reference_images or ())
     if limits is None or call is None:
         return
@@ -874,12 +904,21 @@ def plan_references(
     manifest: ModelManifest,
 ) -> list[PlannedReference]:
     "What the plan says of the reference images."
-    limits, planned = manifest.record.references, []
+    limits, planned = manifest.record.references.get(manifest.kind), []
     for image in images:
         size = (image.width, image.height) if limits is None else limits.used_size(image.width, image.height)
         used = {"used_width": max(1, size[0]), "used_height": max(1, size[1])}
         planned.append(PlannedReference(sha256=image.sha256, width=image.width, height=image.height, **used))
     return planned
+
+
+def _size_source(manifest: ModelManifest, references: Sequence[PlannedReference]) -> PlannedReference | None:
+    "The first reference image as far as it decides the size of the result: as it was given, or as the model sees it."
+    limits = manifest.record.references.get(manifest.kind)
+    if not references or limits is None or not limits.decides_size:
+        return references[0] if references else None
+    used = {"width": references[0].used_width, "height": references[0].used_height}
+    return references[0].model_copy(update=used)
 
 
 def check_distilled(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
@@ -943,6 +982,8 @@ def _plan_syntax(
 
 def _plan_guidance(request: GenerationRequest, manifest: ModelManifest, call: PipelineCall) -> dict[str, float | None]:
     planned = {"guidance_scale": float(_first(request.guidance_scale, manifest.defaults.guidance_scale))}
+    if not call.guided:
+        planned["guidance_scale"] = manifest.record.guidance.on_above
     for name in ("guidance_rescale", "true_cfg_scale"):
         asked = _first(getattr(request, name), getattr(manifest.defaults, name))
         planned[name] = (asked or None) if name in call.takes else None
@@ -1149,7 +1190,7 @@ def make_plan(
     asked = apply_profile(request, manifest)
     references = plan_references(reference_images, manifest)
     task, kind = plan_task(asked), plan_control_kind(asked, manifest)
-    size = plan_size(asked, manifest, references[0] if task == Task.edit and references else image)
+    size = plan_size(asked, manifest, _size_source(manifest, references) if task == Task.edit else image)
     call = planned_call(manifest, task, kind)
     loras = resolve_loras(request, manifest, read_files=False) if loras is None else loras
     request, distilled_notes = apply_distilled(asked, manifest, loras)
