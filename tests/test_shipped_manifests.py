@@ -9,7 +9,7 @@ from diffusion_workers.models.manifest import ModelManifest
 from diffusion_workers.models.store import load_manifests
 from diffusion_workers.planning.controls import ControlFacts, learnt_modes
 from diffusion_workers.planning.plan import make_plan
-from ez_diffusion_client.models import GenerationRequest, PlannedImage, Task
+from ez_diffusion_client.models import ControlKind, GenerationRequest, PlannedImage, Task
 
 STORE = load_manifests()
 FACT = PlannedImage(sha256="0" * 64, width=1024, height=1024)
@@ -32,7 +32,7 @@ def offers(manifest: ModelManifest) -> list[list[dict]]:
 def test_all_are_read() -> None:
     assert not STORE.errors, STORE.errors
     assert {"shapes-sd15", "sdxl-base-1.0", "flux1-schnell", "flux1-dev", "stable-diffusion-v1-5"} <= set(STORE)
-    assert {"stable-diffusion-3.5-medium", "z-image", "z-image-turbo", "flux2-klein-4b"} <= set(STORE)
+    assert {"stable-diffusion-3.5-medium", "z-image", "z-image-turbo", "flux2-klein-4b", "qwen-image"} <= set(STORE)
 
 
 @pytest.mark.parametrize("name", list(STORE))
@@ -41,6 +41,9 @@ def test_every_offer_is_planned(name: str) -> None:
     for entry in manifest.controlnets.values():
         assert set(entry.preprocessors) <= set(PREPROCESSORS)
     for task, units in product(manifest.tasks, offers(manifest)):
+        union = any(manifest.controlnets[unit["model"]].union for unit in units if "model" in unit)
+        if union and manifest.record.call(task, ControlKind.union, manifest.kind) is None:
+            continue
         pictures = {"image": FACT} if task in (Task.image_to_image, Task.inpainting) else {}
         pictures |= {"mask_image": FACT} if task == Task.inpainting else {}
         references = {"reference_images": [FACT]} if task == Task.edit else {}

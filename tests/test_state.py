@@ -103,7 +103,7 @@ def random_request(rng: random.Random, family: str) -> dict:
     }
     if task in (Task.image_to_image, Task.inpainting):
         request["image"] = picture(7)
-    if record.max_references and (task == Task.edit or rng.random() < 0.5):
+    if record.max_references() and (task == Task.edit or rng.random() < 0.5):
         request["reference_images"] = [picture(9)] * (2 if task == Task.edit else 1)
     if task == Task.inpainting:
         request["mask_image"] = picture(8).convert("L")
@@ -190,6 +190,8 @@ BASES = {  # family -> requests whose pixels must not change
         "sd35": {"acceleration": {"guidance_end": 0.5}},
         "zimage": {"acceleration": {"guidance_end": 0.5}},
         "flux2": {"step_cache": {"method": "taylorseer", "interval": 2}},
+        "chroma": {"step_cache": {"method": "taylorseer", "interval": 2}},
+        "qwen": {"step_cache": {"method": "first_block", "threshold": 0.5}},
     }.items()
 }  # fmt: skip
 

@@ -246,11 +246,10 @@ class SeparateRun:
             return (self._prompted,)
         self.calls += 1
         with self.arithmetic(), self.context("uncond" if again else "cond"):
-            predicted = self.transformer.forward(hidden_states, *args, timestep=timestep, **kwargs)[0].to(
-                hidden_states.dtype
-            )
+            made, *more = self.transformer.forward(hidden_states, *args, timestep=timestep, **kwargs)
+        predicted = made.to(hidden_states.dtype)
         if again:
             self.guidance.watch(predicted, self._prompted)
         else:
             self._prompted = predicted
-        return (predicted,)
+        return (predicted, *more)

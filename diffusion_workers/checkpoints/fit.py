@@ -379,17 +379,26 @@ def _unet_mismatches(unet: Any, parts: Mapping[str, Any]) -> list[str]:
 
 
 def _transformer_mismatches(transformer: Any, parts: Mapping[str, Any]) -> list[str]:
-    "The tokens come from the T5 encoder, the pooled text from the CLIP encoders side by side."
+    "The tokens come from T5 or a vision language model, the pooled text from the CLIP encoders side by side."
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
     tokens = [encoder.config.d_model for encoder in encoders if hasattr(encoder.config, "d_model")]
-    pooled = [_pooled_width(encoder) for encoder in encoders if not hasattr(encoder.config, "d_model")]
+    seeing = [encoder.config.text_config.hidden_size for encoder in encoders if _sees(encoder)]
+    pooled = [_pooled_width(part) for part in encoders if not hasattr(part.config, "d_model") and not _sees(part)]
     found = []
-    for field, what, widths in (("joint_attention_dim", "T5", tokens), ("pooled_projection_dim", "CLIP", pooled)):
+    for field, what, widths in (
+        ("joint_attention_dim", "T5", tokens),
+        ("joint_attention_dim", "Qwen2.5-VL", seeing),
+        ("pooled_projection_dim", "CLIP", pooled),
+    ):
         needed = getattr(transformer.config, field, None)
         if widths and needed is not None and needed != sum(widths):
             encoded = f"its {what} text encoders give {sum(widths)}"
             found.append(f"its transformer takes a text of width {needed} ({field}), and {encoded}")
     return found
+
+
+def _sees(encoder: torch.nn.Module) -> bool:  # whether it is a language model that sees images
+    return getattr(encoder.config, "vision_config", None) is not None
 
 
 def _pooled_width(encoder: torch.nn.Module) -> int:

@@ -373,6 +373,33 @@ def _original_flux2(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     return convert_flux2_transformer_checkpoint_to_diffusers(dict(tensors))
 
 
+_APPROXIMATOR = {"in_layer": "linear_1", "out_layer": "linear_2"}
+_IN_APPROXIMATOR = re.compile(r"^(distilled_guidance_layer\.layers\.\d+\.)(in_layer|out_layer)\.")
+_NORM_OF_APPROXIMATOR = re.compile(r"^(distilled_guidance_layer\.norms\.\d+\.)scale$")
+
+
+def _original_chroma(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    renamed = {}
+    for name, tensor in tensors.items():
+        name = _IN_APPROXIMATOR.sub(lambda found: f"{found[1]}{_APPROXIMATOR[found[2]]}.", name)
+        renamed[_NORM_OF_APPROXIMATOR.sub(r"\1weight", name)] = tensor
+    return _original_flux(renamed, config)
+
+
+def _vision_language(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    "Its two parts lie below model in transformers, and side by side in files."
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.startswith("visual."):
+            name = f"model.{name}"
+        elif re.match(r"model\.(?:layers|embed_tokens|norm)\.", name):
+            name = f"model.language_model.{name.removeprefix('model.')}"
+        renamed[name] = tensor
+    if "lm_head.weight" not in renamed and "model.language_model.embed_tokens.weight" in renamed:
+        renamed["lm_head.weight"] = renamed["model.language_model.embed_tokens.weight"]
+    return renamed
+
+
 def _tied_head(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     "A language model whose last layer is its first one is saved without it."
     first = tensors.get("model.embed_tokens.weight")
@@ -530,6 +557,16 @@ LAYOUTS = {
     ),
     "Flux2Transformer2DModel": Layout(
         "a transformer of FLUX.2", _DENOISER, r"^(?:img_in|x_embedder)\.weight$", _original_flux2
+    ),
+    "ChromaTransformer2DModel": Layout(
+        "a transformer of Chroma", _DENOISER, r"^distilled_guidance_layer\.", _original_chroma
+    ),
+    "QwenImageTransformer2DModel": Layout(
+        "a transformer of Qwen-Image", _DENOISER, r"^transformer_blocks\.\d+\.img_mod\."
+    ),
+    "QwenImageControlNetModel": Layout("a ControlNet for Qwen-Image", ("",), r"^controlnet_x_embedder\."),
+    "Qwen2_5_VLForConditionalGeneration": Layout(
+        "a vision language model of Qwen2.5", ("",), r"^(?:model\.)?visual\.", _vision_language
     ),
     "Qwen3ForCausalLM": Layout(
         "a language model of Qwen3", ("",), r"^model\.layers\.\d+\.self_attn\.q_norm\.", _tied_head

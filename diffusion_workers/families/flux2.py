@@ -80,6 +80,8 @@ def flux2_original_names(
 # %% ../../nbs/05_families/08_flux2.ipynb #7a54f40e
 _MEGAPIXEL = 1024 * 1024
 _NOTHING: frozenset[str] = frozenset()
+_KV: dict[str, Any] = {"model_kind": ModelKind.kv, "takes": _NOTHING, "guided": False, "takes_step_caches": False}
+_REFERENCES = References(max_pixels=_MEGAPIXEL, multiple=16, min_side=64, max_aspect=8)
 FLUX2_CALLS = (
     PipelineCall("Flux2KleinPipeline", Task.text_to_image, takes=_NOTHING),
     PipelineCall("Flux2KleinPipeline", Task.edit, takes=_NOTHING, references=4, reference_argument="image"),
@@ -92,6 +94,8 @@ FLUX2_CALLS = (
         max_pixels=_MEGAPIXEL,
         count_steps=remaining_steps_at_least_one,
     ),
+    PipelineCall("Flux2KleinKVPipeline", Task.text_to_image, **_KV),
+    PipelineCall("Flux2KleinKVPipeline", Task.edit, references=4, **_KV),
 )
 
 # %% ../../nbs/05_families/08_flux2.ipynb #24d5ccbb
@@ -102,7 +106,7 @@ _ATTENTION = r"^(?:double_blocks|single_blocks|(?:single_)?transformer_blocks)_\
 FLUX2 = Family(
     name=ModelFamily.flux2,
     title="FLUX.2 Klein",
-    base_classes={ModelKind.standard: "Flux2KleinPipeline"},
+    base_classes={ModelKind.standard: "Flux2KleinPipeline", ModelKind.kv: "Flux2KleinKVPipeline"},
     calls=FLUX2_CALLS,
     components={
         "text_encoder": ("Qwen3ForCausalLM",),
@@ -140,8 +144,9 @@ FLUX2 = Family(
     latents=Latents(channels=32, packed=True, normalised_patches=True),
     denoiser_calls="separate",
     step_caches=("taylorseer",),
+    changes_denoiser=frozenset({ModelKind.kv}),
     guiders=(),  # they would measure the tokens of reference images too
-    references=References(max_pixels=_MEGAPIXEL, multiple=16, min_side=64, max_aspect=8),
+    references={ModelKind.standard: _REFERENCES, ModelKind.kv: _REFERENCES},
     controls=Controls(controlnet_class="", multi_class="torch.nn.ModuleList", residuals="packed_tokens"),
     lora=LoraKeys(
         original_names=flux2_original_names,
@@ -156,7 +161,7 @@ FLUX2 = Family(
     ),
     tiny=TinyModel(
         components={
-            "tokenizer": TinyComponent("qwen"),
+            "tokenizer": TinyComponent("qwen_text"),
             "text_encoder": tiny_qwen("Qwen3ForCausalLM", layers=27),
             "vae": TinyComponent(
                 "AutoencoderKLFlux2",

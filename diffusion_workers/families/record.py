@@ -55,7 +55,13 @@ class PipelineCall:
     references: int = 0  # how many reference images it takes
     reference_argument: str = "image"  # the argument for them
     max_pixels: int | None = None  # beyond which it shrinks the image by itself; None has no such limit
+    area_argument: str | None = None  # the argument for width x height, without which it takes an area of its own
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones, always the same
     prompt_for_each: bool = False  # takes a prompt for each image, and not a number of images for each prompt
+    one_prompt: bool = False  # takes one prompt for all images
+    guided: bool = True  # whether it has the argument for classifier-free guidance
+    takes_step_caches: bool = True  # whether its steps are alike enough for the step caches of the family
+    cuts_text: bool = True  # whether it cuts off a prompt that is longer than its `max_sequence_length`
     control_argument: str = "control_image"  # the argument for the control maps
     map_is_input: bool = False  # the control map goes into the denoiser itself, without a ControlNet
     mask_in_pixels: bool = False  # takes every pixel of a mask, instead of the first one of each latent cell
@@ -75,6 +81,8 @@ class Guidance:
     on_above: float = 1.0  # the scale from which on the second prediction counts; 0 where a scale adds to the prompt's
     embedded_field: str | None = None  # a scale that the denoiser is told as a number: distilled guidance
     needed: str = "guidance_scale"  # what has to be above that, in messages
+    argument: str | None = None  # of the pipelines, for `guidance_scale`; None is the same name
+    empty_negative: str | None = None  # the negative prompt without which they do not guide, where a request has none
 
 
 @dataclass(frozen=True)
@@ -98,17 +106,21 @@ class Latents:
     channels: int
     packed: bool = False  # (B, H/16 * W/16, 4 * channels), 2 x 2 patches in rows, instead of (B, channels, H/8, W/8)
     normalised_patches: bool = False  # patches are normalised by the VAE's statistics; the pipeline returns plain ones
+    frames: bool = False  # the VAE is one for video: (B, channels, frames, H/8, W/8), with one frame
     downscale: int = 8  # pixels of an image for each latent
 
 # %% ../../nbs/05_families/01_record.ipynb #426ca5f6
 @dataclass(frozen=True)
 class References:
-    "Which reference images the pipelines of a family take, and in which size the model sees them."
+    "Which reference images the pipelines of a kind of model take, and in which size the model sees them."
 
-    max_pixels: int  # a larger image is scaled down
-    multiple: int  # pixels: both sides are cut to it, at the centre
-    min_side: int  # pixels
-    max_aspect: float  # the longer side divided by the shorter
+    max_pixels: int | None = None  # a larger image is scaled down; None scales none
+    multiple: int = 1  # pixels: both sides are cut to it, at the centre
+    sizes: tuple[tuple[int, int], ...] = ()  # an image is scaled to the one with the nearest aspect ratio
+    area: int | None = None  # pixels, to about which the pipelines scale an image by themselves
+    min_side: int = 1  # pixels
+    max_aspect: float = math.inf  # the longer side divided by the shorter
+    decides_size: bool = False  # whether the result has the size in which the first one is seen, or that of its file
 
     def used_size(
         self,
@@ -117,11 +129,20 @@ class References:
     ) -> tuple[int, int]:  # width and height in pixels
         "The size in which the model sees an image."
         width, height = self.scaled_size(width, height)
+        if self.sizes or self.area is not None:
+            return width, height
         return width // self.multiple * self.multiple, height // self.multiple * self.multiple
 
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
         "The size after scaling, before the sides are cut."
-        if width * height <= self.max_pixels:
+        if self.area is not None:
+            wide = math.sqrt(self.area * width / height)
+            return round(wide / self.multiple) * self.multiple, round(
+                wide * height / width / self.multiple
+            ) * self.multiple
+        if self.sizes:
+            return min(self.sizes, key=lambda size: (abs(width / height - size[0] / size[1]), size))
+        if self.max_pixels is None or width * height <= self.max_pixels:
             return width, height
         scale = math.sqrt(self.max_pixels / (width * height))
         return int(width * scale), int(height * scale)
@@ -133,7 +154,9 @@ class Controls:
 
     controlnet_class: str  # in diffusers
     multi_class: str  # that holds several, with its module
-    residuals: Literal["levels", "packed_tokens", "joint_tokens", "layers"]  # what a ControlNet returns, see above
+    residuals: Literal[
+        "levels", "packed_tokens", "joint_tokens", "layers", "image_tokens"
+    ]  # what a ControlNet returns, see above
     union_class: str | None = None
     union_multi_class: str | None = None  # where union ControlNets need a holder of their own
     merges_union_maps: bool = False  # one union ControlNet takes all of its maps in one call
@@ -191,6 +214,7 @@ class LoraKeys:
     marks: tuple[LoraMark, ...]
     architectures: tuple[str, ...]  # how ss_base_model_version or modelspec.architecture begins
     blocks: LoraBlocks | None = None  # where other families name their attention the same
+    like: tuple[ModelFamily, ...] = ()  # families whose files are tried too, as far as their layers are the same
     block_scales: bool = False  # whether the blocks of the denoiser can be scaled one by one
     text_encoders: Mapping[str, str] = field(
         default_factory=dict
@@ -201,7 +225,7 @@ class LoraKeys:
 class TinyComponent:
     "A component with random weights."
 
-    class_name: str  # in diffusers or transformers; "clip", "t5" and "qwen" are tokenizers
+    class_name: str  # in diffusers or transformers; "clip", "t5" and "qwen_text" are tokenizers, "qwen_vl" a processor
     config: Mapping[str, Any] = field(default_factory=dict)
     config_class: str | None = None  # in transformers, whose classes take a configuration object
     tokenizer: str | None = None  # the tokenizer that decides the size of the vocabulary
@@ -303,13 +327,16 @@ class Family:
     controls: Controls
     lora: LoraKeys
     tiny: TinyModel
-    references: References | None = None  # None takes no reference images
+    references: Mapping[ModelKind, References] = field(
+        default_factory=dict
+    )  # a kind that is missing takes no reference images
     instead: Mapping[str, str] = field(default_factory=dict)  # unused request field -> what to do, for error messages
     load_arguments: Mapping[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained
     clip_skip_base: int = 1  # the "Clip skip" of other programs that means no layer is left out
     aligned_steps: Literal["sd1", "xl"] | None = None  # the table of Align Your Steps that was made for it
     usual_names: tuple[str, ...] = ()  # parts of the names that people give to its models, in lower case
     refiner: Refiner | None = None
+    changes_denoiser: frozenset[ModelKind] = frozenset()  # kinds whose pipelines change its modules for good
     guiders: tuple[str, ...] = ("apg", "cfg_zero_star")  # refinements of guidance that work on the denoiser
     freeu: Mapping[str, float] = field(default_factory=dict)  # weights of FreeU where they differ from the usual ones
     distilled_sources: frozenset[str] = (
@@ -318,6 +345,8 @@ class Family:
     reads_gguf: bool = False  # whether the denoiser may be a .gguf file
     autocasts: bool = True  # whether the denoiser can compute in another dtype than that of its weights
     attention_backends: bool = False  # whether the denoiser has diffusers' choice of attention implementations
+    pads_texts: bool = True  # whether embeddings of a prompt and of a negative one have the same length
+    embeds_have_masks: bool = False  # whether prompt embeddings need attention masks beside them; then none are taken
     text_layout: Literal["clip", "clip_clip", "clip_t5", "clip_clip_t5"] | None = (
         None  # of its text encoders, for prompts that are encoded here; None leaves every prompt to the pipeline
     )
@@ -359,24 +388,27 @@ class Family:
     def applies(
         self,
         field: str,  # of a request
+        kind: ModelKind = ModelKind.standard,
     ) -> bool:
-        "Whether a request field means anything to the family."
-        return field not in self.fields_without_use
+        "Whether a request field means anything to models of a kind."
+        return field not in self.fields_without_use(kind)
 
-    @property
-    def fields_without_use(self) -> frozenset[str]:
-        "Request fields that mean nothing to the family."
-        return self.unused_fields | (frozenset() if self.max_references else {"reference_images"})
+    def fields_without_use(self, kind: ModelKind = ModelKind.standard) -> frozenset[str]:
+        "Request fields that mean nothing to models of a kind."
+        return self.unused_fields | (frozenset() if self.max_references(kind) else {"reference_images"})
 
-    @property
-    def max_references(self) -> int:
-        "How many reference images a request may have."
-        return max(call.references for call in self.calls)
+    def max_references(self, kind: ModelKind = ModelKind.standard) -> int:
+        "How many reference images a request to models of a kind may have."
+        return max((call.references for call in self.calls if call.model_kind == kind), default=0)
+
+    def tasks_of(self, kind: ModelKind) -> tuple[Task, ...]:
+        "What models of a kind can do."
+        return tuple(task for task in Task if any((call.task, call.model_kind) == (task, kind) for call in self.calls))
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        "What models of the family can do."
-        return tuple(task for task in Task if any(call.task == task for call in self.calls))
+        "What ordinary models of the family can do."
+        return self.tasks_of(ModelKind.standard)
 
     @property
     def has_controlnets(self) -> bool:

@@ -139,7 +139,7 @@ ZIMAGE = Family(
     ),
     tiny=TinyModel(
         components={
-            "tokenizer": TinyComponent("qwen"),
+            "tokenizer": TinyComponent("qwen_text"),
             "text_encoder": tiny_qwen("Qwen3Model", layers=3),
             "vae": tiny_vae(16, scaling_factor=0.36, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
             "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
@@ -165,6 +165,7 @@ ZIMAGE = Family(
         zero_layers=("before_proj", "after_proj"),
         unset=("x_pad_token", "cap_pad_token"),
     ),
+    pads_texts=False,
     reads_gguf=True,
     autocasts=False,  # it writes the embedding for padding between tokens, which have to be of the same dtype
     attention_backends=True,

@@ -617,7 +617,8 @@ def check_family(
     lora: LoraName,
 ) -> None:
     "Raises a `RequestError` for a LoRA that was made for another family; passes where the file does not tell."
-    if header.family == family or header.family_words == UNKNOWN_FAMILY:
+    fitting = (family, *FAMILIES[family].lora.like)
+    if header.family in fitting or header.family_words == UNKNOWN_FAMILY:
         return
     title = FAMILIES[family].title
     message = f"this LoRA was made for {header.family_words}, the model is {title}"

@@ -164,9 +164,9 @@ def model_info(
             name: list(entry.trigger_words) for name, entry in manifest.loras.items() if entry.trigger_words
         },
         example_prompts=list(manifest.example_prompts) or None,
-        unused_fields=sorted(manifest.record.fields_without_use),
+        unused_fields=sorted(manifest.record.fields_without_use(manifest.kind)),
         size_multiple=manifest.record.size_multiple,
-        max_reference_images=manifest.record.max_references,
+        max_reference_images=manifest.record.max_references(manifest.kind),
         **(names or {}),
     )
 

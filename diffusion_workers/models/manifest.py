@@ -599,7 +599,7 @@ class ModelManifest(_Section):
     name: Name  # of the file, without its ending
     source: Source  # where the pipeline comes from
     family: ModelFamily
-    kind: ModelKind = ModelKind.standard  # fill and control: the denoiser takes further input channels
+    kind: ModelKind = ModelKind.standard  # what else the model was trained for
     title: Text | None = None  # for people
     description: Text | None = None
     license: Text | None = None
@@ -642,7 +642,12 @@ class ModelManifest(_Section):
         known = next((family for name, family in FAMILIES.items() if name == data.get("family")), None)
         row = (known or next(iter(FAMILIES.values()))).defaults  # an unknown family is refused by its field
         given = {key: value for key, value in (data.get("defaults") or {}).items() if value is not None}
-        tasks = {} if known is None else {"tasks": known.tasks}
+        edits = known is not None and data.get("kind", ModelKind.standard) in known.references
+        tasks = (
+            {}
+            if known is None
+            else {"tasks": known.tasks_of(ModelKind(data.get("kind", "standard"))) if edits else known.tasks}
+        )
         return {**tasks, **data, "defaults": {**row, **given}}
 
     @model_validator(mode="after")

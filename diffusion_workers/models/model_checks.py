@@ -62,7 +62,7 @@ def is_network(
     slot: str,  # of a pipeline
 ) -> bool:
     "Whether a component has weights."
-    return slot != "scheduler" and not slot.startswith("tokenizer")
+    return slot not in ("scheduler", "processor") and not slot.startswith("tokenizer")
 
 
 def named_networks(
@@ -107,7 +107,14 @@ def _folder_index(source: Source) -> dict[str, Any]:
     return read_config(source.location() / "model_index.json")
 
 # %% ../../nbs/20_models/06_model_checks.ipynb #4507ab83
-_HALVES = {ModelKind.standard: 2, ModelKind.control: 4, ModelKind.fill: 12}  # input channels for two output channels
+_HALVES = {  # input channels for two output channels
+    ModelKind.standard: 2,
+    ModelKind.control: 4,
+    ModelKind.fill: 12,
+    ModelKind.edit: 2,
+    ModelKind.edit_plus: 2,
+    ModelKind.kv: 2,
+}
 
 
 def check_channels(
@@ -120,7 +127,8 @@ def check_channels(
     if channels is None:
         return
     if latents.packed:
-        _check_packed_channels(channels, config.get("out_channels") or channels, kind)
+        outputs = (config.get("out_channels") or channels) * (config.get("patch_size") or 1) ** 2
+        _check_packed_channels(channels, outputs if config.get("out_channels") else channels, kind)
     elif channels == 2 * own:
         raise WeightFileError(
             f"its U-Net takes {channels} channels: it was trained to edit images (InstructPix2Pix)",

@@ -97,11 +97,9 @@ CONTROLNETS = (
 )
 _OTHER = "declare a model of a supported family"
 FOREIGN = (  # networks of families that this package does not run
-    Signature(r"distilled_guidance_layer\.", "a transformer of Chroma", _OTHER),
     Signature(r"txt_in\.individual_token_refiner\.", "a transformer of HunyuanVideo", _OTHER),
     Signature(r"(?:^|\.)(?:cap_embedder|noise_refiner)\.", "a transformer of Lumina", _OTHER),
     Signature(r"blocks\.\d+\.cross_attn\.|head\.modulation$", "a transformer of Wan or a relative", _OTHER),
-    Signature(r"transformer_blocks\.\d+\.(?:img|txt)_mod\.", "a transformer of Qwen-Image", _OTHER),
     Signature(r"adaln_single\.", "a transformer of PixArt, Sana or LTX-Video", _OTHER),
     Signature(r"clip_txt_mapper|\.channelwise\.", "a network of Stable Cascade", _OTHER),
     Signature(r"encoder_hid_proj\.", "a U-Net with a text projection of its own, such as Kolors", _OTHER),
@@ -148,10 +146,17 @@ def _unet_words(header: WeightHeader, prefix: str) -> str:
     return f"a U-Net {f'of {model}' if model else f'with cross-attention of width {width}'}{channels}"
 
 
+_QWEN = re.compile(r"transformer_blocks\.\d+\.(?:img|txt)_mod\.")
+
+
 def _transformer_words(header: WeightHeader, prefix: str) -> str:
     first = first_layer(header, prefix)
     if is_zimage(header, prefix):
         return "a transformer of Z-Image"
+    if any("distilled_guidance_layer." in name for name in header.tensors):
+        return "a transformer of Chroma"
+    if any(_QWEN.search(name) for name in header.tensors):
+        return "a transformer of Qwen-Image"
     if any("double_stream_modulation_" in name for name in header.tensors):
         return "a transformer of FLUX.2"
     if any(prefix + name in header.tensors for name in _FIRST_OF_SD3):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['view_of', 'layer_weights', 'mask_tensor', 'shaped_residuals', 'level_view', 'token_mask', 'packed_token_view',
-           'joint_token_view', 'check_alike', 'borrowing_copy', 'image_then_caption', 'layer_view', 'SingleControlNet',
-           'steady_vae', 'PreparedControl', 'check_union_mode', 'check_built_for', 'holder_of', 'control_object',
-           'control_arguments']
+           'joint_token_view', 'image_token_view', 'SummedControlNets', 'check_alike', 'borrowing_copy',
+           'image_then_caption', 'layer_view', 'SingleControlNet', 'steady_vae', 'PreparedControl', 'check_union_mode',
+           'check_built_for', 'holder_of', 'control_object', 'control_arguments']
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #a5994ead
 import copy
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import QwenImageMultiControlNetModel
 from PIL import Image
 
 from ..families.record import Controls, PipelineCall
@@ -169,6 +170,34 @@ def joint_token_view(
         return (samples if area is None else [sample * area.to(sample) for sample in samples],)
 
     return view_of(controlnet, forward)
+
+
+def image_token_view(
+    controlnet: torch.nn.Module,  # QwenImageControlNetModel
+    plan: GenerationPlan,
+    mask: Image.Image | None = None,  # where the control holds
+) -> torch.nn.Module:
+    "A ControlNet for the tokens of an image as one control uses it."
+    area = None if mask is None else token_mask(mask_tensor(mask), plan.height, plan.width)
+
+    def forward(**kwargs) -> list[torch.Tensor]:
+        samples = controlnet.forward(**(kwargs | {"return_dict": False}))
+        return list(samples) if area is None else [sample * area.to(sample) for sample in samples]
+
+    return view_of(controlnet, forward)
+
+
+class SummedControlNets(QwenImageMultiControlNetModel):
+    "Holds any number of ControlNets for Qwen-Image, whose residuals are added; diffusers' own holds one."
+
+    def forward(self, controlnet_cond: list, conditioning_scale: list[float], **kwargs) -> list[torch.Tensor] | None:
+        "The sum of the residuals of those whose scale is not 0; None is none."
+        total = None
+        for controlnet, condition, scale in zip(self.nets, controlnet_cond, conditioning_scale, strict=True):
+            if scale:
+                made = controlnet(controlnet_cond=condition, conditioning_scale=scale, **kwargs)
+                total = made if total is None else [one + other for one, other in zip(total, made, strict=True)]
+        return total
 
 
 _READ_FROM_THE_FIRST = ("joint_attention_dim", "force_zeros_for_pooled_projection")
@@ -362,6 +391,8 @@ def control_object(
             return level_view(controlnet, item.control, guided > record.guidance.on_above, item.mask)
         if controls.residuals == "packed_tokens":
             return packed_token_view(controlnet, item.control, plan, item.mask)
+        if controls.residuals == "image_tokens":
+            return image_token_view(controlnet, plan, item.mask)
         if controls.residuals == "layers":
             return layer_view(controlnet, item.control, plan, item.mask, denoiser)
         return joint_token_view(controlnet, plan, item.mask, denoiser)

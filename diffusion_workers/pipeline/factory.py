@@ -22,7 +22,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, LMSDiscreteScheduler, PNDMScheduler, SchedulerMixin
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+)
 
 from ..families.record import Controls, PipelineCall
 from ..families.schedulers import trailing_rounds_up
@@ -100,6 +106,13 @@ class _WithoutRepetition:
         return made
 
 
+class _OneLevel:
+    "A schedule of one step, whose noise level is 1: stretching it to its end would divide 0 by 0."
+
+    def stretch_shift_to_terminal(self, t):
+        return t if len(t) == 1 else super().stretch_shift_to_terminal(t)
+
+
 class _PlannedLevels:
     "The noise levels of a plan, or the timesteps that are nearest to them."
 
@@ -153,6 +166,8 @@ def _with_corrections(cls: type[SchedulerMixin], midway: bool, planned: PlannedS
         corrections.append(type("_PlannedLevels", (_PlannedLevels,), given))
     if issubclass(cls, LMSDiscreteScheduler):
         corrections.append(_OrderByHistory)
+    if issubclass(cls, FlowMatchEulerDiscreteScheduler):
+        corrections.append(_OneLevel)
     if midway and issubclass(cls, PNDMScheduler):
         corrections.append(_WithoutRepetition)
     if "timestep_spacing" in inspect.signature(cls.__init__).parameters:

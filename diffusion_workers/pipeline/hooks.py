@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OnStep', 'OwnScheduler', 'NO_HOOKS', 'check_tensor', 'tensor_sha256', 'PromptEmbeds', 'encode_prompts', 'Step',
            'check_replaced', 'call_on_step', 'custom_code_error', 'check_own_scheduler', 'own_scheduler', 'use_noise',
-           'slerp', 'use_variation', 'Hooks', 'check_hooks', 'check_widths', 'with_hooks']
+           'slerp', 'use_variation', 'Hooks', 'check_takes_embeds', 'check_hooks', 'check_widths', 'with_hooks']
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #b92fb277
 import copy
@@ -264,7 +264,9 @@ def use_noise(
         nonlocal used
         drawn = draw(shape, *args, **kwargs)
         given = noise
-        if drawn.numel() == noise.numel() and drawn.shape != noise.shape:  # FLUX.2 draws patches
+        if drawn.shape == (len(noise), 1, *noise.shape[1:]):  # Qwen-Image draws frames
+            given = noise[:, None]
+        elif drawn.numel() == noise.numel() and drawn.shape != noise.shape:  # FLUX.2 draws patches
             given = torch.nn.functional.pixel_unshuffle(noise, 2)
         if used or drawn.shape != given.shape:
             return drawn
@@ -432,6 +434,21 @@ class Hooks:
 NO_HOOKS = Hooks()
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #1ca74ddc
+def check_takes_embeds(plan: GenerationPlan) -> None:
+    "Raise a `RequestError` where the pipeline of a plan needs more than prompt embeddings."
+    record = FAMILIES[plan.family]
+    needs = "attention masks beside prompt embeddings" if record.embeds_have_masks else None
+    if record.call_named(plan.pipeline_class, plan.task).one_prompt:
+        needs = "the prompt as text: the text encoder sees the reference images too"
+    if needs is not None:
+        raise request_error(
+            ErrorCode.unsupported_combination,
+            f"{plan.pipeline_class} needs {needs}",
+            field="prompt_embeds",
+            hint="hand in the prompt as text",
+        )
+
+
 def check_hooks(
     hooks: Hooks,
     plan: GenerationPlan,
@@ -462,8 +479,9 @@ def check_hooks(
         check_own_scheduler(hooks.scheduler)
     if hooks.embeds is not None:
         record = FAMILIES[plan.family]
+        check_takes_embeds(plan)
         lists = record.denoiser_calls == "lists"
-        _check_embeds(hooks.embeds, images, takes, same_length=not lists)
+        _check_embeds(hooks.embeds, images, takes, same_length=record.pads_texts)
         guided = (getattr(plan, record.guidance.field) or 0) > record.guidance.on_above
         if lists and guided and hooks.embeds.negative_prompt_embeds is None:
             message = "with guidance this pipeline needs negative_prompt_embeds too"

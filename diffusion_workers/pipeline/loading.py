@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'has_variant', 'quiet_libraries', 'source_key', 'shared_network', 'Target',
-           'load_network', 'load_pipeline', 'load_controlnet', 'load_refiner']
+           'load_network', 'with_own_modules', 'load_pipeline', 'load_controlnet', 'load_refiner']
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #6db56816
+import copy
+import itertools
 import logging
 import threading
 import warnings
@@ -332,6 +334,12 @@ def _store_rest(pipe: DiffusionPipeline, done: Collection[str], target: Target) 
             store(part, target.memory, _role(name), target.device)
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #3cd450d6
+def with_own_modules(network: torch.nn.Module) -> torch.nn.Module:
+    "A network of modules of its own around the same weights."
+    weights = itertools.chain(network.parameters(), network.buffers())
+    return copy.deepcopy(network, {id(tensor): tensor for tensor in weights})
+
+
 def load_pipeline(
     manifest: ModelManifest,
     device: torch.device,
@@ -346,6 +354,8 @@ def load_pipeline(
             if part.source is not None
         }
         parts |= _own_networks(manifest, target)
+        if manifest.kind in record.changes_denoiser:
+            parts[record.denoiser] = with_own_modules(parts[record.denoiser])
         check_channels(getattr(parts[record.denoiser], "config", {}), record.latents, manifest.kind)
         if reasons := part_mismatches(parts):
             raise WeightFileError(f"{'; '.join(reasons)}", "correct family: in the manifest, or name parts that fit")

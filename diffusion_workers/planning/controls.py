@@ -305,7 +305,7 @@ def check_controls(request: GenerationRequest, manifest: ModelManifest) -> Itera
         yield from check_unit(unit, f"controlnets[{i}]", manifest)
     if manifest.kind == ModelKind.control:
         yield from _check_control_model(units, manifest)
-    elif manifest.kind == ModelKind.fill and units:
+    elif manifest.kind != ModelKind.standard and units:
         yield error_detail(
             ErrorCode.unsupported_combination,
             "this model takes no control maps",
@@ -313,7 +313,7 @@ def check_controls(request: GenerationRequest, manifest: ModelManifest) -> Itera
             given=f"{len(units)} units",
             hint="leave it out",
         )
-    elif manifest.kind == ModelKind.standard:
+    else:
         names = {i: name for i, unit in units.items() if (name := pick_net(unit, manifest)) is not None}
         yield from _check_mixture(units, names, manifest)
 

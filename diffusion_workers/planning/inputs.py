@@ -239,7 +239,7 @@ def _naming_models(models: Iterable[ModelManifest]) -> Iterator[None]:
     try:
         yield
     except RequestError as refused:
-        names = [manifest.name for manifest in models if manifest.record.max_references]
+        names = [manifest.name for manifest in models if manifest.record.max_references(manifest.kind)]
         if not names:
             raise
         listed = ", ".join(names[:_MOST_NAMED]) + (" ..." if len(names) > _MOST_NAMED else "")

@@ -63,6 +63,7 @@ from diffusion_workers.prompt.offered import (
 )
 from diffusion_workers.prompt.requests import (
     PROMPT_FIELDS,
+    check_joined,
     check_syntax,
     read_prompts,
     reads_syntax,
@@ -85,6 +86,7 @@ from ez_diffusion_client.models import (
     GenerationPlan,
     GenerationRequest,
     InpaintOptions,
+    ModelKind,
     OutputOptions,
     PlannedImage,
     PlannedReference,
@@ -646,13 +648,19 @@ def strength_warnings(strength: float | None, steps: int, made: int) -> Iterator
         )
 
 
+_EDIT_HINT = "put it into reference_images, and say in the prompt what to change"
+
+
 def check_task(
     request: GenerationRequest, manifest: ModelManifest, steps: int, strength: float | None, call: PipelineCall | None
 ) -> Iterator[ErrorDetail]:
     "Whether image, mask, strength and steps make sense together."
     task, record = plan_task(request), manifest.record
-    if task not in manifest.tasks and (task != Task.edit or record.max_references):
-        hint = record.instead.get("image") if task not in record.tasks else None
+    if task not in manifest.tasks and (task != Task.edit or record.max_references(manifest.kind)):
+        able = record.tasks_of(manifest.kind)
+        hint = record.instead.get("image") if task not in able else None
+        if task not in able and hint is None and Task.edit in able:
+            hint = "add reference_images" if task == Task.text_to_image else _EDIT_HINT
         title = "this model" if task in record.tasks else f"a model of the family {manifest.family.value}"
         yield error_detail(
             ErrorCode.unsupported_combination,
@@ -779,7 +787,13 @@ _NEAREST = {  # field -> the one that does nearly the same where a family does n
     "timestep_spacing": "sigma_schedule",
 }
 REFERENCES_HINT = "start from one image with image and strength, or take a model of the families "
-REFERENCES_HINT += ", ".join(family.value for family, record in FAMILIES.items() if record.max_references)
+REFERENCES_HINT += ", ".join(
+    family.value
+    if ModelKind.standard in record.references
+    else f"{family.value} (kind {next(iter(record.references))})"
+    for family, record in FAMILIES.items()
+    if record.references
+)
 
 
 def _instead(field: str, record: Family) -> str:  # what to do in place of a field that the family does not take
@@ -802,7 +816,7 @@ def check_support(
         yield error_detail(ErrorCode.unsupported_combination, message, field="controlnets", given=kind)
     for field in type(request).model_fields:  # in the order of the specification
         given = getattr(request, field) if field in request.model_fields_set else None
-        if given is not None and not record.applies(field):
+        if given is not None and not record.applies(field, manifest.kind):
             yield error_detail(
                 ErrorCode.unsupported_combination,
                 f"a model of the family {family} has no use for {field}",
@@ -833,6 +847,23 @@ def check_support(
             allowed="1",
             hint="leave it out, or leave the ControlNet out",
         )
+    if call is not None and not call.guided and (request.guidance_scale or 0) > record.guidance.on_above:
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            f"a model of the family {family} of the kind {manifest.kind.value} has no guidance",
+            field="guidance_scale",
+            given=request.guidance_scale,
+            allowed=f"{record.guidance.on_above:g}",
+            hint="leave it out, or take the base model",
+        )
+    if call is not None and not call.takes_step_caches and request.step_cache is not None:
+        yield error_detail(
+            ErrorCode.unsupported_combination,
+            f"a model of the family {family} of the kind {manifest.kind.value} takes no step cache",
+            field="step_cache",
+            given=request.step_cache.method.value,
+            hint="leave it out",
+        )
     if request.refiner is not None and record.refiner is not None and manifest.refiner is None:
         yield error_detail(
             ErrorCode.unsupported_combination,
@@ -849,7 +880,7 @@ def check_references(
     references: Sequence[PlannedReference],
 ) -> Iterator[ErrorDetail]:
     "Whether the reference images are not too many, too small or too long for the family."
-    limits, title = manifest.record.references, manifest.record.title
+    limits, title = manifest.record.references.get(manifest.kind), manifest.record.title
     count = len(request.reference_images or ())
     if limits is None or call is None:
         return
@@ -905,12 +936,21 @@ def plan_references(
     manifest: ModelManifest,
 ) -> list[PlannedReference]:
     "What the plan says of the reference images."
-    limits, planned = manifest.record.references, []
+    limits, planned = manifest.record.references.get(manifest.kind), []
     for image in images:
         size = (image.width, image.height) if limits is None else limits.used_size(image.width, image.height)
         used = {"used_width": max(1, size[0]), "used_height": max(1, size[1])}
         planned.append(PlannedReference(sha256=image.sha256, width=image.width, height=image.height, **used))
     return planned
+
+
+def _size_source(manifest: ModelManifest, references: Sequence[PlannedReference]) -> PlannedReference | None:
+    "The first reference image as far as it decides the size of the result: as it was given, or as the model sees it."
+    limits = manifest.record.references.get(manifest.kind)
+    if not references or limits is None or not limits.decides_size:
+        return references[0] if references else None
+    used = {"width": references[0].used_width, "height": references[0].used_height}
+    return references[0].model_copy(update=used)
 
 
 def check_distilled(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
@@ -974,6 +1014,8 @@ def _plan_syntax(
 
 def _plan_guidance(request: GenerationRequest, manifest: ModelManifest, call: PipelineCall) -> dict[str, float | None]:
     planned = {"guidance_scale": float(_first(request.guidance_scale, manifest.defaults.guidance_scale))}
+    if not call.guided:
+        planned["guidance_scale"] = manifest.record.guidance.on_above
     for name in ("guidance_rescale", "true_cfg_scale"):
         asked = _first(getattr(request, name), getattr(manifest.defaults, name))
         planned[name] = (asked or None) if name in call.takes else None
@@ -1118,20 +1160,22 @@ def find_problems(
         *check_distilled(request, manifest),
         *check_profile(request, manifest),
         *check_acceleration(request, manifest, plan_control_kind(request, manifest)),
-        *_guider_problems(request, manifest, call),
+        *_guidance_problems(request, manifest, call),
         *check_seamless(request, manifest),
     ]
 
 
-def _guider_problems(
+def _guidance_problems(
     request: GenerationRequest, manifest: ModelManifest, call: PipelineCall | None
 ) -> Iterator[ErrorDetail]:
-    if request.guider is None or call is None:
+    if call is None:
         return
     guided = _is_guided(manifest, _plan_guidance(request, manifest, call))
     if manifest.record.guidance.embedded_field is not None and "negative_prompt" in call.takes:
         guided = guided and bool(_plan_texts(request, manifest, call)["negative_prompt"])
-    yield from check_guider(request, manifest, guided)
+    yield from check_joined(request, manifest, guided)
+    if request.guider is not None:
+        yield from check_guider(request, manifest, guided)
 
 
 def _embedding_problems(
@@ -1178,7 +1222,7 @@ def make_plan(
     asked = apply_profile(request, manifest)
     references = plan_references(reference_images, manifest)
     task, kind = plan_task(asked), plan_control_kind(asked, manifest)
-    size = plan_size(asked, manifest, references[0] if task == Task.edit and references else image)
+    size = plan_size(asked, manifest, _size_source(manifest, references) if task == Task.edit else image)
     call = planned_call(manifest, task, kind)
     loras = resolve_loras(request, manifest, read_files=False) if loras is None else loras
     request, distilled_notes = apply_distilled(asked, manifest, loras)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from ..families.registry import FAMILIES
 from ..lora.layers import LoraStore
 from ..pipeline.factory import PipelineFactory
 from ..pipeline.hooks import NO_HOOKS, Hooks
@@ -38,7 +39,8 @@ class BatchPolicy:
 def sharing_key(plan: GenerationPlan) -> tuple:
     "Equal for plans whose images can be made together."
     texts = tuple(getattr(plan, name) for name in _TEXTS)
-    if plan.prompt_syntax is not None:  # numbers of chunks and schedules differ: equal texts alone share a batch
+    one_prompt = FAMILIES[plan.family].call_named(plan.pipeline_class, plan.task).one_prompt
+    if plan.prompt_syntax is not None or one_prompt:  # numbers of chunks and schedules differ: equal texts alone share
         return batch_key(plan), *texts
     return batch_key(plan), *(text is None for text in texts)
 

@@ -22,7 +22,14 @@ from ..models.downloads import download_progress
 from ..models.manifest import ModelManifest
 from ..pipeline.controlnets import PreparedControl
 from ..pipeline.factory import PipelineFactory
-from ..pipeline.hooks import NO_HOOKS, PromptEmbeds, check_tensor, custom_code_error, encode_prompts
+from diffusion_workers.pipeline.hooks import (
+    NO_HOOKS,
+    PromptEmbeds,
+    check_takes_embeds,
+    check_tensor,
+    custom_code_error,
+    encode_prompts,
+)
 from ..pipeline.loading import quiet_libraries
 from ..planning.inputs import PlannedRequest
 from ..request.errors import RequestError, failure, is_out_of_memory, logger, request_error
@@ -229,6 +236,7 @@ class Executor:
     ) -> PromptEmbeds:
         "What the text encoders make of the texts of a request, with its LoRAs applied."
         plan = planned.plan
+        check_takes_embeds(plan)
         with _device_locks[str(self.pool.device)], quiet_libraries():
             factory = self.factory(plan.model)
             pipe = factory.variant(plan.task, plan.control_kind)

@@ -61,10 +61,16 @@ def prepare_inputs(
 
 
 def _prepare_references(plan: GenerationPlan, inputs: Inputs) -> Iterator[Image.Image]:
-    "Scaled down where they are too large, and cut at the centre, as the family's pipelines do it."
-    limits = FAMILIES[plan.family].references
-    for decoded, planned in zip(inputs.references, plan.reference_images or (), strict=True):
+    "Scaled and cut at the centre, as the family's pipelines do it, unless they do it themselves."
+    if not plan.reference_images:
+        return
+    record = FAMILIES[plan.family]
+    limits = record.references[record.call_named(plan.pipeline_class, plan.task).model_kind]
+    for decoded, planned in zip(inputs.references, plan.reference_images, strict=True):
         image = decoded.image
+        if limits.area is not None:  # the text encoder sees it in another size than the VAE
+            yield image
+            continue
         size = limits.scaled_size(*image.size)
         if size != image.size:
             image = image.resize(size, Image.Resampling.LANCZOS)

@@ -31,6 +31,7 @@ from diffusion_workers.acceleration.apply import (
     wants_compilation,
 )
 from ..acceleration.guiders import use_guider
+from ..acceleration.joined_prompts import use_joined_prompts
 from ..acceleration.seamless import use_seamless
 from ..families.registry import FAMILIES
 from ..lora.layers import LoadedLora, LoraStore, use_loras
@@ -59,7 +60,14 @@ from ..request.masks import cover_cells, paste_back
 from ..request.metadata import embed
 from .handle import OnProgress, StopSignal
 from .preparation import Prepared
-from .previews import Previewer, fitting_size, preview_maker, scaled_latents, vae_latents
+from diffusion_workers.service.previews import (
+    Previewer,
+    decoded_pixels,
+    fitting_size,
+    preview_maker,
+    scaled_latents,
+    vae_latents,
+)
 from ez_diffusion_client.models import (
     Environment,
     ErrorCode,
@@ -147,17 +155,28 @@ def pipeline_arguments(
     arguments |= {name: value for name in _OPTIONAL if (value := getattr(plan, name)) is not None}
     if plan.negative_prompt_2 and plan.negative_prompt is None:
         arguments["negative_prompt"] = ""  # without one, diffusers does not look at the second
+    guidance = FAMILIES[plan.family].guidance
+    if guidance.empty_negative is not None and "negative_prompt" not in arguments:
+        arguments["negative_prompt"] = guidance.empty_negative
+    if guidance.argument is not None:
+        arguments[guidance.argument] = arguments.pop("guidance_scale")
     if texts:
         own = {name: list(values) for name, values in texts.items()}  # Z-Image writes its templates into the list
         arguments |= own | {"num_images_per_prompt": 1}
-        arguments |= {"negative_prompt": [""] * len(seeds)} if arguments.get("negative_prompt") == "" else {}
+        if isinstance(negative := arguments.get("negative_prompt"), str):
+            arguments["negative_prompt"] = [negative] * len(seeds)
     arguments |= size_arguments(plan.size_conditioning)
     call = FAMILIES[plan.family].call_named(plan.pipeline_class, plan.task)
     if call.prompt_for_each and arguments["num_images_per_prompt"] > 1:
         shared = {name: [value] * len(seeds) for name, value in arguments.items() if name in _TEXTS}
         arguments |= shared | {"num_images_per_prompt": 1}
+    if not call.guided:
+        del arguments["guidance_scale"]
     if call.takes_size:
         arguments |= {"width": plan.width, "height": plan.height}
+    arguments |= call.arguments
+    if call.area_argument is not None:
+        arguments[call.area_argument] = plan.width * plan.height
     if prepared.references:  # all of them for each image
         arguments[call.reference_argument] = list(prepared.references)
     if plan.task in (Task.image_to_image, Task.inpainting):
@@ -263,7 +282,8 @@ def spatial_latents(
         rows = latents.unflatten(1, (plan.height // 16, plan.width // 16))
         return torch.nn.functional.pixel_shuffle(rows.permute(0, 3, 1, 2), 2)
     if layout.packed:
-        return pipe._unpack_latents(latents, plan.height, plan.width, pipe.vae_scale_factor)
+        unpacked = pipe._unpack_latents(latents, plan.height, plan.width, pipe.vae_scale_factor)
+        return unpacked[:, :, 0] if layout.frames else unpacked
     return latents
 
 
@@ -327,12 +347,11 @@ def previewer_for(
 
 def decode_latents(
     pipe,
-    latents: torch.Tensor,  # (B, C, H/8, W/8), (x - vae.config.shift_factor) * vae.config.scaling_factor
+    latents: torch.Tensor,  # (B, C, H/8, W/8), scaled as a pipeline has them
 ) -> list[Image.Image]:  # B images, RGB
     "Latents to images; refuses to pass off broken numbers as a black image."
-    latents = vae_latents(pipe.vae, latents)
     with torch.no_grad():
-        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
+        decoded = decoded_pixels(pipe.vae, vae_latents(pipe.vae, latents))
     if not torch.isfinite(decoded).all():
         hint = "float16 overflows in some VAEs: set dtype to bfloat16 or float32 in the manifest, or use another VAE"
         raise request_error(ErrorCode.internal_error, "the image has NaN or infinite values", hint=hint)
@@ -388,22 +407,22 @@ def encoded_embeds(
 ) -> PromptEmbeds:
     "The prompts of a plan as prompt embeddings; a `RequestError` where they change from step to step."
     prompts = _encoded(pipe, plan, embeddings)
-    if prompts.changes:
-        message = "prompt embeddings cannot hold a prompt that changes from step to step"
-        hint = "write the prompt without a schedule, or generate from the prompt itself"
+    if prompts.changes or prompts.joined:
+        what = "a prompt that changes from step to step" if prompts.changes else "prompts that are joined by AND"
+        message = f"prompt embeddings cannot hold {what}"
+        hint = "write one prompt without a schedule, or generate from the prompt itself"
         raise request_error(ErrorCode.unsupported_combination, message, field="prompt", given=plan.prompt, hint=hint)
     return PromptEmbeds(**prompts.arguments, prompt=plan.prompt)
 
 
 def encoded_arguments(
     pipe,
-    plan: GenerationPlan,  # whose prompts are not plain
+    plan: GenerationPlan,
+    prompts: PlannedPrompts,  # of the plan
     images: int,  # of this chunk
     watch: StepWatch,
-    embeddings: Sequence[Embedding] = (),  # that the prompts name
 ) -> dict[str, Any]:
     "What the pipeline of a plan is called with instead of its texts; a `RequestError` for what it cannot do."
-    prompts = _encoded(pipe, plan, embeddings)
     arguments: dict[str, Any] = {
         name: tensor.repeat(images, *[1] * (tensor.ndim - 1)) for name, tensor in prompts.arguments.items()
     }
@@ -459,7 +478,7 @@ def _texts(
 
 def text_notes(pipe, plan: GenerationPlan) -> list[RequestWarning]:
     "What the text encoders cannot take; raises a `RequestError` when more layers are skipped than there are."
-    layers = pipe.text_encoder.config.num_hidden_layers
+    layers = getattr(pipe.text_encoder.config, "num_hidden_layers", None)
     if plan.clip_skip and plan.clip_skip >= layers:
         allowed = f"0 to {layers - 1} for this model"
         raise request_error(
@@ -472,7 +491,8 @@ def text_notes(pipe, plan: GenerationPlan) -> list[RequestWarning]:
     notes: list[RequestWarning] = []
     if plan.prompt_syntax is not None:  # prompts of any length
         return notes
-    for field, tokenizer, text, tokens in _texts(pipe, plan):
+    cuts_text = FAMILIES[plan.family].call_named(plan.pipeline_class, plan.task).cuts_text
+    for field, tokenizer, text, tokens in _texts(pipe, plan) if cuts_text else ():
         special = tokenizer.num_special_tokens_to_add()
         if end := cut_off_text(tokenizer, text, tokens - special):
             notes.append(
@@ -653,12 +673,13 @@ def render(
                 use_guider(pipe, plan, run),
                 use_noise(pipe, hooks.noise(first, len(seeds))),
                 use_variation(pipe, arguments["generator"], *variation_of(chunk)),
+                ExitStack() as joining,
             ):
                 if plan.prompt_syntax is not None and hooks.embeds is None:
                     kept = {name: value for name, value in arguments.items() if name not in _ENCODED}
-                    arguments = kept | encoded_arguments(
-                        pipe, plan, len(arguments["generator"]), watch, prepared.embeddings
-                    )
+                    prompts = _encoded(pipe, plan, prepared.embeddings)
+                    arguments = kept | encoded_arguments(pipe, plan, prompts, len(arguments["generator"]), watch)
+                    joining.enter_context(use_joined_prompts(pipe, plan, prompts, run))
                 pictures += render_chunk(
                     pipe, getattr(pipe, factory.record.denoiser), arguments, plan, watch, timings, refine, decode
                 )

@@ -59,16 +59,21 @@ class ModelFamily(StrEnum):
     sd35 = "sd35"
     zimage = "zimage"
     flux2 = "flux2"
+    qwen = "qwen"
+    chroma = "chroma"
 
 
 class ModelKind(StrEnum):
     """
-    Whether a model is an ordinary one, or one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+    Whether a model is an ordinary one, one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels, or one that edits by reference images (FLUX.1 Kontext, Qwen-Image-Edit; edit_plus takes several, as of Qwen-Image-Edit-2509; kv computes their tokens once, FLUX.2 Klein KV)
     """
 
     standard = "standard"
     fill = "fill"
     control = "control"
+    edit = "edit"
+    edit_plus = "edit_plus"
+    kv = "kv"
 
 
 class Task(StrEnum):

@@ -23,7 +23,9 @@ export const ModelFamily = {
     FLUX: 'flux',
     SD35: 'sd35',
     ZIMAGE: 'zimage',
-    FLUX2: 'flux2'
+    FLUX2: 'flux2',
+    QWEN: 'qwen',
+    CHROMA: 'chroma'
 } as const;
 
 /**
@@ -32,16 +34,19 @@ export const ModelFamily = {
 export type ModelFamily = typeof ModelFamily[keyof typeof ModelFamily];
 
 /**
- * Whether a model is an ordinary one, or one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+ * Whether a model is an ordinary one, one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels, or one that edits by reference images (FLUX.1 Kontext, Qwen-Image-Edit; edit_plus takes several, as of Qwen-Image-Edit-2509; kv computes their tokens once, FLUX.2 Klein KV)
  */
 export const ModelKind = {
     STANDARD: 'standard',
     FILL: 'fill',
-    CONTROL: 'control'
+    CONTROL: 'control',
+    EDIT: 'edit',
+    EDIT_PLUS: 'edit_plus',
+    KV: 'kv'
 } as const;
 
 /**
- * Whether a model is an ordinary one, or one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels
+ * Whether a model is an ordinary one, one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels, or one that edits by reference images (FLUX.1 Kontext, Qwen-Image-Edit; edit_plus takes several, as of Qwen-Image-Edit-2509; kv computes their tokens once, FLUX.2 Klein KV)
  */
 export type ModelKind = typeof ModelKind[keyof typeof ModelKind];
 
