@@ -90,6 +90,13 @@ def test_python(service: DiffusionService, name: str) -> None:
     assert [word for word in words if word not in said] == [], result.errors
 
 
+def test_a_task_that_a_model_does_not_have_is_the_only_error(service: DiffusionService) -> None:
+    "And no ControlNet is spoken of where the request has none."
+    image = Image.new("RGB", (256, 256), "white")
+    errors = service.plan("blue", model="flux1-kontext-dev", image=image, strength=0.5).errors
+    assert [error.field for error in errors] == ["image"] and "put it into reference_images" in errors[0].hint
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_http(url: str, name: str) -> None:
     "As JSON, and as the client raises it."

@@ -810,9 +810,10 @@ def check_support(
 ) -> Iterator[ErrorDetail]:
     "Whether family, pipeline and package can carry out what the request asks for."
     family, record = manifest.family.value, manifest.record
-    if call is None and plan_task(request) in record.tasks and record.has_controlnets:
-        kind = plan_control_kind(request, manifest).value
-        message = f"diffusers has no pipeline for {kind} control with {plan_task(request).value} in the family {family}"
+    task, kind = plan_task(request), plan_control_kind(request, manifest).value
+    named = task not in manifest.tasks and kind == ControlKind.none.value  # by `check_task`
+    if call is None and task in record.tasks and record.has_controlnets and not named:
+        message = f"diffusers has no pipeline for {kind} control with {task.value} in the family {family}"
         yield error_detail(ErrorCode.unsupported_combination, message, field="controlnets", given=kind)
     for field in type(request).model_fields:  # in the order of the specification
         given = getattr(request, field) if field in request.model_fields_set else None
