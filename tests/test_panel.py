@@ -276,3 +276,20 @@ def test_a_closed_panel_shows_no_plan(service: DiffusionService) -> None:
     may_end.set()
     asking.join(60)
     assert panel.stage.outlook.value == ""
+
+
+def test_example_prompts_of_the_model_can_be_clicked(panel: GenerationPanel) -> None:
+    "They are those of its manifest, and go once something else is typed."
+    examples, prompt = panel.form.examples, panel.form.main.fields["prompt"].control
+    assert examples.layout.display is None
+    assert [button.description for button in examples.children] == panel.form.model.example_prompts
+    examples.children[2].click()
+    assert panel.request.prompt == prompt.value == panel.form.model.example_prompts[2]
+    prompt.value = "a star"
+    assert examples.layout.display == "none"
+
+
+def test_the_prompts_that_and_joins_are_counted_each_by_itself(service: DiffusionService) -> None:
+    found = tokenizer_of(service.manifest("shapes-sd15"))
+    count = count_tokens("a star AND a ring", found.tokenize, found.size, with_syntax=True)
+    assert (count.tokens, count.chunks, count.borders) == (4, 2, (11,))

@@ -486,6 +486,18 @@ def test_error_at_the_field(page: Page) -> None:
     assert Image.open(io.BytesIO(generate(page))).size == (96, 128)
 
 
+def test_an_example_prompt_is_a_click_away(page: Page) -> None:
+    "The prompts that the manifest of the chosen model names; they go once something else is typed."
+    fill(page, prompt="")
+    examples = page.get_by_role("group", name="Example prompts").get_by_role("button")
+    expect(examples).to_have_count(4)
+    examples.nth(1).click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(re.compile("yellow star"))
+    expect(examples.nth(1)).to_have_attribute("aria-pressed", "true")
+    fill(page, prompt=PROMPT + " and a star")
+    expect(examples).to_have_count(0)
+
+
 def test_grid_and_comparison(page: Page) -> None:
     "A grid of two parameters with one seed; two of its images under a slider, with what differs."
     fill(page, prompt=PROMPT)

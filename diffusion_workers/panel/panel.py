@@ -43,7 +43,7 @@ from diffusion_workers.panel.form import (
 )
 from .history import HistoryEntry, HistorySummary, ImageHistory
 from .mask_canvas import ImageSource, MaskCanvas
-from .prompt_editor import MAX_COUNTED, PromptEditor, count_tokens, prompt_marks, tokenizer_of
+from .prompt_editor import MAX_COUNTED, ExamplePrompts, PromptEditor, count_tokens, prompt_marks, tokenizer_of
 from .references import FIELD, ReferenceImages
 from .runs import Backend, Run, backend_of, begin, stop_on_interrupt
 from .stage import Stage, panel_line
@@ -430,6 +430,8 @@ class RequestForm(widgets.VBox):
         self.about.add_class("dw-hint")
         self.about.add_class("dw-model-about")
         shown.insert(shown.index(fields["model"]) + 1, self.about)
+        self.examples = ExamplePrompts(fields["prompt"].control)
+        shown.insert(shown.index(fields["prompt"]) + 1, self.examples)
         self.main.children = shown
         super().__init__([self.main, self.seed], layout=widgets.Layout(width="auto"))
         fields["num_images"].show_default("1")
@@ -619,6 +621,7 @@ class RequestForm(widgets.VBox):
         for form in self._every_form():
             if form.made:
                 self._fit(form)
+        self.examples.offer(info.example_prompts or ())
         self.loras.offer(info.loras or (), info.trigger_words)
         self.controls.offer(info.controlnets or ())
         self.references.offer(self.max_references)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Tokenize', 'MAX_COUNTED', 'MAX_MARKS', 'TokenCount', 'count_tokens', 'Tokenizer', 'tokenizer_of', 'Mark',
-           'prompt_marks', 'PromptEditor']
+           'prompt_marks', 'PromptEditor', 'ExamplePrompts']
 
 # %% ../../nbs/73_panel/05a_prompt_editor.ipynb #pe000004
 import threading
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import anywidget
+import ipywidgets as widgets
 import traitlets
 
 from ..models.manifest import HubSource, ModelManifest
@@ -22,7 +23,7 @@ from ..models.weight_headers import WeightFileError
 from .mask_canvas import STYLES, element
 from ..prompt.chunks import CHUNK_TOKENS, Chunk, Vector, Words, fill_chunks
 from ..prompt.embeddings import Embeddings, Name, split_at_names
-from ..prompt.schedules import text_schedule
+from ..prompt.schedules import split_parts, text_schedule
 from ..prompt.syntax import PromptError, parse
 from ..prompt.tags import drawn_as_text
 from ..prompt.weights import Span, weigh
@@ -114,10 +115,14 @@ def count_tokens(
         return TokenCount(len(places), size, 1, cut, bool(cut))
     [(_, shown), *_] = text_schedule(text, 1)
     comma = tokenize(",")
-    words = _words(shown, tokenize, embeddings or Embeddings())
-    chunks = fill_chunks(words, comma[0][0] if len(comma) == 1 else None, size)
-    starts = [_first_place(chunk) for chunk in chunks[1:]]
-    borders = tuple(start for start in starts if start is not None) if shown == text else ()
+    chunks, starts = [], []
+    for part in split_parts(shown):  # each of the prompts that AND joins has chunks of its own
+        words = _words(part.text, tokenize, embeddings or Embeddings())
+        own = fill_chunks(words, comma[0][0] if len(comma) == 1 else None, size)
+        places = [_first_place(chunk) for chunk in own]
+        starts += [part.start + place for place in places if place is not None]
+        chunks += own
+    borders = tuple(starts[1:]) if shown == text else ()
     return TokenCount(sum(len(chunk.tokens) for chunk in chunks), size, len(chunks), borders)
 
 # %% ../../nbs/73_panel/05a_prompt_editor.ipynb #pe000013
@@ -243,3 +248,31 @@ class PromptEditor(anywidget.AnyWidget):
     def _on_message(self, widget: Any, content: Mapping[str, Any], buffers: list) -> None:
         if content.get("kind") in ("lora", "style"):
             self.on_add(content["kind"], str(content.get("name", "")))
+
+# %% ../../nbs/73_panel/05a_prompt_editor.ipynb #65542ceb
+class ExamplePrompts(widgets.HBox):
+    "Buttons that put an example into a prompt, shown while the prompt is empty or an example."
+
+    def __init__(self, editor: PromptEditor):
+        super().__init__([], layout=widgets.Layout(flex_flow="row wrap", display="none"))
+        self.editor, self.examples = editor, ()
+        self.add_class("dw-examples")
+        editor.observe(lambda change: self._show(), "value")
+
+    def offer(
+        self,
+        examples: Iterable[str],  # of the chosen model
+    ) -> None:
+        "Show other examples."
+        self.examples = tuple(examples)
+        self.children = [self._button(text) for text in self.examples]
+        self._show()
+
+    def _button(self, text: str) -> widgets.Button:
+        button = widgets.Button(description=text, tooltip="Use this prompt", layout=widgets.Layout(width="auto"))
+        button.on_click(lambda button: setattr(self.editor, "value", text))
+        return button
+
+    def _show(self) -> None:
+        open_to = self.examples and self.editor.value.strip() in ("", *self.examples)
+        self.layout.display = None if open_to else "none"

@@ -76,6 +76,22 @@ function Prompt({ name, rows, known }: { name: 'prompt' | 'negative_prompt'; row
   );
 }
 
+/** What the chosen model may be asked for, while nothing else is typed. */
+function Examples() {
+  const examples = model.value?.example_prompts ?? [];
+  const prompt = String(value('prompt') ?? '').trim();
+  if (!examples.length || (prompt && !examples.includes(prompt))) return null;
+  return (
+    <div class="trigger-words examples wide" role="group" aria-label="Example prompts">
+      {examples.map((text) => (
+        <button type="button" key={text} aria-pressed={text === prompt} onClick={() => edit('prompt', text)}>
+          {text}
+        </button>
+      ))}
+    </div>
+  );
+}
+
 /** Whether the weights of a model have to come first. */
 function weightsNote({ availability, download_gb: size }: ModelInfo): string {
   if (availability === 'missing') return ' · not here';
@@ -328,6 +344,7 @@ export function Form() {
       <div class="form-body">
         <div class="fields prompts">
           <Prompt name="prompt" rows={5} known={known} />
+          <Examples />
           {applies('negative_prompt') && <Prompt name="negative_prompt" rows={1} known={known} />}
         </div>
         <div class="settings">
