@@ -27,6 +27,7 @@ from diffusion_workers.request.metadata import read_metadata
 from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.service import Settings
 from ez_diffusion_client import AsyncClient, Client, Retries, RunPod, Server, image_bytes, pil_images, raise_for_status
+from ez_diffusion_client.display import failure_text
 from ez_diffusion_client.errors import (
     FAILURES,
     ConnectionLost,
@@ -39,7 +40,7 @@ from ez_diffusion_client.errors import (
     UnknownModel,
     WaitTimeout,
 )
-from ez_diffusion_client.models import OpResult, OpStatus, ProgressEvent
+from ez_diffusion_client.models import ErrorCode, ErrorDetail, OpResult, OpStatus, ProgressEvent
 
 SMALL = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2}
 ENDLESS = {"prompt": "a red circle", "num_inference_steps": 150, "num_images": 16, "width": 256, "height": 256}
@@ -235,6 +236,27 @@ def test_a_wrong_key_is_told(target: Server | RunPod) -> None:
         with Client(Server(target.url)) as client, pytest.raises(Unauthorized) as missing:
             client.submit(SMALL)
         assert "the token is wrong" in told and "a token is needed" in str(missing.value)
+
+
+@pytest.mark.parametrize("secret", ["secret-12\nSet-Cookie: x", "secret-12é", "secret-12\0", "secret-12 3"])
+def test_a_secret_that_no_header_can_carry_is_refused_and_not_repeated(secret: str) -> None:
+    for kind in (Server("http://127.0.0.1:9", token=secret), RunPod("tested", api_key=secret)):
+        with pytest.raises(ValueError, match="character 10 ") as refused:
+            Client(kind)
+        assert "secret" not in str(refused.value) and "secret" not in repr(kind)
+
+
+def test_the_command_line_names_the_variable_of_a_secret_that_no_header_can_carry(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for variable, where in (
+        ("DIFFUSION_WORKERS_TOKEN", ("--url", "http://127.0.0.1:9")),
+        ("RUNPOD_API_KEY", ("--runpod", "x")),
+    ):
+        monkeypatch.setenv(variable, "secret-12é")
+        assert main(["generate", "x", *where]) != 0
+        told = capsys.readouterr().err
+        assert f"{variable}: character 10 " in told and "secret-12" not in told
 
 
 def test_the_command_line_sends_elsewhere(
@@ -503,3 +525,12 @@ def test_images_come_as_base64_data_uri_or_address(tmp_path: Path) -> None:
                 save_images(result(image), tmp_path / "never.png")
             assert "expired" not in str(raised.value), "the signature of an address is not shown"
         assert not (tmp_path / "never.png").exists()
+
+
+def test_a_failure_in_a_cell_is_wrapped_and_names_each_error_once() -> None:
+    "No line is longer than a cell of a notebook shows, and nothing is cut off."
+    long = "this LoRA does not fit this model: none of its modules is in it " * 3
+    detail = ErrorDetail(code=ErrorCode.unsupported_combination, field="loras[0].name", message=long.strip())
+    text = failure_text("generate", OpResult(status=OpStatus.unsupported_combination, errors=[detail]))
+    assert max(map(len, text.splitlines())) <= 100
+    assert " ".join(text.split()).count(f"loras[0].name: {long.strip()}") == 1

@@ -1,5 +1,6 @@
 """The installed command as a process of its own: what it writes, what it says on which stream, and how it exits."""
 
+import argparse
 import errno
 import io
 import json
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_workers.cli.main import main
+from diffusion_workers.cli.main import main, make_parser
 from diffusion_workers.request.metadata import read_metadata
 
 COMMAND = str(Path(sys.executable).parent / "diffusion-workers")
@@ -204,7 +205,7 @@ PHOTO = "photo, red.png"
     (["plan", "x", "--controlnet", "scale=1,scale=2"], 2, ["--controlnet: scale is given twice"]),
     (["plan", "x", "--control", "photo.png"], 2, ["--control", "NAME:FILE"]),
     (["plan", "x", "--control", "canny:missing.png"], 5, ["--control canny:missing.png: image: cannot be read"]),
-    (["plan", "x", "--control", f"cany:{PHOTO}"], 7, ["--control cany:", ": model: ", "did you mean canny?"]),
+    (["plan", "x", "--control", f"cany:{PHOTO}"], 7, ["--control cany:", ": the model offers", "did you mean canny?"]),
     (
         ["plan", "x", "--controlnet", f"model=canny,image={PHOTO},scale=much"],
         2,
@@ -214,7 +215,7 @@ PHOTO = "photo, red.png"
      [": preprocessing.parameters.low_threshold: ", "an integer from 0 to 255"]),
     (["plan", "x", "--controlnet", f"model=all,image={PHOTO}"], 2, [": union_mode: ", "depth (1)"]),
     (["plan", "x", "--controlnets", "[{}", "--control", f"canny:{PHOTO}"], 2, ["controlnets", "a list"]),
-    (["plan", "x", "--lora", "nobody:0.8"], 6, ["--lora nobody:0.8: name: the model offers no such LoRA"]),
+    (["plan", "x", "--lora", "nobody:0.8"], 6, ["--lora nobody:0.8: the model offers no such LoRA"]),
     (["plan", "x", "--lora", "nobody:much"], 2, ["--lora nobody:much: scale: ", "'much'"]),
     (["plan", "x", "--lora", "nobody,blocks=1"], 2, ["--lora: there is no such key", "'blocks'"]),
     (["plan", "x", "--refiner"], 4, ["--refiner: the manifest of this model names no refiner"]),
@@ -325,7 +326,7 @@ def test_what_planning_refuses_imports_no_torch(tiny: Path, tmp_path_factory: py
     )
     program = """
 import json, sys
-from diffusion_workers.cli.main import main
+from diffusion_workers.cli.main import main, make_parser
 for arguments in json.loads(sys.argv[1]):
     code = main(arguments)
     print(json.dumps([arguments, code, "torch" in sys.modules or "diffusers" in sys.modules]))
@@ -429,6 +430,43 @@ def test_an_error_of_the_device_names_the_option(capsys: pytest.CaptureFixture) 
     assert "--device" in said and "diffusion-workers: device" not in said
 
 
+def options_with_values(command: str) -> dict[str, argparse.Action]:
+    "Every option of a command that takes a value, under every name that it has, the hidden ones included."
+    commands = next(action for action in make_parser()._actions if action.dest == "command").choices
+    return {
+        name: action
+        for action in commands[command]._actions
+        for name in action.option_strings
+        if action.nargs != 0 and not name.startswith("--no-")
+    }
+
+
+FREE_TEXT = {  # options that take any text, or name where things go
+    "negative_prompt",
+    "prompt_2",
+    "negative_prompt_2",
+    "out",
+    "force",
+    "verbose",
+    "quiet",
+    "json",
+    "save_plan",
+}
+
+
+@pytest.mark.parametrize("name", sorted(options_with_values("plan")))
+def test_a_wrong_value_names_the_option_as_it_was_typed(
+    name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "Not the path of the field that the option sets."
+    action = options_with_values("plan")[name]
+    if action.dest.removeprefix("field.") in FREE_TEXT:
+        pytest.skip("any text is right")
+    asked = call(["plan", "a red circle", name, "no/such:thing"], "", capsys, monkeypatch)
+    named = [f"diffusion-workers: {name}:", f"diffusion-workers: {name} no/such:thing:"]
+    assert asked.returncode != 0 and any(text in asked.stderr for text in named), asked.stderr
+
+
 @pytest.mark.parametrize("arguments, stdin, code, said", [
     (["generate", "x", "--stepz", "3"], "", 2, ["there is no such option", "--stepz"]),
     (["plan", "--request", "-"], '{"prompt": "x", "num-images": 3}', 2, ["num-images", "there is no such field"]),
@@ -481,7 +519,7 @@ def call(
     (["plan", "--request", "-"], '{"prompt": ' + "[" * 100_000, 2, ["JSON"]),
     (["plan", "--request", "missing.json"], "", 2, ["--request", "missing.json"]),
     (["replay", "missing.png"], "", 5, ["missing.png"]),
-    (["models", "--models", "missing"], "", 2, ["missing is not a folder"]),
+    (["models", "--models", "missing"], "", 2, ["--models: there is no such folder"]),
     (["train-shapes"], "", 2, ["--out", "a folder is needed"]),
     (["train-shapes", "--part", "shapes-flx", "--out", "x"], "", 2, ["--part", "did you mean shapes-flux?"]),
     (

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from live_server import live_server
+from PIL import Image
 from safetensors.numpy import save_file
 
 from diffusion_workers import DiffusionService
@@ -21,8 +22,10 @@ from diffusion_workers.request.errors import RequestError
 from diffusion_workers.request.metadata import read_metadata
 from diffusion_workers.settings.service import Settings
 from diffusion_workers.settings.worker import WorkerSettings
+from diffusion_workers.shapes.scenes import read_scene
 from diffusion_workers.sweep.folder import checked_requests, request_product
 from diffusion_workers.worker.handler import Worker
+from ez_diffusion_client import pil_images
 from ez_diffusion_client.models import GenerationRequest
 
 RED = {"prompt": "a red circle on a white background", "seed": 3, "num_inference_steps": 4}
@@ -342,11 +345,45 @@ def test_tags_are_refused_without_permission(service: DiffusionService) -> None:
     assert "the model offers no such LoRA" in service.plan(READ, prompt="a <lora:nigth:1>", prompt_loras=True).message
 
 
-def test_and_is_refused_with_the_reason(service: DiffusionService) -> None:
-    refused = service.plan(READ, prompt="a red circle AND a blue square :0.5")
-    assert (
-        refused.errors[0].code == "unsupported_combination" and "a pass of the denoiser of its own" in refused.message
-    )
+def test_prompts_joined_by_and_are_all_followed(service: DiffusionService) -> None:
+    "Three prompts, each of which names one thing: all of them are in each image."
+    fields = {"prompt": "a circle AND a red circle AND a navy background", "seed": 100, "num_images": 8}
+    made = service.generate(READ, **fields | {"num_inference_steps": 12})
+    scenes = [read_scene(image.convert("RGB")) for image in pil_images(made)]
+    found = [(scene.background, *((thing.color, thing.shape) for thing in scene.objects)) for scene in scenes]
+    assert found.count(("navy", ("red", "circle"))) >= 7, found
+
+
+def test_and_with_the_weight_zero_does_nothing_and_a_batch_equals_each_alone(service: DiffusionService) -> None:
+    red, both = "a red circle on a white background", "a red circle on a white background AND a navy background :0.7"
+    fields = {"num_inference_steps": 4, "seed": 5}
+    alone = np.asarray(service.generate(READ, prompt=red, **fields).image, dtype=int)
+    joined = np.asarray(service.generate(READ, prompt=f"{red} AND a navy background :0", **fields).image, dtype=int)
+    assert abs(alone - joined).max() <= 2
+    batch = pil_images(service.generate(READ, prompt=both, num_images=2, **fields))
+    for index, image in enumerate(batch):
+        one = service.generate(READ, prompt=both, **fields | {"seed": 5 + index})
+        assert abs(np.asarray(image, dtype=int) - np.asarray(one.image, dtype=int)).max() <= 2
+        assert abs(np.asarray(one.image, dtype=int) - alone).max() > 20
+    again = service.generate(request_from_plan(one.generation.plan))
+    assert (np.asarray(again.image) == np.asarray(one.image)).all()
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"model": "shapes-flux"}, "a model of the family flux cannot join prompts"),
+        ({"guidance_scale": 1.0}, "set guidance_scale above 1"),
+        ({"negative_prompt": "blue AND green"}, "in the field prompt alone"),
+        ({"prompt": " AND ".join("abcdefghi")}, "AND joins at most 8 prompts"),
+        ({"acceleration": {"guidance_end": 0.5}}, "AND needs guidance at each step"),
+        ({"guider": {"method": "apg"}}, "the guider sees one prompt"),
+        ({"controlnets": [{"model": "canny", "image": Image.new("RGB", (64, 64))}]}, "a ControlNet sees one prompt"),
+    ],
+)
+def test_and_is_refused_where_a_prompt_would_be_left_out(service: DiffusionService, changes: dict, said: str) -> None:
+    refused = service.plan(READ, **{"prompt": "a red circle AND a blue square :0.5"} | changes)
+    assert refused.errors[0].code == "unsupported_combination" and said in refused.message
 
 
 # --- any text ---------------------------------------------------------------

@@ -221,7 +221,11 @@ class BenchmarkResult:
     samples: list[Sample]
     quality: dict[str, dict[str, float]]  # scenario -> measure -> figure
     environment: dict[str, Any]
-    images: dict[str, Image.Image] = field(default_factory=dict, repr=False)  # the last of each; not saved
+    images: dict[str, Image.Image] = field(default_factory=dict)  # the last of each; not saved
+
+    def __repr__(self) -> str:
+        rounds = len(self.seconds(self.names[0]))
+        return f"BenchmarkResult({', '.join(self.names)}; {rounds} rounds)"
 
     def seconds(self, name: str) -> list[float]:
         "Wall time of a scenario in each round."

@@ -144,7 +144,7 @@ def read_settings(arguments: argparse.Namespace) -> "Settings":
     from diffusion_workers.settings.service import Settings
 
     settings = Settings.from_environment()
-    folders = (*settings.model_folders, *map(Path, arguments.models or []))
+    folders = (*settings.model_folders, *(arguments.models or []))
     return settings.model_copy(update={"model_folders": folders})
 
 

@@ -89,12 +89,13 @@ class CommandParser(argparse.ArgumentParser):
         if choice:
             known = re.findall(r"[\w-]+", choice[3])
             near = nearest_name(choice[2], known)
-            what = "command" if choice[1] == "COMMAND" else f"value of {choice[1]}"
+            what = "there is no such command" if choice[1] == "COMMAND" else f"{choice[1]}: there is no such value"
             hint = f"did you mean {near}?" if near else f"allowed: {', '.join(known)}"
-            message = f"there is no such {what}; given '{choice[2]}'; {hint}"
+            message = f"{what}; given '{choice[2]}'; {hint}"
         elif "required: COMMAND" in message:
             self.print_usage(sys.stderr)
             message = f"a COMMAND is needed: {', '.join(COMMANDS)}"
+        message = re.sub(r"^argument (?:-\w/)?(\S+): ", r"\1: ", message)
         self.exit(2, f"diffusion-workers: {message}\n")
 
 
@@ -131,11 +132,16 @@ _FURTHER_OPTIONS = (  # those that are not fields of a request, for suggestions
 
 
 def _unknown_option(unknown: list[str]) -> RequestError:  # what argparse could not place
-    option = next((text for text in unknown if text.startswith("-")), unknown[0])
+    option = next((text for text in unknown if text.startswith("-")), None)
+    if option is None:
+        hint = "quote a prompt of several words; diffusion-workers COMMAND --help lists the options"
+        message = "the command does not expect this argument"
+        return request_error(ErrorCode.unknown_field, message, field=unknown[0], hint=hint)
     short = (name for names in SHORT_NAMES.values() for name in names)
     known = [*_FURTHER_OPTIONS, *short, *(option_name(info.path) for info in request_options())]
-    near = nearest_name(option.split("=")[0], known)
-    hint = "diffusion-workers COMMAND --help lists the options; quote a prompt of several words"
+    plain = option.split("=")[0]
+    near = " or ".join(name for name in known if name.endswith(f"-{plain.lstrip('-')}")) or nearest_name(plain, known)
+    hint = "diffusion-workers COMMAND --help lists the options"
     if near:
         hint = f"did you mean {near}?"
     return request_error(ErrorCode.unknown_field, "there is no such option", field=option, hint=hint)

@@ -33,6 +33,7 @@ from diffusion_workers.request.schema import (
     set_value,
     typed_value,
 )
+from ..server.process import manifest_folder
 from ez_diffusion_client.models import ControlNetUnit, ErrorCode, ErrorDetail, GenerationRequest, Lora, OpResult
 
 # %% ../../nbs/80_cli/01_options.ipynb #924c98a4
@@ -68,6 +69,12 @@ class _FlagAction(argparse.BooleanOptionalAction):
         _note_option(namespace, self.dest, option_string)
 
 
+class _ListAction(argparse._AppendAction):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        super().__call__(parser, namespace, values, option_string)
+        _note_option(namespace, self.dest, option_string)
+
+
 def add_field_option(
     parser: argparse._ActionsContainer,
     info: FieldInfo,
@@ -82,7 +89,7 @@ def add_field_option(
         return
     if info.path[-1] in IMAGE_LISTS:
         help_text = argparse.SUPPRESS if hidden else "an image: a file, or an http(s) URL; once for each, in order"
-        parser.add_argument(*options, dest=dest, action="append", default=None, metavar="FILE", help=help_text)
+        parser.add_argument(*options, dest=dest, action=_ListAction, default=None, metavar="FILE", help=help_text)
         return
     more: dict[str, Any] = {"nargs": "?", "const": {}} if info.kind == "object" else {}
     if info.is_image:
@@ -394,7 +401,13 @@ def option_of(
         index = int(entry[2]) - getattr(arguments, "entries_before", {}).get(entry[1], 0)
         if 0 <= index < len(rows):
             option, text = rows[index]
-            return f"{option} {shorten(text, 48)[1:-1]}" + (f": {entry[3]}" if entry[3] else "")
+            part = "" if entry[3] in ("", "name", "model") else f": {entry[3]}"
+            return f"{option} {shorten(text, 48)[1:-1]}{part}"
+    item = re.match(r"(\w+)\[(\d+)\]$", field)
+    if item and item[1] in typed:
+        files = getattr(arguments, f"field.{item[1]}") if item[1] in IMAGE_LISTS else []
+        of_file = f" {shorten(files[int(item[2])], 48)[1:-1]}" if int(item[2]) < len(files) else ""
+        return typed[item[1]] + of_file
     if field.startswith("-"):  # an option already
         return field
     if field == "prompt" and getattr(arguments, "prompt", None) is not None:
@@ -440,7 +453,11 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     "Which models there are, where to run, and how much to print."
     parser.add_argument(
-        "--models", action="append", metavar="FOLDER", help="a folder with manifests of your own; may be repeated"
+        "--models",
+        action="append",
+        type=manifest_folder,
+        metavar="FOLDER",
+        help="a folder with manifests of your own; may be repeated",
     )
     add_running_options(parser)
 

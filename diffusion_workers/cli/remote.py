@@ -75,6 +75,15 @@ def _runpod(arguments: argparse.Namespace) -> str | None:
     return getattr(arguments, "runpod", None)
 
 
+def _checked_secret(target, variable: str):  # the same target
+    try:
+        target.headers
+    except ValueError as exc:
+        message = str(exc).partition(": ")[2]
+        raise request_error(ErrorCode.unauthorized, message, field=variable) from None
+    return target
+
+
 def remote_target(arguments: argparse.Namespace):  # a Server or a RunPod
     "Where the request goes; a `RequestError` where the options do not say it."
     from diffusion_workers.settings.table import ClientSettings
@@ -95,7 +104,7 @@ def remote_target(arguments: argparse.Namespace):  # a Server or a RunPod
                 ErrorCode.unauthorized, "RunPod needs an API key", field="--runpod", hint="set RUNPOD_API_KEY"
             )
         key = settings.runpod_api_key.get_secret_value()
-        return RunPod(arguments.runpod, api_key=key, url=settings.runpod_url)
+        return _checked_secret(RunPod(arguments.runpod, api_key=key, url=settings.runpod_url), "RUNPOD_API_KEY")
     if not arguments.url.startswith(("http://", "https://")):
         raise request_error(
             ErrorCode.wrong_type,
@@ -105,7 +114,7 @@ def remote_target(arguments: argparse.Namespace):  # a Server or a RunPod
             allowed="such as http://127.0.0.1:8000",
         )
     token = None if settings.token is None else settings.token.get_secret_value()
-    return Server(arguments.url, token=token)
+    return _checked_secret(Server(arguments.url, token=token), "DIFFUSION_WORKERS_TOKEN")
 
 
 def remote_call(

@@ -36,7 +36,8 @@ function fillFromMask(pen, bitmap) {
   pen.putImageData(pixels, 0, 0);
 }
 
-function maskBlob(layer) {
+/** The mask as a PNG, at once: a mask that is encoded later can miss the request that was sent after the stroke. */
+function maskBytes(layer) {
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [layer.width, layer.height];
   const pen = canvas.getContext("2d");
@@ -46,7 +47,8 @@ function maskBlob(layer) {
     pixels.data.set([value, value, value, 255], i);
   }
   pen.putImageData(pixels, 0, 0);
-  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  const text = atob(canvas.toDataURL("image/png").split(",")[1]);
+  return Uint8Array.from(text, (letter) => letter.charCodeAt(0));
 }
 
 export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
@@ -140,9 +142,9 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     state.redo = [];
     while (state.undo.length > 1 && state.undo.length * layer.width * layer.height * 4 > UNDO_BYTES) state.undo.shift();
   };
-  const changed = async () => {
+  const changed = () => {
     showTools();
-    onMask(new Uint8Array(await (await maskBlob(layer)).arrayBuffer()));
+    onMask(maskBytes(layer));
   };
   const change = (work) => {
     remember();

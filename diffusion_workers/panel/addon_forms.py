@@ -18,7 +18,7 @@ import ipywidgets as widgets
 
 from ..control.preprocessors import preprocessor_list
 from .elements import DropZone
-from .form import Groups, SchemaForm, alert, error_html
+from .form import Groups, SchemaForm, alert, error_html, path_label
 from .mask_canvas import ImageSource
 from ..request.errors import failure, parse
 from ..request.schema import IMAGE_FIELDS, schema_fields
@@ -199,7 +199,8 @@ class LoraList(widgets.VBox):
         "Show the errors of LoRAs."
         errors = list(errors)
         own = [error for error in errors if (error.field or "").startswith("loras")]
-        self.message.value = alert("<br>".join(f"{error.field}: {error_html(error)}" for error in own))
+        lines = [f"{html.escape(path_label(error.field))}: {error_html(error)}" for error in own]
+        self.message.value = alert("<br>".join(lines))
         return [error for error in errors if error not in own]
 
     def _set_rows(self, rows: list[LoraRow]) -> None:

@@ -38,13 +38,14 @@ from diffusion_workers.panel.form import (
     check,
     not_shown,
     one_for_all,
+    path_label,
     request_sections,
 )
 from .history import HistoryEntry, HistorySummary, ImageHistory
 from .mask_canvas import ImageSource, MaskCanvas
 from .prompt_editor import MAX_COUNTED, PromptEditor, count_tokens, prompt_marks, tokenizer_of
 from .runs import Backend, Run, backend_of, begin, stop_on_interrupt
-from .stage import Stage
+from .stage import Stage, panel_line
 from .stop_button import wait_with_stop
 from ..planning.plan import DRAWN_SEED
 from ..planning.replay import plan_differences
@@ -993,7 +994,9 @@ class GenerationPanel(widgets.VBox):
             errors = check(values)
             unplaced = self.form.show_errors(errors)
             if errors:
-                text = "; ".join(map(error_line, unplaced)) or "fix the highlighted fields of the form"
+                names = ", ".join(dict.fromkeys(path_label(error.field) for error in errors if error.field))
+                text = "; ".join(map(panel_line, unplaced)) or f"nothing was generated: correct {names}"
+                self.stage.outlook.value = ""
                 self.stage.refuse(text)
                 return None
             run = Run(parse(GenerationRequest, self._with_seed(values)))
@@ -1162,7 +1165,9 @@ class GenerationPanel(widgets.VBox):
         self.form.show_errors(errors)
         self.form.show_active()
         self._in_a_moment(self._annotate, asked)
-        if not errors:
+        if errors:
+            self.stage.outlook.value = ""
+        else:
             self._ask_plan(asked)
 
     def _in_a_moment(self, do: Callable[..., None], *given: Any) -> None:  # after the last change, in the background
@@ -1333,7 +1338,7 @@ def _settings(name: str, value: Any) -> str:
 
 
 def _warning_line(warning: RequestWarning) -> str:
-    return f"{warning.field}: {warning.message}" if warning.field else warning.message
+    return f"{path_label(warning.field)}: {warning.message}" if warning.field else warning.message
 
 
 def _queue_line(run: Run, place: int) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TextLayout', 'PromptTexts', 'EncodingOptions', 'EncodedPrompt', 'injected_vectors', 'encode_prompts',
-           'PlannedPrompts', 'encode_plan', 'loop_tensors', 'PromptChanges']
+           'PlannedPrompts', 'CurrentStep', 'JoinedPrompt', 'encode_plan', 'loop_tensors', 'PromptChanges']
 
 # %% ../../nbs/50_pipeline/10_encoding.ipynb #c9b8e658
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 
 from ..prompt.chunks import Chunk, Vector, Words, equal_lengths, fill_chunks
 from ..prompt.embeddings import Embeddings, Name, split_at_names
-from ..prompt.schedules import TextSchedule, text_schedule
+from ..prompt.schedules import TextSchedule, split_parts, text_schedule
 from ..prompt.weights import WeightRule, apply_weights, weigh
 from ez_diffusion_client.models import GenerationPlan
 
@@ -232,15 +232,38 @@ class PlannedPrompts:
 
     arguments: dict[str, torch.Tensor]  # of the pipeline, instead of its texts
     changes: tuple[tuple[int, dict[str, torch.Tensor]], ...] = ()  # the last step before a change, and what follows
+    weight: float = 1.0  # of the prompt among those that AND joins
+    joined: tuple["JoinedPrompt", ...] = ()  # the others
+    now: "CurrentStep" = field(default_factory=lambda: CurrentStep())
+
+
+@dataclass
+class CurrentStep:
+    "The step that is computed."
+
+    number: int = 1  # from 1
+
+
+@dataclass(frozen=True)
+class JoinedPrompt:
+    "One of the further prompts that are joined by AND."
+
+    weight: float  # of its difference to the prediction without a prompt
+    until: tuple[tuple[int, EncodedPrompt], ...]  # last step from 1, and what is seen up to it
+
+    def at(self, step: int) -> EncodedPrompt:
+        "What a step sees, counted from 1."
+        return next((encoded for end, encoded in self.until if step <= end), self.until[-1][1])
 
 
 def _last_steps(plan: GenerationPlan) -> tuple[list[int], dict[str, TextSchedule]]:
     "The steps at which some text changes, and the schedule of each field."
-    schedules = {}
-    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
-        text = getattr(plan, name)
-        if text is not None:
-            schedules[name] = text_schedule(text, plan.denoising_steps)
+    texts = {name: getattr(plan, name) for name in ("prompt_2", "negative_prompt", "negative_prompt_2")}
+    for index, part in enumerate(split_parts(plan.prompt or "")):
+        texts[f"joined {index}" if index else "prompt"] = part.text
+    schedules = {
+        name: text_schedule(text, plan.denoising_steps) for name, text in texts.items() if text is not None
+    }
     ends = sorted({end for schedule in schedules.values() for end, _ in schedule})
     return ends or [plan.denoising_steps], schedules
 
@@ -269,6 +292,10 @@ def encode_plan(
     for end in ends if with_negative else ():
         text = _text_until(schedules.get("negative_prompt"), end) or ""
         texts.append(PromptTexts(text, _text_until(schedules.get("negative_prompt_2"), end)))
+    first, *others = split_parts(plan.prompt or "")
+    for index in range(1, len(others) + 1):
+        for end in ends:
+            texts.append(PromptTexts(_text_until(schedules[f"joined {index}"], end) or "", texts[0].text_2))
     encoded = encode_prompts(pipe, layout, texts, options)
     is_absent = plan.negative_prompt is None and plan.negative_prompt_2 is None
     if with_negative and is_absent and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
@@ -276,7 +303,9 @@ def encode_plan(
             one = encoded[index]
             encoded[index] = EncodedPrompt(torch.zeros_like(one.embeds), torch.zeros_like(one.pooled))
     steps = [_arguments(encoded[i], encoded[count + i] if with_negative else None) for i in range(count)]
-    return PlannedPrompts(steps[0], tuple(zip(ends, steps[1:])))
+    rows = [encoded[at : at + count] for at in range(len(encoded) - count * len(others), len(encoded), count)]
+    joined = [JoinedPrompt(part.weight, tuple(zip(ends, row))) for part, row in zip(others, rows, strict=True)]
+    return PlannedPrompts(steps[0], tuple(zip(ends, steps[1:])), first.weight, tuple(joined))
 
 
 def _arguments(positive: EncodedPrompt, negative: EncodedPrompt | None) -> dict[str, torch.Tensor]:
@@ -303,13 +332,16 @@ class PromptChanges:
         callback: Callable[..., dict],  # of the pipeline
         prompts: PlannedPrompts,
     ):
-        self.callback, self.changes = callback, dict(prompts.changes)
+        self.callback, self.changes, self.now = callback, dict(prompts.changes), prompts.now
 
     def __call__(self, pipe: DiffusionPipeline, index: int, timestep: Any, tensors: dict) -> dict:
         tensors = self.callback(pipe, index, timestep, tensors)
         order = getattr(pipe.scheduler, "order", 1)  # Heun calls the denoiser twice for a step
         step = index // order + 1
-        if step not in self.changes or (index + 1) % order:
+        if (index + 1) % order:
+            return tensors
+        self.now.number = step + 1
+        if step not in self.changes:
             return tensors
         new, guided = self.changes[step], getattr(pipe, "do_classifier_free_guidance", False)  # Flux calls twice
         changed = {"prompt_embeds": self._shaped(new, "prompt_embeds", tensors["prompt_embeds"], guided)}

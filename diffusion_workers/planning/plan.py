@@ -62,6 +62,7 @@ from diffusion_workers.prompt.offered import (
 )
 from diffusion_workers.prompt.requests import (
     PROMPT_FIELDS,
+    check_joined,
     check_syntax,
     read_prompts,
     reads_syntax,
@@ -725,7 +726,7 @@ def check_prompt(request: GenerationRequest, manifest: ModelManifest) -> Iterato
             field="prompt",
             given=request.prompt,
             allowed="text of 1 to 10000 characters",
-            hint="say what the picture shows",
+            hint="say what the image shows",
         )
     most = manifest.limits.max_prompt_length
     for field in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
@@ -1127,20 +1128,22 @@ def find_problems(
         *check_distilled(request, manifest),
         *check_profile(request, manifest),
         *check_acceleration(request, manifest, plan_control_kind(request, manifest)),
-        *_guider_problems(request, manifest, call),
+        *_guidance_problems(request, manifest, call),
         *check_seamless(request, manifest),
     ]
 
 
-def _guider_problems(
+def _guidance_problems(
     request: GenerationRequest, manifest: ModelManifest, call: PipelineCall | None
 ) -> Iterator[ErrorDetail]:
-    if request.guider is None or call is None:
+    if call is None:
         return
     guided = _is_guided(manifest, _plan_guidance(request, manifest, call))
     if manifest.record.guidance.embedded_field is not None and "negative_prompt" in call.takes:
         guided = guided and bool(_plan_texts(request, manifest, call)["negative_prompt"])
-    yield from check_guider(request, manifest, guided)
+    yield from check_joined(request, manifest, guided)
+    if request.guider is not None:
+        yield from check_guider(request, manifest, guided)
 
 
 def _embedding_problems(

@@ -81,7 +81,8 @@ def _text_warnings(
     meaning = known - {vocabulary.known_form(word) for word in vocabulary.function_words}
     if unknown and not meaning.intersection(map(vocabulary.known_form, words)):
         about = " ".join((manifest.description or f"it knows {_known(vocabulary)}").split())
-        yield warning(f"{manifest.name} knows none of these words: {about}", field=field, given=" ".join(unknown))
+        message = f"{manifest.name} knows none of these words; about this model: {about}"
+        yield warning(message, field=field, given=" ".join(unknown))
         return
     for word in unknown[:MAX_WORD_WARNINGS]:
         yield _word_warning(word, field, manifest, vocabulary)

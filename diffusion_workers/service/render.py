@@ -31,6 +31,7 @@ from diffusion_workers.acceleration.apply import (
     wants_compilation,
 )
 from ..acceleration.guiders import use_guider
+from ..acceleration.joined_prompts import use_joined_prompts
 from ..acceleration.seamless import use_seamless
 from ..families.registry import FAMILIES
 from ..lora.layers import LoadedLora, LoraStore, use_loras
@@ -406,22 +407,22 @@ def encoded_embeds(
 ) -> PromptEmbeds:
     "The prompts of a plan as prompt embeddings; a `RequestError` where they change from step to step."
     prompts = _encoded(pipe, plan, embeddings)
-    if prompts.changes:
-        message = "prompt embeddings cannot hold a prompt that changes from step to step"
-        hint = "write the prompt without a schedule, or generate from the prompt itself"
+    if prompts.changes or prompts.joined:
+        what = "a prompt that changes from step to step" if prompts.changes else "prompts that are joined by AND"
+        message = f"prompt embeddings cannot hold {what}"
+        hint = "write one prompt without a schedule, or generate from the prompt itself"
         raise request_error(ErrorCode.unsupported_combination, message, field="prompt", given=plan.prompt, hint=hint)
     return PromptEmbeds(**prompts.arguments, prompt=plan.prompt)
 
 
 def encoded_arguments(
     pipe,
-    plan: GenerationPlan,  # whose prompts are not plain
+    plan: GenerationPlan,
+    prompts: PlannedPrompts,  # of the plan
     images: int,  # of this chunk
     watch: StepWatch,
-    embeddings: Sequence[Embedding] = (),  # that the prompts name
 ) -> dict[str, Any]:
     "What the pipeline of a plan is called with instead of its texts; a `RequestError` for what it cannot do."
-    prompts = _encoded(pipe, plan, embeddings)
     arguments: dict[str, Any] = {
         name: tensor.repeat(images, *[1] * (tensor.ndim - 1)) for name, tensor in prompts.arguments.items()
     }
@@ -672,12 +673,13 @@ def render(
                 use_guider(pipe, plan, run),
                 use_noise(pipe, hooks.noise(first, len(seeds))),
                 use_variation(pipe, arguments["generator"], *variation_of(chunk)),
+                ExitStack() as joining,
             ):
                 if plan.prompt_syntax is not None and hooks.embeds is None:
                     kept = {name: value for name, value in arguments.items() if name not in _ENCODED}
-                    arguments = kept | encoded_arguments(
-                        pipe, plan, len(arguments["generator"]), watch, prepared.embeddings
-                    )
+                    prompts = _encoded(pipe, plan, prepared.embeddings)
+                    arguments = kept | encoded_arguments(pipe, plan, prompts, len(arguments["generator"]), watch)
+                    joining.enter_context(use_joined_prompts(pipe, plan, prompts, run))
                 pictures += render_chunk(
                     pipe, getattr(pipe, factory.record.denoiser), arguments, plan, watch, timings, refine, decode
                 )

@@ -6,6 +6,7 @@
 __all__ = ['find_repository', 'PlacedSource', 'placed', 'placed_models', 'config_lines']
 
 # %% ../../nbs/71_worker/01_placement.ipynb #852fbc62
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +30,21 @@ def _snapshot(cache: Path, revision: str | None) -> Path | None:  # below models
     return found[0] if len(found) == 1 else None
 
 
+def _is_whole(folder: Path) -> bool:
+    "Whether no file is missing that a link or an index of weights names; an interrupted download leaves such gaps."
+    for file in folder.rglob("*"):
+        if not file.exists():  # a link to a blob that is not there
+            return False
+        if file.name.endswith(".index.json"):
+            try:
+                shards = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                return False
+            if not all((file.parent / name).exists() for name in map(str, shards)):
+                return False
+    return True
+
+
 def find_repository(
     source: HubSource,
     folders: Sequence[Path],  # the first that has it wins
@@ -36,9 +52,12 @@ def find_repository(
     "Where the files of a repository lie on this machine."
     for folder in folders:
         plain = folder / source.hub
-        if source.revision is None and plain.is_dir() and any(plain.iterdir()):
+        if source.revision is None and plain.is_dir() and any(plain.iterdir()) and _is_whole(plain):
             return plain
-        if found := _snapshot(folder / f"models--{source.hub.replace('/', '--')}", source.revision):
+        cache = folder / f"models--{source.hub.replace('/', '--')}"
+        interrupted = any((cache / "blobs").glob("*.incomplete"))
+        found = None if interrupted else _snapshot(cache, source.revision)
+        if found and _is_whole(found):
             return found
     return None
 

@@ -35,7 +35,7 @@ const THEMES: [Theme, string][] = [
 function Token() {
   const [typed, setTyped] = useState(token.value);
   return (
-    <form class="token" onSubmit={(event) => (event.preventDefault(), (token.value = typed), void meetServer())}>
+    <form class="token" onSubmit={(event) => (event.preventDefault(), (token.value = typed.trim()), void meetServer())}>
       <label>
         Token{' '}
         <input

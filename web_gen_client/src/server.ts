@@ -10,6 +10,7 @@ import {
   type ControlMap,
   type Health,
   type PreprocessRequest,
+  tokenProblem,
 } from 'ez-diffusion-client';
 import { clearErrors, showErrors, warnings } from './errors';
 import type { Json } from './paths';
@@ -48,6 +49,11 @@ async function askSchema(): Promise<Schema> {
 
 /** Read what the server offers. */
 export async function meetServer(): Promise<void> {
+  const problem = tokenProblem(token.value);
+  if (problem !== undefined) {
+    connectionError.value = `The token: ${problem}.`;
+    return;
+  }
   try {
     const [found, offered] = await Promise.all([
       schema.value ?? askSchema(),

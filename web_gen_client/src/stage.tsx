@@ -9,6 +9,7 @@ import { Menu } from './menu';
 import { isObject, type Json, type JsonObject } from './paths';
 import { addImage, reference } from './images';
 import { formOf } from './restore';
+import { pathInWords } from './schema';
 import {
   connectionError,
   edit,
@@ -290,7 +291,7 @@ function Compare({ a, b }: { a: GalleryItem; b: GalleryItem }) {
           <tbody>
             {different.map(([path, left, right]) => (
               <tr key={path}>
-                <th scope="row">{path}</th>
+                <th scope="row">{pathInWords(path)}</th>
                 <td>{left}</td>
                 <td>{right}</td>
               </tr>

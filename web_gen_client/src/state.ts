@@ -1,6 +1,13 @@
 /** The state of the page: the form, the server, the gallery, and what is on the stage. */
 import { computed, effect, signal } from '@preact/signals';
-import { connect, type GenerationPlan, type GenerationRequest, type Health, type ModelList } from 'ez-diffusion-client';
+import {
+  connect,
+  tokenProblem,
+  type GenerationPlan,
+  type GenerationRequest,
+  type Health,
+  type ModelList,
+} from 'ez-diffusion-client';
 import { clearErrors, forgetTouched } from './errors';
 import { get, set, type Json, type JsonObject } from './paths';
 import { bringBack, idsIn, withData } from './images';
@@ -70,7 +77,7 @@ async function fetchAndNotice(input: RequestInfo | URL, init?: RequestInit): Pro
 }
 
 export const client = computed(() =>
-  connect({ baseUrl: serverUrl, token: token.value || undefined, fetch: fetchAndNotice }),
+  connect({ baseUrl: serverUrl, token: tokenProblem(token.value) === undefined ? token.value : undefined, fetch: fetchAndNotice }),
 );
 
 export const model = computed(() => {

@@ -7,6 +7,7 @@ checkers wherever a response comes from: a service in this process, a server or 
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -57,6 +58,12 @@ def error_line(
     return "; ".join(part for part in parts if part)
 
 
+def _wrapped(text: str) -> str:  # at most 100 columns, but for words that are longer
+    return textwrap.fill(
+        text, 100, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+
+
 def failure_text(
     operation: str,  # such as generate
     result: "OpResult",  # that failed
@@ -65,9 +72,9 @@ def failure_text(
     lines = [f"{operation} failed: {result.status.value}"]
     for error in result.errors or []:
         short = error.allowed and len(error.allowed) <= 100
-        lines.append(f"  {error_line(error if short else error.model_copy(update={'allowed': None}))}")
+        lines.append(_wrapped(error_line(error if short else error.model_copy(update={"allowed": None}))))
     if not result.errors and result.message:
-        lines.append(f"  {result.message}")
+        lines.append(_wrapped(result.message))
     lines.append("  (result.errors has the details; result.raise_for_status() raises)")
     return "\n".join(lines)
 
@@ -345,6 +352,10 @@ class ModelListMethods(CompactModel):
     if TYPE_CHECKING:
         models: list[ModelInfo]
         default: str | None
+
+    def __repr__(self) -> str:
+        names = ", ".join(info.name for info in self.models)
+        return f"ModelList({len(self.models)} models: {names}; default: {self.default})"
 
     def _repr_markdown_(self) -> str:
         lines = ["| model | family | size | steps | ControlNets | LoRAs | profiles |", "|---|---|---|---|---|---|---|"]

@@ -58,6 +58,18 @@ def failed_result(status: OpStatus, message: str) -> OpResult:
     return OpResult(status=status, message=message, errors=[ErrorDetail(code=code, message=message)])
 
 
+def bearer(secret: str | None, name: str) -> dict[str, str]:
+    """The header that carries a secret; a ValueError that does not repeat it where no header can."""
+    secret = (secret or "").strip()
+    for index, character in enumerate(secret):
+        if not "!" <= character <= "~":
+            raise ValueError(
+                f"{name}: character {index + 1} (U+{ord(character):04X}) cannot be sent in a header; "
+                "allowed: visible ASCII characters; copy it again"
+            )
+    return {"Authorization": f"Bearer {secret}"} if secret else {}
+
+
 @dataclass(frozen=True)
 class Server:
     """A server that `diffusion-workers serve` runs."""
@@ -73,7 +85,7 @@ class Server:
     @property
     def headers(self) -> dict[str, str]:
         """What every call carries."""
-        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        return bearer(self.token, "token")
 
     def run(self, body: dict[str, Any]) -> Call[Job]:
         """Make images and wait for them."""
@@ -227,7 +239,7 @@ class RunPod:
     @property
     def headers(self) -> dict[str, str]:
         """What every call carries."""
-        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return bearer(self.api_key, "api_key")
 
     def run(self, body: dict[str, Any]) -> Call[Job]:
         """Make images; the answer may come before they are done."""

@@ -10,3 +10,4 @@ export { connect, type Connection } from './connect.js';
 export { OperationError, orThrow, type Answer } from './errors.js';
 export { isLast, runJob, watchJob, type RunOptions, type WatchOptions } from './jobs.js';
 export { runpodFetch, type RunpodEndpoint } from './runpod.js';
+export { tokenProblem } from './token.js';

@@ -1,5 +1,6 @@
 import type { ErrorCode, Job, JobState, OpResult, OpStatus, ProgressEvent } from './generated/index.js';
 import { isOpResult } from './errors.js';
+import { bearer } from './token.js';
 
 /** An address without the slashes at its end; an expression for them takes quadratic time. */
 export function withoutSlash(address: string): string {
@@ -89,7 +90,10 @@ function lastEvent(job: Job): ProgressEvent {
 class Endpoint {
   private readonly root: string;
 
+  private readonly authorization: { Authorization: string };
+
   constructor(private readonly endpoint: RunpodEndpoint, private readonly send: typeof fetch) {
+    this.authorization = bearer(endpoint.apiKey, 'apiKey');
     this.root = `${withoutSlash(endpoint.baseUrl ?? DEFAULT_BASE_URL)}/${encodeURIComponent(endpoint.endpointId)}`;
   }
 
@@ -107,7 +111,7 @@ class Endpoint {
   }
 
   private async call<Answer>(method: 'GET' | 'POST', path: string, body?: unknown, signal?: AbortSignal): Promise<Answer> {
-    const headers = { Authorization: `Bearer ${this.endpoint.apiKey}`, 'Content-Type': 'application/json' };
+    const headers = { ...this.authorization, 'Content-Type': 'application/json' };
     const response = await this.send(`${this.root}${path}`, { method, headers, ...(body === undefined ? {} : { body: JSON.stringify(body) }), ...(signal ? { signal } : {}) });
     const text = await response.text();
     if (response.status === 401 || response.status === 403) throw new Refusal('unauthorized', 'RunPod refused the API key');

@@ -67,7 +67,7 @@ test('a dry run says what would be done', async () => {
   assert.deepEqual([result.plan?.task, result.plan?.seeds, result.plan?.num_inference_steps], ['text_to_image', [7], 4]);
 });
 
-test('a picture becomes a control map', async () => {
+test('an image becomes a control map', async () => {
   const image = onlyImage(await orThrow(generate({ client: server, body })));
   const result = await orThrow(preprocess({ client: server, body: { image, preprocessing: { name: 'canny', parameters: { low_threshold: 50, high_threshold: 100 } } } }));
   assert.ok(result.control_map?.image.startsWith(PNG));
@@ -208,6 +208,20 @@ test('a large event is read in time that grows with its size alone', async () =>
   assert.ok(spent[1]! < 24 * spent[0]!, `eight times the size took ${spent[1]! / spent[0]!} times as long`);
 });
 
+test('a secret that no header can carry is refused, and never repeated', () => {
+  for (const secret of ['secret-12\nSet-Cookie: x', 'secret-12é', 'secret-12\u0000', 'secret-12 3']) {
+    const made = [() => connect({ baseUrl: url, token: secret }), () => connect({ runpod: { ...endpoint, apiKey: secret } })];
+    for (const make of made) {
+      assert.throws(make, (error: Error) => error instanceof RangeError && /character 10 /.test(error.message) && !error.message.includes('secret'));
+    }
+  }
+});
+
+test('a wrong secret is not repeated by the refusal', async () => {
+  const client = connect({ baseUrl: 'http://127.0.0.1:9', token: 'secret-123' });
+  await assert.rejects(orThrow(health({ client })), (error: Error) => !JSON.stringify([error, String(error), error.stack]).includes('secret-123'));
+});
+
 test('a server that is not there is an error, too', async () => {
   const nowhere = connect({ baseUrl: 'http://127.0.0.1:9' });
   const result = await failure(orThrow(health({ client: nowhere })));
@@ -215,7 +229,7 @@ test('a server that is not there is an error, too', async () => {
 });
 
 for (const [name, client] of [['the server', server], ['a RunPod endpoint', runpod]] as const) {
-  test(`${name}: a picture, and the same one again`, async () => {
+  test(`${name}: an image, and the same one again`, async () => {
     const [first, second] = [await orThrow(generate({ client, body })), await runJob({ client, body })];
     assert.ok(onlyImage(first).startsWith(PNG));
     assert.equal(second.generation?.images[0]?.seed, 7);
