@@ -79,6 +79,16 @@ def test_a_large_reference_is_scaled_as_in_diffusers(service: DiffusionService) 
     assert difference(np.asarray(result.image).astype(int), their_pixels(1, image=[large])) <= ROUNDING
 
 
+def test_an_edit_in_another_size_than_its_reference_says_so(service: DiffusionService) -> None:
+    small = {"model": "flux2-klein-4b", "reference_images": [photo(128, 96)]}
+    planned = service.plan("a", **small)
+    assert (planned.plan.width, planned.plan.height) != (128, 96)
+    used = f"'{planned.plan.width} x {planned.plan.height}'"
+    assert [(note.field, note.used) for note in planned.warnings] == [("reference_images[0]", used)]
+    assert not service.plan("a", **small, width=256, height=256).warnings
+    assert not service.plan(**COMMON, height=64, reference_images=[photo(96, 80)]).warnings
+
+
 def test_each_reference_and_their_order_count(service: DiffusionService) -> None:
     one, two = TWO["reference_images"]
     draw = lambda *images: pixels(service, seed=2, height=64, reference_images=list(images))[0]

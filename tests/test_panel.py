@@ -4,6 +4,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from diffusion_workers.panel.form import START_IMAGE, request_sections
 from diffusion_workers.panel.panel import GenerationPanel
 from diffusion_workers.panel.prompt_editor import count_tokens, tokenizer_of
 from diffusion_workers.panel.runs import backend_of
+from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.request.schema import FieldInfo, get_value, set_value
 from diffusion_workers.service.service import DiffusionService
-from ez_diffusion_client.models import GenerationRequest, OpResult, PreprocessRequest
+from diffusion_workers.settings.service import Settings
+from ez_diffusion_client.models import GenerationRequest, ModelFamily, OpResult, OpStatus, PreprocessRequest, Task
 
 PROMPT = "a red circle on a white background"
 FIELDS = [(title, info) for title, infos in request_sections().items() for info in infos if info.name != "model"]
@@ -105,6 +108,69 @@ def test_what_is_not_offered_here_is_listed(panel: GenerationPanel) -> None:
 def test_a_mask_softer_than_the_slider_was_is_restored(panel: GenerationPanel) -> None:
     assert panel._show_values({"prompt": PROMPT, "inpaint": {"mask_blur": 100}}) == []
     assert panel.form.start.canvas.feather == 100
+
+
+# --- reference images ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionService]:
+    "A service with a tiny model that edits by instruction."
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder, ModelFamily.flux2)
+    with DiffusionService(Settings(model_folders=(folder,)), device="cpu") as started:
+        started.log_failures = False
+        yield started
+
+
+def image(colour: str, side: int = 64) -> Image.Image:
+    return Image.new("RGB", (side, side), colour)
+
+
+def test_an_edit_is_kept_with_its_references(editor: DiffusionService, tmp_path: Path) -> None:
+    "In the history, in the code, and when it is used again; a receipt alone says what is missing."
+    asked = {"prompt": PROMPT, "model": "flux2", "num_inference_steps": 1, "seed": 3}
+    panel = GenerationPanel(editor, asked | {"reference_images": [image("red"), image("blue", 80)]}, history=tmp_path)
+    wanted = panel.request.reference_images
+    panel.generate()
+    made = panel.wait(60).image
+    assert panel.last.generation.plan.task == Task.edit
+    again = GenerationPanel(editor, history=tmp_path)
+    again.gallery.selected = [again.history[0].id]
+    again.reuse_all()
+    assert again.request.reference_images == wanted
+    again.generate()
+    assert again.wait(60).image.tobytes() == made.tobytes()
+    scope: dict[str, Any] = {"service": editor}
+    code = again.history[0].code.replace("service = DiffusionService()", "").rpartition("\nresult")[0]
+    exec(code, scope)
+    assert scope["result"].image.tobytes() == made.tobytes()
+    found = again.restore(again.history[0].path)
+    assert found.missing_images == ["reference_images[0]", "reference_images[1]"]
+    assert "made with 2 reference images" in again.form.references.message.value
+    assert again.form.references.values() == []
+    for opened in (panel, again):
+        opened.close()
+
+
+def test_errors_of_references_stand_at_them(editor: DiffusionService) -> None:
+    asked = {"prompt": PROMPT, "model": "flux2", "reference_images": [image("red"), image("blue", 32)]}
+    panel = GenerationPanel(editor, asked, history=None)
+    panel.generate()
+    assert panel.wait(60).status == OpStatus.invalid_request
+    assert "image 2: the image is too small" in panel.form.references.message.value
+    assert panel.form.opened == "Reference images"
+    asked["reference_images"] = [image("red")] * 5
+    panel.request = asked
+    assert len(panel.request.reference_images) == 5
+    panel.generate()
+    panel.wait(60)
+    assert "allowed: at most 4" in panel.form.references.message.value
+    panel.request = {"prompt": PROMPT, "model": "shapes-sd15", "reference_images": [image("red")]}
+    panel.generate()
+    panel.wait(60)
+    assert "take a model of the families" in panel.form.references.message.value
+    panel.close()
 
 
 # --- prompts -----------------------------------------------------------------

@@ -163,3 +163,32 @@ def test_the_end_of_a_long_prompt_is_seen(service) -> None:
         return float(np.mean([abs(corner - navy).max() < 60 for corner in corners]))
 
     assert share(read) > share(plain) + 0.3
+
+
+LONG = "a red circle and a blue square and a green star " * 5
+
+
+@pytest.mark.parametrize(
+    ("written", "for_compel"),
+    [
+        ("a (red:1.4) circle on a (navy:1.2) background", "a (red)1.4 circle on a (navy)1.2 background"),
+        ("a (red circle:1.5) on a navy background", "a (red circle)1.5 on a navy background"),
+        (LONG, LONG),
+        (f"({LONG}:1.3)", f"({LONG})1.3"),
+    ],
+    ids=["words", "phrase", "long", "long and weighted"],
+)
+def test_embeddings_equal_those_of_compel(written: str, for_compel: str) -> None:
+    "Weights above 1 and chunks, by another implementation of the same rule: each word's distance to an empty prompt."
+    import torch
+    from compel import Compel
+    from diffusers import StableDiffusionPipeline
+
+    from diffusion_workers.models.manifest import builtin_path
+    from diffusion_workers.pipeline.encoding import EncodingOptions, PromptTexts, encode_prompts
+
+    pipe = StableDiffusionPipeline.from_pretrained(builtin_path("shapes-sd15"), variant="fp16", dtype=torch.float32)
+    theirs = Compel(tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder, truncate_long_prompts=False)(for_compel)
+    ours = encode_prompts(pipe, "clip", [PromptTexts(written)], EncodingOptions("comfy"))[0].embeds
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max()) < 1e-5

@@ -19,9 +19,11 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from project import ROOT
 from server_process import PATIENCE, needs, running_server
 
+from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.request.images import PARAMETERS_KEY, PLAN_KEY, encode_image
 from diffusion_workers.request.metadata import read_metadata
 from ez_diffusion_client import Client, image_bytes
+from ez_diffusion_client.models import ModelFamily
 
 CHROMIUM = (
     os.environ.get("CHROMIUM")
@@ -642,6 +644,106 @@ def test_models_that_are_not_here(page: Page) -> None:
     expect(page.locator(".weights")).to_contain_text(re.compile("downloads about 7 GB|not on the server"))
     expect(page.locator(".weights")).to_contain_text("Licence: CreativeML Open RAIL++-M")
     assert re.search("download 7 GB|not here", page.locator("option[value='sdxl-base-1.0']").inner_text())
+
+
+# --- reference images -----------------------------------------------------------
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+DROP_FILES = """(place, files) => {
+    const data = new DataTransfer();
+    for (const [name, bytes] of files)
+        data.items.add(new File([Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0))], name, { type: "image/png" }));
+    place.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+}"""
+
+
+@pytest.fixture(scope="module")
+def editing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    "A server that has a tiny model which edits by instruction."
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny_model(folder, ModelFamily.flux2)
+    with running_server(DIFFUSION_WORKERS_MODELS=str(folder)) as url:
+        yield url
+
+
+def test_reference_images(browser: Browser, editing_server: str) -> None:
+    "Several by one drop, moved by drag and by keyboard, kept over a reload, and a result is used as one."
+    needs(AXE.is_file(), "axe-core is not installed: ./build.sh packages page")
+    context = browser.new_context(viewport={"width": 1280, "height": 860}, color_scheme="light")
+    context.set_default_timeout(PATIENCE * 1000)
+    page = context.new_page()
+    open_page(page, editing_server)
+    section = page.locator("details.section").filter(has=page.locator("summary", has_text="Reference images"))
+    expect(section).to_have_count(0)
+    page.locator("[data-path=model]").select_option("flux2")
+    fill(page, prompt="put the square of image 2 into image 1", num_inference_steps=2, seed=3)
+    unfold(page, "Reference images")
+    expect(section.locator("summary")).to_contain_text("0 of at most 4")
+    place, items = page.locator(".references"), page.locator(".references ol > li")
+    bring(page, png(Image.new("RGB", (64, 64), "gold")))  # this model starts from no image
+    expect(page.locator(".status")).to_have_text("The image is reference image 1 now.")
+    place.get_by_role("button", name="Remove: reference image 1").click()
+    expect(items).to_have_count(0)
+    file = lambda side: png(Image.new("RGB", (side, side), "seagreen"))
+    files = [("64.png", file(64)), ("letter.png", b"a letter"), ("80.png", file(80)), ("96.png", file(96))]
+    place.evaluate(DROP_FILES, [[name, base64.b64encode(data).decode()] for name, data in files])
+    expect(items).to_have_count(3)
+    expect(place.get_by_role("alert")).to_contain_text("letter.png: this is not an image")
+    chosen = [{"name": f"{side}.png", "mimeType": "image/png", "buffer": file(side)} for side in (112, 128)]
+    page.set_input_files('[data-image="reference_images"]', chosen)
+    expect(place.get_by_role("alert")).to_contain_text("128.png was not added: this model takes at most 4")
+    order = lambda *sides: (
+        expect(items.locator("img")).to_have_count(len(sides))
+        or [
+            expect(items.nth(at).locator("img")).to_have_attribute(
+                "alt", f"Reference image {at + 1}, {side} {TIMES} {side}"
+            )
+            for at, side in enumerate(sides)
+        ]
+    )
+    order(64, 80, 96, 112)
+
+    items.nth(3).drag_to(items.nth(0))
+    order(112, 64, 80, 96)
+    place.get_by_role("button", name="Move later: reference image 1").press("Enter")
+    order(64, 112, 80, 96)
+    expect(place.get_by_role("button", name="Move later: reference image 2")).to_be_focused()
+    found = {"four": violations(page)}
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": 400, "height": 800})
+    found["dark and narrow"] = violations(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    page.set_viewport_size({"width": 1280, "height": 860})
+    place.get_by_role("button", name="Remove: reference image 4").press("Enter")
+    place.get_by_role("button", name="Remove: reference image 2").press("Enter")
+    order(64, 80)
+
+    page.reload()
+    order(64, 80)
+    plan = read_metadata(generate(page)).plan
+    sizes = [(image.width, image.height) for image in plan.reference_images]
+    assert (plan.task.value, sizes, plan.width) == ("edit", [(64, 64), (80, 80)], 64)
+    page.get_by_role("button", name="Use as reference").click()
+    expect(page.locator(".status")).to_have_text("The image is reference image 3 now.")
+    order(64, 80, 64)
+    page.get_by_role("button", name="Reuse settings").click()
+    order(64, 80)
+    page.locator(".thumbs button").drag_to(place.locator(".drop"))
+    order(64, 80, 64)
+
+    small = {"name": "small.png", "mimeType": "image/png", "buffer": file(32)}
+    page.set_input_files('[data-image="reference_images"]', small)
+    page.get_by_role("button", name="Generate").click()
+    expect(items.nth(3).locator(".errors li")).to_contain_text("allowed: sides of at least 64 pixels")
+    found["an error at an image"] = violations(page)
+    page.locator("[data-path=model]").select_option("shapes-sd15")
+    page.get_by_role("button", name="Generate").click()
+    expect(place.locator("> .errors > li")).to_contain_text("take a model of the families")
+    for _ in range(4):
+        place.get_by_role("button", name="Remove: reference image 1").click()
+    expect(section).to_have_count(0)
+    context.close()
+    assert not any(found.values()), json.dumps(found, indent=1)
 
 
 # --- several tabs --------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The panels in JupyterLab in Chromium, with the built-in model: one session, as a user goes through it."""
 
+import base64
 import io
 import json
 import re
@@ -34,6 +35,27 @@ images = grid({"prompt": "a red circle on a white background", "seed": 1, "num_i
 images
 """
 
+EDITS = """\
+from pathlib import Path
+from diffusion_workers.panel.panel import GenerationPanel
+from diffusion_workers.pipeline.tiny_models import write_tiny_model
+from diffusion_workers.service.service import DiffusionService
+from diffusion_workers.settings.service import Settings
+from ez_diffusion_client.models import ModelFamily
+write_tiny_model(Path("models"), ModelFamily.flux2)
+service = DiffusionService(Settings(model_folders=(Path("models"),)), device="cpu")
+request = {"prompt": "put the disc of image 2 into image 1", "model": "flux2", "num_inference_steps": 2}
+panel = GenerationPanel(service, request)
+panel
+"""
+DROP = """(place, files) => {
+    const data = new DataTransfer();
+    for (const [name, bytes] of files) {
+        const array = Uint8Array.from(atob(bytes), (letter) => letter.charCodeAt(0));
+        data.items.add(new File([array], name, { type: "image/png" }));
+    }
+    place.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true }));
+}"""
 FULL_HISTORY = """\
 import json
 from pathlib import Path
@@ -556,6 +578,71 @@ def test_images_of_other_programs_are_restored(page, lab: tuple[str, Path]) -> N
             plan = read_metadata(kept(folder)[-1]).plan
             assert (plan.seeds, plan.width, plan.height, plan.clip_skip) == ([42], 128, 96, 1)
             assert [lora.name for lora in plan.loras] == ["heart"]
+
+
+def square(colour: str, side: int = 96) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_reference_images_are_dropped_moved_and_used(page, lab: tuple[str, Path]) -> None:
+    address, folder = lab
+    write_notebook(folder / "edits.ipynb", EDITS)
+    earlier = kept(folder)
+    open_notebook(page, address.format("edits.ipynb"))
+    run_all(page)
+    unfold(page, "Reference images")
+    place = page.locator(".dw-references")
+    items = place.locator("li")
+    shown = lambda: items.locator("img").evaluate_all("all => all.map(image => image.alt)")
+    named = lambda *sides: [
+        f"Reference image {at}, {side} \N{MULTIPLICATION SIGN} {side}" for at, side in enumerate(sides, 1)
+    ]
+
+    # several by one drop, of which one is not an image; several by the file chooser, of which one is too many
+    files = [("red.png", square("red", 64)), ("letter.png", b"a letter"), ("blue.png", square("blue", 80))]
+    place.evaluate(DROP, [[name, base64.b64encode(data).decode()] for name, data in files])
+    expect(items).to_have_count(2)
+    expect(page.locator(".dw-error", has_text="letter.png")).to_be_visible()
+    chosen = [
+        {"name": f"{side}.png", "mimeType": "image/png", "buffer": square("gold", side)} for side in (96, 112, 128)
+    ]
+    with page.expect_file_chooser() as chooser:
+        place.locator(".dw-references-add").click()
+    chooser.value.set_files(chosen)
+    expect(page.locator(".dw-error", has_text="128.png was not added: this model takes at most 4")).to_be_visible()
+    expect(place.locator(".dw-references-add")).to_be_disabled()
+    assert shown() == named(64, 80, 96, 112)
+
+    # the order by drag and by keyboard, whose focus stays with the image
+    items.nth(3).drag_to(items.nth(0))
+    until(page, lambda: shown() == named(112, 64, 80, 96), "the dragged image comes first")
+    place.get_by_role("button", name="Move later: reference image 1").press("Enter")
+    until(page, lambda: shown() == named(64, 112, 80, 96), "the first image is the second")
+    focused = page.evaluate("() => document.activeElement.getAttribute('aria-label')")
+    assert focused == "Move later: reference image 2"
+    for number in (4, 2):
+        place.get_by_role("button", name=f"Remove: reference image {number}").press("Enter")
+    until(page, lambda: shown() == named(64, 80), "two are removed")
+
+    # an edit without a start image, and its result as a reference
+    page.locator("button.dw-generate").click()
+    expect(page.locator(".dw-gallery li")).to_have_count(len(earlier) + 1)
+    plan = read_metadata(kept(folder)[-1]).plan
+    sizes = [(image.width, image.height) for image in plan.reference_images]
+    assert (plan.task.value, sizes, plan.width) == ("edit", [(64, 64), (80, 80)], 64)
+    page.locator("button.dw-send-to-references").click()
+    until(page, lambda: shown() == named(64, 80, 64), "the result is a reference")
+    page.locator("button.dw-show-code").click()
+    expect(page.locator(".dw-code")).to_contain_text("reference_images=[Path(")
+
+    # no section for a model that takes none
+    for number in (3, 2, 1):
+        place.get_by_role("button", name=f"Remove: reference image {number}").press("Enter")
+    page.locator(".dw-field-model select").select_option(label="shapes-sd15")
+    expect(page.get_by_text("Reference images", exact=True)).to_have_count(0)
+    expect(page.locator("button.dw-send-to-references")).to_be_disabled()
 
 
 def test_nothing_is_cut_in_a_narrow_page_light_or_dark(page, lab: tuple[str, Path]) -> None:

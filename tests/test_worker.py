@@ -21,9 +21,10 @@ from PIL import Image
 from project import ROOT
 from runpod_queue import ENDPOINT, PATIENCE, QueuedJob, QueueServer, running_worker, worker_environment
 
+from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from ez_diffusion_client import Client, RunPod, pil_images
 from ez_diffusion_client.errors import NotFound
-from ez_diffusion_client.models import OpResult
+from ez_diffusion_client.models import ModelFamily, OpResult
 
 QUICK = {"prompt": "a red circle on a white background", "seed": 1, "num_inference_steps": 2}
 LONG = {"prompt": "a red circle on a white background", "seed": 1, "num_inference_steps": 150, "num_images": 8}
@@ -58,11 +59,11 @@ def queue() -> Iterator[QueueServer]:
 
 @pytest.fixture(scope="module")
 def worker(queue: QueueServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen, Path]]:
-    "A worker that takes four jobs at a time, and its log."
-    log = tmp_path_factory.mktemp("worker") / "log.txt"
-    with running_worker(
-        queue, "first", log, DIFFUSION_WORKERS_CONCURRENCY="4", DIFFUSION_WORKERS_PROGRESS_SECONDS="0.1"
-    ) as process:
+    "A worker that takes four jobs at a time and has a tiny model that edits by instruction, and its log."
+    log, models = tmp_path_factory.mktemp("worker") / "log.txt", tmp_path_factory.mktemp("models")
+    write_tiny_model(models, ModelFamily.flux2)
+    own = {"DIFFUSION_WORKERS_CONCURRENCY": "4", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.1"}
+    with running_worker(queue, "first", log, DIFFUSION_WORKERS_MODELS=str(models), **own) as process:
         yield process, log
 
 
@@ -124,6 +125,23 @@ def test_progress_has_steps_time_and_a_preview(queue: QueueServer, worker) -> No
     assert [update["step"] for update in steps] == sorted({update["step"] for update in steps})
     previews = [update["preview"] for update in steps if "preview" in update]
     assert previews and max(Image.open(io.BytesIO(base64.b64decode(previews[0]))).size) <= 384
+
+
+def test_an_edit_with_references_in_order(queue: QueueServer, worker) -> None:
+    "The plan says their sizes; another order is another image; a field that the family does not take is refused."
+    images = []
+    for colour, side in (("red", 64), ("blue", 80)):
+        buffer = io.BytesIO()
+        Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+        images.append(base64.b64encode(buffer.getvalue()).decode())
+    edit = {**QUICK, "model": "flux2", "width": 64, "height": 64, "reference_images": images}
+    made, turned, refused = queue.answers(
+        edit, {**edit, "reference_images": images[::-1]}, {**edit, "negative_prompt": "blurry"}
+    )
+    plan = OpResult.model_validate(made.output).generation.plan
+    assert (plan.task.value, [image.width for image in plan.reference_images]) == ("edit", [64, 80])
+    assert difference(pictures(made.output)[0], pictures(turned.output)[0]) > 0
+    assert [error.field for error in failure_of(refused).errors] == ["negative_prompt"]
 
 
 def test_compatible_jobs_share_a_batch(queue: QueueServer, worker) -> None:

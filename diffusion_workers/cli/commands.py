@@ -168,7 +168,8 @@ def plan_here(arguments: argparse.Namespace, request: GenerationRequest) -> "Pla
     from diffusion_workers.planning.inputs import plan_request
 
     check_device(arguments.device)
-    return plan_request(request, read_models(arguments).find(request.model))
+    store = read_models(arguments)
+    return plan_request(request, store.find(request.model), models=store.manifests.values())
 
 
 def make_service(arguments: argparse.Namespace) -> "DiffusionService":

@@ -2,10 +2,8 @@
  * A place to drop, paste or choose an image.
  *
  * `createDropZone(root, callbacks)` needs nothing but a browser; the default export fits it to anywidget and sends the
- * file in pieces, since a notebook server cuts the connection at messages of more than 10 MB.
+ * file in pieces, with `pieces.js`, which Python puts in front of this text.
  */
-
-const PIECE = 2 ** 20;
 
 export function createDropZone(root, { onFile, onRemove, onProblem, maxBytes = 64 * 2 ** 20 }) {
   root.classList.add("dw-drop");
@@ -32,14 +30,9 @@ export function createDropZone(root, { onFile, onRemove, onProblem, maxBytes = 6
 
   const take = (chosen) => {
     if (!chosen) return;
-    if (chosen.size > maxBytes) {
-      onProblem(
-        `${chosen.name} has ${(chosen.size / 2 ** 20).toFixed(0)} MB; ` +
-          `at most ${maxBytes / 2 ** 20} MB are accepted; save it smaller`,
-      );
-      return;
-    }
-    onFile(chosen);
+    const problem = tooLarge(chosen, maxBytes);
+    if (problem) onProblem(problem);
+    else onFile(chosen);
   };
   zone.onclick = () => file.click();
   file.onchange = () => {
@@ -99,13 +92,7 @@ export default {
     const zone = createDropZone(el, {
       maxBytes: model.get("max_bytes"),
       onFile(chosen) {
-        turn = turn.then(async () => {
-          const count = Math.max(1, Math.ceil(chosen.size / PIECE));
-          for (let index = 0; index < count; index += 1) {
-            const piece = await chosen.slice(index * PIECE, (index + 1) * PIECE).arrayBuffer();
-            model.send({ kind: "piece", index, count, name: chosen.name }, undefined, [new DataView(piece)]);
-          }
-        });
+        turn = turn.then(() => sendPieces(model, chosen));
       },
       onRemove() {
         model.send({ kind: "remove" });

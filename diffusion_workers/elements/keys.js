@@ -9,7 +9,7 @@
  * Python puts this text in front of each of its elements; whichever is loaded first installs it.
  */
 
-const OWN = ".dw-panel, .dw-prompt, .dw-mask, .dw-drop, .dw-compare, .dw-gallery, .dw-grid, .dw-grid-toggle, .dw-maps, .dw-code";
+const OWN = ".dw-panel, .dw-prompt, .dw-mask, .dw-drop, .dw-references, .dw-compare, .dw-gallery, .dw-grid, .dw-grid-toggle, .dw-maps, .dw-code";
 const FOCUSABLE = "a[href], button, input, select, textarea, [tabindex]";
 const SUPPRESS = "data-lm-suppress-shortcuts";
 const KEPT_WITH_CTRL = new Set(["enter", "z", "y", "a", "c", "x", "v", "arrowup", "arrowdown"]);

@@ -122,6 +122,7 @@ FLUX2 = Family(
         {"prompt_2", "negative_prompt", "negative_prompt_2", "clip_skip", "true_cfg_scale", "guidance_rescale"}
         | {"size_conditioning", "refiner", "timestep_spacing", "eta", "controlnets", "seamless"}
     ),
+    distilled_sources=frozenset({"black-forest-labs/FLUX.2-klein-4B", "black-forest-labs/FLUX.2-klein-9B"}),
     instead={
         "negative_prompt": "say in the prompt what the image shows",
         "image": "put it into reference_images, and say in the prompt what to change",

@@ -339,6 +339,9 @@ class Family:
     changes_denoiser: frozenset[ModelKind] = frozenset()  # kinds whose pipelines change its modules for good
     guiders: tuple[str, ...] = ("apg", "cfg_zero_star")  # refinements of guidance that work on the denoiser
     freeu: Mapping[str, float] = field(default_factory=dict)  # weights of FreeU where they differ from the usual ones
+    distilled_sources: frozenset[str] = (
+        frozenset()
+    )  # Hub repositories whose pipeline was distilled and ignores guidance
     reads_gguf: bool = False  # whether the denoiser may be a .gguf file
     autocasts: bool = True  # whether the denoiser can compute in another dtype than that of its weights
     attention_backends: bool = False  # whether the denoiser has diffusers' choice of attention implementations

@@ -286,7 +286,9 @@ def model_problems(
 
 # %% ../../nbs/20_models/06_model_checks.ipynb #ce4dfa0b
 def is_step_distilled(manifest: ModelManifest) -> bool:
-    "Whether a local pipeline says that it was distilled to a few steps, and ignores guidance; False where unknown."
+    "Whether a pipeline was distilled to a few steps, and ignores guidance; False where unknown."
+    if isinstance(manifest.source, HubSource) and manifest.source.hub in manifest.record.distilled_sources:
+        return True
     if isinstance(manifest.source, MemorySource):
         return bool(getattr(manifest.source.held.config, "is_distilled", False))
     try:

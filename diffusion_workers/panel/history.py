@@ -28,7 +28,7 @@ from ..planning.replay import as_code
 from ..request.errors import RequestError, logger
 from ..request.images import sniff_format
 from ..request.metadata import read_metadata
-from ..request.schema import IMAGE_FIELDS, set_value
+from ..request.schema import IMAGE_FIELDS, image_strings, set_value
 from ez_diffusion_client.frames import import_pandas, plan_columns
 from ez_diffusion_client.models import CustomKind, GenerationPlan, GenerationRequest, OpResult
 from ez_diffusion_client.pictures import image_data
@@ -128,6 +128,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _image_fields(request: GenerationRequest) -> dict[str, str]:  # path of a field -> its text
     found = {name: getattr(request, name) for name in IMAGE_FIELDS}
+    found |= {f"reference_images[{index}]": text for index, text in enumerate(image_strings(request))}
     for index, unit in enumerate(request.controlnets or []):
         found |= {f"controlnets[{index}].{name}": getattr(unit, name) for name in IMAGE_FIELDS}
     return {path: text for path, text in found.items() if text}

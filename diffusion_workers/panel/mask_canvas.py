@@ -26,10 +26,10 @@ STYLES = "".join((ELEMENTS / name).read_text(encoding="utf-8") for name in ("tok
 
 
 def element(
-    name: str,  # a file in `elements/`
+    *names: str,  # files in `elements/`, each after those that it uses
 ) -> str:  # JavaScript for anywidget
     "A module of the browser, with the code that keeps keys pressed in it from the notebook's shortcuts."
-    return "".join((ELEMENTS / part).read_text(encoding="utf-8") for part in ("keys.js", name))
+    return "".join((ELEMENTS / part).read_text(encoding="utf-8") for part in ("keys.js", *names))
 
 
 def image_from(

@@ -261,9 +261,7 @@ def _last_steps(plan: GenerationPlan) -> tuple[list[int], dict[str, TextSchedule
     texts = {name: getattr(plan, name) for name in ("prompt_2", "negative_prompt", "negative_prompt_2")}
     for index, part in enumerate(split_parts(plan.prompt or "")):
         texts[f"joined {index}" if index else "prompt"] = part.text
-    schedules = {
-        name: text_schedule(text, plan.denoising_steps) for name, text in texts.items() if text is not None
-    }
+    schedules = {name: text_schedule(text, plan.denoising_steps) for name, text in texts.items() if text is not None}
     ends = sorted({end for schedule in schedules.values() for end, _ in schedule})
     return ends or [plan.denoising_steps], schedules
 

@@ -9,7 +9,7 @@ __all__ = ['ImageInput', 'Request', 'LARGEST_MAP', 'image_text', 'plain_value', 
 # %% ../../nbs/40_planning/05_inputs.ipynb #8d5f9b87
 import contextlib
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from ..control.preprocessors import PREPROCESSORS, check_preprocessing
 from ..models.manifest import MemorySource, ModelManifest
 from .controls import ControlFacts, enabled_units
 from .loras import ResolvedLora, resolve_loras
-from .plan import make_plan, plan_seeds
+from .plan import REFERENCES_HINT, make_plan, plan_seeds
 from ..prompt.embeddings import Embedding
 from ..prompt.offered import planned_embeddings
 from ..prompt.requests import read_prompts, with_syntax
@@ -230,11 +230,35 @@ def _custom_parts(plan: GenerationPlan, manifest: ModelManifest) -> Iterator[Cus
             yield CustomPart(kind=CustomKind.preprocessor, name=control.preprocessing.name)
 
 
+_MOST_NAMED = 6  # models that a hint names
+
+
+@contextlib.contextmanager
+def _naming_models(models: Iterable[ModelManifest]) -> Iterator[None]:
+    "Name the models that take reference images where another one refuses them."
+    try:
+        yield
+    except RequestError as refused:
+        names = [manifest.name for manifest in models if manifest.record.max_references(manifest.kind)]
+        if not names:
+            raise
+        listed = ", ".join(names[:_MOST_NAMED]) + (" ..." if len(names) > _MOST_NAMED else "")
+        raise RequestError(
+            [
+                error.model_copy(update={"hint": f"{REFERENCES_HINT}, such as {listed}"})
+                if error.hint == REFERENCES_HINT
+                else error
+                for error in refused.errors
+            ]
+        ) from None
+
+
 def plan_request(
     request: GenerationRequest,
     manifest: ModelManifest,  # of the model that the request names
     policy: ImagePolicy = ImagePolicy(),  # which images are accepted
     random_seed: int | None = None,  # for a request without a seed; None draws one
+    models: Iterable[ModelManifest] = (),  # all that are offered, for error messages
 ) -> PlannedRequest:
     "Decode, look up and plan; a `RequestError` names every mistake that can be found without the model's weights."
     written, inputs = request, decode_inputs(request, policy)
@@ -242,17 +266,18 @@ def plan_request(
     with contextlib.suppress(RequestError):  # `make_plan` names what is wrong with prompts among everything else
         request = read_prompts(with_syntax(request, manifest), manifest, plan_seeds(request, random_seed)[0])
     resolved = resolve_loras(request, manifest)
-    plan = make_plan(
-        request,
-        manifest,
-        image=inputs.image and image_facts(inputs.image),
-        mask_image=inputs.mask_image and image_facts(inputs.mask_image),
-        reference_images=[image_facts(decoded) for decoded in inputs.references],
-        controls=inputs.control_facts,
-        loras=resolved,
-        random_seed=random_seed,
-        written=written,
-    )
+    with _naming_models(models):
+        plan = make_plan(
+            request,
+            manifest,
+            image=inputs.image and image_facts(inputs.image),
+            mask_image=inputs.mask_image and image_facts(inputs.mask_image),
+            reference_images=[image_facts(decoded) for decoded in inputs.references],
+            controls=inputs.control_facts,
+            loras=resolved,
+            random_seed=random_seed,
+            written=written,
+        )
     warnings = [*(plan.warnings or []), *inputs.warnings, *_mask_warnings(plan, inputs)]
     plan = plan.model_copy(update={"warnings": warnings or None, "custom": list(_custom_parts(plan, manifest)) or None})
     inputs = replace(inputs, loras=resolved, embeddings=planned_embeddings(plan, manifest))

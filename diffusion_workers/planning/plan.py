@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'KARRAS_SCHEDULERS', 'LEVEL_SCHEDULES', 'MAX_ALIGNED_STEPS', 'LARGEST_SEED', 'DRAWN_SEED',
-           'WITHOUT_ZERO_SNR', 'planned_call', 'pipeline_class', 'scheduler_facts', 'asked_scheduler', 'asked_schedule',
-           'with_listed_steps', 'listed_sigmas', 'listed_timesteps', 'asked_spacing', 'plan_scheduler', 'plan_eta',
-           'check_scheduler', 'has_schedule', 'scheduler_warnings', 'size_multiple', 'plan_size', 'check_size',
-           'size_warnings', 'plan_seeds', 'plan_subseeds', 'check_seeds', 'seed_warnings', 'plan_task', 'plan_strength',
-           'count_denoising_steps', 'count_denoiser_calls', 'strength_warnings', 'check_task', 'may_be_empty',
-           'check_prompt', 'check_model', 'prediction_warnings', 'check_support', 'check_references',
-           'reference_warnings', 'plan_references', 'check_distilled', 'text_warnings', 'apply_distilled',
-           'is_distilled_plan', 'find_problems', 'make_plan', 'request_from_plan', 'batch_key']
+           'WITHOUT_ZERO_SNR', 'REFERENCES_HINT', 'planned_call', 'pipeline_class', 'scheduler_facts',
+           'asked_scheduler', 'asked_schedule', 'with_listed_steps', 'listed_sigmas', 'listed_timesteps',
+           'asked_spacing', 'plan_scheduler', 'plan_eta', 'check_scheduler', 'has_schedule', 'scheduler_warnings',
+           'size_multiple', 'plan_size', 'check_size', 'size_warnings', 'plan_seeds', 'plan_subseeds', 'check_seeds',
+           'seed_warnings', 'plan_task', 'plan_strength', 'count_denoising_steps', 'count_denoiser_calls',
+           'strength_warnings', 'check_task', 'may_be_empty', 'check_prompt', 'check_model', 'prediction_warnings',
+           'check_support', 'check_references', 'reference_warnings', 'edit_size_warnings', 'plan_references',
+           'check_distilled', 'text_warnings', 'apply_distilled', 'is_distilled_plan', 'find_problems', 'make_plan',
+           'request_from_plan', 'batch_key']
 
 # %% ../../nbs/40_planning/04_plan.ipynb #93aae149
 import hashlib
@@ -779,6 +780,31 @@ def prediction_warnings(manifest: ModelManifest, scheduler: PlannedScheduler) ->
         )
 
 # %% ../../nbs/40_planning/04_plan.ipynb #ba9b5d21
+_NEAREST = {  # field -> the one that does nearly the same where a family does not take the first
+    "true_cfg_scale": "guidance_scale",
+    "prompt_2": "prompt",
+    "negative_prompt_2": "negative_prompt",
+    "timestep_spacing": "sigma_schedule",
+}
+REFERENCES_HINT = "start from one image with image and strength, or take a model of the families "
+REFERENCES_HINT += ", ".join(
+    family.value
+    if ModelKind.standard in record.references
+    else f"{family.value} (kind {next(iter(record.references))})"
+    for family, record in FAMILIES.items()
+    if record.references
+)
+
+
+def _instead(field: str, record: Family) -> str:  # what to do in place of a field that the family does not take
+    if field in record.instead:
+        return record.instead[field]
+    if field == "reference_images":
+        return REFERENCES_HINT
+    nearest = _NEAREST.get(field)
+    return f"use {nearest}" if nearest and record.applies(nearest) else "leave it out"
+
+
 def check_support(
     request: GenerationRequest, manifest: ModelManifest, call: PipelineCall | None
 ) -> Iterator[ErrorDetail]:
@@ -796,7 +822,7 @@ def check_support(
                 f"a model of the family {family} has no use for {field}",
                 field=field,
                 given=f"{len(given)} images" if field == "reference_images" else given,
-                hint=record.instead.get(field) or (_REFERENCES_HINT if field == "reference_images" else "leave it out"),
+                hint=_instead(field, record),
             )
     for field in SELECTIVE_FIELDS:
         if call is None or not getattr(request, field) or field in call.takes or not record.applies(field):
@@ -847,16 +873,6 @@ def check_support(
         )
 
 
-_REFERENCES_HINT = "start from one image with image and strength, or take a model of the families "
-_REFERENCES_HINT += ", ".join(
-    family.value
-    if ModelKind.standard in record.references
-    else f"{family.value} (kind {next(iter(record.references))})"
-    for family, record in FAMILIES.items()
-    if record.references
-)
-
-
 def check_references(
     request: GenerationRequest,
     manifest: ModelManifest,
@@ -897,6 +913,22 @@ def reference_warnings(references: Sequence[PlannedReference]) -> Iterator[Reque
                 given=f"{given[0]} x {given[1]}",
                 used=f"{used[0]} x {used[1]}",
             )
+
+
+def edit_size_warnings(
+    request: GenerationRequest, references: Sequence[PlannedReference], size: tuple[int, int]
+) -> Iterator[RequestWarning]:
+    "That an edit could not take the size of its first reference."
+    if request.image is not None or not references or (request.width, request.height) != (None, None):
+        return
+    first = references[0].used_width, references[0].used_height
+    if first != size:
+        yield warning(
+            "the size of the first reference image is not one that the model can make",
+            field="reference_images[0]",
+            given=f"{first[0]} x {first[1]}",
+            used=f"{size[0]} x {size[1]}",
+        )
 
 
 def plan_references(
@@ -1217,6 +1249,7 @@ def make_plan(
         *control_warnings(request, calls or made),
         *prediction_warnings(manifest, scheduler),
         *reference_warnings(references),
+        *edit_size_warnings(request, references, size),
     ]
     notes += acceleration_warnings(request, manifest, _is_guided(manifest, guidance), kind)
     texts = _plan_texts(request, manifest, call)

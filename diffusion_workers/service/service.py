@@ -362,7 +362,7 @@ class DiffusionService:
     def prepare(self, request: GenerationRequest) -> PlannedRequest:
         "Decode and plan; a `RequestError` names every mistake that can be found without the weights."
         manifest = self.manifest(request.model)
-        planned = plan_request(request, manifest, self.image_policy)
+        planned = plan_request(request, manifest, self.image_policy, models=self.models.manifests.values())
         own = self.pool.classes(manifest.name).get(planned.plan.pipeline_class)
         if own is None:
             return planned

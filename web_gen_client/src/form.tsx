@@ -10,6 +10,7 @@ import { generate } from './jobs';
 import { MaskEditor } from './mask_editor';
 import { ImageInput } from './image_input';
 import { imageAt } from './images';
+import { References } from './references';
 import { label, pathInWords, typedNumber, type Schema } from './schema';
 import {
   applies,
@@ -44,6 +45,7 @@ const OWN_PLACE = new Set([
   'strength',
   'resize_mode',
   'inpaint',
+  'reference_images',
   'loras',
   'controlnets',
   'request_id',
@@ -225,7 +227,7 @@ function StartImage({ known }: { known: Schema }) {
   return (
     <Section
       title="Image and mask"
-      note={mask ? 'inpainting' : image ? 'image to image' : 'text to image'}
+      note={mask ? 'inpainting' : image ? 'image to image' : value('reference_images') ? 'edit' : 'text to image'}
       paths={['image', 'mask_image', 'strength', 'inpaint', 'resize_mode']}
       open={image !== undefined}
     >
@@ -339,6 +341,7 @@ export function Form() {
             <Seed known={known} />
           </div>
           <StartImage known={known} />
+          <References known={known} />
           <Controls known={known} />
           <Loras known={known} />
           <More known={known} />

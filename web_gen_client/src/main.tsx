@@ -6,6 +6,7 @@ import { gridRunning, restoreGrid, stopGrid } from './grid';
 import { cancel, findRunning, jobs } from './jobs';
 import { blobIn, problemWith } from './image_input';
 import { addImage, reference } from './images';
+import { useAsReference } from './references';
 import { restoreFile } from './restore';
 import { keepMeeting, keepPlanning, meetServer } from './server';
 import { Stage } from './stage';
@@ -14,6 +15,8 @@ import {
   edit,
   health,
   items,
+  maxReferences,
+  model,
   restoreSettings,
   schema,
   status,
@@ -94,6 +97,10 @@ function Header() {
 async function takeLoose(blob: Blob): Promise<void> {
   try {
     if (await restoreFile(blob)) return;
+    if (maxReferences.value > 0 && !model.value?.tasks?.includes('image_to_image')) {
+      await useAsReference(blob);
+      return;
+    }
     edit('image', reference(await addImage(blob)));
     status.value = 'The image has no metadata: it is the start image now.';
   } catch (error) {

@@ -21,6 +21,11 @@ function withInputs(found: RestoredRequest, source: JsonObject | undefined): { n
     next = set(next, path, known);
     given.add(path);
   }
+  const references = (found.missing_images ?? []).filter((path) => path.startsWith('reference_images['));
+  if (references.some((path) => !given.has(path))) {
+    next = set(next, 'reference_images', undefined); // some of them alone would stand at other places
+    for (const path of references) given.delete(path);
+  }
   return { next, given };
 }
 

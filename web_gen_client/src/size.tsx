@@ -11,10 +11,14 @@ const RATIOS: [number, number][] = [
   [16, 9],
 ];
 
+/** What an empty field stands for: an edit takes the size of its first reference image. */
+function planned(name: 'width' | 'height'): number | undefined {
+  return dryRun.value?.[name] ?? model.value?.[name] ?? undefined;
+}
+
 function current(name: 'width' | 'height'): number | undefined {
   const stored = value(name);
-  if (typeof stored === 'number') return stored;
-  return dryRun.value?.[name] ?? model.value?.[name] ?? undefined;
+  return typeof stored === 'number' ? stored : planned(name);
 }
 
 /** A size of that ratio with about the area that the model was trained for, in steps that its layers like. */
@@ -33,7 +37,7 @@ export function SizeFields({ known }: { known: Schema }) {
   const put = (across: number, down: number) => (edit('width', across), edit('height', down));
   return (
     <div class="size wide" role="group" aria-label="Size">
-      <FieldInput field={field('width')} placeholder={found?.width ? String(found.width) : undefined} />
+      <FieldInput field={field('width')} placeholder={planned('width')?.toString()} />
       <button
         type="button"
         class="swap"
@@ -44,7 +48,7 @@ export function SizeFields({ known }: { known: Schema }) {
       >
         ⇄
       </button>
-      <FieldInput field={field('height')} placeholder={found?.height ? String(found.height) : undefined} />
+      <FieldInput field={field('height')} placeholder={planned('height')?.toString()} />
       <div class="ratios">
         {RATIOS.map((ratio) => {
           const [long, short] = sizeOf(ratio, area, found?.size_multiple ?? 8);

@@ -8,6 +8,7 @@ import { gridRunning, stopGrid } from './grid';
 import { Menu } from './menu';
 import { isObject, type Json, type JsonObject } from './paths';
 import { addImage, reference } from './images';
+import { useAsReference } from './references';
 import { formOf } from './restore';
 import { pathInWords } from './schema';
 import {
@@ -16,6 +17,7 @@ import {
   form,
   itemAt,
   items,
+  maxReferences,
   replaceFormUndoably,
   shownItem,
   status,
@@ -184,6 +186,11 @@ function Item({ item }: { item: GalleryItem }) {
         <button type="button" onClick={() => void start()}>
           Start from it
         </button>
+        {maxReferences.value > 0 && (
+          <button type="button" onClick={() => void useAsReference(item.blob)}>
+            Use as reference
+          </button>
+        )}
         <Menu label="More ▾" name="More for this image">
           <button type="button" onClick={() => edit('seed', item.seed)}>
             Reuse seed

@@ -85,6 +85,9 @@ export const model = computed(() => {
   return models.value?.models.find((found) => found.name === name) ?? null;
 });
 
+/** How many reference images the chosen model takes. */
+export const maxReferences = computed(() => model.value?.max_reference_images ?? 0);
+
 export function value(path: string): Json | undefined {
   return get(form.value, path);
 }
