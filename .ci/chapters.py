@@ -92,7 +92,7 @@ def index_text(path: Path) -> str:
 
 def sidebar_text() -> str:
     "_quarto.yml as it should be."
-    lines = []
+    lines = ["      - overview.ipynb"]
     tutorials = sorted((NBS / "tutorials").glob("*.ipynb"))
     sections = [("Tutorials", tutorials)] + [
         (title_and_subtitle(folder / "index.ipynb")[0], [folder / "index.ipynb", *chapter_notebooks(folder)])

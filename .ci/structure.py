@@ -247,7 +247,6 @@ WITH_REPLACED_TERMS = frozenset(
         "70_server",
         "71_worker",
         "73_panel",
-        "index",
         "tutorials",
     }
 )

@@ -187,7 +187,7 @@ TEXTS = [
 @pytest.mark.parametrize("model", ["shapes-sd15", "shapes-sdxl", "shapes-flux"])
 def test_tokens_are_counted_as_the_encoder_takes_them(service: DiffusionService, model: str) -> None:
     from diffusion_workers.pipeline.encoding import _LAYOUTS, EncodingOptions, _TextEncoder
-    from diffusion_workers.prompt.schedules import text_schedule
+    from diffusion_workers.prompt.schedules import split_parts, text_schedule
 
     manifest = service.manifest(model)
     rows = _LAYOUTS[manifest.record.text_layout]
@@ -198,7 +198,8 @@ def test_tokens_are_counted_as_the_encoder_takes_them(service: DiffusionService,
     encoder = _TextEncoder(pipe, row, EncodingOptions(), found.size + 1)
     assert found.size == encoder.length - (2 if row.part else 1)
     for text in TEXTS:
-        chunks = encoder.chunks(text_schedule(text, 1)[0][1])
+        parts = split_parts(text_schedule(text, 1)[0][1])
+        chunks = [chunk for part in parts for chunk in encoder.chunks(part.text)]
         count = count_tokens(text, found.tokenize, found.size, with_syntax=True)
         assert (count.tokens, count.chunks) == (sum(len(chunk.tokens) for chunk in chunks), len(chunks)), text
 

@@ -43,7 +43,14 @@ from diffusion_workers.panel.form import (
 )
 from .history import HistoryEntry, HistorySummary, ImageHistory
 from .mask_canvas import ImageSource, MaskCanvas
-from .prompt_editor import MAX_COUNTED, ExamplePrompts, PromptEditor, count_tokens, prompt_marks, tokenizer_of
+from diffusion_workers.panel.prompt_editor import (
+    MAX_COUNTED,
+    ExamplePrompts,
+    PromptEditor,
+    count_tokens,
+    prompt_marks,
+    tokenizer_of,
+)
 from .references import FIELD, ReferenceImages
 from .runs import Backend, Run, backend_of, begin, stop_on_interrupt
 from .stage import Stage, panel_line

@@ -115,12 +115,13 @@ def count_tokens(
         return TokenCount(len(places), size, 1, cut, bool(cut))
     [(_, shown), *_] = text_schedule(text, 1)
     comma = tokenize(",")
-    chunks, starts = [], []
+    chunks: list[Chunk] = []
+    starts: list[int] = []
     for part in split_parts(shown):  # each of the prompts that AND joins has chunks of its own
         words = _words(part.text, tokenize, embeddings or Embeddings())
         own = fill_chunks(words, comma[0][0] if len(comma) == 1 else None, size)
-        places = [_first_place(chunk) for chunk in own]
-        starts += [part.start + place for place in places if place is not None]
+        first_places = [_first_place(chunk) for chunk in own]
+        starts += [part.start + place for place in first_places if place is not None]
         chunks += own
     borders = tuple(starts[1:]) if shown == text else ()
     return TokenCount(sum(len(chunk.tokens) for chunk in chunks), size, len(chunks), borders)
@@ -255,7 +256,8 @@ class ExamplePrompts(widgets.HBox):
 
     def __init__(self, editor: PromptEditor):
         super().__init__([], layout=widgets.Layout(flex_flow="row wrap", display="none"))
-        self.editor, self.examples = editor, ()
+        self.editor = editor
+        self.examples: tuple[str, ...] = ()
         self.add_class("dw-examples")
         editor.observe(lambda change: self._show(), "value")
 
@@ -268,9 +270,9 @@ class ExamplePrompts(widgets.HBox):
         self.children = [self._button(text) for text in self.examples]
         self._show()
 
-    def _button(self, text: str) -> widgets.Button:
-        button = widgets.Button(description=text, tooltip="Use this prompt", layout=widgets.Layout(width="auto"))
-        button.on_click(lambda button: setattr(self.editor, "value", text))
+    def _button(self, example: str) -> widgets.Button:
+        button = widgets.Button(description=example, tooltip="Use this prompt", layout=widgets.Layout(width="auto"))
+        button.on_click(lambda button: setattr(self.editor, "value", example))
         return button
 
     def _show(self) -> None:
