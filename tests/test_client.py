@@ -534,3 +534,19 @@ def test_a_failure_in_a_cell_is_wrapped_and_names_each_error_once() -> None:
     text = failure_text("generate", OpResult(status=OpStatus.unsupported_combination, errors=[detail]))
     assert max(map(len, text.splitlines())) <= 100
     assert " ".join(text.split()).count(f"loras[0].name: {long.strip()}") == 1
+
+
+def test_a_prompt_is_read_by_a_server(url: str) -> None:
+    "The tokens, the borders and the mistakes, as the service in this process finds them."
+    with Client(Server(url, token="correct-horse")) as client:
+        report = client.read_prompt("a red circle AND a (ring", prompt_syntax="a1111")
+        assert (report.tokens, report.chunks, report.borders) == (5, 2, [17])
+        assert [(mark.start, mark.end) for mark in report.marks] == [(19, 20)]
+        with pytest.raises(UnknownModel, match="there is no such model"):
+            client.read_prompt("a", model="none")
+
+    async def by_async() -> int | None:
+        async with AsyncClient(Server(url, token="correct-horse")) as client:
+            return (await client.read_prompt("a red circle")).tokens
+
+    assert asyncio.run(by_async()) == 3

@@ -275,7 +275,7 @@ def test_half_sent_headers_are_closed(service: DiffusionService) -> None:
         assert picture(url)
 
 
-@pytest.mark.parametrize("path", ["/generate", "/plan", "/jobs", "/preprocess", "/restore"])
+@pytest.mark.parametrize("path", ["/generate", "/plan", "/jobs", "/preprocess", "/restore", "/prompt"])
 @pytest.mark.parametrize("kind", ["unknown fields", "entries", "objects in a list", "a long text of commas"])
 def test_a_body_of_a_million_values_is_refused_before_it_is_checked(url: str, path: str, kind: str) -> None:
     "Checking 13 MB of unknown fields takes seconds in which nobody else is answered."

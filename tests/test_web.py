@@ -486,6 +486,30 @@ def test_error_at_the_field(page: Page) -> None:
     assert Image.open(io.BytesIO(generate(page))).size == (96, 128)
 
 
+def test_a_prompt_is_counted_marked_and_completed(page: Page) -> None:
+    "By the tokenizer of the chosen model; names of its LoRAs become entries, and Ctrl+Up gives a word a weight."
+    prompt, note = page.get_by_label("Prompt", exact=True), page.locator(".dw-prompt-note").first
+    prompt.fill("a (red:1.2) circle")
+    expect(note).to_contain_text("9 of 30 tokens")
+    note.get_by_role("button", name="character 3: a weight is drawn as text").click()
+    assert prompt.evaluate("area => area.value.slice(area.selectionStart, area.selectionEnd)") == "(red:1.2)"
+    prompt.fill("a red circle " * 20)
+    expect(note).to_contain_text("what is behind 30 is cut off")
+    prompt.fill("a red circle, outl")
+    prompt.press("i")
+    expect(page.locator(".dw-prompt-menu li:visible")).to_have_count(1)
+    prompt.press("Escape")
+    expect(page.locator(".dw-prompt-menu li:visible")).to_have_count(0)
+    prompt.press("n")
+    prompt.press("Tab")
+    expect(prompt).to_have_value("a red circle, ")
+    unfold(page, "LoRA")
+    expect(page.locator('[data-path="loras[0].name"]')).to_have_value("outline")
+    prompt.fill("a red circle")
+    prompt.press("Control+ArrowUp")
+    expect(prompt).to_have_value("a red (circle:1.1)")
+
+
 def test_an_example_prompt_is_a_click_away(page: Page) -> None:
     "The prompts that the manifest of the chosen model names; they go once something else is typed."
     fill(page, prompt="")

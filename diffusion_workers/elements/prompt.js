@@ -55,8 +55,9 @@ function make(tag, className, more = {}) {
   return Object.assign(document.createElement(tag), { className }, more);
 }
 
-export function createPrompt(root, { onInput, onAdd }) {
-  const id = freshId();
+/** An editor in `root`; with an `id`, the label is elsewhere. `area` is its text area. */
+export function createPrompt(root, { onInput, onAdd, id: given }) {
+  const id = given ?? freshId();
   root.classList.add("dw-prompt", "jupyter-widgets", "widget-inline-hbox");
   const label = make("label", "widget-label", { htmlFor: id });
   const column = make("div", "dw-prompt-column");
@@ -71,7 +72,8 @@ export function createPrompt(root, { onInput, onAdd }) {
   area.setAttribute("aria-controls", menu.id);
   box.append(layer, area);
   column.append(box, menu, note);
-  root.append(label, column);
+  if (!given) root.append(label);
+  root.append(column);
   let names = [];
   let withSyntax = false;
   let annotation = {};
@@ -123,7 +125,6 @@ export function createPrompt(root, { onInput, onAdd }) {
     menu.hidden = true;
     chosen = -1;
     area.removeAttribute("aria-activedescendant");
-    area.setAttribute("aria-expanded", "false");
   };
 
   const accept = (each) => {
@@ -155,7 +156,6 @@ export function createPrompt(root, { onInput, onAdd }) {
       menu.append(item);
     });
     menu.hidden = !offered.found.length;
-    area.setAttribute("aria-expanded", String(!menu.hidden));
     if (chosen >= 0) area.setAttribute("aria-activedescendant", `${id}-${chosen}`);
     else area.removeAttribute("aria-activedescendant");
   };
@@ -201,6 +201,8 @@ export function createPrompt(root, { onInput, onAdd }) {
   });
 
   return {
+    area,
+    note,
     close: () => {
       const wasOpen = !menu.hidden;
       close();

@@ -43,22 +43,14 @@ from diffusion_workers.panel.form import (
 )
 from .history import HistoryEntry, HistorySummary, ImageHistory
 from .mask_canvas import ImageSource, MaskCanvas
-from diffusion_workers.panel.prompt_editor import (
-    MAX_COUNTED,
-    ExamplePrompts,
-    PromptEditor,
-    count_tokens,
-    prompt_marks,
-    tokenizer_of,
-)
+from .prompt_editor import ExamplePrompts, PromptEditor
 from .references import FIELD, ReferenceImages
 from .runs import Backend, Run, backend_of, begin, stop_on_interrupt
 from .stage import Stage, panel_line
 from .stop_button import wait_with_stop
 from ..planning.plan import DRAWN_SEED
 from ..planning.replay import plan_differences
-from ..prompt.offered import offered_embeddings
-from ..prompt.syntax import PromptError
+from ..prompt.tokens import prompt_marks, token_count
 from ..request.errors import RequestError, error_line, logger, parse, request_error
 from ..request.images import to_image_string
 from ..request.schema import IMAGE_FIELDS, get_value, split_path
@@ -357,13 +349,8 @@ def completions_of(
 
 def annotate(editor: PromptEditor, manifest: ModelManifest | None, with_syntax: bool) -> None:
     "Count the tokens of a prompt and mark its mistakes."
-    text, count = editor.value, None
-    if manifest is not None and text and len(text) <= MAX_COUNTED and (found := tokenizer_of(manifest)):
-        embeddings = offered_embeddings(manifest) if with_syntax else None
-        try:
-            count = count_tokens(text, found.tokenize, found.size, with_syntax, embeddings)
-        except PromptError:  # it is among the marks
-            count = None
+    text = editor.value
+    count = token_count(text, manifest, with_syntax) if manifest is not None else None
     editor.annotate(text, count, prompt_marks(text, with_syntax))
 
 

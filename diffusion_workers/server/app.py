@@ -52,6 +52,7 @@ def shown_specification(settings: ServerSettings) -> dict:
 # %% ../../nbs/70_server/05_app.ipynb #10677720
 OPERATIONS: dict[str, Callable[..., Awaitable[Response]]] = {  # operationId -> its function
     "generate": routes.generate, "plan": routes.plan, "preprocess": routes.preprocess, "restore": routes.restore,
+    "readPrompt": routes.read_prompt,
     "createJob": routes.create_job, "getJob": routes.get_job, "cancelJob": routes.cancel_job,
     "streamJobEvents": routes.stream_job_events, "listModels": routes.list_models, "memoryInfo": routes.memory_info,
     "listOutputs": routes.list_outputs, "getOutput": routes.get_output, "changeOutput": routes.change_output,

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Body', 'Result', 'logger', 'read_body', 'wanted_image', 'as_wanted', 'image_answer', 'ServerState', 'while_connected',
-           'generate', 'plan', 'preprocess', 'restore', 'create_job', 'get_job', 'cancel_job', 'stream_job_events',
-           'list_models', 'memory_info', 'health', 'ready', 'metrics', 'list_outputs', 'get_output', 'change_output']
+           'generate', 'plan', 'preprocess', 'restore', 'read_prompt', 'create_job', 'get_job', 'cancel_job',
+           'stream_job_events', 'list_models', 'memory_info', 'health', 'ready', 'metrics', 'list_outputs',
+           'get_output', 'change_output']
 
 # %% ../../nbs/70_server/04_routes.ipynb #0aebbf0d
 import asyncio
@@ -40,12 +41,13 @@ from ez_diffusion_client.models import (
     OutputChange,
     OutputFormat,
     PreprocessRequest,
+    PromptQuery,
     RestoreRequest,
 )
 from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/70_server/04_routes.ipynb #add9c6c2
-Body = TypeVar("Body", GenerationRequest, PreprocessRequest, RestoreRequest, OutputChange)
+Body = TypeVar("Body", GenerationRequest, PreprocessRequest, PromptQuery, RestoreRequest, OutputChange)
 Result = TypeVar("Result")
 _LARGE = 1_000_000  # bytes from which a body is parsed beside the event loop
 
@@ -65,7 +67,9 @@ async def read_body(request: Request, model: type[Body]) -> Body:
         raise HttpError(415, error)
     data = await request.body()
     body = await asyncio.to_thread(parse, model, data) if len(data) > _LARGE else parse(model, data)
-    return body if body.request_id else body.model_copy(update={"request_id": request.state.request_id})
+    if "request_id" not in type(body).model_fields or getattr(body, "request_id", None):
+        return body
+    return body.model_copy(update={"request_id": request.state.request_id})
 
 # %% ../../nbs/70_server/04_routes.ipynb #776c80a6
 _MEDIA = {"image/png": OutputFormat.png, "image/jpeg": OutputFormat.jpeg, "image/webp": OutputFormat.webp}
@@ -308,6 +312,14 @@ async def restore(request: Request) -> Response:
     call = partial(state.service.restore, parameters=body.parameters, request_id=body.request_id)
     async with state.place_beside():
         return answer(await state.in_thread([body.image], call, body.image))
+
+
+async def read_prompt(request: Request) -> Response:
+    "POST /prompt"
+    state = request.app.state.server
+    body = await read_body(request, PromptQuery)
+    call = partial(state.service.read_prompt, model=body.model, prompt_syntax=body.prompt_syntax)
+    return _json(await asyncio.to_thread(call, body.prompt))
 
 # %% ../../nbs/70_server/04_routes.ipynb #148a6f0d
 def _json(model: BaseModel, http_status: int = 200) -> Response:

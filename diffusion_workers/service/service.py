@@ -56,6 +56,7 @@ from diffusion_workers.planning.inputs import (
 from ..planning.plan import check_scheduler, plan_scheduler
 from ..planning.replay import restore_request, restore_result
 from ..prompt.offered import name_lister
+from ..prompt.tokens import prompt_report
 from diffusion_workers.request.errors import (
     RequestError,
     are_failures_shown,
@@ -88,6 +89,9 @@ from ez_diffusion_client.models import (
     OpResult,
     OpStatus,
     PreprocessRequest,
+    PromptQuery,
+    PromptReport,
+    PromptSyntax,
     RestoreRequest,
     SchedulerName,
     Task,
@@ -516,6 +520,17 @@ class DiffusionService:
         except RequestError as refused:
             return self._returned("restore", failure(refused, request_id))
         return self._returned("restore", restore_request(asked, models, self.image_policy, self.manifest))
+
+    def read_prompt(
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,  # a manifest; None is the default model
+        prompt_syntax: PromptSyntax | str | None = None,  # None: that of the model
+    ) -> PromptReport:
+        "Count the tokens of a prompt and mark its mistakes; a `RequestError` for a model that is not there."
+        query = parse(PromptQuery, {"prompt": prompt, "model": model, "prompt_syntax": prompt_syntax})
+        return prompt_report(query, self.manifest(query.model))
 
     # --- models and reports ---
 

@@ -10,8 +10,9 @@ import { generate } from './jobs';
 import { MaskEditor } from './mask_editor';
 import { ImageInput } from './image_input';
 import { imageAt } from './images';
+import { Prompt } from './prompt';
 import { References } from './references';
-import { label, pathInWords, typedNumber, type Schema } from './schema';
+import { pathInWords, typedNumber, type Schema } from './schema';
 import {
   applies,
   dryRun,
@@ -52,29 +53,6 @@ const OWN_PLACE = new Set([
   'profile',
 ]);
 const MAIN = ['num_inference_steps', 'guidance_scale', 'num_images', 'scheduler'];
-
-function Prompt({ name, rows, known }: { name: 'prompt' | 'negative_prompt'; rows: number; known: Schema }) {
-  const stored = value(name);
-  return (
-    <Wrap path={name} title={label(name)} description={known.field('GenerationRequest', name).description} wide>
-      {(attributes) => (
-        <textarea
-          {...attributes}
-          rows={rows}
-          value={typeof stored === 'string' ? stored : ''}
-          placeholder={
-            name === 'prompt'
-              ? 'a red circle left of a blue square on a white background'
-              : (dryRun.value?.negative_prompt ?? '')
-          }
-          onInput={(event) =>
-            edit(name, name === 'prompt' ? event.currentTarget.value : event.currentTarget.value || undefined)
-          }
-        />
-      )}
-    </Wrap>
-  );
-}
 
 /** What the chosen model may be asked for, while nothing else is typed. */
 function Examples() {

@@ -27,6 +27,7 @@ import {
 } from './state';
 import { loadItems } from './storage';
 import '../../diffusion_workers/elements/tokens.css';
+import '../../diffusion_workers/elements/prompt.css';
 import './style.css';
 
 const THEMES: [Theme, string][] = [

@@ -32,6 +32,8 @@ from .models import (
     Phase,
     PreprocessRequest,
     ProgressEvent,
+    PromptReport,
+    PromptSyntax,
 )
 from .pictures import request_body, restore_body
 from .targets import Call, RunPod, Server, parse_answer
@@ -347,6 +349,14 @@ class Client(_Base):
         """The control map of a picture."""
         return self._do(self.target.ask("POST", "/preprocess", OpResult, request_body(request, {**fields})))
 
+    def read_prompt(
+        self, prompt: str, *, model: str | None = None, prompt_syntax: PromptSyntax | str | None = None
+    ) -> PromptReport:
+        """The tokens of a prompt, the borders of its chunks, and its mistakes."""
+        query = {"prompt": prompt, "model": model, "prompt_syntax": prompt_syntax}
+        given = {name: value for name, value in query.items() if value is not None}
+        return self._do(self.target.ask("POST", "/prompt", PromptReport, given))
+
     def restore(
         self,
         image: Any = None,  # an image file: bytes, a path, base64 text or a URL
@@ -548,6 +558,14 @@ class AsyncClient(_Base):
     ) -> OpResult:
         """The control map of a picture."""
         return await self._do(self.target.ask("POST", "/preprocess", OpResult, request_body(request, {**fields})))
+
+    async def read_prompt(
+        self, prompt: str, *, model: str | None = None, prompt_syntax: PromptSyntax | str | None = None
+    ) -> PromptReport:
+        """The tokens of a prompt, the borders of its chunks, and its mistakes."""
+        query = {"prompt": prompt, "model": model, "prompt_syntax": prompt_syntax}
+        given = {name: value for name, value in query.items() if value is not None}
+        return await self._do(self.target.ask("POST", "/prompt", PromptReport, given))
 
     async def restore(
         self,

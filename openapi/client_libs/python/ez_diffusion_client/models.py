@@ -1552,6 +1552,91 @@ class PreprocessRequest(CompactModel):
     ] = None
 
 
+class PromptQuery(CompactModel):
+    """
+    A prompt, and the model that reads it
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    prompt: Annotated[
+        StrictStr,
+        Field(
+            description="The prompt or the negative prompt, as it was written",
+            max_length=10000,
+        ),
+    ]
+    model: Annotated[
+        StrictStr | None,
+        Field(
+            description="Name of a manifest; default: the default model of the service",
+            max_length=256,
+            min_length=1,
+        ),
+    ] = None
+    prompt_syntax: Annotated[
+        PromptSyntax | None,
+        Field(description="How the prompt is read; default: the model's"),
+    ] = None
+
+
+class PromptMark(CompactModel):
+    """
+    A place in a prompt that needs attention
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    start: Annotated[
+        StrictInt,
+        Field(description="Its first character, from 0; whole characters are counted"),
+    ]
+    end: Annotated[StrictInt, Field(description="Behind its last character")]
+    message: Annotated[StrictStr, Field(description="What is wrong there")]
+
+
+class PromptReport(CompactModel):
+    """
+    How a model reads a prompt
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    prompt_syntax: PromptSyntax
+    tokens: Annotated[
+        StrictInt | None,
+        Field(
+            description="Of the prompt, as it is at the first step; absent where the tokenizer of the model is not on this machine, or the prompt cannot be read"
+        ),
+    ] = None
+    chunks: Annotated[
+        StrictInt | None,
+        Field(description="How many chunks the text encoder takes the prompt in"),
+    ] = None
+    chunk_tokens: Annotated[
+        StrictInt | None, Field(description="Tokens of a chunk")
+    ] = None
+    summary: Annotated[
+        StrictStr | None,
+        Field(description='The count in a few words, such as "11 of 30 tokens"'),
+    ] = None
+    borders: Annotated[
+        list[StrictInt],
+        Field(
+            description="The characters where another chunk begins, or where a plain prompt is cut off"
+        ),
+    ]
+    marks: Annotated[
+        list[PromptMark],
+        Field(
+            description="Mistakes, and what may mean something else than intended, in the order of the text"
+        ),
+    ]
+
+
 class RestoreRequest(CompactModel):
     """
     Where a request is restored from: an image file with metadata, or a text of parameters; give one of them

@@ -2,7 +2,7 @@
 
 import { client } from './client.gen.js';
 import type { Client, Options as Options2, TDataShape } from './client/index.js';
-import type { CancelJobData, CancelJobErrors, CancelJobResponses, ChangeOutputData, ChangeOutputErrors, ChangeOutputResponses, CreateJobData, CreateJobErrors, CreateJobResponses, GenerateData, GenerateErrors, GenerateResponses, GetJobData, GetJobErrors, GetJobResponses, GetOutputData, GetOutputErrors, GetOutputResponses, HealthData, HealthResponses, ListModelsData, ListModelsErrors, ListModelsResponses, ListOutputsData, ListOutputsErrors, ListOutputsResponses, MemoryInfoData, MemoryInfoErrors, MemoryInfoResponses, MetricsData, MetricsResponses, PlanData, PlanErrors, PlanResponses, PreprocessData, PreprocessErrors, PreprocessResponses, ReadyData, ReadyErrors, ReadyResponses, RestoreData, RestoreErrors, RestoreResponses, StreamJobEventsData, StreamJobEventsErrors, StreamJobEventsResponse, StreamJobEventsResponses } from './types.gen.js';
+import type { CancelJobData, CancelJobErrors, CancelJobResponses, ChangeOutputData, ChangeOutputErrors, ChangeOutputResponses, CreateJobData, CreateJobErrors, CreateJobResponses, GenerateData, GenerateErrors, GenerateResponses, GetJobData, GetJobErrors, GetJobResponses, GetOutputData, GetOutputErrors, GetOutputResponses, HealthData, HealthResponses, ListModelsData, ListModelsErrors, ListModelsResponses, ListOutputsData, ListOutputsErrors, ListOutputsResponses, MemoryInfoData, MemoryInfoErrors, MemoryInfoResponses, MetricsData, MetricsResponses, PlanData, PlanErrors, PlanResponses, PreprocessData, PreprocessErrors, PreprocessResponses, ReadPromptData, ReadPromptErrors, ReadPromptResponses, ReadyData, ReadyErrors, ReadyResponses, RestoreData, RestoreErrors, RestoreResponses, StreamJobEventsData, StreamJobEventsErrors, StreamJobEventsResponse, StreamJobEventsResponses } from './types.gen.js';
 
 export type Options<TData extends TDataShape = TDataShape, ThrowOnError extends boolean = boolean, TResponse = unknown> = Options2<TData, ThrowOnError, TResponse> & {
     /**
@@ -59,6 +59,18 @@ export const preprocess = <ThrowOnError extends boolean = false>(options: Option
  */
 export const restore = <ThrowOnError extends boolean = false>(options: Options<RestoreData, ThrowOnError>) => (options.client ?? client).post<RestoreResponses, RestoreErrors, ThrowOnError>({
     url: '/restore',
+    ...options,
+    headers: {
+        'Content-Type': 'application/json',
+        ...options.headers
+    }
+});
+
+/**
+ * Count the tokens of a prompt and mark its mistakes
+ */
+export const readPrompt = <ThrowOnError extends boolean = false>(options: Options<ReadPromptData, ThrowOnError>) => (options.client ?? client).post<ReadPromptResponses, ReadPromptErrors, ThrowOnError>({
+    url: '/prompt',
     ...options,
     headers: {
         'Content-Type': 'application/json',

@@ -1267,6 +1267,73 @@ export type PreprocessRequest = {
 };
 
 /**
+ * A prompt, and the model that reads it
+ */
+export type PromptQuery = {
+    /**
+     * The prompt or the negative prompt, as it was written
+     */
+    prompt: string;
+    /**
+     * Name of a manifest; default: the default model of the service
+     */
+    model?: string | null;
+    /**
+     * How the prompt is read; default: the model's
+     */
+    prompt_syntax?: PromptSyntax | null;
+};
+
+/**
+ * A place in a prompt that needs attention
+ */
+export type PromptMark = {
+    /**
+     * Its first character, from 0; whole characters are counted
+     */
+    start: number;
+    /**
+     * Behind its last character
+     */
+    end: number;
+    /**
+     * What is wrong there
+     */
+    message: string;
+};
+
+/**
+ * How a model reads a prompt
+ */
+export type PromptReport = {
+    prompt_syntax: PromptSyntax;
+    /**
+     * Of the prompt, as it is at the first step; absent where the tokenizer of the model is not on this machine, or the prompt cannot be read
+     */
+    tokens?: number | null;
+    /**
+     * How many chunks the text encoder takes the prompt in
+     */
+    chunks?: number | null;
+    /**
+     * Tokens of a chunk
+     */
+    chunk_tokens?: number | null;
+    /**
+     * The count in a few words, such as "11 of 30 tokens"
+     */
+    summary?: string | null;
+    /**
+     * The characters where another chunk begins, or where a plain prompt is cut off
+     */
+    borders: Array<number>;
+    /**
+     * Mistakes, and what may mean something else than intended, in the order of the text
+     */
+    marks: Array<PromptMark>;
+};
+
+/**
  * Where a request is restored from: an image file with metadata, or a text of parameters; give one of them
  */
 export type RestoreRequest = {
@@ -1811,6 +1878,31 @@ export type RestoreResponses = {
 };
 
 export type RestoreResponse = RestoreResponses[keyof RestoreResponses];
+
+export type ReadPromptData = {
+    body: PromptQuery;
+    path?: never;
+    query?: never;
+    url: '/prompt';
+};
+
+export type ReadPromptErrors = {
+    /**
+     * An OpResult whose status says what went wrong and whose errors name the fields
+     */
+    default: OpResult;
+};
+
+export type ReadPromptError = ReadPromptErrors[keyof ReadPromptErrors];
+
+export type ReadPromptResponses = {
+    /**
+     * How the model reads the prompt
+     */
+    200: PromptReport;
+};
+
+export type ReadPromptResponse = ReadPromptResponses[keyof ReadPromptResponses];
 
 export type CreateJobData = {
     body: GenerationRequest;
