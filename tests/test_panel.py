@@ -13,9 +13,9 @@ from PIL import Image
 from diffusion_workers.panel.addon_forms import ControlUnit
 from diffusion_workers.panel.form import START_IMAGE, request_sections
 from diffusion_workers.panel.panel import GenerationPanel
-from diffusion_workers.panel.prompt_editor import count_tokens, tokenizer_of
 from diffusion_workers.panel.runs import backend_of
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
+from diffusion_workers.prompt.tokens import count_tokens, tokenizer_of
 from diffusion_workers.request.schema import FieldInfo, get_value, set_value
 from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.service import Settings

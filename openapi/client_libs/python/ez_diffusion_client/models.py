@@ -1594,7 +1594,12 @@ class PromptMark(CompactModel):
         Field(description="Its first character, from 0; whole characters are counted"),
     ]
     end: Annotated[StrictInt, Field(description="Behind its last character")]
-    message: Annotated[StrictStr, Field(description="What is wrong there")]
+    message: Annotated[
+        StrictStr,
+        Field(
+            description="What is wrong there, or may mean something else than intended"
+        ),
+    ]
 
 
 class PromptReport(CompactModel):

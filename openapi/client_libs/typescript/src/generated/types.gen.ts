@@ -1297,7 +1297,7 @@ export type PromptMark = {
      */
     end: number;
     /**
-     * What is wrong there
+     * What is wrong there, or may mean something else than intended
      */
     message: string;
 };
