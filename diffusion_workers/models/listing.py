@@ -87,12 +87,23 @@ def network_availability(source: Source) -> Availability:
     return _availability([] if _is_here(source) else [source])
 
 
+def _encoder_is_here(manifest: ModelManifest) -> bool:  # what turns reference images into tokens
+    source = manifest.reference_encoder.source
+    if isinstance(source, MemorySource):
+        return True
+    folder = _local_folder(source, "model_index.json")
+    slots = manifest.record.reference_encoders[manifest.kind].components
+    return folder is not None and all(has_weights(folder / slot) for slot in slots if slot != "feature_extractor")
+
+
 def model_availability(manifest: ModelManifest) -> Availability:
     "Whether the weights of a model are on this machine; its ControlNets, LoRAs and refiner are not part of it."
     parts = {slot: part.source for slot, part in manifest.components.items() if part.source and is_network(slot)}
     needed = [source for source in parts.values() if not _is_here(source)]
     if not _is_here(manifest.source, manifest):
         needed.append(manifest.source)
+    if manifest.reference_encoder is not None and not _encoder_is_here(manifest):
+        needed.append(manifest.reference_encoder.source)
     return _availability(needed)
 
 # %% ../../nbs/20_models/09_listing.ipynb #b866ab06

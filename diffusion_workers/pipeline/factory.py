@@ -43,6 +43,7 @@ from diffusion_workers.pipeline.controlnets import (
 from diffusion_workers.pipeline.loading import (
     load_controlnet,
     load_pipeline,
+    load_reference_encoder,
     load_refiner,
     pick_device,
     pick_dtype,
@@ -344,6 +345,7 @@ class PipelineFactory:
         self._pipes: dict[str, DiffusionPipeline] = {}
         self._controlnets: dict[str, torch.nn.Module] = {}
         self._refiner: DiffusionPipeline | None = None
+        self._reference_encoder: DiffusionPipeline | None = None
         self._classes: dict[str, type[DiffusionPipeline]] = {}  # of diffusers -> a subclass that is used instead
         self._lock = threading.RLock()
         _factories.add(self)
@@ -435,6 +437,13 @@ class PipelineFactory:
                 self._refiner = load_refiner(base, self.manifest, self.device, self.dtype)
             return self._refiner
 
+    def reference_encoder(self) -> DiffusionPipeline:
+        "What turns reference images into tokens of the prompt; its weights are read at the first call."
+        with self._lock, quiet_libraries():
+            if self._reference_encoder is None:
+                self._reference_encoder = load_reference_encoder(self.manifest, self.device, self.dtype)
+            return self._reference_encoder
+
     def variant(
         self,
         task: Task,
@@ -503,6 +512,7 @@ class PipelineFactory:
             self._pipes.clear()
             self._controlnets.clear()
             self._refiner = None
+            self._reference_encoder = None
             self.offloaded = False
         gc.collect()
         if self.device.type == "cuda":
@@ -530,6 +540,9 @@ class PipelineFactory:
         if self._refiner is not None:
             own = {name: part for name, part in networks_of(self._refiner).items() if id(part) not in shared}
             networks |= {f"refiner.{name}": part for name, part in own.items()}
+        if self._reference_encoder is not None:
+            parts = networks_of(self._reference_encoder)
+            networks |= {f"reference_encoder.{name}": part for name, part in parts.items()}
         return networks | {f"controlnet.{name}": net for name, net in self._controlnets.items()}
 
     def component_bytes(self) -> dict[str, int]:

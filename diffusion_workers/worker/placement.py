@@ -131,4 +131,6 @@ def config_lines(
     for name, part in manifest.components.items():
         if part.source:
             lines.append(f"{manifest.name} {name}: {_origin(part.source)}")
+    if manifest.reference_encoder:
+        lines.append(f"{manifest.name} reference encoder: {_origin(manifest.reference_encoder.source)}")
     return lines
