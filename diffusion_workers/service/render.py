@@ -658,6 +658,7 @@ def render(
         for first in range(0, len(plan.seeds), size):
             seeds, chunk = plan.seeds[first : first + size], chunk_of(plan, first, size)
             arguments, refine = pipeline_arguments(chunk, seeds, prepared, texts), None
+            arguments |= factory.record.pipe_arguments(pipe)
             lists = factory.record.denoiser_calls == "lists"
             arguments = _on_device(hooks.text_arguments(arguments, first, len(seeds), lists), factory)
             watch.look = looking(plan, seeds, hooks)
