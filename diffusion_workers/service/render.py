@@ -714,7 +714,9 @@ def with_environment(
     versions = {name: version(name) for name in (*PIXEL_PACKAGES, *storage_packages(factory.manifest))}
     stored = stored_format(factory.manifest)
     dtype = str(factory.dtype).removeprefix("torch.") + (f", weights in {stored}" if stored else "")
-    environment = Environment(device=factory.device.type, dtype=dtype, versions=versions)
+    environment = Environment(
+        device=factory.device.type, dtype=dtype, versions=versions, weights=factory.weight_hashes(plan) or None
+    )
     return plan.model_copy(update={"environment": environment, "warnings": [*(plan.warnings or []), *notes] or None})
 
 
