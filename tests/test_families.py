@@ -140,7 +140,10 @@ CHECKS = [
         },
         refused=(
             ({"reference_weights": [1]}, "given '1 weights for 0 images'; leave it out"),
-            (TWO | {"reference_weights": [0.5]}, "one weight for each of reference_images; given '1 weights for 2 images'"),
+            (
+                TWO | {"reference_weights": [0.5]},
+                "one weight for each of reference_images; given '1 weights for 2 images'",
+            ),
             (TWO | {"reference_weights": [0, 0]}, "no reference image has an effect"),
             (TWO | {"reference_weights": [0.5, -0.5]}, "reference_weights[1]"),
             (TWO | {"reference_weights": [0.5, 11]}, "reference_weights[1]"),

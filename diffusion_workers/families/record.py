@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SELECTIVE_FIELDS', 'CLIP_SIZES', 'remaining_steps', 'remaining_steps_at_least_one', 'PipelineCall', 'Guidance',
            'TextInput', 'Latents', 'References', 'Controls', 'LoraMark', 'LoraBlocks', 'OriginalName', 'LoraKeys',
-           'TinyComponent', 'TinyModel', 'tiny_clip', 'tiny_t5', 'tiny_qwen', 'tiny_vae', 'Refiner', 'ReferenceEncoder',
-           'Family']
+           'TinyComponent', 'TinyModel', 'tiny_clip', 'tiny_t5', 'tiny_qwen', 'tiny_vae', 'Refiner', 'no_arguments',
+           'ReferenceEncoder', 'Family']
 
 # %% ../../nbs/05_families/01_record.ipynb #31512aa3
 import math
@@ -309,6 +309,11 @@ class Refiner:
     load_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
+def no_arguments(pipe: Any) -> Mapping[str, Any]:
+    "No arguments, whatever the loaded pipeline is."
+    return {}
+
+
 @dataclass(frozen=True)
 class ReferenceEncoder:
     "The pipeline that turns reference images into tokens, which follow those of the prompt."
@@ -371,6 +376,7 @@ class Family:
     text_layout: Literal["clip", "clip_clip", "clip_t5", "clip_clip_t5"] | None = (
         None  # of its text encoders, for prompts that are encoded here; None leaves every prompt to the pipeline
     )
+    pipe_arguments: Callable[[Any], Mapping[str, Any]] = no_arguments  # of a loaded pipeline, where its parts decide
 
     def call(
         self,

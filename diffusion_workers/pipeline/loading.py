@@ -477,4 +477,3 @@ def load_reference_encoder(
             if name != "feature_extractor":
                 parts[name] = load_network(row.class_name, entry.source, entry.variant, target, name)
         return _from_repository(cls, entry.source, entry.variant, {"dtype": target.dtype, **parts})
-

@@ -190,7 +190,6 @@ def tiny_reference_encoder(
         torch.nn.init.normal_(parameter)
     return getattr(diffusers, encoder.class_name)(**parts)
 
-
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #947b6860
 def write_tiny_model(
     folder: Path | str,  # gets the repository, the ControlNets and the manifest

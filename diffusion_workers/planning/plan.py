@@ -969,9 +969,7 @@ def check_expected_references(
     )
 
 
-def expected_warnings(
-    request: GenerationRequest, references: Sequence[PlannedReference]
-) -> Iterator[RequestWarning]:
+def expected_warnings(request: GenerationRequest, references: Sequence[PlannedReference]) -> Iterator[RequestWarning]:
     "Reference images that are not those that a restored request was made with."
     for index, (expected, image) in enumerate(zip(request.expected_references or (), references)):
         if expected.sha256 != image.sha256:

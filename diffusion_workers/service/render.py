@@ -51,8 +51,8 @@ from diffusion_workers.pipeline.hooks import (
     use_variation,
 )
 from ..pipeline.loading import quiet_libraries
-from ..pipeline.weights import storage_packages, stored_format
 from ..pipeline.reference_tokens import reference_tokens, use_reference_tokens
+from ..pipeline.weights import storage_packages, stored_format
 from ..planning.loras import with_lora_hashes
 from ..prompt.embeddings import Embedding, Embeddings
 from ..prompt.syntax import PromptError
@@ -676,6 +676,7 @@ def render(
         for first in range(0, len(plan.seeds), size):
             seeds, chunk = plan.seeds[first : first + size], chunk_of(plan, first, size)
             arguments, refine = pipeline_arguments(chunk, seeds, prepared, texts), None
+            arguments |= factory.record.pipe_arguments(pipe)
             lists = factory.record.denoiser_calls == "lists"
             arguments = _on_device(hooks.text_arguments(arguments, first, len(seeds), lists), factory)
             watch.look = looking(plan, seeds, hooks)
@@ -733,7 +734,9 @@ def with_environment(
     versions = {name: version(name) for name in (*PIXEL_PACKAGES, *storage_packages(factory.manifest))}
     stored = stored_format(factory.manifest)
     dtype = str(factory.dtype).removeprefix("torch.") + (f", weights in {stored}" if stored else "")
-    environment = Environment(device=factory.device.type, dtype=dtype, versions=versions)
+    environment = Environment(
+        device=factory.device.type, dtype=dtype, versions=versions, weights=factory.weight_hashes(plan) or None
+    )
     return plan.model_copy(update={"environment": environment, "warnings": [*(plan.warnings or []), *notes] or None})
 
 

@@ -1007,6 +1007,12 @@ class Environment(CompactModel):
         dict[str, StrictStr] | None,
         Field(description="Of the packages that decide pixels"),
     ] = None
+    weights: Annotated[
+        dict[str, StrictStr] | None,
+        Field(
+            description="sha256 of the weight files of each component, such as unet, vae or controlnet canny; those of LoRAs and embeddings are with these. Components that were loaded in Python have none"
+        ),
+    ] = None
 
 
 class CustomKind(StrEnum):

@@ -1044,6 +1044,12 @@ export type Environment = {
     versions?: {
         [key: string]: string;
     } | null;
+    /**
+     * sha256 of the weight files of each component, such as unet, vae or controlnet canny; those of LoRAs and embeddings are with these. Components that were loaded in Python have none
+     */
+    weights?: {
+        [key: string]: string;
+    } | null;
 };
 
 /**
