@@ -5,6 +5,7 @@
 #   ./build.sh generate [PART]      generate only; PART is python, typescript or page, all three when it is absent
 #   ./build.sh check [PART]         exit 1 and show what differs where something generated is stale; changes and installs nothing in Python
 #   ./build.sh packages PART        fetch the npm packages of typescript or page, where they are not those of the lock already
+#   ./build.sh docs [FOLDER]        build the documentation site, without running a notebook; default: _docs/site
 #   ./build.sh install_openapi_lib  generate the Python client, build its wheel and install that
 #
 # python needs datamodel-code-generator; typescript and page need Node (20.19 or newer) and fetch their packages with `npm ci`.
@@ -77,6 +78,16 @@ build_page() {  # $1: where to, absolute
     (cd "$page" && ./node_modules/.bin/tsc --noEmit && WEB_OUTPUT=$1 ./node_modules/.bin/vite build --logLevel warn)
 }
 
+# --- documentation -----------------------------------------------------------
+
+build_docs() {  # $1: where to
+    if ! python -c "import mkdocs" 2>/dev/null; then
+        echo 'build.sh: this Python has no mkdocs: run pip install -e ./openapi/client_libs/python -e ".[dev]"' >&2
+        exit 2
+    fi
+    python .ci/docs_site.py "$1"
+}
+
 # --- both --------------------------------------------------------------------
 
 generate() {
@@ -119,6 +130,7 @@ case "${1:-}" in
     generate) each generate "${2:-}" ;;
     check | --check) each check "${2:-}" ;;
     packages) case "${2:-}" in typescript) needs_packages "$typescript" ;; *) needs_packages "$page" ;; esac ;;
+    docs) build_docs "${2:-_docs/site}" ;;
     install_openapi_lib) generate python; install_wheel ;;
-    *) echo "build.sh: unknown mode '$1'; use no mode, generate, check, packages or install_openapi_lib" >&2; exit 2 ;;
+    *) echo "build.sh: unknown mode '$1'; use no mode, generate, check, packages, docs or install_openapi_lib" >&2; exit 2 ;;
 esac

@@ -13,6 +13,8 @@ TOP_LEVEL = {
     "openapi",
     "web_gen_client",
     "tests",
+    "docs",
+    "mkdocs.yml",
     ".ci",
     ".runpod",
     "settings.ini",

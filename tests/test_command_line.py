@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_workers.cli.main import main, make_parser
+from diffusion_workers.cli.main import COMMANDS, command_parsers, main, make_parser
 from diffusion_workers.request.metadata import read_metadata
+from ez_diffusion_client.models import OpResult
 
 COMMAND = str(Path(sys.executable).parent / "diffusion-workers")
 FIELDS = {"prompt": "a red circle on a white background", "seed": 7, "num_inference_steps": 2, "scheduler": "euler"}
@@ -432,10 +433,9 @@ def test_an_error_of_the_device_names_the_option(capsys: pytest.CaptureFixture) 
 
 def options_with_values(command: str) -> dict[str, argparse.Action]:
     "Every option of a command that takes a value, under every name that it has, the hidden ones included."
-    commands = next(action for action in make_parser()._actions if action.dest == "command").choices
     return {
         name: action
-        for action in commands[command]._actions
+        for action in command_parsers(make_parser())[command]._actions
         for name in action.option_strings
         if action.nargs != 0 and not name.startswith("--no-")
     }
@@ -498,6 +498,12 @@ def call(
     ([], "", 2, ["usage: diffusion-workers", "COMMAND"]),
     (["paint", "a circle"], "", 2, ["there is no such command", "'paint'"]),
     (["genrate", "a circle"], "", 2, ["did you mean generate?"]),
+    (["--versoin"], "", 2, ["--versoin: there is no such option", "did you mean --version?"]),
+    (["serve", "--prot", "80"], "", 2, ["--prot", "did you mean --port?"]),
+    (["models", "--modles", "x"], "", 2, ["--modles", "did you mean --models?"]),
+    (["replay", "x.png", "--show-requst"], "", 2, ["did you mean --show-request?"]),
+    (["worker", "--chek-config"], "", 2, ["did you mean --check-config?"]),
+    (["plan", "x", "--mask-blur", "3"], "", 2, ["did you mean --inpaint-mask-blur?"]),
     (["generate"], "", 2, ["PROMPT", "a prompt is needed"]),
     (["generate", "x", "-o", "out.bmp"], "", 2, ["-o", ".png, .jpg, .jpeg, .webp"]),
     (["generate", "x", "-o", "file/out.png"], "", 2, ["-o", "file/out.png"]),
@@ -551,16 +557,109 @@ def test_each_kind_of_mistake_has_its_exit_code(
     assert_fails(call(arguments, stdin, capsys, monkeypatch), code, *said)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [[], ["generate"], ["plan"], ["preprocess"], ["preprocessors"], ["models"], ["replay"], ["train-shapes"]],
-    ids=lambda command: command[0] if command else "all",
-)
-def test_help(command: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    "Help goes to standard output and is no mistake."
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda command: "".join(command) or "all")
+def test_help_fits_on_a_screen(
+    command: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "Help goes to standard output, in at most 40 lines of 100 columns, with examples at the end."
+    monkeypatch.setenv("COLUMNS", "100")
     done = call([*command, "--help"], "", capsys, monkeypatch)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: " + " ".join(["diffusion-workers", *command]))
+    assert done.stdout.startswith("usage: diffusion-workers " + "".join(command))
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100, done.stdout
+    assert "examples:" in lines and any(f"  diffusion-workers {''.join(command)}" in line for line in lines[-12:])
+
+
+@pytest.mark.parametrize("command", ["generate", "plan", "preprocess", "serve"])
+def test_all_options_are_listed_on_request(
+    command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "`--help-all` lists every option that has a name of its own, and the values that enumerations accept."
+    done = call([command, "--help-all"], "", capsys, monkeypatch)
+    parser = command_parsers(make_parser(show_all=True))[command]
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    assert all(name in done.stdout for action in shown for name in action.option_strings)
+    if command in ("generate", "plan"):
+        assert {"--inpaint-mask-blur", "--use-karras-sigmas"} <= {name for one in shown for name in one.option_strings}
+        assert "dpmpp_2m_sde" in done.stdout
+
+
+def test_bash_completes_commands_options_and_values(tmp_path: Path) -> None:
+    "The printed script completes uncommon options too."
+    script = run("--print-completion", "bash", cwd=tmp_path).stdout
+
+    def completed(*words: str) -> set[str]:
+        line = " ".join(["diffusion-workers", *words])
+        lines = (
+            f"COMP_WORDS=({line}); COMP_CWORD={len(words)}; _shtab_diffusion_workers; printf '%s\\n' ${{COMPREPLY[@]}}"
+        )
+        asked = subprocess.run(["bash", "-c", f"{script}\n{lines}"], cwd=tmp_path, capture_output=True, text=True)
+        return set(asked.stdout.split())
+
+    (tmp_path / "photo.png").touch()
+    assert completed("pre") == {"preprocess", "preprocessors"}
+    assert "--use-karras-sigmas" in completed("generate", "--use-k")
+    assert completed("plan", "--scheduler", "dpmpp_3") == {"dpmpp_3m", "dpmpp_3m_sde"}
+    assert completed("generate", "--image", "pho") == {"photo.png"}
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_scripts_of_other_shells(
+    shell: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = call(["--print-completion", shell], "", capsys, monkeypatch)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(text in done.stdout for text in ("preprocessors", "use-karras-sigmas", "dpmpp_3m_sde"))
+
+
+@pytest.mark.parametrize(
+    "arguments, field",
+    [
+        (["generate", "x", "--stepz", "3"], "--stepz"),
+        (["serve", "--prot", "8"], "--prot"),
+        (["models", "--server", "maybe"], "--server"),
+        (["preprocess"], None),
+        (["genrate"], None),
+        (["plan", "x", "--steps", "0"], "--steps"),
+        (["replay", "missing.png"], "IMAGE"),
+        (["bench", "--rounds", "0"], "--rounds"),
+        (["train-shapes", "--part", "nothing", "--out", "x"], "--part"),
+        (["worker", "--chek-config"], "--chek-config"),
+    ],
+)  # fmt: skip
+def test_errors_are_json_on_request(
+    arguments: list[str],
+    field: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    "With `--json` a mistake of any kind is a result on standard output, and standard error is empty."
+    monkeypatch.chdir(tmp_path)
+    done = call([*arguments, "--json"], "", capsys, monkeypatch)
+    result = OpResult.model_validate_json(done.stdout)
+    assert done.returncode > 0 and done.stderr == ""
+    assert (result.ok, result.errors[0].field) == (False, field)
+
+
+def test_wrong_settings_are_json_on_request(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSION_WORKERS_DEVICE", "abacus")
+    done = call(["models", "--json"], "", capsys, monkeypatch)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "DIFFUSION_WORKERS_DEVICE" in OpResult.model_validate_json(done.stdout).errors[0].message
+
+
+def test_results_of_the_other_commands_are_json_on_request(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    "Those without a test of their own: the parts that can be trained, and the configuration of the worker."
+    parts = json.loads(call(["train-shapes", "--part", "list", "--json"], "", capsys, monkeypatch).stdout)
+    assert "shapes-sd15" in parts and "shapes-sdxl/canny" in parts
+    monkeypatch.setenv("DIFFUSION_WORKERS_DEVICE", "cpu")
+    facts = json.loads(call(["worker", "--check-config", "--json"], "", capsys, monkeypatch).stdout)
+    assert facts["settings"]["DIFFUSION_WORKERS_DEVICE"] == {"value": "cpu", "from": "environment"}
+    assert facts["default_model"] in facts["models"] and "weights" in facts["sources"]
 
 
 def test_replay_notes_weights_that_have_changed(tiny: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:

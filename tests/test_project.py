@@ -20,6 +20,7 @@ HEAVY = ("torch", "torchvision", "diffusers", "transformers", "accelerate")
 LIGHT_CHAPTERS = ("request", "models", "prompt", "planning")  # chapters whose modules need no torch
 sys.path.insert(0, str(ROOT / ".ci"))
 import structure
+import teaching
 
 LIGHT_MODULES = [module.name for module in structure.exported_modules() if module.name.split(".")[0] in LIGHT_CHAPTERS]
 
@@ -184,6 +185,69 @@ def test_an_upward_import_is_named_with_its_line(tmp_path: Path) -> None:
 )
 def test_replaced_terms_are_found(line: str, terms: list[str]) -> None:
     assert [term for term, _ in structure.terms_to_replace(line)] == terms
+
+
+# --- how notebooks explain what they export ---------------------------------
+
+
+def test_no_notebook_explains_less_than_before() -> None:
+    done = run(sys.executable, ".ci/teaching.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def cell(source: str, kind: str = "code", outputs: int = 0) -> dict:
+    return {"cell_type": kind, "source": source, "outputs": [{}] * outputs}
+
+
+EXPLAINED = [
+    cell("# Title\n\n> One line.\n\n```sh\nnot counted\n```", "markdown"),
+    cell("#| default_exp a.b"),
+    cell("#| export\nimport os\nfrom typing import (\n    Any,\n)\n\nx = 1\ny = 2"),
+    cell("#| hide\nx", outputs=1),
+    cell("x == 1"),
+    cell("#| export\nz = 3\n# why"),
+    cell("z", outputs=1),
+    cell("#| export\nw = 4"),
+]
+
+
+def test_counts_of_a_notebook() -> None:
+    "Imports, directives and code blocks are not counted; a hidden cell, or one that shows nothing, is no live cell."
+    found = teaching.count_notebook(EXPLAINED, "00_a/01_b")
+    expected = teaching.Counts("00_a/01_b", words=3, exported=5, longest_run=4, before_first=4)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "run, limits, said",
+    [
+        (61, {}, ["00_a/01_b: 61 exported lines without a live cell, the limit is 60"]),
+        (61, {"longest_run": {"00_a/01_b": 61}}, []),
+        (62, {"longest_run": {"00_a/01_b": 61}}, ["00_a/01_b: 62 exported lines without a live cell, the limit is 61"]),
+        (60, {"longest_run": {"00_a/01_b": 61}}, ["00_a/01_b: needs no limit of its own, run"]),
+        (9, {"longest_run": {"00_a/gone": 61}}, ["00_a/gone: needs no limit of its own, run"]),
+        (9, {"words_per_line": {"00_a": 2.1}}, ["00_a: 2.00 words for each exported line, the limit is 2.1"]),
+        (9, {"words_per_line": {}}, ["00_a: 2.00 words for each exported line, the limit is 4.0"]),
+    ],
+)
+def test_limits_of_notebooks(run: int, limits: dict, said: list[str]) -> None:
+    "What gets worse is reported, and so is a limit that is not needed any more."
+    counts = [teaching.Counts("00_a/01_b", words=200, exported=100, longest_run=run, before_first=0)]
+    found = teaching.too_much(counts, {"longest_run": {}, "words_per_line": {"00_a": 2.0}} | limits)
+    assert [line[: len(start)] for line, start in zip(found, said, strict=True)] == said
+
+
+def test_limits_are_only_tightened() -> None:
+    counts = [
+        teaching.Counts("00_a/01_b", words=250, exported=100, longest_run=80, before_first=0),
+        teaching.Counts("00_a/02_c", words=0, exported=70, longest_run=70, before_first=0),
+        teaching.Counts("01_d/01_e", words=900, exported=100, longest_run=9, before_first=0),
+    ]
+    limits = {
+        "longest_run": {"00_a/01_b": 90, "00_a/gone": 70, "01_d/01_e": 61},
+        "words_per_line": {"00_a": 2.0, "01_d": 3},
+    }
+    assert teaching.tightened(counts, limits) == {"longest_run": {"00_a/01_b": 80}, "words_per_line": {"00_a": 2.0}}
 
 
 def heavy_after(statement: str) -> str:

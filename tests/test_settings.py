@@ -19,7 +19,7 @@ from diffusion_workers.settings.service import Settings
 from diffusion_workers.settings.table import variable_rows
 from diffusion_workers.settings.worker import WorkerSettings
 from diffusion_workers.worker.handler import Worker
-from diffusion_workers.worker.placement import config_lines
+from diffusion_workers.worker.placement import config_facts, config_lines
 
 PACKAGE = package_folder(".").resolve()
 WITH_LORA = {"prompt": "a red heart", "num_inference_steps": 1, "loras": [{"name": "mine.safetensors"}]}
@@ -118,7 +118,7 @@ def test_a_worker_takes_the_settings_it_is_given(loras: Path, misleading: Path) 
         worker.close()
     assert answer["status"] == "success"
     assert worker.service.models.default == "shapes-sd15" and "elsewhere" not in worker.service.models
-    lines = config_lines(settings, {})
+    lines = config_lines(config_facts(settings, {}))
     assert not any("elsewhere" in line for line in lines) and any(str(loras) in line for line in lines)
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Work', 'Scenario', 'Measure', 'DIFFERENCES', 'psnr', 'ssim', 'Sample', 'peak_memory', 'measure', 'service_work',
-           'environment', 'run_scenarios', 'run_benchmark', 'BenchmarkResult', 'save_result', 'load_result',
-           'compare_results', 'pareto', 'plot_result', 'Adherence', 'adherence', 'forward_seconds', 'overhead',
-           'first_image', 'run_fresh', 'clip_score', 'lpips_distance']
+           'environment', 'run_scenarios', 'run_benchmark', 'BenchmarkResult', 'result_content', 'save_result',
+           'load_result', 'compare_results', 'pareto', 'plot_result', 'Adherence', 'adherence', 'forward_seconds',
+           'overhead', 'first_image', 'run_fresh', 'clip_score', 'lpips_distance']
 
 # %% ../../nbs/66_benchmark/01_benchmark.ipynb #23dae888
 import json
@@ -290,15 +290,19 @@ class BenchmarkResult:
         return f"{self.to_markdown()}\n\n{rounds}; {machine}, {versions}"
 
 # %% ../../nbs/66_benchmark/01_benchmark.ipynb #7585b16e
-def save_result(result: BenchmarkResult, path: Path | str) -> None:
-    "Write a result as JSON."
-    content = {
+def result_content(result: BenchmarkResult) -> dict[str, Any]:
+    "A result as JSON values."
+    return {
         "names": result.names,
         "samples": [asdict(s) for s in result.samples],
         "quality": result.quality,
         "environment": result.environment,
     }
-    Path(path).write_text(json.dumps(content, indent=1))
+
+
+def save_result(result: BenchmarkResult, path: Path | str) -> None:
+    "Write a result as JSON."
+    Path(path).write_text(json.dumps(result_content(result), indent=1))
 
 
 def load_result(path: Path | str) -> BenchmarkResult:

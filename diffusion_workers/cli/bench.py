@@ -8,11 +8,17 @@ __all__ = ['CACHES', 'add_bench_options', 'read_scenarios', 'usual_scenarios', '
 # %% ../../nbs/80_cli/08_bench.ipynb #734d4c27
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .options import add_json_option
 from ..request.errors import request_error
 from ez_diffusion_client.models import ErrorCode
+
+if TYPE_CHECKING:
+    from diffusion_workers.benchmark.benchmark import Adherence, BenchmarkResult
+    from diffusion_workers.service.service import DiffusionService
 
 # %% ../../nbs/80_cli/08_bench.ipynb #4e8c5d42
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +47,11 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="save the samples as JSON")
     parser.add_argument("--compare", metavar="FILE", help="a result that was saved before")
     parser.add_argument("--plot", metavar="FILE", help="save speed against SSIM as PNG or SVG; needs matplotlib")
+    add_json_option(parser)
+    parser.epilog = """examples:
+  diffusion-workers bench --steps 12 --rounds 3
+  diffusion-workers bench --scenarios mine.json --out before.json
+  diffusion-workers bench --scenarios mine.json --compare before.json --plot speed.png"""
 
 
 def read_scenarios(path: Path | str) -> dict[str, dict[str, Any]]:
@@ -63,7 +74,7 @@ def read_scenarios(path: Path | str) -> dict[str, dict[str, Any]]:
         )
     return content
 
-
+# %% ../../nbs/80_cli/08_bench.ipynb #6af23fe4
 CACHES: dict[str, dict[str, Any]] = {  # name -> step_cache of a request
     "DeepCache, interval 3": {"method": "deepcache", "interval": 3},
     "deep features, interval 3": {"method": "deep_features", "interval": 3},
@@ -82,7 +93,13 @@ def usual_scenarios(manifest) -> dict[str, dict[str, Any]]:
     )
 
 # %% ../../nbs/80_cli/08_bench.ipynb #0cfb9da0
-def _adherence_lines(service, scenarios: dict[str, dict[str, Any]], common: dict[str, Any], count: int) -> list[str]:
+def _measure_adherence(
+    service: "DiffusionService",
+    scenarios: dict[str, dict[str, Any]],
+    common: dict[str, Any],  # fields of every request
+    count: int,  # of captions
+) -> "dict[str, Adherence]":
+    "For each scenario, how many images of held-out captions show what was asked for."
     from diffusion_workers.benchmark.benchmark import adherence
     from diffusion_workers.shapes.scenes import held_out_prompts, matches, read_scene
 
@@ -90,12 +107,37 @@ def _adherence_lines(service, scenarios: dict[str, dict[str, Any]], common: dict
         (caption, lambda image, scene=scene: matches(read_scene(image), scene))
         for scene, caption in held_out_prompts(count, 1)
     ]
-    lines = ["", "| scenario | as asked | standard error |", "|---|---|---|"]
     fields = {name: value for name, value in common.items() if name not in ("prompt", "seed")}
-    for name, settings in scenarios.items():
-        found = adherence(service, cases, fields | settings)
-        lines.append(f"| {name} | {found.right} of {found.count}, {found.share:.1%} | {found.error:.1%} |")
-    return lines
+    return {name: adherence(service, cases, fields | settings) for name, settings in scenarios.items()}
+
+
+def _adherence_lines(measured: "dict[str, Adherence]") -> list[str]:
+    rows = [
+        f"| {name} | {found.right} of {found.count}, {found.share:.1%} | {found.error:.1%} |"
+        for name, found in measured.items()
+    ]
+    return ["", "| scenario | as asked | standard error |", "|---|---|---|", *rows]
+
+# %% ../../nbs/80_cli/08_bench.ipynb #827c065f
+def _print_measured(
+    result: "BenchmarkResult",
+    measured: "dict[str, Adherence]",
+    before: "BenchmarkResult | None",  # to compare with
+    as_json: bool,
+) -> None:
+    from diffusion_workers.benchmark.benchmark import compare_results, result_content
+
+    if as_json:
+        content = result_content(result) | {"adherence": {name: asdict(found) for name, found in measured.items()}}
+        if before is not None:
+            content["before"] = result_content(before)
+        print(json.dumps(content, indent=2, ensure_ascii=False))
+        return
+    print(result._repr_markdown_())
+    if measured:
+        print("\n".join(_adherence_lines(measured)))
+    if before is not None:
+        print("\n" + compare_results(before, result))
 
 
 def command_bench(arguments: argparse.Namespace) -> int:  # the exit code
@@ -104,19 +146,12 @@ def command_bench(arguments: argparse.Namespace) -> int:  # the exit code
         field = "--rounds" if arguments.rounds < 1 else "--adherence"
         raise request_error(
             ErrorCode.out_of_range,
-            "there is nothing to be measured",
+            "too few runs to measure",
             field=field,
             given=min(arguments.rounds, arguments.adherence or 1),
             allowed="at least 1",
         )
-    from diffusion_workers.benchmark.benchmark import (
-        compare_results,
-        load_result,
-        plot_result,
-        run_benchmark,
-        run_fresh,
-        save_result,
-    )
+    from diffusion_workers.benchmark.benchmark import load_result, plot_result, run_benchmark, run_fresh, save_result
     from diffusion_workers.service.service import DiffusionService
 
     before = load_result(arguments.compare) if arguments.compare else None
@@ -131,11 +166,8 @@ def command_bench(arguments: argparse.Namespace) -> int:  # the exit code
             if arguments.fresh
             else run_benchmark(scenarios, common, service, arguments.rounds)
         )
-        print(result._repr_markdown_())
-        if arguments.adherence:
-            print("\n".join(_adherence_lines(service, scenarios, common, arguments.adherence)))
-    if before is not None:
-        print("\n" + compare_results(before, result))
+        measured = _measure_adherence(service, scenarios, common, arguments.adherence) if arguments.adherence else {}
+    _print_measured(result, measured, before, arguments.json)
     if arguments.out:
         save_result(result, arguments.out)
     if arguments.plot:

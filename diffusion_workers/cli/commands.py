@@ -15,7 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,10 +222,9 @@ def add_generate_options(parser: argparse.ArgumentParser) -> None:
   diffusion-workers generate "a red circle" --steps 12 --seed 7 -o circle.png
   diffusion-workers generate "a red circle" -n 4 -o "circles/{index:02}-{seed}.webp"
   diffusion-workers generate "a blue square" --image circle.png --strength 0.6
-  diffusion-workers generate --prompts prompts.csv -o images/
-  diffusion-workers generate "a red circle" --server auto --json"""
+  diffusion-workers generate --prompts prompts.csv -o images/"""
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #f0d1d6b1
 def result_facts(
     result: OpResult,
     files: Sequence[Path],  # of the images
@@ -255,7 +254,7 @@ def _report(result: OpResult, paths: Sequence[Path], maps: Sequence[Path], argum
     for path, found in zip(maps, made.control_maps or [], strict=True):
         print(f"{path}  {found.width} x {found.height}, the map of control {found.unit}")
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #ab061214
 def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
     "Generate images and write them."
     if arguments.prompts is not None:
@@ -288,12 +287,16 @@ def _generate_batch(arguments: argparse.Namespace) -> int:  # the exit code
     with make_service(arguments) as service:
         return run_batch(arguments, requests, service)
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #6c924d41
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     "The options of `plan`."
     parser.description = "Print what a request would do, without doing it."
     add_generation_options(parser)
     add_remote_options(parser, runpod=False)
+    parser.epilog = """examples:
+  diffusion-workers plan "a red circle" --size 512
+  diffusion-workers plan "a red circle" --control canny:edges.png --json
+  diffusion-workers plan --request request.json --steps 8"""
 
 
 def plan_text(plan: GenerationPlan) -> str:
@@ -368,8 +371,13 @@ def _remote_addon_lines(model: ModelInfo) -> list[str]:
 
 def add_models_options(parser: argparse.ArgumentParser) -> None:
     "The options of `models`."
+    parser.description = "List the models that a request can name; * marks the default model."
     add_common_options(parser)
     add_remote_options(parser, runpod=False)
+    parser.epilog = """examples:
+  diffusion-workers models
+  diffusion-workers models --models my-manifests/ --json
+  diffusion-workers models --url http://127.0.0.1:8000"""
 
 
 def command_models(arguments: argparse.Namespace) -> int:  # the exit code
@@ -436,12 +444,16 @@ def _preprocessor_lines(facts: dict) -> list[str]:
         lines.append(f"    {parameter['name']}={parameter['default']}  {parameter['allowed']}: {parameter['meaning']}")
     return lines
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #d56158c5
 def add_preprocessors_options(parser: argparse.ArgumentParser) -> None:
     "The options of `preprocessors`."
+    parser.description = "List the ControlNet preprocessors, with what they need and their parameters."
     add_json_option(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help=argparse.SUPPRESS)
     add_remote_options(parser, runpod=False)
+    parser.epilog = """examples:
+  diffusion-workers preprocessors
+  diffusion-workers preprocessors --json"""
 
 
 def command_preprocessors(arguments: argparse.Namespace) -> int:  # the exit code
@@ -478,17 +490,21 @@ PREPROCESS_OPTIONS = {  # option -> the field of a `PreprocessRequest`
 
 def add_preprocess_options(parser: argparse.ArgumentParser) -> None:
     "The options of `preprocess`."
+    parser.description = "Run a ControlNet preprocessor on an image, and write its control map."
     names = {".".join(path): option for option, path in PREPROCESS_OPTIONS.items()}
     parser.set_defaults(option_names=names | {"image": "IMAGE", "preprocessing.parameters": "--parameter"})
     parser.add_argument("image", metavar="IMAGE", help="a file, or an http(s) URL")
     add_output_options(parser, "map.png")
     for option, path in PREPROCESS_OPTIONS.items():
-        add_field_option(parser, field_at(PreprocessRequest, path), option)
+        add_field_option(parser, field_at(PreprocessRequest, path), option, detailed=getattr(parser, "show_all", True))
     parser.add_argument(
         "--parameter", action="append", metavar="NAME=VALUE", help="such as low_threshold=50; may be repeated"
     )
     add_running_options(parser)
     add_remote_options(parser, runpod=False)
+    parser.epilog = """examples:
+  diffusion-workers preprocess photo.png --preprocessor canny -o edges.png
+  diffusion-workers preprocess photo.png --preprocessor canny --parameter low_threshold=50"""
 
 
 def _preprocess_request(arguments: argparse.Namespace) -> PreprocessRequest:
@@ -560,6 +576,7 @@ def command_preprocess(arguments: argparse.Namespace) -> int:  # the exit code
 # %% ../../nbs/80_cli/05_commands.ipynb #37b6eba8
 def add_train_options(parser: argparse.ArgumentParser) -> None:
     "The options of `train-shapes`."
+    parser.description = "Train a built-in model, ControlNet or LoRA again, from scratch or from its checkpoints."
     parser.add_argument(
         "--out", metavar="FOLDER", help="for checkpoints, the log and the trained weights; a second call resumes"
     )
@@ -581,6 +598,11 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="continue from checkpoints; --no-resume deletes them",
     )
+    add_json_option(parser)
+    parser.epilog = """examples:
+  diffusion-workers train-shapes --part list
+  diffusion-workers train-shapes --out training/ --minutes 30
+  diffusion-workers train-shapes --part shapes-sdxl/canny --out training/"""
 
 
 def _check_training(arguments: argparse.Namespace, parts: Sequence[str]) -> None:
@@ -611,14 +633,16 @@ def command_train_shapes(arguments: argparse.Namespace) -> int:  # the exit code
     from diffusion_workers.shapes.sd15 import train_shapes
 
     if arguments.part == "list":
-        print("\n".join(PARTS))
+        print(json.dumps(list(PARTS)) if arguments.json else "\n".join(PARTS))
         return 0
     _check_training(arguments, list(PARTS))
-    if arguments.part == "shapes-sd15":
-        made = train_shapes(
-            Path(arguments.out), seed=arguments.seed, minutes=arguments.minutes, resume=arguments.resume
-        )
-    else:
-        made = train_part(arguments.part, arguments.out, {} if arguments.seed is None else {"seed": arguments.seed})
-    print(made)
+    with redirect_stdout(sys.stderr if arguments.json else sys.stdout):  # the log of the training
+        if arguments.part == "shapes-sd15":
+            made = train_shapes(
+                Path(arguments.out), seed=arguments.seed, minutes=arguments.minutes, resume=arguments.resume
+            )
+        else:
+            changes = {} if arguments.seed is None else {"seed": arguments.seed}
+            made = train_part(arguments.part, arguments.out, changes)
+    print(json.dumps({"part": arguments.part, "folder": str(made)}) if arguments.json else made)
     return 0

@@ -47,7 +47,7 @@ def read_receipt(path: str) -> GenerationPlan:
         raise request_error(ErrorCode.not_found, message, field="IMAGE", given=path, hint=hint)
     return metadata.plan
 
-
+# %% ../../nbs/80_cli/07_replay.ipynb #4e9f381d
 def planned_images(plan: GenerationPlan) -> dict[ImageKey, PlannedImage]:
     "What a plan records about the images that were used."
     holders = {None: plan} | dict(enumerate(plan.controlnets or []))
@@ -96,7 +96,7 @@ def given_files(plan: GenerationPlan, arguments: argparse.Namespace) -> dict[Ima
         raise RequestError(details)
     return files
 
-
+# %% ../../nbs/80_cli/07_replay.ipynb #e3adf5ac
 def check_same_images(plan: GenerationPlan, replanned: GenerationPlan) -> None:
     "Refuse images whose pixels are not those of the receipt."
     now = planned_images(replanned)
@@ -149,9 +149,10 @@ def _difference(left: "Image", right: "Image") -> str | None:  # None for the sa
     largest = int(abs(a - b).max())
     return str(largest) if largest else None
 
-
+# %% ../../nbs/80_cli/07_replay.ipynb #84c62454
 def add_replay_options(parser: argparse.ArgumentParser) -> None:
     "The options of `replay`."
+    parser.description = "Regenerate an image from its metadata, and report whether the pixels are the same."
     parser.add_argument("file", metavar="IMAGE", help="a PNG, JPEG or WebP that this program made")
     parser.add_argument("-o", "--out", dest="output", metavar="FILE", help="where to write the regenerated image")
     parser.add_argument("-f", "--force", action="store_true", help="overwrite an existing file")
@@ -174,6 +175,10 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
     )
     add_common_options(parser)
     add_remote_options(parser)
+    parser.epilog = """examples:
+  diffusion-workers replay circle.png
+  diffusion-workers replay changed.png --image circle.png -o again.png
+  diffusion-workers replay made-elsewhere.png --show-request > request.json"""
 
 
 def show_request(arguments: argparse.Namespace) -> int:  # the exit code
@@ -188,7 +193,10 @@ def show_request(arguments: argparse.Namespace) -> int:  # the exit code
         message = f"cannot be read: {exc.strerror}"
         raise request_error(ErrorCode.not_an_image, message, field="IMAGE", given=arguments.file) from None
     if not result.ok:
-        return fail(result)
+        return fail(result, arguments)
+    if arguments.json:
+        print(result.model_dump_json(indent=2, exclude_none=True))
+        return 0 if present(result.restored).request else 1
     for note in result.warnings or []:
         print(f"note: {note.message}", file=sys.stderr)
     restored = present(result.restored)
@@ -198,7 +206,7 @@ def show_request(arguments: argparse.Namespace) -> int:  # the exit code
     print(json.dumps(restored.request, ensure_ascii=False, indent=2))
     return 0 if restored.request else 1
 
-
+# %% ../../nbs/80_cli/07_replay.ipynb #3119c68c
 def _own_scheduler(arguments: argparse.Namespace, model: str) -> Mapping[str, Any]:
     from diffusion_workers.models.own_scheduler import own_scheduler
 
@@ -232,7 +240,7 @@ def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
         return fail(result, arguments)
     return _compare(arguments, output, plan, result)
 
-
+# %% ../../nbs/80_cli/07_replay.ipynb #34fdbb83
 def _print_changed_weights(before: GenerationPlan, now: GenerationPlan) -> None:
     from diffusion_workers.models.weight_hashes import changed_weights
 

@@ -7,12 +7,14 @@ __all__ = ['add_worker_options', 'sdk_arguments', 'command_worker']
 
 # %% ../../nbs/80_cli/09_worker.ipynb #83b17219
 import argparse
+import json
 import os
 import sys
 from typing import Any
 
+from .options import add_json_option
 from ..settings.worker import WorkerSettings
-from ..worker.placement import config_lines
+from ..worker.placement import config_facts, config_lines
 
 # %% ../../nbs/80_cli/09_worker.ipynb #e8728935
 _SDK_OPTIONS = {  # option -> what it does; None takes no value
@@ -30,13 +32,18 @@ _SDK_OPTIONS = {  # option -> what it does; None takes no value
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
     "Give a parser the options of the worker."
     parser.description = (
-        "Run the RunPod worker. Without a queue in the environment it runs the job in test_input.json and ends."
+        "Run the RunPod worker. Without a queue in the environment,\nit runs the job in test_input.json and ends."
     )
     parser.add_argument(
         "--check-config",
         action="store_true",
         help="print the settings in force and where the default model comes from, and end",
     )
+    add_json_option(parser)
+    parser.epilog = """examples:
+  diffusion-workers worker --check-config
+  diffusion-workers worker --test_input '{"input": {"prompt": "a red circle"}}'
+  diffusion-workers worker --rp_serve_api --rp_api_port 8001"""
     group = parser.add_argument_group("options of RunPod's SDK")
     for option, (metavar, about) in _SDK_OPTIONS.items():
         how: dict[str, Any] = {"action": "store_true"} if metavar is None else {"metavar": metavar}
@@ -54,7 +61,8 @@ def sdk_arguments(arguments: argparse.Namespace) -> list[str]:
 def command_worker(arguments: argparse.Namespace) -> int:  # the exit code
     "Run the worker, or say how it is configured."
     if arguments.check_config:
-        print("\n".join(config_lines(WorkerSettings.from_environment(), os.environ)))
+        facts = config_facts(WorkerSettings.from_environment(), os.environ)
+        print(json.dumps(facts, indent=2) if arguments.json else "\n".join(config_lines(facts)))
         return 0
     from diffusion_workers.worker.handler import main
 

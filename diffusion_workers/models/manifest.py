@@ -278,7 +278,7 @@ else:  # the names that the families register
 class ControlNetEntry(_Section):
     "A ControlNet that the model offers."
 
-    source: Source
+    source: Source  # where the weights come from
     dtype: Dtype | None = None  # default: the model's
     variant: Name | None = None  # such as fp16
     preprocessors: tuple[Name, ...] = ()  # those that make maps for this ControlNet, the usual one first
@@ -292,7 +292,7 @@ class ControlNetEntry(_Section):
 class LoraEntry(_Section):
     "A LoRA that the model offers."
 
-    source: Source
+    source: Source  # where the weights come from
     weight_name: Annotated[WeightsFile, AfterValidator(_inside)] | None = (
         None  # file in the folder or repository; default: pytorch_lora_weights.safetensors
     )
@@ -306,7 +306,7 @@ class LoraEntry(_Section):
 class EmbeddingEntry(_Section):
     "A textual inversion that the model offers."
 
-    source: Source
+    source: Source  # where the weights come from
     weight_name: Annotated[WeightsFile, AfterValidator(_inside)] | None = (
         None  # file in the folder; default: learned_embeds.safetensors
     )
@@ -323,7 +323,7 @@ class EmbeddingEntry(_Section):
 class RefinerEntry(_Section):
     "The SDXL model that takes over the last steps of a request that asks for it."
 
-    source: Source
+    source: Source  # where the weights come from
     variant: Name | None = None  # such as fp16
     dtype: Dtype | None = None  # default: the model's
 
@@ -346,9 +346,9 @@ class Profile(_Section):
     timestep_spacing: TimestepSpacing | None = None
     eta: Annotated[float, Field(strict=True, ge=0, le=1)] | None = None  # of ddim and tcd
     guidance_scale: Annotated[float, Field(strict=True, ge=0, le=100)] | None = None
-    step_cache: StepCacheOptions | None = None
-    acceleration: AccelerationOptions | None = None
-    memory: MemoryOptions | None = None
+    step_cache: StepCacheOptions | None = None  # reuse of features between steps
+    acceleration: AccelerationOptions | None = None  # compilation, dtypes and guidance only where it is needed
+    memory: MemoryOptions | None = None  # what saves VRAM
 
 # %% ../../nbs/20_models/01_manifest.ipynb #7b12f987
 Offload = Literal["none", "model", "group"]
@@ -423,13 +423,13 @@ class Defaults(_Section):
 class Limits(_Section):
     "What a request may ask for."
 
-    min_width: Pixels = 64
-    max_width: Pixels = 2048
-    min_height: Pixels = 64
-    max_height: Pixels = 2048
+    min_width: Pixels = 64  # smallest width
+    max_width: Pixels = 2048  # largest width
+    min_height: Pixels = 64  # smallest height
+    max_height: Pixels = 2048  # largest height
     multiple_of: Annotated[int, Field(strict=True, ge=8, le=128, multiple_of=8)] = 8  # of width and height, in pixels
     max_pixels: Annotated[int, Field(strict=True, ge=64 * 64, le=8192 * 8192)] = 2048 * 2048  # width times height
-    max_num_inference_steps: Annotated[Count, Field(le=1000)] = 150
+    max_num_inference_steps: Annotated[Count, Field(le=1000)] = 150  # denoising steps in one request
     max_num_images: Annotated[Count, Field(le=64)] = 16  # in one request
     max_prompt_length: Annotated[Count, Field(le=10000)] = 10000  # characters
 
@@ -623,11 +623,11 @@ class ModelManifest(_Section):
 
     name: Name  # of the file, without its ending
     source: Source  # where the pipeline comes from
-    family: ModelFamily
+    family: ModelFamily  # decides the pipeline, the request fields that apply, and the defaults
     kind: ModelKind = ModelKind.standard  # what else the model was trained for
     title: Text | None = None  # for people
-    description: Text | None = None
-    license: Text | None = None
+    description: Text | None = None  # a sentence, for people
+    license: Text | None = None  # name or address, for people
     download_gb: Annotated[float, Field(strict=True, gt=0, le=100000)] | None = (
         None  # about how much the Hub sends before the first image, for people
     )
@@ -650,12 +650,12 @@ class ModelManifest(_Section):
     mag_ratios: tuple[Annotated[float, Field(gt=0)], ...] | None = (
         None  # for the step cache `mag`; default: those of FLUX.1-dev
     )
-    memory: MemorySettings = MemorySettings()
+    memory: MemorySettings = MemorySettings()  # what saves VRAM: offloading, quantization, tiling
     memory_budget_gb: Annotated[float, Field(strict=True, gt=0, le=100000)] | None = (
         None  # of weights in memory while this model is used, all models together
     )
-    defaults: Defaults
-    limits: Limits = Limits()
+    defaults: Defaults  # for fields that a request does not set; default: the family's
+    limits: Limits = Limits()  # what a request may ask for
     vocabulary: Vocabulary | None = None  # a request with other words gets a warning
     example_prompts: tuple[Text, ...] = ()  # for people who see the model for the first time
 

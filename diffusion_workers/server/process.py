@@ -173,9 +173,14 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--outputs", metavar="FOLDER", help="keep every image in this folder, which the gallery of the page shows"
     )
-    parser.epilog = "Token, limits, origins and more are environment variables: see nbs/00_settings/06_table.ipynb."
+    parser.description = "Run the local server: the HTTP API, and a page for the browser."
+    parser.epilog = """examples:
+  diffusion-workers serve
+  diffusion-workers serve --port 8080 --model shapes-sdxl --outputs images/
 
+Token, limits, origins and more are environment variables: see nbs/00_settings/06_table.ipynb."""
 
+# %% ../../nbs/70_server/06_process.ipynb #713c083c
 def serve_settings(arguments: argparse.Namespace) -> ServerSettings:
     "The settings in force: options win over environment variables. A `SettingsError` names what is wrong."
     options = {

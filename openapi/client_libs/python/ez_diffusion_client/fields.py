@@ -31,10 +31,9 @@ class RequestFields(TypedDict, total=False):
     negative_prompt_2: str | None
     """For the second text encoder"""
     prompt_syntax: models.PromptSyntax | Literal['plain', 'a1111'] | None
-    """How the prompts are read; absent takes the syntax of the model, which is plain where its manifest does
-    not say"""
+    """How the prompts are read; default: the model's, which is plain unless its manifest sets another"""
     prompt_weighting: models.PromptWeighting | Literal['comfy', 'a1111', 'no_norm'] | None
-    """What weights do, with prompt_syntax a1111; absent is comfy"""
+    """What weights do, with prompt_syntax a1111; default: comfy"""
     prompt_loras: bool | None
     """Whether a tag <lora:name:0.8> in prompt is an entry of loras, with prompt_syntax a1111"""
     styles: Sequence[str] | None
@@ -69,7 +68,7 @@ class RequestFields(TypedDict, total=False):
     """How far the initial noise moves from that of seed (0) to that of subseed (1), by spherical
     interpolation"""
     scheduler: models.SchedulerName | Literal['ddim', 'ddpm', 'pndm', 'euler', 'euler_ancestral', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m', 'dpmpp_3m_sde', 'dpmpp_singlestep', 'unipc', 'deis', 'sa_solver', 'lms', 'kdpm2', 'kdpm2_ancestral', 'lcm', 'tcd', 'flow_match_euler'] | None
-    """Absent takes the one of the model"""
+    """The sampler; default: the model's"""
     use_karras_sigmas: bool | None
     """Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"""
     sigma_schedule: models.SigmaSchedule | Literal['karras', 'exponential', 'beta', 'sgm_uniform', 'ays'] | None
@@ -149,3 +148,4 @@ class PreprocessFields(TypedDict, total=False):
     """For preprocessors that take a mask (inpaint_mask)"""
     resize_mode: models.ResizeMode | Literal['just_resize', 'crop_and_resize', 'resize_and_fill'] | None
     request_id: str | None
+    """A name that comes back with the result and stands in the log"""

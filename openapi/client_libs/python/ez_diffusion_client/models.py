@@ -477,7 +477,7 @@ class ControlNetUnit(CompactModel):
     ] = None
     preprocessing: Annotated[
         Preprocessing | None,
-        Field(description="Absent when image already is a control map"),
+        Field(description="Default: none, image is a control map already"),
     ] = None
     conditioning_scale: Annotated[
         StrictFloat, Field(description="Weight of the control", ge=0.0, le=10.0)
@@ -650,7 +650,9 @@ class StepCacheOptions(CompactModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    method: StepCacheMethod
+    method: Annotated[
+        StepCacheMethod, Field(description="What is reused between steps")
+    ]
     interval: Annotated[
         StrictInt | None,
         Field(
@@ -1081,11 +1083,11 @@ class GenerationPlan(PlanMethods):
     negative_prompt: StrictStr | None = None
     negative_prompt_2: StrictStr | None = None
     prompt_syntax: Annotated[
-        PromptSyntax | None, Field(description="absent is plain")
+        PromptSyntax | None, Field(description="Default: plain")
     ] = None
     prompt_weighting: Annotated[
         PromptWeighting | None,
-        Field(description="With prompt_syntax a1111; absent is comfy"),
+        Field(description="With prompt_syntax a1111; default: comfy"),
     ] = None
     written_prompt: Annotated[
         StrictStr | None,
@@ -1277,7 +1279,12 @@ class PreprocessRequest(CompactModel):
     resize_mode: ResizeMode = ResizeMode.just_resize
     request_id: Annotated[
         StrictStr | None,
-        Field(max_length=128, min_length=1, pattern="^[A-Za-z0-9._:-]+$"),
+        Field(
+            description="A name that comes back with the result and stands in the log",
+            max_length=128,
+            min_length=1,
+            pattern="^[A-Za-z0-9._:-]+$",
+        ),
     ] = None
 
 
@@ -1397,7 +1404,12 @@ class RestoreRequest(CompactModel):
     ] = None
     request_id: Annotated[
         StrictStr | None,
-        Field(max_length=128, min_length=1, pattern="^[A-Za-z0-9._:-]+$"),
+        Field(
+            description="A name that comes back with the result and stands in the log",
+            max_length=128,
+            min_length=1,
+            pattern="^[A-Za-z0-9._:-]+$",
+        ),
     ] = None
 
 
@@ -1595,7 +1607,12 @@ class OutputChange(CompactModel):
     )
     request_id: Annotated[
         StrictStr | None,
-        Field(max_length=128, min_length=1, pattern="^[A-Za-z0-9._:-]+$"),
+        Field(
+            description="A name that comes back with the result and stands in the log",
+            max_length=128,
+            min_length=1,
+            pattern="^[A-Za-z0-9._:-]+$",
+        ),
     ] = None
     starred: StrictBool | None = None
     deleted: Annotated[
@@ -1730,12 +1747,12 @@ class GenerationRequest(CompactModel):
     prompt_syntax: Annotated[
         PromptSyntax | None,
         Field(
-            description="How the prompts are read; absent takes the syntax of the model, which is plain where its manifest does not say"
+            description="How the prompts are read; default: the model's, which is plain unless its manifest sets another"
         ),
     ] = None
     prompt_weighting: Annotated[
         PromptWeighting | None,
-        Field(description="What weights do, with prompt_syntax a1111; absent is comfy"),
+        Field(description="What weights do, with prompt_syntax a1111; default: comfy"),
     ] = None
     prompt_loras: Annotated[
         StrictBool | None,
@@ -1836,7 +1853,7 @@ class GenerationRequest(CompactModel):
         ),
     ] = None
     scheduler: Annotated[
-        SchedulerName | None, Field(description="Absent takes the one of the model")
+        SchedulerName | None, Field(description="The sampler; default: the model's")
     ] = None
     use_karras_sigmas: Annotated[
         StrictBool | None,

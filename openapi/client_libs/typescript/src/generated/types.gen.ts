@@ -443,7 +443,7 @@ export type ControlNetUnit = {
      */
     mask_image?: ImageString | null;
     /**
-     * Absent when image already is a control map
+     * Default: none, image is a control map already
      */
     preprocessing?: Preprocessing | null;
     /**
@@ -586,6 +586,9 @@ export type StepCacheMethod = typeof StepCacheMethod[keyof typeof StepCacheMetho
  * Reuse of features between denoising steps; faster, and changes pixels
  */
 export type StepCacheOptions = {
+    /**
+     * What is reused between steps
+     */
     method: StepCacheMethod;
     /**
      * deepcache, deep_features, taylorseer: every how many steps the whole denoiser runs; default: 3, taylorseer 5
@@ -741,11 +744,11 @@ export type GenerationRequest = {
      */
     negative_prompt_2?: string | null;
     /**
-     * How the prompts are read; absent takes the syntax of the model, which is plain where its manifest does not say
+     * How the prompts are read; default: the model's, which is plain unless its manifest sets another
      */
     prompt_syntax?: PromptSyntax | null;
     /**
-     * What weights do, with prompt_syntax a1111; absent is comfy
+     * What weights do, with prompt_syntax a1111; default: comfy
      */
     prompt_weighting?: PromptWeighting | null;
     /**
@@ -805,7 +808,7 @@ export type GenerationRequest = {
      */
     subseed_strength?: number | null;
     /**
-     * Absent takes the one of the model
+     * The sampler; default: the model's
      */
     scheduler?: SchedulerName | null;
     /**
@@ -1115,11 +1118,11 @@ export type GenerationPlan = {
     negative_prompt?: string | null;
     negative_prompt_2?: string | null;
     /**
-     * absent is plain
+     * Default: plain
      */
     prompt_syntax?: PromptSyntax | null;
     /**
-     * With prompt_syntax a1111; absent is comfy
+     * With prompt_syntax a1111; default: comfy
      */
     prompt_weighting?: PromptWeighting | null;
     /**
@@ -1282,6 +1285,9 @@ export type PreprocessRequest = {
      */
     mask_image?: ImageString | null;
     resize_mode?: ResizeMode;
+    /**
+     * A name that comes back with the result and stands in the log
+     */
     request_id?: string | null;
 };
 
@@ -1364,6 +1370,9 @@ export type RestoreRequest = {
      * Prompt, negative prompt and settings as other programs write them, such as "a cat / Steps: 20, Seed: 1" on two lines
      */
     parameters?: string | null;
+    /**
+     * A name that comes back with the result and stands in the log
+     */
     request_id?: string | null;
 };
 
@@ -1561,6 +1570,9 @@ export type OutputList = {
 };
 
 export type OutputChange = {
+    /**
+     * A name that comes back with the result and stands in the log
+     */
     request_id?: string | null;
     starred?: boolean | null;
     /**

@@ -1,0 +1,68 @@
+"""The examples of the how-to guides run as they stand, in a new folder for each page."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from project import ROOT
+
+from diffusion_workers.cli.main import main
+
+PAGES = sorted(path for path in (ROOT / "docs" / "how-to").glob("*.md") if path.name != "index.md")
+BLOCK = re.compile(
+    r"(?P<skip><!-- not run: [^\n]+ -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$"
+    r"|^<!-- run\n(?P<hidden>.*?)^-->$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def run_shell(code: str) -> None:
+    "Run the lines of a block: plain calls of the command line in this process, which spares a start, others in bash."
+    for line in code.strip().splitlines():
+        words = shlex.split(line, comments=True)
+        if words[0] == "export":
+            os.environ |= dict(word.split("=", 1) for word in words[1:])
+        elif words[0] == "diffusion-workers" and not {"|", ">", "&"} & set(words):
+            assert main(words[1:]) == 0, line
+        else:
+            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+            done = subprocess.run(
+                ["bash", "-uo", "pipefail", "-c", line],
+                env=dict(os.environ) | {"PATH": path},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_of_a_how_to(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Blocks run in order; one that cannot run here says why in a comment."
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    names: dict = {"Path": Path, "__name__": "how_to"}
+    ran = 0
+    try:
+        os.environ["DIFFUSION_WORKERS_DEVICE"] = "cpu"
+        for block in BLOCK.finditer(page.read_text(encoding="utf-8")):
+            if block["skip"]:
+                continue
+            ran += 1
+            if block["hidden"] or block["language"] == "python":
+                exec(compile(block["hidden"] or block["code"], page.name, "exec"), names)
+            else:
+                assert block["language"] == "sh", block["language"]
+                run_shell(block["code"])
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    assert ran or "<!-- not run: " in page.read_text(encoding="utf-8"), "the page has no example"
+
+
+def test_every_how_to_is_listed() -> None:
+    index = (ROOT / "docs" / "how-to" / "index.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES if f"({page.name})" not in index] == []
