@@ -96,8 +96,7 @@ def network_availability(source: Source) -> Availability:
     return _availability([] if _is_here(source) else [source])
 
 
-def _encoder_is_here(manifest: ModelManifest) -> bool:  # what turns reference images into tokens
-    source = manifest.reference_encoder.source
+def _encoder_is_here(manifest: ModelManifest, source: Source) -> bool:  # what turns reference images into tokens
     if isinstance(source, MemorySource):
         return True
     folder = local_folder(source, "model_index.json")
@@ -111,7 +110,7 @@ def model_availability(manifest: ModelManifest) -> Availability:
     needed = [source for source in parts.values() if not _is_here(source)]
     if not _is_here(manifest.source, manifest):
         needed.append(manifest.source)
-    if manifest.reference_encoder is not None and not _encoder_is_here(manifest):
+    if manifest.reference_encoder is not None and not _encoder_is_here(manifest, manifest.reference_encoder.source):
         needed.append(manifest.reference_encoder.source)
     return _availability(needed)
 

@@ -114,6 +114,7 @@ _HALVES = {  # input channels for two output channels
     ModelKind.edit: 2,
     ModelKind.edit_plus: 2,
     ModelKind.kv: 2,
+    ModelKind.redux: 2,
 }
 
 

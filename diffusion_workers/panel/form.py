@@ -489,8 +489,10 @@ SECTIONS = {
     "Acceleration": ("profile", "step_cache", "acceleration", "memory"),
     "Output": ("output", "timeout_seconds", "request_id"),
 }
-_ELSEWHERE = ("image", "mask_image", "loras", "controlnets", "preview_interval", "seed")
-_ELSEWHERE += ("reference_images", "reference_weights", "expected_references")
+_ELSEWHERE = (
+    *("image", "mask_image", "loras", "controlnets", "preview_interval", "seed"),
+    *("reference_images", "reference_weights", "expected_references"),
+)
 
 
 def request_sections() -> dict[str, list[FieldInfo]]:  # "" is the part that is always visible

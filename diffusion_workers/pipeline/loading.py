@@ -41,6 +41,7 @@ from diffusion_workers.models.manifest import (
     HubSource,
     MemorySettings,
     ModelManifest,
+    ReferenceEncoderEntry,
     RefinerEntry,
     Source,
 )
@@ -288,7 +289,9 @@ def load_network(
     return shared_network(key, read)
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #ec448275
-def _for_part(target: Target, part: Component | ControlNetEntry | RefinerEntry) -> Target:  # with the part's own dtype
+def _for_part(
+    target: Target, part: Component | ControlNetEntry | RefinerEntry | ReferenceEncoderEntry
+) -> Target:  # with the part's own dtype
     return target if part.dtype in (None, "auto") else replace(target, dtype=getattr(torch, part.dtype))
 
 
