@@ -21,7 +21,7 @@ from diffusion_workers.lora.keys import module_shapes
 from diffusion_workers.lora.layers import _rows, load_lora
 from diffusion_workers.pipeline.loading import quiet_libraries
 from diffusion_workers.pipeline.tiny_files import save_gguf, save_weights
-from diffusion_workers.pipeline.tiny_models import tiny_pipeline, write_tiny_model
+from diffusion_workers.pipeline.tiny_models import tiny_pipeline, tiny_reference_encoder, write_tiny_model
 from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import ModelFamily, ModelKind, OpStatus
@@ -104,7 +104,10 @@ class FamilyCheck:
         "What diffusers draws."
         pipe = pipe or quiet_pipeline(self.family, self.kind)
         common = {"prompt": PROMPT, "num_inference_steps": 3, "width": 64, "height": 64}
-        made = pipe(**common | self.theirs | arguments, generator=torch.Generator().manual_seed(seed))
+        common |= self.theirs | arguments
+        if self.kind in FAMILIES[self.family].reference_encoders:
+            common |= mixed_by_diffusers(pipe, self.family, self.kind, common.pop("image"), common.pop("prompt"))
+        made = pipe(**common, generator=torch.Generator().manual_seed(seed))
         return np.asarray(made.images[0]).astype(int)
 
 
@@ -145,6 +148,19 @@ def quiet_pipeline(family: ModelFamily, kind: ModelKind = ModelKind.standard) ->
             part.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def mixed_by_diffusers(
+    pipe: Any, family: ModelFamily, kind: ModelKind, images: list[Image.Image], prompt: str
+) -> dict[str, torch.Tensor]:
+    "A prompt and reference images in equal shares, as diffusers' own pipeline makes embeddings of them."
+    texts = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")}
+    with quiet_libraries():
+        encoder = tiny_reference_encoder(family, kind)
+        prior = type(encoder)(**encoder.components | texts)
+        shares = [1 / len(images)] * len(images)
+        made = prior(images, prompt=prompt, prompt_embeds_scale=shares, pooled_prompt_embeds_scale=shares)
+    return {"prompt_embeds": made.prompt_embeds, "pooled_prompt_embeds": made.pooled_prompt_embeds}
 
 
 def pixels(service: DiffusionService, **fields: Any) -> list[np.ndarray]:

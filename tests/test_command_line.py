@@ -660,3 +660,37 @@ def test_results_of_the_other_commands_are_json_on_request(
     facts = json.loads(call(["worker", "--check-config", "--json"], "", capsys, monkeypatch).stdout)
     assert facts["settings"]["DIFFUSION_WORKERS_DEVICE"] == {"value": "cpu", "from": "environment"}
     assert facts["default_model"] in facts["models"] and "weights" in facts["sources"]
+
+
+def test_replay_notes_weights_that_have_changed(tiny: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    "A receipt names the weights of each component by their hash, so a replay with other weights says which."
+    import hashlib
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from diffusion_workers.models.manifest import builtin_path
+
+    shutil.copytree(builtin_path("shapes-sd15"), tiny / "model")
+    manifest = {
+        "family": "sd15",
+        "source": {"folder": "model"},
+        "variant": "fp16",
+        "defaults": {"width": 128, "height": 128},
+    }
+    (tiny / "own.yaml").write_text(json.dumps(manifest))
+    monkeypatch.setenv("DIFFUSION_WORKERS_MODELS", str(tiny))
+    monkeypatch.setenv("DIFFUSION_WORKERS_DEFAULT_MODEL", "own")
+    arguments = ["--model", "own", "--num-inference-steps", "2", "--seed", "1"]
+    assert main(["generate", "a red circle", *arguments, "-o", "own.png"]) == 0
+    environment = read_metadata(Path("own.png")).plan.environment
+    unet = tiny / "model" / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    assert {*environment.weights} == {"unet", "vae", "text_encoder"}
+    assert environment.weights["unet"] == hashlib.sha256(unet.read_bytes()).hexdigest()
+    assert main(["replay", "own.png"]) == 0
+    assert "have changed" not in capsys.readouterr().err
+    save_file({name: tensor * 1.05 for name, tensor in load_file(unet).items()}, unet)
+    assert main(["replay", "own.png"]) == 1
+    said = capsys.readouterr().err
+    assert "note: model: the weights of the unet have changed since the image was made" in said
+    assert "vae" not in said

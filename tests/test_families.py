@@ -127,6 +127,38 @@ CHECKS = [
         gguf_architecture="flux",
     ),
     FamilyCheck(
+        ModelFamily.flux,
+        kind=ModelKind.redux,
+        tasks={
+            "edit with two references": Ran(TWO, "edit", "FluxPipeline"),
+            "text to image": Ran({}, "text_to_image", "FluxPipeline"),
+            "edit with weights": Ran(THREE | {"reference_weights": [0.5, 0.3, 0.1]}, "edit", "FluxPipeline"),
+            "image to image with a reference": Ran(
+                {"image": photo(), "strength": 0.5} | ONE, "image_to_image", "FluxImg2ImgPipeline", 2
+            ),
+            "inpainting with two references": Ran(MASKED | TWO, "inpainting", "FluxInpaintPipeline"),
+        },
+        refused=(
+            ({"reference_weights": [1]}, "given '1 weights for 0 images'; leave it out"),
+            (
+                TWO | {"reference_weights": [0.5]},
+                "one weight for each of reference_images; given '1 weights for 2 images'",
+            ),
+            (TWO | {"reference_weights": [0, 0]}, "no reference image has an effect"),
+            (TWO | {"reference_weights": [0.5, -0.5]}, "reference_weights[1]"),
+            (TWO | {"reference_weights": [0.5, 11]}, "reference_weights[1]"),
+            (TWO | {"reference_weights": [0.5, float("nan")]}, "reference_weights[1]"),
+            ({"clip_skip": 1}, "flux has no use for clip_skip"),
+            ({"controlnets": [{"image": photo()}]}, "this model takes no control maps"),
+        ),
+        guidance={"true_cfg_scale": 9.0} | NEGATIVE,
+        unguided={"true_cfg_scale": 1.0},
+        batch={"true_cfg_scale": 2.0} | NEGATIVE,
+        theirs={"guidance_scale": 2.0, "true_cfg_scale": 30.0, "image": TWO["reference_images"]} | NEGATIVE,
+        ours=TWO | {"true_cfg_scale": 30.0} | NEGATIVE,  # so much that a tiny model shows what it was told
+        guided_tasks=("text to image", "edit with two references", "inpainting with two references"),
+    ),
+    FamilyCheck(
         ModelFamily.zimage,
         tasks={
             "text to image": Ran({}, "text_to_image", "ZImagePipeline"),

@@ -191,6 +191,33 @@ def test_an_edit_is_regenerated_from_its_receipt(service: DiffusionService) -> N
     assert restored.request["prompt"] == COMMON["prompt"] and "reference_images" not in restored.request
 
 
+def test_a_restored_edit_is_refused_without_its_references(service: DiffusionService) -> None:
+    "It says which ones are missing, and what to do; with others it runs and says so, and without on request."
+    made = service.generate(**COMMON, seed=4, **TWO)
+    restored = service.restore(made.image).restored.request
+    service.log_failures = False
+    first, second = TWO["reference_images"]
+    shas = [image.sha256[:12] for image in made.generation.plan.reference_images]
+    for given, missing in (([], [0, 1]), ([first], [1]), ([second], [0])):
+        [error] = service.generate(restored, reference_images=given or None).errors
+        assert (error.code, error.field, error.given) == (
+            "missing_field",
+            "reference_images",
+            repr(f"{len(given)} of 2 images"),
+        )
+        named = [(f"image {at + 1} (" in error.message, sha in error.message) for at, sha in enumerate(shas)]
+        assert named == [(at in missing, at in missing) for at in (0, 1)]
+        assert "give them again in this order, or leave expected_references out" in error.hint
+    assert "image 2 (96 x 80, sha256" in service.generate(restored).message
+    again = service.generate(restored, reference_images=[first, second])
+    assert difference(np.asarray(again.image), np.asarray(made.image)) == 0
+    assert not any("another one" in note.message for note in again.warnings or [])
+    swapped = service.generate(restored, reference_images=[second, first])
+    assert sum("made with another one" in note.message for note in swapped.warnings) == 2
+    without = service.generate(restored, expected_references=None)
+    assert without.generation.plan.task.value == "text_to_image"
+
+
 def test_the_command_line_takes_references_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / "first.png", tmp_path / "second.png"]
     for file, image in zip(files, TWO["reference_images"]):

@@ -149,6 +149,18 @@ def test_an_edit_is_kept_with_its_references(editor: DiffusionService, tmp_path:
     assert found.missing_images == ["reference_images[0]", "reference_images[1]"]
     assert "made with 2 reference images" in again.form.references.message.value
     assert again.form.references.values() == []
+    sizes = ("image 1 (64 \u00d7 64, sha256 ", "image 2 (80 \u00d7 80, sha256 ")
+    assert all(size in again.form.references.message.value for size in sizes)
+    again.generate()
+    assert again.wait(60).status == OpStatus.invalid_request and again.form.opened == "Reference images"
+    for each in (image("red"), image("blue", 80)):
+        again.form.references.add(each)
+    again.generate()
+    assert again.wait(60).image.tobytes() == made.tobytes()
+    again.restore(again.history[0].path)
+    again.form.references.without.click()
+    again.generate()
+    assert again.wait(60).generation.plan.task == Task.text_to_image
     for opened in (panel, again):
         opened.close()
 

@@ -52,9 +52,24 @@ REFUSED = {
         "reference_images",
         ["FLUX.2 Klein takes fewer reference images for inpainting", "at most 1"],
     ),
-    "an unknown way to weigh references": (
+    "weights of references in Klein": (
         {"model": "flux2-klein-4b", "reference_images": [IMAGE], "reference_weights": [0.5]},
         "reference_weights",
+        ["family flux2 has no use for reference_weights", "what to take from which image", "flux (kind redux)"],
+    ),
+    "weights of references in Kontext": (
+        {"model": "flux1-kontext-dev", "reference_images": [IMAGE], "reference_weights": [0.5]},
+        "reference_weights",
+        ["family flux has no use for reference_weights", "flux (kind redux)"],
+    ),
+    "one weight for two references": (
+        {"model": "flux1-redux-dev", "reference_images": [IMAGE, IMAGE], "reference_weights": [0.5]},
+        "reference_weights",
+        ["one weight for each of reference_images", "2 weights", "equal shares"],
+    ),
+    "an unknown way to weigh references": (
+        {"model": "flux1-redux-dev", "reference_images": [IMAGE], "reference_scales": [0.5]},
+        "reference_scales",
         ["no such field", "did you mean reference_images?"],
     ),
 }

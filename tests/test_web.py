@@ -23,7 +23,7 @@ from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.request.images import PARAMETERS_KEY, PLAN_KEY, encode_image
 from diffusion_workers.request.metadata import read_metadata
 from ez_diffusion_client import Client, image_bytes
-from ez_diffusion_client.models import ModelFamily
+from ez_diffusion_client.models import ModelFamily, ModelKind
 
 CHROMIUM = (
     os.environ.get("CHROMIUM")
@@ -698,6 +698,7 @@ def editing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     "A server that has a tiny model which edits by instruction."
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(folder, ModelFamily.flux2)
+    write_tiny_model(folder, ModelFamily.flux, "redux", ModelKind.redux)
     with running_server(DIFFUSION_WORKERS_MODELS=str(folder)) as url:
         yield url
 
@@ -778,6 +779,40 @@ def test_reference_images(browser: Browser, editing_server: str) -> None:
     for _ in range(4):
         place.get_by_role("button", name="Remove: reference image 1").click()
     expect(section).to_have_count(0)
+
+    # an edit from elsewhere: refused without its references, the same pixels with them, text to image on request
+    with Client(editing_server) as client:
+        asked = {"model": "flux2", "prompt": "blue", "num_inference_steps": 2}
+        asked["reference_images"] = [file(80), file(64)]
+        original, other = [image_bytes(client.generate(**asked, seed=seed))[0] for seed in (9, 10)]
+    bring(page, original)
+    missing = place.locator(".missing")
+    expect(missing).to_contain_text(f"image 1 (80 {TIMES} 80, sha256 ")
+    expect(section.locator("summary")).to_contain_text("2 of 2 missing")
+    found["missing images"] = violations(page)
+    page.locator("button.primary").click()
+    expect(section.locator(".badge.wrong")).to_have_text("1 error")
+    expect(page.locator(".thumbs li")).to_have_count(1)
+    chosen = [{"name": f"{side}.png", "mimeType": "image/png", "buffer": file(side)} for side in (80, 64)]
+    page.set_input_files('[data-image="reference_images"]', chosen)
+    expect(missing).to_have_count(0)
+    assert (pixels(generate(page, 2)) == pixels(original)).all()
+    bring(page, other)
+    page.get_by_role("button", name="Generate without them").click()
+    expect(missing).to_have_count(0)
+    assert read_metadata(generate(page, 3)).plan.task == "text_to_image"
+
+    # weights, where the model mixes its references
+    page.locator("[data-path=model]").select_option("redux")
+    fill(page, width=64, height=64)
+    page.set_input_files('[data-image="reference_images"]', chosen)
+    place.get_by_label("Weight of reference image 1").fill("0.8")
+    place.get_by_label("Weight of reference image 1").press("Tab")
+    found["weights"] = violations(page)
+    place.get_by_role("button", name="Move later: reference image 1").press("Enter")
+    expect(place.get_by_label("Weight of reference image 2")).to_have_value("0.8")
+    planned = read_metadata(generate(page, 4)).plan.reference_images
+    assert [(image.width, image.weight) for image in planned] == [(64, 0.5), (80, 0.8)]
     context.close()
     assert not any(found.values()), json.dumps(found, indent=1)
 

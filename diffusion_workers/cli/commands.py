@@ -353,6 +353,7 @@ def _addon_lines(manifest: "ModelManifest", model: ModelInfo) -> list[str]:
         "LoRAs": ", ".join(loras),
         **_named_in_prompts(model),
         "refiner": manifest.refiner.source.describe() if manifest.refiner else "",
+        "reference encoder": manifest.reference_encoder.source.describe() if manifest.reference_encoder else "",
     }
     return [f"    {name}: {text}" for name, text in lines.items() if text]
 

@@ -37,7 +37,7 @@ from ..server.process import manifest_folder
 from ez_diffusion_client.models import ControlNetUnit, ErrorCode, ErrorDetail, GenerationRequest, Lora, OpResult
 
 # %% ../../nbs/80_cli/01_options.ipynb #924c98a4
-_NOT_OPTIONS = ("prompt", "preview_interval")  # given in another way, or without use here
+_NOT_OPTIONS = ("prompt", "preview_interval", "expected_references")  # given in another way, or without use here
 
 
 def request_options() -> list[FieldInfo]:

@@ -238,19 +238,29 @@ def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
             result = service.generate(planned, on_progress=show, progress=False)
     if not result.ok:
         return fail(result, arguments)
-    return _compare(arguments, output, index, result)
+    return _compare(arguments, output, plan, result)
 
 # %% ../../nbs/80_cli/07_replay.ipynb #34fdbb83
+def _print_changed_weights(before: GenerationPlan, now: GenerationPlan) -> None:
+    from diffusion_workers.models.weight_hashes import changed_weights
+
+    then, today = (plan.environment.weights if plan.environment else None for plan in (before, now))
+    for note in changed_weights(then, today):
+        print(f"note: {note.field}: {note.message} ({note.given} -> {note.used})", file=sys.stderr)
+
+
 def _compare(
     arguments: argparse.Namespace,
     output: Output | None,
-    index: int,
+    before: GenerationPlan,  # of the receipt
     result: OpResult,
 ) -> int:  # the exit code
     from PIL import Image
 
+    index = before.image_index or 0
     difference = _difference(result.images[index], Image.open(arguments.file))
     made = generation_of(result)
+    _print_changed_weights(before, made.plan)
     image = made.images[index]
     one = result.model_copy(update={"generation": made.model_copy(update={"images": [image]})})
     paths: list[Path] = []

@@ -7,7 +7,7 @@
 
 const DRAGGED = "application/x-dw-reference";
 
-export function createReferences(root, { onFiles, onMove, onRemove }) {
+export function createReferences(root, { onFiles, onMove, onRemove, onWeight }) {
   root.classList.add("dw-references");
   const make = (tag, className, properties = {}) => Object.assign(document.createElement(tag), { className, ...properties });
   const list = make("ol", "dw-references-list");
@@ -20,6 +20,7 @@ export function createReferences(root, { onFiles, onMove, onRemove }) {
   const entries = new Map(); // id -> { item, shown, url, buttons }
   let order = [];
   let limit = null;
+  let weighted = false;
 
   zone.onclick = () => file.click();
   file.onchange = () => {
@@ -56,7 +57,9 @@ export function createReferences(root, { onFiles, onMove, onRemove }) {
     };
     const tools = make("span", "dw-references-tools");
     tools.append(...Object.values(buttons));
-    item.append(number, shown, size, tools);
+    const weight = make("input", "dw-references-weight", { type: "number", min: "0", max: "10", step: "0.05" });
+    weight.onchange = () => onWeight(id, weight.value === "" ? null : Number(weight.value));
+    item.append(number, shown, size, weight, tools);
     item.addEventListener("dragstart", (event) => {
       event.dataTransfer.setData(DRAGGED, id);
       event.dataTransfer.effectAllowed = "move";
@@ -73,7 +76,7 @@ export function createReferences(root, { onFiles, onMove, onRemove }) {
       delete zone.dataset.over;
       move(dragged, order.indexOf(id));
     });
-    return { item, shown, number, size, buttons, url: null };
+    return { item, shown, number, size, weight, buttons, url: null };
   };
   const name = () => {
     const full = limit !== null && order.length >= limit;
@@ -107,7 +110,15 @@ export function createReferences(root, { onFiles, onMove, onRemove }) {
     if (files.length) onFiles(files);
   });
 
+  const showWeights = () => {
+    for (const { weight } of entries.values()) weight.hidden = !weighted && weight.value === "";
+  };
+
   return {
+    setWeighted(value) {
+      weighted = value;
+      showWeights();
+    },
     setLimit(value) {
       limit = value;
       name();
@@ -121,13 +132,17 @@ export function createReferences(root, { onFiles, onMove, onRemove }) {
         item.remove();
         entries.delete(id);
       }
-      images.forEach(({ id, size, thumbnail }, index) => {
+      images.forEach(({ id, size, thumbnail, weight }, index) => {
         if (!entries.has(id)) entries.set(id, created(id));
         const entry = entries.get(id);
         if (!entry.url) entry.shown.src = entry.url = URL.createObjectURL(new Blob([thumbnail], { type: "image/jpeg" }));
         if (list.children[index] !== entry.item) list.insertBefore(entry.item, list.children[index] ?? null);
         entry.number.textContent = String(index + 1);
         entry.size.textContent = size;
+        if (document.activeElement !== entry.weight) entry.weight.value = weight ?? "";
+        entry.weight.placeholder = (1 / images.length).toFixed(2);
+        entry.weight.title = "Weight; empty is an equal share of 1";
+        entry.weight.setAttribute("aria-label", `Weight of reference image ${index + 1}`);
         entry.shown.alt = `Reference image ${index + 1}, ${size}`;
         const titles = { earlier: "Move earlier", later: "Move later", remove: "Remove" };
         for (const [kind, button] of Object.entries(entry.buttons)) {
@@ -137,6 +152,7 @@ export function createReferences(root, { onFiles, onMove, onRemove }) {
         entry.buttons.earlier.disabled = index === 0;
         entry.buttons.later.disabled = index === images.length - 1;
       });
+      showWeights();
       list.hidden = !images.length;
       name();
       if (!focused || document.activeElement === focused || !root.contains(focused)) return;
@@ -162,16 +178,21 @@ export default {
       },
       onMove: (id, to) => model.send({ kind: "move", id, to }),
       onRemove: (id) => model.send({ kind: "remove", id }),
+      onWeight: (id, weight) => model.send({ kind: "weight", id, weight }),
     });
     const showImages = () => references.setImages(model.get("_shown"));
     const showLimit = () => references.setLimit(model.get("limit"));
     model.on("change:_shown", showImages);
+    const showWeighted = () => references.setWeighted(model.get("weighted"));
     model.on("change:limit", showLimit);
+    model.on("change:weighted", showWeighted);
     showLimit();
+    showWeighted();
     showImages();
     return () => {
       model.off("change:_shown", showImages);
       model.off("change:limit", showLimit);
+      model.off("change:weighted", showWeighted);
       references.destroy();
     };
   },

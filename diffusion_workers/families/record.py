@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SELECTIVE_FIELDS', 'CLIP_SIZES', 'remaining_steps', 'remaining_steps_at_least_one', 'PipelineCall', 'Guidance',
            'TextInput', 'Latents', 'References', 'Controls', 'LoraMark', 'LoraBlocks', 'OriginalName', 'LoraKeys',
-           'TinyComponent', 'TinyModel', 'tiny_clip', 'tiny_t5', 'tiny_qwen', 'tiny_vae', 'Refiner', 'Family']
+           'TinyComponent', 'TinyModel', 'tiny_clip', 'tiny_t5', 'tiny_qwen', 'tiny_vae', 'Refiner', 'no_arguments',
+           'ReferenceEncoder', 'Family']
 
 # %% ../../nbs/05_families/01_record.ipynb #31512aa3
 import math
@@ -53,7 +54,7 @@ class PipelineCall:
     takes_size: bool = True  # whether it has the arguments height and width
     takes_strength: bool = True  # whether an image is what it starts from, as `strength` says
     references: int = 0  # how many reference images it takes
-    reference_argument: str = "image"  # the argument for them
+    reference_argument: str | None = "image"  # the argument for them; None where they become a part of the prompt
     max_pixels: int | None = None  # beyond which it shrinks the image by itself; None has no such limit
     area_argument: str | None = None  # the argument for width x height, without which it takes an area of its own
     arguments: Mapping[str, Any] = field(default_factory=dict)  # further ones, always the same
@@ -121,6 +122,13 @@ class References:
     min_side: int = 1  # pixels
     max_aspect: float = math.inf  # the longer side divided by the shorter
     decides_size: bool = False  # whether the result has the size in which the first one is seen, or that of its file
+    square: int | None = None  # pixels: an image encoder sees squares of this side, and scales the image by itself
+    weighted: bool = False  # whether each counts with a weight; by default they share 1
+
+    @property
+    def scales_itself(self) -> bool:
+        "Whether the pipelines are given an image as it is, and scale it."
+        return self.area is not None or self.square is not None
 
     def used_size(
         self,
@@ -129,12 +137,14 @@ class References:
     ) -> tuple[int, int]:  # width and height in pixels
         "The size in which the model sees an image."
         width, height = self.scaled_size(width, height)
-        if self.sizes or self.area is not None:
+        if self.sizes or self.scales_itself:
             return width, height
         return width // self.multiple * self.multiple, height // self.multiple * self.multiple
 
     def scaled_size(self, width: int, height: int) -> tuple[int, int]:
         "The size after scaling, before the sides are cut."
+        if self.square is not None:
+            return self.square, self.square
         if self.area is not None:
             wide = math.sqrt(self.area * width / height)
             return round(wide / self.multiple) * self.multiple, round(
@@ -299,6 +309,19 @@ class Refiner:
     load_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
+def no_arguments(pipe: Any) -> Mapping[str, Any]:
+    "No arguments, whatever the loaded pipeline is."
+    return {}
+
+
+@dataclass(frozen=True)
+class ReferenceEncoder:
+    "The pipeline that turns reference images into tokens, which follow those of the prompt."
+
+    class_name: str  # in diffusers
+    components: Mapping[str, TinyComponent]  # those that it needs, in tiny sizes
+
+
 @dataclass(frozen=True)
 class Family:
     "Everything that depends on the architecture of a model."
@@ -336,6 +359,9 @@ class Family:
     aligned_steps: Literal["sd1", "xl"] | None = None  # the table of Align Your Steps that was made for it
     usual_names: tuple[str, ...] = ()  # parts of the names that people give to its models, in lower case
     refiner: Refiner | None = None
+    reference_encoders: Mapping[ModelKind, ReferenceEncoder] = field(
+        default_factory=dict
+    )  # a kind that is missing has none, or sees reference images beside the noise
     changes_denoiser: frozenset[ModelKind] = frozenset()  # kinds whose pipelines change its modules for good
     guiders: tuple[str, ...] = ("apg", "cfg_zero_star")  # refinements of guidance that work on the denoiser
     freeu: Mapping[str, float] = field(default_factory=dict)  # weights of FreeU where they differ from the usual ones
@@ -350,6 +376,7 @@ class Family:
     text_layout: Literal["clip", "clip_clip", "clip_t5", "clip_clip_t5"] | None = (
         None  # of its text encoders, for prompts that are encoded here; None leaves every prompt to the pipeline
     )
+    pipe_arguments: Callable[[Any], Mapping[str, Any]] = no_arguments  # of a loaded pipeline, where its parts decide
 
     def call(
         self,
@@ -368,9 +395,12 @@ class Family:
         self,
         class_name: str,
         task: Task | None = None,  # where one class carries out several; None is the first of them
+        with_references: bool = False,  # whether it has to take reference images
     ) -> PipelineCall:
         "The call of a pipeline class; a KeyError names a class that the family does not have."
         for call in self.calls:
+            if with_references and not call.references:
+                continue
             if call.class_name == class_name and task in (None, call.task):
                 return call
         raise KeyError(f"{self.title} has no {class_name}; it has {', '.join(c.class_name for c in self.calls)}")
@@ -395,7 +425,12 @@ class Family:
 
     def fields_without_use(self, kind: ModelKind = ModelKind.standard) -> frozenset[str]:
         "Request fields that mean nothing to models of a kind."
-        return self.unused_fields | (frozenset() if self.max_references(kind) else {"reference_images"})
+        without = set(self.unused_fields)
+        if not self.max_references(kind):
+            without.add("reference_images")
+        if kind not in self.references or not self.references[kind].weighted:
+            without.add("reference_weights")
+        return frozenset(without)
 
     def max_references(self, kind: ModelKind = ModelKind.standard) -> int:
         "How many reference images a request to models of a kind may have."

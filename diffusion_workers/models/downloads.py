@@ -18,6 +18,8 @@ from ez_diffusion_client.models import Availability
 # %% ../../nbs/20_models/10_downloads.ipynb #ededa74f
 def _repositories(manifest: ModelManifest) -> set[str]:  # on the Hub, of the model and its components
     sources = [manifest.source, *(entry.source for entry in manifest.components.values())]
+    if manifest.reference_encoder:
+        sources.append(manifest.reference_encoder.source)
     return {source.hub for source in sources if isinstance(source, HubSource)}
 
 

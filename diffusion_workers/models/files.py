@@ -29,6 +29,7 @@ from diffusion_workers.models.manifest import (
     MemorySettings,
     ModelManifest,
     Profile,
+    ReferenceEncoderEntry,
     RefinerEntry,
     suggest,
 )
@@ -168,6 +169,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "wildcard_folders": FolderSource,
     "style_folders": FolderSource,
     "refiner": RefinerEntry,
+    "reference_encoder": ReferenceEncoderEntry,
     "profiles": Profile,
     "memory": MemorySettings,
 }

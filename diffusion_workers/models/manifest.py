@@ -7,7 +7,8 @@ __all__ = ['PATTERN_WORDS', 'Name', 'Text', 'Pixels', 'Count', 'Subfolder', 'GGU
            'ConfigSource', 'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype', 'QuantizationName', 'AttentionBackend',
            'Share', 'Complaint', 'GGUF_ENCODERS', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource',
            'HubSource', 'FileSource', 'MemorySource', 'Component', 'ControlNetEntry', 'LoraEntry', 'EmbeddingEntry',
-           'RefinerEntry', 'Profile', 'MemorySettings', 'Vocabulary', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
+           'RefinerEntry', 'ReferenceEncoderEntry', 'Profile', 'MemorySettings', 'Vocabulary', 'Defaults', 'Limits',
+           'suggest', 'ModelManifest']
 
 # %% ../../nbs/20_models/01_manifest.ipynb #e7db61b6
 import hashlib
@@ -326,6 +327,14 @@ class RefinerEntry(_Section):
     variant: Name | None = None  # such as fp16
     dtype: Dtype | None = None  # default: the model's
 
+# %% ../../nbs/20_models/01_manifest.ipynb #05b0f3c4
+class ReferenceEncoderEntry(_Section):
+    "The pipeline that turns reference images into tokens of the prompt."
+
+    source: Source  # where the weights come from
+    variant: Name | None = None  # such as fp16
+    dtype: Dtype | None = None  # default: the model's
+
 # %% ../../nbs/20_models/01_manifest.ipynb #8a307b2e
 class Profile(_Section):
     "Settings that hold where a request that names the profile gives none."
@@ -523,6 +532,13 @@ def _kind_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     if manifest.refiner and manifest.record.refiner is None:
         having = ", ".join(name for name, family in FAMILIES.items() if family.refiner)
         yield ("refiner",), f"{manifest.family} has no refiner; only {having} has"
+    needed = kind in manifest.record.reference_encoders
+    if needed and manifest.reference_encoder is None:
+        yield ("reference_encoder",), f"a model of the kind {kind} needs one; name its repository or folder as source"
+    if manifest.reference_encoder and not needed:
+        yield ("reference_encoder",), "only a model of the kind redux has one"
+    if manifest.reference_encoder and isinstance(manifest.reference_encoder.source, FileSource):
+        yield ("reference_encoder", "source"), "it is a pipeline; name a folder or a repository"
 
 # %% ../../nbs/20_models/01_manifest.ipynb #144ee5a9
 def _sources(manifest: "ModelManifest") -> Iterator[tuple[tuple[str, ...], Source]]:  # with their locations
@@ -533,6 +549,8 @@ def _sources(manifest: "ModelManifest") -> Iterator[tuple[tuple[str, ...], Sourc
                 yield (section, name, "source"), entry.source
     if manifest.refiner:
         yield ("refiner", "source"), manifest.refiner.source
+    if manifest.reference_encoder:
+        yield ("reference_encoder", "source"), manifest.reference_encoder.source
 
 
 GGUF_ENCODERS = ("T5EncoderModel",)  # text encoders whose weights can be read from a .gguf file
@@ -590,7 +608,14 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
 
 # %% ../../nbs/20_models/01_manifest.ipynb #546db931
 _LATER_FIELDS = ("timestep_spacing", "eta", "guidance_scale")  # of defaults and profiles: sections had none before
-_LATER_SECTIONS = ("memory", "embeddings", "embedding_folders", "wildcard_folders", "style_folders")
+_LATER_SECTIONS = (
+    "memory",
+    "embeddings",
+    "embedding_folders",
+    "wildcard_folders",
+    "style_folders",
+    "reference_encoder",
+)
 
 
 class ModelManifest(_Section):
@@ -620,6 +645,7 @@ class ModelManifest(_Section):
     wildcard_folders: tuple[FolderSource, ...] = ()  # whose .txt files a prompt may draw from
     style_folders: tuple[FolderSource, ...] = ()  # whose .csv and .yaml files hold the styles that a request may name
     refiner: RefinerEntry | None = None  # for families that have one
+    reference_encoder: ReferenceEncoderEntry | None = None  # for models of the kind redux
     profiles: dict[Name, Profile] = {}  # name in a request -> settings
     mag_ratios: tuple[Annotated[float, Field(gt=0)], ...] | None = (
         None  # for the step cache `mag`; default: those of FLUX.1-dev
@@ -728,6 +754,7 @@ def _manifest_table(manifest: ModelManifest) -> str:  # Markdown
         "wildcards": ", ".join(f.describe() for f in manifest.wildcard_folders),
         "styles": ", ".join(f.describe() for f in manifest.style_folders),
         "refiner": manifest.refiner and manifest.refiner.source.describe(),
+        "reference encoder": manifest.reference_encoder and manifest.reference_encoder.source.describe(),
         "profiles": ", ".join(
             name + (f" ({profile.description})" if profile.description else "")
             for name, profile in manifest.profiles.items()

@@ -489,7 +489,8 @@ SECTIONS = {
     "Acceleration": ("profile", "step_cache", "acceleration", "memory"),
     "Output": ("output", "timeout_seconds", "request_id"),
 }
-_ELSEWHERE = ("image", "mask_image", "reference_images", "loras", "controlnets", "preview_interval", "seed")
+_ELSEWHERE = ("image", "mask_image", "loras", "controlnets", "preview_interval", "seed")
+_ELSEWHERE += ("reference_images", "reference_weights", "expected_references")
 
 
 def request_sections() -> dict[str, list[FieldInfo]]:  # "" is the part that is always visible

@@ -318,7 +318,7 @@ def shared_settings(
         found |= {name: value for name, value in own.items() if fields.get(name, name) not in varied | {"seeds"}}
     else:
         given = cells[0].request.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-        hidden = {"image", "mask_image", "reference_images", "controlnets", "prompt"}
+        hidden = {"image", "mask_image", "reference_images", "expected_references", "controlnets", "prompt"}
         found |= {name: value for name, value in given.items() if name not in varied | hidden}
     return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
 

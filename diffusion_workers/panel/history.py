@@ -422,7 +422,7 @@ def _entry(path: Path, about: dict[str, Any]) -> HistoryEntry:
 
 
 def _row(entry: HistoryEntry) -> dict[str, Any]:
-    hidden = {"image", "mask_image", "reference_images", "controlnets"}
+    hidden = {"image", "mask_image", "reference_images", "expected_references", "controlnets"}
     given = entry.request.model_dump(mode="json", exclude_none=True, exclude_unset=True, exclude=hidden)
     own = {
         "id": entry.id,

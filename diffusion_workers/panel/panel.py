@@ -44,7 +44,7 @@ from diffusion_workers.panel.form import (
 from .history import HistoryEntry, HistorySummary, ImageHistory
 from .mask_canvas import ImageSource, MaskCanvas
 from .prompt_editor import ExamplePrompts, PromptEditor
-from .references import FIELD, ReferenceImages
+from .references import EXPECTED, FIELD, WEIGHTS, ReferenceImages
 from .runs import Backend, Run, backend_of, begin, stop_on_interrupt
 from .stage import Stage, panel_line
 from .stop_button import wait_with_stop
@@ -455,9 +455,7 @@ class RequestForm(widgets.VBox):
             found["loras"] = loras
         if controls := self.controls.values():
             found["controlnets"] = controls
-        if references := self.references.values():
-            found[FIELD] = references
-        return found
+        return found | self.references.fields()
 
     def extras(self) -> dict[str, Any]:
         "What is handed to the service beside the request: a scheduler that was registered in Python."
@@ -472,7 +470,8 @@ class RequestForm(widgets.VBox):
         self.start.set_values(values)
         self.loras.set_values(values.get("loras") or ())
         self.controls.set_values(values.get("controlnets") or ())
-        self.references.set_values(values.get(FIELD) or ())
+        given = [values.get(name) or () for name in (FIELD, WEIGHTS, EXPECTED)]
+        self.references.set_values(*given)
         for form in self._every_form() if self.model else ():
             self._show_fitting(form, self.model)
         return self._lost(values)
@@ -545,7 +544,7 @@ class RequestForm(widgets.VBox):
         return None if self.model is None else self.model.max_reference_images
 
     def _show_sections(self) -> None:  # all but the reference images where the model takes none and none is given
-        takes = self.max_references != 0 or self.references.list.images
+        takes = self.max_references != 0 or self.references.list.images or self.references.expected
         names = tuple(name for name in self._bodies if name != REFERENCES or takes)
         if names == self.section_names:
             return
@@ -618,7 +617,7 @@ class RequestForm(widgets.VBox):
         self.examples.offer(info.example_prompts or ())
         self.loras.offer(info.loras or (), info.trigger_words)
         self.controls.offer(info.controlnets or ())
-        self.references.offer(self.max_references)
+        self.references.offer(self.max_references, WEIGHTS not in (info.unused_fields or ()))
         self.show_active()
 
     def _fit(self, form: SchemaForm) -> None:  # to the model, and to the last plan
@@ -688,7 +687,7 @@ class RequestForm(widgets.VBox):
 
     def _unfold(self, errors: Iterable[ErrorDetail]) -> None:
         sections = {str(info.path[0]): title for title, infos in request_sections().items() for info in infos}
-        sections |= dict.fromkeys(IMAGE_FIELDS, START_IMAGE) | {FIELD: REFERENCES}
+        sections |= dict.fromkeys(IMAGE_FIELDS, START_IMAGE) | dict.fromkeys((FIELD, WEIGHTS, EXPECTED), REFERENCES)
         sections |= {"controlnets": "ControlNet", "loras": "LoRA"}
         owners = [sections.get(str(split_path(error.field)[0])) for error in errors if error.field]
         found = [self.section_names.index(title) for title in owners if title in self.section_names]
@@ -924,10 +923,6 @@ TWO_COLUMNS = {  # the sections below the form; in a narrow page one column, wit
 }
 PLAN_SECONDS = 0.4  # after the last change of the form
 _ANY_PROMPT = "an image"  # to plan a request before a prompt is typed, for the defaults that the form shows
-_MISSING_REFERENCES = (
-    "the image was made with {count} reference images, of which its metadata has the hashes alone: "
-    "add them again in their order"
-)
 ACTIONS = {  # label of a button below the image -> the method that it calls
     "Reuse all": "reuse_all",
     "Prompt": "reuse_prompt",
@@ -1168,9 +1163,6 @@ class GenerationPanel(widgets.VBox):
         if found is not None:
             unshown = self._show_values(found.request) if found.request else []
             notes += [html.escape(lost_line(lost)) for lost in [*(found.lost or []), *unshown]]
-            count = sum(path.startswith(f"{FIELD}[") for path in found.missing_images or ())
-            if count:
-                self.form.references.list.problem = _MISSING_REFERENCES.format(count=count)
         self.form.drop.show_error("<br>".join(notes))
         return found
 

@@ -358,4 +358,7 @@ class PromptChanges:
             joined = torch.cat([negative.expand(half, *negative.shape[1:]), positive.expand(half, *positive.shape[1:])])
         else:
             joined = positive.expand(images, *positive.shape[1:])
-        return joined.to(old)
+        behind = (
+            old[:, joined.shape[1] :].to(joined) if joined.ndim == 3 else joined[:, :0]
+        )  # tokens of reference images
+        return torch.cat([joined, behind], dim=1).to(old)

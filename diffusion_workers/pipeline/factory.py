@@ -16,7 +16,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -33,6 +35,12 @@ from diffusers import (
 from ..families.record import Controls, PipelineCall
 from ..families.schedulers import trailing_rounds_up
 from ..models.manifest import MemorySource, ModelManifest
+from diffusion_workers.models.weight_hashes import (
+    controlnet_hashes,
+    model_hashes,
+    reference_encoder_hashes,
+    refiner_hashes,
+)
 from diffusion_workers.pipeline.controlnets import (
     PreparedControl,
     borrowing_copy,
@@ -43,6 +51,7 @@ from diffusion_workers.pipeline.controlnets import (
 from diffusion_workers.pipeline.loading import (
     load_controlnet,
     load_pipeline,
+    load_reference_encoder,
     load_refiner,
     pick_device,
     pick_dtype,
@@ -344,6 +353,8 @@ class PipelineFactory:
         self._pipes: dict[str, DiffusionPipeline] = {}
         self._controlnets: dict[str, torch.nn.Module] = {}
         self._refiner: DiffusionPipeline | None = None
+        self._reference_encoder: DiffusionPipeline | None = None
+        self._hashing: dict[str, Future[dict[str, str]]] = {}  # of the files that were read, in threads of their own
         self._classes: dict[str, type[DiffusionPipeline]] = {}  # of diffusers -> a subclass that is used instead
         self._lock = threading.RLock()
         _factories.add(self)
@@ -383,11 +394,28 @@ class PipelineFactory:
 
     def _load(self) -> DiffusionPipeline:
         source = self.manifest.source
+        self._hash("model", partial(model_hashes, self.manifest))
         if not isinstance(source, MemorySource):
             return load_pipeline(self.manifest, self.device, self.dtype)
         call = self.record.call_named(self.base_class)
         holder = holder_of(self.record.controls, ControlKind.none)
         return make_sibling(source.held, call, holder, **completed_parts(source.held))
+
+    def _hash(self, name: str, compute: Callable[[], dict[str, str]]) -> None:
+        executor = ThreadPoolExecutor(1, thread_name_prefix="hash")
+        self._hashing[name] = executor.submit(compute)
+        executor.shutdown(wait=False)
+
+    def weight_hashes(
+        self,
+        plan: GenerationPlan,  # that was carried out
+    ) -> dict[str, str]:  # component -> sha256
+        "The hashes of the weight files that a plan was carried out with, as they were when they were read."
+        used = ["model", *(f"controlnet {control.model}" for control in plan.controlnets or ())]
+        used += ["refiner"] if plan.refiner else []
+        used += ["reference encoder"] if plan.reference_images else []
+        found = [self._hashing[name].result() for name in dict.fromkeys(used) if name in self._hashing]
+        return {component: value for hashes in found for component, value in hashes.items()}
 
     @property
     def classes(self) -> dict[str, type[DiffusionPipeline]]:
@@ -423,6 +451,7 @@ class PipelineFactory:
                 if isinstance(source, MemorySource):
                     net = source.held
                 else:
+                    self._hash(f"controlnet {name}", partial(controlnet_hashes, self.manifest, name))
                     net = load_controlnet(name, self.manifest, self.device, self.dtype, denoiser)
                 self._controlnets[name] = net
             return self._controlnets[name]
@@ -432,8 +461,17 @@ class PipelineFactory:
         base = self.load()
         with self._lock, quiet_libraries():
             if self._refiner is None:
+                self._hash("refiner", partial(refiner_hashes, self.manifest))
                 self._refiner = load_refiner(base, self.manifest, self.device, self.dtype)
             return self._refiner
+
+    def reference_encoder(self) -> DiffusionPipeline:
+        "What turns reference images into tokens of the prompt; its weights are read at the first call."
+        with self._lock, quiet_libraries():
+            if self._reference_encoder is None:
+                self._hash("reference encoder", partial(reference_encoder_hashes, self.manifest))
+                self._reference_encoder = load_reference_encoder(self.manifest, self.device, self.dtype)
+            return self._reference_encoder
 
     def variant(
         self,
@@ -503,6 +541,7 @@ class PipelineFactory:
             self._pipes.clear()
             self._controlnets.clear()
             self._refiner = None
+            self._reference_encoder = None
             self.offloaded = False
         gc.collect()
         if self.device.type == "cuda":
@@ -530,6 +569,9 @@ class PipelineFactory:
         if self._refiner is not None:
             own = {name: part for name, part in networks_of(self._refiner).items() if id(part) not in shared}
             networks |= {f"refiner.{name}": part for name, part in own.items()}
+        if self._reference_encoder is not None:
+            parts = networks_of(self._reference_encoder)
+            networks |= {f"reference_encoder.{name}": part for name, part in parts.items()}
         return networks | {f"controlnet.{name}": net for name, net in self._controlnets.items()}
 
     def component_bytes(self) -> dict[str, int]:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'pick_dtype', 'has_variant', 'quiet_libraries', 'source_key', 'shared_network', 'Target',
-           'load_network', 'with_own_modules', 'load_pipeline', 'load_controlnet', 'load_refiner']
+           'load_network', 'with_own_modules', 'load_pipeline', 'load_controlnet', 'load_refiner',
+           'load_reference_encoder']
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #6db56816
 import copy
@@ -456,3 +457,23 @@ def load_refiner(
         _store_rest(pipe, parts, target)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_reference_encoder(
+    manifest: ModelManifest,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> DiffusionPipeline:  # without text encoders: those of the model encode the prompt
+    "Read the pipeline that turns reference images into tokens."
+    entry, encoder = manifest.reference_encoder, manifest.record.reference_encoders.get(manifest.kind)
+    if entry is None or encoder is None:
+        raise ValueError(f"{manifest.name} has no reference encoder")
+    target = _for_part(Target(device, dtype, usable_memory(manifest, device, dtype)), entry)
+    cls = getattr(diffusers, encoder.class_name)
+    parts: dict[str, Any] = dict.fromkeys(signature(cls.__init__).parameters.keys() - encoder.components.keys())
+    del parts["self"]
+    with _explained(entry.source, manifest.name, "reference_encoder"):
+        for name, row in encoder.components.items():
+            if name != "feature_extractor":
+                parts[name] = load_network(row.class_name, entry.source, entry.variant, target, name)
+        return _from_repository(cls, entry.source, entry.variant, {"dtype": target.dtype, **parts})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['clip_tokenizer', 't5_tokenizer', 'qwen_tokenizer', 'qwen_processor', 'tiny_component', 'tiny_controlnet',
-           'tiny_pipeline', 'write_tiny_model']
+           'tiny_pipeline', 'tiny_reference_encoder', 'write_tiny_model']
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #c71f1175
 import inspect
@@ -85,6 +85,8 @@ _TOKENIZERS = {"clip": clip_tokenizer, "t5": t5_tokenizer, "qwen_text": qwen_tok
 def _configuration(row: TinyComponent, config_class: str, tokenizer: Any) -> Any:
     "The configuration of a text encoder for the vocabulary of its tokenizer."
     cls = getattr(transformers, config_class)
+    if tokenizer is None:
+        return cls(**row.config)
     if "text_config" in row.config:
         return _configuration_of_two(row, cls, tokenizer)
     known = cls().to_dict()
@@ -132,7 +134,7 @@ def tiny_component(
         return qwen_processor(parts[row.tokenizer or ""])
     cls = getattr(diffusers, row.class_name, None) or getattr(transformers, row.class_name)
     if row.config_class is not None:
-        return cls(_configuration(row, row.config_class, parts[row.tokenizer or ""]))
+        return cls(_configuration(row, row.config_class, parts[row.tokenizer] if row.tokenizer else None))
     return cls(**{**row.config, **changes})
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #56323ccb
@@ -174,6 +176,20 @@ def tiny_pipeline(
     taken = inspect.signature(cls.__init__).parameters
     return cls(**{slot: part for slot, part in parts.items() if slot in taken}, **record.load_arguments)
 
+
+def tiny_reference_encoder(
+    family: ModelFamily,
+    kind: ModelKind,  # one that sees reference images as a part of its prompt
+    seed: int = 0,
+) -> diffusers.DiffusionPipeline:
+    "What turns reference images into tokens, with random weights."
+    torch.manual_seed(seed)
+    encoder = FAMILIES[family].reference_encoders[kind]
+    parts = {slot: tiny_component(row, {}) for slot, row in encoder.components.items()}
+    for parameter in parts["image_embedder"].parameters():  # a new one makes nearly the same of every image
+        torch.nn.init.normal_(parameter)
+    return getattr(diffusers, encoder.class_name)(**parts)
+
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #947b6860
 def write_tiny_model(
     folder: Path | str,  # gets the repository, the ControlNets and the manifest
@@ -184,7 +200,7 @@ def write_tiny_model(
     changes: dict | None = None,  # to the manifest
     seed: int = 0,  # of the weights
 ) -> ModelManifest:
-    "Write a tiny model with two plain ControlNets and, where the family has one, a union ControlNet."
+    "Write a tiny model with what its kind needs, and the ControlNets of its family: two plain ones and a union one."
     folder, family = Path(folder), ModelFamily(family)
     record = FAMILIES[family]
     name = name or family.value
@@ -208,6 +224,9 @@ def write_tiny_model(
                 tiny_controlnet(family, union=key == "all").save_pretrained(folder / f"{name}-{key}")
                 entry["source"] = {"folder": f"{name}-{key}"}
             manifest["controlnets"] = controlnets
+        if kind in record.reference_encoders:
+            tiny_reference_encoder(family, kind, seed).save_pretrained(folder / f"{name}-references")
+            manifest["reference_encoder"] = {"source": {"folder": f"{name}-references"}}
     if kind != ModelKind.standard:
         manifest |= {"kind": kind.value, "tasks": [task.value for task in Task if record.call(task, model_kind=kind)]}
     path = folder / f"{name}.yaml"

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SCHEDULERS', 'KARRAS_SCHEDULERS', 'LEVEL_SCHEDULES', 'MAX_ALIGNED_STEPS', 'LARGEST_SEED', 'DRAWN_SEED',
-           'WITHOUT_ZERO_SNR', 'REFERENCES_HINT', 'planned_call', 'pipeline_class', 'scheduler_facts',
+           'WITHOUT_ZERO_SNR', 'REFERENCES_HINT', 'WEIGHTS_HINT', 'planned_call', 'pipeline_class', 'scheduler_facts',
            'asked_scheduler', 'asked_schedule', 'with_listed_steps', 'listed_sigmas', 'listed_timesteps',
            'asked_spacing', 'plan_scheduler', 'plan_eta', 'check_scheduler', 'has_schedule', 'scheduler_warnings',
            'size_multiple', 'plan_size', 'check_size', 'size_warnings', 'plan_seeds', 'plan_subseeds', 'check_seeds',
            'seed_warnings', 'plan_task', 'plan_strength', 'count_denoising_steps', 'count_denoiser_calls',
            'strength_warnings', 'check_task', 'may_be_empty', 'check_prompt', 'check_model', 'prediction_warnings',
-           'check_support', 'check_references', 'reference_warnings', 'edit_size_warnings', 'plan_references',
-           'check_distilled', 'text_warnings', 'apply_distilled', 'is_distilled_plan', 'find_problems', 'make_plan',
-           'request_from_plan', 'batch_key']
+           'check_support', 'check_references', 'check_expected_references', 'expected_warnings', 'planned_weights',
+           'weight_warnings', 'reference_warnings', 'edit_size_warnings', 'plan_references', 'check_distilled',
+           'text_warnings', 'apply_distilled', 'is_distilled_plan', 'find_problems', 'make_plan', 'request_from_plan',
+           'batch_key']
 
 # %% ../../nbs/40_planning/04_plan.ipynb #93aae149
 import hashlib
@@ -24,7 +25,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..control.preprocessors import PREPROCESSORS
-from ..families.record import SELECTIVE_FIELDS, Family, PipelineCall
+from ..families.record import SELECTIVE_FIELDS, Family, PipelineCall, References
 from ..families.registry import FAMILIES
 from ..families.schedulers import SCHEDULER_FACTS, SchedulerFacts, denoiser_calls, facts_of_class
 from ..models.distilled import Distilled, distilled_by_name, distilled_lora, distilled_model
@@ -796,11 +797,22 @@ REFERENCES_HINT += ", ".join(
 )
 
 
+WEIGHTS_HINT = "say in the prompt what to take from which image, or take a model of the families "
+WEIGHTS_HINT += ", ".join(
+    f"{family.value} (kind {kind.value})"
+    for family, record in FAMILIES.items()
+    for kind, limits in record.references.items()
+    if limits.weighted
+)
+
+
 def _instead(field: str, record: Family) -> str:  # what to do in place of a field that the family does not take
     if field in record.instead:
         return record.instead[field]
     if field == "reference_images":
         return REFERENCES_HINT
+    if field == "reference_weights":
+        return WEIGHTS_HINT
     nearest = _NEAREST.get(field)
     return f"use {nearest}" if nearest and record.applies(nearest) else "leave it out"
 
@@ -893,6 +905,7 @@ def check_references(
             given=f"{count} images",
             allowed=f"at most {call.references}",
         )
+    yield from _check_weights(request, limits)
     for index, reference in enumerate(references):
         at, given = f"reference_images[{index}]", f"{reference.width} x {reference.height}"
         if min(reference.width, reference.height) < limits.min_side:
@@ -901,6 +914,94 @@ def check_references(
         elif max(reference.width, reference.height) > limits.max_aspect * min(reference.width, reference.height):
             message, allowed = f"the image is too long for {title}", f"sides of at most {limits.max_aspect:g} to 1"
             yield error_detail(ErrorCode.size_over_limit, message, field=at, given=given, allowed=allowed)
+
+
+def _given_weights(request: GenerationRequest) -> list[float] | None:
+    return None if request.reference_weights is None else [float(each.root) for each in request.reference_weights]
+
+
+def _check_weights(request: GenerationRequest, limits: References) -> Iterator[ErrorDetail]:
+    "Whether there is a weight for each reference image, and not every one is 0."
+    weights, count = _given_weights(request), len(request.reference_images or ())
+    if weights is None or not limits.weighted or len(request.expected_references or ()) > count:
+        return
+    if len(weights) != count:
+        yield error_detail(
+            ErrorCode.out_of_range,
+            "reference_weights needs one weight for each of reference_images",
+            field="reference_weights",
+            given=f"{len(weights)} weights for {count} images",
+            allowed=f"{count} weights" if count else "none, without reference_images",
+            hint="leave it out for equal shares",
+        )
+    elif not sum(weights):
+        yield error_detail(
+            ErrorCode.out_of_range,
+            "with these weights no reference image has an effect",
+            field="reference_weights",
+            given=weights,
+            allowed="at least one above 0",
+            hint="leave reference_images out to generate from the prompt alone",
+        )
+
+
+def _named_reference(index: int, image: PlannedImage | PlannedReference) -> str:
+    return f"image {index + 1} ({image.width} x {image.height}, sha256 {image.sha256[:12]}…)"
+
+
+def check_expected_references(
+    request: GenerationRequest,
+    references: Sequence[PlannedReference],
+) -> Iterator[ErrorDetail]:
+    "Whether a restored request has as many reference images as it was made with."
+    expected = request.expected_references or []
+    if len(references) >= len(expected):
+        return
+    given = [image.sha256 for image in references]
+    missing = [(index, image) for index, image in enumerate(expected) if image.sha256 not in given]
+    named = ", ".join(_named_reference(index, image) for index, image in missing)
+    yield error_detail(
+        ErrorCode.missing_field,
+        f"metadata keeps only the hashes of reference images; missing: {named or 'one that was given twice'}",
+        field="reference_images",
+        given=f"{len(references)} of {len(expected)} images",
+        hint="give them again in this order, or leave expected_references out to generate without them",
+    )
+
+
+def expected_warnings(request: GenerationRequest, references: Sequence[PlannedReference]) -> Iterator[RequestWarning]:
+    "Reference images that are not those that a restored request was made with."
+    for index, (expected, image) in enumerate(zip(request.expected_references or (), references)):
+        if expected.sha256 != image.sha256:
+            yield warning(
+                f"the restored image was made with another one: {_named_reference(index, expected)}",
+                field=f"reference_images[{index}]",
+                given=f"{image.width} x {image.height}, sha256 {image.sha256[:12]}…",
+            )
+
+
+def planned_weights(
+    request: GenerationRequest,
+    manifest: ModelManifest,
+) -> list[float] | None:  # one for each reference image; None where the model mixes none
+    "The weights of the reference images: those of the request, or equal shares of 1."
+    limits, count = manifest.record.references.get(manifest.kind), len(request.reference_images or ())
+    if limits is None or not limits.weighted or not count:
+        return None
+    given = _given_weights(request)
+    return given if given is not None and len(given) == count else [1 / count] * count
+
+
+def weight_warnings(request: GenerationRequest, manifest: ModelManifest) -> Iterator[RequestWarning]:
+    "Reference images without an effect, and more of them together than the model was trained with."
+    weights = planned_weights(request, manifest) or []
+    for index, weight in enumerate(weights):
+        if not weight:
+            yield warning("a reference image with weight 0 has no effect", field=f"reference_weights[{index}]", given=0)
+    total = sum(weights)
+    if total > 1 + 1e-6:
+        message = "the weights add up to more than 1, the strength that the model was trained with"
+        yield warning(message, field="reference_weights", given=f"{total:g} in total")
 
 
 def reference_warnings(references: Sequence[PlannedReference]) -> Iterator[RequestWarning]:
@@ -917,12 +1018,12 @@ def reference_warnings(references: Sequence[PlannedReference]) -> Iterator[Reque
 
 
 def edit_size_warnings(
-    request: GenerationRequest, references: Sequence[PlannedReference], size: tuple[int, int]
+    request: GenerationRequest, source: PlannedReference | None, size: tuple[int, int]
 ) -> Iterator[RequestWarning]:
     "That an edit could not take the size of its first reference."
-    if request.image is not None or not references or (request.width, request.height) != (None, None):
+    if request.image is not None or source is None or (request.width, request.height) != (None, None):
         return
-    first = references[0].used_width, references[0].used_height
+    first = source.used_width, source.used_height
     if first != size:
         yield warning(
             "the size of the first reference image is not one that the model can make",
@@ -935,19 +1036,23 @@ def edit_size_warnings(
 def plan_references(
     images: Sequence[PlannedImage],  # facts of the decoded reference images
     manifest: ModelManifest,
+    weights: Sequence[float] | None = None,  # one for each; None where the model mixes none
 ) -> list[PlannedReference]:
     "What the plan says of the reference images."
     limits, planned = manifest.record.references.get(manifest.kind), []
-    for image in images:
+    for image, weight in zip(images, weights or [None] * len(images)):
         size = (image.width, image.height) if limits is None else limits.used_size(image.width, image.height)
         used = {"used_width": max(1, size[0]), "used_height": max(1, size[1])}
-        planned.append(PlannedReference(sha256=image.sha256, width=image.width, height=image.height, **used))
+        facts = {"sha256": image.sha256, "width": image.width, "height": image.height}
+        planned.append(PlannedReference(**facts, **used, weight=weight))
     return planned
 
 
 def _size_source(manifest: ModelManifest, references: Sequence[PlannedReference]) -> PlannedReference | None:
     "The first reference image as far as it decides the size of the result: as it was given, or as the model sees it."
     limits = manifest.record.references.get(manifest.kind)
+    if limits is not None and limits.square is not None:
+        return None  # it is seen as a square, whatever its sides are
     if not references or limits is None or not limits.decides_size:
         return references[0] if references else None
     used = {"width": references[0].used_width, "height": references[0].used_height}
@@ -1158,6 +1263,7 @@ def find_problems(
         *check_controls(request, manifest),
         *check_support(request, manifest, call),
         *check_references(request, manifest, call, references),
+        *check_expected_references(request, references),
         *check_distilled(request, manifest),
         *check_profile(request, manifest),
         *check_acceleration(request, manifest, plan_control_kind(request, manifest)),
@@ -1221,7 +1327,7 @@ def make_plan(
     except RequestError as exc:
         broken_prompts = exc.errors
     asked = apply_profile(request, manifest)
-    references = plan_references(reference_images, manifest)
+    references = plan_references(reference_images, manifest, planned_weights(asked, manifest))
     task, kind = plan_task(asked), plan_control_kind(asked, manifest)
     size = plan_size(asked, manifest, _size_source(manifest, references) if task == Task.edit else image)
     call = planned_call(manifest, task, kind)
@@ -1250,7 +1356,9 @@ def make_plan(
         *control_warnings(request, calls or made),
         *prediction_warnings(manifest, scheduler),
         *reference_warnings(references),
-        *edit_size_warnings(request, references, size),
+        *weight_warnings(request, manifest),
+        *expected_warnings(request, references),
+        *edit_size_warnings(request, _size_source(manifest, references), size),
     ]
     notes += acceleration_warnings(request, manifest, _is_guided(manifest, guidance), kind)
     texts = _plan_texts(request, manifest, call)
@@ -1373,12 +1481,16 @@ def request_from_plan(
                 [error_detail(ErrorCode.missing_field, message, field=field, hint=f"hand in the {field} again")]
             )
     if len(plan.reference_images or ()) != len(reference_images):
-        count = len(plan.reference_images or ())
-        message = f"the plan has {count} reference images, and a receipt keeps only their hashes"
+        planned = plan.reference_images or []
+        named = ", ".join(_named_reference(index, image) for index, image in enumerate(planned))
+        message = f"the plan has {len(planned)} reference images, and a receipt keeps only their hashes: {named}"
         hint = "hand in the reference images again, in their order"
         raise RequestError([error_detail(ErrorCode.missing_field, message, field="reference_images", hint=hint)])
     if reference_images:
         fields["reference_images"] = list(reference_images)
+        weights = [image.weight for image in plan.reference_images]
+        if weights != [1 / len(weights)] * len(weights) and None not in weights:
+            fields["reference_weights"] = weights
     if plan.controlnets:
         fields["controlnets"] = [_replayed_unit(plan, i, controls.get(i, {})) for i in range(len(plan.controlnets))]
     return GenerationRequest(**fields)

@@ -65,6 +65,7 @@ from ez_diffusion_client.models import (
     ModelList,
     OpResult,
     OpStatus,
+    PlannedImage,
     RequestWarning,
     RestoredRequest,
     RestoreRequest,
@@ -89,7 +90,11 @@ def from_plan(
     references = ["-"] * len(plan.reference_images or ())
     request = request_from_plan(plan, **given, reference_images=references, controls=controls)
     fields = request.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-    fields.pop("reference_images", None)
+    if fields.pop("reference_images", None):
+        expected = [
+            {name: getattr(image, name) for name in PlannedImage.model_fields} for image in plan.reference_images
+        ]
+        fields["expected_references"] = expected
     for name in given:
         del fields[name]
     for index, names in controls.items():
@@ -642,7 +647,9 @@ def _take_out(
         names = ("strength", "inpaint", "resize_mode")
         notes = [note for note in notes if note.name not in ("image", "mask_image")]
         missing = [path for path in missing if path not in ("image", "mask_image")]
-    if top in ("model", "prompt") or (not any(name in fields for name in names) and missing == restored.missing_images):
+    if top in ("model", "prompt", "expected_references") or (
+        not any(name in fields for name in names) and missing == restored.missing_images
+    ):
         return None
     given = {name: fields[name] for name in names if name in fields}
     if entry is not None and isinstance(fields.get(top), list) and entry < len(fields[top]):

@@ -246,6 +246,7 @@ class Executor:
                     with use_clip_skip(pipe, plan.clip_skip or 0):
                         return encoded_embeds(pipe, plan, planned.inputs.embeddings)
                 texts = pipeline_arguments(plan.model_copy(update={"task": Task.text_to_image}), plan.seeds, Prepared())
+                texts |= factory.record.pipe_arguments(pipe)
                 return encode_prompts(pipe, texts, factory.device)
 
     def decode(

@@ -65,10 +65,10 @@ def _prepare_references(plan: GenerationPlan, inputs: Inputs) -> Iterator[Image.
     if not plan.reference_images:
         return
     record = FAMILIES[plan.family]
-    limits = record.references[record.call_named(plan.pipeline_class, plan.task).model_kind]
+    limits = record.references[record.call_named(plan.pipeline_class, plan.task, with_references=True).model_kind]
     for decoded, planned in zip(inputs.references, plan.reference_images, strict=True):
         image = decoded.image
-        if limits.area is not None:  # the text encoder sees it in another size than the VAE
+        if limits.scales_itself:  # a text encoder may see it in another size than the VAE
             yield image
             continue
         size = limits.scaled_size(*image.size)

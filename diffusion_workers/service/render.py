@@ -51,6 +51,7 @@ from diffusion_workers.pipeline.hooks import (
     use_variation,
 )
 from ..pipeline.loading import quiet_libraries
+from ..pipeline.reference_tokens import reference_tokens, use_reference_tokens
 from ..pipeline.weights import storage_packages, stored_format
 from ..planning.loras import with_lora_hashes
 from ..prompt.embeddings import Embedding, Embeddings
@@ -95,9 +96,15 @@ def largest_difference(
 MAX_BATCH = 8  # images that go through the network together
 
 
+def _beside_noise(plan: GenerationPlan) -> bool:
+    "Whether the denoiser sees reference images beside the noise, and not as a part of the prompt."
+    call = FAMILIES[plan.family].call_named(plan.pipeline_class, plan.task, with_references=True)
+    return call.reference_argument is not None
+
+
 def batch_size(plan: GenerationPlan) -> int:
     "How many images of a plan share a batch: one where a cache decides by the content of the images."
-    if plan.reference_images and plan.task == Task.inpainting:
+    if plan.reference_images and plan.task == Task.inpainting and _beside_noise(plan):
         return 1  # diffusers would give each image of a batch one of as many references
     tolerance = plan.acceleration is not None and plan.acceleration.guidance_tolerance
     if tolerance or (plan.step_cache is not None and plan.step_cache.method == StepCacheMethod.first_block):
@@ -177,8 +184,9 @@ def pipeline_arguments(
     arguments |= call.arguments
     if call.area_argument is not None:
         arguments[call.area_argument] = plan.width * plan.height
-    if prepared.references:  # all of them for each image
-        arguments[call.reference_argument] = list(prepared.references)
+    if prepared.references and _beside_noise(plan):  # all of them for each image
+        row = FAMILIES[plan.family].call_named(plan.pipeline_class, plan.task, with_references=True)
+        arguments[row.reference_argument] = list(prepared.references)
     if plan.task in (Task.image_to_image, Task.inpainting):
         # one each, so that each is encoded with numbers of its own seed
         arguments["image"] = [prepared.image] * len(seeds)
@@ -630,6 +638,15 @@ def planned_loras(
     return loaded
 
 # %% ../../nbs/60_service/04_render.ipynb #aa037def
+def _tokens_of_references(factory: PipelineFactory, plan: GenerationPlan, prepared: Prepared) -> torch.Tensor | None:
+    "The reference images as a part of the prompt; None where the denoiser sees them beside the noise."
+    if not prepared.references or _beside_noise(plan):
+        return None
+    weights = [float(image.weight) for image in plan.reference_images]
+    with quiet_libraries():
+        return reference_tokens(factory.reference_encoder(), prepared.references, weights, factory.device)
+
+
 def render(
     factory: PipelineFactory,
     plan: GenerationPlan,
@@ -645,6 +662,7 @@ def render(
     "Carry out a plan."
     images, loras = [], planned_loras(plan, prepared.loras, lora_store or LoraStore())
     pipe = factory.variant(plan.task, plan.control_kind)
+    tokens = _tokens_of_references(factory, plan, prepared)
     with (
         quiet_libraries(),
         use_loras(pipe, loras, merge=factory.compilable and wants_compilation(plan, factory)) as lora_notes,
@@ -658,6 +676,7 @@ def render(
         for first in range(0, len(plan.seeds), size):
             seeds, chunk = plan.seeds[first : first + size], chunk_of(plan, first, size)
             arguments, refine = pipeline_arguments(chunk, seeds, prepared, texts), None
+            arguments |= factory.record.pipe_arguments(pipe)
             lists = factory.record.denoiser_calls == "lists"
             arguments = _on_device(hooks.text_arguments(arguments, first, len(seeds), lists), factory)
             watch.look = looking(plan, seeds, hooks)
@@ -680,6 +699,8 @@ def render(
                     prompts = _encoded(pipe, plan, prepared.embeddings)
                     arguments = kept | encoded_arguments(pipe, plan, prompts, len(arguments["generator"]), watch)
                     joining.enter_context(use_joined_prompts(pipe, plan, prompts, run))
+                if tokens is not None:
+                    joining.enter_context(use_reference_tokens(pipe, tokens))
                 images += render_chunk(
                     pipe, getattr(pipe, factory.record.denoiser), arguments, plan, watch, timings, refine, decode
                 )
@@ -713,7 +734,9 @@ def with_environment(
     versions = {name: version(name) for name in (*PIXEL_PACKAGES, *storage_packages(factory.manifest))}
     stored = stored_format(factory.manifest)
     dtype = str(factory.dtype).removeprefix("torch.") + (f", weights in {stored}" if stored else "")
-    environment = Environment(device=factory.device.type, dtype=dtype, versions=versions)
+    environment = Environment(
+        device=factory.device.type, dtype=dtype, versions=versions, weights=factory.weight_hashes(plan) or None
+    )
     return plan.model_copy(update={"environment": environment, "warnings": [*(plan.warnings or []), *notes] or None})
 
 

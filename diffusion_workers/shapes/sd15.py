@@ -136,11 +136,14 @@ def train_vae(
     out_dir: Path,  # keeps `vae.pt` and the log
     config: ShapesTrainingConfig,
     stop_after: int | None = None,  # end early, after so many steps, as if interrupted
+    images: np.ndarray | None = None,  # (N, 128, 128, 3) uint8; None draws them
+    start: AutoencoderKL | None = None,  # weights to continue from; None is an untrained autoencoder
 ) -> AutoencoderKL:  # not yet whitened
     "Train the autoencoder, continuing from its checkpoint."
     torch.manual_seed(config.seed)
-    images = draw_images(np.random.default_rng((config.seed, 0)), config.vae_images)
-    vae = new_vae(config).to(memory_format=torch.channels_last)
+    if images is None:
+        images = draw_images(np.random.default_rng((config.seed, 0)), config.vae_images)
+    vae = (start or new_vae(config)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=1e-4, fused=True)
     checkpoint = Checkpoint(out_dir / "vae.pt", {"vae": vae, "optimizer": optimizer})
     log = TrainingLog(out_dir / LOG_NAME, "vae")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'OBJECT_COLORS', 'SHAPES', 'TILTABLE', 'FILLS', 'SIZES', 'PLACES', 'RELATIONS', 'SIDE', 'MAX_THINGS',
-           'MIN_CONTRAST', 'GAP', 'OUTLINE', 'STRIPE', 'DOT', 'DOT_STEP', 'KINDS', 'MIN_AREA', 'PARTS', 'contrast',
-           'Thing', 'Relation', 'Scene', 'scene_key', 'is_held_out', 'Placed', 'arrange', 'draw', 'render',
-           'random_thing', 'random_scene', 'describe', 'caption_words', 'ReadThing', 'Reading', 'read_world', 'compare',
+           'MIN_CONTRAST', 'GAP', 'OUTLINE', 'STRIPE', 'DOT', 'DOT_STEP', 'KINDS', 'COLOR_WORDS', 'SHAPE_WORDS',
+           'RELATION_WORDS', 'MIN_AREA', 'PARTS', 'contrast', 'Thing', 'Relation', 'Scene', 'scene_key', 'is_held_out',
+           'Placed', 'holds', 'arrange', 'pick', 'far_from', 'draw', 'render', 'random_thing', 'random_scene', 'Words',
+           'article', 'place_phrase', 'describe', 'caption_words', 'ReadThing', 'Reading', 'read_world', 'compare',
            'matches']
 
 # %% ../../nbs/65_shapes/14_world.ipynb #36bbdac3
@@ -181,7 +182,7 @@ def _radii(scene: Scene, rng: np.random.Generator) -> list[float]:
     return [SIZES[count][name] + rng.uniform(-1, 1) for name in names]
 
 
-def _holds(relation: Relation, centres: Sequence[tuple[float, float]], margin: float = 0.0) -> bool:
+def holds(relation: Relation, centres: Sequence[tuple[float, float]], margin: float = 0.0) -> bool:
     (x, y), others = centres[relation.of], [centres[index] for index in relation.to]
     if relation.kind in ("in front of", "behind"):
         return True  # `within` of a reading tells it
@@ -230,7 +231,7 @@ def _fits(scene: Scene, radii: Sequence[float], centres: Sequence[tuple[float, f
             continue
         if np.hypot(*np.subtract(centres[one], centres[other])) < 1.08 * (radii[one] + radii[other]) + GAP:
             return False
-    return all(_holds(relation, centres, margin=0.3) for relation in scene.relations)
+    return all(holds(relation, centres, margin=0.3) for relation in scene.relations)
 
 
 def arrange(
@@ -255,17 +256,17 @@ def arrange(
     return scene.background or "", [placed[index] for index in order]
 
 # %% ../../nbs/65_shapes/14_world.ipynb #0a2248a9
-def _pick(rng: np.random.Generator, names: Collection[str]) -> str:
+def pick(rng: np.random.Generator, names: Collection[str]) -> str:
     return str(rng.choice([*names]))
 
 
-def _far_from(color: str | None, others: Collection[str | None]) -> bool:
+def far_from(color: str | None, others: Collection[str | None]) -> bool:
     return color is None or all(contrast(color, other) >= MIN_CONTRAST for other in others if other)
 
 
 def _chosen(scene: Scene, rng: np.random.Generator) -> Scene:  # with every color and shape
     told = [thing.color for thing in scene.things]
-    background = scene.background or _pick(rng, [name for name in PALETTE if all(_far_from(c, [name]) for c in told)])
+    background = scene.background or pick(rng, [name for name in PALETTE if all(far_from(c, [name]) for c in told)])
     nested, things = _nested(scene), list[Thing]()
     partners = nested | {back: front for front, back in nested.items()}
     for index, thing in enumerate(scene.things):
@@ -273,9 +274,9 @@ def _chosen(scene: Scene, rng: np.random.Generator) -> Scene:  # with every colo
         beside: list[str | None] = [background]
         if partner is not None:
             beside.append((things if partner < index else scene.things)[partner].color)
-        color = thing.color or _pick(rng, [name for name in OBJECT_COLORS if _far_from(name, beside)])
+        color = thing.color or pick(rng, [name for name in OBJECT_COLORS if far_from(name, beside)])
         shapes = [shape for shape in FILLS[thing.fill] if not thing.tilted or shape in TILTABLE]
-        things.append(replace(thing, color=color, shape=thing.shape or _pick(rng, shapes)))
+        things.append(replace(thing, color=color, shape=thing.shape or pick(rng, shapes)))
     return replace(scene, things=tuple(things), background=background)
 
 # %% ../../nbs/65_shapes/14_world.ipynb #6ceb5e8b
@@ -370,12 +371,12 @@ def random_thing(
     detail: float = 0.25,  # chance of a fill, and of a tilt
 ) -> Thing:
     "Draw a thing, its color and shape uniform."
-    shape = _pick(rng, SHAPES)
+    shape = pick(rng, SHAPES)
     fill = "plain"
     if rng.random() < detail:
-        fill = _pick(rng, [fill for fill, shapes in FILLS.items() if shape in shapes])
+        fill = pick(rng, [fill for fill, shapes in FILLS.items() if shape in shapes])
     tilted = bool(shape in TILTABLE and rng.random() < detail / 2)
-    return Thing(_pick(rng, [c for c in OBJECT_COLORS if _far_from(c, beside)]), shape, fill=fill, tilted=tilted)
+    return Thing(pick(rng, [c for c in OBJECT_COLORS if far_from(c, beside)]), shape, fill=fill, tilted=tilted)
 
 
 def _things(
@@ -391,18 +392,18 @@ def _things(
 
 def _with_sizes(things: tuple[Thing, ...], rng: np.random.Generator, chance: float) -> tuple[Thing, ...]:
     allowed = [["medium", "large"] if t.fill in ("striped", "dotted") else ["small", "medium", "large"] for t in things]
-    sizes = [_pick(rng, names) if rng.random() < chance else None for names in allowed]
+    sizes = [pick(rng, names) if rng.random() < chance else None for names in allowed]
     return tuple(replace(thing, size=size) for thing, size in zip(things, sizes))
 
 
 def _one(rng: np.random.Generator, background: str) -> Scene:
     [thing] = _with_sizes(_things(rng, 1, background, 0.35), rng, 0.5)
-    return Scene((replace(thing, place=_pick(rng, PLACES) if rng.random() < 0.6 else None),), background)
+    return Scene((replace(thing, place=pick(rng, PLACES) if rng.random() < 0.6 else None),), background)
 
 
 def _pair(rng: np.random.Generator, background: str) -> Scene:
     things = _with_sizes(_things(rng, 2, background, 0.15), rng, 0.25)
-    kind = _pick(rng, ("left of", "right of", "above", "below", "next to"))
+    kind = pick(rng, ("left of", "right of", "above", "below", "next to"))
     return Scene(things, background, (Relation(0, kind, (1,)),))
 
 
@@ -434,9 +435,9 @@ def _between(rng: np.random.Generator, background: str) -> Scene:
 
 
 def _nested_pair(rng: np.random.Generator, background: str) -> Scene:
-    back = replace(random_thing(rng, [background], 0.0), shape=_pick(rng, ("circle", "square")), tilted=False)
+    back = replace(random_thing(rng, [background], 0.0), shape=pick(rng, ("circle", "square")), tilted=False)
     front = random_thing(rng, [background, back.color], 0.0)
-    kind = _pick(rng, ("in front of", "behind"))
+    kind = pick(rng, ("in front of", "behind"))
     things = (front, back) if kind == "in front of" else (back, front)
     return Scene(things, background, (Relation(0, kind, (1,)),))
 
@@ -453,19 +454,19 @@ def random_scene(
 ) -> Scene:
     "Draw a scene of a kind."
     while True:
-        scene = _MAKERS[kind](rng, _pick(rng, PALETTE))
+        scene = _MAKERS[kind](rng, pick(rng, PALETTE))
         if held_out is None or is_held_out(scene_key(scene)) == held_out:
             return scene
 
 # %% ../../nbs/65_shapes/14_world.ipynb #4468b013
-_COLOR_WORDS = {
+COLOR_WORDS = {
     "gray": ("gray", "grey"),
     "purple": ("purple", "violet"),
     "cyan": ("cyan", "turquoise"),
     "navy": ("navy", "navy blue", "dark blue"),
     "light blue": ("light blue", "pale blue"),
 }
-_SHAPE_WORDS = {
+SHAPE_WORDS = {
     "circle": ("circle", "disc", "dot"),
     "square": ("square", "box"),
     "diamond": ("diamond", "rhombus"),
@@ -486,7 +487,7 @@ _PLACE_WORDS = {
     "right": ("on the right", "on the right side", "at the right"),
 }
 _CORNER_WORDS = ("in the {} corner", "in the {}", "at the {}", "in the {} corner")
-_RELATION_WORDS = {
+RELATION_WORDS = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
     "above": ("above", "over"),
@@ -505,7 +506,7 @@ _GROUND_WORDS = (
 _OPENINGS = ("", "", "", "", "", "", "a sketch of ", "an image of ", "a drawing of ")
 
 
-class _Words:
+class Words:
     "Draws words, and keeps which were drawn."
 
     def __init__(self, rng: np.random.Generator):
@@ -521,13 +522,13 @@ class _Words:
         return choices[index]
 
 # %% ../../nbs/65_shapes/14_world.ipynb #a05506ec
-def _article(phrase: str) -> str:
+def article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def _noun(thing: Thing, words: _Words, count: int) -> str:  # such as small striped red circles
-    color = "" if thing.color is None else words.pick("color", _COLOR_WORDS.get(thing.color, (thing.color,)))
-    shape = "shape" if thing.shape is None else words.pick("shape", _SHAPE_WORDS.get(thing.shape, (thing.shape,)))
+def _noun(thing: Thing, words: Words, count: int) -> str:  # such as small striped red circles
+    color = "" if thing.color is None else words.pick("color", COLOR_WORDS.get(thing.color, (thing.color,)))
+    shape = "shape" if thing.shape is None else words.pick("shape", SHAPE_WORDS.get(thing.shape, (thing.shape,)))
     if count > 1:
         shape = _PLURALS.get(shape, shape + "s")
     fill, tail = "", ""
@@ -542,14 +543,14 @@ def _noun(thing: Thing, words: _Words, count: int) -> str:  # such as small stri
     return " ".join(filter(None, [size, tilt, *middle, shape])) + tail
 
 
-def _phrase(thing: Thing, words: _Words, count: int = 1) -> str:  # with its article or number
+def _phrase(thing: Thing, words: Words, count: int = 1) -> str:  # with its article or number
     noun = _noun(thing, words, count)
     if count > 1:
         return f"{words.pick('count', _COUNT_WORDS[count])} {noun}"
-    return _article(noun) if words.pick("article", ("yes", "no")) == "yes" else noun
+    return article(noun) if words.pick("article", ("yes", "no")) == "yes" else noun
 
 
-def _where(place: str, words: _Words) -> str:
+def place_phrase(place: str, words: Words) -> str:
     if place in _PLACE_WORDS:
         return words.pick("place", _PLACE_WORDS[place])
     row, column = place.split()
@@ -557,41 +558,41 @@ def _where(place: str, words: _Words) -> str:
     return words.pick("corner", _CORNER_WORDS).format(f"{upper} {column}")
 
 
-def _join(phrases: Sequence[str], words: _Words) -> str:
+def _join(phrases: Sequence[str], words: Words) -> str:
     if len(phrases) < 3 or words.pick("joined", ("commas", "ands")) == "ands":
         return " and ".join(phrases)
     comma = "," if words.pick("serial comma", ("no", "yes")) == "yes" else ""
     return f"{', '.join(phrases[:-1])}{comma} and {phrases[-1]}"
 
 # %% ../../nbs/65_shapes/14_world.ipynb #1237c3cd
-def _related(scene: Scene, words: _Words) -> str:
+def _related(scene: Scene, words: Words) -> str:
     phrases = [_phrase(thing, words) for thing in scene.things]
     first = scene.relations[0]
     if first.kind == "between":
         one, other = (phrases[index] for index in first.to)
         return f"{phrases[first.of]} between {one} and {other}"
-    parts = [f"{words.pick(r.kind, _RELATION_WORDS[r.kind])} {phrases[r.to[0]]}" for r in scene.relations]
+    parts = [f"{words.pick(r.kind, RELATION_WORDS[r.kind])} {phrases[r.to[0]]}" for r in scene.relations]
     return f"{phrases[first.of]} {' and '.join(parts)}"
 
 
-def _grouped(scene: Scene, words: _Words) -> str:  # equal things are counted
+def _grouped(scene: Scene, words: Words) -> str:  # equal things are counted
     groups = [(thing, len([*same])) for thing, same in itertools.groupby(scene.things)]
     phrases = []
     for thing, count in groups:
         phrase = _phrase(thing, words, count)
         if thing.place:
-            where = _where(thing.place, words)
+            where = place_phrase(thing.place, words)
             is_behind = len(groups) > 1 or words.pick("place order", ("behind", "before")) == "behind"
             phrase = f"{phrase} {where}" if is_behind else f"{where}, {phrase}"
         phrases.append(phrase)
     return _join(phrases, words)
 
 
-def _caption(scene: Scene, words: _Words) -> str:
+def _caption(scene: Scene, words: Words) -> str:
     body = words.pick("opening", _OPENINGS) + (_related if scene.relations else _grouped)(scene, words)
     if scene.background is not None:
-        ground = words.pick("background", _COLOR_WORDS.get(scene.background, (scene.background,)))
-        told = words.pick("ground", _GROUND_WORDS).format(ground, article=_article(ground))
+        ground = words.pick("background", COLOR_WORDS.get(scene.background, (scene.background,)))
+        told = words.pick("ground", _GROUND_WORDS).format(ground, article=article(ground))
         order = words.pick("ground order", ("behind", "comma", "before", "bare"))
         if order == "before":
             body = f"{told}, {body}"
@@ -609,7 +610,7 @@ def describe(
 ) -> str:
     "Describe a scene as people do, worded differently each time."
     while True:
-        words = _Words(rng)
+        words = Words(rng)
         caption = _caption(scene, words)
         if held_out is None or not words.drawn or is_held_out(" ".join(words.drawn)) == held_out:
             return caption
@@ -807,7 +808,7 @@ def _assigned(reading: Reading, scene: Scene, order: Sequence[int]) -> dict[str,
     centres = [(one.x, one.y) for one in read]
     nested = {i: order.index(one.behind) for i, one in enumerate(read) if one.behind is not None}
     wanted = _nested(scene)
-    return result | {"relation": nested == wanted and all(_holds(relation, centres) for relation in scene.relations)}
+    return result | {"relation": nested == wanted and all(holds(relation, centres) for relation in scene.relations)}
 
 
 def compare(

@@ -77,6 +77,10 @@ def model_downloads(manifest: ModelManifest) -> Iterator[Download]:
     if manifest.refiner:
         slots = [*manifest.record.components]
         yield from _network("refiner", manifest.refiner.source, manifest.refiner.variant, ["", *slots])
+    if manifest.reference_encoder:
+        slots = [*manifest.record.reference_encoders[manifest.kind].components]
+        entry = manifest.reference_encoder
+        yield from _network("model", entry.source, entry.variant, ["", *slots])
     yield from _annotators(manifest)
 
 # %% ../../nbs/71_worker/08_baking.ipynb #0bc47340

@@ -122,6 +122,8 @@ def config_facts(
     models = placed_models(load_manifests(settings), settings.hub_folders)
     manifest = models.find()
     parts = {"weights": manifest.source} | {name: p.source for name, p in manifest.components.items() if p.source}
+    if manifest.reference_encoder:
+        parts["reference encoder"] = manifest.reference_encoder.source
     return {
         "settings": {name: {"value": value, "from": origins[name]} for name, value in values.items()},
         "models": list(models),

@@ -78,6 +78,9 @@ def weight_paths(manifest: ModelManifest) -> list[Path]:  # on this machine; non
     for name, part in manifest.components.items():
         if part.source:
             found += _paths(part.source, ["", name], part.variant)
+    if manifest.reference_encoder:
+        slots = manifest.record.reference_encoders[manifest.kind].components
+        found += _paths(manifest.reference_encoder.source, slots, manifest.reference_encoder.variant)
     return found
 
 

@@ -47,6 +47,8 @@ const OWN_PLACE = new Set([
   'resize_mode',
   'inpaint',
   'reference_images',
+  'reference_weights',
+  'expected_references',
   'loras',
   'controlnets',
   'request_id',

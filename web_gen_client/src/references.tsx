@@ -7,9 +7,11 @@ import { ITEM_TYPE } from './image_input';
 import { addImage, imageAt, reference } from './images';
 import type { Json } from './paths';
 import type { Schema } from './schema';
-import { dryRun, edit, itemAt, maxReferences, status, value } from './state';
+import { applies, dryRun, edit, itemAt, maxReferences, status, value } from './state';
 
 const FIELD = 'reference_images';
+const WEIGHTS = 'reference_weights';
+const EXPECTED = 'expected_references';
 const MOVED_TYPE = 'application/x-reference';
 
 function listed(): Json[] {
@@ -17,9 +19,52 @@ function listed(): Json[] {
   return Array.isArray(found) ? found : [];
 }
 
-function change(list: Json[]): void {
+/** The weights as the form has them, one for each image; undefined are equal shares. */
+function weights(): Json[] | undefined {
+  const found = value(WEIGHTS);
+  return Array.isArray(found) ? found : undefined;
+}
+
+/** The images that a restored request was made with, by size and hash. */
+function expected(): Json[] {
+  const found = value(EXPECTED);
+  return Array.isArray(found) ? found : [];
+}
+
+function change(list: Json[], weighed = weights()): void {
   forgetTouched(FIELD);
+  if (list.length < listed().length) edit(EXPECTED, undefined); // whoever removes an image wants to do without
   edit(FIELD, list.length ? list : undefined);
+  edit(WEIGHTS, list.length ? weighed : undefined);
+}
+
+/** The weights with one for another image: that of the receipt, where a restored request still lacks the image. */
+function weightsOfOneMore(): Json[] | undefined {
+  const [known, count] = [weights(), listed().length];
+  return known && known.length <= count ? [...known, 1 / (count + 1)] : known;
+}
+
+/** Do without the images that a restored request lacks. */
+function doWithout(): void {
+  edit(EXPECTED, undefined);
+  edit(WEIGHTS, weights()?.slice(0, listed().length));
+  if (!listed().length) edit(WEIGHTS, undefined);
+}
+
+/** The weights after an image moved. */
+function moveWeight(from: number, to: number): Json[] | undefined {
+  const [known, moved] = [weights(), weights()?.[from]];
+  if (!known || moved === undefined) return known;
+  const rest = known.filter((_, at) => at !== from);
+  return [...rest.slice(0, to), moved, ...rest.slice(to)];
+}
+
+/** Give an image a weight; the others keep theirs, or the equal shares that they had. */
+function weigh(index: number, typed: string): void {
+  const share = 1 / listed().length;
+  const next = listed().map((_, at) => weights()?.[at] ?? share);
+  next[index] = typed === '' ? share : Number(typed);
+  edit(WEIGHTS, next.some((weight) => weight !== share) ? next : undefined);
 }
 
 /** Add images at the end, as many as the model takes; what was not added, in words. */
@@ -33,7 +78,7 @@ export async function addReferences(files: readonly { name: string; blob: Blob }
     }
     try {
       const added = reference(await addImage(blob));
-      change([...listed(), added]);
+      change([...listed(), added], weightsOfOneMore());
     } catch (error) {
       problems.push(`${name}: ${error instanceof Error ? error.message : String(error)}.`);
     }
@@ -65,6 +110,7 @@ interface OneProps {
 function One({ index, count, move, remove }: OneProps) {
   const path = `${FIELD}[${index}]`;
   const place = usePlace(path);
+  const weight = usePlace(`${WEIGHTS}[${index}]`);
   const [over, setOver] = useState(false);
   const image = imageAt(listed()[index]);
   const number = index + 1;
@@ -116,6 +162,22 @@ function One({ index, count, move, remove }: OneProps) {
           {size}
           {!same && ` → ${planned.used_width} × ${planned.used_height}`}
         </span>
+        {applies(WEIGHTS) && (
+          <div ref={weight}>
+            <input
+              type="number"
+              min="0"
+              max="10"
+              step="0.05"
+              aria-label={`Weight of reference image ${number}`}
+              title="Weight; empty is an equal share of 1"
+              placeholder={(1 / count).toFixed(2)}
+              value={String(weights()?.[index] ?? '')}
+              onChange={(event) => weigh(index, event.currentTarget.value)}
+            />
+          </div>
+        )}
+        <Errors path={`${WEIGHTS}[${index}]`} />
         <div class="joined">
           {button('Move earlier', '←', index === 0, () => move(index, index - 1))}
           {button('Move later', '→', index === count - 1, () => move(index, index + 1))}
@@ -127,8 +189,30 @@ function One({ index, count, move, remove }: OneProps) {
   );
 }
 
+/** What a restored request still lacks, and how to do without it. */
+function Missing() {
+  const images = expected();
+  if (listed().length >= images.length) return null;
+  const facts = images.map((image, index) => {
+    const { width, height, sha256 } = image as { width: number; height: number; sha256: string };
+    return `image ${index + 1} (${width} × ${height}, sha256 ${sha256.slice(0, 12)}…)`;
+  });
+  return (
+    <div class="missing" role="alert">
+      <p class="note">
+        The image was made with {images.length === 1 ? '1 reference image' : `${images.length} reference images`}, of
+        which its metadata has the hashes alone. Add them again in their order: {facts.join(', ')}.
+      </p>
+      <button type="button" onClick={doWithout}>
+        Generate without them
+      </button>
+    </div>
+  );
+}
+
 export function References({ known }: { known: Schema }) {
   const place = usePlace(FIELD);
+  const weighed = usePlace(WEIGHTS);
   const chooser = useRef<HTMLInputElement>(null);
   const list = useRef<HTMLOListElement>(null);
   const focus = useRef<{ index: number; act: string } | null>(null);
@@ -145,7 +229,8 @@ export function References({ known }: { known: Schema }) {
     const wanted = buttons.find((button) => button.dataset['act'] === act && !button.disabled);
     (wanted ?? buttons.find((button) => !button.disabled))?.focus();
   });
-  if (!limit && !images.length) return null;
+  const lacking = expected().length - images.length;
+  if (!limit && !images.length && lacking <= 0) return null;
 
   const take = async (files: { name: string; blob: Blob }[]) => {
     setProblems(files.length ? await addReferences(files) : ['No image was dropped.']);
@@ -156,18 +241,26 @@ export function References({ known }: { known: Schema }) {
     const rest = images.filter((_, i) => i !== from);
     focus.current = { index: to, act: from < to ? 'Move later' : 'Move earlier' };
     setSaid(`Image ${from + 1} is image ${to + 1} now.`);
-    change([...rest.slice(0, to), moved, ...rest.slice(to)]);
+    change([...rest.slice(0, to), moved, ...rest.slice(to)], moveWeight(from, to));
   };
   const remove = (index: number) => {
     focus.current = { index: Math.min(index, images.length - 2), act: 'Remove' };
     setSaid(`Image ${index + 1} is removed.`);
     setProblems([]);
-    change(images.filter((_, i) => i !== index));
+    change(
+      images.filter((_, i) => i !== index),
+      weights()?.filter((_, i) => i !== index),
+    );
   };
   const full = images.length >= limit;
-  const note = limit ? `${images.length} of at most ${limit}` : `${images.length}, this model takes none`;
+  const given = limit ? `${images.length} of at most ${limit}` : `${images.length}, this model takes none`;
   return (
-    <Section title="Reference images" note={note} paths={[FIELD]} open={images.length > 0}>
+    <Section
+      title="Reference images"
+      note={lacking > 0 ? `${lacking} of ${expected().length} missing` : given}
+      paths={[FIELD, WEIGHTS, EXPECTED]}
+      open={images.length > 0 || lacking > 0}
+    >
       <div
         class={`references${over ? ' over' : ''}`}
         ref={place}
@@ -230,6 +323,10 @@ export function References({ known }: { known: Schema }) {
           )}
         </div>
         <Errors path={FIELD} />
+        <div ref={weighed}>
+          <Errors path={WEIGHTS} />
+        </div>
+        <Missing />
         <p class="note">
           The prompt may speak of image 1, image 2 …, in this order. Without a start image, the prompt edits them.
         </p>

@@ -25,7 +25,7 @@ function withInputs(found: RestoredRequest, source: JsonObject | undefined): { n
   if (references.some((path) => !given.has(path))) {
     next = set(next, 'reference_images', undefined); // some of them alone would stand at other places
     for (const path of references) given.delete(path);
-  }
+  } else next = set(next, 'expected_references', undefined); // all of them are there
   return { next, given };
 }
 

@@ -104,6 +104,12 @@ class RequestFields(TypedDict, total=False):
     reference_images: Sequence[ImageInput] | None
     """Images that the prompt speaks of, in order: the one to edit, or those to take something from. Alone
     they make the task edit; with image and mask_image they guide what is painted"""
+    reference_weights: Sequence[float] | None
+    """How strongly each of reference_images counts, in the same order, for models that mix them (FLUX.1
+    Redux); 1 in total is the strength that such a model was trained with; default: equal shares of 1"""
+    expected_references: Sequence[models.PlannedImage | dict[str, Any]] | None
+    """What reference_images have to be, by size and hash, in a request that was restored from an image: with
+    fewer of them it is refused; leave it out to generate without"""
     loras: Sequence[models.Lora | dict[str, Any]] | None
     """LoRAs put on for this request alone"""
     controlnets: Sequence[models.ControlNetUnit | dict[str, Any]] | None

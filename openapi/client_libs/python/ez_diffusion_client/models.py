@@ -65,7 +65,7 @@ class ModelFamily(StrEnum):
 
 class ModelKind(StrEnum):
     """
-    Whether a model is an ordinary one, one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels, or one that edits by reference images (FLUX.1 Kontext, Qwen-Image-Edit; edit_plus takes several, as of Qwen-Image-Edit-2509; kv computes their tokens once, FLUX.2 Klein KV)
+    Whether a model is an ordinary one, one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels, or one that edits by reference images (FLUX.1 Kontext, Qwen-Image-Edit; edit_plus takes several, as of Qwen-Image-Edit-2509; kv computes their tokens once, FLUX.2 Klein KV), or one that sees reference images as a part of its prompt (redux, FLUX.1 Redux)
     """
 
     standard = "standard"
@@ -74,6 +74,7 @@ class ModelKind(StrEnum):
     edit = "edit"
     edit_plus = "edit_plus"
     kv = "kv"
+    redux = "redux"
 
 
 class Task(StrEnum):
@@ -848,294 +849,8 @@ class Timestep(RootModel[StrictInt]):
     root: Annotated[StrictInt, Field(ge=0, le=999)]
 
 
-class GenerationRequest(CompactModel):
-    """
-    What to make
-    """
-
-    model_config = ConfigDict(
-        extra="forbid",
-    )
-    model: Annotated[
-        StrictStr | None,
-        Field(
-            description="Name of a manifest; default: the default model of the service",
-            max_length=256,
-            min_length=1,
-        ),
-    ] = None
-    prompt: Annotated[
-        StrictStr,
-        Field(
-            description="What the image shows; may be empty for inpainting, and with a ControlNet unit in control mode control",
-            max_length=10000,
-        ),
-    ]
-    prompt_2: Annotated[
-        StrictStr | None,
-        Field(
-            description="For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); default: prompt",
-            max_length=10000,
-        ),
-    ] = None
-    negative_prompt: Annotated[
-        StrictStr | None,
-        Field(description="What the image should not show", max_length=10000),
-    ] = None
-    negative_prompt_2: Annotated[
-        StrictStr | None,
-        Field(description="For the second text encoder", max_length=10000),
-    ] = None
-    prompt_syntax: Annotated[
-        PromptSyntax | None,
-        Field(
-            description="How the prompts are read; default: the model's, which is plain unless its manifest sets another"
-        ),
-    ] = None
-    prompt_weighting: Annotated[
-        PromptWeighting | None,
-        Field(description="What weights do, with prompt_syntax a1111; default: comfy"),
-    ] = None
-    prompt_loras: Annotated[
-        StrictBool | None,
-        Field(
-            description="Whether a tag <lora:name:0.8> in prompt is an entry of loras, with prompt_syntax a1111"
-        ),
-    ] = None
-    styles: Annotated[
-        list[StrictStr] | None,
-        Field(
-            description="Named templates that prompt and negative_prompt are put into, in this order",
-            max_length=16,
-        ),
-    ] = None
-    embeddings: Annotated[
-        list[StrictStr] | None,
-        Field(
-            description="Embeddings (textual inversions) whose names in a prompt stand for their vectors, with prompt_syntax a1111; default: all that the model offers",
-            max_length=64,
-        ),
-    ] = None
-    width: Annotated[
-        StrictInt | None,
-        Field(
-            description="Pixels; default: the size of image, or the model's",
-            ge=64,
-            le=8192,
-            multiple_of=8,
-        ),
-    ] = None
-    height: Annotated[
-        StrictInt | None,
-        Field(
-            description="Pixels; default: the size of image, or the model's",
-            ge=64,
-            le=8192,
-            multiple_of=8,
-        ),
-    ] = None
-    num_inference_steps: Annotated[
-        StrictInt | None,
-        Field(description="Denoising steps; default: the model's", ge=1, le=1000),
-    ] = None
-    guidance_scale: Annotated[
-        StrictFloat | None,
-        Field(
-            description="Weight of classifier-free guidance, 1 or less is none; for Flux the distilled guidance",
-            ge=0.0,
-            le=100.0,
-        ),
-    ] = None
-    true_cfg_scale: Annotated[
-        StrictFloat | None,
-        Field(description="Classifier-free guidance of Flux", ge=0.0, le=100.0),
-    ] = None
-    guidance_rescale: Annotated[
-        StrictFloat | None,
-        Field(
-            description="Share of the rescaling that keeps guided images from being overexposed (Lin et al. 2023, arXiv:2305.08891)",
-            ge=0.0,
-            le=1.0,
-        ),
-    ] = None
-    num_images: Annotated[
-        StrictInt | None,
-        Field(
-            description="How many images; default: one, or one for each of seeds",
-            ge=1,
-            le=64,
-        ),
-    ] = None
-    seed: Annotated[
-        StrictInt | None,
-        Field(
-            description="Seed of the first image, image i takes seed + i; without it or with -1 one is drawn, which the plan names",
-            ge=-1,
-            le=9007199254740991,
-        ),
-    ] = None
-    seeds: Annotated[
-        list[Seed] | None,
-        Field(description="One seed for each image", max_length=64, min_length=1),
-    ] = None
-    subseed: Annotated[
-        StrictInt | None,
-        Field(
-            description="Variation seed: the other noise that subseed_strength moves towards; image i takes subseed + i, and all images the same seed; without it or with -1 one is drawn",
-            ge=-1,
-            le=9007199254740991,
-        ),
-    ] = None
-    subseed_strength: Annotated[
-        StrictFloat | None,
-        Field(
-            description="How far the initial noise moves from that of seed (0) to that of subseed (1), by spherical interpolation",
-            ge=0.0,
-            le=1.0,
-        ),
-    ] = None
-    scheduler: Annotated[
-        SchedulerName | None, Field(description="The sampler; default: the model's")
-    ] = None
-    use_karras_sigmas: Annotated[
-        StrictBool | None,
-        Field(
-            description="Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"
-        ),
-    ] = None
-    sigma_schedule: Annotated[
-        SigmaSchedule | None,
-        Field(
-            description="How the noise levels are spaced, where the scheduler can; karras is the same as use_karras_sigmas, sgm_uniform as trailing timestep_spacing; default: the scheduler's own"
-        ),
-    ] = None
-    timestep_spacing: Annotated[
-        TimestepSpacing | None,
-        Field(
-            description="Which timesteps are sampled, where the scheduler supports it; default: the model's"
-        ),
-    ] = None
-    sigmas: Annotated[
-        list[Sigma] | None,
-        Field(
-            description="The noise level before each step, the largest first, where the scheduler takes them; the 0 at the end may be left out. In place of num_inference_steps and of every spacing; for flow matching the levels after the shift, at most 1",
-            max_length=1001,
-            min_length=1,
-        ),
-    ] = None
-    timesteps: Annotated[
-        list[Timestep] | None,
-        Field(
-            description="The timestep of each step, the largest first, where the scheduler takes them; in place of num_inference_steps and of every spacing",
-            max_length=1000,
-            min_length=1,
-        ),
-    ] = None
-    eta: Annotated[
-        StrictFloat | None,
-        Field(
-            description="How much new noise each step of ddim or tcd adds, 0 is none; default: 0, and 0.3 with tcd",
-            ge=0.0,
-            le=1.0,
-        ),
-    ] = None
-    clip_skip: Annotated[
-        StrictInt | None,
-        Field(
-            description="How many of the last CLIP layers are left out, for the prompt and the negative prompt; default: none. SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip skip 1 or 2, 1 is their 3",
-            ge=0,
-            le=24,
-        ),
-    ] = None
-    max_sequence_length: Annotated[
-        StrictInt | None, Field(description="Tokens for T5", ge=1, le=512)
-    ] = None
-    size_conditioning: SizeConditioning | None = None
-    refiner: RefinerOptions | None = None
-    image: Annotated[
-        StrictStr | None,
-        Field(
-            description="The image to start from", max_length=134217728, min_length=1
-        ),
-    ] = None
-    strength: Annotated[
-        StrictFloat | None,
-        Field(
-            description="Denoising strength: 0 keeps the image, 1 ignores it; needs image",
-            gt=0.0,
-            le=1.0,
-        ),
-    ] = None
-    resize_mode: ResizeMode = ResizeMode.just_resize
-    mask_image: Annotated[
-        StrictStr | None,
-        Field(
-            description="White where image is repainted, black where it stays; needs image",
-            max_length=134217728,
-            min_length=1,
-        ),
-    ] = None
-    inpaint: InpaintOptions | None = None
-    reference_images: Annotated[
-        list[ImageString] | None,
-        Field(
-            description="Images that the prompt speaks of, in order: the one to edit, or those to take something from. Alone they make the task edit; with image and mask_image they guide what is painted",
-            max_length=10,
-            min_length=1,
-        ),
-    ] = None
-    loras: Annotated[
-        list[Lora] | None,
-        Field(description="LoRAs put on for this request alone", max_length=16),
-    ] = None
-    controlnets: Annotated[
-        list[ControlNetUnit] | None,
-        Field(description="Controls of this request", max_length=8),
-    ] = None
-    profile: Annotated[
-        StrictStr | None,
-        Field(
-            description="A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or fast",
-            max_length=64,
-            min_length=1,
-        ),
-    ] = None
-    seamless: Annotated[
-        SeamlessAxes | None,
-        Field(
-            description="Axes along which the image continues at its opposite edge, so that it can be tiled; U-Nets only; default: none"
-        ),
-    ] = None
-    guider: GuiderOptions | None = None
-    step_cache: StepCacheOptions | None = None
-    acceleration: AccelerationOptions | None = None
-    memory: MemoryOptions | None = None
-    output: OutputOptions | None = None
-    preview_interval: Annotated[
-        StrictInt,
-        Field(
-            description="Steps between two previews in the progress events; 0 is none",
-            ge=0,
-            le=1000,
-        ),
-    ] = 0
-    timeout_seconds: Annotated[
-        StrictFloat | None,
-        Field(
-            description="Seconds after which the work is stopped, time in the queue included",
-            gt=0.0,
-            le=86400.0,
-        ),
-    ] = None
-    request_id: Annotated[
-        StrictStr | None,
-        Field(
-            description="A name that comes back with the result and stands in the log",
-            max_length=128,
-            min_length=1,
-            pattern="^[A-Za-z0-9._:-]+$",
-        ),
-    ] = None
+class ReferenceWeight(RootModel[StrictFloat]):
+    root: Annotated[StrictFloat, Field(ge=0.0, le=10.0)]
 
 
 class PlannedScheduler(CompactModel):
@@ -1211,6 +926,14 @@ class PlannedReference(CompactModel):
         ),
     ]
     used_height: Annotated[StrictInt, Field(description="Pixels", ge=1)]
+    weight: Annotated[
+        StrictFloat | None,
+        Field(
+            description="How strongly it counts, where the model mixes its reference images by weights",
+            ge=0.0,
+            le=10.0,
+        ),
+    ] = None
 
 
 class PlannedControl(CompactModel):
@@ -1285,6 +1008,12 @@ class Environment(CompactModel):
     versions: Annotated[
         dict[str, StrictStr] | None,
         Field(description="Of the packages that decide pixels"),
+    ] = None
+    weights: Annotated[
+        dict[str, StrictStr] | None,
+        Field(
+            description="sha256 of the weight files of each component, such as unet, vae or controlnet canny; those of LoRAs and embeddings are with these. Components that were loaded in Python have none"
+        ),
     ] = None
 
 
@@ -1726,7 +1455,7 @@ class RestoredRequest(CompactModel):
     request: Annotated[
         dict[str, Any],
         Field(
-            description="Fields of a GenerationRequest. Metadata holds no images: the fields named by missing_images are absent, and the request is refused until they are given again."
+            description="Fields of a GenerationRequest. Metadata holds no images: the fields named by missing_images are absent, and the request is refused until they are given again; expected_references says which reference images."
         ),
     ]
     missing_images: Annotated[
@@ -1975,6 +1704,312 @@ class PreprocessorInfo(CompactModel):
     ] = None
     union_modes: list[UnionModeName] | None = None
     parameters: list[PreprocessorParameter] | None = None
+
+
+class GenerationRequest(CompactModel):
+    """
+    What to make
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    model: Annotated[
+        StrictStr | None,
+        Field(
+            description="Name of a manifest; default: the default model of the service",
+            max_length=256,
+            min_length=1,
+        ),
+    ] = None
+    prompt: Annotated[
+        StrictStr,
+        Field(
+            description="What the image shows; may be empty for inpainting, and with a ControlNet unit in control mode control",
+            max_length=10000,
+        ),
+    ]
+    prompt_2: Annotated[
+        StrictStr | None,
+        Field(
+            description="For the second text encoder (SDXL, Flux, Stable Diffusion 3.5); default: prompt",
+            max_length=10000,
+        ),
+    ] = None
+    negative_prompt: Annotated[
+        StrictStr | None,
+        Field(description="What the image should not show", max_length=10000),
+    ] = None
+    negative_prompt_2: Annotated[
+        StrictStr | None,
+        Field(description="For the second text encoder", max_length=10000),
+    ] = None
+    prompt_syntax: Annotated[
+        PromptSyntax | None,
+        Field(
+            description="How the prompts are read; default: the model's, which is plain unless its manifest sets another"
+        ),
+    ] = None
+    prompt_weighting: Annotated[
+        PromptWeighting | None,
+        Field(description="What weights do, with prompt_syntax a1111; default: comfy"),
+    ] = None
+    prompt_loras: Annotated[
+        StrictBool | None,
+        Field(
+            description="Whether a tag <lora:name:0.8> in prompt is an entry of loras, with prompt_syntax a1111"
+        ),
+    ] = None
+    styles: Annotated[
+        list[StrictStr] | None,
+        Field(
+            description="Named templates that prompt and negative_prompt are put into, in this order",
+            max_length=16,
+        ),
+    ] = None
+    embeddings: Annotated[
+        list[StrictStr] | None,
+        Field(
+            description="Embeddings (textual inversions) whose names in a prompt stand for their vectors, with prompt_syntax a1111; default: all that the model offers",
+            max_length=64,
+        ),
+    ] = None
+    width: Annotated[
+        StrictInt | None,
+        Field(
+            description="Pixels; default: the size of image, or the model's",
+            ge=64,
+            le=8192,
+            multiple_of=8,
+        ),
+    ] = None
+    height: Annotated[
+        StrictInt | None,
+        Field(
+            description="Pixels; default: the size of image, or the model's",
+            ge=64,
+            le=8192,
+            multiple_of=8,
+        ),
+    ] = None
+    num_inference_steps: Annotated[
+        StrictInt | None,
+        Field(description="Denoising steps; default: the model's", ge=1, le=1000),
+    ] = None
+    guidance_scale: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Weight of classifier-free guidance, 1 or less is none; for Flux the distilled guidance",
+            ge=0.0,
+            le=100.0,
+        ),
+    ] = None
+    true_cfg_scale: Annotated[
+        StrictFloat | None,
+        Field(description="Classifier-free guidance of Flux", ge=0.0, le=100.0),
+    ] = None
+    guidance_rescale: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Share of the rescaling that keeps guided images from being overexposed (Lin et al. 2023, arXiv:2305.08891)",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = None
+    num_images: Annotated[
+        StrictInt | None,
+        Field(
+            description="How many images; default: one, or one for each of seeds",
+            ge=1,
+            le=64,
+        ),
+    ] = None
+    seed: Annotated[
+        StrictInt | None,
+        Field(
+            description="Seed of the first image, image i takes seed + i; without it or with -1 one is drawn, which the plan names",
+            ge=-1,
+            le=9007199254740991,
+        ),
+    ] = None
+    seeds: Annotated[
+        list[Seed] | None,
+        Field(description="One seed for each image", max_length=64, min_length=1),
+    ] = None
+    subseed: Annotated[
+        StrictInt | None,
+        Field(
+            description="Variation seed: the other noise that subseed_strength moves towards; image i takes subseed + i, and all images the same seed; without it or with -1 one is drawn",
+            ge=-1,
+            le=9007199254740991,
+        ),
+    ] = None
+    subseed_strength: Annotated[
+        StrictFloat | None,
+        Field(
+            description="How far the initial noise moves from that of seed (0) to that of subseed (1), by spherical interpolation",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = None
+    scheduler: Annotated[
+        SchedulerName | None, Field(description="The sampler; default: the model's")
+    ] = None
+    use_karras_sigmas: Annotated[
+        StrictBool | None,
+        Field(
+            description="Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"
+        ),
+    ] = None
+    sigma_schedule: Annotated[
+        SigmaSchedule | None,
+        Field(
+            description="How the noise levels are spaced, where the scheduler can; karras is the same as use_karras_sigmas, sgm_uniform as trailing timestep_spacing; default: the scheduler's own"
+        ),
+    ] = None
+    timestep_spacing: Annotated[
+        TimestepSpacing | None,
+        Field(
+            description="Which timesteps are sampled, where the scheduler supports it; default: the model's"
+        ),
+    ] = None
+    sigmas: Annotated[
+        list[Sigma] | None,
+        Field(
+            description="The noise level before each step, the largest first, where the scheduler takes them; the 0 at the end may be left out. In place of num_inference_steps and of every spacing; for flow matching the levels after the shift, at most 1",
+            max_length=1001,
+            min_length=1,
+        ),
+    ] = None
+    timesteps: Annotated[
+        list[Timestep] | None,
+        Field(
+            description="The timestep of each step, the largest first, where the scheduler takes them; in place of num_inference_steps and of every spacing",
+            max_length=1000,
+            min_length=1,
+        ),
+    ] = None
+    eta: Annotated[
+        StrictFloat | None,
+        Field(
+            description="How much new noise each step of ddim or tcd adds, 0 is none; default: 0, and 0.3 with tcd",
+            ge=0.0,
+            le=1.0,
+        ),
+    ] = None
+    clip_skip: Annotated[
+        StrictInt | None,
+        Field(
+            description="How many of the last CLIP layers are left out, for the prompt and the negative prompt; default: none. SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip skip 1 or 2, 1 is their 3",
+            ge=0,
+            le=24,
+        ),
+    ] = None
+    max_sequence_length: Annotated[
+        StrictInt | None, Field(description="Tokens for T5", ge=1, le=512)
+    ] = None
+    size_conditioning: SizeConditioning | None = None
+    refiner: RefinerOptions | None = None
+    image: Annotated[
+        StrictStr | None,
+        Field(
+            description="The image to start from", max_length=134217728, min_length=1
+        ),
+    ] = None
+    strength: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Denoising strength: 0 keeps the image, 1 ignores it; needs image",
+            gt=0.0,
+            le=1.0,
+        ),
+    ] = None
+    resize_mode: ResizeMode = ResizeMode.just_resize
+    mask_image: Annotated[
+        StrictStr | None,
+        Field(
+            description="White where image is repainted, black where it stays; needs image",
+            max_length=134217728,
+            min_length=1,
+        ),
+    ] = None
+    inpaint: InpaintOptions | None = None
+    reference_images: Annotated[
+        list[ImageString] | None,
+        Field(
+            description="Images that the prompt speaks of, in order: the one to edit, or those to take something from. Alone they make the task edit; with image and mask_image they guide what is painted",
+            max_length=10,
+            min_length=1,
+        ),
+    ] = None
+    reference_weights: Annotated[
+        list[ReferenceWeight] | None,
+        Field(
+            description="How strongly each of reference_images counts, in the same order, for models that mix them (FLUX.1 Redux); 1 in total is the strength that such a model was trained with; default: equal shares of 1",
+            max_length=10,
+            min_length=1,
+        ),
+    ] = None
+    expected_references: Annotated[
+        list[PlannedImage] | None,
+        Field(
+            description="What reference_images have to be, by size and hash, in a request that was restored from an image: with fewer of them it is refused; leave it out to generate without",
+            max_length=10,
+            min_length=1,
+        ),
+    ] = None
+    loras: Annotated[
+        list[Lora] | None,
+        Field(description="LoRAs put on for this request alone", max_length=16),
+    ] = None
+    controlnets: Annotated[
+        list[ControlNetUnit] | None,
+        Field(description="Controls of this request", max_length=8),
+    ] = None
+    profile: Annotated[
+        StrictStr | None,
+        Field(
+            description="A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or fast",
+            max_length=64,
+            min_length=1,
+        ),
+    ] = None
+    seamless: Annotated[
+        SeamlessAxes | None,
+        Field(
+            description="Axes along which the image continues at its opposite edge, so that it can be tiled; U-Nets only; default: none"
+        ),
+    ] = None
+    guider: GuiderOptions | None = None
+    step_cache: StepCacheOptions | None = None
+    acceleration: AccelerationOptions | None = None
+    memory: MemoryOptions | None = None
+    output: OutputOptions | None = None
+    preview_interval: Annotated[
+        StrictInt,
+        Field(
+            description="Steps between two previews in the progress events; 0 is none",
+            ge=0,
+            le=1000,
+        ),
+    ] = 0
+    timeout_seconds: Annotated[
+        StrictFloat | None,
+        Field(
+            description="Seconds after which the work is stopped, time in the queue included",
+            gt=0.0,
+            le=86400.0,
+        ),
+    ] = None
+    request_id: Annotated[
+        StrictStr | None,
+        Field(
+            description="A name that comes back with the result and stands in the log",
+            max_length=128,
+            min_length=1,
+            pattern="^[A-Za-z0-9._:-]+$",
+        ),
+    ] = None
 
 
 class OpResult(ResultMethods):

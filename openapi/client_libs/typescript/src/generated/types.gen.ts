@@ -34,7 +34,7 @@ export const ModelFamily = {
 export type ModelFamily = typeof ModelFamily[keyof typeof ModelFamily];
 
 /**
- * Whether a model is an ordinary one, one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels, or one that edits by reference images (FLUX.1 Kontext, Qwen-Image-Edit; edit_plus takes several, as of Qwen-Image-Edit-2509; kv computes their tokens once, FLUX.2 Klein KV)
+ * Whether a model is an ordinary one, one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels, or one that edits by reference images (FLUX.1 Kontext, Qwen-Image-Edit; edit_plus takes several, as of Qwen-Image-Edit-2509; kv computes their tokens once, FLUX.2 Klein KV), or one that sees reference images as a part of its prompt (redux, FLUX.1 Redux)
  */
 export const ModelKind = {
     STANDARD: 'standard',
@@ -42,11 +42,12 @@ export const ModelKind = {
     CONTROL: 'control',
     EDIT: 'edit',
     EDIT_PLUS: 'edit_plus',
-    KV: 'kv'
+    KV: 'kv',
+    REDUX: 'redux'
 } as const;
 
 /**
- * Whether a model is an ordinary one, one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels, or one that edits by reference images (FLUX.1 Kontext, Qwen-Image-Edit; edit_plus takes several, as of Qwen-Image-Edit-2509; kv computes their tokens once, FLUX.2 Klein KV)
+ * Whether a model is an ordinary one, one whose denoiser takes a masked image (FLUX.1 Fill) or a control map (FLUX.1 Canny, Depth) as further input channels, or one that edits by reference images (FLUX.1 Kontext, Qwen-Image-Edit; edit_plus takes several, as of Qwen-Image-Edit-2509; kv computes their tokens once, FLUX.2 Klein KV), or one that sees reference images as a part of its prompt (redux, FLUX.1 Redux)
  */
 export type ModelKind = typeof ModelKind[keyof typeof ModelKind];
 
@@ -863,6 +864,14 @@ export type GenerationRequest = {
      */
     reference_images?: Array<ImageString> | null;
     /**
+     * How strongly each of reference_images counts, in the same order, for models that mix them (FLUX.1 Redux); 1 in total is the strength that such a model was trained with; default: equal shares of 1
+     */
+    reference_weights?: Array<number> | null;
+    /**
+     * What reference_images have to be, by size and hash, in a request that was restored from an image: with fewer of them it is refused; leave it out to generate without
+     */
+    expected_references?: Array<PlannedImage> | null;
+    /**
      * LoRAs put on for this request alone
      */
     loras?: Array<Lora> | null;
@@ -968,6 +977,10 @@ export type PlannedReference = {
      * Pixels
      */
     used_height: number;
+    /**
+     * How strongly it counts, where the model mixes its reference images by weights
+     */
+    weight?: number | null;
 };
 
 export type PlannedControl = {
@@ -1032,6 +1045,12 @@ export type Environment = {
      * Of the packages that decide pixels
      */
     versions?: {
+        [key: string]: string;
+    } | null;
+    /**
+     * sha256 of the weight files of each component, such as unet, vae or controlnet canny; those of LoRAs and embeddings are with these. Components that were loaded in Python have none
+     */
+    weights?: {
         [key: string]: string;
     } | null;
 };
@@ -1395,7 +1414,7 @@ export type LostSetting = {
 export type RestoredRequest = {
     source: MetadataSource;
     /**
-     * Fields of a GenerationRequest. Metadata holds no images: the fields named by missing_images are absent, and the request is refused until they are given again.
+     * Fields of a GenerationRequest. Metadata holds no images: the fields named by missing_images are absent, and the request is refused until they are given again; expected_references says which reference images.
      */
     request: {
         [key: string]: unknown;
