@@ -238,16 +238,10 @@ REPLACED_TERMS = {
 # Chapters and notebooks that still have some of them. The list may only shrink: one without any has to be taken off.
 WITH_REPLACED_TERMS = frozenset(
     {
-        "10_request/04_metadata",
         "40_planning",
         "50_pipeline/05_factory",
         "51_lora",
-        "52_acceleration",
-        "60_service",
-        "70_server",
         "71_worker",
-        "73_panel",
-        "tutorials",
     }
 )
 

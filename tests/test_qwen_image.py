@@ -165,7 +165,7 @@ def test_previews_of_a_vae_for_video(service: DiffusionService) -> None:
     "By the decoder and by the linear map; scaling and its reverse are exact."
     vae, seen = service.factory(service.manifest("qwen")).load().vae, []
     result = service.generate(**COMMON, seed=1, height=64, on_step=lambda step: seen.append(step.latents))
-    shown = preview_maker(vae, (64, 64)).picture(seen[-1][0], (64, 64))
+    shown = preview_maker(vae, (64, 64)).image(seen[-1][0], (64, 64))
     if float(seen[-1].std()) <= 1:  # a preview of stronger latents is scaled down
         assert np.abs(np.asarray(shown).astype(int) - np.asarray(result.image)).mean() < 2
     with torch.no_grad():

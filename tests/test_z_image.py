@@ -101,7 +101,7 @@ def test_previews(service: DiffusionService) -> None:
     "The preview after the last step is the image, smaller or as a JPEG."
     vae, seen = service.factory(service.manifest("zimage")).load().vae, []
     result = service.generate(**COMMON, seed=1, on_step=lambda step: seen.append(step.latents))
-    shown = preview_maker(vae, (64, 64)).picture(seen[-1][0], (64, 64))
+    shown = preview_maker(vae, (64, 64)).image(seen[-1][0], (64, 64))
     assert seen[-1].shape == (1, 16, 8, 8)
     if float(seen[-1].std()) <= 1:  # a preview of stronger latents is scaled down
         assert np.abs(np.asarray(shown).astype(int) - np.asarray(result.image)).mean() < 2

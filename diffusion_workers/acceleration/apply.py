@@ -203,7 +203,7 @@ def use_transformer_cache(
 # %% ../../nbs/52_acceleration/05_apply.ipynb #0d28e00f
 def measure_mag_ratios(
     transformer: torch.nn.Module,  # of Flux
-    draw: Callable[[], Any],  # makes pictures with it, all in one batch
+    draw: Callable[[], Any],  # makes images with it, all in one batch
 ) -> tuple[float, ...]:  # one for each step, the first is 1
     "What a manifest's `mag_ratios` say: how much longer the change by all blocks is than in the step before."
     blocks = [

@@ -32,7 +32,7 @@ def compiled_frames() -> int:
 
 # %% ../../nbs/52_acceleration/04_compilation.ipynb #269b2239
 RECOMPILE_LIMIT = (
-    64  # forms of one block: widths, sizes of the picture and of the batch; torch's own limit of 8 is soon used up
+    64  # forms of one block: widths, sizes of the image and of the batch; torch's own limit of 8 is soon used up
 )
 
 

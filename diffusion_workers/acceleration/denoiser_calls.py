@@ -21,7 +21,7 @@ from ez_diffusion_client.models import AccelerationOptions
 # %% ../../nbs/52_acceleration/03_denoiser_calls.ipynb #4c2f10dc
 def second_half(
     value: Any,  # arguments: tensors, numbers, and lists, tuples and dicts of them
-    batch: int,  # pictures, counted twice
+    batch: int,  # images, counted twice
 ) -> Any:
     "The arguments for the half of a batch that has the prompt."
     if isinstance(value, torch.Tensor):

@@ -331,7 +331,7 @@ class RefinerEntry(_Section):
 class ReferenceEncoderEntry(_Section):
     "The pipeline that turns reference images into tokens of the prompt."
 
-    source: Source
+    source: Source  # where the weights come from
     variant: Name | None = None  # such as fp16
     dtype: Dtype | None = None  # default: the model's
 

@@ -338,7 +338,7 @@ class ControlUnit(widgets.VBox):
     def __init__(
         self,
         controlnets: Iterable[ControlNetInfo] = (),  # that the model offers
-        preprocessors: Iterable[PreprocessorInfo] | None = None,  # absent, those of this installation
+        preprocessors: Iterable[PreprocessorInfo] | None = None,  # default: those of this installation
         preprocess: Preprocess | None = None,  # makes the preview of the map
         on_change: Callable[[], None] = lambda: None,
         on_remove: Callable[["ControlUnit"], None] = lambda unit: None,
@@ -461,7 +461,7 @@ class ControlUnits(widgets.VBox):
 
     def __init__(
         self,
-        preprocessors: Iterable[PreprocessorInfo] | None = None,  # absent, those of this installation
+        preprocessors: Iterable[PreprocessorInfo] | None = None,  # default: those of this installation
         preprocess: Preprocess | None = None,  # makes the preview of a map
         on_change: Callable[[], None] = lambda: None,
     ):

@@ -101,7 +101,7 @@ class ControlPanel(widgets.VBox):
         self,
         service: Any,  # a DiffusionService or a client: an object with `preprocess`
         image: ImageSource | None = None,
-        preprocessors: Iterable[PreprocessorInfo] | None = None,  # absent, all that the service offers
+        preprocessors: Iterable[PreprocessorInfo] | None = None,  # default: all that the service offers
     ):
         self._preprocess = getattr(service, "preprocess", None)
         if not callable(self._preprocess):

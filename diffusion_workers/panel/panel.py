@@ -865,7 +865,7 @@ def setup_lines(
 
 def code_of(
     entry: HistoryEntry,
-    backend: Backend | None = None,  # absent, a service of this process
+    backend: Backend | None = None,  # default: a service of this process
 ) -> str:
     "Python that generates an image again, with what the panel generates with."
     code = entry.code

@@ -177,7 +177,7 @@ class ReferenceImages(widgets.VBox):
         self._show_message()
 
     def _change(self, change: Any) -> None:
-        if len(change.new) < len(change.old):  # whoever removes an image wants to do without
+        if len(change.new) < len(change.old):  # removed on purpose
             self.expected, self._awaiting = (), []
         awaited = list(zip(change.new, self._awaiting))
         if self.expected and any(image.weight is None for image, weight in awaited):

@@ -197,7 +197,7 @@ class Stage(widgets.VBox):
     def finish(
         self,
         result: OpResult,
-        errors: list[ErrorDetail] | None = None,  # those to show here; absent, all of the result
+        errors: list[ErrorDetail] | None = None,  # those to show here; default: all of the result
     ) -> None:
         "Show the result of a generation."
         with self._guard:

@@ -34,7 +34,7 @@ def use_reference_tokens(
     pipe: DiffusionPipeline,  # of FLUX.1
     tokens: torch.Tensor,  # (1, patches, width of the text)
 ) -> Iterator[None]:
-    "Put these tokens behind the first prompt that is encoded inside the block, which is one run of the pipeline."
+    "Append these tokens to the first prompt that is encoded inside the block, which is one run of the pipeline."
     encode_prompt, calls = pipe.encode_prompt, iter([True])
 
     def with_tokens(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

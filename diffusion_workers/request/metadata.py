@@ -275,7 +275,7 @@ def metadata_texts(
     plan: GenerationPlan,
     index: int = 0,  # which image of the generation
 ) -> dict[str, str]:  # for `encode_image`
-    "What an image says about itself: its plan as JSON, and its line of parameters."
+    "The metadata of an image: its plan as JSON, and its line of parameters."
     own = plan.model_copy(update={"image_index": index})
     text = json.dumps(own.model_dump(mode="json", exclude_none=True), ensure_ascii=True, separators=(",", ":"))
     return {PLAN_KEY: text, PARAMETERS_KEY: parameters_line(plan, index)}
@@ -285,7 +285,7 @@ def embed(
     image: Image.Image,
     plan: GenerationPlan,
     index: int = 0,  # which image of the generation
-    output: OutputOptions | None = None,  # absent, what the plan says
+    output: OutputOptions | None = None,  # default: the plan's
 ) -> EncodedImage:
     "An image as a file that says how it was made, unless `output` forbids it."
     output = output or plan.output or OutputOptions()
@@ -369,7 +369,7 @@ def _upgraded_warning(note: Any) -> Any:  # with the field's name of today
 # %% ../../nbs/10_request/04_metadata.ipynb #db056120
 @dataclass(frozen=True)
 class ImageMetadata:
-    "What an image says about itself."
+    "The metadata of an image."
 
     plan: GenerationPlan | None = None
     parameters: str | None = None  # as `parameters_line` writes it
@@ -456,7 +456,7 @@ def _texts(image: Image.Image) -> dict[str, str]:  # under PLAN_KEY and PARAMETE
 def read_metadata(
     source: bytes | Path | Image.Image,  # a file, its path (local callers only), or an image that was opened from one
 ) -> ImageMetadata:
-    "What a PNG, JPEG or WebP says about itself; a RequestError only if it is no image that can be read."
+    "The metadata of a PNG, JPEG or WebP; a RequestError only if it cannot be read as an image."
     data = source.read_bytes() if isinstance(source, Path) else source
     image = data if isinstance(data, Image.Image) else open_image(data)
     texts = _texts(image)

@@ -59,7 +59,7 @@ class HttpError(RequestError):
 
 def answer(
     result: OpResult,
-    http_status: int | None = None,  # absent: by the result's status
+    http_status: int | None = None,  # default: by the result's status
     headers: dict[str, str] | None = None,
 ) -> Response:
     "The HTTP answer for a result."

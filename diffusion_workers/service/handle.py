@@ -55,7 +55,7 @@ class StopSignal:
 
     def __init__(
         self,
-        timeout_seconds: float | None = None,  # from now on; None is no limit
+        timeout_seconds: float | None = None,  # from now on; None: no limit
     ):
         self._cancelled = threading.Event()
         self.timeout_seconds = timeout_seconds

@@ -73,7 +73,7 @@ class ModelPool:
             return self._factories[name].classes if name in self._factories else {}
 
     def budget(self, manifest: ModelManifest) -> int | None:  # bytes
-        "The smaller of the environment's and the manifest's budget; None is no limit."
+        "The smaller of the environment's and the manifest's budget; None: no limit."
         own = None if manifest.memory_budget_gb is None else int(manifest.memory_budget_gb * 1e9)
         return min((limit for limit in (own, self.settings.memory_budget) if limit), default=None)
 

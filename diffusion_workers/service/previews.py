@@ -139,10 +139,10 @@ def decoded(
     return decoded_pixels(vae, vae_latents(vae, latents[None]))[0].to("cpu", torch.float32)
 
 # %% ../../nbs/60_service/02_previews.ipynb #5b97c359
-def preview_jpeg(picture: Image.Image) -> str:  # base64
+def preview_jpeg(image: Image.Image) -> str:  # base64
     "An image as the text of a small JPEG."
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
+    image.save(buffer, "JPEG", quality=80)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -171,12 +171,12 @@ class PreviewMaker:
         taken = []
         for _ in range(3):
             started = time.perf_counter()
-            preview_jpeg(self.picture(sample, self.size))
+            preview_jpeg(self.image(sample, self.size))
             taken.append(time.perf_counter() - started)
         return min(taken)
 
     @torch.no_grad()
-    def picture(
+    def image(
         self,
         latents: torch.Tensor,  # (C, h, w), scaled as a pipeline has them
         size: tuple[int, int],  # width and height in pixels
@@ -252,7 +252,7 @@ class Previewer:
         if latents.is_cuda:
             torch.cuda.synchronize(latents.device)
         began = time.perf_counter()
-        made = preview_jpeg(self.maker.picture(self.spatial(latents)[0], self.maker.size))
+        made = preview_jpeg(self.maker.image(self.spatial(latents)[0], self.maker.size))
         self.last = time.perf_counter()
         self.spent, self.made = self.spent + self.last - began, self.made + 1
         return made

@@ -385,11 +385,11 @@ def render_chunk(
     watch.stop.check()
     watch.on_progress(ProgressEvent(phase=Phase.decode, step=watch.step))
     latents = returned_latents(pipe, latents, plan)
-    pictures = decode_latents(pipe, latents) if decode else list(latents.float().cpu())
+    images = decode_latents(pipe, latents) if decode else list(latents.float().cpu())
     timings.encode_seconds += watch.began - started
     timings.denoise_seconds += denoised - watch.began
     timings.decode_seconds += time.perf_counter() - denoised
-    return pictures
+    return images
 
 # %% ../../nbs/60_service/04_render.ipynb #b635cd6a
 _ENCODED = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "clip_skip", "max_sequence_length")
@@ -660,7 +660,7 @@ def render(
     hooks: Hooks = NO_HOOKS,  # what was handed in from Python
 ) -> tuple[list[Image.Image] | list[torch.Tensor], list[RequestWarning]]:  # one for each seed, and what had to be said
     "Carry out a plan."
-    pictures, loras = [], planned_loras(plan, prepared.loras, lora_store or LoraStore())
+    images, loras = [], planned_loras(plan, prepared.loras, lora_store or LoraStore())
     pipe = factory.variant(plan.task, plan.control_kind)
     tokens = _tokens_of_references(factory, plan, prepared)
     with (
@@ -701,7 +701,7 @@ def render(
                     joining.enter_context(use_joined_prompts(pipe, plan, prompts, run))
                 if tokens is not None:
                     joining.enter_context(use_reference_tokens(pipe, tokens))
-                pictures += render_chunk(
+                images += render_chunk(
                     pipe, getattr(pipe, factory.record.denoiser), arguments, plan, watch, timings, refine, decode
                 )
         notes += acceleration_notes(pipe, plan, factory)
@@ -715,9 +715,9 @@ def render(
                 )
             )
     if prepared.canvas is not None and decode:
-        pictures = [paste_back(prepared.canvas, picture, prepared.canvas_mask, prepared.box) for picture in pictures]
+        images = [paste_back(prepared.canvas, image, prepared.canvas_mask, prepared.box) for image in images]
     timings.seconds_per_step = watch.seconds_per_step
-    return pictures, notes
+    return images, notes
 
 # %% ../../nbs/60_service/04_render.ipynb #bdf92cc3
 PIXEL_PACKAGES = ("diffusion-workers", "torch", "diffusers", "transformers")
@@ -740,12 +740,12 @@ def with_environment(
     return plan.model_copy(update={"environment": environment, "warnings": [*(plan.warnings or []), *notes] or None})
 
 
-def generated_image(picture: Image.Image, plan: GenerationPlan, index: int) -> GeneratedImage:
+def generated_image(image: Image.Image, plan: GenerationPlan, index: int) -> GeneratedImage:
     "An image as it goes over the wire, with its receipt inside if that is wanted."
     size = batch_size(plan)
     first = index - index % size
-    encoded = embed(picture, chunk_of(plan, first, size), index - first)
+    encoded = embed(image, chunk_of(plan, first, size), index - first)
     text = base64.b64encode(encoded.data).decode()
     return GeneratedImage(
-        image=text, format=plan.output.format, width=picture.width, height=picture.height, seed=plan.seeds[index]
+        image=text, format=plan.output.format, width=image.width, height=image.height, seed=plan.seeds[index]
     )
