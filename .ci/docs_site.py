@@ -24,7 +24,7 @@ from chapters import ROOT, chapter_folders, chapter_notebooks, title_and_subtitl
 from nbconvert import MarkdownExporter
 
 NBS, DOCS, SOURCE = ROOT / "nbs", ROOT / "docs", ROOT / "_docs" / "source"
-LINK = re.compile(r"(!?\[[^\]\n]*\]\()([^)\s]+)(\))")
+LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 HIDDEN = re.compile(r"^#\|\s*(?:hide|default_exp)\b", re.MULTILINE)
 FENCE = re.compile(r"^(```.*?^```|~~~.*?^~~~)", re.MULTILINE | re.DOTALL)
 
@@ -149,9 +149,13 @@ def main() -> int:  # the exit code
     config |= {"docs_dir": str(SOURCE), "site_dir": str(folder)}
     made = ROOT / "_docs" / "mkdocs.yml"
     made.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", str(made)])
+    # Not --quiet: it drops the warnings before --strict counts them.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(made)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         print(f"{len(list(folder.rglob('*.html')))} pages in {folder}")
+    else:
+        print(done.stdout + done.stderr, file=sys.stderr)
     return done.returncode
 
 

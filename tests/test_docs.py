@@ -72,7 +72,7 @@ def test_the_site_is_built_and_a_broken_link_stops_it(tmp_path: Path) -> None:
         config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8") + f"docs_dir: {tmp_path / 'few'}\n"
         (tmp_path / "mkdocs.yml").write_text(config)
         built = subprocess.run(
-            [sys.executable, "-m", "mkdocs", "build", "-q", "-f", "mkdocs.yml"],
+            [sys.executable, "-m", "mkdocs", "build", "-f", "mkdocs.yml"],
             cwd=tmp_path,
             capture_output=True,
             text=True,
