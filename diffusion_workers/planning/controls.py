@@ -177,9 +177,7 @@ def check_unit(
     name = pick_net(unit, manifest)
     if name is None:
         offered = ", ".join(manifest.controlnets) or "none"
-        message = (
-            "the model offers no such ControlNet" if unit.model else "no ControlNet of the model matches this unit"
-        )
+        message = "the model offers no such ControlNet" if unit.model else "no ControlNet matches this unit"
         near = nearest_name(unit.model or "", list(manifest.controlnets))
         hint = (
             f"did you mean {near}?"
