@@ -237,13 +237,8 @@ REPLACED_TERMS = {
 }
 # Chapters and notebooks that still have some of them. The list may only shrink: one without any has to be taken off.
 WITH_REPLACED_TERMS = frozenset(
-    {
-        "40_planning",
-        "50_pipeline/05_factory",
-        "51_lora",
-        "71_worker",
-    }
-)
+    {"71_worker/04_startup"}
+)  # the health report's phase `first_picture`, which clients read
 
 
 def part_of(notebook: Path) -> str:

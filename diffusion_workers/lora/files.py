@@ -65,14 +65,14 @@ _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 _SAFE = "a .safetensors file with the weights of a LoRA"
 
 
-def _check_kind(start: bytes, filename: str, lora: LoraName) -> None:  # raises for what is no safetensors file
+def _check_kind(start: bytes, filename: str, lora: LoraName) -> None:  # raises unless it is a safetensors file
     pickled = start[:1] == b"\x80" and start[1:2] in b"\x01\x02\x03\x04\x05" and start[8:9] != b"{"
     if Path(filename).suffix.lower() in _PICKLES or start.startswith(b"PK\x03\x04") or pickled:
         hint = "a pickle can run code when it is opened; convert it to .safetensors"
         raise lora.refusal("this LoRA is a pickle, which is never opened", allowed=_SAFE, hint=hint)
     if start.startswith((b"GGUF", b"version h", b"<")):
         hint = "a Git LFS pointer or a web page in place of the file is a download that went wrong; get the file itself"
-        raise lora.refusal("this LoRA is no safetensors file", allowed=_SAFE, hint=hint)
+        raise lora.refusal("this LoRA is not a safetensors file", allowed=_SAFE, hint=hint)
     if len(start) < 9:
         raise lora.damaged(f"it has {len(start)} bytes")
 
@@ -92,7 +92,7 @@ def _read_json(
     try:
         header = json.loads(b"{" + file.read(length - 1))
     except (ValueError, RecursionError):
-        raise lora.damaged("its header is no JSON") from None
+        raise lora.damaged("its header is not valid JSON") from None
     return header, size - 8 - length
 
 # %% ../../nbs/51_lora/02_files.ipynb #b0a7d0d0
@@ -426,7 +426,7 @@ def _modules(
     return modules, others, unusable
 
 # %% ../../nbs/51_lora/02_files.ipynb #c5d182fd
-def _loads(text: str) -> dict[str, Any]:  # {} for what is no JSON object
+def _loads(text: str) -> dict[str, Any]:  # {} unless it is a JSON object
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -438,7 +438,7 @@ def adapter_configs(
     metadata: Mapping[str, str],  # of the file
     beside: str | None = None,  # text of the adapter_config.json beside it
 ) -> dict[str, dict[str, Any]]:  # component -> lora_alpha, alpha_pattern, use_rslora
-    "What peft knows of the adapter, for each component."
+    "The peft configuration of the adapter, for each component."
     configs: dict[str, dict[str, Any]] = {}
     if beside:
         whole = _loads(beside)
@@ -478,11 +478,11 @@ class LoraHeader:
     "What a LoRA file holds."
 
     name: str
-    family: ModelFamily | None  # None: another one, or not to be told from the file
+    family: ModelFamily | None  # None if it is not supported, or the file does not reveal it
     family_words: str  # the family in words, also of those that are not supported
     layout: str  # "kohya", "diffusers", "peft" or "xlabs"
     modules: tuple[LoraModule, ...]
-    ignored: tuple[str, ...]  # keys of tensors that are no part of a LoRA
+    ignored: tuple[str, ...]  # keys of tensors that are not part of a LoRA
     tensors: int
     bytes: int  # of the file
     metadata: Mapping[str, str]  # title, base_model, trigger_words, as far as the author wrote them down
@@ -595,10 +595,10 @@ def config_beside(path: Path) -> str | None:
 
 def inspect_lora(
     path: Path,
-    name: str | None = None,  # in errors; absent is the file's name
+    name: str | None = None,  # in errors; default: the file's name
     field: str = "loras",  # path in the request
 ) -> LoraHeader:
-    "What a LoRA file holds, from its header alone; a `RequestError` that names the LoRA for what is none."
+    "What a LoRA file holds, from its header alone; raises a `RequestError` with the LoRA's name if it is not one."
     lora, path = LoraName(name or path.name, field), Path(path)
     try:
         with path.open("rb") as file:

@@ -80,8 +80,8 @@ def _split(key: str) -> tuple[str, str, str, str] | None:  # (component, name as
 
 def split_key(
     key: str,  # of a tensor in a LoRA file
-) -> tuple[str, str, str] | None:  # (component, name of the module, part), or None for what is no part of a LoRA
-    "What a key says, in whatever layout it is written."
+) -> tuple[str, str, str] | None:  # (component, name of the module, part), or None for a key that is not part of a LoRA
+    "The component, module and part that a key names, in any layout."
     found = _split(key)
     return None if found is None else (found[0], found[2], found[3])
 

@@ -124,7 +124,7 @@ def load_lora(
     lora: LoraName,
     sha256: str | None = None,  # of the file; compared with what is read
 ) -> LoadedLora:
-    "Read a LoRA; a `RequestError` that names it for a file that is none, is damaged, or is not the one it should be."
+    "Read a LoRA; raises a `RequestError` if the file is not a LoRA, is damaged, or has another hash than expected."
     try:
         with path.open("rb") as file:
             header = read_lora(
@@ -156,7 +156,7 @@ def load_lora(
             raise lora.damaged(f"alpha of {module.name} is {alpha}, which is not finite")
     numbers = [tensor for each in weights for tensor in each.tensors]
     if not torch.cat([tensor.flatten().float() for tensor in numbers]).isfinite().all():
-        raise lora.damaged("it holds numbers that are not finite")
+        raise lora.damaged("it contains NaN or infinite values")
     return LoadedLora(lora.name, header, weights, sum(tensor.nbytes for tensor in numbers))
 
 # %% ../../nbs/51_lora/04_layers.ipynb #0f64a419
@@ -389,7 +389,7 @@ class LoraLayer(nn.Module):
         else:
             added, shape = nn.functional.linear(nn.functional.linear(x, down), up), (-1,)
         if self.change is not None:
-            added = added + self.change.to(x).view(shape) * base  # the bias in base is no part of W
+            added = added + self.change.to(x).view(shape) * base  # the bias in base is not part of W
             added = added if self.shift is None else added + self.shift.to(x).view(shape)
         return base + added
 
@@ -490,7 +490,7 @@ def _notes(loaded: LoadedLora, fit: LoraFit, asked: Lora, field: str) -> Iterato
     if loaded.header.ignored:
         shown = ", ".join(loaded.header.ignored[:3])
         yield warning(
-            f"{len(loaded.header.ignored)} tensors in this file are no part of a LoRA and were left out: {shown}",
+            f"{len(loaded.header.ignored)} tensors in this file are not part of a LoRA and were left out: {shown}",
             field=f"{field}.name",
             given=loaded.name,
         )
@@ -694,8 +694,8 @@ def _prepare(
     return found[0], list(found[1])
 
 # %% ../../nbs/51_lora/04_layers.ipynb #9536eb0c
-def merged_weight(layer: LoraLayer) -> torch.Tensor:  # the shape and number format of the layer's own
-    "The weight with which a plain layer does what a layer with LoRAs does."
+def merged_weight(layer: LoraLayer) -> torch.Tensor:  # with the shape and dtype of the layer's own weight
+    "The weight that makes a plain layer equivalent to this layer with its LoRAs."
     weight = layer.base_layer.weight
     own = weight.detach().float()
     if layer.change is not None:

@@ -307,11 +307,11 @@ def check_variant(
 
 def encodes_maps(
     controls: Controls,
-    nets: Sequence[torch.nn.Module],  # of a request
+    networks: Sequence[torch.nn.Module],  # those of a request
 ) -> bool:
     "Whether the pipeline sends the maps of these ControlNets through the VAE."
     attribute = controls.pixel_map_attribute
-    takes_pixels = attribute is not None and getattr(nets[0], attribute, None) is not None
+    takes_pixels = attribute is not None and getattr(networks[0], attribute, None) is not None
     return controls.encodes_maps and not takes_pixels
 
 
@@ -449,11 +449,11 @@ class PipelineFactory:
                 denoiser = getattr(self.load(), self.record.denoiser)
                 source = self.manifest.controlnets[name].source
                 if isinstance(source, MemorySource):
-                    net = source.held
+                    network = source.held
                 else:
                     self._hash(f"controlnet {name}", partial(controlnet_hashes, self.manifest, name))
-                    net = load_controlnet(name, self.manifest, self.device, self.dtype, denoiser)
-                self._controlnets[name] = net
+                    network = load_controlnet(name, self.manifest, self.device, self.dtype, denoiser)
+                self._controlnets[name] = network
             return self._controlnets[name]
 
     def refiner(self) -> DiffusionPipeline:
@@ -496,13 +496,13 @@ class PipelineFactory:
         kind = self._kind_of(controlnets)
         base, call = self.load(), planned_call(self.manifest, task, kind)
         check_variant(self.manifest, base, call, task, kind)
-        nets = [self.controlnet(name) for name in controlnets]
+        networks = [self.controlnet(name) for name in controlnets]
         if self.record.controls.residuals == "layers":
-            nets = [borrowing_copy(net, getattr(base, self.record.denoiser)) for net in nets]
+            networks = [borrowing_copy(network, getattr(base, self.record.denoiser)) for network in networks]
         holder = holder_of(self.record.controls, kind)
         parts = {"scheduler": make_scheduler(base.scheduler, scheduler or PlannedScheduler(class_name="model default"))}
-        if nets:
-            parts["controlnet"] = nets[0] if len(nets) == 1 else holder(nets)
+        if networks:
+            parts["controlnet"] = networks[0] if len(networks) == 1 else holder(networks)
         with quiet_libraries():
             return self._sibling(base, call.class_name, kind, **parts)
 
@@ -524,11 +524,11 @@ class PipelineFactory:
         pipe = self.variant(plan.task, plan.control_kind)
         with ExitStack() as stack:
             if controls and self.manifest.kind == ModelKind.standard:
-                nets = [self.controlnet(prepared.control.model) for prepared in controls]
-                applied = control_object(plan, nets, controls, getattr(pipe, self.record.denoiser))
+                networks = [self.controlnet(prepared.control.model) for prepared in controls]
+                applied = control_object(plan, networks, controls, getattr(pipe, self.record.denoiser))
                 stack.enter_context(use_part(pipe, "controlnet", applied))
-                if encodes_maps(self.record.controls, nets):
-                    stack.enter_context(use_part(pipe, "vae", steady_vae(pipe.vae, len(nets))))
+                if encodes_maps(self.record.controls, networks):
+                    stack.enter_context(use_part(pipe, "vae", steady_vae(pipe.vae, len(networks))))
             midway = plan.denoising_steps < plan.num_inference_steps
             stack.enter_context(use_scheduler(pipe, plan.scheduler, midway, scheduler))
             yield pipe
@@ -572,7 +572,7 @@ class PipelineFactory:
         if self._reference_encoder is not None:
             parts = networks_of(self._reference_encoder)
             networks |= {f"reference_encoder.{name}": part for name, part in parts.items()}
-        return networks | {f"controlnet.{name}": net for name, net in self._controlnets.items()}
+        return networks | {f"controlnet.{name}": network for name, network in self._controlnets.items()}
 
     def component_bytes(self) -> dict[str, int]:
         "Bytes of the weights of each network in memory; a part that several models share is counted by each of them."

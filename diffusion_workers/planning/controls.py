@@ -40,20 +40,20 @@ from ez_diffusion_client.models import (
 
 # %% ../../nbs/40_planning/02_controls.ipynb #d43a667b
 def union_table(
-    net: ControlNetEntry,
+    entry: ControlNetEntry,
     family: ModelFamily,
 ) -> str:  # a key of UNION_MODE_NUMBERS
     "How the modes of a union ControlNet are numbered."
-    return net.union_table or next(iter(FAMILIES[family].controls.union_tables))
+    return entry.union_table or next(iter(FAMILIES[family].controls.union_tables))
 
 
 def learnt_modes(
-    net: ControlNetEntry,
+    entry: ControlNetEntry,
     family: ModelFamily,
-) -> dict[str, int]:  # name -> number; empty for a net without mode numbers
+) -> dict[str, int]:  # name -> number; empty for a ControlNet without mode numbers
     "The modes that a union ControlNet was trained on."
-    modes = union_modes(union_table(net, family))
-    return {name: number for name, number in modes.items() if net.union_modes is None or name in net.union_modes}
+    modes = union_modes(union_table(entry, family))
+    return {name: number for name, number in modes.items() if entry.union_modes is None or name in entry.union_modes}
 
 
 def asked_mode(unit: ControlNetUnit) -> UnionModeName | int | None:  # None where the unit does not say
@@ -62,55 +62,55 @@ def asked_mode(unit: ControlNetUnit) -> UnionModeName | int | None:  # None wher
 
 # %% ../../nbs/40_planning/02_controls.ipynb #a8f1a64b
 def takes(
-    net: ControlNetEntry,
+    entry: ControlNetEntry,
     unit: ControlNetUnit,
     family: ModelFamily,
 ) -> bool:
-    "Whether a ControlNet is made for the maps of a unit."
+    "Whether a ControlNet was trained on the kind of map that a unit uses."
     mode = asked_mode(unit)
     if mode is not None:
-        modes = learnt_modes(net, family) if net.union else {}
+        modes = learnt_modes(entry, family) if entry.union else {}
         return mode in modes or mode in modes.values()
     preprocessor = unit.preprocessing and unit.preprocessing.name
-    if preprocessor in net.preprocessors:
+    if preprocessor in entry.preprocessors:
         return True
     return (
-        net.union
+        entry.union
         and preprocessor is not None
-        and infer_union_mode(preprocessor, union_table(net, family)) in learnt_modes(net, family)
+        and infer_union_mode(preprocessor, union_table(entry, family)) in learnt_modes(entry, family)
     )
 
 
 def pick_net(
     unit: ControlNetUnit,
     manifest: ModelManifest,
-) -> str | None:  # None where it cannot be told
-    "The name of the ControlNet that a unit means."
+) -> str | None:  # None if the name is unknown, or nothing matches
+    "The name of the ControlNet that a unit uses."
     if unit.model is not None:
         return unit.model if unit.model in manifest.controlnets else None
     if len(manifest.controlnets) == 1:
         return next(iter(manifest.controlnets))
-    return next((name for name, net in manifest.controlnets.items() if takes(net, unit, manifest.family)), None)
+    return next((name for name, entry in manifest.controlnets.items() if takes(entry, unit, manifest.family)), None)
 
 # %% ../../nbs/40_planning/02_controls.ipynb #30bf56df
 def pick_mode(
     unit: ControlNetUnit,
-    net: ControlNetEntry,
+    entry: ControlNetEntry,
     family: ModelFamily,
-) -> int | None:  # None where the net has no modes
-    "The mode number of a unit for its net; a ValueError says why there is none."
-    if not net.union:
+) -> int | None:  # None for a ControlNet without modes
+    "The mode number of a unit for its ControlNet; raises a `ValueError` if the mode is missing or not supported."
+    if not entry.union:
         if unit.union_mode is not None:
             raise ValueError("this ControlNet is not a union ControlNet: leave union_mode out")
         return None
-    table = union_table(net, family)
+    table = union_table(entry, family)
     if not union_modes(table):
         return None
     preprocessor = unit.preprocessing and unit.preprocessing.name
     mode = asked_mode(unit)
     if mode is None and preprocessor:
         mode = infer_union_mode(preprocessor, table)
-    modes = learnt_modes(net, family)
+    modes = learnt_modes(entry, family)
     allowed = ", ".join(f"{name} ({number})" for name, number in modes.items())
     if mode is None:
         raise ValueError(f"the kind of the map is not known: set union_mode to {allowed}")
@@ -139,7 +139,7 @@ def check_unit(
     at: str,  # such as "controlnets[0]"
     manifest: ModelManifest,
 ) -> Iterator[ErrorDetail]:
-    "What is wrong with one unit."
+    "The validation errors of one unit."
     if unit.preprocessing is not None:
         yield from check_preprocessing(unit.preprocessing, f"{at}.preprocessing")
     if unit.guidance_start >= unit.guidance_end:
@@ -177,7 +177,7 @@ def check_unit(
     name = pick_net(unit, manifest)
     if name is None:
         offered = ", ".join(manifest.controlnets) or "none"
-        message = "the model offers no such ControlNet" if unit.model else "which ControlNet is meant cannot be told"
+        message = "the model offers no such ControlNet" if unit.model else "no ControlNet matches this unit"
         near = nearest_name(unit.model or "", list(manifest.controlnets))
         hint = (
             f"did you mean {near}?"
@@ -200,7 +200,7 @@ def _check_mixture(
     units: dict[int, ControlNetUnit], names: dict[int, str], manifest: ModelManifest
 ) -> Iterator[ErrorDetail]:
     "Whether ControlNets can be used together."
-    nets = {i: manifest.controlnets[name] for i, name in names.items()}
+    entries = {i: manifest.controlnets[name] for i, name in names.items()}
     most = manifest.record.controls.max_units
     if most is not None and len(units) > most:
         yield error_detail(
@@ -210,12 +210,12 @@ def _check_mixture(
             given=f"{len(units)} units",
             hint="disable the others",
         )
-    if not manifest.record.controls.exclusive_unions or not any(net.union for net in nets.values()):
+    if not manifest.record.controls.exclusive_unions or not any(entry.union for entry in entries.values()):
         return
     first = min(names)
     for i, name in names.items():
         at, others = f"controlnets[{i}]", [j for j in names if j != i and names[j] == name]
-        if not nets[i].union:
+        if not entries[i].union:
             message = f"{manifest.record.title} cannot use a union ControlNet and a plain ControlNet in one request"
             yield error_detail(
                 ErrorCode.unsupported_combination,
@@ -297,7 +297,7 @@ def _check_control_model(units: dict[int, ControlNetUnit], manifest: ModelManife
 
 # %% ../../nbs/40_planning/02_controls.ipynb #f6cae24b
 def check_controls(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
-    "Everything that speaks against the ControlNet units of a request."
+    "The validation errors of the ControlNet units of a request."
     units = enabled_units(request)
     if not manifest.record.has_controlnets and manifest.kind == ModelKind.standard:
         return  # the field is refused as a whole
@@ -319,21 +319,21 @@ def check_controls(request: GenerationRequest, manifest: ModelManifest) -> Itera
 
 # %% ../../nbs/40_planning/02_controls.ipynb #8eecfeb5
 def plan_control_kind(request: GenerationRequest, manifest: ModelManifest) -> ControlKind:
-    "How the request is controlled; for units that `check_controls` has nothing to say about."
+    "How the request is controlled; meaningful only for units that pass `check_controls`."
     units = enabled_units(request)
     if not units:
         return ControlKind.none
     if manifest.kind == ModelKind.control:
         return ControlKind.single
-    nets = [manifest.controlnets.get(pick_net(unit, manifest)) for unit in units.values()]
-    if any(net is not None and net.union for net in nets):
+    entries = [manifest.controlnets.get(pick_net(unit, manifest)) for unit in units.values()]
+    if any(entry is not None and entry.union for entry in entries):
         return ControlKind.union
     return ControlKind.single if len(units) == 1 else ControlKind.multiple
 
 
 @dataclass(frozen=True)
 class ControlFacts:
-    "What planning knows of the decoded pictures of the units, by the index of the unit in the request."
+    "The facts of the decoded images of the units, by the index of the unit in the request."
 
     images: Mapping[int, PlannedImage] = field(default_factory=dict)
     masks: Mapping[int, PlannedImage] = field(default_factory=dict)
@@ -375,7 +375,7 @@ def plan_controls(
 
 # %% ../../nbs/40_planning/02_controls.ipynb #ef860d43
 def control_warnings(request: GenerationRequest, steps: int) -> Iterator[RequestWarning]:  # of steps really made
-    "Controls that are taken, but do nothing."
+    "Warnings about controls that have no effect."
     for i, unit in enabled_units(request).items():
         if unit.conditioning_scale == 0:
             yield warning(

@@ -472,8 +472,8 @@ def plan_size(
 # %% ../../nbs/40_planning/04_plan.ipynb #a8ad5c23
 def check_size(
     width: int, height: int, manifest: ModelManifest, call: PipelineCall | None = None
-) -> Iterator[ErrorDetail]:  # what is beyond the model, or its pipeline
-    "Whether the model can make a picture of that size."
+) -> Iterator[ErrorDetail]:  # where it exceeds the limits of the model or its pipeline
+    "The validation errors of a size."
     limits = manifest.limits
     bounds = {
         "width": (width, limits.min_width, limits.max_width),
@@ -494,7 +494,7 @@ def check_size(
         allowed = f"at most {most} pixels in all"
         yield error_detail(
             ErrorCode.size_over_limit,
-            "the picture has too many pixels",
+            "the image has too many pixels",
             field="width",
             given=f"{width} x {height}",
             allowed=allowed,
@@ -504,7 +504,7 @@ def check_size(
 def size_warnings(
     request: GenerationRequest, image: PlannedImage | None, size: tuple[int, int]
 ) -> Iterator[RequestWarning]:
-    "What happened to the sizes that were given."
+    "Warnings about sizes that were changed."
     for field, used in zip(("width", "height"), size):
         asked = getattr(request, field)
         if asked is not None and asked != used:
@@ -512,7 +512,7 @@ def size_warnings(
     if image is not None and (request.width, request.height) == (None, None) and (image.width, image.height) != size:
         given, used = f"{image.width} x {image.height}", f"{size[0]} x {size[1]}"
         yield warning(
-            "the picture to start from was resized to a size that the model can make",
+            "the input image was resized to a size that the model can make",
             field="image",
             given=given,
             used=used,
@@ -610,7 +610,7 @@ def plan_task(request: GenerationRequest) -> Task:
 
 
 def plan_strength(request: GenerationRequest, manifest: ModelManifest, task: Task) -> float | None:  # above 0, up to 1
-    "How far the result may leave the picture; an inpainted region starts from noise unless the request says otherwise."
+    "Denoising strength; an inpainted region starts from pure noise unless the request sets it."
     if task in (Task.text_to_image, Task.edit):
         return None
     return request.strength or (manifest.defaults.strength if task == Task.image_to_image else 1.0)
@@ -749,12 +749,12 @@ WITHOUT_ZERO_SNR = ("PNDMScheduler", "HeunDiscreteScheduler", "DPMSolverSinglest
 
 
 def check_model(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
-    "Whether the files of the model can do what is asked, as far as they are on this machine."
-    nets = []
+    "Whether the model's files support the request, as far as they are available locally."
+    names = []
     if manifest.controlnets:
         picked = (pick_net(unit, manifest) for unit in enabled_units(request).values())
-        nets = [name for name in picked if name is not None]
-    for problem in model_problems(manifest, nets, request.mask_image is not None):
+        names = [name for name in picked if name is not None]
+    for problem in model_problems(manifest, names, request.mask_image is not None):
         yield error_detail(
             ErrorCode.unsupported_combination,
             problem.error.message,
@@ -1245,7 +1245,7 @@ def find_problems(
     offered: Embeddings | None = None,  # the embeddings of the model
     references: Sequence[PlannedReference] = (),  # those of the request
 ) -> list[ErrorDetail]:
-    "Everything that speaks against a request."
+    "All validation errors of a request."
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
     strength = plan_strength(request, manifest, plan_task(request))
     made = count_denoising_steps(call, steps, strength) if call else steps
@@ -1312,7 +1312,7 @@ def make_plan(
     image: PlannedImage | None = None,  # facts of the decoded `request.image`
     mask_image: PlannedImage | None = None,  # facts of the decoded `request.mask_image`
     reference_images: Sequence[PlannedImage] = (),  # facts of the decoded `request.reference_images`
-    controls: ControlFacts = ControlFacts(),  # facts of the decoded pictures of the enabled ControlNet units
+    controls: ControlFacts = ControlFacts(),  # facts of the decoded images of the enabled ControlNet units
     loras: Sequence[ResolvedLora | None] | None = None,  # files of `request.loras`; None looks up the names alone
     random_seed: int = 0,  # 0 to 2**53 - 64, taken when the request names no seed
     written: GenerationRequest | None = None,  # before its prompts were drawn; None is `request`
@@ -1417,13 +1417,13 @@ _REPLAYED = (
 )  # fmt: skip
 
 
-def _replayed_unit(plan: GenerationPlan, index: int, pictures: dict[str, str]) -> dict:
+def _replayed_unit(plan: GenerationPlan, index: int, images: dict[str, str]) -> dict:
     control = plan.controlnets[index]
     for field in ("image", "mask_image"):
-        if getattr(control, field) is not None and field not in pictures:
+        if getattr(control, field) is not None and field not in images:
             at, message = (
                 f"controlnets[{index}].{field}",
-                "the plan was controlled by a picture, and a receipt keeps only its hash",
+                "the plan was controlled by an image, and a receipt keeps only its hash",
             )
             raise RequestError(
                 [
@@ -1432,21 +1432,21 @@ def _replayed_unit(plan: GenerationPlan, index: int, pictures: dict[str, str]) -
                     )
                 ]
             )
-    unit = control.model_dump(exclude={"image", "mask_image"}, exclude_none=True) | pictures
+    unit = control.model_dump(exclude={"image", "mask_image"}, exclude_none=True) | images
     return {name: value for name, value in unit.items() if (name, value) != ("model", plan.model)}
 
 
 def request_from_plan(
     plan: GenerationPlan,
     *,
-    image: str | None = None,  # the picture to start from, as in a request
+    image: str | None = None,  # the input image, as in a request
     mask_image: str | None = None,  # the mask, as in a request
     reference_images: Sequence[str] = (),  # as in a request
     controls: Mapping[int, dict[str, str]] = MappingProxyType(
         {}
     ),  # index of a control -> its `image` and `mask_image`, as in a request
 ) -> GenerationRequest:
-    "The request that makes the images of a plan again."
+    "The request that regenerates the images of a plan."
     files = {"loras": {"__all__": {"source", "sha256"}}}  # which file a name stood for, is not part of a request
     told = plan.model_dump(include=set(_REPLAYED), exclude=files)
     fields = {name: value for name, value in told.items() if value is not None}
@@ -1476,7 +1476,7 @@ def request_from_plan(
     fields |= {name: value for name, value in (("image", image), ("mask_image", mask_image)) if value is not None}
     for field, given, planned in (("image", image, plan.image), ("mask_image", mask_image, plan.mask_image)):
         if planned is not None and given is None:
-            message = "the plan starts from a picture, and a receipt keeps only its hash"
+            message = "the plan starts from an image, and a receipt keeps only its hash"
             raise RequestError(
                 [error_detail(ErrorCode.missing_field, message, field=field, hint=f"hand in the {field} again")]
             )

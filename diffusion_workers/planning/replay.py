@@ -388,7 +388,7 @@ def _read_control(reader: _Reader, setting: Setting) -> None:
     given, units = dict(setting.value), reader.fields.get("controlnets", [])
     name = given.pop("model")
     if reader.models is not None:
-        name = _offered(name, [net.name for net in (reader.model.controlnets or ())] if reader.model else ())
+        name = _offered(name, [entry.name for entry in (reader.model.controlnets or ())] if reader.model else ())
     if not name or len(units) >= 8:
         reader.lose(setting.name, setting.text, "the model offers no such ControlNet")
         return
@@ -546,7 +546,7 @@ def _graph_settings(texts: Mapping[str, str]) -> list[Setting] | None:
         if is_workflow(data):
             return from_graph(graph_of_workflow(data))
     if texts.get("prompt", "").lstrip().startswith("{"):
-        return [Setting("prompt", texts["prompt"], None, reason="it is no graph that can be read")]
+        return [Setting("prompt", texts["prompt"], None, reason="it is not a graph that can be read")]
     return None
 
 

@@ -25,7 +25,7 @@ from ..request.logs import PlainFormatter
 from ..settings.environment import SettingsError
 from ..settings.worker import WorkerSettings, share_log_level
 from .delivery import Bucket, as_json, deliver, payload_limit
-from .startup import StartupClock, StartupError, import_sdk, start_service, try_picture
+from .startup import StartupClock, StartupError, import_sdk, make_trial_image, start_service
 from .worker_sdxl import from_worker_sdxl, is_worker_sdxl, to_worker_sdxl
 from ez_diffusion_client.models import ErrorCode, HealthState, OpResult, OpStatus, Phase, ProgressEvent, RequestWarning
 
@@ -294,7 +294,7 @@ class Worker:
         if result.status not in _DOUBTFUL or self.service is None or self.broken:
             return
         try:
-            await self.in_thread(try_picture, self.service)
+            await self.in_thread(make_trial_image, self.service)
         except StartupError as exc:
             self.broken = True
             self.config["refresh_worker"] = True
