@@ -235,23 +235,13 @@ REPLACED_TERMS = {
     r"made in one batch with": "batched with",
     r"says about itself": "its metadata",
 }
-# Chapters and notebooks that still have some of them. The list may only shrink: one without any has to be taken off.
-WITH_REPLACED_TERMS = frozenset(
-    {"71_worker/04_startup"}
-)  # the health report's phase `first_picture`, which clients read
 
 
-def part_of(notebook: Path) -> str:
-    "The entry of `WITH_REPLACED_TERMS` that a notebook belongs to: itself, or its chapter."
-    name = notebook.relative_to(NBS).with_suffix("").as_posix()
-    return name if name in WITH_REPLACED_TERMS else name.partition("/")[0]
-
-
-def prose_lines() -> Iterator[tuple[str, str, str]]:
-    "The part, place and text of each line of exported code and of notebook prose."
+def prose_lines() -> Iterator[tuple[str, str]]:
+    "The place and text of each line of exported code and of notebook prose."
     for module in exported_modules():
         for number, line in enumerate(written_lines(module.path), start=1):
-            yield part_of(module.notebook), place(module.path, number), line
+            yield place(module.path, number), line
     for notebook in sorted(NBS.rglob("*.ipynb")):
         if any(part.startswith((".", "_")) for part in notebook.relative_to(NBS).parts):
             continue
@@ -259,7 +249,7 @@ def prose_lines() -> Iterator[tuple[str, str, str]]:
         for number, cell in enumerate(cells):
             if cell["cell_type"] == "markdown":
                 at = f"{notebook.relative_to(ROOT).as_posix()}, cell {number}"
-                yield from ((part_of(notebook), at, line) for line in source_lines(cell).splitlines())
+                yield from ((at, line) for line in source_lines(cell).splitlines())
 
 
 def terms_to_replace(line: str) -> list[tuple[str, str]]:
@@ -272,15 +262,10 @@ def terms_to_replace(line: str) -> list[tuple[str, str]]:
 
 
 def replaced_terms() -> list[str]:
-    "Terms that were replaced, and entries of the list of pending parts that have none."
-    found, pending = [], set()
-    for part, at, line in prose_lines():
-        for term, instead in terms_to_replace(line):
-            pending.add(part)
-            if part not in WITH_REPLACED_TERMS:
-                found.append(f"{at}: {term!r}, write {instead!r}")
-    done = sorted(WITH_REPLACED_TERMS - pending)
-    return found + [f"{part}: no replaced term is left, take it off WITH_REPLACED_TERMS" for part in done]
+    "Terms that were replaced."
+    return [
+        f"{at}: {term!r}, write {instead!r}" for at, line in prose_lines() for term, instead in terms_to_replace(line)
+    ]
 
 
 CHECKS = {

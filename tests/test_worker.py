@@ -84,7 +84,7 @@ def test_success_and_health(queue: QueueServer, worker) -> None:
     )
     phases = {phase["phase"]: phase["seconds"] for phase in health.output["health"]["startup"]}
     assert (
-        list(phases) == ["interpreter", "imports", "runpod", "device", "weights", "first_picture"]
+        list(phases) == ["interpreter", "imports", "runpod", "device", "weights", "first_image"]
         and min(phases.values()) >= 0
     )
     assert health.output["health"]["state"] == "ready"

@@ -171,7 +171,7 @@ def start_service(
             torch.zeros(1, device=service.device)
         with clock.phase("weights"):
             service.factory(models.find()).load()
-        with clock.phase("first_picture"):
+        with clock.phase("first_image"):
             make_trial_image(service)
     except (RequestError, ValueError, RuntimeError) as exc:
         raise StartupError(str(exc)) from exc
