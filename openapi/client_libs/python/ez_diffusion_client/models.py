@@ -900,8 +900,12 @@ class PlannedImage(CompactModel):
             description="Of the decoded RGB (or gray) pixels", pattern="^[0-9a-f]{64}$"
         ),
     ]
-    width: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
-    height: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
+    width: Annotated[
+        StrictInt, Field(description="Pixels as given", ge=1, le=178956970)
+    ]
+    height: Annotated[
+        StrictInt, Field(description="Pixels as given", ge=1, le=178956970)
+    ]
 
 
 class PlannedReference(CompactModel):
