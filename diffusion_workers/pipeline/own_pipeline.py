@@ -28,10 +28,7 @@ def call_of(
     record: Family,
 ) -> PipelineCall | None:  # None for a class of another family
     "What a pipeline class carries out in a family; a subclass does what its base does."
-    calls: dict[str, PipelineCall] = {}
-    for call in record.calls:
-        if call.model_kind == calls.get(call.class_name, call).model_kind:  # the first kind with this class
-            calls[call.class_name] = call
+    calls = {call.class_name: call for call in reversed(record.calls)}  # the first call of each class
     known = (base for base in cls.__mro__ if base is getattr(diffusers, base.__name__, None))
     return next((calls[base.__name__] for base in known if base.__name__ in calls), None)
 
