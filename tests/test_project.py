@@ -212,7 +212,7 @@ EXPLAINED = [
 
 
 def test_counts_of_a_notebook() -> None:
-    "Imports, directives and code blocks are not counted; a hidden cell, or one that shows nothing, is no live cell."
+    "Imports, directives and code blocks are not counted; a hidden cell, or one that shows nothing, is not a live cell."
     found = teaching.count_notebook(EXPLAINED, "00_a/01_b")
     expected = teaching.Counts("00_a/01_b", words=3, exported=5, longest_run=4, before_first=4)
     assert found == expected

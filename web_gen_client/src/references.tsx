@@ -33,7 +33,7 @@ function expected(): Json[] {
 
 function change(list: Json[], weighed = weights()): void {
   forgetTouched(FIELD);
-  if (list.length < listed().length) edit(EXPECTED, undefined); // whoever removes an image wants to do without
+  if (list.length < listed().length) edit(EXPECTED, undefined); // removing an image means to do without it
   edit(FIELD, list.length ? list : undefined);
   edit(WEIGHTS, list.length ? weighed : undefined);
 }
