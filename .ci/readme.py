@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Makes README.md from nbs/index.ipynb: its visible cells and outputs, with links that hold from the top level.
 
-python .ci/readme.py           write README.md and the pictures it shows
+python .ci/readme.py           write README.md and the images it shows
 python .ci/readme.py --check   write nothing; exit 1 and show a diff where README.md is stale
 """
 
@@ -19,7 +19,7 @@ from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = "nbs/index.ipynb"
-PICTURES = "nbs/readme_files"  # not at the top level, which stays small
+IMAGES = "nbs/readme_files"  # not at the top level, which stays small
 HEADER = f"<!-- made from {INDEX} by .ci/readme.py: edit the notebook -->\n\n"
 DIRECTIVE = re.compile(r"^#\s*\|\s*(.+?)\s*$\n?", re.MULTILINE)
 PRIORITY = ["image/png", "image/jpeg", "image/svg+xml", "text/markdown", "text/html", "text/latex", "text/plain"]
@@ -51,10 +51,10 @@ def visible(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def embedded_to_files(text: str, files: dict[str, bytes]) -> str:
-    "The text with pictures in `files` where it held them as data URIs, which code hosts do not show."
+    "The text with images in `files` where it held them as data URIs, which code hosts do not show."
 
     def to_file(match: re.Match) -> str:
-        path = f"{PICTURES}/readme_embedded_{len(files)}.{match[1]}"
+        path = f"{IMAGES}/readme_embedded_{len(files)}.{match[1]}"
         files[path] = base64.b64decode(match[2])
         return path
 
@@ -62,10 +62,10 @@ def embedded_to_files(text: str, files: dict[str, bytes]) -> str:
 
 
 def readme_files() -> dict[str, bytes]:
-    "What the notebook makes: README.md and its pictures, by their path."
+    "What the notebook makes: README.md and its images, by their path."
     nb = visible(nbformat.read(ROOT / INDEX, as_version=4))
     exporter = MarkdownExporter(config=Config({"NbConvertBase": {"display_data_priority": PRIORITY}}))
-    text, resources = exporter.from_notebook_node(nb, resources={"output_files_dir": PICTURES, "unique_key": "readme"})
+    text, resources = exporter.from_notebook_node(nb, resources={"output_files_dir": IMAGES, "unique_key": "readme"})
     files = dict(resources["outputs"])
     text = embedded_to_files(text, files)
     text = re.sub(r"\n[ \n]*\n", "\n\n", text).strip() + "\n"
@@ -75,8 +75,8 @@ def readme_files() -> dict[str, bytes]:
 def present_files() -> dict[str, bytes]:
     paths = [
         ROOT / "README.md",
-        *sorted((ROOT / PICTURES).glob("readme*")),
-    ]  # beside them lie pictures of other origin, such as screenshots
+        *sorted((ROOT / IMAGES).glob("readme*")),
+    ]  # beside them lie images of other origin, such as screenshots
     return {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths if path.exists()}
 
 

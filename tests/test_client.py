@@ -80,7 +80,7 @@ def target(request: pytest.FixtureRequest) -> Server | RunPod:
 
 
 def test_generate(target: Server | RunPod) -> None:
-    "The picture that the service makes, as bytes and as PIL; alone, watched, and with await."
+    "The image that the service makes, as bytes and as PIL; alone, watched, and with await."
     with Client(target) as client:
         alone = client.generate(SMALL)
         events: list[ProgressEvent] = []
@@ -262,7 +262,7 @@ def test_the_command_line_names_the_variable_of_a_secret_that_no_header_can_carr
 def test_the_command_line_sends_elsewhere(
     target: Server | RunPod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    "The file holds the picture, with its receipt; a mistake has its exit code."
+    "The file holds the image, with its receipt; a mistake has its exit code."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFUSION_WORKERS_TOKEN", "correct-horse")
     monkeypatch.setenv("RUNPOD_API_KEY", API_KEY)
@@ -309,14 +309,14 @@ def test_line_separators_in_a_prompt_survive_the_command_line(
 
 
 def test_what_else_a_server_is_asked(url: str) -> None:
-    "Plan, control map, models, memory, health; pictures as bytes, as files and as PIL images."
+    "Plan, control map, models, memory, health; images as bytes, as files and as PIL images."
     with Client(Server(url, "correct-horse")) as client:
-        picture = Image.new("RGB", (64, 64), "red")
+        red = Image.new("RGB", (64, 64), "red")
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        hashes = {client.plan(SMALL, image=given).plan.image.sha256 for given in (picture, buffer.getvalue())}
+        red.save(buffer, "PNG")
+        hashes = {client.plan(SMALL, image=given).plan.image.sha256 for given in (red, buffer.getvalue())}
         assert len(hashes) == 1
-        assert client.preprocess(image=picture, preprocessing={"name": "canny"}).control_map.width == 64
+        assert client.preprocess(image=red, preprocessing={"name": "canny"}).control_map.width == 64
         assert client.models().default == "tiny"
         assert client.memory_info().process_bytes > 0
         assert client.health().state == "ready"

@@ -49,7 +49,7 @@ def assert_fails(done: subprocess.CompletedProcess, code: int, *said: str) -> No
     assert not missing, f"{missing} not in:\n{done.stderr}"
 
 
-# --- pictures ---------------------------------------------------------------
+# --- images -----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(folder: Path) -> tuple[Path, subprocess.CompletedProcess]:
-    "A picture made with options, in a folder that is not there yet, and the process that wrote it."
+    "An image made with options, in a folder that is not there yet, and the process that wrote it."
     path = folder / "not" / "there" / "out.png"
     options = [
         part
@@ -75,8 +75,8 @@ def test_generate_writes_a_png(written) -> None:
     path, done = written
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1 and done.stdout.startswith(f"{path}  128 x 128, seed 7")
-    with Image.open(path) as picture:
-        assert (picture.format, picture.size) == ("PNG", (128, 128))
+    with Image.open(path) as image:
+        assert (image.format, image.size) == ("PNG", (128, 128))
     plan = read_metadata(path).plan
     assert {name: getattr(plan, name) for name in ("prompt", "num_inference_steps")} == {
         name: FIELDS[name] for name in ("prompt", "num_inference_steps")
@@ -85,7 +85,7 @@ def test_generate_writes_a_png(written) -> None:
 
 
 def test_replay_gives_the_same_pixels(written, folder: Path) -> None:
-    "What a picture says about itself is enough to make it again."
+    "What an image says about itself is enough to make it again."
     path, _ = written
     done = run("replay", str(path), "-o", "replayed.png", cwd=folder)
     assert (done.returncode, done.stdout) == (0, "the same pixels\n"), done.stderr
@@ -130,9 +130,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "The folder that the test works in, with a photo, while the tiny model is offered and taken."
-    picture = Image.new("RGB", (96, 64), "white")
-    picture.paste("red", (20, 10, 70, 50))
-    picture.save(tmp_path / "photo, red.png")
+    photo = Image.new("RGB", (96, 64), "white")
+    photo.paste("red", (20, 10, 70, 50))
+    photo.save(tmp_path / "photo, red.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFUSION_WORKERS_MODELS", str(models))
     monkeypatch.setenv("DIFFUSION_WORKERS_DEFAULT_MODEL", "sdxl")
@@ -141,7 +141,7 @@ def tiny(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_control_from_a_photo_to_a_replay(tiny: Path, capsys: pytest.CaptureFixture) -> None:
-    "The map that comes back is the one that preprocess draws, and a replay takes the photo again and no other picture."
+    "The map that comes back is the one that preprocess draws, and a replay takes the photo again and no other image."
     control = (
         "model=canny,image=photo, red.png,preprocessor=canny,param.low_threshold=50,scale=0.8,end=0.75,return_map=true"
     )
@@ -249,7 +249,7 @@ def test_a_mistake_in_a_control_or_a_lora(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     "It is told with the name of the field, before a model is loaded, and no file is written."
-    Path("text.png").write_text("no picture")
+    Path("text.png").write_text("no image")
     assert_fails(call(arguments, "", capsys, monkeypatch), code, *said)
     assert {path.name for path in tiny.iterdir()} == {PHOTO, "text.png"}
 

@@ -94,8 +94,10 @@ def tiny(request):
     pipe(prompt="a red circle", width=64, height=64, num_inference_steps=1, output_type="latent")
     if hasattr(pipe.vae, "clear_cache"):  # a VAE for video notes what it has seen, and empties it in each call
         pipe.vae.clear_cache()
-    nets = {"lines": tiny_controlnet(request.param)} if RECORDS[request.param].has_controlnets else {}
-    with DiffusionService.from_pipeline(pipe, "mine", controlnets=nets, manifest=SIZES, log_failures=False) as made:
+    controlnets = {"lines": tiny_controlnet(request.param)} if RECORDS[request.param].has_controlnets else {}
+    with DiffusionService.from_pipeline(
+        pipe, "mine", controlnets=controlnets, manifest=SIZES, log_failures=False
+    ) as made:
         yield made, pipe
 
 

@@ -35,7 +35,7 @@ def expected(request: GenerationRequest) -> Task:
 
 
 def test_there_is_a_sample_for_every_mode() -> None:
-    "Each task of each built-in model, one and several controls, a union net, LoRAs, and each file format."
+    "Each task of each built-in model, one and several controls, a union ControlNet, LoRAs, and each file format."
     requests = [GenerationRequest.model_validate_json(path.read_text()) for path in INPUTS]
     built_in = [name for name in load_manifests() if name.startswith("shapes-")]
     modes = {(request.model or "shapes-sd15", expected(request)) for request in requests}

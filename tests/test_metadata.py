@@ -44,7 +44,7 @@ LINE_REQUEST = {
 # --- files ------------------------------------------------------------------
 
 
-def picture(mode: str = "RGB") -> Image.Image:
+def blank_image(mode: str = "RGB") -> Image.Image:
     return Image.new(mode, (64, 64), "red")
 
 
@@ -56,7 +56,7 @@ def png(kind: str = "tEXt", **texts: str) -> bytes:
             info.add_itxt(key, text, zip=True)
         else:
             info.add_text(key, text, zip=kind == "zTXt")
-    picture().save(buffer, "PNG", pnginfo=info)
+    blank_image().save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 
@@ -66,7 +66,7 @@ def with_exif(kind: str, tags: dict[int, Any], inner: bool = True) -> bytes:
     block = exif.get_ifd(ExifTags.IFD.Exif) if inner else exif
     for tag, value in tags.items():
         block[tag] = value
-    picture().save(buffer, kind, exif=exif.tobytes())
+    blank_image().save(buffer, kind, exif=exif.tobytes())
     return buffer.getvalue()
 
 
@@ -278,8 +278,8 @@ def test_image_to_image_and_inpainting(service: DiffusionService) -> None:
     painted = service.restore(parameters=LINE + ", Denoising strength: 0.5, Mask blur: 4.0").restored
     assert (painted.request["inpaint"], painted.missing_images) == ({"mask_blur": 4}, ["image", "mask_image"])
     assert {"image", "mask_image"} <= set(lost(painted))
-    images = {"image": picture(), "mask_image": Image.new("L", (64, 64), 255)}
-    assert service.plan(**image.request, image=picture()).ok
+    images = {"image": blank_image(), "mask_image": Image.new("L", (64, 64), 255)}
+    assert service.plan(**image.request, image=blank_image()).ok
     assert service.plan(**painted.request, **images).ok
 
 
@@ -872,7 +872,7 @@ def test_controls_of_a_graph(service: DiffusionService, kind: str) -> None:
     assert restored.missing_images == ["controlnets[0].image"]
     if kind == "ControlNetApplyAdvanced":
         assert (unit["guidance_start"], unit["guidance_end"]) == (0.1, 0.8)
-    unit["image"] = picture()
+    unit["image"] = blank_image()
     assert service.plan(**restored.request).ok
 
 

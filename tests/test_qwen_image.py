@@ -118,8 +118,8 @@ def test_a_controlnet_draws_what_diffusers_draws_with_it(service: DiffusionServi
     unit = {"model": "canny", "image": photo(), "conditioning_scale": 0.7}
     ours = pixels(service, controlnets=[unit], **NEGATIVE)
     pipe = quiet_pipeline(ModelFamily.qwen)
-    net = diffusers.QwenImageControlNetModel.from_pretrained(folder / "qwen-canny")
-    pipe = diffusers.QwenImageControlNetPipeline(**pipe.components, controlnet=net)
+    controlnet = diffusers.QwenImageControlNetModel.from_pretrained(folder / "qwen-canny")
+    pipe = diffusers.QwenImageControlNetPipeline(**pipe.components, controlnet=controlnet)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae = steady_vae(pipe.vae, 1)
     common = {"prompt": COMMON["prompt"], "true_cfg_scale": 2.0, "num_inference_steps": 3, "width": 64, "height": 64}

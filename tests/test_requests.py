@@ -163,8 +163,8 @@ def reference_pixels(service: DiffusionService) -> np.ndarray:
 # --- nonsense ---------------------------------------------------------------
 
 
-def picture(chance: random.Random) -> bytes:
-    "A small picture of random pixels, in a random format and mode."
+def image_bytes(chance: random.Random) -> bytes:
+    "A small image of random pixels, in a random format and mode."
     size = chance.choice([(1, 1), (3, 200), (64, 64), (90, 70)])
     mode = chance.choice(["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "I;16"])
     format = chance.choice({"CMYK": ["JPEG", "TIFF"], "I;16": ["PNG", "TIFF"]}.get(mode, ["PNG", "TIFF"]))
@@ -177,8 +177,8 @@ def picture(chance: random.Random) -> bytes:
 
 
 def image_text(chance: random.Random) -> str:
-    "A picture as text: whole, cut off, with broken bytes, or none at all."
-    data = picture(chance)
+    "An image as text: whole, cut off, with broken bytes, or none at all."
+    data = image_bytes(chance)
     kind = chance.randrange(6)
     if kind == 0:
         data = data[: chance.randrange(len(data))]
@@ -267,9 +267,9 @@ def sensible(chance: random.Random) -> dict[str, Any]:
     "A request that could be carried out."
     request = {"prompt": chance.choice(["a red circle", "x" * 500, "\0\t\u202e", "円"]), **SMALL}
     if chance.random() < 0.5:
-        request["image"] = base64.b64encode(picture(chance)).decode()
+        request["image"] = base64.b64encode(image_bytes(chance)).decode()
         if chance.random() < 0.5:
-            request["mask_image"] = base64.b64encode(picture(chance)).decode()
+            request["mask_image"] = base64.b64encode(image_bytes(chance)).decode()
     options = {
         "seed": 2**53 - 3, "guidance_scale": 0, "scheduler": chance.choice(list(wire.SchedulerName)).value,
         "use_karras_sigmas": chance.random() < 0.5,
@@ -303,7 +303,7 @@ def mangled(chance: random.Random) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_mangled_requests_are_answered(service: DiffusionService, seed: int) -> None:
-    "Fifty mangled requests: each is answered, what still makes sense makes a picture, and then all is as it was."
+    "Fifty mangled requests: each is answered, what still makes sense makes an image, and then all is as it was."
     chance = random.Random(seed)
     before, wrong = reference_pixels(service), []
     for _ in range(50):
@@ -349,7 +349,7 @@ def deep(depth: int) -> list:
     return inner
 
 
-PIXEL = base64.b64encode(picture(random.Random(0))).decode()
+PIXEL = base64.b64encode(image_bytes(random.Random(0))).decode()
 TRAPS = {
     "capital field": {"prompt": "x", "Prompt": "y"},
     "dashed field": {"prompt": "x", "num-images": 2},
@@ -462,8 +462,8 @@ def test_misspelt_words_are_recognised(service: DiffusionService, path: tuple, w
         if not karras or name in KARRAS_SCHEDULERS
     ],
 )
-def test_every_scheduler_makes_a_picture_of_few_steps(service: DiffusionService, scheduler: str, karras: bool) -> None:
-    "One and two steps are few, but they are allowed; from a picture, a part of them is left out."
+def test_every_scheduler_makes_an_image_of_few_steps(service: DiffusionService, scheduler: str, karras: bool) -> None:
+    "One and two steps are few, but they are allowed; from an image, a part of them is left out."
     for steps, more in ((1, {}), (2, {"image": PIXEL, "strength": 0.5})):
         request = (
             SMALL

@@ -41,9 +41,7 @@ def service():
 
 
 @pytest.mark.parametrize(("scheduler", "karras"), CASES)
-def test_the_picture_shows_what_was_asked_for(
-    service: DiffusionService, scheduler: SchedulerName, karras: bool
-) -> None:
+def test_the_image_shows_what_was_asked_for(service: DiffusionService, scheduler: SchedulerName, karras: bool) -> None:
     "A property of the trained model: the scorer reads a red circle on white back from the pixels."
     prompt = "a large red circle in the center on a white background"
     result = service.generate(

@@ -69,8 +69,8 @@ def url(service: DiffusionService, tmp_path_factory: pytest.TempPathFactory) -> 
         yield address
 
 
-def picture(url: str, **headers: str) -> str:
-    "The picture that a small request makes, which must succeed."
+def small_image(url: str, **headers: str) -> str:
+    "The image that a small request makes, which must succeed."
     response = httpx.post(f"{url}/generate", json=SMALL, headers=headers, timeout=PATIENCE)
     assert response.status_code == 200, response.text
     return OpResult.model_validate_json(response.text).generation.images[0].image
@@ -112,9 +112,9 @@ def test_every_operation_keeps_the_contract(case: schemathesis.Case, url: str) -
         OpResult.model_validate_json(response.text)
 
 
-def test_the_server_still_makes_pictures(url: str) -> None:
+def test_the_server_still_generates(url: str) -> None:
     "After all of that."
-    assert picture(url) == picture(url)
+    assert small_image(url) == small_image(url)
     assert httpx.get(f"{url}/ready").status_code == 200
 
 
@@ -124,7 +124,7 @@ def test_the_server_still_makes_pictures(url: str) -> None:
 def test_outputs_are_listed_and_stay_inside_their_folder(url: str) -> None:
     "Every page follows the one before it; no path that a client writes leaves the folder or is worth a 5xx."
     for _ in range(2):
-        picture(url)
+        small_image(url)
     wait_until(lambda: httpx.get(f"{url}/outputs").json()["total"] >= 2, "both images are in the folder")
     first = httpx.get(f"{url}/outputs", params={"limit": 1}).json()
     second = httpx.get(f"{url}/outputs", params={"limit": 1, "before": first["next"]}).json()
@@ -183,7 +183,7 @@ BODIES = {
     "many controls": json.dumps({"prompt": "x", "controlnets": [{"image": "AAAA"}] * 10_000}).encode(),
     "50 MB of prompt": b'{"prompt": "' + b"x" * 50_000_000 + b'"}',
     "50 MB of image": b'{"prompt": "x", "image": "' + b"A" * 50_000_000 + b'"}',
-    "a picture of 30,000 x 30,000": json.dumps({"prompt": "x", "image": HUGE_PNG}).encode(),
+    "an image of 30,000 x 30,000": json.dumps({"prompt": "x", "image": HUGE_PNG}).encode(),
     "a file path": b'{"prompt": "x", "image": "/etc/passwd"}',
     "an image of XML comments": json.dumps(
         {"prompt": "x", "image": base64.b64encode(b"<!---->" * 70).decode()}
@@ -196,7 +196,7 @@ BODIES = {
 @pytest.mark.parametrize("path", ["/generate", "/jobs", "/plan", "/preprocess"])
 def test_hostile_bodies_are_refused_in_words(url: str, path: str) -> None:
     "Each gets a 4xx and an OpResult that says why; none disturbs the server."
-    before, wrong = picture(url), []
+    before, wrong = small_image(url), []
     with httpx.Client(base_url=url, timeout=PATIENCE) as client:
         for name, body in BODIES.items():
             if path != "/generate" and name.startswith("50 MB"):
@@ -208,7 +208,7 @@ def test_hostile_bodies_are_refused_in_words(url: str, path: str) -> None:
             if len(response.content) > 100_000:
                 wrong.append(f"{name}: the answer has {len(response.content)} bytes")
     assert not wrong, "\n".join(wrong)
-    assert picture(url) == before
+    assert small_image(url) == before
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_broken_http_does_not_disturb(url: str) -> None:
     assert raw(url, head + b"X-Long: " + b"x" * 200_000 + b"\r\n\r\n").startswith(b"HTTP/1.1 4")
     for cut in (head, head + b"Content-Length: 100\r\n\r\n", head + b"Content-Length: 100\r\n\r\n{"):
         raw(url, cut, wait=False)
-    assert picture(url) == picture(url)
+    assert small_image(url) == small_image(url)
 
 
 def test_a_slow_sender_is_sent_away(service: DiffusionService) -> None:
@@ -253,7 +253,7 @@ def test_a_slow_sender_is_sent_away(service: DiffusionService) -> None:
                 b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
                 b"Content-Length: 1000\r\n\r\n{"
             )
-            assert picture(url)
+            assert small_image(url)
             answer = slow.recv(65536)
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"no data for 0.3 seconds" in answer + b""
@@ -272,7 +272,7 @@ def test_half_sent_headers_are_closed(service: DiffusionService) -> None:
                     assert slow.recv(65536).startswith(b"HTTP/1.1 200")
                 slow.sendall(head[:30])
                 assert slow.recv(65536) == b"", "the server closes the connection"
-        assert picture(url)
+        assert small_image(url)
 
 
 @pytest.mark.parametrize("path", ["/generate", "/plan", "/jobs", "/preprocess", "/restore", "/prompt"])
@@ -332,7 +332,7 @@ def test_a_client_that_goes_away_stops_its_work(service: DiffusionService, recor
         wait_until(lambda: job.result is not None, "the work stops")
         assert job.result.status == "cancelled"
         assert steps(recorded) <= noticed + 1
-        assert picture(url)
+        assert small_image(url)
 
 
 def test_a_job_is_watched_and_cancelled(service: DiffusionService, recorded: list[ProgressEvent]) -> None:
@@ -362,7 +362,7 @@ def test_a_job_is_watched_and_cancelled(service: DiffusionService, recorded: lis
         assert [seen[job.id][-1].phase for job in jobs] == ["cancelled"] * 2
         assert steps(recorded) <= asked + 1
         assert [Job.model_validate_json(client.get(f"/jobs/{job.id}").text).state for job in jobs] == ["cancelled"] * 2
-        assert picture(url)
+        assert small_image(url)
 
 
 def test_a_full_queue_says_when_to_come_back(service: DiffusionService) -> None:
@@ -390,7 +390,7 @@ def test_the_operators_deadline_holds(service: DiffusionService) -> None:
 def test_metrics_count_what_happened(service: DiffusionService) -> None:
     "In the text format that Prometheus reads."
     with live_server(service) as (url, _):
-        picture(url)
+        small_image(url)
         httpx.post(f"{url}/generate", json={"prompt": ""})
         text = httpx.get(f"{url}/metrics").text
     samples = {
@@ -435,7 +435,7 @@ def test_the_page_is_served_where_it_is_built(service: DiffusionService, tmp_pat
 def test_a_finished_job_holds_neither_its_timer_nor_its_images(service: DiffusionService) -> None:
     "A long deadline and an image do not stay when the result is there."
     with live_server(service) as (url, app):
-        body = SMALL | {"model": "tiny", "image": picture(url), "timeout_seconds": 3600}
+        body = SMALL | {"model": "tiny", "image": small_image(url), "timeout_seconds": 3600}
         job_id = httpx.post(f"{url}/jobs", json=body, timeout=PATIENCE).json()["id"]
         job = app.state.server.queue.store.get(job_id)
         wait_until(lambda: job.result is not None and job.size, "it is done")
@@ -582,7 +582,7 @@ def test_ready_follows_the_device(service: DiffusionService, monkeypatch: pytest
             wait_until(lambda: httpx.get(f"{url}/ready").status_code == 503, "the server is not ready")
             assert "the device is lost" in httpx.get(f"{url}/health").json()["message"]
         assert service.generate == generate
-        assert picture(url)
+        assert small_image(url)
         assert httpx.get(f"{url}/ready").status_code == 200
 
 
@@ -637,7 +637,7 @@ def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
         process = start(port, stderr, JSON_LOGS="1", GRACE="0.2")
         try:
             wait_until(lambda: is_ready(url, process) or time.sleep(0.5), "the server is ready")
-            assert picture(url, **{"X-Request-ID": "my-picture"})
+            assert small_image(url, **{"X-Request-ID": "my-image"})
             second = start(port, subprocess.PIPE)
             said = second.communicate(timeout=PATIENCE)[1].decode()
             assert second.returncode == 2 and f"cannot listen on 127.0.0.1 port {port}" in said, said
@@ -680,7 +680,7 @@ def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
     first, *lines = log.read_text().splitlines()
     assert first == f"diffusion-workers: starting on {url}, documentation at {url}/docs"
     logged = [json.loads(line) for line in lines]
-    made = [line for line in logged if line.get("request_id") == "my-picture"]
+    made = [line for line in logged if line.get("request_id") == "my-image"]
     assert [(line["path"], line["status"], line["outcome"]) for line in made] == [("/generate", 200, "success")]
     assert all(re.fullmatch(r"\d{4}-.*\+00:00", line["time"]) and line["level"] and line["logger"] for line in logged)
 
@@ -725,4 +725,4 @@ def test_thirty_two_clients_at_once(url: str) -> None:
     assert found["out_of_order"] == 0, found
     assert found["process_mb_after"] < found["process_mb_before"] + 50, (
         found
-    )  # results of jobs are kept for a while: 48 pictures of some kilobytes
+    )  # results of jobs are kept for a while: 48 images of some kilobytes

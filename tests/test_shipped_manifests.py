@@ -13,19 +13,21 @@ from ez_diffusion_client.models import ControlKind, GenerationRequest, PlannedIm
 
 STORE = load_manifests()
 FACT = PlannedImage(sha256="0" * 64, width=1024, height=1024)
-PICTURE = "aGVsbG8="
+IMAGE = "aGVsbG8="
 
 
 def offers(manifest: ModelManifest) -> list[list[dict]]:
-    "Lists of units: none, each net alone with each of its modes, and two maps of each union net."
+    "Lists of units: none, each ControlNet alone with each of its modes, and two maps of each union ControlNet."
     if manifest.kind == "control":
         return [[{}], *([{"preprocessing": {"name": name}}] for name in manifest.control_preprocessors)]
     found = [[]]
-    for name, net in manifest.controlnets.items():
-        modes = list(learnt_modes(net, manifest.family)) if net.union else []
+    for name, controlnet in manifest.controlnets.items():
+        modes = list(learnt_modes(controlnet, manifest.family)) if controlnet.union else []
         units = [{"model": name, "union_mode": mode} for mode in modes] or [{"model": name}]
         found += [[unit] for unit in units] + ([units[:2]] if len(units) > 1 else [])
-        found += [[{"model": name, "preprocessing": {"name": preprocessor}}] for preprocessor in net.preprocessors]
+        found += [
+            [{"model": name, "preprocessing": {"name": preprocessor}}] for preprocessor in controlnet.preprocessors
+        ]
     return found
 
 
@@ -44,14 +46,14 @@ def test_every_offer_is_planned(name: str) -> None:
         union = any(manifest.controlnets[unit["model"]].union for unit in units if "model" in unit)
         if union and manifest.record.call(task, ControlKind.union, manifest.kind) is None:
             continue
-        pictures = {"image": FACT} if task in (Task.image_to_image, Task.inpainting) else {}
-        pictures |= {"mask_image": FACT} if task == Task.inpainting else {}
+        images = {"image": FACT} if task in (Task.image_to_image, Task.inpainting) else {}
+        images |= {"mask_image": FACT} if task == Task.inpainting else {}
         references = {"reference_images": [FACT]} if task == Task.edit else {}
-        given = dict.fromkeys(pictures, PICTURE) | {key: [PICTURE] for key in references}
-        given |= {"controlnets": [unit | {"image": PICTURE} for unit in units]} if units else {}
+        given = dict.fromkeys(images, IMAGE) | {key: [IMAGE] for key in references}
+        given |= {"controlnets": [unit | {"image": IMAGE} for unit in units]} if units else {}
         request = GenerationRequest(prompt="a", **given)
         plan = make_plan(
-            request, manifest, **references, **pictures, controls=ControlFacts(dict.fromkeys(range(len(units)), FACT))
+            request, manifest, **references, **images, controls=ControlFacts(dict.fromkeys(range(len(units)), FACT))
         )
         assert plan.task == task and len(plan.controlnets or []) == len(units)
         assert plan.width % manifest.record.size_multiple == 0

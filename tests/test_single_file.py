@@ -118,9 +118,9 @@ def test_every_parameter_is_the_same(service: DiffusionService, name: str) -> No
 
 @pytest.mark.parametrize("name", MODELS)
 def test_pixels_are_the_same(service: DiffusionService, name: str) -> None:
-    "The same request makes the same picture, whichever way the weights came in."
-    pictures = [service.generate(REQUEST, model=f"{name}-{kind}").image for kind in ("folder", "file")]
-    np.testing.assert_array_equal(*map(np.asarray, pictures))
+    "The same request makes the same image, whichever way the weights came in."
+    images = [service.generate(REQUEST, model=f"{name}-{kind}").image for kind in ("folder", "file")]
+    np.testing.assert_array_equal(*map(np.asarray, images))
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -145,8 +145,8 @@ def test_a_broken_file_can_be_repaired(service: DiffusionService) -> None:
     assert service.generate(REQUEST, model="not-there").status == OpStatus.model_unavailable
     os.link(folder / "builtin.safetensors", folder / "not-there.safetensors")
     after = [service.generate(REQUEST, model=name).image for name in ("builtin-folder", "not-there")]
-    for picture in after:
-        np.testing.assert_array_equal(np.asarray(picture), np.asarray(before))
+    for image in after:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(before))
 
 
 def test_a_file_without_a_configuration_needs_the_hub(

@@ -93,8 +93,8 @@ def test_a_controlnet_without_position_embedding_runs_as_in_diffusers() -> None:
         pipe = tiny_pipeline(ModelFamily.sd35)
     config = dict(FAMILIES[ModelFamily.sd35].tiny.controlnet.config) | {"joint_attention_dim": None}
     torch.manual_seed(0)
-    net = diffusers.SD3ControlNetModel(**config, use_pos_embed=False).eval()
-    for parameter in net.parameters():
+    controlnet = diffusers.SD3ControlNetModel(**config, use_pos_embed=False).eval()
+    for parameter in controlnet.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     call = {
         "hidden_states": torch.randn(2, 16, 8, 8),
@@ -105,10 +105,10 @@ def test_a_controlnet_without_position_embedding_runs_as_in_diffusers() -> None:
         "return_dict": False,
     }
     with torch.no_grad():
-        lent = joint_token_view(net, None, None, pipe.transformer)(**call)[0]
-        assert net.pos_embed is None
-        net.pos_embed = net._get_pos_embed_from_transformer(pipe.transformer)
-        grafted = net(**call)[0]
+        lent = joint_token_view(controlnet, None, None, pipe.transformer)(**call)[0]
+        assert controlnet.pos_embed is None
+        controlnet.pos_embed = controlnet._get_pos_embed_from_transformer(pipe.transformer)
+        grafted = controlnet(**call)[0]
     for ours, theirs in zip(lent, grafted, strict=True):
         assert torch.equal(ours, theirs)
 

@@ -57,7 +57,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def picture(seed: int) -> Image.Image:
+def random_image(seed: int) -> Image.Image:
     "Coloured squares."
     rng = random.Random(seed)
     small = Image.new("RGB", (4, 4))
@@ -77,18 +77,23 @@ def random_request(rng: random.Random, family: str) -> dict:
     }
     if kind == "union" and record.call(task, kind).controlnet_config:  # the tiny union ControlNet is another one
         kind = "single"
-    nets = {"none": [], "single": ["canny"], "multiple": ["canny", "tile"], "union": ["all"] * rng.choice([1, 2])}[kind]
-    nets = nets[: record.controls.max_units]
+    controlnets = {
+        "none": [],
+        "single": ["canny"],
+        "multiple": ["canny", "tile"],
+        "union": ["all"] * rng.choice([1, 2]),
+    }[kind]
+    controlnets = controlnets[: record.controls.max_units]
     mode = rng.choice(record.controls.modes).value
     units = [
         {
-            "model": net,
-            "image": picture(i),
+            "model": name,
+            "image": random_image(i),
             "control_mode": mode,
             **window(),
-            **({"union_mode": "canny" if i else "depth"} if net == "all" else {}),
+            **({"union_mode": "canny" if i else "depth"} if name == "all" else {}),
         }
-        for i, net in enumerate(nets)
+        for i, name in enumerate(controlnets)
     ]
     names = [name.value for name in record.schedulers if name.value != "lcm"]
     request = {
@@ -102,11 +107,11 @@ def random_request(rng: random.Random, family: str) -> dict:
         "width": rng.choice([64, 96]),
     }
     if task in (Task.image_to_image, Task.inpainting):
-        request["image"] = picture(7)
+        request["image"] = random_image(7)
     if record.max_references() and (task == Task.edit or rng.random() < 0.5):
-        request["reference_images"] = [picture(9)] * (2 if task == Task.edit else 1)
+        request["reference_images"] = [random_image(9)] * (2 if task == Task.edit else 1)
     if task == Task.inpainting:
-        request["mask_image"] = picture(8).convert("L")
+        request["mask_image"] = random_image(8).convert("L")
     request["loras"] = [
         {"name": rng.choice(["one", "two"]), "scale": rng.choice([-1.0, 0.0, 0.5, 1.0])}
         for _ in range(rng.choice([0, 0, 1, 3]))
@@ -167,16 +172,16 @@ def disturbances() -> Iterator[dict]:
         [
             {"loras": [{"name": "wrong"}]},
             {"loras": [{"name": "nowhere"}]},
-            {"image": "no picture"},
+            {"image": "no image"},
             {"timeout_seconds": 0.001},
-            {"controlnets": [{"model": "nowhere", "image": picture(1)}]},
+            {"controlnets": [{"model": "nowhere", "image": random_image(1)}]},
             {"clip_skip": 24},
             {"width": 100000},
             {"profile": "none"},
             {"step_cache": {"method": "deepcache", "branch": 31}},
             {"acceleration": {"dtype": "float16"}},
             {"acceleration": {"guidance_start": 0.9, "guidance_end": 0.1}},
-            {"controlnets": [{"model": "canny", "image": picture(1), "preprocessing": {"name": "midas"}}]},
+            {"controlnets": [{"model": "canny", "image": random_image(1), "preprocessing": {"name": "midas"}}]},
         ]
     )
 

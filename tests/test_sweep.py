@@ -240,7 +240,7 @@ def test_a_wrong_request_is_told_before_anything_is_sent(tmp_path: Path) -> None
 
 
 def test_the_same_call_for_a_server(tmp_path: Path) -> None:
-    "Pictures, a control map and a failure; the failure is sent again on request alone."
+    "Images, a control map and a failure; the failure is sent again on request alone."
     folder = tmp_path / "models"
     folder.mkdir()
     write_tiny_model(folder, "sd15", "tiny")

@@ -33,7 +33,7 @@ TRACEBACK = "Traceback (most recent call last)"
 SAMPLES = sorted((ROOT / "diffusion_workers" / "test_inputs").glob("*.json"))
 
 
-def pictures(output: dict) -> list[Image.Image]:
+def images_of(output: dict) -> list[Image.Image]:
     "The images of a job's output."
     return pil_images(OpResult.model_validate(output))
 
@@ -68,7 +68,7 @@ def worker(queue: QueueServer, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def test_success_and_health(queue: QueueServer, worker) -> None:
-    "A picture comes back with its receipt; the health says where the time of the start went; the log names the job."
+    "An image comes back with its receipt; the health says where the time of the start went; the log names the job."
     made, health, memory, plan = queue.answers(QUICK, {"op": "health"}, {"op": "memory_info"}, {"op": "plan", **QUICK})
     assert [job.status for job in (made, health, memory, plan)] == ["COMPLETED"] * 4
     result = OpResult.model_validate(made.output)
@@ -140,12 +140,12 @@ def test_an_edit_with_references_in_order(queue: QueueServer, worker) -> None:
     )
     plan = OpResult.model_validate(made.output).generation.plan
     assert (plan.task.value, [image.width for image in plan.reference_images]) == ("edit", [64, 80])
-    assert difference(pictures(made.output)[0], pictures(turned.output)[0]) > 0
+    assert difference(images_of(made.output)[0], images_of(turned.output)[0]) > 0
     assert [error.field for error in failure_of(refused).errors] == ["negative_prompt"]
 
 
 def test_compatible_jobs_share_a_batch(queue: QueueServer, worker) -> None:
-    "Four jobs at a time: those behind a long one are made together, each with the picture it gets alone."
+    "Four jobs at a time: those behind a long one are made together, each with the image it gets alone."
     prompts = [
         "a red circle on a white background",
         "a blue square on a white background",
@@ -158,7 +158,7 @@ def test_compatible_jobs_share_a_batch(queue: QueueServer, worker) -> None:
     for output, given in zip(shared, asked):
         alone = queue.answers(given)[0].output
         assert alone.get("warnings") is None
-        assert difference(pictures(output)[0], pictures(alone)[0]) <= 2
+        assert difference(images_of(output)[0], images_of(alone)[0]) <= 2
 
 
 def test_a_stop_ends_the_work_and_frees_the_worker(queue: QueueServer, worker) -> None:
@@ -196,7 +196,7 @@ def test_requests_of_worker_sdxl_get_their_answer(queue: QueueServer, worker) ->
 
 
 def test_the_python_client_speaks_to_the_endpoint(queue: QueueServer, worker) -> None:
-    "The same call as for a server: a picture, a typed failure, a job that is asked for, one that is cancelled."
+    "The same call as for a server: an image, a typed failure, a job that is asked for, one that is cancelled."
     with Client(RunPod(ENDPOINT, api_key="stand-in", url=queue.url)) as client:
         made = client.generate(QUICK)
         assert made.status.value == "success" and made.generation.plan.seeds == [1]
@@ -212,7 +212,7 @@ def test_the_python_client_speaks_to_the_endpoint(queue: QueueServer, worker) ->
 
 
 def noise_png(side: int) -> str:
-    "A picture that no format can shrink much, as base64."
+    "An image that no format can shrink much, as base64."
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
@@ -232,8 +232,8 @@ def test_an_answer_over_10_mb_is_encoded_anew(queue: QueueServer, worker) -> Non
     assert small.status == whole.status == "COMPLETED"
     assert small.answer_bytes < 10_000_000 < whole.answer_bytes < 20_000_000
     assert "re-encoded" in small.output["warnings"][0]["message"] and "warnings" not in whole.output
-    picture = Image.open(io.BytesIO(base64.b64decode(small.output["control_map"]["image"])))
-    assert picture.size == (small.output["control_map"]["width"], small.output["control_map"]["height"])
+    control_map = Image.open(io.BytesIO(base64.b64decode(small.output["control_map"]["image"])))
+    assert control_map.size == (small.output["control_map"]["width"], small.output["control_map"]["height"])
 
 
 @pytest.mark.parametrize("route, faults", [
@@ -316,10 +316,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.1)
         keys = {"aws_access_key_id": "known", "aws_secret_access_key": "hidden-key", "region_name": "us-east-1"}
-        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys).create_bucket(Bucket="pictures")
+        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", **keys).create_bucket(Bucket="images")
         yield {
             "BUCKET_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "BUCKET_NAME": "pictures",
+            "BUCKET_NAME": "images",
             "BUCKET_ACCESS_KEY_ID": "known",
             "BUCKET_SECRET_ACCESS_KEY": "hidden-key",
         }
@@ -459,7 +459,7 @@ def test_serve_api_answers_every_sample(local_api: str, path: Path) -> None:
     with urllib.request.urlopen(asked, timeout=PATIENCE) as answer:
         told = json.loads(answer.read())
     assert told["status"] == "COMPLETED", told
-    assert pictures(told["output"])
+    assert images_of(told["output"])
 
 
 HUB_TESTS = json.loads((ROOT / ".runpod" / "tests.json").read_text())["tests"]
@@ -513,7 +513,7 @@ def test_check_config_says_what_is_in_force(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "diffusion-workers"), "worker", "--check-config"]
     more = {
         "BUCKET_ENDPOINT_URL": "https://store.example.org",
-        "BUCKET_NAME": "pictures",
+        "BUCKET_NAME": "images",
         "BUCKET_ACCESS_KEY_ID": "known",
         "BUCKET_SECRET_ACCESS_KEY": "hidden-key",
     }
@@ -521,11 +521,11 @@ def test_check_config_says_what_is_in_force(tmp_path: Path) -> None:
         command, env=worker_environment(**more), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0 and "hidden-key" not in done.stdout, done.stderr
-    assert re.search(r"^BUCKET_NAME +pictures +environment$", done.stdout, re.MULTILINE)
+    assert re.search(r"^BUCKET_NAME +images +environment$", done.stdout, re.MULTILINE)
     assert re.search(r"^DIFFUSION_WORKERS_CONCURRENCY +1 +default$", done.stdout, re.MULTILINE)
     done = subprocess.run(
         command,
-        env=worker_environment(BUCKET_NAME="pictures"),
+        env=worker_environment(BUCKET_NAME="images"),
         cwd=tmp_path,
         capture_output=True,
         text=True,

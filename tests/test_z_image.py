@@ -35,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tiny_model(folder, ModelFamily.zimage, changes={"lora_folders": [{"folder": "loras"}]})
     (folder / "loras").mkdir()
     with quiet_libraries():
-        net = diffusers.ZImageControlNetModel.from_pretrained(folder / "zimage-canny")
-    save_weights(net.state_dict(), folder / "control.safetensors")
+        controlnet = diffusers.ZImageControlNetModel.from_pretrained(folder / "zimage-canny")
+    save_weights(controlnet.state_dict(), folder / "control.safetensors")
     (folder / "filed.yaml").write_text(
         "family: zimage\nsource: {folder: zimage}\ndefaults: {width: 64, height: 64, guidance_scale: 2.0}\n"
         "controlnets: {canny: {source: {file: control.safetensors, config: {folder: zimage-canny}}, union: true}}\n"
@@ -64,10 +64,10 @@ def test_guidance_is_on_above_zero(service: DiffusionService) -> None:
 
 def test_a_controlnet_draws_what_diffusers_draws_with_it_and_keeps_its_own_parts(service: DiffusionService) -> None:
     "Diffusers puts parts of the transformer into the ControlNet for good; the service's stays as it was loaded."
-    net = service.factory(service.manifest("zimage")).controlnet("canny")
-    names = list(net.state_dict())
+    controlnet = service.factory(service.manifest("zimage")).controlnet("canny")
+    names = list(controlnet.state_dict())
     ours = pixels(service, seed=3, controlnets=[CANNY | {"conditioning_scale": 0.7, "preprocessing": None}])[0]
-    assert list(net.state_dict()) == names and net.t_scale is None
+    assert list(controlnet.state_dict()) == names and controlnet.t_scale is None
     with quiet_libraries():
         pipe = tiny_pipeline(ModelFamily.zimage)
         fresh = diffusers.ZImageControlNetModel.from_pretrained(service.settings.model_folders[0] / "zimage-canny")
@@ -144,8 +144,8 @@ def test_the_normalisation_of_comfyui_files_is_left_out(folder: Path) -> None:
 def test_a_new_controlnet_changes_nothing() -> None:
     "The layers that are random in a tiny one are those that a new one has at zero."
     with quiet_libraries():
-        net = tiny_controlnet(ModelFamily.zimage)
-        fresh = type(net).from_config(net.config)
+        controlnet = tiny_controlnet(ModelFamily.zimage)
+        fresh = type(controlnet).from_config(controlnet.config)
     zero = [name for name, parameter in fresh.named_parameters() if not parameter.any()]
-    changed = dict(net.named_parameters())
+    changed = dict(controlnet.named_parameters())
     assert zero and all(changed[name].any() for name in zero if "proj" in name)
