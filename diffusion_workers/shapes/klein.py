@@ -6,10 +6,10 @@
 __all__ = ['SCENE_KINDS', 'EDIT_KINDS', 'KLEIN_POSITIONS', 'KleinTrainingConfig', 'plain_scene', 'plain_caption', 'opened',
            'klein_words', 'build_klein_tokenizer', 'klein_ids', 'caption_targets', 'edit_targets', 'new_qwen3',
            'klein_parse_loss', 'parse_texts', 'train_qwen3', 'world_images', 'train_klein_vae', 'as_flux2', 'patches',
-           'flux_arithmetic', 'normalised', 'images_of', 'KleinData', 'klein_data', 'new_klein_transformer',
-           'token_positions', 'predict_flow', 'klein_text', 'klein_batch', 'example_kind', 'train_klein_transformer',
-           'assemble_klein', 'train_klein', 'make_images', 'EditEvaluation', 'evaluate_edits', 'DrawingEvaluation',
-           'evaluate_drawings']
+           'flux_arithmetic', 'normalised', 'images_of', 'KleinData', 'token_weights', 'klein_data',
+           'new_klein_transformer', 'token_positions', 'predict_flow', 'klein_text', 'klein_batch', 'example_kind',
+           'train_klein_transformer', 'assemble_klein', 'train_klein', 'make_images', 'EditEvaluation',
+           'evaluate_edits', 'DrawingEvaluation', 'evaluate_drawings']
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #90a8941d
 import copy
@@ -101,7 +101,7 @@ class KleinTrainingConfig:
     heads: int = 4  # of 32 channels each
     double_blocks: int = 2  # with separate weights for text and image
     single_blocks: int = 4  # with shared weights
-    steps: int = 5600
+    steps: int = 12000
     batch: int = 64  # latents; three quarters of it with two reference images
     matrix_learning_rate: float = 0.02  # peak, Muon
     learning_rate: float = 3e-3  # peak, AdamW, for what is not a hidden matrix
@@ -110,6 +110,9 @@ class KleinTrainingConfig:
     import_share: float = 0.1  # of them
     text_dropout: float = 0.1  # share of texts replaced by "", for guidance
     toward_noise: float = 0.5  # mean of the normal distribution behind the logit of the noise levels
+    high_noise: float = 0.2  # share of the noise levels drawn evenly from 0.8 to 1, where colors and shapes are decided
+    thing_weight: float = 3.0  # more weight in the loss for tokens that show a thing
+    edit_weight: float = 4.0  # the same in an edit, for tokens that show a thing before or after it
     ema_decay: float = 0.998  # of the averaged weights
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #1e9838e4
@@ -447,6 +450,18 @@ class KleinData:
     wanted: torch.Tensor  # (N, 64, 16), the images to make
     references: tuple[torch.Tensor, ...]  # like `wanted`: none, one or two
     texts: list[list[str]]  # N lists of wordings
+    weights: torch.Tensor  # (N, 64), of the tokens in the loss, 1 on average
+
+
+def token_weights(
+    images: Sequence[np.ndarray],  # (128, 128, 3) uint8 each, with an even border
+    more: float,  # weight of a token that shows a thing in one of them, beside 1
+) -> torch.Tensor:  # (64,), 1 on average
+    "Give more weight to the patches of 16 x 16 pixels that show more than background."
+    shown = [(np.abs(image.astype(np.int16) - image[0, 0]) > 8).any(-1) for image in images]
+    tokens = np.any(shown, axis=0).reshape(8, 16, 8, 16).any((1, 3)).ravel()
+    weights = 1 + more * torch.from_numpy(tokens).float()
+    return weights / weights.mean()
 
 
 def _scene_example(rng: np.random.Generator, wordings: int) -> tuple[list[np.ndarray], list[str]]:
@@ -492,7 +507,10 @@ def klein_data(
     made = {}
     for name, (wanted, *references) in encoded.items():
         texts = [texts for _, texts in examples[name]]
-        made[name] = KleinData(normalised(vae, wanted), tuple(normalised(vae, values) for values in references), texts)
+        more = config.thing_weight if name == "draw" else config.edit_weight
+        weights = torch.stack([token_weights(images[:2], more) for images, _ in examples[name]])
+        tokens = tuple(normalised(vae, values) for values in references)
+        made[name] = KleinData(normalised(vae, wanted), tokens, texts, weights)
     return made
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #6a6557f8
@@ -567,15 +585,18 @@ def klein_batch(
     config: KleinTrainingConfig,
     step: int,  # decides the batch, with the seed
     batch: int,  # its size
-) -> tuple[list[str], torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    "Texts, wanted tokens, reference tokens, noise, and noise levels spread evenly over a logit-normal distribution."
+) -> tuple[list[str], torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Texts, wanted tokens, reference tokens, noise, noise levels and weights of the tokens."
     rng = np.random.default_rng((config.seed, 44, step))
     chosen = rng.integers(len(data.wanted), size=batch)
     texts = [str(rng.choice(data.texts[i])) if rng.random() >= config.text_dropout else "" for i in chosen]
     even = torch.from_numpy((rng.permutation(batch) + rng.random(batch)) / batch).clamp(1e-3, 1 - 1e-3)
     noise_levels = torch.sigmoid(1.2 * torch.special.ndtri(even) + config.toward_noise).float()
+    high = torch.from_numpy(rng.random(batch) < config.high_noise)
+    noise_levels = torch.where(high, 0.8 + 0.2 * torch.from_numpy(rng.random(batch)).float(), noise_levels)
     noise = torch.from_numpy(rng.standard_normal((batch, *data.wanted.shape[1:]), dtype=np.float32))
-    return texts, data.wanted[chosen], [tokens[chosen] for tokens in data.references], noise, noise_levels
+    references = [tokens[chosen] for tokens in data.references]
+    return texts, data.wanted[chosen], references, noise, noise_levels, data.weights[chosen]
 
 
 def example_kind(
@@ -612,18 +633,19 @@ def train_klein_transformer(
     for step in range(checkpoint.load(), min(config.steps, stop_after or config.steps)):
         kind, factor = example_kind(step, config), one_cycle(step / config.steps + 1e-4)
         batch = config.batch * 3 // 4 if kind == "import" else config.batch
-        texts, wanted, references, noise, noise_levels = klein_batch(data[kind], config, step, batch)
+        texts, wanted, references, noise, noise_levels, weights = klein_batch(data[kind], config, step, batch)
         text, sigma = klein_text(encoder, tokenizer, texts, config.text_length), noise_levels[:, None, None]
         with flux_arithmetic():
             noisy = (1 - sigma) * wanted + sigma * noise
             flow = predict_flow(transformer, noisy, noise_levels, text, references)
-        loss = F.mse_loss(flow.float(), noise - wanted)
+        errors = (flow.float() - (noise - wanted)).square().mean(-1)
+        loss = (errors * weights).mean()
         muon.param_groups[0]["lr"] = config.matrix_learning_rate * factor
         muon.zero_grad()
         update(adam, loss, config.learning_rate * factor)
         muon.step()
         update_ema(averaged, transformer, step + 1, config.ema_decay)
-        losses[kind].append(loss.detach())
+        losses[kind].append(errors.detach().mean())
         if (step + 1) % 100 == 0:
             checkpoint.save(step + 1)
             for name, values in losses.items():
