@@ -14,6 +14,7 @@ import json
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -242,6 +243,7 @@ def nursery(environment: dict[str, str]) -> Iterator[type]:  # the environment o
             python = (sys.executable, "-S", "-E", __file__, "run", path)
             kernel_spec = KernelSpec(
                 argv=[*python, "-f", "{connection_file}"],
+                env={"QUICK_PYTHON": shlex.join(python)},  # for programs that a notebook starts with files of the tests
                 display_name="Python 3 (forked)",
                 language="python",
             )

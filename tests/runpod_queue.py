@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -306,11 +307,12 @@ def running_worker(
     queue: QueueServer,
     name: str,
     log: Path,
-    python: Sequence[str] = (sys.executable,),  # the command that runs Python
+    python: Sequence[str] = (),  # the command that runs Python; default: QUICK_PYTHON, or that of this process
     **more: str,  # further variables
 ) -> Iterator[subprocess.Popen]:
     "A worker process that has requested its first job; terminated on exit if it is still running."
     with log.open("w") as file:
+        python = python or shlex.split(os.environ.get("QUICK_PYTHON", shlex.quote(sys.executable)))
         command = [*python, "-m", WORKER_FILE]
         process = subprocess.Popen(
             command, env=worker_environment(**queue.environment(name), **more), stdout=file, stderr=file, cwd=log.parent
