@@ -1,20 +1,28 @@
-"""Kernels that are forked from a process with the large libraries imported, so that each notebook starts faster.
+"""Processes that are forked from one with the large libraries imported, so that kernels and programs start faster.
 
-The nursery imports third-party libraries, runs nothing, and forks a child for every kernel. Names, modules of this
-project and the state of the libraries are as new as in a kernel that was started by itself. Run as a program, this
-file is the nursery (`serve SOCKET`), or the process that Jupyter starts as a kernel (`run SOCKET -f FILE`). The latter
-requests a child, forwards signals to it, and ends with it.
+The nursery imports third-party libraries, runs nothing, and forks a child for every kernel or program. Names, modules
+of this project and the state of the libraries are as new as in a process that was started by itself. Run as a program,
+this file is the nursery (`serve SOCKET`), the process that Jupyter starts as a kernel (`run SOCKET -f FILE`), or a
+Python (`run SOCKET -m MODULE ARGUMENTS` and `run SOCKET -c CODE ARGUMENTS`). The latter two request a child, forward
+signals to it, and end with it.
 """
 
+import atexit
+import gc
+import importlib
 import json
 import os
+import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import traceback
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,55 +33,146 @@ LIBRARIES = (
     "diffusers",
     "transformers",
     "peft",
+    "scipy.stats",
     "matplotlib.pyplot",
     "ipywidgets",
     "anywidget",
     "IPython",
     "ipykernel.kernelapp",
     "fastcore.all",
+    "pydantic_settings",
+    "cachetools",
+    "httpx",
+    "fastapi",
+    "uvicorn",
 )
 CLASSES = (
+    "StableDiffusionPipeline",
     "StableDiffusionControlNetPipeline",
+    "StableDiffusionXLPipeline",
     "StableDiffusionXLControlNetPipeline",
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
     "FluxControlNetPipeline",
+    "Flux2KleinPipeline",
+    "ZImagePipeline",
+    "QwenImagePipeline",
+    "ChromaPipeline",
+    "AdaptiveProjectedGuidance",
 )  # diffusers imports its modules on first use
-INTERRUPT = b"i"
+FORWARDED = (signal.SIGINT, signal.SIGTERM)
+
+
+def _as_asked(connection: socket.socket, streams: list[int]) -> dict:  # in a child
+    "Take the streams, the environment and the folder of the process that requests this one; what it requests."
+    asked = json.loads(connection.makefile("rb", buffering=0).readline())
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    os.chdir(asked["cwd"])
+    for name in ("random", "numpy.random"):  # a fork has its parent's state
+        sys.modules[name].seed()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    gc.enable()
+    return asked
+
+
+# --- kernels ----------------------------------------------------------------
 
 
 def _forward_interrupts(connection: socket.socket) -> None:  # in a child
     "Interrupt this kernel on request, and end it when the process that requested it ends."
-    while connection.recv(1) == INTERRUPT:
+    while connection.recv(1) == bytes([signal.SIGINT]):
         os.kill(os.getpid(), signal.SIGINT)
     os._exit(1)
 
 
-def _be_kernel(connection: socket.socket, outputs: list[int]) -> None:  # in a child; does not return
+def _be_kernel(connection: socket.socket, arguments: list[str]) -> None:  # in a child; does not return
     os.setsid()
-    asked = json.loads(connection.makefile("rb", buffering=0).readline())
-    for number, output in zip((1, 2), outputs, strict=True):
-        os.dup2(output, number)
-        os.close(output)
-    os.environ.clear()
-    os.environ.update(asked["env"])
-    os.chdir(asked["cwd"])
-    sys.argv = ["ipykernel_launcher", *asked["arguments"]]
-    for name in ("random", "numpy.random"):  # a fork has its parent's state
-        sys.modules[name].seed()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    sys.argv = ["ipykernel_launcher", *arguments]
     threading.Thread(target=_forward_interrupts, args=[connection], daemon=True).start()
     from ipykernel.kernelapp import IPKernelApp
 
     try:
-        IPKernelApp.launch_instance(argv=asked["arguments"])
+        IPKernelApp.launch_instance(argv=arguments)
     finally:
         sys.stdout.flush()
         os._exit(0)
 
 
-def serve(path: str) -> None:
-    "Import the libraries, and fork a kernel for each connection, until standard input ends."
-    import importlib
+# --- programs ---------------------------------------------------------------
 
+
+def _run_program(arguments: list[str]) -> int:  # in a child
+    "Run `-m MODULE` or `-c CODE`, as Python would, to its end; its exit status."
+    way, program, *rest = arguments
+    sys.argv = [way, *rest]
+    sys.path.insert(0, os.getcwd() if way == "-m" else "")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(write_through=bool(os.environ.get("PYTHONUNBUFFERED")))
+    status = 0
+    try:
+        if way == "-m":
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(compile(program, "<string>", "exec"), main.__dict__)
+    except SystemExit as end:
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        if not stream.closed:
+            stream.flush()
+    return status
+
+
+def _be_program(connection: socket.socket, arguments: list[str]) -> None:  # in a child; does not return
+    "Run the program in a child of this process, forward signals to it, report how it ends, and end it if nobody waits."
+    ended, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child = os.fork()
+    if child == 0:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, interrupted)
+        for number in (ended, wakes, connection.detach()):
+            os.close(number)
+        os._exit(_run_program(arguments) & 0xFF)
+    for number in (0, 1, 2):  # a reader of the program's output waits for its end, not for that of this process
+        os.close(number)
+    while True:
+        ready = select.select([connection, ended], [], [])[0]
+        if ended in ready:
+            os.read(ended, 64)
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                connection.sendall(b"%d" % os.waitstatus_to_exitcode(status))
+                os._exit(0)
+        if connection in ready:
+            wanted = connection.recv(1)
+            os.kill(child, wanted[0] if wanted else signal.SIGKILL)
+            if not wanted:
+                os.waitpid(child, 0)
+                os._exit(1)
+
+
+# --- the nursery, and those who ask it --------------------------------------
+
+
+def serve(path: str) -> None:
+    "Import the libraries, and fork a kernel or a program for each connection, until standard input ends."
+    gc.disable()
     sys.path.pop(0)  # this folder
     for name in LIBRARIES:
         importlib.import_module(name)
@@ -81,6 +180,8 @@ def serve(path: str) -> None:
     for name in CLASSES:
         getattr(diffusers, name)
     assert threading.active_count() == 1, f"a thread does not survive a fork: {threading.enumerate()}"
+    gc.collect()
+    gc.freeze()  # what is imported stays: a child does not look through it for garbage again and again
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -88,31 +189,43 @@ def serve(path: str) -> None:
     print("ready", flush=True)
     while listener in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
-        _, outputs, _, _ = socket.recv_fds(connection, 1, 2)
+        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
         if os.fork() == 0:
             listener.close()
-            _be_kernel(connection, outputs)
+            arguments = _as_asked(connection, streams)["arguments"]
+            (_be_program if arguments[0] in ("-m", "-c") else _be_kernel)(connection, arguments)
         connection.close()
-        for output in outputs:
-            os.close(output)
+        for stream in streams:
+            os.close(stream)
 
 
-def run(path: str, arguments: list[str]) -> None:
-    "Request a kernel from the nursery and act as its process."
+def run(path: str, arguments: list[str]) -> int:
+    "Request a kernel or a program from the nursery and act as its process; the exit status."
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
-    signal.signal(signal.SIGINT, lambda *_: connection.send(INTERRUPT))
+    for number in FORWARDED:
+        signal.signal(number, lambda got, _: connection.send(bytes([got])))
     environment = {name: value for name, value in os.environ.items() if name != "JPY_PARENT_PID"}
     asked = {"arguments": arguments, "cwd": os.getcwd(), "env": environment}
-    socket.send_fds(connection, [b" "], [1, 2])
+    socket.send_fds(connection, [b" "], [0, 1, 2])
     connection.sendall(json.dumps(asked).encode() + b"\n")
-    while connection.recv(1):
+    said = b""
+    try:
+        while part := connection.recv(16):
+            said += part
+    except ConnectionResetError:  # it was ended before it had read everything
         pass
+    status = int(said or 0)
+    if status < 0:  # by a signal
+        if -status in FORWARDED:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
 
 
 @contextmanager
 def nursery(environment: dict[str, str]) -> Iterator[type]:  # the environment of every kernel
-    "A class of kernel managers whose kernels are forked."
+    "A class of kernel managers whose kernels are forked; its `python` is a command that runs programs in forks."
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
 
@@ -127,8 +240,10 @@ def nursery(environment: dict[str, str]) -> Iterator[type]:  # the environment o
         )
 
         class ForkedKernelManager(AsyncKernelManager):
+            python = (sys.executable, "-S", "-E", __file__, "run", path)
             kernel_spec = KernelSpec(
-                argv=[sys.executable, "-S", "-E", __file__, "run", path, "-f", "{connection_file}"],
+                argv=[*python, "-f", "{connection_file}"],
+                env={"QUICK_PYTHON": shlex.join(python)},  # for programs that a notebook starts with files of the tests
                 display_name="Python 3 (forked)",
                 language="python",
             )
@@ -145,4 +260,4 @@ if __name__ == "__main__":
     if command == "serve":
         serve(socket_path)
     else:
-        run(socket_path, rest)
+        sys.exit(run(socket_path, rest))

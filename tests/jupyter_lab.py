@@ -1,6 +1,7 @@
 """A real JupyterLab in its own process, and functions to open and run a notebook in it."""
 
 import json
+import os
 import secrets
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,10 +35,25 @@ def answers(url: str) -> bool:
 
 
 @contextmanager
-def running(command: list[str], folder: Path, url: str) -> Iterator[None]:
+def running(
+    command: list[str],
+    folder: Path,
+    url: str,
+    kernel: Sequence[str] = (sys.executable, "-m", "ipykernel_launcher"),  # the command that starts a kernel
+) -> Iterator[None]:
     "Start a server in a folder, and wait until `url` responds."
+    spec = {"argv": [*kernel, "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}
+    place = folder / ".jupyter" / "kernels" / "python3"
+    place.mkdir(parents=True)
+    (place / "kernel.json").write_text(json.dumps(spec))
     with (folder / "server.log").open("w+") as log:
-        process = subprocess.Popen([sys.executable, "-m", *command], cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=folder,
+            env=os.environ | {"JUPYTER_PATH": str(folder / ".jupyter")},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         try:
             deadline = time.monotonic() + PATIENCE
             while not answers(url):
@@ -56,7 +72,9 @@ def running(command: list[str], folder: Path, url: str) -> Iterator[None]:
 
 
 @contextmanager
-def running_lab(folder: Path) -> Iterator[str]:  # a pattern of addresses, with {} for the notebook
+def running_lab(
+    folder: Path, **options: Sequence[str]
+) -> Iterator[str]:  # a pattern of addresses, with {} for the notebook
     "JupyterLab in a folder, without its news."
     settings = folder / ".settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
@@ -75,7 +93,7 @@ def running_lab(folder: Path) -> Iterator[str]:  # a pattern of addresses, with 
         "--LabApp.expose_app_in_browser=True",
     ]
     base = f"http://127.0.0.1:{port}"
-    with running(command, folder, f"{base}/api/status?token={token}"):
+    with running(command, folder, f"{base}/api/status?token={token}", **options):
         yield f"{base}/doc/tree/{{}}?token={token}"
 
 

@@ -3,13 +3,14 @@
 import asyncio
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -302,10 +303,17 @@ def worker_environment(**more: str) -> dict[str, str]:
 
 
 @contextmanager
-def running_worker(queue: QueueServer, name: str, log: Path, **more: str) -> Iterator[subprocess.Popen]:
+def running_worker(
+    queue: QueueServer,
+    name: str,
+    log: Path,
+    python: Sequence[str] = (),  # the command that runs Python; default: QUICK_PYTHON, or that of this process
+    **more: str,  # further variables
+) -> Iterator[subprocess.Popen]:
     "A worker process that has requested its first job; terminated on exit if it is still running."
     with log.open("w") as file:
-        command = [sys.executable, "-m", WORKER_FILE]
+        python = python or shlex.split(os.environ.get("QUICK_PYTHON", shlex.quote(sys.executable)))
+        command = [*python, "-m", WORKER_FILE]
         process = subprocess.Popen(
             command, env=worker_environment(**queue.environment(name), **more), stdout=file, stderr=file, cwd=log.parent
         )

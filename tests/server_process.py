@@ -9,7 +9,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,11 +39,14 @@ def is_ready(url: str) -> bool:
 
 
 @contextmanager
-def running_server(**environment: str) -> Iterator[str]:  # variables for the server
+def running_server(
+    python: Sequence[str] = (sys.executable,),  # the command that runs Python
+    **environment: str,  # variables for the server
+) -> Iterator[str]:
     "Start the server with the built-in models on a free port, and yield its address once it has generated an image."
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, "serve", "--port", "0"],
+            [*python, "-c", SERVE, "serve", "--port", "0"],
             cwd=ROOT,
             env={**os.environ, **environment},
             stdout=log,
@@ -58,7 +61,7 @@ def running_server(**environment: str) -> Iterator[str]:  # variables for the se
                 assert time.monotonic() < deadline, f"the server is not ready after {PATIENCE} s:\n{output}"
                 found = re.search(r"starting on (http://\S+?),", output)
                 url = found and found[1]
-                time.sleep(0.2)
+                time.sleep(0.1)
             yield url
         finally:
             process.send_signal(signal.SIGTERM)

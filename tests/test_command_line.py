@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from diffusion_workers.request.metadata import read_metadata
 from ez_diffusion_client.models import OpResult
 
 COMMAND = str(Path(sys.executable).parent / "diffusion-workers")
+PROGRAM = "import sys; from diffusion_workers.cli.main import main; sys.exit(main())"  # what COMMAND runs
 FIELDS = {"prompt": "a red circle on a white background", "seed": 7, "num_inference_steps": 2, "scheduler": "euler"}
 PATIENCE = 300  # seconds until a process counts as stuck; never a measure of speed
 TRACEBACK = "Traceback (most recent call last)"
@@ -34,10 +36,21 @@ def environment() -> dict[str, str]:
     return own | {"HF_HUB_OFFLINE": "1", "DIFFUSION_WORKERS_DEVICE": "cpu"}
 
 
-def run(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess:
+def run(
+    *arguments: str,
+    cwd: Path,
+    stdin: str = "",
+    command: Sequence[str] = (COMMAND,),
+) -> subprocess.CompletedProcess:
     "The finished command, with its output as text."
     return subprocess.run(
-        [COMMAND, *arguments], cwd=cwd, env=environment(), input=stdin, capture_output=True, text=True, timeout=PATIENCE
+        [*command, *arguments],
+        cwd=cwd,
+        env=environment(),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
 
 
@@ -84,15 +97,15 @@ def test_generate_writes_a_png(written) -> None:
     assert (plan.seeds, plan.scheduler.name) == ([7], "euler")
 
 
-def test_replay_gives_the_same_pixels(written, folder: Path) -> None:
+def test_replay_gives_the_same_pixels(written, folder: Path, quick_python: tuple[str, ...]) -> None:
     "What an image says about itself is enough to make it again."
     path, _ = written
-    done = run("replay", str(path), "-o", "replayed.png", cwd=folder)
+    done = run("replay", str(path), "-o", "replayed.png", cwd=folder, command=[*quick_python, "-c", PROGRAM])
     assert (done.returncode, done.stdout) == (0, "the same pixels\n"), done.stderr
     np.testing.assert_array_equal(*(np.asarray(Image.open(name)) for name in (path, folder / "replayed.png")))
 
 
-def test_a_request_on_standard_input_is_the_same_request(written, folder: Path) -> None:
+def test_a_request_on_standard_input_is_the_same_request(written, folder: Path, quick_python: tuple[str, ...]) -> None:
     "JSON on standard input makes the pixels that options make; several images are numbered, and --quiet says nothing."
     path, _ = written
     done = run(
@@ -106,6 +119,7 @@ def test_a_request_on_standard_input_is_the_same_request(written, folder: Path) 
         "several.png",
         cwd=folder,
         stdin=json.dumps(FIELDS),
+        command=[*quick_python, "-c", PROGRAM],
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     first, second = (np.asarray(Image.open(folder / f"several-{number}.png")).astype(int) for number in (1, 2))

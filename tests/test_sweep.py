@@ -280,18 +280,14 @@ def test_the_same_call_for_a_server(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QueueServer]:
+def workers(quick_python: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[QueueServer]:
     "A queue with two workers."
     logs = tmp_path_factory.mktemp("workers")
+    start = lambda name: running_worker(queue, name, logs / f"{name}.txt", quick_python)
     with ExitStack() as stack:
         queue = stack.enter_context(QueueServer())
         with ThreadPoolExecutor(2) as pool:
-            list(
-                pool.map(
-                    lambda name: stack.enter_context(running_worker(queue, name, logs / f"{name}.txt")),
-                    ("first", "second"),
-                )
-            )
+            list(pool.map(lambda name: stack.enter_context(start(name)), ("first", "second")))
         yield queue
 
 

@@ -30,11 +30,11 @@ def test_is_up_to_date(part: str) -> None:
     run(str(ROOT / "build.sh"), "check", part)
 
 
-def test_client_works_with_a_server_and_a_worker(server: str, tmp_path: Path) -> None:
+def test_client_works_with_a_server_and_a_worker(server: str, quick_python: tuple[str, ...], tmp_path: Path) -> None:
     "The same calls for both; the worker is a process with RunPod's SDK behind a local queue."
     run(str(ROOT / "build.sh"), "packages", "typescript")
     settings = {"DIFFUSION_WORKERS_STREAM": "1", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.05"}
-    with QueueServer() as queue, running_worker(queue, "only", tmp_path / "log.txt", **settings):
+    with QueueServer() as queue, running_worker(queue, "only", tmp_path / "log.txt", quick_python, **settings):
         run(
             "npm",
             "test",

@@ -3,7 +3,7 @@
 import base64
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ SHOWN_FILE = """async (image) => {
 
 
 @contextmanager
-def running_voila(notebook: Path) -> Iterator[str]:  # the address of the app
+def running_voila(notebook: Path, **options: Sequence[str]) -> Iterator[str]:  # the address of the app
     "Voilà with one notebook, on a free port of this machine."
     port = free_port()
     base = f"http://127.0.0.1:{port}"
@@ -41,17 +41,16 @@ def running_voila(notebook: Path) -> Iterator[str]:  # the address of the app
         f"--port={port}",
         "--Voila.port_retries=0",
     ]
-    with running(
-        command, notebook.parent, f"{base}/voila/templates/base/static/voila.js"
-    ):  # to ask for the app itself would start a kernel
+    static = f"{base}/voila/templates/base/static/voila.js"  # to ask for the app itself would start a kernel
+    with running(command, notebook.parent, static, **options):
         yield base
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def app(quick_kernel: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     notebook = tmp_path_factory.mktemp("voila") / "panel.ipynb"
     shutil.copy(NBS / "tutorials" / "panel.ipynb", notebook)
-    with running_voila(notebook) as address:
+    with running_voila(notebook, kernel=quick_kernel) as address:
         yield address
 
 

@@ -411,9 +411,10 @@ def test_a_large_seed_is_not_rounded(page: Page) -> None:
     expect(seed).to_have_value("18446744073709551615")
 
 
-def test_token_is_asked_for(browser: Browser, tmp_path) -> None:
+def test_token_is_asked_for(browser: Browser, quick_python: tuple[str, ...], tmp_path) -> None:
     "A server with a token: the page says so, takes the token, and works, its documentation and folder too."
-    with running_server(DIFFUSION_WORKERS_TOKEN="a-secret-word", DIFFUSION_WORKERS_OUTPUTS=str(tmp_path)) as url:
+    variables = {"DIFFUSION_WORKERS_TOKEN": "a-secret-word", "DIFFUSION_WORKERS_OUTPUTS": str(tmp_path)}
+    with running_server(quick_python, **variables) as url:
         shown = browser.new_context().new_page()
         shown.set_default_timeout(PATIENCE * 1000)
         shown.goto(url)
@@ -694,12 +695,12 @@ DROP_FILES = """(place, files) => {
 
 
 @pytest.fixture(scope="module")
-def editing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def editing_server(quick_python: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     "A server that has a tiny model which edits by instruction."
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(folder, ModelFamily.flux2)
     write_tiny_model(folder, ModelFamily.flux, "redux", ModelKind.redux)
-    with running_server(DIFFUSION_WORKERS_MODELS=str(folder)) as url:
+    with running_server(quick_python, DIFFUSION_WORKERS_MODELS=str(folder)) as url:
         yield url
 
 

@@ -208,9 +208,9 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def lab(quick_kernel: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     folder = tmp_path_factory.mktemp("lab")
-    with running_lab(folder) as address:
+    with running_lab(folder, kernel=quick_kernel) as address:
         yield address, folder
 
 

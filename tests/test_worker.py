@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,10 +118,10 @@ def test_bad_input_fails_with_its_field(queue: QueueServer, worker, given, statu
 
 def test_progress_has_steps_time_and_a_preview(queue: QueueServer, worker) -> None:
     "Updates say how far the work is; none of them is taken for the result."
-    job = queue.answers({**LONG, "num_images": 2})[0]
+    job = queue.answers({**LONG, "num_images": 2, "num_inference_steps": 60})[0]
     steps = [update for update in job.updates if update["phase"] == "denoise"]
     assert job.status == "COMPLETED" and len(job.output["generation"]["images"]) == 2
-    assert steps and all(update["total_steps"] == 150 and update["seconds_left"] >= 0 for update in steps)
+    assert steps and all(update["total_steps"] == 60 and update["seconds_left"] >= 0 for update in steps)
     assert [update["step"] for update in steps] == sorted({update["step"] for update in steps})
     previews = [update["preview"] for update in steps if "preview" in update]
     assert previews and max(Image.open(io.BytesIO(base64.b64decode(previews[0]))).size) <= 384
@@ -272,14 +272,14 @@ def test_memory_stays_flat_over_200_jobs(queue: QueueServer, worker) -> None:
     assert np.median(resident[100:]) - np.median(resident[:100]) < 8 * 2**20
 
 
-def test_sigterm_loses_nothing(tmp_path: Path) -> None:
+def test_sigterm_loses_nothing(quick_python: tuple[str, ...], tmp_path: Path) -> None:
     "A running job and one beside it are answered, and then the process ends well."
     log, more = (
         tmp_path / "log.txt",
         {"DIFFUSION_WORKERS_CONCURRENCY": "2", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.1"},
     )
-    with QueueServer() as queue, running_worker(queue, "fourth", log, **more) as process:
-        jobs = [queue.submit({**LONG, "num_inference_steps": 100}), queue.submit({**QUICK, "seed": 5})]
+    with QueueServer() as queue, running_worker(queue, "fourth", log, quick_python, **more) as process:
+        jobs = [queue.submit({**LONG, "num_images": 2}), queue.submit({**QUICK, "seed": 5})]
         queue.until(lambda: any(update.get("step") for update in queue.jobs[jobs[0]].updates), "the first step")
         queue.until(lambda: queue.jobs[jobs[1]].taken, "the second job was taken")
         process.send_signal(signal.SIGTERM)
@@ -329,7 +329,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def streaming(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[QueueServer, Path]]:
+def streaming(
+    store: dict[str, str], quick_python: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[QueueServer, Path]]:
     "A queue with a worker that yields previews, and its log."
     log = tmp_path_factory.mktemp("streaming") / "log.txt"
     more = {
@@ -337,7 +339,7 @@ def streaming(store: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
         "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.05",
         "DIFFUSION_WORKERS_UPLOAD_ALL": "1",
     }
-    with QueueServer() as queue, running_worker(queue, "second", log, **more, **store):
+    with QueueServer() as queue, running_worker(queue, "second", log, quick_python, **more, **store):
         yield queue, log
 
 
@@ -382,15 +384,20 @@ def test_a_stream_is_stopped(streaming) -> None:
 # --- starts that fail, and local runs ---------------------------------------
 
 
-def run_handler(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess:
+def run_handler(
+    *arguments: str,
+    cwd: Path,
+    python: Sequence[str] = (sys.executable,),  # the command that runs Python
+    **more: str,  # further variables
+) -> subprocess.CompletedProcess:
     "A worker process that ends by itself, with what it said."
-    command = [sys.executable, "-m", "diffusion_workers.handler", *arguments]
+    command = [*python, "-m", "diffusion_workers.handler", *arguments]
     return subprocess.run(
         command, cwd=cwd, env=worker_environment(**more), capture_output=True, text=True, timeout=PATIENCE
     )
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_start(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_ends_the_start(quick_python: tuple[str, ...], tmp_path: Path) -> None:
     "One unhealthy ping, one plain sentence, exit status 1, and no job is taken."
     (tmp_path / "mine.yaml").write_text("family: sd15\nsource: {folder: not-there}\n")
     with QueueServer() as queue:
@@ -399,7 +406,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_start(tmp_path: Path) -> None:
             "DIFFUSION_WORKERS_MODELS": str(tmp_path),
             "DIFFUSION_WORKERS_DEFAULT_MODEL": "mine",
         }
-        done = run_handler(cwd=tmp_path, **more)
+        done = run_handler(cwd=tmp_path, python=quick_python, **more)
         said = done.stdout + done.stderr
         assert done.returncode == 1 and queue.jobs[job].taken == [], said
         assert [ping["status"] for ping in queue.pings] == ["unhealthy"] and "folder:not-there" in queue.pings[0][
@@ -492,9 +499,9 @@ def test_test_input_json_runs_a_sample(tmp_path: Path) -> None:
     local_run(SAMPLES[-1], tmp_path, as_file=True)
 
 
-def test_test_input_that_fails_exits_1(tmp_path: Path) -> None:
+def test_test_input_that_fails_exits_1(quick_python: tuple[str, ...], tmp_path: Path) -> None:
     "Without a model having been read: the mistake is in the input."
-    done = run_handler("--test_input", json.dumps({"input": {"op": "dance"}}), cwd=tmp_path)
+    done = run_handler("--test_input", json.dumps({"input": {"op": "dance"}}), cwd=tmp_path, python=quick_python)
     assert done.returncode == 1 and "there is no such operation" in done.stdout
 
 
