@@ -32,7 +32,7 @@ from diffusion_workers.families.record import (
 from .sd15 import CLIP_TOKENIZERS, VAE_CLASSES
 from ez_diffusion_client.models import ControlKind, ModelFamily, ModelKind, SchedulerName, Task, UnionModeName
 
-# %% ../../nbs/05_families/04_flux.ipynb #5e9efc2e
+# %% ../../nbs/05_families/04_flux.ipynb #7b26ee05
 _DOUBLE = {  # original name below double_blocks.i -> modules below transformer_blocks.i
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -77,7 +77,7 @@ _ENDS = {
     "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
 }
 
-
+# %% ../../nbs/05_families/04_flux.ipynb #99720fce
 def flux_original_names(
     transformer: Any,  # a FluxTransformer2DModel, or anything with its blocks
     paths: Iterable[str],  # of its modules
@@ -94,7 +94,7 @@ def flux_original_names(
             for name, modules in table.items():
                 yield OriginalName(f"{original}.{i}.{name}", tuple(f"{ours}.{i}.{module}" for module in modules))
 
-# %% ../../nbs/05_families/04_flux.ipynb #2f9ca78d
+# %% ../../nbs/05_families/04_flux.ipynb #2789456f
 _CONTROLLED = (ControlKind.single, ControlKind.multiple, ControlKind.union)
 _CFG, _NO_FIELDS = frozenset({"negative_prompt", "true_cfg_scale"}), frozenset()
 
@@ -111,6 +111,8 @@ _KONTEXT = {  # without these, an area of its own for the result, and sizes of i
     "area_argument": "max_area",
     "arguments": {"_auto_resize": False},
 }
+_INPAINTING = _KONTEXT | {"references": 1, "reference_argument": "image_reference"}
+_MAP: dict[str, Any] = {"model_kind": ModelKind.control, "map_is_input": True}
 _REDUX: dict[str, Any] = {"model_kind": ModelKind.redux, "takes": _CFG}
 _MIXED = _REDUX | {"references": 10, "reference_argument": None}  # as many as a request may have
 FLUX_CALLS = (
@@ -121,25 +123,19 @@ FLUX_CALLS = (
     _call("FluxControlNetImg2ImgPipeline", Task.image_to_image, _CONTROLLED),
     _call("FluxControlNetInpaintPipeline", Task.inpainting, _CONTROLLED),
     _call("FluxFillPipeline", Task.inpainting, model_kind=ModelKind.fill, mask_in_pixels=True),
-    _call("FluxControlPipeline", Task.text_to_image, model_kind=ModelKind.control, map_is_input=True),
-    _call("FluxControlImg2ImgPipeline", Task.image_to_image, model_kind=ModelKind.control, map_is_input=True),
-    _call("FluxControlInpaintPipeline", Task.inpainting, model_kind=ModelKind.control, map_is_input=True),
+    _call("FluxControlPipeline", Task.text_to_image, **_MAP),
+    _call("FluxControlImg2ImgPipeline", Task.image_to_image, **_MAP),
+    _call("FluxControlInpaintPipeline", Task.inpainting, **_MAP),
     _call("FluxKontextPipeline", Task.text_to_image, **_KONTEXT),
     _call("FluxKontextPipeline", Task.edit, references=1, **_KONTEXT),
-    _call(
-        "FluxKontextInpaintPipeline",
-        Task.inpainting,
-        references=1,
-        reference_argument="image_reference",
-        **_KONTEXT,
-    ),
+    _call("FluxKontextInpaintPipeline", Task.inpainting, **_INPAINTING),
     _call("FluxPipeline", Task.text_to_image, **_REDUX),
     _call("FluxPipeline", Task.edit, **_MIXED),
     _call("FluxImg2ImgPipeline", Task.image_to_image, **_MIXED),
     _call("FluxInpaintPipeline", Task.inpainting, **_MIXED),
 )
 
-# %% ../../nbs/05_families/04_flux.ipynb #38e42a1a
+# %% ../../nbs/05_families/04_flux.ipynb #d160f10c
 FLUX_UNION_TABLES = {
     "flux_union_pro": {  # Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro, and the union ControlNet of InstantX
         UnionModeName.canny: 0,
@@ -153,38 +149,35 @@ FLUX_UNION_TABLES = {
     "flux_union_pro_2": {},  # Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0 recognises the kind by itself
 }
 MAPS_OF_STABLE_DIFFUSION = frozenset(  # preprocessors whose ControlNets were published for Stable Diffusion alone
-    {
-        "anyline",
-        "binary",
-        "color_palette",
-        "content_shuffle",
-        "hed",
-        "invert",
-        "lineart",
-        "lineart_anime",
-        "lineart_standard",
-        "midas_normal",
-        "mlsd",
-        "mobile_sam",
-        "normal_bae",
-        "pidinet",
-        "sam",
-        "scribble_xdog",
-        "teed",
-    }
+    "anyline binary color_palette content_shuffle hed invert lineart lineart_anime lineart_standard midas_normal mlsd "
+    "mobile_sam normal_bae pidinet sam scribble_xdog teed".split()
+)
+_CONTROLS = Controls(
+    controlnet_class="FluxControlNetModel",
+    multi_class="diffusers.FluxMultiControlNetModel",
+    residuals="packed_tokens",
+    union_class="FluxControlNetModel",
+    union_tables=FLUX_UNION_TABLES,
+    mode_argument="placeholders",
+    encodes_maps=True,
+    pixel_map_attribute="input_hint_block",
+    maps_without_controlnets=MAPS_OF_STABLE_DIFFUSION,
 )
 
-# %% ../../nbs/05_families/04_flux.ipynb #4fc83c8a
-_TINY = {
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 16,
-    "pooled_projection_dim": 16,
-    "axes_dims_rope": (4, 6, 6),
-    "guidance_embeds": True,
-}
+# %% ../../nbs/05_families/04_flux.ipynb #5dfe376a
+_LORA = LoraKeys(
+    original_names=flux_original_names,
+    marks=(
+        LoraMark(
+            r"^(?:double_blocks|single_blocks|(?:single_)?transformer_blocks)_\d+_.*(?:attn|linear1|qkv)",
+            inputs=3072,
+            order=40,
+        ),
+    ),
+    architectures=("flux1", "flux-1", "flux.1"),
+    blocks=LoraBlocks(3072, double=19, single=38),
+    text_encoders={"text_encoder_3": "text_encoder_2"},  # kohya and ComfyUI call T5 the third encoder here too
+)
 
 # %% ../../nbs/05_families/04_flux.ipynb #dd62ebe9
 REDUX = ReferenceEncoder(
@@ -201,7 +194,34 @@ REDUX = ReferenceEncoder(
     },
 )
 
-# %% ../../nbs/05_families/04_flux.ipynb #9e714d0c
+# %% ../../nbs/05_families/04_flux.ipynb #4d440b0f
+_TINY = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "pooled_projection_dim": 16,
+    "axes_dims_rope": (4, 6, 6),
+    "guidance_embeds": True,
+}
+_TINY_MODEL = TinyModel(
+    components={
+        "tokenizer": TinyComponent("clip"),
+        "text_encoder": tiny_clip(),
+        "vae": tiny_vae(16, scaling_factor=0.36, shift_factor=0.1),
+        "tokenizer_2": TinyComponent("t5"),
+        "text_encoder_2": tiny_t5("tokenizer_2"),
+        "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+        "transformer": TinyComponent("FluxTransformer2DModel", _TINY | {"in_channels": 64, "out_channels": 64}),
+    },
+    controlnet=TinyComponent("FluxControlNetModel", _TINY | {"in_channels": 64, "num_mode": None}),
+    union=TinyComponent("FluxControlNetModel", _TINY | {"in_channels": 64, "num_mode": 7}),
+    in_channels={ModelKind.control: 128, ModelKind.fill: 64 + 64 + 256},
+    zero_layers=("controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks"),
+)
+
+# %% ../../nbs/05_families/04_flux.ipynb #1a91499d
 FLUX = Family(
     name=ModelFamily.flux,
     title="Flux",
@@ -226,19 +246,11 @@ FLUX = Family(
     denoiser_config={},
     gpu_dtype="bfloat16",
     unused_fields=frozenset(
-        {
-            "clip_skip",
-            "guidance_rescale",
-            "size_conditioning",
-            "refiner",
-            "timestep_spacing",
-            "eta",
-            "timesteps",
-            "seamless",
-        }
+        {"clip_skip", "guidance_rescale", "size_conditioning", "refiner"}
+        | {"timestep_spacing", "eta", "timesteps", "seamless"}
     ),
     guidance=Guidance("true_cfg_scale", embedded_field="guidance_scale", needed="true_cfg_scale and a negative prompt"),
-    texts=(  # CLIP only summarises the prompt; what T5 cuts off is lost
+    texts=(
         TextInput("prompt", "tokenizer_2", max_tokens=512, unless="prompt_2"),
         TextInput("prompt_2", "tokenizer_2", max_tokens=512),
     ),
@@ -254,45 +266,9 @@ FLUX = Family(
         ModelKind.redux: References(square=384, weighted=True),
     },
     reference_encoders={ModelKind.redux: REDUX},
-    controls=Controls(
-        controlnet_class="FluxControlNetModel",
-        multi_class="diffusers.FluxMultiControlNetModel",
-        residuals="packed_tokens",
-        union_class="FluxControlNetModel",
-        union_tables=FLUX_UNION_TABLES,
-        mode_argument="placeholders",
-        encodes_maps=True,
-        pixel_map_attribute="input_hint_block",
-        maps_without_controlnets=MAPS_OF_STABLE_DIFFUSION,
-    ),
-    lora=LoraKeys(
-        original_names=flux_original_names,
-        marks=(
-            LoraMark(
-                r"^(?:double_blocks|single_blocks|(?:single_)?transformer_blocks)_\d+_.*(?:attn|linear1|qkv)",
-                inputs=3072,
-                order=40,
-            ),
-        ),
-        architectures=("flux1", "flux-1", "flux.1"),
-        blocks=LoraBlocks(3072, double=19, single=38),
-        text_encoders={"text_encoder_3": "text_encoder_2"},  # kohya and ComfyUI call T5 the third encoder here too
-    ),
-    tiny=TinyModel(
-        components={
-            "tokenizer": TinyComponent("clip"),
-            "text_encoder": tiny_clip(),
-            "vae": tiny_vae(16, scaling_factor=0.36, shift_factor=0.1),
-            "tokenizer_2": TinyComponent("t5"),
-            "text_encoder_2": tiny_t5("tokenizer_2"),
-            "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
-            "transformer": TinyComponent("FluxTransformer2DModel", _TINY | {"in_channels": 64, "out_channels": 64}),
-        },
-        controlnet=TinyComponent("FluxControlNetModel", _TINY | {"in_channels": 64, "num_mode": None}),
-        union=TinyComponent("FluxControlNetModel", _TINY | {"in_channels": 64, "num_mode": 7}),
-        in_channels={ModelKind.control: 128, ModelKind.fill: 64 + 64 + 256},
-        zero_layers=("controlnet_x_embedder", "controlnet_blocks", "controlnet_single_blocks"),
-    ),
+    controls=_CONTROLS,
+    lora=_LORA,
+    tiny=_TINY_MODEL,
     reads_gguf=True,
     attention_backends=True,
 )

@@ -28,43 +28,35 @@ from diffusion_workers.families.record import (
 from .zimage import QWEN_TOKENIZERS
 from ez_diffusion_client.models import ControlKind, ModelFamily, ModelKind, SchedulerName, Task
 
-# %% ../../nbs/05_families/09_qwen.ipynb #6298a900
+# %% ../../nbs/05_families/09_qwen.ipynb #436fa379
 _CONTROLLED = (ControlKind.single, ControlKind.multiple, ControlKind.union)
-_MEGAPIXEL = 1024 * 1024
+_EDITS: dict[str, Any] = {"one_prompt": True, "cuts_text": False}
+_FROM_IMAGE: dict[str, Any] = {"prompt_for_each": True, "count_steps": remaining_steps_at_least_one}
 QWEN_CALLS = (
     PipelineCall("QwenImagePipeline", Task.text_to_image, prompt_for_each=True),
-    PipelineCall(
-        "QwenImageImg2ImgPipeline",
-        Task.image_to_image,
-        prompt_for_each=True,
-        count_steps=remaining_steps_at_least_one,
-    ),
-    PipelineCall(
-        "QwenImageInpaintPipeline",
-        Task.inpainting,
-        prompt_for_each=True,
-        count_steps=remaining_steps_at_least_one,
-    ),
+    PipelineCall("QwenImageImg2ImgPipeline", Task.image_to_image, **_FROM_IMAGE),
+    PipelineCall("QwenImageInpaintPipeline", Task.inpainting, **_FROM_IMAGE),
     PipelineCall("QwenImageControlNetPipeline", Task.text_to_image, _CONTROLLED, prompt_for_each=True),
-    PipelineCall(
-        "QwenImageEditPipeline",
-        Task.edit,
-        model_kind=ModelKind.edit,
-        references=1,
-        one_prompt=True,
-        cuts_text=False,
-    ),
-    PipelineCall(
-        "QwenImageEditPlusPipeline",
-        Task.edit,
-        model_kind=ModelKind.edit_plus,
-        references=3,
-        one_prompt=True,
-        cuts_text=False,
-    ),
+    PipelineCall("QwenImageEditPipeline", Task.edit, model_kind=ModelKind.edit, references=1, **_EDITS),
+    PipelineCall("QwenImageEditPlusPipeline", Task.edit, model_kind=ModelKind.edit_plus, references=3, **_EDITS),
 )
 
+# %% ../../nbs/05_families/09_qwen.ipynb #d7141552
+_MEGAPIXEL = 1024 * 1024
+_SCALED = References(area=_MEGAPIXEL, multiple=32, decides_size=True)
 
+# %% ../../nbs/05_families/09_qwen.ipynb #8daa0b9b
+_CONTROLS = Controls(
+    controlnet_class="QwenImageControlNetModel",
+    multi_class="diffusion_workers.pipeline.controlnets.SummedControlNets",
+    residuals="image_tokens",
+    union_class="QwenImageControlNetModel",
+    union_tables={"qwen_union": {}},  # recognises canny, soft edges, depth and pose by itself
+    encodes_maps=True,
+    maps_without_controlnets=(MAPS_OF_STABLE_DIFFUSION - {"anyline", "hed", "pidinet"}) | {"gray", "low_quality"},
+)
+
+# %% ../../nbs/05_families/09_qwen.ipynb #06edfaab
 def qwen_original_names(
     transformer: Any,  # a QwenImageTransformer2DModel
     paths: Iterable[str],  # of its modules
@@ -72,7 +64,14 @@ def qwen_original_names(
     "The original names are those of diffusers."
     return iter(())
 
-# %% ../../nbs/05_families/09_qwen.ipynb #95785250
+
+_LORA = LoraKeys(
+    original_names=qwen_original_names,
+    marks=(LoraMark(r"^transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)"),),
+    architectures=("qwen",),
+)
+
+# %% ../../nbs/05_families/09_qwen.ipynb #060b47bb
 _TINY = {
     "patch_size": 2,
     "in_channels": 64,
@@ -82,6 +81,14 @@ _TINY = {
     "num_attention_heads": 2,
     "joint_attention_dim": 16,
     "axes_dims_rope": (4, 6, 6),
+}
+_SHIFTED = {
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 8192,
+    "max_shift": 0.9,
+    "shift_terminal": 0.02,
+    "use_dynamic_shifting": True,
 }
 _TINY_TEXT = {
     "hidden_size": 16,
@@ -101,15 +108,32 @@ _TINY_VISION = {
     "window_size": 56,
     "fullatt_block_indexes": [1],
 }
-_SHIFTED = {
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 8192,
-    "max_shift": 0.9,
-    "shift_terminal": 0.02,
-    "use_dynamic_shifting": True,
-}
-_SCALED = References(area=_MEGAPIXEL, multiple=32, decides_size=True)
+
+# %% ../../nbs/05_families/09_qwen.ipynb #84719870
+_TINY_MODEL = TinyModel(
+    components={
+        "tokenizer": TinyComponent("qwen_text"),
+        "processor": TinyComponent("qwen_vl", tokenizer="tokenizer"),
+        "text_encoder": TinyComponent(
+            "Qwen2_5_VLForConditionalGeneration",
+            {"text_config": _TINY_TEXT, "vision_config": _TINY_VISION},
+            "Qwen2_5_VLConfig",
+            "tokenizer",
+        ),
+        "vae": TinyComponent(
+            "AutoencoderKLQwenImage",
+            {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+            | {"temperal_downsample": [False, True, True]},
+        ),
+        "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", _SHIFTED),
+        "transformer": TinyComponent("QwenImageTransformer2DModel", _TINY),
+    },
+    controlnet=TinyComponent("QwenImageControlNetModel", _TINY),
+    union=TinyComponent("QwenImageControlNetModel", _TINY),
+    zero_layers=("controlnet_blocks", "controlnet_x_embedder"),
+)
+
+# %% ../../nbs/05_families/09_qwen.ipynb #37f5b8c5
 QWEN = Family(
     name=ModelFamily.qwen,
     title="Qwen-Image",
@@ -146,42 +170,9 @@ QWEN = Family(
     step_caches=("first_block", "taylorseer"),
     guiders=(),  # they would measure the tokens of reference images too
     references={ModelKind.edit: _SCALED, ModelKind.edit_plus: _SCALED},
-    controls=Controls(
-        controlnet_class="QwenImageControlNetModel",
-        multi_class="diffusion_workers.pipeline.controlnets.SummedControlNets",
-        residuals="image_tokens",
-        union_class="QwenImageControlNetModel",
-        union_tables={"qwen_union": {}},  # recognises canny, soft edges, depth and pose by itself
-        encodes_maps=True,
-        maps_without_controlnets=(MAPS_OF_STABLE_DIFFUSION - {"anyline", "hed", "pidinet"}) | {"gray", "low_quality"},
-    ),
-    lora=LoraKeys(
-        original_names=qwen_original_names,
-        marks=(LoraMark(r"^transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)"),),
-        architectures=("qwen",),
-    ),
-    tiny=TinyModel(
-        components={
-            "tokenizer": TinyComponent("qwen_text"),
-            "processor": TinyComponent("qwen_vl", tokenizer="tokenizer"),
-            "text_encoder": TinyComponent(
-                "Qwen2_5_VLForConditionalGeneration",
-                {"text_config": _TINY_TEXT, "vision_config": _TINY_VISION},
-                "Qwen2_5_VLConfig",
-                "tokenizer",
-            ),
-            "vae": TinyComponent(
-                "AutoencoderKLQwenImage",
-                {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-                | {"temperal_downsample": [False, True, True]},
-            ),
-            "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", _SHIFTED),
-            "transformer": TinyComponent("QwenImageTransformer2DModel", _TINY),
-        },
-        controlnet=TinyComponent("QwenImageControlNetModel", _TINY),
-        union=TinyComponent("QwenImageControlNetModel", _TINY),
-        zero_layers=("controlnet_blocks", "controlnet_x_embedder"),
-    ),
+    controls=_CONTROLS,
+    lora=_LORA,
+    tiny=_TINY_MODEL,
     pads_texts=False,
     reads_gguf=True,
     attention_backends=True,

@@ -73,7 +73,7 @@ class PipelineCall:
 
 SELECTIVE_FIELDS = ("guidance_rescale", "true_cfg_scale", "refiner", "negative_prompt")  # only some classes have these
 
-# %% ../../nbs/05_families/01_record.ipynb #0f2fbb45
+# %% ../../nbs/05_families/01_record.ipynb #0b95b572
 @dataclass(frozen=True)
 class Guidance:
     "Which request field is classifier-free guidance, with a second prediction for each step."
@@ -85,16 +85,14 @@ class Guidance:
     argument: str | None = None  # of the pipelines, for `guidance_scale`; None is the same name
     empty_negative: str | None = None  # the negative prompt without which they do not guide, where a request has none
 
-
+# %% ../../nbs/05_families/01_record.ipynb #1a1e2965
 @dataclass(frozen=True)
 class TextInput:
     "A request field and the tokenizer that limits it; a longer text is cut off with a warning."
 
     field: str  # "prompt" or "prompt_2"; the negative field follows
     tokenizer: str  # component
-    max_tokens: int | None = (
-        None  # where the request sets max_sequence_length: the default; None is the tokenizer's own
-    )
+    max_tokens: int | None = None  # default where a request can set max_sequence_length; None is the tokenizer's own
     unless: str | None = None  # this field, when it is set, takes the place of `field` in this tokenizer
     instead: str | None = None  # tokenizer to measure with where a model comes without `tokenizer`
     chat: Mapping[str, Any] | None = None  # options of the tokenizer's chat template, where it is put around the text
@@ -110,7 +108,7 @@ class Latents:
     frames: bool = False  # the VAE is one for video: (B, channels, frames, H/8, W/8), with one frame
     downscale: int = 8  # pixels of an image for each latent
 
-# %% ../../nbs/05_families/01_record.ipynb #426ca5f6
+# %% ../../nbs/05_families/01_record.ipynb #62f1e885
 @dataclass(frozen=True)
 class References:
     "Which reference images the pipelines of a kind of model take, and in which size the model sees them."
@@ -147,9 +145,8 @@ class References:
             return self.square, self.square
         if self.area is not None:
             wide = math.sqrt(self.area * width / height)
-            return round(wide / self.multiple) * self.multiple, round(
-                wide * height / width / self.multiple
-            ) * self.multiple
+            tall = wide * height / width
+            return round(wide / self.multiple) * self.multiple, round(tall / self.multiple) * self.multiple
         if self.sizes:
             return min(self.sizes, key=lambda size: (abs(width / height - size[0] / size[1]), size))
         if self.max_pixels is None or width * height <= self.max_pixels:
@@ -157,25 +154,21 @@ class References:
         scale = math.sqrt(self.max_pixels / (width * height))
         return int(width * scale), int(height * scale)
 
-# %% ../../nbs/05_families/01_record.ipynb #0099f246
+# %% ../../nbs/05_families/01_record.ipynb #a7b20162
 @dataclass(frozen=True)
 class Controls:
     "The ControlNets of a family, and the conventions of its ControlNet pipelines."
 
     controlnet_class: str  # in diffusers
     multi_class: str  # that holds several, with its module
-    residuals: Literal[
-        "levels", "packed_tokens", "joint_tokens", "layers", "image_tokens"
-    ]  # what a ControlNet returns, see above
+    residuals: Literal["levels", "packed_tokens", "joint_tokens", "layers", "image_tokens"]  # it returns, see above
     union_class: str | None = None
     union_multi_class: str | None = None  # where union ControlNets need a holder of their own
     merges_union_maps: bool = False  # one union ControlNet takes all of its maps in one call
-    exclusive_unions: bool = (
-        False  # a union ControlNet cannot be combined with plain ones, nor its maps be masked alone
-    )
+    exclusive_unions: bool = False  # union ControlNets do not go with plain ones, nor with a mask for one map alone
     union_tables: Mapping[str, Mapping[UnionModeName, int]] = field(
         default_factory=dict
-    )  # mode numbers by name of the table, the default first
+    )  # name -> modes, default first
     mode_argument: Literal["none", "placeholders", "union_modes"] = "none"  # what control_mode is given
     modes: tuple[ControlMode, ...] = (ControlMode.balanced,)
     max_units: int | None = None  # ControlNets in one request; None is any number
@@ -185,7 +178,7 @@ class Controls:
     marks_masked_pixels: bool = False  # the inpaint ControlNet is given -1 where the image is masked
     maps_without_controlnets: frozenset[str] = frozenset()  # preprocessors that no published ControlNet expects
 
-# %% ../../nbs/05_families/01_record.ipynb #2590201a
+# %% ../../nbs/05_families/01_record.ipynb #dd0b68ee
 @dataclass(frozen=True)
 class LoraMark:
     "What identifies a LoRA as made for a family: a module's name and shape."
@@ -206,7 +199,7 @@ class LoraBlocks:
     double: int  # number of blocks with two streams, by the names double_blocks or transformer_blocks
     single: int  # by the names single_blocks or single_transformer_blocks
 
-
+# %% ../../nbs/05_families/01_record.ipynb #989506b4
 @dataclass(frozen=True)
 class OriginalName:
     "A module as the original implementation of a family names it."
@@ -226,11 +219,9 @@ class LoraKeys:
     blocks: LoraBlocks | None = None  # where other families name their attention the same
     like: tuple[ModelFamily, ...] = ()  # families whose files are tried too, as far as their layers are the same
     block_scales: bool = False  # whether the blocks of the denoiser can be scaled one by one
-    text_encoders: Mapping[str, str] = field(
-        default_factory=dict
-    )  # component that a file names -> component of the pipeline, where they differ
+    text_encoders: Mapping[str, str] = field(default_factory=dict)  # component in a file -> in the pipeline
 
-# %% ../../nbs/05_families/01_record.ipynb #7b6d8acd
+# %% ../../nbs/05_families/01_record.ipynb #c3fab024
 @dataclass(frozen=True)
 class TinyComponent:
     "A component with random weights."
@@ -250,13 +241,11 @@ class TinyModel:
     union: TinyComponent | None = None
     in_channels: Mapping[ModelKind, int] = field(
         default_factory=dict
-    )  # of the denoiser, where a kind of model has its own number
-    zero_layers: tuple[
-        str, ...
-    ] = ()  # parts of names in a new ControlNet that are zero: random in a tiny one, so that it has an effect
+    )  # of the denoiser, where a kind has its own number
+    zero_layers: tuple[str, ...] = ()  # parts of names in a ControlNet that begin at zero: random, to have an effect
     unset: tuple[str, ...] = ()  # parameters of a new denoiser that hold whatever was in memory: random in a tiny one
 
-
+# %% ../../nbs/05_families/01_record.ipynb #3b3bc9d2
 CLIP_SIZES = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -298,7 +287,7 @@ def tiny_vae(channels: int, **config: Any) -> TinyComponent:
     }
     return TinyComponent("AutoencoderKL", sizes | config)
 
-# %% ../../nbs/05_families/01_record.ipynb #761cf0ad
+# %% ../../nbs/05_families/01_record.ipynb #5b2297af
 @dataclass(frozen=True)
 class Refiner:
     "The class that takes over the last steps, and what it shares with the base model."
@@ -321,16 +310,14 @@ class ReferenceEncoder:
     class_name: str  # in diffusers
     components: Mapping[str, TinyComponent]  # those that it needs, in tiny sizes
 
-
+# %% ../../nbs/05_families/01_record.ipynb #3d95d335
 @dataclass(frozen=True)
-class Family:
-    "Everything that depends on the architecture of a model."
+class _FamilyFields:
+    "What a record states."
 
     name: ModelFamily
     title: str  # for people
-    base_classes: Mapping[
-        ModelKind, str
-    ]  # kind of model -> diffusers class that is loaded; its siblings share the parts
+    base_classes: Mapping[ModelKind, str]  # kind of model -> diffusers class to load, whose siblings share the parts
     calls: tuple[PipelineCall, ...]
     components: Mapping[str, tuple[str, ...]]  # slot -> allowed classes, the default first
     denoiser: str  # the component that is called at each step
@@ -343,40 +330,45 @@ class Family:
     size_multiple: int  # pixels: width and height
     schedulers: tuple[SchedulerName, ...]
     latents: Latents
-    denoiser_calls: Literal[
-        "doubled", "lists", "separate"
-    ]  # guidance: one call with both prompts, in tensors or in lists, or a call for each
+    denoiser_calls: Literal["doubled", "lists", "separate"]  # both prompts in tensors, in lists, or in a call for each
     step_caches: tuple[str, ...]  # methods that work on the denoiser
     controls: Controls
     lora: LoraKeys
     tiny: TinyModel
-    references: Mapping[ModelKind, References] = field(
-        default_factory=dict
-    )  # a kind that is missing takes no reference images
+    references: Mapping[ModelKind, References] = field(default_factory=dict)  # a missing kind takes none
     instead: Mapping[str, str] = field(default_factory=dict)  # unused request field -> what to do, for error messages
     load_arguments: Mapping[str, Any] = field(default_factory=dict)  # further arguments of from_pretrained
     clip_skip_base: int = 1  # the "Clip skip" of other programs that means no layer is left out
     aligned_steps: Literal["sd1", "xl"] | None = None  # the table of Align Your Steps that was made for it
     usual_names: tuple[str, ...] = ()  # parts of the names that people give to its models, in lower case
     refiner: Refiner | None = None
-    reference_encoders: Mapping[ModelKind, ReferenceEncoder] = field(
-        default_factory=dict
-    )  # a kind that is missing has none, or sees reference images beside the noise
+    reference_encoders: Mapping[ModelKind, ReferenceEncoder] = field(default_factory=dict)  # others see them, or none
     changes_denoiser: frozenset[ModelKind] = frozenset()  # kinds whose pipelines change its modules for good
     guiders: tuple[str, ...] = ("apg", "cfg_zero_star")  # refinements of guidance that work on the denoiser
     freeu: Mapping[str, float] = field(default_factory=dict)  # weights of FreeU where they differ from the usual ones
-    distilled_sources: frozenset[str] = (
-        frozenset()
-    )  # Hub repositories whose pipeline was distilled and ignores guidance
+    distilled_sources: frozenset[str] = frozenset()  # Hub repositories of distilled models, which ignore guidance
     reads_gguf: bool = False  # whether the denoiser may be a .gguf file
     autocasts: bool = True  # whether the denoiser can compute in another dtype than that of its weights
     attention_backends: bool = False  # whether the denoiser has diffusers' choice of attention implementations
     pads_texts: bool = True  # whether embeddings of a prompt and of a negative one have the same length
     embeds_have_masks: bool = False  # whether prompt embeddings need attention masks beside them; then none are taken
-    text_layout: Literal["clip", "clip_clip", "clip_t5", "clip_clip_t5"] | None = (
-        None  # of its text encoders, for prompts that are encoded here; None leaves every prompt to the pipeline
-    )
+    text_layout: Literal["clip", "clip_clip", "clip_t5", "clip_clip_t5"] | None = None  # None: the pipeline encodes
     pipe_arguments: Callable[[Any], Mapping[str, Any]] = no_arguments  # of a loaded pipeline, where its parts decide
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        "The components that encode text."
+        return tuple(slot for slot in self.components if slot.startswith("text_encoder"))
+
+    @property
+    def has_controlnets(self) -> bool:
+        "Whether diffusers has ControlNets for the family."
+        return bool(self.controls.controlnet_class)
+
+# %% ../../nbs/05_families/01_record.ipynb #84bf1c60
+@dataclass(frozen=True)
+class Family(_FamilyFields):
+    "Everything that depends on the architecture of a model."
 
     def call(
         self,
@@ -410,11 +402,6 @@ class Family:
         "Whether its noise levels go from 1 to 0."
         return SchedulerName.flow_match_euler in self.schedulers
 
-    @property
-    def text_encoders(self) -> tuple[str, ...]:
-        "The components that encode text."
-        return tuple(slot for slot in self.components if slot.startswith("text_encoder"))
-
     def applies(
         self,
         field: str,  # of a request
@@ -444,8 +431,3 @@ class Family:
     def tasks(self) -> tuple[Task, ...]:
         "What ordinary models of the family can do."
         return self.tasks_of(ModelKind.standard)
-
-    @property
-    def has_controlnets(self) -> bool:
-        "Whether diffusers has ControlNets for the family."
-        return bool(self.controls.controlnet_class)

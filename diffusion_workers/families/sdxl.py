@@ -51,6 +51,21 @@ SDXL_UNION_TABLES = {
     "sdxl_union_promax": {**_UNION, UnionModeName.tile: 6, UnionModeName.repaint: 7},  # the same repository, ProMax
 }
 
+# %% ../../nbs/05_families/03_sdxl.ipynb #fc62d33d
+_CONTROLS = Controls(
+    controlnet_class="ControlNetModel",
+    multi_class="diffusers.models.controlnets.multicontrolnet.MultiControlNetModel",
+    residuals="levels",
+    union_class="ControlNetUnionModel",
+    union_multi_class="diffusers.models.controlnets.multicontrolnet_union.MultiControlNetUnionModel",
+    merges_union_maps=True,
+    exclusive_unions=True,
+    union_tables=SDXL_UNION_TABLES,
+    mode_argument="union_modes",
+    modes=tuple(ControlMode),
+    maps_without_controlnets=frozenset({"content_shuffle"}),
+)
+
 # %% ../../nbs/05_families/03_sdxl.ipynb #7470fd61
 _CONTROLLED, _UNIONS = (ControlKind.single, ControlKind.multiple), (ControlKind.union,)
 _NEGATIVE = frozenset({"negative_prompt"})
@@ -79,7 +94,7 @@ SDXL_CALLS = (
     ),
 )
 
-# %% ../../nbs/05_families/03_sdxl.ipynb #dc25aada
+# %% ../../nbs/05_families/03_sdxl.ipynb #0e435f72
 _TINY_TEXT = {
     "cross_attention_dim": 32,
     "addition_embed_type": "text_time",
@@ -89,8 +104,22 @@ _TINY_TEXT = {
     "use_linear_projection": True,
 }
 _TINY_UNION = {"num_control_type": 8, "num_trans_channel": 8, "num_trans_head": 2, "num_proj_channel": 8}
+_TINY_MODEL = TinyModel(
+    components={
+        "tokenizer": TinyComponent("clip"),
+        "text_encoder": tiny_clip(),
+        "vae": tiny_vae(4),
+        "unet": TinyComponent("UNet2DConditionModel", TINY_DENOISER | _TINY_TEXT),
+        "scheduler": TINY_SCHEDULER,
+        "tokenizer_2": TinyComponent("clip"),
+        "text_encoder_2": tiny_clip("tokenizer_2", projected=True),
+    },
+    controlnet=TinyComponent("ControlNetModel", TINY_CONTROLNET | _TINY_TEXT),
+    union=TinyComponent("ControlNetUnionModel", _TINY_UNION | TINY_CONTROLNET | _TINY_TEXT),
+    zero_layers=UNET_ZERO_LAYERS,
+)
 
-# %% ../../nbs/05_families/03_sdxl.ipynb #5663d3fd
+# %% ../../nbs/05_families/03_sdxl.ipynb #7581c114
 SDXL = Family(
     name=ModelFamily.sdxl,
     title="SDXL",
@@ -115,19 +144,7 @@ SDXL = Family(
     step_caches=UNET_STEP_CACHES,
     guiders=UNET_GUIDERS,
     freeu={"backbone_1": 1.3, "backbone_2": 1.4},
-    controls=Controls(
-        controlnet_class="ControlNetModel",
-        multi_class="diffusers.models.controlnets.multicontrolnet.MultiControlNetModel",
-        residuals="levels",
-        union_class="ControlNetUnionModel",
-        union_multi_class="diffusers.models.controlnets.multicontrolnet_union.MultiControlNetUnionModel",
-        merges_union_maps=True,
-        exclusive_unions=True,
-        union_tables=SDXL_UNION_TABLES,
-        mode_argument="union_modes",
-        modes=tuple(ControlMode),
-        maps_without_controlnets=frozenset({"content_shuffle"}),
-    ),
+    controls=_CONTROLS,
     lora=LoraKeys(
         original_names=unet_original_names,
         marks=(
@@ -137,20 +154,7 @@ SDXL = Family(
         architectures=("sdxl", "stable-diffusion-xl"),
         block_scales=True,
     ),
-    tiny=TinyModel(
-        components={
-            "tokenizer": TinyComponent("clip"),
-            "text_encoder": tiny_clip(),
-            "vae": tiny_vae(4),
-            "unet": TinyComponent("UNet2DConditionModel", TINY_DENOISER | _TINY_TEXT),
-            "scheduler": TINY_SCHEDULER,
-            "tokenizer_2": TinyComponent("clip"),
-            "text_encoder_2": tiny_clip("tokenizer_2", projected=True),
-        },
-        controlnet=TinyComponent("ControlNetModel", TINY_CONTROLNET | _TINY_TEXT),
-        union=TinyComponent("ControlNetUnionModel", _TINY_UNION | TINY_CONTROLNET | _TINY_TEXT),
-        zero_layers=UNET_ZERO_LAYERS,
-    ),
+    tiny=_TINY_MODEL,
     reads_gguf=True,
     load_arguments={"add_watermarker": False},
     refiner=Refiner(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['view_of', 'layer_weights', 'mask_tensor', 'shaped_residuals', 'level_view', 'token_mask', 'packed_token_view',
            'joint_token_view', 'image_token_view', 'SummedControlNets', 'check_alike', 'borrowing_copy',
-           'image_then_caption', 'layer_view', 'SingleControlNet', 'steady_vae', 'PreparedControl', 'check_union_mode',
-           'check_built_for', 'holder_of', 'control_object', 'control_arguments']
+           'image_then_caption', 'layer_view', 'SingleControlNet', 'steady_vae', 'check_union_mode', 'check_built_for',
+           'PreparedControl', 'holder_of', 'control_object', 'control_arguments']
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #a5994ead
 import copy
@@ -70,7 +70,7 @@ def shaped_residuals(
         result.append(residual)
     return result
 
-# %% ../../nbs/50_pipeline/03_controlnets.ipynb #cd3fd726
+# %% ../../nbs/50_pipeline/03_controlnets.ipynb #4d479e32
 def level_view(
     controlnet: torch.nn.Module,  # ControlNetModel or ControlNetUnionModel
     control: PlannedControl,
@@ -96,7 +96,7 @@ def _call_controlnet(
         return _call_union_with_several(controlnet, args, kwargs)
     return controlnet.forward(*args, **kwargs)
 
-# %% ../../nbs/50_pipeline/03_controlnets.ipynb #457a0f02
+
 def _call_union_with_several(
     controlnet: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -116,7 +116,7 @@ def _call_union_with_several(
     down, middle = controlnet.forward(*args, **(kwargs | chosen | {"conditioning_scale": relative}))
     return [residual * largest for residual in down], middle * largest
 
-# %% ../../nbs/50_pipeline/03_controlnets.ipynb #456c3d99
+# %% ../../nbs/50_pipeline/03_controlnets.ipynb #d8db6fbd
 def token_mask(
     mask: torch.Tensor,  # (1, 1, H, W)
     height: int,  # pixels of the image
@@ -124,6 +124,13 @@ def token_mask(
 ) -> torch.Tensor:  # (1, H/16 * W/16, 1)
     "A mask for residuals of tokens, row by row."
     return F.interpolate(mask, (height // 16, width // 16), mode="area").flatten(2).transpose(1, 2)
+
+
+def _masked_tokens(
+    samples: Sequence[torch.Tensor],  # (B, tokens, C) each
+    area: torch.Tensor | None,  # (1, tokens, 1), or no mask
+) -> list[torch.Tensor]:
+    return list(samples) if area is None else [sample * area.to(sample) for sample in samples]
 
 
 def packed_token_view(
@@ -137,21 +144,20 @@ def packed_token_view(
 
     def forward(**kwargs) -> tuple[list[torch.Tensor] | None, list[torch.Tensor] | None]:
         latents = kwargs["hidden_states"]
-        mode = torch.full((len(latents), 1), control.union_mode, device=latents.device) if controlnet.union else None
-        guidance = (
-            torch.full((len(latents),), plan.guidance_scale, device=latents.device)
-            if controlnet.config.guidance_embeds
-            else None
-        )
-        samples = controlnet.forward(**(kwargs | {"controlnet_mode": mode, "guidance": guidance, "return_dict": False}))
+        told: dict[str, torch.Tensor | None] = {"controlnet_mode": None, "guidance": None}
+        if controlnet.union:
+            told["controlnet_mode"] = torch.full((len(latents), 1), control.union_mode, device=latents.device)
+        if controlnet.config.guidance_embeds:
+            told["guidance"] = torch.full((len(latents),), plan.guidance_scale, device=latents.device)
+        samples = controlnet.forward(**(kwargs | told | {"return_dict": False}))
         if area is None:
             return samples
-        double, single = (part and [sample * area.to(sample) for sample in part] for part in samples)
+        double, single = (part and _masked_tokens(part, area) for part in samples)
         return double, single
 
     return view_of(controlnet, forward)
 
-# %% ../../nbs/50_pipeline/03_controlnets.ipynb #10cb0377
+# %% ../../nbs/50_pipeline/03_controlnets.ipynb #46d0ce59
 def joint_token_view(
     controlnet: torch.nn.Module,  # SD3ControlNetModel
     plan: GenerationPlan,
@@ -186,7 +192,7 @@ def image_token_view(
 
     return view_of(controlnet, forward)
 
-
+# %% ../../nbs/50_pipeline/03_controlnets.ipynb #0ddd9953
 class SummedControlNets(QwenImageMultiControlNetModel):
     "Holds any number of ControlNets for Qwen-Image, whose residuals are added; diffusers' own holds one."
 
@@ -217,7 +223,7 @@ def check_alike(controlnets: Sequence[torch.nn.Module]) -> None:
                 hint="use ControlNets of one publisher together, or one of them alone",
             )
 
-# %% ../../nbs/50_pipeline/03_controlnets.ipynb #6c92da26
+# %% ../../nbs/50_pipeline/03_controlnets.ipynb #2dbd74fe
 _BORROWED = ("t_scale", "t_embedder", "all_x_embedder", "cap_embedder", "rope_embedder", "noise_refiner",
              "context_refiner", "x_pad_token", "cap_pad_token")  # fmt: skip
 
@@ -268,7 +274,7 @@ def layer_view(
 
     return view_of(controlnet, forward)
 
-
+# %% ../../nbs/50_pipeline/03_controlnets.ipynb #dc6dda46
 class SingleControlNet(torch.nn.Module):
     "What holds the ControlNet of a pipeline that takes one alone; empty until a request names one."
 
@@ -312,17 +318,7 @@ def steady_vae(
     view.encode = encode
     return view
 
-# %% ../../nbs/50_pipeline/03_controlnets.ipynb #ea4b5940
-@dataclass(frozen=True)
-class PreparedControl:
-    "A control with its images at the size of the generation."
-
-    control: PlannedControl
-    map: Image.Image  # RGB, plan.width x plan.height
-    mask: Image.Image | None = None  # L, the same size, white where the control holds
-    condition: np.ndarray | None = None  # (1, 3, H, W), what the ControlNet is given where an image cannot say it
-
-# %% ../../nbs/50_pipeline/03_controlnets.ipynb #d9e64c0a
+# %% ../../nbs/50_pipeline/03_controlnets.ipynb #cbab7606
 def check_union_mode(
     controlnet: torch.nn.Module,
     control: PlannedControl,
@@ -342,7 +338,7 @@ def check_union_mode(
             hint=hint,
         )
 
-# %% ../../nbs/50_pipeline/03_controlnets.ipynb #d23b20f2
+
 def check_built_for(
     controlnets: Sequence[torch.nn.Module],  # of a request
     call: PipelineCall,  # that carries it out
@@ -360,7 +356,17 @@ def check_built_for(
                     hint="name another ControlNet, or leave the mask out",
                 )
 
-# %% ../../nbs/50_pipeline/03_controlnets.ipynb #ce25a290
+# %% ../../nbs/50_pipeline/03_controlnets.ipynb #bf0683c4
+@dataclass(frozen=True)
+class PreparedControl:
+    "A control with its images at the size of the generation."
+
+    control: PlannedControl
+    map: Image.Image  # RGB, plan.width x plan.height
+    mask: Image.Image | None = None  # L, the same size, white where the control holds
+    condition: np.ndarray | None = None  # (1, 3, H, W), what the ControlNet is given where an image cannot say it
+
+
 def holder_of(
     controls: Controls,
     control_kind: ControlKind,
@@ -369,6 +375,26 @@ def holder_of(
     union_class = controls.union_multi_class if control_kind == ControlKind.union else None
     module, _, name = (union_class or controls.multi_class).rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def _request_view(
+    controlnet: torch.nn.Module,
+    item: PreparedControl,
+    plan: GenerationPlan,
+    denoiser: torch.nn.Module | None,
+) -> torch.nn.Module:
+    "The view that fits what the ControlNets of the family return."
+    record = FAMILIES[plan.family]
+    residuals, guided = record.controls.residuals, getattr(plan, record.guidance.field, None) or 0
+    if residuals == "levels":
+        return level_view(controlnet, item.control, guided > record.guidance.on_above, item.mask)
+    if residuals == "packed_tokens":
+        return packed_token_view(controlnet, item.control, plan, item.mask)
+    if residuals == "image_tokens":
+        return image_token_view(controlnet, plan, item.mask)
+    if residuals == "layers":
+        return layer_view(controlnet, item.control, plan, item.mask, denoiser)
+    return joint_token_view(controlnet, plan, item.mask, denoiser)
 
 
 def control_object(
@@ -382,27 +408,13 @@ def control_object(
         check_union_mode(controlnet, item.control, index)
     record = FAMILIES[plan.family]
     check_built_for(controlnets, record.call_named(plan.pipeline_class))
-    controls, guided = record.controls, getattr(plan, record.guidance.field, None) or 0
-    if controls.residuals == "joint_tokens":
+    if record.controls.residuals == "joint_tokens":
         check_alike(controlnets)
-
-    def view(controlnet: torch.nn.Module, item: PreparedControl) -> torch.nn.Module:
-        if controls.residuals == "levels":
-            return level_view(controlnet, item.control, guided > record.guidance.on_above, item.mask)
-        if controls.residuals == "packed_tokens":
-            return packed_token_view(controlnet, item.control, plan, item.mask)
-        if controls.residuals == "image_tokens":
-            return image_token_view(controlnet, plan, item.mask)
-        if controls.residuals == "layers":
-            return layer_view(controlnet, item.control, plan, item.mask, denoiser)
-        return joint_token_view(controlnet, plan, item.mask, denoiser)
-
+    views = [_request_view(controlnet, item, plan, denoiser) for controlnet, item in zip(controlnets, prepared)]
     same = all(controlnet is controlnets[0] for controlnet in controlnets)
-    if controls.merges_union_maps and plan.control_kind == ControlKind.union and same:
-        return view(controlnets[0], prepared[0])
-    return holder_of(controls, plan.control_kind)(
-        [view(controlnet, item) for controlnet, item in zip(controlnets, prepared)]
-    )
+    if record.controls.merges_union_maps and plan.control_kind == ControlKind.union and same:
+        return views[0]
+    return holder_of(record.controls, plan.control_kind)(views)
 
 # %% ../../nbs/50_pipeline/03_controlnets.ipynb #e68bbfae
 def control_arguments(
