@@ -53,7 +53,8 @@ def _distilled_settings(
     chosen = {
         name: value for name, value in wanted.items() if value is not None and _unset(name, request, manifest, of_lora)
     }
-    running = SCHEDULER_FACTS.get(chosen.get("scheduler") or asked_scheduler(request, manifest))
+    name = chosen.get("scheduler") or asked_scheduler(request, manifest)
+    running = SCHEDULER_FACTS.get(name) if name else None
     listed = request.sigmas or request.timesteps
     unspaced = not listed and asked_spacing(request, manifest) is None
     if distilled.timestep_spacing and unspaced and running and running.spacing:
