@@ -18,7 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from diffusion_workers import DiffusionService
 from diffusion_workers.cli.main import main
 from diffusion_workers.models.manifest import builtin_path
-from diffusion_workers.planning.replay import from_parameters, from_plan, restore
+from diffusion_workers.planning.replay import from_plan, restore
+from diffusion_workers.planning.translate import from_parameters
 from diffusion_workers.request.errors import RequestError
 from diffusion_workers.request.metadata import parameters_line, read_metadata
 from ez_diffusion_client.models import GenerationPlan, ModelInfo, ModelList, RestoredRequest

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 from project import ROOT
 
-from diffusion_workers.planning.plan import KARRAS_SCHEDULERS, request_from_plan
+from diffusion_workers.planning.plan import request_from_plan
+from diffusion_workers.planning.schedules import KARRAS_SCHEDULERS
 from diffusion_workers.request.errors import error_line
 from diffusion_workers.request.images import ImagePolicy
 from diffusion_workers.request.metadata import read_metadata

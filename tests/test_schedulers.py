@@ -9,7 +9,7 @@ from diffusers import EulerDiscreteScheduler, SchedulerMixin
 from diffusion_workers.families.registry import FAMILIES
 from diffusion_workers.families.schedulers import SCHEDULER_FACTS
 from diffusion_workers.pipeline.schedulers import make_scheduler
-from diffusion_workers.planning.plan import KARRAS_SCHEDULERS, SCHEDULERS
+from diffusion_workers.planning.schedules import KARRAS_SCHEDULERS, SCHEDULERS
 from diffusion_workers.prompt.sigmas import (
     ays_sigmas,
     beta_sigmas,

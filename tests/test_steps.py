@@ -14,7 +14,7 @@ from diffusion_workers.families.registry import FAMILIES
 from diffusion_workers.families.schedulers import SCHEDULER_FACTS
 from diffusion_workers.panel.form import request_sections
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
-from diffusion_workers.planning.replay import from_parameters
+from diffusion_workers.planning.translate import from_parameters
 from diffusion_workers.request.metadata import parameters_line
 from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.service import Settings

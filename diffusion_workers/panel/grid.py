@@ -26,7 +26,7 @@ from .elements import data_uri, thumbnail
 from .mask_canvas import STYLES, element
 from .runs import Backend, Pace, Run, backend_of, start_run, stop_on_interrupt
 from .stop_button import enable_stop_button, wait_with_stop
-from ..planning.plan import DRAWN_SEED
+from ..planning.task import DRAWN_SEED
 from ..request.errors import RequestError, logger, parse, request_error
 from ..request.schema import field_at, set_value
 from ez_diffusion_client.frames import import_pandas, plan_columns

@@ -48,8 +48,8 @@ from .references import EXPECTED, FIELD, WEIGHTS, ReferenceImages
 from .runs import Backend, Run, backend_of, begin, stop_on_interrupt
 from .stage import Stage, panel_line
 from .stop_button import wait_with_stop
-from ..planning.plan import DRAWN_SEED
 from ..planning.replay import plan_differences
+from ..planning.task import DRAWN_SEED
 from ..prompt.tokens import prompt_marks, token_count
 from ..request.errors import RequestError, error_line, logger, parse, request_error
 from ..request.images import to_image_string

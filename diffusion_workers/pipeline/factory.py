@@ -49,7 +49,7 @@ from diffusion_workers.pipeline.loading import (
 )
 from .schedulers import make_scheduler, use_scheduler
 from .weights import group_offload, module_bytes
-from ..planning.plan import planned_call
+from ..planning.support import planned_call
 from ..request.errors import request_error
 from ez_diffusion_client.models import ControlKind, ErrorCode, GenerationPlan, ModelKind, PlannedScheduler, Task
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['union_table', 'learnt_modes', 'asked_mode', 'takes', 'pick_net', 'pick_mode', 'active_steps', 'enabled_units',
-           'check_unit', 'check_controls', 'plan_control_kind', 'ControlFacts', 'plan_controls', 'control_warnings']
+           'control_warnings', 'check_unit', 'check_controls', 'plan_control_kind', 'ControlFacts', 'plan_controls']
 
-# %% ../../nbs/40_planning/02_controls.ipynb #b2ff7012
+# %% ../../nbs/40_planning/02_controls.ipynb #62c4dac6
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from diffusion_workers.control.preprocessors import (
     check_preprocessing,
@@ -92,7 +93,7 @@ def pick_net(
         return next(iter(manifest.controlnets))
     return next((name for name, entry in manifest.controlnets.items() if takes(entry, unit, manifest.family)), None)
 
-# %% ../../nbs/40_planning/02_controls.ipynb #30bf56df
+# %% ../../nbs/40_planning/02_controls.ipynb #85ce31d9
 def pick_mode(
     unit: ControlNetUnit,
     entry: ControlNetEntry,
@@ -106,10 +107,9 @@ def pick_mode(
     table = union_table(entry, family)
     if not union_modes(table):
         return None
-    preprocessor = unit.preprocessing and unit.preprocessing.name
     mode = asked_mode(unit)
-    if mode is None and preprocessor:
-        mode = infer_union_mode(preprocessor, table)
+    if mode is None and unit.preprocessing and unit.preprocessing.name:
+        mode = infer_union_mode(unit.preprocessing.name, table)
     modes = learnt_modes(entry, family)
     allowed = ", ".join(f"{name} ({number})" for name, number in modes.items())
     if mode is None:
@@ -128,36 +128,70 @@ def active_steps(
     "At how many steps a control is on."
     return sum(not (i / steps < guidance_start or (i + 1) / steps > guidance_end) for i in range(steps))
 
-# %% ../../nbs/40_planning/02_controls.ipynb #78c1868c
+# %% ../../nbs/40_planning/02_controls.ipynb #7fda831e
 def enabled_units(request: GenerationRequest) -> dict[int, ControlNetUnit]:  # index in the request -> unit
     "The units that take part."
     return {i: unit for i, unit in enumerate(request.controlnets or []) if unit.enabled}
 
 
+def control_warnings(request: GenerationRequest, steps: int) -> Iterator[RequestWarning]:  # of steps really made
+    "Warnings about controls that have no effect."
+    for i, unit in enabled_units(request).items():
+        start, end = unit.guidance_start, unit.guidance_end
+        if unit.conditioning_scale == 0:
+            message = "at this scale the control does nothing"
+            yield warning(message, field=f"controlnets[{i}].conditioning_scale", given=0)
+        elif start < end and not active_steps(start, end, steps):
+            message = "no step falls into this window, so the control does nothing"
+            given = f"{start:g} to {end:g} of {steps} steps"
+            yield warning(message, field=f"controlnets[{i}].guidance_start", given=given)
+
+# %% ../../nbs/40_planning/02_controls.ipynb #83f2a56d
+def _unknown_controlnet(unit: ControlNetUnit, at: str, manifest: ModelManifest) -> ErrorDetail:
+    "The error about a unit without a ControlNet."
+    offered = list(manifest.controlnets)
+    message = "the model offers no such ControlNet" if unit.model else "no ControlNet matches this unit"
+    hint = "name the model of the unit" if offered else "choose a model that offers ControlNets"
+    if near := nearest_name(unit.model or "", offered):
+        hint = f"did you mean {near}?"
+    allowed, code = ", ".join(offered) or "none", ErrorCode.unknown_controlnet
+    return error_detail(code, message, field=f"{at}.model", given=unit.model, allowed=allowed, hint=hint)
+
+
+def _check_controlnet(unit: ControlNetUnit, at: str, manifest: ModelManifest) -> Iterator[ErrorDetail]:
+    "Whether there is a ControlNet for a unit, and a mode for its map."
+    name = pick_net(unit, manifest)
+    if name is None:
+        yield _unknown_controlnet(unit, at, manifest)
+        return
+    try:
+        pick_mode(unit, manifest.controlnets[name], manifest.family)
+    except ValueError as exc:
+        yield error_detail(ErrorCode.not_one_of, str(exc), field=f"{at}.union_mode", given=asked_mode(unit))
+
+# %% ../../nbs/40_planning/02_controls.ipynb #bf9a4ad6
 def check_unit(
     unit: ControlNetUnit,
     at: str,  # such as "controlnets[0]"
     manifest: ModelManifest,
 ) -> Iterator[ErrorDetail]:
     "The validation errors of one unit."
+    refused = partial(error_detail, ErrorCode.unsupported_combination)
     if unit.preprocessing is not None:
         yield from check_preprocessing(unit.preprocessing, f"{at}.preprocessing")
     if unit.guidance_start >= unit.guidance_end:
-        yield error_detail(
-            ErrorCode.out_of_range,
+        message, allowed = (
             "the control ends before it begins",
-            field=f"{at}.guidance_start",
-            given=unit.guidance_start,
-            allowed=f"less than guidance_end, which is {unit.guidance_end:g}",
+            f"less than guidance_end, which is {unit.guidance_end:g}",
         )
+        given, code = unit.guidance_start, ErrorCode.out_of_range
+        yield error_detail(code, message, field=f"{at}.guidance_start", given=given, allowed=allowed)
     if manifest.kind != ModelKind.standard:
         return
     controls = manifest.record.controls
     if controls.union_class is None and unit.union_mode is not None:
-        message = f"there is no union ControlNet for the family {manifest.family.value}"
-        yield error_detail(
-            ErrorCode.unsupported_combination,
-            message,
+        yield refused(
+            f"there is no union ControlNet for the family {manifest.family.value}",
             field=f"{at}.union_mode",
             given=asked_mode(unit),
             allowed="families " + ", ".join(name for name, family in FAMILIES.items() if family.controls.union_class),
@@ -165,95 +199,54 @@ def check_unit(
         )
         return
     if unit.control_mode not in controls.modes:
-        message = f"ControlNets of {manifest.record.title} have no control mode"
-        yield error_detail(
-            ErrorCode.unsupported_combination,
-            message,
+        yield refused(
+            f"ControlNets of {manifest.record.title} have no control mode",
             field=f"{at}.control_mode",
             given=unit.control_mode.value,
             allowed=", ".join(controls.modes),
             hint="change conditioning_scale",
         )
-    name = pick_net(unit, manifest)
-    if name is None:
-        offered = ", ".join(manifest.controlnets) or "none"
-        message = "the model offers no such ControlNet" if unit.model else "no ControlNet matches this unit"
-        near = nearest_name(unit.model or "", list(manifest.controlnets))
-        hint = (
-            f"did you mean {near}?"
-            if near
-            else "name the model of the unit"
-            if manifest.controlnets
-            else "choose a model that offers ControlNets"
-        )
-        yield error_detail(
-            ErrorCode.unknown_controlnet, message, field=f"{at}.model", given=unit.model, allowed=offered, hint=hint
-        )
-        return
-    try:
-        pick_mode(unit, manifest.controlnets[name], manifest.family)
-    except ValueError as exc:
-        yield error_detail(ErrorCode.not_one_of, str(exc), field=f"{at}.union_mode", given=asked_mode(unit))
+    yield from _check_controlnet(unit, at, manifest)
 
-# %% ../../nbs/40_planning/02_controls.ipynb #c1107bd9
+# %% ../../nbs/40_planning/02_controls.ipynb #e5cca26b
+def _mixture_problem(
+    index: int, units: dict[int, ControlNetUnit], names: dict[int, str], manifest: ModelManifest
+) -> ErrorDetail | None:
+    "What is wrong with one of several units of which at least one uses a union ControlNet."
+    refused, at = partial(error_detail, ErrorCode.unsupported_combination), f"controlnets[{index}]"
+    name, mode, first = names[index], units[index].control_mode, min(names)
+    others = [other for other in names if other != index and names[other] == name]
+    if not manifest.controlnets[name].union:
+        message = f"{manifest.record.title} cannot use a union ControlNet and a plain ControlNet in one request"
+        hint = "use the union ControlNet for every unit, or plain ControlNets alone"
+        return refused(message, field=f"{at}.model", given=name, hint=hint)
+    if others and len(set(names.values())) > 1 and index == min([index, *others]):
+        message, hint = "with two union ControlNets, each takes one map", "use one union ControlNet for all maps"
+        return refused(message, field=f"{at}.model", given=name, hint=hint)
+    if others and units[index].mask_image is not None:
+        message = "the maps of one union ControlNet are merged before they act, so a mask cannot apply to one of them"
+        return refused(message, field=f"{at}.mask_image", hint="leave the mask out, or use one map")
+    if names[first] == name and mode != units[first].control_mode:
+        message, allowed = "the maps of one union ControlNet share a control mode", units[first].control_mode.value
+        return refused(message, field=f"{at}.control_mode", given=mode.value, allowed=allowed)
+    return None
+
+# %% ../../nbs/40_planning/02_controls.ipynb #2a5f29cb
 def _check_mixture(
     units: dict[int, ControlNetUnit], names: dict[int, str], manifest: ModelManifest
 ) -> Iterator[ErrorDetail]:
     "Whether ControlNets can be used together."
-    entries = {i: manifest.controlnets[name] for i, name in names.items()}
     most = manifest.record.controls.max_units
     if most is not None and len(units) > most:
-        yield error_detail(
-            ErrorCode.unsupported_combination,
-            f"{manifest.record.title} takes {most} ControlNet at a time",
-            field="controlnets",
-            given=f"{len(units)} units",
-            hint="disable the others",
-        )
-    if not manifest.record.controls.exclusive_unions or not any(entry.union for entry in entries.values()):
-        return
-    first = min(names)
-    for i, name in names.items():
-        at, others = f"controlnets[{i}]", [j for j in names if j != i and names[j] == name]
-        if not entries[i].union:
-            message = f"{manifest.record.title} cannot use a union ControlNet and a plain ControlNet in one request"
-            yield error_detail(
-                ErrorCode.unsupported_combination,
-                message,
-                field=f"{at}.model",
-                given=name,
-                hint="use the union ControlNet for every unit, or plain ControlNets alone",
-            )
-        elif others and len(set(names.values())) > 1 and i == min([i, *others]):
-            message = "with two union ControlNets, each takes one map"
-            yield error_detail(
-                ErrorCode.unsupported_combination,
-                message,
-                field=f"{at}.model",
-                given=name,
-                hint="use one union ControlNet for all maps",
-            )
-        elif others and units[i].mask_image is not None:
-            message = (
-                "the maps of one union ControlNet are merged before they act, so a mask cannot apply to one of them"
-            )
-            yield error_detail(
-                ErrorCode.unsupported_combination,
-                message,
-                field=f"{at}.mask_image",
-                hint="leave the mask out, or use one map",
-            )
-        elif names[first] == name and units[i].control_mode != units[first].control_mode:
-            message = "the maps of one union ControlNet share a control mode"
-            yield error_detail(
-                ErrorCode.unsupported_combination,
-                message,
-                field=f"{at}.control_mode",
-                given=units[i].control_mode.value,
-                allowed=units[first].control_mode.value,
-            )
+        message, given = f"{manifest.record.title} takes {most} ControlNet at a time", f"{len(units)} units"
+        code, hint = ErrorCode.unsupported_combination, "disable the others"
+        yield error_detail(code, message, field="controlnets", given=given, hint=hint)
+    has_union = any(manifest.controlnets[name].union for name in names.values())
+    if manifest.record.controls.exclusive_unions and has_union:
+        problems = (_mixture_problem(index, units, names, manifest) for index in names)
+        yield from (problem for problem in problems if problem is not None)
 
-
+# %% ../../nbs/40_planning/02_controls.ipynb #6cb112bd
 _CONTROL_KIND_ONLY = {
     "conditioning_scale": 1.0,
     "guidance_start": 0.0,
@@ -263,37 +256,27 @@ _CONTROL_KIND_ONLY = {
     "union_mode": None,
 }
 
-# %% ../../nbs/40_planning/02_controls.ipynb #9e440321
+
+def _check_control_unit(unit: ControlNetUnit, at: str, manifest: ModelManifest) -> Iterator[ErrorDetail]:
+    "Whether a map for the input channels comes without the settings of a ControlNet."
+    if unit.model not in (None, manifest.name):
+        message, code = "this model takes its map itself", ErrorCode.unknown_controlnet
+        yield error_detail(code, message, field=f"{at}.model", given=unit.model, hint="leave it out")
+    for name, neutral in _CONTROL_KIND_ONLY.items():
+        if getattr(unit, name) != neutral:
+            given = "a mask" if name == "mask_image" else getattr(unit, name)
+            message, code = f"a map that is part of the input has no {name}", ErrorCode.unsupported_combination
+            yield error_detail(code, message, field=f"{at}.{name}", given=given, hint="leave it out")
+
+
 def _check_control_model(units: dict[int, ControlNetUnit], manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "A model of the kind control takes exactly one map, as it is."
     if len(units) != 1:
         message = "this model draws from one control map" if units else "this model needs a control map"
-        yield error_detail(
-            ErrorCode.unsupported_combination if units else ErrorCode.missing_field,
-            message,
-            field="controlnets",
-            given=f"{len(units)} units",
-            allowed="one unit",
-        )
+        code = ErrorCode.unsupported_combination if units else ErrorCode.missing_field
+        yield error_detail(code, message, field="controlnets", given=f"{len(units)} units", allowed="one unit")
     for i, unit in units.items():
-        if unit.model not in (None, manifest.name):
-            yield error_detail(
-                ErrorCode.unknown_controlnet,
-                "this model takes its map itself",
-                field=f"controlnets[{i}].model",
-                given=unit.model,
-                hint="leave it out",
-            )
-        for name, neutral in _CONTROL_KIND_ONLY.items():
-            if getattr(unit, name) != neutral:
-                given = "a mask" if name == "mask_image" else getattr(unit, name)
-                yield error_detail(
-                    ErrorCode.unsupported_combination,
-                    f"a map that is part of the input has no {name}",
-                    field=f"controlnets[{i}].{name}",
-                    given=given,
-                    hint="leave it out",
-                )
+        yield from _check_control_unit(unit, f"controlnets[{i}]", manifest)
 
 # %% ../../nbs/40_planning/02_controls.ipynb #f6cae24b
 def check_controls(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
@@ -338,54 +321,39 @@ class ControlFacts:
     images: Mapping[int, PlannedImage] = field(default_factory=dict)
     masks: Mapping[int, PlannedImage] = field(default_factory=dict)
 
-# %% ../../nbs/40_planning/02_controls.ipynb #fed63542
+# %% ../../nbs/40_planning/02_controls.ipynb #70a4e02f
+def _plan_unit(
+    unit: ControlNetUnit, manifest: ModelManifest, image: PlannedImage, mask: PlannedImage | None
+) -> PlannedControl:
+    name, mode = manifest.name, None
+    if manifest.kind != ModelKind.control:
+        name = pick_net(unit, manifest)
+    if manifest.kind == ModelKind.standard:
+        mode = pick_mode(unit, manifest.controlnets[name], manifest.family)
+    preprocessing = unit.preprocessing and unit.preprocessing.model_copy(
+        update={"parameters": preprocessing_parameters(unit.preprocessing) or None}
+    )
+    return PlannedControl(
+        model=name,
+        image=image,
+        mask_image=mask,
+        preprocessing=preprocessing,
+        conditioning_scale=float(unit.conditioning_scale),
+        guidance_start=float(unit.guidance_start),
+        guidance_end=float(unit.guidance_end),
+        control_mode=unit.control_mode,
+        resize_mode=unit.resize_mode,
+        union_mode=mode,
+        return_map=unit.return_map,
+    )
+
+
 def plan_controls(
     request: GenerationRequest,
     manifest: ModelManifest,
     facts: ControlFacts,  # of every unit that is enabled
 ) -> list[PlannedControl]:  # in the order of the request
     "The units with every choice made."
-    planned = []
-    for i, unit in enabled_units(request).items():
-        name = manifest.name if manifest.kind == ModelKind.control else pick_net(unit, manifest)
-        mode = (
-            pick_mode(unit, manifest.controlnets[name], manifest.family)
-            if manifest.kind == ModelKind.standard
-            else None
-        )
-        preprocessing = unit.preprocessing and unit.preprocessing.model_copy(
-            update={"parameters": preprocessing_parameters(unit.preprocessing) or None}
-        )
-        planned.append(
-            PlannedControl(
-                model=name,
-                image=facts.images[i],
-                mask_image=facts.masks.get(i),
-                preprocessing=preprocessing,
-                conditioning_scale=float(unit.conditioning_scale),
-                guidance_start=float(unit.guidance_start),
-                guidance_end=float(unit.guidance_end),
-                control_mode=unit.control_mode,
-                resize_mode=unit.resize_mode,
-                union_mode=mode,
-                return_map=unit.return_map,
-            )
-        )
-    return planned
-
-# %% ../../nbs/40_planning/02_controls.ipynb #ef860d43
-def control_warnings(request: GenerationRequest, steps: int) -> Iterator[RequestWarning]:  # of steps really made
-    "Warnings about controls that have no effect."
-    for i, unit in enabled_units(request).items():
-        if unit.conditioning_scale == 0:
-            yield warning(
-                "at this scale the control does nothing", field=f"controlnets[{i}].conditioning_scale", given=0
-            )
-        elif unit.guidance_start < unit.guidance_end and not active_steps(
-            unit.guidance_start, unit.guidance_end, steps
-        ):
-            yield warning(
-                "no step falls into this window, so the control does nothing",
-                field=f"controlnets[{i}].guidance_start",
-                given=f"{unit.guidance_start:g} to {unit.guidance_end:g} of {steps} steps",
-            )
+    return [
+        _plan_unit(unit, manifest, facts.images[i], facts.masks.get(i)) for i, unit in enabled_units(request).items()
+    ]

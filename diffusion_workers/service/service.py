@@ -53,8 +53,8 @@ from diffusion_workers.planning.inputs import (
     plan_map,
     plan_request,
 )
-from ..planning.plan import check_scheduler, plan_scheduler
 from ..planning.replay import restore_request, restore_result
+from ..planning.schedules import check_scheduler, plan_scheduler
 from ..prompt.offered import name_lister
 from ..prompt.tokens import prompt_report
 from diffusion_workers.request.errors import (
