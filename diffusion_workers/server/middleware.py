@@ -110,18 +110,6 @@ def set_up_logging(as_json: bool, level: int = logging.INFO) -> None:
         own.setLevel(least)
 
 # %% ../../nbs/70_server/02_middleware.ipynb #20af677d
-OPEN_PATHS = (
-    "/",
-    "/docs",
-    "/health",
-    "/ready",
-    "/favicon.ico",
-    "/favicon.svg",
-)  # need no token: the page and the documentation, which ask for it, and the checks of a load balancer
-_OPEN_FOLDERS = ("/assets/", "/docs-assets/")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-
-
 def check_host(headers: Headers, settings: ServerSettings) -> None:
     "A `RequestError` where the `Host` header is not allowed."
     allowed = settings.allowed_hosts
@@ -140,6 +128,17 @@ def check_host(headers: Headers, settings: ServerSettings) -> None:
                 hint=hint,
             ),
         )
+
+# %% ../../nbs/70_server/02_middleware.ipynb #56b1450d
+OPEN_PATHS = (
+    "/",
+    "/docs",
+    "/health",
+    "/ready",
+    "/favicon.ico",
+    "/favicon.svg",
+)  # need no token: the page and the documentation, which ask for it, and the checks of a load balancer
+_OPEN_FOLDERS = ("/assets/", "/docs-assets/")
 
 
 def check_token(path: str, headers: Headers, settings: ServerSettings) -> None:
@@ -171,7 +170,7 @@ def check_length(headers: Headers, settings: ServerSettings) -> None:
     if settings.max_body is not None and length.isdecimal() and int(length[:20]) > settings.max_body:
         raise _too_large(settings.max_body, f"{length[:20]} bytes")
 
-
+# %% ../../nbs/70_server/02_middleware.ipynb #9f7179bf
 _WHOLE_BODY = 10  # times the wait for one part of a body, for all of it
 
 
@@ -227,6 +226,9 @@ def limited_receive(
     return limited
 
 # %% ../../nbs/70_server/02_middleware.ipynb #26f9dffe
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
 class RequestMiddleware:
     "ASGI middleware: request ids, host check, authentication, limits and the access log."
 
