@@ -257,6 +257,8 @@ def error_html(
 class _FieldFrame(widgets.VBox):
     "The place of a field in a form: it can be hidden, and has an error below it."
 
+    children: tuple[widgets.Widget, ...]
+
     def __init__(self) -> None:
         self.message: widgets.HTML | None = None
         super().__init__(layout=_field_layout(hidden=False))

@@ -6,9 +6,9 @@
 __all__ = ['RATIOS', 'MAX_COMPLETED', 'RESTORE', 'REFERENCES', 'PAGE', 'PLAN_SECONDS', 'ACTIONS', 'TWO_COLUMNS', 'seed_of',
            'mode_when_typed', 'seed_after', 'SeedField', 'StartImage', 'sizes_of', 'SizeTools', 'completions_of',
            'annotate', 'PromptHelp', 'FoldedSections', 'planned_fields', 'planned_scheduler', 'show_planned',
-           'offer_choices', 'show_fitting', 'fit_to_model', 'lost_settings', 'lost_line', 'model_line', 'section_of',
-           'RequestForm', 'batch_items', 'HistoryGallery', 'setup_lines', 'code_of', 'comparison_view', 'closable',
-           'outlook', 'RunQueue', 'unkept_error', 'GenerationPanel']
+           'offer_choices', 'show_fitting', 'fit_to_model', 'lost_settings', 'lost_line', 'model_line', 'section_text',
+           'show_cache_default', 'section_of', 'RequestForm', 'batch_items', 'HistoryGallery', 'setup_lines', 'code_of',
+           'comparison_view', 'closable', 'outlook', 'ActionRow', 'RunQueue', 'unkept_error', 'GenerationPanel']
 
 # %% ../../nbs/73_panel/11_panel.ipynb #f9771f65
 import html
@@ -74,6 +74,10 @@ from ez_diffusion_client.models import (
 )
 
 # %% ../../nbs/73_panel/11_panel.ipynb #11a00003
+def _lines(errors: Iterable[ErrorDetail]) -> str:  # HTML
+    return "<br>".join(html.escape(error_line(error)) for error in errors)
+
+
 def seed_of(
     text: str,  # as typed
     mode: str,  # random, locked or +1
@@ -102,10 +106,6 @@ def seed_after(
     return seeds[0] if mode == "random" or not text else None
 
 # %% ../../nbs/73_panel/11_panel.ipynb #faad8b18
-def _lines(errors: Iterable[ErrorDetail]) -> str:  # HTML
-    return "<br>".join(html.escape(error_line(error)) for error in errors)
-
-
 class SeedField(widgets.VBox):
     "The seed of the next generation: random, locked, or incremented."
 
@@ -745,6 +745,27 @@ def _given(form: SchemaForm, before: Iterable[str] = ()) -> str:  # what is set,
     return ", ".join(filter(None, [*before, *parts]))
 
 
+def section_text(form: _ModelForm, name: str) -> str:
+    "What is set in a section of a form, in a word or two."
+    if name == START_IMAGE:
+        return _given(form.start.form, [form.start.summary])
+    if name == REFERENCES:
+        return form.references.summary
+    if name == "ControlNet":
+        count, on = len(form.controls.units), sum(unit.enabled.value for unit in form.controls.units)
+        return "" if not count else f"{on} of {count} on"
+    if name == "LoRA":
+        return ", ".join(f"{lora['name']} {lora['scale']:g}" for lora in form.loras.values())
+    return _given(form.forms[name]) if name in form.forms else ""
+
+
+def show_cache_default(form: SchemaForm) -> None:
+    "Say which step cache an empty method means: none, or the model's where other settings of one are given."
+    parts = (form.fields[f"step_cache.{part}"] for part in ("interval", "threshold", "branch"))
+    given = any(field.read() is not None for field in parts)
+    form.fields["step_cache.method"].show_none("the model's method" if given else "off")
+
+
 def section_of(
     field: str,  # of an error, such as loras[0].name
 ) -> str | None:  # the empty title is that of the visible fields
@@ -816,12 +837,9 @@ class RequestForm(_ModelForm):
         "Say in the headings what is set in each section."
         self._show_syntax()
         self._show_sections()
-        self.sections.tell(self._active)
-        if not self.forms["Acceleration"].made:
-            return
-        cache = self.forms["Acceleration"].fields
-        others = any(cache[f"step_cache.{part}"].read() is not None for part in ("interval", "threshold", "branch"))
-        cache["step_cache.method"].show_none("the model's method" if others else "off")
+        self.sections.tell(partial(section_text, self))
+        if self.forms["Acceleration"].made:
+            show_cache_default(self.forms["Acceleration"])
 
     @property
     def max_references(self) -> int | None:
@@ -831,20 +849,6 @@ class RequestForm(_ModelForm):
     def _show_sections(self) -> None:  # all but the reference images where the model takes none and none is given
         takes = self.max_references != 0 or self.references.list.images or self.references.expected
         self.sections.show_only(name for name in self.sections.bodies if name != REFERENCES or takes)
-
-    def _active(self, name: str) -> str:
-        if name == START_IMAGE:
-            return _given(self.start.form, [self.start.summary])
-        if name == REFERENCES:
-            return self.references.summary
-        if name == "ControlNet":
-            count, on = len(self.controls.units), sum(unit.enabled.value for unit in self.controls.units)
-            return "" if not count else f"{on} of {count} on"
-        if name == "LoRA":
-            return ", ".join(f"{lora['name']} {lora['scale']:g}" for lora in self.loras.values())
-        if name not in self.forms:
-            return ""
-        return _given(self.forms[name])
 
 # %% ../../nbs/73_panel/11_panel.ipynb #11c00001
 PAGE = 48  # images
@@ -1327,14 +1331,42 @@ ACTIONS = {  # label of a button below the image -> the method that it calls
 }
 
 
+class ActionRow(widgets.HBox):
+    "Buttons for what can be done with the images that are selected."
+
+    def __init__(self, on_click: Callable[[str], None]):  # receives the name of a method
+        buttons = [self._button(label, method, on_click) for label, method in ACTIONS.items()]
+        super().__init__(buttons, layout=widgets.Layout(flex_flow="row wrap"))
+
+    def enable(
+        self,
+        count: int,  # of selected images
+        takes_references: bool,  # whether the model takes reference images
+    ) -> None:
+        "Enable the buttons that have what they need."
+        for button in self.children:
+            if button.description == "Compare":
+                button.disabled = count != 2
+            elif button.description == "To reference":
+                button.disabled = not count or not takes_references
+                button.tooltip = "Use as a reference image" if takes_references else "This model takes none"
+            else:
+                button.disabled = not count
+
+    def _button(self, label: str, method: str, on_click: Callable[[str], None]) -> widgets.Button:
+        layout = one_for_all("action", lambda: widgets.Layout(width="auto"))
+        style = one_for_all("action style", ButtonStyle)
+        button = widgets.Button(description=label, disabled=True, layout=layout, style=style)
+        button.on_click(lambda button: on_click(method))
+        button.add_class("dw-" + method.replace("_", "-"))
+        return button
+
+# %% ../../nbs/73_panel/11_panel.ipynb #11c00026
 class _ActionsPanel(_GalleryPanel):
     "A form, images, and what can be done with those that are selected."
 
     def __init__(self, backend: Backend, stage: Stage, history: str | Path | ImageHistory | None):
-        self.actions = widgets.HBox(
-            [self._action_button(label, method) for label, method in ACTIONS.items()],
-            layout=widgets.Layout(flex_flow="row wrap"),
-        )
+        self.actions = ActionRow(self._act)
         self.details = widgets.VBox([])
         super().__init__(backend, stage, history)
 
@@ -1379,14 +1411,6 @@ class _ActionsPanel(_GalleryPanel):
     def _show_details(self, title: str, parts: Iterable[widgets.Widget]) -> None:
         self.details.children = (closable(title, parts, self.close_details),)
 
-    def _action_button(self, label: str, method: str) -> widgets.Button:
-        layout = one_for_all("action", lambda: widgets.Layout(width="auto"))
-        style = one_for_all("action style", ButtonStyle)
-        button = widgets.Button(description=label, disabled=True, layout=layout, style=style)
-        button.on_click(lambda button: self._act(method))
-        button.add_class("dw-" + method.replace("_", "-"))
-        return button
-
     def _act(self, method: str) -> None:
         try:
             getattr(self, method)()
@@ -1395,23 +1419,12 @@ class _ActionsPanel(_GalleryPanel):
             self.stage.message.value = html.escape(f"{type(exc).__name__}: {exc}")
 
     def _check(self, asked: int) -> None:
-        self._enable_actions(len(self.gallery.selected))
+        self.actions.enable(len(self.gallery.selected), self.form.max_references != 0)
         super()._check(asked)
 
     def _show_selected(self, entries: list[HistoryEntry]) -> None:
-        self._enable_actions(len(entries))
+        self.actions.enable(len(entries), self.form.max_references != 0)
         super()._show_selected(entries)
-
-    def _enable_actions(self, count: int) -> None:  # of selected images
-        takes_references = self.form.max_references != 0
-        for button in self.actions.children:
-            if button.description == "Compare":
-                button.disabled = count != 2
-            elif button.description == "To reference":
-                button.disabled = not count or not takes_references
-                button.tooltip = "Use as a reference image" if takes_references else "This model takes none"
-            else:
-                button.disabled = not count
 
 # %% ../../nbs/73_panel/11_panel.ipynb #11d00003
 class RunQueue:
@@ -1528,37 +1541,13 @@ class _ResultPanel(_ActionsPanel):
             entry = entries[-1]
             self.stage.image.show_file(entry.path.read_bytes(), entry.path.suffix[1:], entry.image.width)
 
-# %% ../../nbs/73_panel/11_panel.ipynb #978d3976
-TWO_COLUMNS = {  # the sections below the form; in a narrow page one column, with the image between form and sections
-    "grid_template_columns": "repeat(auto-fit, minmax(min(100%, max(300px, 40%)), 1fr))",
-    "grid_template_rows": "auto 1fr",
-    "grid_gap": "4px 8px",
-    "align_items": "flex-start",
-    "width": "100%",
-}
+# %% ../../nbs/73_panel/11_panel.ipynb #11d00010
+class _QueuePanel(_ResultPanel):
+    "Generations in a queue, followed to their results."
 
-
-class GenerationPanel(_ResultPanel):
-    "Form, progress, images and history of one session; `close()` leaves nothing running."
-
-    def __init__(
-        self,
-        generate: Any,  # a DiffusionService, a client, or a function of a request
-        request: GenerationRequest | Mapping[str, Any] | None = None,  # what the form shows first
-        history: str | Path | ImageHistory | None = "generated",  # folder of the images; None: a temporary one
-    ):
-        stage = Stage(self.generate, self.stop, self.keep_partial, self._choose, self._large_thumbnail)
-        super().__init__(backend_of(generate), stage, history)
+    def __init__(self, backend: Backend, stage: Stage, history: str | Path | ImageHistory | None):
+        super().__init__(backend, stage, history)
         self._runs = RunQueue(self.backend, self._lock, self._started, self._show_queue)
-        layout = widgets.Layout(grid_area="span 2 / auto", width="auto", overflow="visible")
-        outcome = widgets.VBox([self.stage, self.actions, self.details, self.gallery], layout=layout)
-        columns = widgets.GridBox([self.form, outcome, self.form.sections], layout=widgets.Layout(**TWO_COLUMNS))
-        self.children = [self.stage.controls, columns]
-        self.add_class("dw-panel")
-        self.refresh()
-        stop_on_interrupt()
-        if request is not None:
-            self.request = request
 
     @property
     def run(self) -> Run | None:
@@ -1569,21 +1558,6 @@ class GenerationPanel(_ResultPanel):
     def queue(self) -> list[Run]:
         "The generations that wait for the running one."
         return self._runs.waiting
-
-    def generate(self) -> Run | None:  # None where it is not valid
-        "Generate what the form describes, after what is in the queue; errors are shown at their fields."
-        with self._lock:
-            self._touched = True
-            values = self.form.values()
-            if errors := check(values):
-                self._refuse(errors)
-                return None
-            self.form.show_errors([])
-            run = Run(parse(GenerationRequest, self._with_seed(values)))
-            run.extras = self.form.extras()
-            run.on_event = partial(self._on_event, run, self._asked)
-            self._runs.add(run)
-            return run
 
     def stop(self) -> None:
         "Stop the running generation; within one step where the service supports it. The queue goes on."
@@ -1607,28 +1581,12 @@ class GenerationPanel(_ResultPanel):
             raise
         return self.last
 
-    def keep_partial(self) -> HistoryEntry | None:  # None where nothing is shown of a stopped generation
-        "Keep the last preview of the generation that was stopped."
-        if self.run is None or self.stage.partial is None or self.stage.keep.layout.display == "none":
-            return None
-        request = _without_previews(self.run.request)
-        entry = self.history.add_stopped(request, self.stage.partial, self.stage.reached, request.seed or 0)
-        self.refresh(select=entry.id)
-        return entry
-
-    def close(self) -> None:
-        "Stop the generation and remove the panel from the page."
-        self._closed = True
-        self.clear_queue()
-        self.stop()
-        super().close()
-
-    def _refuse(self, errors: list[ErrorDetail]) -> None:
-        unplaced = self.form.show_errors(errors)
-        names = ", ".join(dict.fromkeys(path_label(error.field) for error in errors if error.field))
-        text = "; ".join(map(panel_line, unplaced)) or f"nothing was generated: correct {names}"
-        self.stage.outlook.value = ""
-        self.stage.refuse(text)
+    def _add(self, values: dict[str, Any]) -> Run:  # fields of a valid request
+        run = Run(parse(GenerationRequest, self._with_seed(values)))
+        run.extras = self.form.extras()
+        run.on_event = partial(self._on_event, run, self._asked)
+        self._runs.add(run)
+        return run
 
     def _with_seed(
         self, values: dict[str, Any]
@@ -1651,3 +1609,65 @@ class GenerationPanel(_ResultPanel):
             self._runs.ended(run, lambda: self._show_result(run, event.result, is_current=asked == self._asked))
         elif run is self.run:
             self.stage.show_event(event)
+
+# %% ../../nbs/73_panel/11_panel.ipynb #978d3976
+TWO_COLUMNS = {  # the sections below the form; in a narrow page one column, with the image between form and sections
+    "grid_template_columns": "repeat(auto-fit, minmax(min(100%, max(300px, 40%)), 1fr))",
+    "grid_template_rows": "auto 1fr",
+    "grid_gap": "4px 8px",
+    "align_items": "flex-start",
+    "width": "100%",
+}
+
+
+class GenerationPanel(_QueuePanel):
+    "Form, progress, images and history of one session; `close()` leaves nothing running."
+
+    def __init__(
+        self,
+        generate: Any,  # a DiffusionService, a client, or a function of a request
+        request: GenerationRequest | Mapping[str, Any] | None = None,  # what the form shows first
+        history: str | Path | ImageHistory | None = "generated",  # folder of the images; None: a temporary one
+    ):
+        stage = Stage(self.generate, self.stop, self.keep_partial, self._choose, self._large_thumbnail)
+        super().__init__(backend_of(generate), stage, history)
+        layout = widgets.Layout(grid_area="span 2 / auto", width="auto", overflow="visible")
+        outcome = widgets.VBox([self.stage, self.actions, self.details, self.gallery], layout=layout)
+        columns = widgets.GridBox([self.form, outcome, self.form.sections], layout=widgets.Layout(**TWO_COLUMNS))
+        self.children = [self.stage.controls, columns]
+        self.add_class("dw-panel")
+        self.refresh()
+        stop_on_interrupt()
+        if request is not None:
+            self.request = request
+
+    def generate(self) -> Run | None:  # None where it is not valid
+        "Generate what the form describes, after what is in the queue; errors are shown at their fields."
+        with self._lock:
+            self._touched = True
+            values = self.form.values()
+            errors = check(values)
+            unplaced = self.form.show_errors(errors)
+            if not errors:
+                return self._add(values)
+            names = ", ".join(dict.fromkeys(path_label(error.field) for error in errors if error.field))
+            text = "; ".join(map(panel_line, unplaced)) or f"nothing was generated: correct {names}"
+            self.stage.outlook.value = ""
+            self.stage.refuse(text)
+            return None
+
+    def keep_partial(self) -> HistoryEntry | None:  # None where nothing is shown of a stopped generation
+        "Keep the last preview of the generation that was stopped."
+        if self.run is None or self.stage.partial is None or self.stage.keep.layout.display == "none":
+            return None
+        request = _without_previews(self.run.request)
+        entry = self.history.add_stopped(request, self.stage.partial, self.stage.reached, request.seed or 0)
+        self.refresh(select=entry.id)
+        return entry
+
+    def close(self) -> None:
+        "Stop the generation and remove the panel from the page."
+        self._closed = True
+        self.clear_queue()
+        self.stop()
+        super().close()
