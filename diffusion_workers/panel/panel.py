@@ -525,6 +525,36 @@ def fit_to_model(
         offer_choices(form, family, own_schedulers)
     show_fitting(form, info)
 
+# %% ../../nbs/73_panel/11_panel.ipynb #11b00003
+def lost_settings(
+    values: Mapping[str, Any],  # of the request
+    held: Mapping[str, Any],  # what the form holds after it was shown
+    references_problem: str,  # why not all reference images are shown
+) -> list[LostSetting]:
+    "The settings of a request that a form does not show, each with the reason."
+    found = []
+    for path, given, shown in not_shown(values, held):
+        if path == FIELD:
+            if len(shown or ()) == len(given):  # another encoding of the same images
+                continue
+            given, reason = f"{len(given)} images", references_problem
+        elif path.rpartition(".")[2] in IMAGE_FIELDS:
+            if shown:  # another encoding of the same image
+                continue
+            given, reason = None, "this image cannot be shown: give it again"
+        elif shown is None:
+            reason = "it is not offered here, so the default takes its place"
+        else:
+            reason = f"{shown} takes its place"
+        found.append(LostSetting(name=path, given=None if given is None else str(given), reason=reason))
+    return found
+
+
+def lost_line(lost: LostSetting) -> str:
+    "A setting that could not be restored, in one line."
+    given = f" {lost.given}" if lost.given else ""
+    return f"{lost.name}{given}: {lost.reason}"
+
 # %% ../../nbs/73_panel/11_panel.ipynb #11b00001
 RESTORE = "Restore from an image"
 REFERENCES = "Reference images"
@@ -597,36 +627,6 @@ class _RequestParts(widgets.VBox):
         held["inpaint"] = held.get("inpaint", {}) | {"mask_blur": self.start.canvas.feather}
         held["controlnets"] = [unit.held() for unit in self.controls.units]
         return lost_settings(values, held, self.references.list.problem)
-
-# %% ../../nbs/73_panel/11_panel.ipynb #11b00003
-def lost_settings(
-    values: Mapping[str, Any],  # of the request
-    held: Mapping[str, Any],  # what the form holds after it was shown
-    references_problem: str,  # why not all reference images are shown
-) -> list[LostSetting]:
-    "The settings of a request that a form does not show, each with the reason."
-    found = []
-    for path, given, shown in not_shown(values, held):
-        if path == FIELD:
-            if len(shown or ()) == len(given):  # another encoding of the same images
-                continue
-            given, reason = f"{len(given)} images", references_problem
-        elif path.rpartition(".")[2] in IMAGE_FIELDS:
-            if shown:  # another encoding of the same image
-                continue
-            given, reason = None, "this image cannot be shown: give it again"
-        elif shown is None:
-            reason = "it is not offered here, so the default takes its place"
-        else:
-            reason = f"{shown} takes its place"
-        found.append(LostSetting(name=path, given=None if given is None else str(given), reason=reason))
-    return found
-
-
-def lost_line(lost: LostSetting) -> str:
-    "A setting that could not be restored, in one line."
-    given = f" {lost.given}" if lost.given else ""
-    return f"{lost.name}{given}: {lost.reason}"
 
 # %% ../../nbs/73_panel/11_panel.ipynb #11b00006
 class _PromptForm(_RequestParts):
