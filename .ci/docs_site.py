@@ -9,11 +9,13 @@ the settings, the command line, manifests and requests. Something that has no de
 
 import argparse
 import configparser
+import html
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
@@ -22,10 +24,13 @@ import reference
 import yaml
 from chapters import ROOT, chapter_folders, chapter_notebooks, title_and_subtitle
 from nbconvert import MarkdownExporter
+from pygments.formatters import HtmlFormatter
 
 NBS, DOCS, SOURCE = ROOT / "nbs", ROOT / "docs", ROOT / "_docs" / "source"
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 HIDDEN = re.compile(r"^#\|\s*(?:hide|default_exp)\b", re.MULTILINE)
+DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MERMAID = "11.17.2"  # version on npm
 FENCE = re.compile(r"^(```.*?^```|~~~.*?^~~~)", re.MULTILINE | re.DOTALL)
 
 
@@ -74,6 +79,56 @@ def with_site_links(
     return "".join(part if index % 2 else LINK.sub(replaced, part) for index, part in enumerate(parts))
 
 
+def with_diagrams(text: str) -> str:
+    "The text of a page, with its diagrams as Mermaid looks for them."
+    return DIAGRAM.sub(lambda found: f'<pre class="mermaid">\n{html.escape(found[1])}</pre>', text)
+
+
+def mermaid() -> Path | None:
+    "The script that draws diagrams, downloaded once; None where npm cannot."
+    script = ROOT / "_docs" / f"mermaid-{MERMAID}.js"
+    if not script.exists():
+        script.parent.mkdir(exist_ok=True)
+        try:
+            subprocess.run(
+                ["npm", "pack", "--silent", f"mermaid@{MERMAID}"],
+                cwd=script.parent,
+                check=True,
+                capture_output=True,
+                timeout=120,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        package = script.parent / f"mermaid-{MERMAID}.tgz"
+        with tarfile.open(package) as packed:
+            content = packed.extractfile("package/dist/mermaid.min.js")
+            if content is None:
+                return None
+            script.write_bytes(content.read())
+        package.unlink()
+    return script
+
+
+def add_assets(config: dict) -> None:
+    "Colors for code, tables that wrap, and the script for diagrams."
+    (SOURCE / "assets").mkdir()
+    style = HtmlFormatter(style="default").get_style_defs(".highlight")
+    layout = (
+        ".wy-nav-content {max-width: 1000px} .wy-table-responsive table td {white-space: normal} "
+        ".rst-content .highlight pre {border: 0; margin: 0}"
+    )
+    (SOURCE / "assets" / "site.css").write_text(f"{style}\n{layout}\n", encoding="utf-8")
+    config["extra_css"] = ["assets/site.css"]
+    script = mermaid()
+    if script is None:
+        print("npm could not download mermaid: diagrams are shown as text", file=sys.stderr)
+        return
+    shutil.copy(script, SOURCE / "assets" / "mermaid.js")
+    start = 'mermaid.initialize({startOnLoad: true, securityLevel: "strict"});'
+    (SOURCE / "assets" / "diagrams.js").write_text(start, encoding="utf-8")
+    config["extra_javascript"] = ["assets/mermaid.js", "assets/diagrams.js"]
+
+
 def write_notebook(path: Path, export: MarkdownExporter) -> None:
     "The Markdown page of a notebook, without hidden cells and directives."
     notebook = nbformat.read(path, as_version=4)
@@ -90,7 +145,8 @@ def write_notebook(path: Path, export: MarkdownExporter) -> None:
     for name, data in resources["outputs"].items():
         (page.parent / name).parent.mkdir(parents=True, exist_ok=True)
         (page.parent / name).write_bytes(data)
-    page.write_text(with_site_links(body, path, resources["outputs"]), encoding="utf-8")
+    text = with_site_links(body, path, resources["outputs"])
+    page.write_text(with_diagrams(text), encoding="utf-8")
 
 
 def navigation() -> list[dict]:
@@ -134,7 +190,7 @@ def write_source() -> None:
     for path in [*DOCS.rglob("*.md"), ROOT / "CHANGELOG.md"]:
         (SOURCE / site_path(path)).parent.mkdir(parents=True, exist_ok=True)
         text = re.sub(r"^<!--.*?-->\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-        (SOURCE / site_path(path)).write_text(with_site_links(text, path), encoding="utf-8")
+        (SOURCE / site_path(path)).write_text(with_diagrams(with_site_links(text, path)), encoding="utf-8")
     for name, make in reference.PAGES.items():
         (SOURCE / "reference").mkdir(exist_ok=True)
         (SOURCE / "reference" / name).write_text(make(), encoding="utf-8")
@@ -147,6 +203,7 @@ def main() -> int:  # the exit code
     write_source()
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8")) | {"nav": navigation()}
     config |= {"docs_dir": str(SOURCE), "site_dir": str(folder)}
+    add_assets(config)
     made = ROOT / "_docs" / "mkdocs.yml"
     made.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     # Not --quiet: it drops the warnings before --strict counts them.

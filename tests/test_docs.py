@@ -59,6 +59,11 @@ def test_links_to_other_files_lead_to_the_repository() -> None:
         docs_site.with_site_links("[a](../NOTHING)", NBS / "index.ipynb")
 
 
+def test_diagrams_are_left_to_mermaid() -> None:
+    found = docs_site.with_diagrams("a\n\n```mermaid\nflowchart LR\n  a --> b\n```\n\n```python\n1\n```")
+    assert '<pre class="mermaid">\nflowchart LR\n  a --&gt; b\n</pre>' in found and "```python" in found
+
+
 @pytest.mark.slow
 def test_the_site_is_built_and_a_broken_link_stops_it(tmp_path: Path) -> None:
     "The whole site; then, from the same pages, one whose link and one whose anchor leads nowhere."
