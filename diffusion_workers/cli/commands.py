@@ -368,7 +368,7 @@ def _remote_addon_lines(model: ModelInfo) -> list[str]:
     lines |= _named_in_prompts(model)
     return [f"    {name}: {text}" for name, text in lines.items() if text]
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #05c00005
 def add_models_options(parser: argparse.ArgumentParser) -> None:
     "The options of `models`."
     parser.description = "List the models that a request can name; * marks the default model."
@@ -506,7 +506,7 @@ def add_preprocess_options(parser: argparse.ArgumentParser) -> None:
   diffusion-workers preprocess photo.png --preprocessor canny -o edges.png
   diffusion-workers preprocess photo.png --preprocessor canny --parameter low_threshold=50"""
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #05c00008
 def _preprocess_request(arguments: argparse.Namespace) -> PreprocessRequest:
     fields: dict[str, Any] = {"image": read_image(arguments.image, "image"), "preprocessing": {}}
     for text in arguments.parameter or []:
@@ -519,7 +519,7 @@ def _preprocess_request(arguments: argparse.Namespace) -> PreprocessRequest:
     add_fields(fields, arguments)
     return parse(PreprocessRequest, fields)
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #05c00010
 def _map_here(arguments: argparse.Namespace, request: PreprocessRequest) -> OpResult:
     from diffusion_workers.control.detectors import PreprocessorStore, find_weights
     from diffusion_workers.control.preprocessors import PREPROCESSORS

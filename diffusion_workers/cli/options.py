@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT_NAMES', 'CONTROL_KEYS', 'LORA_KEYS', 'request_options', 'option_name', 'add_field_option',
-           'add_request_options', 'read_text', 'read_image', 'split_pairs', 'control_unit', 'lora_entry',
+           'add_request_options', 'read_text', 'read_image', 'split_pairs', 'lora_entry', 'control_unit',
            'scheduler_named', 'add_fields', 'request_fields', 'build_request', 'option_of', 'with_options',
            'add_json_option', 'add_running_options', 'add_common_options', 'add_generation_options']
 
@@ -50,7 +50,7 @@ def option_name(path: tuple[str | int, ...]) -> str:  # such as "--inpaint-mask-
     "The option of a field."
     return "--" + "-".join(map(str, path)).replace("_", "-")
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #01a00005
 def _note_option(namespace: argparse.Namespace, dest: str, option: str | None) -> None:
     "Remember under which name an option was typed, for messages about its field."
     typed = dict(getattr(namespace, "typed_options", {}))
@@ -74,6 +74,15 @@ class _ListAction(argparse._AppendAction):
         super().__call__(parser, namespace, values, option_string)
         _note_option(namespace, self.dest, option_string)
 
+# %% ../../nbs/80_cli/01_options.ipynb #01a00008
+def _help_of(info: FieldInfo, detailed: bool) -> str:
+    if info.path[-1] in IMAGE_LISTS:
+        return "an image: a file, or an http(s) URL; once for each, in order"
+    if info.is_image:
+        return "an image: a file, or an http(s) URL"
+    text = f"{info.description} ({info.allowed})" if detailed else info.description
+    return text.strip().replace("%", "%%")
+
 
 def add_field_option(
     parser: argparse._ActionsContainer,
@@ -84,28 +93,22 @@ def add_field_option(
 ) -> None:
     "Give a parser the option of one field; its value arrives as `field.PATH`."
     options, dest = options or (option_name(info.path),), "field." + ".".join(map(str, info.path))
-    help_text = f"{info.description} ({info.allowed})" if detailed else info.description
-    help_text = argparse.SUPPRESS if hidden else help_text.strip().replace("%", "%%")
+    help_text = argparse.SUPPRESS if hidden else _help_of(info, detailed)
     if info.kind == "boolean":
         parser.add_argument(*options, dest=dest, action=_FlagAction, default=None, help=help_text)
         return
     if info.path[-1] in IMAGE_LISTS:
-        help_text = argparse.SUPPRESS if hidden else "an image: a file, or an http(s) URL; once for each, in order"
         parser.add_argument(*options, dest=dest, action=_ListAction, default=None, metavar="FILE", help=help_text)
         return
     more: dict[str, Any] = {"nargs": "?", "const": {}} if info.kind == "object" else {}
-    if info.is_image:
-        metavar = "FILE"
-        help_text = argparse.SUPPRESS if hidden else "an image: a file, or an http(s) URL"
-    else:
-        metavar = "N" if info.kind == "integer" else info.kind.upper()
+    other = "N" if info.kind == "integer" else info.kind.upper()
     parser.add_argument(
         *options,
         dest=dest,
         action=_FieldAction,
         default=None,
         type=lambda text: typed_value(info, text),
-        metavar=metavar,
+        metavar="FILE" if info.is_image else other,
         help=help_text,
         **more,
     )
@@ -140,7 +143,7 @@ class _SizeAction(argparse.Action):  # --size 512x768
             setattr(namespace, f"field.{name}", typed_value(field_at(GenerationRequest, name), text))
             _note_option(namespace, name, option_string)
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #01a00011
 def add_request_options(
     parser: argparse.ArgumentParser,
     detailed: bool = True,  # whether the help says what each field accepts
@@ -196,21 +199,6 @@ def read_image(
     return to_image_string(data)
 
 # %% ../../nbs/80_cli/01_options.ipynb #c3a47d85
-CONTROL_KEYS: dict[str, tuple[str, ...]] = {  # key of --controlnet -> path in a unit
-    **{name: (name,) for name in ControlNetUnit.model_fields if name != "preprocessing"},
-    "preprocessor": ("preprocessing", "name"),
-    "resolution": ("preprocessing", "resolution"),
-    "mask": ("mask_image",),
-    "scale": ("conditioning_scale",),
-    "start": ("guidance_start",),
-    "end": ("guidance_end",),
-    "mode": ("control_mode",),
-}
-LORA_KEYS: dict[str, tuple[str, ...]] = {
-    name: (name,) for name in Lora.model_fields if name != "block_scales"
-}  # key of --lora -> path in a LoRA
-
-
 def split_pairs(
     text: str,  # "key=value,key=value"; the first may be a value alone
     option: str,  # for errors
@@ -227,6 +215,21 @@ def split_pairs(
         found[key] = value
     return found
 
+# %% ../../nbs/80_cli/01_options.ipynb #01a00012
+CONTROL_KEYS: dict[str, tuple[str, ...]] = {  # key of --controlnet -> path in a unit
+    **{name: (name,) for name in ControlNetUnit.model_fields if name != "preprocessing"},
+    "preprocessor": ("preprocessing", "name"),
+    "resolution": ("preprocessing", "resolution"),
+    "mask": ("mask_image",),
+    "scale": ("conditioning_scale",),
+    "start": ("guidance_start",),
+    "end": ("guidance_end",),
+    "mode": ("control_mode",),
+}
+LORA_KEYS: dict[str, tuple[str, ...]] = {
+    name: (name,) for name in Lora.model_fields if name != "block_scales"
+}  # key of --lora -> path in a LoRA
+
 
 def _unknown_key(key: str, option: str, keys: list[str]) -> RequestError:
     near = nearest_name(key, keys)
@@ -235,6 +238,24 @@ def _unknown_key(key: str, option: str, keys: list[str]) -> RequestError:
     return request_error(
         ErrorCode.unknown_field, "there is no such key", field=option, given=key, allowed=allowed, hint=hint
     )
+
+
+def lora_entry(text: str) -> dict:  # a LoRA of a request
+    "The LoRA of `--lora`: name, name:scale, or a name and keys."
+    entry: dict[str, Any] = {}
+    path: tuple[str, ...]
+    for key, value in split_pairs(text, "--lora", "name").items():
+        if key.split(".")[0] in ("down", "mid", "up"):
+            path = ("block_scales", key)
+        elif key in LORA_KEYS:
+            path = LORA_KEYS[key]
+        else:
+            raise _unknown_key(key, "--lora", [*LORA_KEYS, "down", "mid", "up", "up.0"])
+        set_value(entry, path, typed_value(field_at(Lora, path), value))
+    name, colon, scale = entry.get("name", "").partition(":")
+    if not colon:
+        return entry
+    return entry | {"name": name, "scale": typed_value(field_at(Lora, "scale"), scale)}
 
 # %% ../../nbs/80_cli/01_options.ipynb #91b129ad
 def control_unit(
@@ -265,33 +286,7 @@ def control_unit(
         set_value(unit, path, typed)
     return unit
 
-
-def lora_entry(text: str) -> dict:  # a LoRA of a request
-    "The LoRA of `--lora`: name, name:scale, or a name and keys."
-    entry: dict[str, Any] = {}
-    path: tuple[str, ...]
-    for key, value in split_pairs(text, "--lora", "name").items():
-        if key.split(".")[0] in ("down", "mid", "up"):
-            path = ("block_scales", key)
-        elif key in LORA_KEYS:
-            path = LORA_KEYS[key]
-        else:
-            raise _unknown_key(key, "--lora", [*LORA_KEYS, "down", "mid", "up", "up.0"])
-        set_value(entry, path, typed_value(field_at(Lora, path), value))
-    name, colon, scale = entry.get("name", "").partition(":")
-    if not colon:
-        return entry
-    return entry | {"name": name, "scale": typed_value(field_at(Lora, "scale"), scale)}
-
 # %% ../../nbs/80_cli/01_options.ipynb #d709460d
-def _set_field(fields: dict, path: tuple[str, ...], value: Any) -> None:
-    "Set a field, unless what should hold it is not an object: then the validation of the request reports that."
-    for depth in range(1, len(path)):
-        if not isinstance(get_value(fields, path[:depth]), dict | None):
-            return
-    set_value(fields, path, value)
-
-
 def _plain_name(text: str) -> str:
     return re.sub(r"[^a-z0-9]", "", text.lower().replace("++", "pp"))
 
@@ -318,6 +313,14 @@ def scheduler_named(
     return known.get(plain, text), {}
 
 # %% ../../nbs/80_cli/01_options.ipynb #4dc34362
+def _set_field(fields: dict, path: tuple[str, ...], value: Any) -> None:
+    "Set a field, unless what should hold it is not an object: then the validation of the request reports that."
+    for depth in range(1, len(path)):
+        if not isinstance(get_value(fields, path[:depth]), dict | None):
+            return
+    set_value(fields, path, value)
+
+
 def add_fields(fields: dict, arguments: argparse.Namespace) -> None:
     "Set the fields whose options are among the arguments; image files are read."
     for name, value in vars(arguments).items():
@@ -337,7 +340,7 @@ def add_fields(fields: dict, arguments: argparse.Namespace) -> None:
                 fields |= schedule
         _set_field(fields, path, value)
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #01a00017
 def _add_entries(fields: dict, arguments: argparse.Namespace) -> None:
     controls, loras = fields.get("controlnets") or [], fields.get("loras") or []
     arguments.entries_before = {
@@ -379,6 +382,29 @@ def build_request(
     return parse(GenerationRequest, request_fields(arguments, image_format))
 
 # %% ../../nbs/80_cli/01_options.ipynb #9c015521
+def _entry_option(field: str, arguments: argparse.Namespace) -> str | None:  # of a control or LoRA, by its text
+    entry = re.match(r"(controlnets|loras)\[(\d+)\]\.?(.*)", field)
+    if entry is None:
+        return None
+    given = getattr(arguments, "controls" if entry[1] == "controlnets" else "lora", None) or []
+    rows = [text if isinstance(text, tuple) else ("--lora", text) for text in given]
+    index = int(entry[2]) - getattr(arguments, "entries_before", {}).get(entry[1], 0)
+    if not 0 <= index < len(rows):
+        return None
+    option, text = rows[index]
+    part = "" if entry[3] in ("", "name", "model") else f": {entry[3]}"
+    return f"{option} {shorten(text, 48)[1:-1]}{part}"
+
+
+def _item_option(field: str, arguments: argparse.Namespace, typed: dict[str, str]) -> str | None:  # of a list
+    item = re.match(r"(\w+)\[(\d+)\]$", field)
+    if item is None or item[1] not in typed:
+        return None
+    files = getattr(arguments, f"field.{item[1]}") if item[1] in IMAGE_LISTS else []
+    of_file = f" {shorten(files[int(item[2])], 48)[1:-1]}" if int(item[2]) < len(files) else ""
+    return typed[item[1]] + of_file
+
+
 def option_of(
     field: str,  # of the request, such as "controlnets[0].image"
     arguments: argparse.Namespace,
@@ -390,20 +416,8 @@ def option_of(
         return typed.get(field) or names[field]
     if "preprocessing.parameters" in names and field.startswith("preprocessing.parameters."):
         return f"{names['preprocessing.parameters']} {field.split('.', 2)[2]}"
-    entry = re.match(r"(controlnets|loras)\[(\d+)\]\.?(.*)", field)
-    if entry:
-        given = getattr(arguments, "controls" if entry[1] == "controlnets" else "lora", None) or []
-        rows = [text if isinstance(text, tuple) else ("--lora", text) for text in given]
-        index = int(entry[2]) - getattr(arguments, "entries_before", {}).get(entry[1], 0)
-        if 0 <= index < len(rows):
-            option, text = rows[index]
-            part = "" if entry[3] in ("", "name", "model") else f": {entry[3]}"
-            return f"{option} {shorten(text, 48)[1:-1]}{part}"
-    item = re.match(r"(\w+)\[(\d+)\]$", field)
-    if item and item[1] in typed:
-        files = getattr(arguments, f"field.{item[1]}") if item[1] in IMAGE_LISTS else []
-        of_file = f" {shorten(files[int(item[2])], 48)[1:-1]}" if int(item[2]) < len(files) else ""
-        return typed[item[1]] + of_file
+    if found := _entry_option(field, arguments) or _item_option(field, arguments, typed):
+        return found
     if field.startswith("-"):  # an option already
         return field
     if field == "prompt" and getattr(arguments, "prompt", None) is not None:
@@ -414,7 +428,7 @@ def option_of(
     is_option = field in known or getattr(arguments, field, None) is not None  # such as --device, of no request
     return option_name(tuple(field.split("."))) if is_option else field
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #01a00020
 def with_options(
     result: OpResult,
     arguments: argparse.Namespace,
@@ -459,7 +473,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )
     add_running_options(parser)
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #01a00024
 def _add_addon_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "controls and LoRAs", "Each may be repeated; an image is a file or an http(s) URL."

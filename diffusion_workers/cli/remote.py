@@ -35,7 +35,7 @@ def add_remote_options(
     if runpod:
         group.add_argument("--runpod", metavar="ENDPOINT_ID", help="a RunPod endpoint; the API key in RUNPOD_API_KEY")
 
-
+# %% ../../nbs/80_cli/03_remote.ipynb #03a00006
 def local_server() -> str | None:  # its address
     "The local server of the settings, if one is running."
     import httpx
@@ -56,6 +56,10 @@ def local_server() -> str | None:  # its address
     return address
 
 
+def _runpod(arguments: argparse.Namespace) -> str | None:
+    return getattr(arguments, "runpod", None)
+
+
 def is_remote(arguments: argparse.Namespace) -> bool:
     "Whether a server or an endpoint does the work; `--server auto` is decided here."
     if getattr(arguments, "server", "none") == "auto" and arguments.url is None and not _runpod(arguments):
@@ -70,11 +74,7 @@ def is_remote(arguments: argparse.Namespace) -> bool:
             raise request_error(ErrorCode.unsupported_combination, message, field=f"--{option}", hint=hint)
     return remote
 
-
-def _runpod(arguments: argparse.Namespace) -> str | None:
-    return getattr(arguments, "runpod", None)
-
-
+# %% ../../nbs/80_cli/03_remote.ipynb #03a00011
 def _checked_secret(target, variable: str):  # the same target
     try:
         target.headers
@@ -116,7 +116,7 @@ def remote_target(arguments: argparse.Namespace):  # a Server or a RunPod
     token = None if settings.token is None else settings.token.get_secret_value()
     return _checked_secret(Server(arguments.url, token=token), "DIFFUSION_WORKERS_TOKEN")
 
-
+# %% ../../nbs/80_cli/03_remote.ipynb #03a00012
 def remote_call(
     arguments: argparse.Namespace,
     call: Callable[["Client"], Answer],

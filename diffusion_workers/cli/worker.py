@@ -49,7 +49,7 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
         how: dict[str, Any] = {"action": "store_true"} if metavar is None else {"metavar": metavar}
         group.add_argument(option, help=about.replace("%", "%%"), **how)
 
-
+# %% ../../nbs/80_cli/09_worker.ipynb #09c00005
 def sdk_arguments(arguments: argparse.Namespace) -> list[str]:
     "The options that RunPod's SDK reads from the process."
     given = {option: getattr(arguments, option[2:]) for option in _SDK_OPTIONS}
@@ -57,7 +57,7 @@ def sdk_arguments(arguments: argparse.Namespace) -> list[str]:
         part for option, value in given.items() if value for part in ([option] if value is True else [option, value])
     ]
 
-
+# %% ../../nbs/80_cli/09_worker.ipynb #09c00008
 def command_worker(arguments: argparse.Namespace) -> int:  # the exit code
     "Run the worker, or say how it is configured."
     if arguments.check_config:

@@ -332,8 +332,8 @@ class MapPreview(widgets.VBox):
         self.map.layout.display = None
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #a1f721f1
-class ControlUnit(widgets.VBox):
-    "A ControlNet unit: its image, its ControlNet, its preprocessor, and the control map."
+class _UnitParts(widgets.VBox):
+    "The parts of a ControlNet unit, and what they offer each other."
 
     def __init__(
         self,
@@ -375,6 +375,43 @@ class ControlUnit(widgets.VBox):
         only = next(iter(notes)) if len(notes) == 1 else None  # which a unit without a name takes
         self.form.fields["model"].offer(notes, only, notes)
         self._offer_preprocessors()
+
+    def values(self) -> dict[str, Any]:
+        "The unit for a request."
+        return self.form.values()
+
+    def _changed(self) -> None:
+        name = self.form.fields["preprocessing.name"].read()
+        if name != self._parameters_of:
+            self._parameters_of = name
+            self.parameters = ParameterForm(self.preprocessors.get(name), self._on_change)
+            self._parameter_box.children = (self.parameters,)
+        self._offer_preprocessors()
+        self._on_change()
+
+    def _switched(self) -> None:
+        if self.enabled.value:
+            self.remove_class("dw-off")
+        else:
+            self.add_class("dw-off")
+        self._on_change()
+
+    def _chosen_controlnet(self) -> ControlNetInfo | None:
+        name = self.form.fields["model"].read()
+        if name is None and len(self.controlnets) == 1:
+            return self.controlnets[0]
+        return next((controlnet for controlnet in self.controlnets if controlnet.name == name), None)
+
+    def _offer_preprocessors(self) -> None:
+        chosen = self._chosen_controlnet()
+        groups = preprocessor_groups(self.preprocessors.values(), (chosen.preprocessors or ()) if chosen else ())
+        if groups != getattr(self, "_groups", None):
+            self._groups = groups
+            self.form.fields["preprocessing.name"].offer_groups(groups)
+
+# %% ../../nbs/73_panel/07_addon_forms.ipynb #07a00008
+class ControlUnit(_UnitParts):
+    "A ControlNet unit: its image, its ControlNet, its preprocessor, and the control map."
 
     def values(self) -> dict[str, Any]:
         "The unit for a request."
@@ -425,35 +462,6 @@ class ControlUnit(widgets.VBox):
         rest = [error for error in self.form.show_errors(own) if error.field not in IMAGE_FIELDS]
         self.message.value = alert("<br>".join(map(error_html, rest)))
         return others
-
-    def _changed(self) -> None:
-        name = self.form.fields["preprocessing.name"].read()
-        if name != self._parameters_of:
-            self._parameters_of = name
-            self.parameters = ParameterForm(self.preprocessors.get(name), self._on_change)
-            self._parameter_box.children = (self.parameters,)
-        self._offer_preprocessors()
-        self._on_change()
-
-    def _switched(self) -> None:
-        if self.enabled.value:
-            self.remove_class("dw-off")
-        else:
-            self.add_class("dw-off")
-        self._on_change()
-
-    def _chosen_controlnet(self) -> ControlNetInfo | None:
-        name = self.form.fields["model"].read()
-        if name is None and len(self.controlnets) == 1:
-            return self.controlnets[0]
-        return next((controlnet for controlnet in self.controlnets if controlnet.name == name), None)
-
-    def _offer_preprocessors(self) -> None:
-        chosen = self._chosen_controlnet()
-        groups = preprocessor_groups(self.preprocessors.values(), (chosen.preprocessors or ()) if chosen else ())
-        if groups != getattr(self, "_groups", None):
-            self._groups = groups
-            self.form.fields["preprocessing.name"].offer_groups(groups)
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #8858d34e
 class ControlUnits(widgets.VBox):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT_REPLACE', 'Axis', 'with_value', 'GridCell', 'make_cells', 'GridTable', 'grid_tables', 'cell_text',
-           'table_html', 'tables_image', 'GridView', 'shared_settings', 'GridRunner', 'Grid', 'grid']
+           'table_html', 'tables_image', 'GridView', 'shared_settings', 'seconds_for_rest', 'GridRunner', 'cell_row',
+           'save_images', 'GridPage', 'plan_cells', 'Grid', 'grid']
 
 # %% ../../nbs/73_panel/09_grid.ipynb #7186b2bf
 import html
@@ -12,7 +13,7 @@ import itertools
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ class Axis:
             shown = f"{value:g}" if isinstance(value, float) else str(getattr(value, "value", value))
         return shown if self.field == PROMPT_REPLACE else f"{self.field.replace('_', ' ')} {shown}"
 
-
+# %% ../../nbs/73_panel/09_grid.ipynb #09a00005
 def with_value(
     request: GenerationRequest,
     axis: Axis,
@@ -189,16 +190,6 @@ def table_html(
         body += f"<tr><th scope='row'>{html.escape(label)}</th>{row}</tr>"
     return f"{title}<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body{{font:14px system-ui;margin:24px;color-scheme:light dark}}
-table{{border-collapse:collapse}}
-th,td{{padding:4px;text-align:center}}
-.shared{{color:GrayText}}
-</style>
-<h1>{title}</h1>{body}</html>"""
-
 # %% ../../nbs/73_panel/09_grid.ipynb #f5535906
 _GAP = 8  # pixels between cells
 _HEADER = 44  # pixels above the cells of a table: its title and the labels of its columns
@@ -292,7 +283,7 @@ class GridView(anywidget.AnyWidget):
         for start in range(0, len(self._cells), 8):
             self.show_cells(self._cells[start : start + 8])
 
-
+# %% ../../nbs/73_panel/09_grid.ipynb #09a00013
 def shared_settings(
     cells: Sequence[GridCell],
     axes: Sequence[Axis],
@@ -323,6 +314,26 @@ def shared_settings(
     return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
 
 # %% ../../nbs/73_panel/09_grid.ipynb #60ed6847
+def seconds_for_rest(
+    cells: Sequence[GridCell],
+    seconds: Sequence[float],  # that each cell took that is done
+    pace: Pace,  # of earlier generations
+) -> float | None:  # None as long as there is no measurement
+    "Estimated duration of the cells without a result."
+    left = [cell for cell in cells if cell.result is None]
+    done = [cell for cell in cells if cell.result is not None]
+    planned = all(cell.plan is not None for cell in cells)
+    if seconds and not planned:
+        return sum(seconds) / len(seconds) * len(left)
+    if seconds:
+        per_work = sum(seconds) / sum(Pace.work(cell.plan) for cell in done)
+        return per_work * sum(Pace.work(cell.plan) for cell in left)
+    if not planned:
+        return None
+    expected = [pace.seconds(cell.plan) for cell in left]
+    return None if None in expected else sum(expected)
+
+# %% ../../nbs/73_panel/09_grid.ipynb #09a00017
 class GridRunner:
     "Generates the cells of a grid in the background."
 
@@ -393,25 +404,189 @@ class GridRunner:
 
     def seconds_left(self) -> float | None:  # None as long as there is no measurement
         "Estimated duration of the rest: from the cells that are done, else from earlier generations of the model."
-        left = [cell for cell in self.cells if cell.result is None]
-        done = [cell for cell in self.cells if cell.result is not None]
-        planned = all(cell.plan is not None for cell in self.cells)
-        if self.seconds and not planned:
-            return sum(self.seconds) / len(self.seconds) * len(left)
-        if self.seconds:
-            per_work = sum(self.seconds) / sum(Pace.work(cell.plan) for cell in done)
-            return per_work * sum(Pace.work(cell.plan) for cell in left)
-        if not planned:
-            return None
-        expected = [self.backend.pace.seconds(cell.plan) for cell in left]
-        return None if None in expected else sum(expected)
+        return seconds_for_rest(self.cells, self.seconds, self.backend.pace)
 
-# %% ../../nbs/73_panel/09_grid.ipynb #018c6bb8
+# %% ../../nbs/73_panel/09_grid.ipynb #09a00019
+def cell_row(cell: GridCell, axes: Sequence[Axis]) -> dict[str, Any]:
+    "A cell as a row of a data frame."
+    made = cell.result.generation if cell.result else None
+    row = dict(zip((axis.field for axis in axes), cell.values))
+    row["image"] = cell.image
+    row["seed"] = made.images[0].seed if made else None
+    row["status"] = cell.result.status.value if cell.result else "not generated"
+    row["seconds"] = made.timings.total_seconds if made and made.timings else None
+    plan = made.plan if made else cell.plan
+    settings = plan_columns(plan) if plan is not None else {}
+    return row | {name: value for name, value in settings.items() if name not in row}
+
+
+def save_images(cells: Sequence[GridCell], folder: Path) -> dict[int, str]:  # id of a cell -> link
+    "Write the images of the cells into a folder, as they were generated."
+    links = {}
+    for number, cell in enumerate(cells):
+        if cell.image is None:
+            continue
+        made = cell.result.generation.images[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{number:03}.{made.format.value}"
+        file.write_bytes(image_data(made.image))
+        links[id(cell)] = f"{folder.name}/{file.name}"
+    return links
+
+# %% ../../nbs/73_panel/09_grid.ipynb #09a00022
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body{{font:14px system-ui;margin:24px;color-scheme:light dark}}
+table{{border-collapse:collapse}}
+th,td{{padding:4px;text-align:center}}
+.shared{{color:GrayText}}
+</style>
+<h1>{title}</h1>{body}</html>"""
+
+
+class _GridImages:
+    "The cells along axes as tables, as one image, as a data frame and as files."
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        axes: Sequence[Axis],  # the first is x, the second y, further ones make further tables
+    ):
+        if not axes:
+            raise request_error(
+                ErrorCode.missing_field,
+                "a grid needs an axis",
+                field="x",
+                allowed="a field and its values, such as ('guidance_scale', [1, 3, 7])",
+            )
+        self.axes = tuple(axes)
+        ordered = make_cells(_with_seed(request), tuple(reversed(self.axes)))
+        self.cells = [GridCell(tuple(reversed(cell.values)), cell.request) for cell in ordered]
+
+    @property
+    def done(self) -> int:
+        "How many cells have a result."
+        return sum(cell.result is not None for cell in self.cells)
+
+    def tables(self) -> list[GridTable]:  # one for each combination of further axes
+        "The cells as they are displayed."
+        return grid_tables(self.axes, self.cells)
+
+    def to_dataframe(self) -> "DataFrame":
+        "One row per cell: the axes, the image, its seed, the status, seconds, then every setting of the plan."
+        return import_pandas().DataFrame([cell_row(cell, self.axes) for cell in self.cells])
+
+    def to_html(
+        self,
+        side: int = 160,  # pixels of an image
+        link_of: Callable[[GridCell], str | None] = lambda cell: None,  # the address of the full image
+    ) -> str:
+        "The grid as HTML with embedded thumbnails."
+        tables = "".join(table_html(table, side, link_of) for table in self.tables())
+        about = f"<p>{html.escape(str(self))}</p><p class='shared'>{html.escape(self.shared)}</p>"
+        return f"<div style='overflow-x:auto'>{about}{tables}</div>"
+
+    @property
+    def shared(self) -> str:
+        "The settings that all cells have in common, in one line."
+        return shared_settings(self.cells, self.axes)
+
+    def to_image(self) -> Image.Image:
+        "The grid as one image, with labels at the edges."
+        return tables_image(self.tables())
+
+    def save(
+        self,
+        path: str | Path,  # ends in .png or .html
+    ) -> Path:
+        "Write the grid to a file; the thumbnails of a page link to the images in a folder beside it."
+        path = Path(path)
+        if path.suffix == ".png":
+            self.to_image().save(path)
+        elif path.suffix in (".html", ".htm"):
+            links = save_images(self.cells, path.with_name(f"{path.stem}_images"))
+            body = self.to_html(256, lambda cell: links.get(id(cell)))
+            title = html.escape(self.cells[0].request.prompt)
+            path.write_text(_PAGE.format(title=title, body=body), encoding="utf-8")
+        else:
+            raise ValueError(f"{path.name}: a name that ends in .png or .html is needed")
+        return path
+
+    def __str__(self) -> str:
+        return f"{self.done} of {len(self.cells)} cells"
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+# %% ../../nbs/73_panel/09_grid.ipynb #09a00025
+class GridPage:
+    "A grid on a page: its button, and its live view."
+
+    def __init__(self, images: _GridImages):
+        self.images = images
+        self.button: widgets.Button | None = None
+        self.view: GridView | None = None
+        self._display: Any = None
+
+    def display(self, on_click: Callable[[], None]) -> None:
+        "Display the grid, with a button unless all cells are done."
+        from IPython.display import display
+
+        images = self.images
+        if images.done < len(images.cells):
+            self.button = widgets.Button()
+            self.button.add_class("dw-grid-toggle")
+            self.button.on_click(lambda button: on_click())
+            enable_stop_button(self.button)
+            self.label_button(images.running)
+            display(self.button)
+        self.view = GridView(images.tables(), images.cells, shared=images.shared)
+        self.view.show_progress(str(images))
+        self._display = display(self._bundle(), raw=True, display_id=True)
+
+    def show_cell(self, cell: GridCell) -> None:
+        "Show a cell that is done."
+        if self.view is not None:
+            self.view.show_cells([cell])
+            self.view.show_progress(str(self.images))
+
+    def show_state(self, running: bool) -> None:
+        "Show that the grid was started or is at rest."
+        if self.view is not None and not running:
+            self.view.show_progress(str(self.images))
+            self._display.update(self._bundle(), raw=True)
+        self.label_button(running)
+
+    def label_button(self, running: bool) -> None:
+        "Say what the button does now."
+        if self.button is None:
+            return
+        self.button.description = "Stop" if running else "Resume"
+        self.button.icon = "stop" if running else "play"
+        self.button.layout.display = "none" if self.images.done == len(self.images.cells) else None
+
+    def _bundle(self) -> dict[str, Any]:  # the live view, and HTML for readers of the saved notebook
+        shown = {"text/html": self.images.to_html(), "text/plain": str(self.images)}
+        return {**self.view._repr_mimebundle_()[0], **shown}
+
+# %% ../../nbs/73_panel/09_grid.ipynb #09a00028
 def _unique(errors: Sequence[ErrorDetail]) -> list[ErrorDetail]:
     return list({(error.field, error.given): error for error in errors}.values())
 
 
-class Grid:
+def plan_cells(cells: Sequence[GridCell], backend: Backend) -> int | None:  # the denoising steps of all images
+    "Plan every cell; a `RequestError` names what the model does not support. None where the backend cannot plan."
+    if backend.plan is None:
+        return None
+    results = [backend.plan(cell.request) for cell in cells]
+    if errors := [error for result in results for error in result.errors or []]:
+        raise RequestError(_unique(errors)[:20])
+    for cell, result in zip(cells, results):
+        cell.plan = result.plan
+    return sum(result.plan.denoising_steps * len(result.plan.seeds) for result in results)
+
+# %% ../../nbs/73_panel/09_grid.ipynb #018c6bb8
+class Grid(_GridImages):
     "Images along axes; displays itself as a labelled grid."
 
     steps: int | None = None  # denoising steps of all images; None where the backend cannot plan
@@ -423,28 +598,24 @@ class Grid:
         generate: Any,  # a DiffusionService, a client, or a function of a request
         on_cell: Callable[["Grid", GridCell], None] | None = None,  # called after each cell, on the grid's thread
     ):
-        if not axes:
-            raise request_error(
-                ErrorCode.missing_field,
-                "a grid needs an axis",
-                field="x",
-                allowed="a field and its values, such as ('guidance_scale', [1, 3, 7])",
-            )
-        self.axes = tuple(axes)
         self.backend = backend_of(generate)
-        ordered = make_cells(_with_seed(request), tuple(reversed(self.axes)))
-        self.cells = [GridCell(tuple(reversed(cell.values)), cell.request) for cell in ordered]
-        self.button: widgets.Button | None = None  # on the page; stops and resumes
+        super().__init__(request, axes)
         self._on_cell = on_cell
-        self.view: GridView | None = None  # on the page
-        self._display: Any = None
-        self._check_plans()
-        self._runner = GridRunner(self.cells, self.backend, self._show_cell, self._label_button)
+        self._page = GridPage(self)
+        self.steps = plan_cells(self.cells, self.backend)
+        self._runner = GridRunner(
+            self.cells, self.backend, self._show_cell, lambda: self._page.show_state(self.running)
+        )
 
     @property
-    def done(self) -> int:
-        "How many cells have a result."
-        return sum(cell.result is not None for cell in self.cells)
+    def button(self) -> widgets.Button | None:
+        "The button on the page, which stops and resumes; None where it is not displayed."
+        return self._page.button
+
+    @property
+    def view(self) -> GridView | None:
+        "The view on the page; None where it is not displayed."
+        return self._page.view
 
     @property
     def running(self) -> bool:
@@ -485,50 +656,6 @@ class Grid:
         "Estimated duration of the cells that are left."
         return self._runner.seconds_left()
 
-    def tables(self) -> list[GridTable]:  # one for each combination of further axes
-        "The cells as they are displayed."
-        return grid_tables(self.axes, self.cells)
-
-    def to_dataframe(self) -> "DataFrame":
-        "One row per cell: the axes, the image, its seed, the status, seconds, then every setting of the plan."
-        return import_pandas().DataFrame(list(self._rows()))
-
-    def to_html(
-        self,
-        side: int = 160,  # pixels of an image
-        link_of: Callable[[GridCell], str | None] = lambda cell: None,  # the address of the full image
-    ) -> str:
-        "The grid as HTML with embedded thumbnails."
-        tables = "".join(table_html(table, side, link_of) for table in self.tables())
-        about = f"<p>{html.escape(str(self))}</p><p class='shared'>{html.escape(self.shared)}</p>"
-        return f"<div style='overflow-x:auto'>{about}{tables}</div>"
-
-    @property
-    def shared(self) -> str:
-        "The settings that all cells have in common, in one line."
-        return shared_settings(self.cells, self.axes)
-
-    def to_image(self) -> Image.Image:
-        "The grid as one image, with labels at the edges."
-        return tables_image(self.tables())
-
-    def save(
-        self,
-        path: str | Path,  # ends in .png or .html
-    ) -> Path:
-        "Write the grid to a file; the thumbnails of a page link to the images in a folder beside it."
-        path = Path(path)
-        if path.suffix == ".png":
-            self.to_image().save(path)
-        elif path.suffix in (".html", ".htm"):
-            links = self._save_images(path.with_name(f"{path.stem}_images"))
-            body = self.to_html(256, lambda cell: links.get(id(cell)))
-            title = html.escape(self.cells[0].request.prompt)
-            path.write_text(_PAGE.format(title=title, body=body), encoding="utf-8")
-        else:
-            raise ValueError(f"{path.name}: a name that ends in .png or .html is needed")
-        return path
-
     def __str__(self) -> str:
         parts = [f"{self.done} of {len(self.cells)} cells"]
         if self.steps and not self.done:
@@ -538,76 +665,13 @@ class Grid:
             parts.append(f"about {max(left, 1):.0f} s left")
         return ", ".join(parts)
 
-    def _repr_html_(self) -> str:
-        return self.to_html()
-
     def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        if self.done < len(self.cells):
-            self.button = widgets.Button()
-            self.button.add_class("dw-grid-toggle")
-            self.button.on_click(lambda button: self.toggle())
-            enable_stop_button(self.button)
-            self._label_button()
-            display(self.button)
-        self.view = GridView(self.tables(), self.cells, shared=self.shared)
-        self.view.show_progress(str(self))
-        self._display = display(self._bundle(), raw=True, display_id=True)
-
-    def _bundle(self) -> dict[str, Any]:  # the live view, and HTML for readers of the saved notebook
-        return {**self.view._repr_mimebundle_()[0], "text/html": self.to_html(), "text/plain": str(self)}
-
-    def _save_images(self, folder: Path) -> dict[int, str]:  # id of a cell -> link
-        links = {}
-        for number, cell in enumerate(self.cells):
-            if cell.image is None:
-                continue
-            made = cell.result.generation.images[0]
-            folder.mkdir(parents=True, exist_ok=True)
-            file = folder / f"{number:03}.{made.format.value}"
-            file.write_bytes(image_data(made.image))
-            links[id(cell)] = f"{folder.name}/{file.name}"
-        return links
-
-    def _check_plans(self) -> None:
-        if self.backend.plan is None:
-            return
-        results = [self.backend.plan(cell.request) for cell in self.cells]
-        if errors := [error for result in results for error in result.errors or []]:
-            raise RequestError(_unique(errors)[:20])
-        for cell, result in zip(self.cells, results):
-            cell.plan = result.plan
-        self.steps = sum(result.plan.denoising_steps * len(result.plan.seeds) for result in results)
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
-        for cell in self.cells:
-            made = cell.result.generation if cell.result else None
-            row = dict(zip((axis.field for axis in self.axes), cell.values))
-            row["image"] = cell.image
-            row["seed"] = made.images[0].seed if made else None
-            row["status"] = cell.result.status.value if cell.result else "not generated"
-            row["seconds"] = made.timings.total_seconds if made and made.timings else None
-            plan = made.plan if made else cell.plan
-            settings = plan_columns(plan) if plan is not None else {}
-            yield row | {name: value for name, value in settings.items() if name not in row}
+        self._page.display(on_click=self.toggle)
 
     def _show_cell(self, cell: GridCell) -> None:
-        if self.view is not None:
-            self.view.show_cells([cell])
-            self.view.show_progress(str(self))
+        self._page.show_cell(cell)
         if self._on_cell is not None:
             self._on_cell(self, cell)
-
-    def _label_button(self) -> None:
-        if self.view is not None and not self.running:
-            self.view.show_progress(str(self))
-            self._display.update(self._bundle(), raw=True)
-        if self.button is None:
-            return
-        self.button.description = "Stop" if self.running else "Resume"
-        self.button.icon = "stop" if self.running else "play"
-        self.button.layout.display = "none" if self.done == len(self.cells) else None
 
 # %% ../../nbs/73_panel/09_grid.ipynb #fb8d5ece
 def grid(

@@ -47,13 +47,10 @@ def reference_image(
     return ReferenceImage(id, data, thumbnail(image), *image.size)
 
 # %% ../../nbs/73_panel/08a_references.ipynb #a15f2888
-class ReferenceList(anywidget.AnyWidget):
-    "Images in an order; `images` holds them, `problem` why some were refused."
+class _OrderedImages(anywidget.AnyWidget):
+    "Images in an order, of which a model takes so many."
 
-    _esm = element("pieces.js", "references.js")
-    _css = STYLES
     limit = traitlets.Int(None, allow_none=True, help="how many are taken; None where nobody knows").tag(sync=True)
-    max_bytes = traitlets.Int(64 * 2**20, help="bytes that a file may have").tag(sync=True)
     weighted = traitlets.Bool(False, help="whether each image has a weight").tag(sync=True)
     problem = traitlets.Unicode("", help="why images were refused; empty when all were accepted")
     images = traitlets.Tuple(help="the `ReferenceImage`s in their order")
@@ -61,9 +58,7 @@ class ReferenceList(anywidget.AnyWidget):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self._pieces = FilePieces()
         self._numbers = count(1)
-        self.on_msg(self._on_message)
 
     @traitlets.observe("images")
     def _show(self, change: Any) -> None:
@@ -117,6 +112,19 @@ class ReferenceList(anywidget.AnyWidget):
     def _refuse(self, text: str) -> None:
         self.problem = "; ".join(filter(None, [self.problem, text]))
 
+# %% ../../nbs/73_panel/08a_references.ipynb #08b00005
+class ReferenceList(_OrderedImages):
+    "Images in an order; `images` holds them, `problem` why some were refused."
+
+    _esm = element("pieces.js", "references.js")
+    _css = STYLES
+    max_bytes = traitlets.Int(64 * 2**20, help="bytes that a file may have").tag(sync=True)
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._pieces = FilePieces()
+        self.on_msg(self._on_message)
+
     def _on_message(self, widget, content: dict, buffers: list) -> None:
         kind = content.get("kind")
         if kind == "files":  # follow
@@ -156,8 +164,8 @@ def _error_text(error: ErrorDetail) -> str:
     return f"image {int(place) + 1}: {line}" if place.isdecimal() else line
 
 
-class ReferenceImages(widgets.VBox):
-    "The reference images of a request."
+class _AwaitedImages(widgets.VBox):
+    "A list of images, with messages, and the images that a restored request still lacks."
 
     def __init__(self, on_change: Callable[[], None] = lambda: None):
         self.list = ReferenceList()
@@ -202,6 +210,27 @@ class ReferenceImages(widgets.VBox):
     def missing(self) -> int:
         "How many images a restored request still lacks."
         return max(0, len(self.expected) - len(self.list.images))
+
+    def _show_message(self) -> None:
+        problem = html.escape(self.list.problem, quote=False)
+        self.message.value = alert("<br>".join(filter(None, [problem, self._missing_text(), self._errors])))
+        self.without.layout.display = None if self.missing else "none"
+
+    def _missing_text(self) -> str:
+        if not self.missing:
+            return ""
+        named = [
+            f"image {number} ({image.width} × {image.height}, sha256 {image.sha256[:12]}…)"
+            for number, image in enumerate(self.expected, 1)
+        ]
+        return (
+            f"the image was made with {len(named)} reference images, of which its metadata has the hashes alone: "
+            f"add them again in their order: {', '.join(named)}"
+        )
+
+# %% ../../nbs/73_panel/08a_references.ipynb #08b00008
+class ReferenceImages(_AwaitedImages):
+    "The reference images of a request."
 
     def offer(
         self,
@@ -271,20 +300,3 @@ class ReferenceImages(widgets.VBox):
         self._errors = "<br>".join(html.escape(_error_text(error)) for error in told)
         self._show_message()
         return [error for error in errors if error not in own]
-
-    def _show_message(self) -> None:
-        problem = html.escape(self.list.problem, quote=False)
-        self.message.value = alert("<br>".join(filter(None, [problem, self._missing_text(), self._errors])))
-        self.without.layout.display = None if self.missing else "none"
-
-    def _missing_text(self) -> str:
-        if not self.missing:
-            return ""
-        named = [
-            f"image {number} ({image.width} × {image.height}, sha256 {image.sha256[:12]}…)"
-            for number, image in enumerate(self.expected, 1)
-        ]
-        return (
-            f"the image was made with {len(named)} reference images, of which its metadata has the hashes alone: "
-            f"add them again in their order: {', '.join(named)}"
-        )

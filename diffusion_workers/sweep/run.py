@@ -215,24 +215,12 @@ def sweep_sheet(
         labels.append(", ".join(label))
     return draw_sheet(shown, labels, columns or _fastest_axis(items, fields))
 
-# %% ../../nbs/72_sweep/02_run.ipynb #d0aa2491
-async def _together(works: list[Coroutine]) -> None:
-    "Await all; none of them is left running when this ends."
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-# %% ../../nbs/72_sweep/02_run.ipynb #12dab0f8
+# %% ../../nbs/72_sweep/02_run.ipynb #02a00009
 _STATES = ("done", "failed", "sent", "sending", "waiting")
-OnResult = Callable[["Sweep", SweepItem], Any]  # called after each result; an exception in it ends the run
 
 
-class Sweep:
-    "Requests and their results in a folder."
+class _StoredSweep:
+    "Requests and their results, as a folder has them."
 
     def __init__(
         self,
@@ -259,6 +247,28 @@ class Sweep:
         "Read the folder again, which another process may have written to."
         self.items = self._files.items(self._requests)
 
+    def table(self) -> "pd.DataFrame":
+        "One row a request: what it varies, how it ended, its seeds, seconds, files, error, and how often it was sent."
+        return sweep_table(self.items)
+
+    def images(self, item: SweepItem) -> list[ReceiptImage]:
+        "The images of a request, from disk; none where there is no image."
+        made = item.result.generation if item.result else None
+        return [ReceiptImage.open(self.folder / image.image) for image in made.images] if made else []
+
+    def contact_sheet(
+        self,
+        side: int = 128,  # pixels, of an image at most
+        columns: int | None = None,  # default: one for each value of the field that varies fastest
+    ) -> Image.Image:
+        "The first image of each request with what it varies under it; grey where there is none."
+        first = [next(iter(self.images(item)), None) for item in self.items]
+        return sweep_sheet(self.items, first, side, columns)
+
+# %% ../../nbs/72_sweep/02_run.ipynb #02a00012
+class _WritingSweep(_StoredSweep):
+    "A sweep that records what happens to its requests."
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         "Lock the folder for this process and read it anew; a `RuntimeError` where another process has it."
@@ -283,6 +293,24 @@ class Sweep:
                     self._files.retry(item)
         left = [item for item in self.items if item.state not in ("done", "failed")]
         return sorted(left, key=lambda item: item.state != "sent")
+
+# %% ../../nbs/72_sweep/02_run.ipynb #d0aa2491
+async def _together(works: list[Coroutine]) -> None:
+    "Await all; none of them is left running when this ends."
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+OnResult = Callable[["Sweep", SweepItem], Any]  # called after each result; an exception in it ends the run
+
+
+class Sweep(_WritingSweep):
+    "Requests and their results in a folder."
 
     async def carry_out(
         self,
@@ -320,21 +348,3 @@ class Sweep:
         async with AsyncClient(target, retries=retries) as client:
             runner = ClientRunner(client, self._files)
             return await self.carry_out(runner, concurrency=concurrency, retry_failed=retry_failed, on_result=on_result)
-
-    def table(self) -> "pd.DataFrame":
-        "One row a request: what it varies, how it ended, its seeds, seconds, files, error, and how often it was sent."
-        return sweep_table(self.items)
-
-    def images(self, item: SweepItem) -> list[ReceiptImage]:
-        "The images of a request, from disk; none where there is no image."
-        made = item.result.generation if item.result else None
-        return [ReceiptImage.open(self.folder / image.image) for image in made.images] if made else []
-
-    def contact_sheet(
-        self,
-        side: int = 128,  # pixels, of an image at most
-        columns: int | None = None,  # default: one for each value of the field that varies fastest
-    ) -> Image.Image:
-        "The first image of each request with what it varies under it; grey where there is none."
-        first = [next(iter(self.images(item)), None) for item in self.items]
-        return sweep_sheet(self.items, first, side, columns)
