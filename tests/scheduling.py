@@ -19,6 +19,7 @@ FIRST = (  # modules that take longest on one processor
     "test_how_to.py",
     "test_adapters.py",
     "test_receipts.py",
+    "test_service.py",
     "test_state.py",
     "test_voila.py",
     "test_kernels.py",
