@@ -19,20 +19,7 @@ from safetensors.torch import save_file
 
 Weights = dict[str, torch.Tensor]
 
-# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #199fb0d8
-UNET_TOP = {
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0", "conv_out": "out.2", "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-}  # fmt: skip
-UNET_RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
-_LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
-
-
+# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #2177c2ed
 def renamed(
     key: str,
     names: Mapping[str, str],  # old -> new; a part begins and ends at a dot
@@ -46,6 +33,19 @@ def renamed(
 def count(weights: Mapping[str, torch.Tensor], pattern: str) -> int:
     "How many numbers the pattern's group takes among the keys."
     return len({found[1] for key in weights if (found := re.match(pattern, key))})
+
+# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #96b12085
+UNET_TOP = {
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0", "conv_out": "out.2", "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+UNET_RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_LEVEL = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
 def original_unet(weights: Mapping[str, torch.Tensor]) -> Weights:
@@ -69,7 +69,7 @@ def original_unet(weights: Mapping[str, torch.Tensor]) -> Weights:
 
     return {name(key): value for key, value in weights.items()}
 
-
+# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #e70af274
 def original_controlnet(weights: Mapping[str, torch.Tensor]) -> Weights:
     "A ControlNet of Stable Diffusion: its hint is eight convolutions with activations between them."
     blocks = count(weights, r"controlnet_cond_embedding\.blocks\.(\d+)\.")
@@ -101,7 +101,7 @@ def original_vae(weights: Mapping[str, torch.Tensor]) -> Weights:
         made[name] = value[:, :, None, None] if is_matrix else value
     return made
 
-# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #cea96995
+# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #89c93399
 def original_clip(weights: Mapping[str, torch.Tensor]) -> Weights:
     "CLIP-L as checkpoints have it, with the numbers of the positions, which newer files leave out."
     made = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in weights.items()}
@@ -109,7 +109,7 @@ def original_clip(weights: Mapping[str, torch.Tensor]) -> Weights:
     positions = len(made["text_model.embeddings.position_embedding.weight"])
     return {**made, "text_model.embeddings.position_ids": torch.arange(positions)[None]}
 
-
+# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #30250e0f
 _OPENCLIP = {
     "embeddings.token_embedding": "token_embedding", "embeddings.position_embedding.weight": "positional_embedding",
     "final_layer_norm": "ln_final", "encoder.layers": "transformer.resblocks", "layer_norm1": "ln_1",
@@ -132,7 +132,7 @@ def original_openclip(weights: Mapping[str, torch.Tensor]) -> Weights:
             made[f"{found[1]}.attn.in_proj_{found[3]}"] = torch.cat(parts)
     return made
 
-
+# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #65f0e646
 _LLAMA_T5 = {
     "encoder.block": "enc.blk", "encoder.final_layer_norm": "enc.output_norm", "shared": "token_embd",
     "layer.0.SelfAttention.relative_attention_bias": "attn_rel_b", "layer.0.SelfAttention.q": "attn_q",
@@ -146,7 +146,7 @@ def llama_t5(weights: Mapping[str, torch.Tensor]) -> Weights:
     "A T5 encoder under the names of llama.cpp."
     return {renamed(key, _LLAMA_T5): value for key, value in weights.items() if "embed_tokens" not in key}
 
-# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #964949c0
+# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #d2234eb4
 _FLUX_TOP = {
     "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
     "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
@@ -169,9 +169,8 @@ _FLUX_SINGLE = {
     "norm.linear": "modulation.lin", "attn.norm_q.weight": "norm.query_norm.scale",
     "attn.norm_k.weight": "norm.key_norm.scale", "proj_out": "linear2",
 }  # fmt: skip
-_FLUX_TOGETHER: dict[
-    str, dict[str, tuple[tuple[str, ...], str]]
-] = {  # the first of the layers that are one product there -> (all of them, its name)
+# the first of the layers that are one product there -> (all of them, its name)
+_FLUX_TOGETHER: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "transformer_blocks": {
         "attn.to_q": (("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn.qkv"),
         "attn.add_q_proj": (("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "txt_attn.qkv"),
@@ -291,7 +290,7 @@ def original_checkpoint(
         made |= prefixed(prefix, writer(getattr(pipe, slot).state_dict()))
     return made
 
-# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #bf6a0ad6
+# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #9f0d3b61
 def scaled_fp8(
     weights: Mapping[str, torch.Tensor],
     scale_name: str = "scale_weight",  # or weight_scale, the present form
@@ -310,7 +309,7 @@ def scaled_fp8(
             made[layer + "comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
     return made
 
-
+# %% ../../nbs/50_pipeline/06_tiny_files.ipynb #e3ba4583
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
