@@ -69,6 +69,41 @@ def add_operations(app: FastAPI) -> None:
                 methods = ["GET", "HEAD"] if method == "get" else [method.upper()]
                 app.add_api_route(path, OPERATIONS[name], methods=methods, operation_id=name, response_model=None)
 
+# %% ../../nbs/70_server/05_app.ipynb #4526c4be
+class CachedFiles(StaticFiles):
+    "Files of a folder, which a browser keeps for a while without asking again."
+
+    def __init__(
+        self,
+        seconds: int,
+        more: str = "",  # further directives of Cache-Control
+        **given: Any,  # of StaticFiles
+    ):
+        super().__init__(**given)
+        self.cache_control = f"public, max-age={seconds}{more}"
+
+    def file_response(self, *args: Any, **given: Any) -> Response:
+        "The file, with how long it may be kept."
+        response = super().file_response(*args, **given)
+        response.headers["Cache-Control"] = self.cache_control
+        return response
+
+
+class CompressPages:
+    "ASGI middleware that compresses the page, its files and the documentation; images and events pass as they are."
+
+    _PATHS = ("/", "/docs", "/openapi.json", "/openapi.yaml", "/models")
+    _FOLDERS = ("/assets/", "/docs-assets/")
+
+    def __init__(self, app):
+        self.app = app
+        self.compressed = GZipMiddleware(app, minimum_size=1000, compresslevel=6)
+
+    async def __call__(self, scope: MutableMapping, receive, send) -> None:
+        path = scope.get("path", "")
+        wanted = scope["type"] == "http" and (path in self._PATHS or path.startswith(self._FOLDERS))
+        await (self.compressed if wanted else self.app)(scope, receive, send)
+
 # %% ../../nbs/70_server/05_app.ipynb #5c436f9e
 WEB = package_folder("web")
 _NO_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>diffusion_workers</title>
@@ -111,42 +146,7 @@ ask.addEventListener("submit", (event) => {
 show(sessionStorage.getItem(key) || "");
 </script></html>"""
 
-
-class CachedFiles(StaticFiles):
-    "Files of a folder, which a browser keeps for a while without asking again."
-
-    def __init__(
-        self,
-        seconds: int,
-        more: str = "",  # further directives of Cache-Control
-        **given: Any,  # of StaticFiles
-    ):
-        super().__init__(**given)
-        self.cache_control = f"public, max-age={seconds}{more}"
-
-    def file_response(self, *args: Any, **given: Any) -> Response:
-        "The file, with how long it may be kept."
-        response = super().file_response(*args, **given)
-        response.headers["Cache-Control"] = self.cache_control
-        return response
-
-
-class CompressPages:
-    "ASGI middleware that compresses the page, its files and the documentation; images and events pass as they are."
-
-    _PATHS = ("/", "/docs", "/openapi.json", "/openapi.yaml", "/models")
-    _FOLDERS = ("/assets/", "/docs-assets/")
-
-    def __init__(self, app):
-        self.app = app
-        self.compressed = GZipMiddleware(app, minimum_size=1000, compresslevel=6)
-
-    async def __call__(self, scope: MutableMapping, receive, send) -> None:
-        path = scope.get("path", "")
-        wanted = scope["type"] == "http" and (path in self._PATHS or path.startswith(self._FOLDERS))
-        await (self.compressed if wanted else self.app)(scope, receive, send)
-
-
+# %% ../../nbs/70_server/05_app.ipynb #383f143a
 def add_pages(app: FastAPI, settings: ServerSettings, web: Path = WEB) -> None:
     "Serve the page, the documentation and the specification."
     import swagger_ui_bundle

@@ -29,15 +29,15 @@ from ez_diffusion_client.models import ErrorCode, GenerationRequest, JobState, O
 if TYPE_CHECKING:
     from diffusion_workers.service.service import DiffusionService, Generation
 
-# %% ../../nbs/70_server/01_jobs.ipynb #38e212f6
-_NOT_RUNNING = (Phase.queued, Phase.done, Phase.failed, Phase.cancelled)
-
-
+# %% ../../nbs/70_server/01_jobs.ipynb #5aaf8967
 def without_images(request: GenerationRequest) -> GenerationRequest:
     "A request that names its settings alone."
     units = [unit.model_copy(update={"image": "", "mask_image": None}) for unit in request.controlnets or []]
     cleared = {"image": None, "mask_image": None, "reference_images": None, "controlnets": units or None}
     return request.model_copy(update=cleared)
+
+# %% ../../nbs/70_server/01_jobs.ipynb #38e212f6
+_NOT_RUNNING = (Phase.queued, Phase.done, Phase.failed, Phase.cancelled)
 
 
 class Job:

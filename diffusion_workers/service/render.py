@@ -728,43 +728,7 @@ def _ignored_guidance(pipe: DiffusionPipeline, plan: GenerationPlan, factory: Pi
     message = "the model is distilled, and ignores guidance"
     return [warning(message, field="guidance_scale", given=plan.guidance_scale, used=1.0)]
 
-# %% ../../nbs/60_service/04_render.ipynb #480e64ac
-def render(
-    factory: PipelineFactory,
-    plan: GenerationPlan,
-    prepared: Prepared,
-    watch: StepWatch,
-    timings: Timings,  # is added to
-    lora_store: LoraStore | None = None,  # keeps the LoRAs of earlier requests
-    texts: Mapping[str, list[str]] = MappingProxyType(
-        {}
-    ),  # field -> one text for each of at most MAX_BATCH seeds, where they differ
-    hooks: Hooks = NO_HOOKS,  # what was handed in from Python
-) -> tuple[list[Image.Image] | list[torch.Tensor], list[RequestWarning]]:  # one for each seed, and what had to be said
-    "Carry out a plan."
-    images, loras = [], planned_loras(plan, prepared.loras, lora_store or LoraStore())
-    pipe = factory.variant(plan.task, plan.control_kind)
-    tokens = _tokens_of_references(factory, plan, prepared)
-    with (
-        quiet_libraries(),
-        use_loras(pipe, loras, merge=factory.compilable and wants_compilation(plan, factory)) as lora_notes,
-    ):
-        notes = [*([] if texts or hooks.embeds else text_notes(pipe, plan)), *lora_notes]
-        if hooks.embeds is not None:
-            check_widths(hooks.embeds, getattr(pipe, factory.record.denoiser))
-        size, decode = batch_size(plan), hooks.output_type == "pil"
-        other_count = plan.refiner and plan.refiner.num_inference_steps not in (None, plan.num_inference_steps)
-        watch.steps_per_run = None if other_count else plan.denoising_steps
-        for first in range(0, len(plan.seeds), size):
-            seeds = plan.seeds[first : first + size]
-            images += _render_seeds(factory, pipe, plan, prepared, watch, timings, texts, hooks, seeds, first, tokens)
-        notes += [*acceleration_notes(pipe, plan, factory), *_ignored_guidance(pipe, plan, factory)]
-    if prepared.canvas is not None and decode:
-        images = [paste_back(prepared.canvas, image, prepared.canvas_mask, prepared.box) for image in images]
-    timings.seconds_per_step = watch.seconds_per_step
-    return images, notes
-
-
+# %% ../../nbs/60_service/04_render.ipynb #1c765b0f
 def _render_seeds(
     factory: PipelineFactory,
     pipe: DiffusionPipeline,
@@ -801,6 +765,42 @@ def _render_seeds(
             joining.enter_context(use_reference_tokens(pipe, tokens))
         denoiser, decode = getattr(pipe, record.denoiser), hooks.output_type == "pil"
         return render_chunk(pipe, denoiser, arguments, plan, watch, timings, refine, decode)
+
+# %% ../../nbs/60_service/04_render.ipynb #480e64ac
+def render(
+    factory: PipelineFactory,
+    plan: GenerationPlan,
+    prepared: Prepared,
+    watch: StepWatch,
+    timings: Timings,  # is added to
+    lora_store: LoraStore | None = None,  # keeps the LoRAs of earlier requests
+    texts: Mapping[str, list[str]] = MappingProxyType(
+        {}
+    ),  # field -> one text for each of at most MAX_BATCH seeds, where they differ
+    hooks: Hooks = NO_HOOKS,  # what was handed in from Python
+) -> tuple[list[Image.Image] | list[torch.Tensor], list[RequestWarning]]:  # one for each seed, and what had to be said
+    "Carry out a plan."
+    images, loras = [], planned_loras(plan, prepared.loras, lora_store or LoraStore())
+    pipe = factory.variant(plan.task, plan.control_kind)
+    tokens = _tokens_of_references(factory, plan, prepared)
+    with (
+        quiet_libraries(),
+        use_loras(pipe, loras, merge=factory.compilable and wants_compilation(plan, factory)) as lora_notes,
+    ):
+        notes = [*([] if texts or hooks.embeds else text_notes(pipe, plan)), *lora_notes]
+        if hooks.embeds is not None:
+            check_widths(hooks.embeds, getattr(pipe, factory.record.denoiser))
+        size, decode = batch_size(plan), hooks.output_type == "pil"
+        other_count = plan.refiner and plan.refiner.num_inference_steps not in (None, plan.num_inference_steps)
+        watch.steps_per_run = None if other_count else plan.denoising_steps
+        for first in range(0, len(plan.seeds), size):
+            seeds = plan.seeds[first : first + size]
+            images += _render_seeds(factory, pipe, plan, prepared, watch, timings, texts, hooks, seeds, first, tokens)
+        notes += [*acceleration_notes(pipe, plan, factory), *_ignored_guidance(pipe, plan, factory)]
+    if prepared.canvas is not None and decode:
+        images = [paste_back(prepared.canvas, image, prepared.canvas_mask, prepared.box) for image in images]
+    timings.seconds_per_step = watch.seconds_per_step
+    return images, notes
 
 # %% ../../nbs/60_service/04_render.ipynb #bdf92cc3
 PIXEL_PACKAGES = ("diffusion-workers", "torch", "diffusers", "transformers")
