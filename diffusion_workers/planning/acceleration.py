@@ -7,10 +7,11 @@ __all__ = ['UNET_METHODS', 'TRANSFORMER_METHODS', 'METHOD_FIELDS', 'EXACT', 'GUI
            'reuses_residuals', 'find_profile', 'check_profile', 'controlled', 'steps_for_strength', 'apply_profile',
            'check_acceleration', 'complete_guider', 'check_guider', 'check_seamless', 'acceleration_warnings']
 
-# %% ../../nbs/40_planning/03_acceleration.ipynb #ec299275
+# %% ../../nbs/40_planning/03_acceleration.ipynb #cb4e6b34
 import math
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -61,7 +62,7 @@ def reuses_residuals(cache: StepCacheOptions | None) -> bool:
         return cache.reuse_control_residuals
     return cache.method == StepCacheMethod.deep_features
 
-# %% ../../nbs/40_planning/03_acceleration.ipynb #e521cd32
+# %% ../../nbs/40_planning/03_acceleration.ipynb #3d7da4ea
 EXACT = "exact"
 
 
@@ -85,7 +86,7 @@ def check_profile(request: GenerationRequest, manifest: ModelManifest) -> Iterat
             hint=f"did you mean {near}?" if near else None,
         )
 
-
+# %% ../../nbs/40_planning/03_acceleration.ipynb #33d20270
 def controlled(request: GenerationRequest) -> bool:
     "Whether a request has an enabled ControlNet unit."
     return any(unit.enabled for unit in request.controlnets or ())
@@ -98,7 +99,7 @@ def steps_for_strength(steps: int, request: GenerationRequest, manifest: ModelMa
     strength = request.strength or (manifest.defaults.strength if request.mask_image is None else 1.0)
     return min(math.ceil(steps / strength), manifest.limits.max_num_inference_steps)
 
-
+# %% ../../nbs/40_planning/03_acceleration.ipynb #35806a4a
 def _merged(profile: BaseModel | None, request: BaseModel | None) -> BaseModel | None:
     "A section of a profile, with the fields that the request sets in place of the profile's."
     if profile is None or request is None:
@@ -111,8 +112,23 @@ def _leaves_out_cache(profile: Profile, request: GenerationRequest) -> bool:
     cache = profile.step_cache
     return cache is not None and cache.method in TRANSFORMER_METHODS and controlled(request)
 
-
+# %% ../../nbs/40_planning/03_acceleration.ipynb #3a5e7395
+_PLAIN = ("num_inference_steps", "guidance_scale", "scheduler", "use_karras_sigmas", "timestep_spacing", "eta")
 _MERGED = ("acceleration", "memory")  # merged field by field
+
+
+def _profile_values(profile: Profile, request: GenerationRequest, manifest: ModelManifest) -> dict[str, Any]:
+    "The plain fields that a profile sets and the request does not."
+    spaced = request.sigmas or request.timesteps or request.sigma_schedule is not None
+    chosen = {}
+    for name in _PLAIN:
+        if name in ("use_karras_sigmas", "timestep_spacing") and spaced:
+            continue  # the request spaces its noise levels itself
+        if getattr(profile, name) is not None and getattr(request, name) is None:
+            chosen[name] = getattr(profile, name)
+    if "num_inference_steps" in chosen:
+        chosen["num_inference_steps"] = steps_for_strength(chosen["num_inference_steps"], request, manifest)
+    return chosen
 
 
 def apply_profile(request: GenerationRequest, manifest: ModelManifest) -> GenerationRequest:
@@ -120,15 +136,7 @@ def apply_profile(request: GenerationRequest, manifest: ModelManifest) -> Genera
     profile = find_profile(request.profile, manifest)
     if profile is None:
         return request
-    chosen = {}
-    for name in ("num_inference_steps", "guidance_scale", "scheduler", "use_karras_sigmas", "timestep_spacing", "eta"):
-        listed = request.sigmas or request.timesteps
-        if name in ("use_karras_sigmas", "timestep_spacing") and (listed or request.sigma_schedule is not None):
-            continue  # which says the same
-        if getattr(profile, name) is not None and getattr(request, name) is None:
-            chosen[name] = getattr(profile, name)
-    if "num_inference_steps" in chosen:
-        chosen["num_inference_steps"] = steps_for_strength(chosen["num_inference_steps"], request, manifest)
+    chosen = _profile_values(profile, request, manifest)
     usable = profile.step_cache is not None and not _leaves_out_cache(profile, request)
     if usable and "step_cache" not in request.model_fields_set:
         chosen["step_cache"] = profile.step_cache
@@ -140,18 +148,13 @@ def apply_profile(request: GenerationRequest, manifest: ModelManifest) -> Genera
         return request
     return request.model_copy(update=chosen | {"profile": name})
 
-# %% ../../nbs/40_planning/03_acceleration.ipynb #adbbce30
+# %% ../../nbs/40_planning/03_acceleration.ipynb #3c177ae2
 def _check_window(start: float | None, end: float | None, field: str) -> Iterator[ErrorDetail]:
     start = start or 0.0
     end = 1.0 if end is None else end
     if start > end or (start == end and start > 0):
-        yield error_detail(
-            ErrorCode.out_of_range,
-            "the window ends before it begins",
-            field=field,
-            given=f"{start:g} to {end:g}",
-            allowed=f"less than {end:g}",
-        )
+        message, given, allowed = "the window ends before it begins", f"{start:g} to {end:g}", f"less than {end:g}"
+        yield error_detail(ErrorCode.out_of_range, message, field=field, given=given, allowed=allowed)
 
 
 def _check_method_fields(cache: StepCacheOptions) -> Iterator[ErrorDetail]:
@@ -169,21 +172,28 @@ def _check_method_fields(cache: StepCacheOptions) -> Iterator[ErrorDetail]:
                 hint=f"leave it out; {cache.method.value} uses " + ", ".join(used),
             )
 
+# %% ../../nbs/40_planning/03_acceleration.ipynb #9f361495
+def _cache_problem(
+    cache: StepCacheOptions, manifest: ModelManifest, kind: ControlKind
+) -> tuple[str, list[StepCacheMethod]] | None:  # why it is refused, and the methods that can be used; None: it is fine
+    methods = list(manifest.record.step_caches)
+    if cache.method not in methods:
+        return f"the denoiser of a {manifest.record.title} model cannot use this method", methods
+    if cache.method in TRANSFORMER_METHODS and kind != ControlKind.none:
+        return "with this step cache, ControlNet residuals would be added twice", []
+    if cache.method == StepCacheMethod.mag and manifest.mag_ratios is None and manifest.source.kind == "builtin":
+        others = [method for method in methods if method != StepCacheMethod.mag]
+        return "the manifest of this model has no mag_ratios", others
+    return None
+
 
 def _check_step_cache(cache: StepCacheOptions, manifest: ModelManifest, kind: ControlKind) -> Iterator[ErrorDetail]:
-    methods, refused = manifest.record.step_caches, None
-    if cache.method not in methods:
-        refused = f"the denoiser of a {manifest.record.title} model cannot use this method"
-    elif cache.method in TRANSFORMER_METHODS and kind != ControlKind.none:
-        refused = "with this step cache, ControlNet residuals would be added twice"
-        methods = ()
-    elif cache.method == StepCacheMethod.mag and manifest.mag_ratios is None and manifest.source.kind == "builtin":
-        refused = "the manifest of this model has no mag_ratios"
-        methods = [method for method in methods if method != StepCacheMethod.mag]
-    if refused is not None:
+    problem = _cache_problem(cache, manifest, kind)
+    if problem is not None:
+        message, methods = problem
         yield error_detail(
             ErrorCode.unsupported_combination,
-            refused,
+            message,
             field="step_cache.method",
             given=cache.method.value,
             allowed=", ".join(methods) or None,
@@ -194,6 +204,24 @@ def _check_step_cache(cache: StepCacheOptions, manifest: ModelManifest, kind: Co
     if cache.method in UNET_METHODS:
         yield from _check_window(cache.start, cache.end, "step_cache.start")
 
+# %% ../../nbs/40_planning/03_acceleration.ipynb #6f7c60bd
+def _check_dtype(options: AccelerationOptions, manifest: ModelManifest) -> Iterator[ErrorDetail]:
+    "Whether the denoiser can compute in another dtype for one request."
+    if options.dtype is None:
+        return
+    refused = partial(
+        error_detail,
+        ErrorCode.unsupported_combination,
+        field="acceleration.dtype",
+        given=options.dtype.value,
+        hint="leave it out; set dtype in the manifest",
+    )
+    if (manifest.memory.quantization or "").startswith("bitsandbytes"):
+        yield refused("bitsandbytes layers would convert their biases to this dtype, for all later requests too")
+    if not manifest.record.autocasts:
+        title = manifest.record.title
+        yield refused(f"the denoiser of a {title} model computes in the dtype of its weights alone")
+
 
 def check_acceleration(request: GenerationRequest, manifest: ModelManifest, kind: ControlKind) -> Iterator[ErrorDetail]:
     "Validation errors of the speed settings of a request, its profile applied."
@@ -201,30 +229,18 @@ def check_acceleration(request: GenerationRequest, manifest: ModelManifest, kind
     if request.step_cache is not None:
         yield from _check_step_cache(request.step_cache, manifest, kind)
     yield from _check_window(options.guidance_start, options.guidance_end, "acceleration.guidance_start")
-    if options.dtype is not None and (manifest.memory.quantization or "").startswith("bitsandbytes"):
-        yield error_detail(
-            ErrorCode.unsupported_combination,
-            "bitsandbytes layers would convert their biases to this dtype, for all later requests too",
-            field="acceleration.dtype",
-            given=options.dtype.value,
-            hint="leave it out; set dtype in the manifest",
-        )
-    if options.dtype is not None and not manifest.record.autocasts:
-        yield error_detail(
-            ErrorCode.unsupported_combination,
-            f"the denoiser of a {manifest.record.title} model computes in the dtype of its weights alone",
-            field="acceleration.dtype",
-            given=options.dtype.value,
-            hint="leave it out; set dtype in the manifest",
-        )
+    yield from _check_dtype(options, manifest)
 
-# %% ../../nbs/40_planning/03_acceleration.ipynb #bf6fb9e1
+# %% ../../nbs/40_planning/03_acceleration.ipynb #e22c359c
 GUIDER_FIELDS: dict[GuiderMethod, dict[str, float]] = {  # method -> its fields and their defaults
     GuiderMethod.apg: {"eta": 0.0, "momentum": 0.0, "norm_threshold": 0.0},
     GuiderMethod.cfg_zero_star: {"zero_init_steps": 0},
     GuiderMethod.pag: {"scale": 3.0},
     GuiderMethod.freeu: {"backbone_1": 1.5, "backbone_2": 1.6, "skip_1": 0.9, "skip_2": 0.2},
 }
+
+
+UNCOMPILED = (GuiderMethod.pag, GuiderMethod.freeu)  # they change layers of the denoiser
 
 
 def complete_guider(guider: GuiderOptions | None, record: Family) -> GuiderOptions | None:
@@ -237,6 +253,21 @@ def complete_guider(guider: GuiderOptions | None, record: Family) -> GuiderOptio
     missing = {name: value for name, value in defaults.items() if getattr(guider, name) is None}
     return guider.model_copy(update=missing)
 
+# %% ../../nbs/40_planning/03_acceleration.ipynb #d7bb1a28
+def _guider_conflicts(request: GenerationRequest, method: GuiderMethod) -> Iterator[tuple[str, str]]:  # message, hint
+    "What in a request would leave a guider out."
+    cached = request.step_cache is not None
+    if method == GuiderMethod.freeu and cached:
+        yield "the steps that the cache shortens would leave FreeU out", "leave out step_cache or guider"
+    if method == GuiderMethod.pag and cached:
+        yield "the perturbed prediction would reuse features of the other", "leave out step_cache or guider"
+    if method != GuiderMethod.freeu and request.guidance_rescale:
+        yield "guidance_rescale would be left out", "leave out guidance_rescale or guider"
+    if request.refiner is not None:
+        yield "the refiner would be guided without it", "leave out refiner or guider"
+    if request.acceleration is not None and request.acceleration.torch_compile and method in UNCOMPILED:
+        yield "it changes layers that are compiled", "leave out acceleration.torch_compile or guider"
+
 
 def check_guider(
     request: GenerationRequest,
@@ -248,38 +279,21 @@ def check_guider(
     method = guider.method
     refused = partial(error_detail, ErrorCode.unsupported_combination, field="guider", given=method.value)
     if method.value not in record.guiders:
-        yield refused(
-            f"a model of the family {record.name.value} has no {method.value}", allowed=", ".join(record.guiders)
-        )
+        message = f"a model of the family {record.name.value} has no {method.value}"
+        yield refused(message, allowed=", ".join(record.guiders))
         return
     for name in GuiderOptions.model_fields:
         if name != "method" and name not in GUIDER_FIELDS[method] and getattr(guider, name) is not None:
-            yield error_detail(
-                ErrorCode.unsupported_combination,
-                f"the method {method.value} does not use {name}",
-                field=f"guider.{name}",
-                given=getattr(guider, name),
-                hint=f"leave it out; {method.value} uses " + ", ".join(GUIDER_FIELDS[method]),
-            )
+            message = f"the method {method.value} does not use {name}"
+            hint = f"leave it out; {method.value} uses " + ", ".join(GUIDER_FIELDS[method])
+            given, code = getattr(guider, name), ErrorCode.unsupported_combination
+            yield error_detail(code, message, field=f"guider.{name}", given=given, hint=hint)
     if method in (GuiderMethod.apg, GuiderMethod.cfg_zero_star) and not guided:
         yield refused(f"there is no guidance to refine: {record.guidance.needed} has to be above 1")
-    if method == GuiderMethod.freeu and request.step_cache is not None:
-        yield refused("the steps that the cache shortens would leave FreeU out", hint="leave out step_cache or guider")
-    if method == GuiderMethod.pag and request.step_cache is not None:
-        yield refused(
-            "the perturbed prediction would reuse features of the other", hint="leave out step_cache or guider"
-        )
-    if method != GuiderMethod.freeu and request.guidance_rescale:
-        yield refused("guidance_rescale would be left out", hint="leave out guidance_rescale or guider")
-    if request.refiner is not None:
-        yield refused("the refiner would be guided without it", hint="leave out refiner or guider")
-    if request.acceleration is not None and request.acceleration.torch_compile and method in UNCOMPILED:
-        yield refused("it changes layers that are compiled", hint="leave out acceleration.torch_compile or guider")
+    for message, hint in _guider_conflicts(request, method):
+        yield refused(message, hint=hint)
 
-
-UNCOMPILED = (GuiderMethod.pag, GuiderMethod.freeu)  # they change layers of the denoiser
-
-# %% ../../nbs/40_planning/03_acceleration.ipynb #e71e0d2e
+# %% ../../nbs/40_planning/03_acceleration.ipynb #23bfd984
 def check_seamless(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "Whether the whole image can continue at its opposite edge."
     if request.seamless is None or not manifest.record.applies("seamless"):
@@ -288,28 +302,33 @@ def check_seamless(request: GenerationRequest, manifest: ModelManifest) -> Itera
     if request.inpaint is not None and request.inpaint.only_masked:
         yield refused("the region around a mask has no opposite edge", hint="leave out seamless or inpaint.only_masked")
     if request.memory is not None and request.memory.vae_tiling:
-        yield refused(
-            "the VAE would join the edges of each of its tiles", hint="leave out seamless or memory.vae_tiling"
-        )
+        message, hint = "the VAE would join the edges of each of its tiles", "leave out seamless or memory.vae_tiling"
+        yield refused(message, hint=hint)
     if request.refiner is not None:
         yield refused("the refiner would draw the edges apart", hint="leave out refiner or seamless")
     if request.acceleration is not None and request.acceleration.torch_compile:
         yield refused("it changes layers that are compiled", hint="leave out acceleration.torch_compile or seamless")
 
-# %% ../../nbs/40_planning/03_acceleration.ipynb #31dd7193
-def acceleration_warnings(
-    request: GenerationRequest, manifest: ModelManifest, guided: bool, kind: ControlKind
-) -> Iterator[RequestWarning]:
-    "Warnings about speed settings that have no effect; the profile of the request is applied."
-    options, cache = request.acceleration or AccelerationOptions(), request.step_cache
+# %% ../../nbs/40_planning/03_acceleration.ipynb #d9dcf0dd
+def _guidance_warnings(options: AccelerationOptions, manifest: ModelManifest) -> Iterator[RequestWarning]:
+    "Windows of guidance, where there is none."
+    guidance = manifest.record.guidance
     for field in ("guidance_start", "guidance_end", "guidance_tolerance"):
-        if getattr(options, field) is not None and not guided:
-            guidance = manifest.record.guidance
+        if getattr(options, field) is not None:
             yield warning(
                 f"there is no guidance to leave out: {guidance.needed} would have to be above {guidance.on_above:g}",
                 field=f"acceleration.{field}",
                 given=getattr(options, field),
             )
+
+
+def acceleration_warnings(
+    request: GenerationRequest, manifest: ModelManifest, guided: bool, kind: ControlKind
+) -> Iterator[RequestWarning]:
+    "Warnings about speed settings that have no effect; the profile of the request is applied."
+    options, cache = request.acceleration or AccelerationOptions(), request.step_cache
+    if not guided:
+        yield from _guidance_warnings(options, manifest)
     profile = find_profile(request.profile, manifest)
     if profile is not None and "step_cache" not in request.model_fields_set and _leaves_out_cache(profile, request):
         yield warning(

@@ -51,7 +51,7 @@ from ez_diffusion_client.models import (
 )
 from ez_diffusion_client.pictures import is_json_text
 
-# %% ../../nbs/40_planning/10_inputs.ipynb #814c39bb
+# %% ../../nbs/40_planning/10_inputs.ipynb #b6a5e9fd
 ImageInput = str | bytes | Path | Image.Image | np.ndarray  # an image in a Python call
 
 
@@ -74,7 +74,7 @@ def image_text(
             hint="name an image file on this machine",
         ) from None
 
-
+# %% ../../nbs/40_planning/10_inputs.ipynb #ea1c9958
 def plain_value(
     value: Any,
     depth: int = 8,  # levels of lists and objects that are looked into; no request has more
@@ -92,7 +92,7 @@ def plain_value(
         return value if as_list is None else as_list()
     return value
 
-
+# %% ../../nbs/40_planning/10_inputs.ipynb #f8711fc3
 def _with_texts(fields: dict[str, Any], at: str = "") -> dict[str, Any]:
     "Fields of a request or of a unit, with their images as text and their numbers as Python's own."
     texts = {name: image_text(fields[name], at + name) for name in IMAGE_FIELDS if name in fields}
@@ -196,7 +196,7 @@ def decode_inputs(
     )
     return Inputs(image, mask, controls, masks, references)
 
-# %% ../../nbs/40_planning/10_inputs.ipynb #6b9ea90c
+# %% ../../nbs/40_planning/10_inputs.ipynb #f88b8877
 @dataclass(frozen=True)
 class PlannedRequest:
     "A request that can be carried out: its plan and its decoded inputs."
@@ -231,7 +231,7 @@ def _custom_parts(plan: GenerationPlan, manifest: ModelManifest) -> Iterator[Cus
         if control.preprocessing is not None and PREPROCESSORS[control.preprocessing.name].is_custom:
             yield CustomPart(kind=CustomKind.preprocessor, name=control.preprocessing.name)
 
-
+# %% ../../nbs/40_planning/10_inputs.ipynb #d7f57a24
 _MOST_NAMED = 6  # models that a hint names
 
 
