@@ -134,7 +134,7 @@ def _same_but_ones(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
     shorter, longer = sorted((first, second), key=len)
     return longer[: len(shorter)] == shorter and set(longer[len(shorter) :]) <= {1}
 
-
+# %% ../../nbs/45_checkpoints/02_fit.ipynb #32c9e9ee
 def converted(
     tensors: Tensors,  # with or without values
     class_name: str,
@@ -164,7 +164,7 @@ def converted(
             placed[name] = unpack_gguf(tensor).reshape(wanted.shape)
     return placed
 
-
+# %% ../../nbs/45_checkpoints/02_fit.ipynb #1df26fa6
 def _is_unused(name: str, prefix: str, layout: Layout) -> bool:
     return bool(NEVER_USED.search(name) or re.search(layout.unused, name.removeprefix(prefix)))
 
@@ -182,7 +182,24 @@ def strays(
         if not name.startswith(known) and not NEVER_USED.search(name) and name.rpartition(".")[2] not in last
     )
 
+# %% ../../nbs/45_checkpoints/02_fit.ipynb #bb9cb075
+_HELPERS = (".comfy_quant", ".scale_input", ".input_scale")
 
+
+def _helpers(announced: Mapping[str, Any], prefix: str, used: set[str]) -> set[str]:
+    "Markers and scales of inputs of the layers that are used, which nothing is made of."
+    found = {prefix + name for name in announced if name == "scaled_fp8"}
+    for name in announced:
+        ending = next((end for end in _HELPERS if name.endswith(end)), None)
+        if ending and f"{prefix}{name.removesuffix(ending)}.weight" in used:
+            found.add(prefix + name)
+    return found
+
+
+def _small(header: WeightHeader, name: str) -> torch.Tensor:
+    return read_tensors(header, lambda each: each == name)[name]
+
+# %% ../../nbs/45_checkpoints/02_fit.ipynb #e6d84034
 def compare(
     header: WeightHeader,
     class_name: str,
@@ -216,23 +233,6 @@ def compare(
         class_name, identify(header).what, missing, (*surplus, *(strays(header, (prefix,)) if prefix else ())), shapes
     )
 
-
-_HELPERS = (".comfy_quant", ".scale_input", ".input_scale")
-
-
-def _helpers(announced: Mapping[str, Any], prefix: str, used: set[str]) -> set[str]:
-    "Markers and scales of inputs of the layers that are used, which nothing is made of."
-    found = {prefix + name for name in announced if name == "scaled_fp8"}
-    for name in announced:
-        ending = next((end for end in _HELPERS if name.endswith(end)), None)
-        if ending and f"{prefix}{name.removesuffix(ending)}.weight" in used:
-            found.add(prefix + name)
-    return found
-
-
-def _small(header: WeightHeader, name: str) -> torch.Tensor:
-    return read_tensors(header, lambda each: each == name)[name]
-
 # %% ../../nbs/45_checkpoints/02_fit.ipynb #4b6acc97
 def locate(
     header: WeightHeader,
@@ -255,6 +255,36 @@ def locate(
     return prefix
 
 # %% ../../nbs/45_checkpoints/02_fit.ipynb #241be9e0
+def _filled(network: torch.nn.Module, tensors: Tensors, dtype: torch.dtype) -> torch.nn.Module:
+    "Put tensors in the places of an empty network."
+    exact = getattr(network, "_keep_in_fp32_modules", None) or () if dtype == torch.float16 else ()
+    values = {}
+    for name, tensor in tensors.items():
+        kept = torch.float32 if set(name.split(".")) & set(exact) else dtype
+        values[name] = tensor.to(kept if tensor.is_floating_point() else tensor.dtype).contiguous()
+    network.load_state_dict(values, strict=True, assign=True)
+    if isinstance(network, transformers.PreTrainedModel):
+        network.tie_weights()
+    return network
+
+# %% ../../nbs/45_checkpoints/02_fit.ipynb #db71613e
+def _with_packed_layers(
+    network: torch.nn.Module, tensors: Tensors, config: Mapping[str, Any], dtype: torch.dtype
+) -> torch.nn.Module:
+    "Linear layers keep what is packed in a .gguf file."
+    linear = {f"{name}.weight" for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)}
+    kept = {name: tensor if name in linear else unpack_gguf(tensor) for name, tensor in tensors.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        network.save_config(folder)
+        return type(network).from_single_file(
+            kept,
+            config=folder,
+            local_files_only=True,
+            dtype=dtype,
+            quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=dtype),
+        )
+
+
 def read_network(
     header: WeightHeader,
     class_name: str,
@@ -278,36 +308,6 @@ def read_network(
     if header.is_gguf and network_class(class_name).__module__.startswith("diffusers"):
         return _with_packed_layers(network, made, config, dtype)
     return _filled(network, {name: unpack_gguf(tensor) for name, tensor in made.items()}, dtype)
-
-
-def _filled(network: torch.nn.Module, tensors: Tensors, dtype: torch.dtype) -> torch.nn.Module:
-    "Put tensors in the places of an empty network."
-    exact = getattr(network, "_keep_in_fp32_modules", None) or () if dtype == torch.float16 else ()
-    values = {}
-    for name, tensor in tensors.items():
-        kept = torch.float32 if set(name.split(".")) & set(exact) else dtype
-        values[name] = tensor.to(kept if tensor.is_floating_point() else tensor.dtype).contiguous()
-    network.load_state_dict(values, strict=True, assign=True)
-    if isinstance(network, transformers.PreTrainedModel):
-        network.tie_weights()
-    return network
-
-
-def _with_packed_layers(
-    network: torch.nn.Module, tensors: Tensors, config: Mapping[str, Any], dtype: torch.dtype
-) -> torch.nn.Module:
-    "Linear layers keep what is packed in a .gguf file."
-    linear = {f"{name}.weight" for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)}
-    kept = {name: tensor if name in linear else unpack_gguf(tensor) for name, tensor in tensors.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        network.save_config(folder)
-        return type(network).from_single_file(
-            kept,
-            config=folder,
-            local_files_only=True,
-            dtype=dtype,
-            quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=dtype),
-        )
 
 # %% ../../nbs/45_checkpoints/02_fit.ipynb #c93660ee
 PACKAGES = {  # quant_method of a configuration -> package, and the name it is imported by
@@ -339,7 +339,7 @@ def check_quantised_folder(config: Mapping[str, Any]) -> bool:  # whether the we
         )
     return True
 
-
+# %% ../../nbs/45_checkpoints/02_fit.ipynb #0edd1568
 def check_folder(
     folder: Path,  # of one component
     class_name: str,
@@ -377,7 +377,7 @@ def _unet_mismatches(unet: Any, parts: Mapping[str, Any]) -> list[str]:
         found.append(f"its U-Net {has}")
     return found
 
-
+# %% ../../nbs/45_checkpoints/02_fit.ipynb #429bd88c
 def _transformer_mismatches(transformer: Any, parts: Mapping[str, Any]) -> list[str]:
     "The tokens come from T5 or a vision language model, the pooled text from the CLIP encoders side by side."
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
@@ -405,7 +405,7 @@ def _pooled_width(encoder: torch.nn.Module) -> int:
     projects = type(encoder).__name__.endswith("WithProjection")
     return encoder.config.projection_dim if projects else encoder.config.hidden_size
 
-
+# %% ../../nbs/45_checkpoints/02_fit.ipynb #5040723c
 def part_mismatches(
     parts: Mapping[str, Any],  # the components of a pipeline
 ) -> list[str]:  # sentences

@@ -48,7 +48,7 @@ def _hub_config(source: HubSource, class_name: str, slot: str | None) -> dict[st
         return dict(cls.load_config(source.location(), **where))
     return cls.config_class.from_pretrained(source.location(), **where).to_dict()
 
-
+# %% ../../nbs/45_checkpoints/03_networks.ipynb #91615df8
 _PUBLISHED = ("UNet2DConditionModel", "FluxTransformer2DModel", "ControlNetModel")  # whose widths tell the repository
 
 
@@ -96,7 +96,7 @@ def network_from_file(
     check_class(config, class_name)
     return read_network(header, class_name, config, dtype, slot)
 
-# %% ../../nbs/45_checkpoints/03_networks.ipynb #0c3de3df
+# %% ../../nbs/45_checkpoints/03_networks.ipynb #fed6f9bf
 def _named(source: Source | None, slot: str) -> str:  # YAML of a source that has the part
     if isinstance(source, FolderSource):
         return f"{{folder: {source.folder}, subfolder: {slot}}}"
@@ -107,6 +107,20 @@ def _named(source: Source | None, slot: str) -> str:  # YAML of a source that ha
     return f"{{file: {slot}.safetensors, config: {{folder: ...}}}}"
 
 
+def _lacking(source: FileSource, wanted: Mapping[str, str], missing: list[str], what: str) -> tuple[str, str]:
+    "Message and hint for a checkpoint without some of its parts."
+    words = " and ".join(f"{layout_of(wanted[slot]).words.partition(' ')[2]} ({slot})" for slot in missing)
+    there = [slot for slot in wanted if slot not in missing]
+    if len(there) == 1:
+        name = source.file.rpartition("/")[2]
+        lines = f"components: {{{there[0]}: {{source: {{file: {name}}}}}}}"
+        hint = f"name a whole model as source, a folder or a repository, and this file as one of its parts: {lines}"
+    else:
+        lines = ", ".join(f"{slot}: {{source: {_named(source.config, slot)}}}" for slot in missing)
+        hint = f"give it in the manifest, as in components: {{{lines}}}"
+    return f"it is {what}, and has no {words}", hint
+
+# %% ../../nbs/45_checkpoints/03_networks.ipynb #0c3de3df
 def check_checkpoint(
     source: FileSource,
     wanted: Mapping[str, str],  # slot of a pipeline -> class of the network that is read from the file
@@ -130,20 +144,6 @@ def check_checkpoint(
             "get the file as its author published it",
         )
     return header
-
-
-def _lacking(source: FileSource, wanted: Mapping[str, str], missing: list[str], what: str) -> tuple[str, str]:
-    "Message and hint for a checkpoint without some of its parts."
-    words = " and ".join(f"{layout_of(wanted[slot]).words.partition(' ')[2]} ({slot})" for slot in missing)
-    there = [slot for slot in wanted if slot not in missing]
-    if len(there) == 1:
-        name = source.file.rpartition("/")[2]
-        lines = f"components: {{{there[0]}: {{source: {{file: {name}}}}}}}"
-        hint = f"name a whole model as source, a folder or a repository, and this file as one of its parts: {lines}"
-    else:
-        lines = ", ".join(f"{slot}: {{source: {_named(source.config, slot)}}}" for slot in missing)
-        hint = f"give it in the manifest, as in components: {{{lines}}}"
-    return f"it is {what}, and has no {words}", hint
 
 # %% ../../nbs/45_checkpoints/03_networks.ipynb #e84fef41
 def followed_scheduler(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PATTERN_WORDS', 'Name', 'Text', 'Pixels', 'Count', 'Subfolder', 'GGUF', 'WeightsFile', 'NetworkFile', 'Dtype',
-           'ConfigSource', 'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype', 'QuantizationName', 'AttentionBackend',
-           'Share', 'Complaint', 'GGUF_ENCODERS', 'package_folder', 'builtin_path', 'BuiltinSource', 'FolderSource',
-           'HubSource', 'FileSource', 'MemorySource', 'Component', 'ControlNetEntry', 'LoraEntry', 'EmbeddingEntry',
-           'RefinerEntry', 'ReferenceEncoderEntry', 'Profile', 'MemorySettings', 'Vocabulary', 'Defaults', 'Limits',
-           'suggest', 'ModelManifest']
+           'Switch', 'Gigabytes', 'Sha256', 'ConfigSource', 'SOURCE_KINDS', 'Source', 'Offload', 'StorageDtype',
+           'QuantizationName', 'AttentionBackend', 'Share', 'Complaint', 'GGUF_ENCODERS', 'package_folder',
+           'builtin_path', 'BuiltinSource', 'FolderSource', 'HubSource', 'FileSource', 'MemorySource', 'Component',
+           'ControlNetEntry', 'LoraEntry', 'EmbeddingEntry', 'RefinerEntry', 'ReferenceEncoderEntry', 'Profile',
+           'MemorySettings', 'Vocabulary', 'Defaults', 'Limits', 'suggest', 'ModelManifest']
 
 # %% ../../nbs/20_models/01_manifest.ipynb #e7db61b6
 import hashlib
@@ -48,7 +48,7 @@ def _inside(value: str) -> str:  # the same value, or an error
         raise PydanticCustomError("manifest", "a relative path without '..' is needed, with forward slashes")
     return value
 
-
+# %% ../../nbs/20_models/01_manifest.ipynb #e1aa8755
 def _safetensors(value: str) -> str:  # the same value, or an error
     "Weights that can be read without running code."
     if not value.endswith(".safetensors"):
@@ -61,7 +61,7 @@ def _network_file(value: str) -> str:  # the same value, or an error
     "The weights of a network or of a whole model: as above, or a .gguf file."
     return value if value.endswith(GGUF) else _safetensors(value)
 
-
+# %% ../../nbs/20_models/01_manifest.ipynb #32e31dd5
 def _scalar(value: Any) -> Any:  # the same value, or an error
     "A value that a configuration of diffusers can hold and JSON can write."
     if not isinstance(value, (bool, int, float, str)) or (isinstance(value, float) and not math.isfinite(value)):
@@ -80,6 +80,7 @@ PATTERN_WORDS = {  # pattern -> what it means, for error messages
     _REVISION: "the name of a branch or tag, or a commit",
 }
 
+# %% ../../nbs/20_models/01_manifest.ipynb #68ff26e1
 Name = Annotated[str, Field(strict=True, pattern=_NAME)]
 Text = Annotated[str, Field(strict=True, min_length=1, max_length=2000)]
 Pixels = Annotated[int, Field(strict=True, ge=64, le=8192, multiple_of=8)]
@@ -89,6 +90,10 @@ GGUF = ".gguf"  # ending of files with quantised weights
 WeightsFile = Annotated[str, Field(strict=True, min_length=1, max_length=1024), AfterValidator(_safetensors)]
 NetworkFile = Annotated[str, Field(strict=True, min_length=1, max_length=1024), AfterValidator(_network_file)]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]  # auto: float16 on CUDA, float32 on the CPU
+Switch = Annotated[bool, Field(strict=True)]
+Gigabytes = Annotated[float, Field(strict=True, gt=0, le=100000)]
+_Ratio = Annotated[float, Field(gt=0)]
+Sha256 = Annotated[str, Field(strict=True, pattern="^[0-9a-f]{64}$")]
 
 # %% ../../nbs/20_models/01_manifest.ipynb #fe38dda8
 def package_folder(
@@ -146,7 +151,7 @@ class BuiltinSource(_Source):
     def describe(self) -> str:
         return "/".join(filter(None, [f"builtin:{self.builtin}", self.subfolder]))
 
-
+# %% ../../nbs/20_models/01_manifest.ipynb #c905045d
 class FolderSource(_Source):
     "A folder in the layout that diffusers saves."
 
@@ -222,7 +227,7 @@ class FileSource(_Source):
     def describe(self) -> str:
         return f"file:{Path(self.file).name}"
 
-
+# %% ../../nbs/20_models/01_manifest.ipynb #1005a28b
 class MemorySource(_Source):
     "A pipeline or network that a Python caller has loaded; a manifest file cannot name one."
 
@@ -251,7 +256,7 @@ class MemorySource(_Source):
     def describe(self) -> str:
         return f"memory:{self.memory}"
 
-
+# %% ../../nbs/20_models/01_manifest.ipynb #cbcc0968
 SOURCE_KINDS = (BuiltinSource, FolderSource, FileSource, HubSource)
 Source = Annotated[
     _Builtin | _Folder | Annotated[FileSource, Tag("<file>")] | _Hub | Annotated[MemorySource, Tag("<memory>")],
@@ -298,11 +303,9 @@ class LoraEntry(_Section):
     )
     scale: Annotated[float, Field(strict=True, ge=-10, le=10)] = 1.0  # usual strength
     trigger_words: tuple[Text, ...] = ()  # words in a prompt that the LoRA was trained with
-    sha256: Annotated[str, Field(strict=True, pattern="^[0-9a-f]{64}$")] | None = (
-        None  # of the file, checked before it is read
-    )
+    sha256: Sha256 | None = None  # of the file, checked before it is read
 
-
+# %% ../../nbs/20_models/01_manifest.ipynb #5c85d1e0
 class EmbeddingEntry(_Section):
     "A textual inversion that the model offers."
 
@@ -310,7 +313,7 @@ class EmbeddingEntry(_Section):
     weight_name: Annotated[WeightsFile, AfterValidator(_inside)] | None = (
         None  # file in the folder; default: learned_embeds.safetensors
     )
-    sha256: Annotated[str, Field(strict=True, pattern="^[0-9a-f]{64}$")] | None = None  # of the file
+    sha256: Sha256 | None = None  # of the file
 
     def path(self) -> Path:
         "The file."
@@ -342,7 +345,7 @@ class Profile(_Section):
     description: Text | None = None  # what it does to pixels
     num_inference_steps: Annotated[Count, Field(le=1000)] | None = None
     scheduler: SchedulerName | None = None
-    use_karras_sigmas: Annotated[bool, Field(strict=True)] | None = None
+    use_karras_sigmas: Switch | None = None
     timestep_spacing: TimestepSpacing | None = None
     eta: Annotated[float, Field(strict=True, ge=0, le=1)] | None = None  # of ddim and tcd
     guidance_scale: Annotated[float, Field(strict=True, ge=0, le=100)] | None = None
@@ -371,10 +374,8 @@ class MemorySettings(_Section):
     )
     quantization: QuantizationName | None = None  # of the denoiser's linear layers, when they are read
     attention_backend: AttentionBackend | None = None  # of a transformer and its ControlNets, by diffusers' name
-    vae_slicing: Annotated[bool, Field(strict=True)] = False  # images are decoded one after the other
-    vae_tiling: Annotated[bool, Field(strict=True)] = (
-        False  # an image is decoded in tiles, where a request does not say
-    )
+    vae_slicing: Switch = False  # images are decoded one after the other
+    vae_tiling: Switch = False  # an image is decoded in tiles, where a request does not say
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ed4f0a23
 class Vocabulary(_Section):
@@ -382,7 +383,7 @@ class Vocabulary(_Section):
 
     groups: dict[Name, tuple[Text, ...]]  # such as colors: [red, blue]; a prompt needs one of these words
     function_words: tuple[Text, ...] = ()  # such as a, the, on
-    case_sensitive: Annotated[bool, Field(strict=True)] = False  # whether Red is another word than red
+    case_sensitive: Switch = False  # whether Red is another word than red
 
     @property
     def words(self) -> frozenset[str]:
@@ -393,7 +394,7 @@ class Vocabulary(_Section):
         "A word as it is looked up."
         return word if self.case_sensitive else word.lower()
 
-
+# %% ../../nbs/20_models/01_manifest.ipynb #5bb2def9
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 
 
@@ -409,7 +410,7 @@ class Defaults(_Section):
     )
     guidance_rescale: Share = 0.0  # 0 is none
     scheduler: SchedulerName | None = None  # default: the model's
-    use_karras_sigmas: Annotated[bool, Field(strict=True)] | None = None
+    use_karras_sigmas: Switch | None = None
     timestep_spacing: TimestepSpacing | None = None  # None: the scheduler's configuration
     eta: Share | None = None  # of ddim and tcd; None: the scheduler's own
     clip_skip: Annotated[int, Field(strict=True, ge=0, le=24)] | None = None  # None and 0: no layer is skipped
@@ -445,7 +446,7 @@ def suggest(
     near = nearest_name(given, list(allowed))
     return f"did you mean {near}?" if near else f"allowed: {', '.join(allowed) or 'none'}"
 
-
+# %% ../../nbs/20_models/01_manifest.ipynb #13648483
 def _size_complaints(defaults: Defaults, limits: Limits) -> Iterator[Complaint]:
     for side in ("width", "height"):
         value = getattr(defaults, side)
@@ -555,7 +556,7 @@ def _sources(manifest: "ModelManifest") -> Iterator[tuple[tuple[str, ...], Sourc
 
 GGUF_ENCODERS = ("T5EncoderModel",)  # text encoders whose weights can be read from a .gguf file
 
-
+# %% ../../nbs/20_models/01_manifest.ipynb #4f4db117
 def _memory_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     memory, record = manifest.memory, manifest.record
     for at, source in _sources(manifest):
@@ -606,6 +607,32 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
             f"given {scheduler}, which does not fit {manifest.family}; leave it out for the model's own",
         )
 
+
+def _all_complaints(manifest: "ModelManifest") -> list[Complaint]:
+    return [
+        *_model_complaints(manifest),
+        *_kind_complaints(manifest),
+        *_component_complaints(manifest.family, manifest.components),
+        *_entry_complaints(manifest),
+        *_memory_complaints(manifest),
+        *_size_complaints(manifest.defaults, manifest.limits),
+    ]
+
+# %% ../../nbs/20_models/01_manifest.ipynb #5d3c7766
+def _completed(data: Any) -> Any:  # as it is where it is not a mapping, which is refused later
+    "The content of a manifest with the defaults of its family."
+    if not isinstance(data, dict) or not isinstance(data.get("defaults"), dict | None):
+        return data
+    data = {key: value for key, value in data.items() if value is not None}  # an empty section is the same as none
+    known = next((family for name, family in FAMILIES.items() if name == data.get("family")), None)
+    row = (known or next(iter(FAMILIES.values()))).defaults  # an unknown family is refused by its field
+    given = {key: value for key, value in (data.get("defaults") or {}).items() if value is not None}
+    tasks = {}
+    if known is not None:
+        edits = data.get("kind", ModelKind.standard) in known.references
+        tasks["tasks"] = known.tasks_of(ModelKind(data.get("kind", "standard"))) if edits else known.tasks
+    return {**tasks, **data, "defaults": {**row, **given}}
+
 # %% ../../nbs/20_models/01_manifest.ipynb #546db931
 _LATER_FIELDS = ("timestep_spacing", "eta", "guidance_scale")  # of defaults and profiles: sections had none before
 _LATER_SECTIONS = (
@@ -618,106 +645,17 @@ _LATER_SECTIONS = (
 )
 
 
-class ModelManifest(_Section):
-    "Everything that the operator decides about one model."
-
-    name: Name  # of the file, without its ending
-    source: Source  # where the pipeline comes from
-    family: ModelFamily  # decides the pipeline, the request fields that apply, and the defaults
-    kind: ModelKind = ModelKind.standard  # what else the model was trained for
-    title: Text | None = None  # for people
-    description: Text | None = None  # a sentence, for people
-    license: Text | None = None  # name or address, for people
-    download_gb: Annotated[float, Field(strict=True, gt=0, le=100000)] | None = (
-        None  # about how much the Hub sends before the first image, for people
-    )
-    dtype: Dtype = "auto"  # of the weights in memory
-    variant: Name | None = None  # of the files, such as fp16
-    tasks: tuple[Task, ...] = tuple(Task)  # at least one; default: all of the family
-    components: dict[Name, Component] = {}  # slot -> replacement
-    controlnets: dict[Name, ControlNetEntry] = {}  # name in a request -> ControlNet
-    control_preprocessors: tuple[Name, ...] = ()  # of a model of the kind control, the usual one first
-    loras: dict[Name, LoraEntry] = {}  # name in a request -> LoRA
-    lora_folders: tuple[FolderSource, ...] = ()  # whose .safetensors files a request may name
-    hub_loras: Annotated[bool, Field(strict=True)] = False  # whether a request may name a LoRA on the Hub
-    embeddings: dict[Name, EmbeddingEntry] = {}  # name in a prompt -> textual inversion
-    embedding_folders: tuple[FolderSource, ...] = ()  # whose .safetensors files a prompt may name
-    wildcard_folders: tuple[FolderSource, ...] = ()  # whose .txt files a prompt may draw from
-    style_folders: tuple[FolderSource, ...] = ()  # whose .csv and .yaml files hold the styles that a request may name
-    refiner: RefinerEntry | None = None  # for families that have one
-    reference_encoder: ReferenceEncoderEntry | None = None  # for models of the kind redux
-    profiles: dict[Name, Profile] = {}  # name in a request -> settings
-    mag_ratios: tuple[Annotated[float, Field(gt=0)], ...] | None = (
-        None  # for the step cache `mag`; default: those of FLUX.1-dev
-    )
-    memory: MemorySettings = MemorySettings()  # what saves VRAM: offloading, quantization, tiling
-    memory_budget_gb: Annotated[float, Field(strict=True, gt=0, le=100000)] | None = (
-        None  # of weights in memory while this model is used, all models together
-    )
-    defaults: Defaults  # for fields that a request does not set; default: the family's
-    limits: Limits = Limits()  # what a request may ask for
-    vocabulary: Vocabulary | None = None  # a request with other words gets a warning
-    example_prompts: tuple[Text, ...] = ()  # for people who see the model for the first time
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_defaults(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("defaults"), dict | None):
-            return data
-        data = {key: value for key, value in data.items() if value is not None}  # an empty section is the same as none
-        known = next((family for name, family in FAMILIES.items() if name == data.get("family")), None)
-        row = (known or next(iter(FAMILIES.values()))).defaults  # an unknown family is refused by its field
-        given = {key: value for key, value in (data.get("defaults") or {}).items() if value is not None}
-        edits = known is not None and data.get("kind", ModelKind.standard) in known.references
-        tasks = (
-            {}
-            if known is None
-            else {"tasks": known.tasks_of(ModelKind(data.get("kind", "standard"))) if edits else known.tasks}
-        )
-        return {**tasks, **data, "defaults": {**row, **given}}
-
-    @model_validator(mode="after")
-    def _check_together(self) -> "ModelManifest":
-        found = [
-            *_model_complaints(self),
-            *_kind_complaints(self),
-            *_component_complaints(self.family, self.components),
-            *_entry_complaints(self),
-            *_memory_complaints(self),
-            *_size_complaints(self.defaults, self.limits),
-        ]
-        if found:
-            text = "; ".join(f"{field_path(at)}: {message}" for at, message in found)
-            raise PydanticCustomError("together", "{text}", {"text": text, "complaints": found})
-        return self
-
-    @property
-    def record(self) -> Family:
-        "What holds for every model of this family."
-        return FAMILIES[self.family]
-
-    @property
-    def denoiser_source(self) -> Source:
-        "Where the network that is called at each step comes from."
-        part = self.components.get(self.record.denoiser)
-        return part.source if part and part.source else self.source
-
-    @property
-    def sha256(self) -> str:
-        "Of everything that can change an image, in a canonical form."
-        left_out = {"name", "download_gb", "vocabulary", "example_prompts"}
-        for name in _LATER_SECTIONS:  # receipts from before there were these sections stay true
-            if getattr(self, name) == type(self).model_fields[name].default:
-                left_out.add(name)
-        content = self.model_dump(mode="json", by_alias=True, exclude=left_out)
-        for section in (content["defaults"], *content["profiles"].values()):  # neither had these fields
-            for field in _LATER_FIELDS:
-                if section.get(field, "") is None:
-                    del section[field]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-    def _repr_markdown_(self) -> str:
-        return _manifest_table(self)
+def _content_sha256(manifest: "ModelManifest") -> str:
+    left_out = {"name", "download_gb", "vocabulary", "example_prompts"}
+    for name in _LATER_SECTIONS:  # receipts from before there were these sections stay true
+        if getattr(manifest, name) == type(manifest).model_fields[name].default:
+            left_out.add(name)
+    content = manifest.model_dump(mode="json", by_alias=True, exclude=left_out)
+    for section in (content["defaults"], *content["profiles"].values()):  # neither had these fields
+        for field in _LATER_FIELDS:
+            if section.get(field, "") is None:
+                del section[field]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ca09e693
 def _shown(section: BaseModel, **chosen) -> str:  # its values in one line
@@ -728,7 +666,7 @@ def _shown(section: BaseModel, **chosen) -> str:  # its values in one line
     )
 
 
-def _manifest_table(manifest: ModelManifest) -> str:  # Markdown
+def _manifest_table(manifest: "ModelManifest") -> str:  # Markdown
     kind = "" if manifest.kind == ModelKind.standard else f" ({manifest.kind})"
     variant = f", variant {manifest.variant}" if manifest.variant else ""
     rows = {
@@ -770,3 +708,71 @@ def _manifest_table(manifest: ModelManifest) -> str:  # Markdown
         f"| {name} | {' '.join(text.split()).replace('|', chr(92) + '|')} |" for name, text in rows.items() if text
     ]
     return "\n".join([f"| **{manifest.name}** | {manifest.title or ''} |", "|---|---|", *lines])
+
+# %% ../../nbs/20_models/01_manifest.ipynb #34d1632e
+class ModelManifest(_Section):
+    "Everything that the operator decides about one model."
+
+    name: Name  # of the file, without its ending
+    source: Source  # where the pipeline comes from
+    family: ModelFamily  # decides the pipeline, the request fields that apply, and the defaults
+    kind: ModelKind = ModelKind.standard  # what else the model was trained for
+    title: Text | None = None  # for people
+    description: Text | None = None  # a sentence, for people
+    license: Text | None = None  # name or address, for people
+    download_gb: Gigabytes | None = None  # about how much the Hub sends before the first image, for people
+    dtype: Dtype = "auto"  # of the weights in memory
+    variant: Name | None = None  # of the files, such as fp16
+    tasks: tuple[Task, ...] = tuple(Task)  # at least one; default: all of the family
+    components: dict[Name, Component] = {}  # slot -> replacement
+    controlnets: dict[Name, ControlNetEntry] = {}  # name in a request -> ControlNet
+    control_preprocessors: tuple[Name, ...] = ()  # of a model of the kind control, the usual one first
+    loras: dict[Name, LoraEntry] = {}  # name in a request -> LoRA
+    lora_folders: tuple[FolderSource, ...] = ()  # whose .safetensors files a request may name
+    hub_loras: Switch = False  # whether a request may name a LoRA on the Hub
+    embeddings: dict[Name, EmbeddingEntry] = {}  # name in a prompt -> textual inversion
+    embedding_folders: tuple[FolderSource, ...] = ()  # whose .safetensors files a prompt may name
+    wildcard_folders: tuple[FolderSource, ...] = ()  # whose .txt files a prompt may draw from
+    style_folders: tuple[FolderSource, ...] = ()  # whose .csv and .yaml files hold the styles that a request may name
+    refiner: RefinerEntry | None = None  # for families that have one
+    reference_encoder: ReferenceEncoderEntry | None = None  # for models of the kind redux
+    profiles: dict[Name, Profile] = {}  # name in a request -> settings
+    mag_ratios: tuple[_Ratio, ...] | None = None  # for the step cache `mag`; default: those of FLUX.1-dev
+    memory: MemorySettings = MemorySettings()  # what saves VRAM: offloading, quantization, tiling
+    memory_budget_gb: Gigabytes | None = None  # of weights in memory while this model is used, all models together
+    defaults: Defaults  # for fields that a request does not set; default: the family's
+    limits: Limits = Limits()  # what a request may ask for
+    vocabulary: Vocabulary | None = None  # a request with other words gets a warning
+    example_prompts: tuple[Text, ...] = ()  # for people who see the model for the first time
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, data: Any) -> Any:
+        return _completed(data)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "ModelManifest":
+        found = _all_complaints(self)
+        if found:
+            text = "; ".join(f"{field_path(at)}: {message}" for at, message in found)
+            raise PydanticCustomError("together", "{text}", {"text": text, "complaints": found})
+        return self
+
+    @property
+    def record(self) -> Family:
+        "What holds for every model of this family."
+        return FAMILIES[self.family]
+
+    @property
+    def denoiser_source(self) -> Source:
+        "Where the network that is called at each step comes from."
+        part = self.components.get(self.record.denoiser)
+        return part.source if part and part.source else self.source
+
+    @property
+    def sha256(self) -> str:
+        "Of everything that can change an image, in a canonical form."
+        return _content_sha256(self)
+
+    def _repr_markdown_(self) -> str:
+        return _manifest_table(self)

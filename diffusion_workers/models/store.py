@@ -12,10 +12,24 @@ from pathlib import Path
 
 from .files import ManifestError, load_manifest
 from .manifest import FolderSource, ModelManifest, package_folder
-from ..request.errors import nearest_name, request_error
+from ..request.errors import RequestError, nearest_name, request_error
 from ..settings.environment import SettingsError
 from ..settings.service import Settings
 from ez_diffusion_client.models import ErrorCode
+
+# %% ../../nbs/20_models/03_store.ipynb #707d838a
+def _broken_model(name: str, error: ManifestError) -> RequestError:
+    why = "; ".join(f"{Path(problem.file).name}{str(problem).removeprefix(problem.file)}" for problem in error.problems)
+    message = "the manifest of this model has mistakes"
+    return request_error(ErrorCode.model_unavailable, message, field="model", given=name, hint=why)
+
+
+def _unknown_model(name: str, known: list[str]) -> RequestError:
+    near = nearest_name(name, known)
+    hint = f"did you mean {near}?" if near else "ask for one of these, or add a manifest"
+    allowed = ", ".join(known)
+    message = "there is no such model"
+    return request_error(ErrorCode.unknown_model, message, field="model", given=name, allowed=allowed, hint=hint)
 
 # %% ../../nbs/20_models/03_store.ipynb #294f5dd8
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,27 +62,8 @@ class ManifestStore(Mapping[str, ModelManifest]):
         if name in self.manifests:
             return self.manifests[name]
         if name in self.errors:
-            why = "; ".join(
-                f"{Path(problem.file).name}{str(problem).removeprefix(problem.file)}"
-                for problem in self.errors[name].problems
-            )
-            raise request_error(
-                ErrorCode.model_unavailable,
-                "the manifest of this model has mistakes",
-                field="model",
-                given=name,
-                hint=why,
-            )
-        near = nearest_name(name, list(self))
-        hint = f"did you mean {near}?" if near else "ask for one of these, or add a manifest"
-        raise request_error(
-            ErrorCode.unknown_model,
-            "there is no such model",
-            field="model",
-            given=name,
-            allowed=", ".join(self),
-            hint=hint,
-        )
+            raise _broken_model(name, self.errors[name])
+        raise _unknown_model(name, list(self))
 
     def _repr_markdown_(self) -> str:
         lines = ["| model | family | source | |", "|---|---|---|---|"]

@@ -33,7 +33,7 @@ def parts_of(header: WeightHeader) -> set[str]:  # keys of PART_PREFIXES
         part for part, prefixes in PART_PREFIXES.items() if any(name.startswith(prefixes) for name in header.tensors)
     }
 
-
+# %% ../../nbs/20_models/05_weight_kinds.ipynb #3e432ec4
 def denoiser_prefix(header: WeightHeader) -> str | None:  # None where there is no denoiser
     "What stands before the names of a U-Net or a transformer."
     firsts = (*_FIRST_OF_UNETS, *_FIRST_OF_FLUX, *_FIRST_OF_SD3, *_FIRST_OF_ZIMAGE)
@@ -67,6 +67,12 @@ class Signature:
     hint: str  # where it belongs, or what to use instead
 
 
+def first_match(signatures: tuple[Signature, ...], header: WeightHeader) -> Signature | None:
+    "The first row that a file's names fit."
+    names = "\n".join(header.tensors)
+    return next((row for row in signatures if re.search(row.pattern, names, re.MULTILINE)), None)
+
+# %% ../../nbs/20_models/05_weight_kinds.ipynb #df2863f9
 _LATER = "it is not supported; a ControlNet or a LoRA may do what you need"
 _IMAGES = "only models that make images from prompts are supported"
 _NAMED = "give it as a file under components in the manifest"
@@ -84,6 +90,8 @@ ADAPTERS = (
     Signature(_LORA, "a LoRA or a relative of it", "name it under loras in the manifest"),
     Signature(r"^model\.0\.|^conv_first\.|^body\.\d+\.rdb\d|^model\.1\.sub\.", "an upscaler", _IMAGES),
 )
+
+# %% ../../nbs/20_models/05_weight_kinds.ipynb #a7184b94
 CONTROLNETS = (
     Signature(r"^task_embedding$|^control_add_embedding\.|^spatial_ch_projs\.", "a union ControlNet", _UNION),
     Signature(r"^controlnet_mode_embedder\.", "a union ControlNet", _UNION),
@@ -104,6 +112,8 @@ FOREIGN = (  # networks of families that this package does not run
     Signature(r"clip_txt_mapper|\.channelwise\.", "a network of Stable Cascade", _OTHER),
     Signature(r"encoder_hid_proj\.", "a U-Net with a text projection of its own, such as Kolors", _OTHER),
 )
+
+# %% ../../nbs/20_models/05_weight_kinds.ipynb #0d4650b2
 _TINY_VAE = (
     r"^(?:taesd_)?(?:encoder|decoder)\.layers\.\d+\.(?:weight|conv\.)|^taesd_(?:en|de)coder\.|^[0-9]+\.conv\.0\.weight$"
 )
@@ -126,12 +136,6 @@ UNETS_BY_WIDTH = {
 _CROSS_ATTENTION = re.compile(r"\.attn2\.to_k\.weight$")
 
 
-def first_match(signatures: tuple[Signature, ...], header: WeightHeader) -> Signature | None:
-    "The first row that a file's names fit."
-    names = "\n".join(header.tensors)
-    return next((row for row in signatures if re.search(row.pattern, names, re.MULTILINE)), None)
-
-
 def cross_attention_width(header: WeightHeader) -> int | None:
     "What the attention to a prompt takes in, of a U-Net or a ControlNet."
     widths = [info.shape for name, info in header.tensors.items() if _CROSS_ATTENTION.search(name)]
@@ -145,7 +149,7 @@ def _unet_words(header: WeightHeader, prefix: str) -> str:
     channels = f" with {first[1]} input channels" if len(first) == 4 and first[1] != 4 else ""
     return f"a U-Net {f'of {model}' if model else f'with cross-attention of width {width}'}{channels}"
 
-
+# %% ../../nbs/20_models/05_weight_kinds.ipynb #aafa9fe3
 _QWEN = re.compile(r"transformer_blocks\.\d+\.(?:img|txt)_mod\.")
 
 
@@ -266,7 +270,7 @@ def _layer_formats(metadata: Mapping[str, str]) -> Iterator[dict[str, Any]]:
         raise WeightFileError("its metadata _quantization_metadata is damaged", "get the file again") from None
     yield from (layer for layer in layers.values() if isinstance(layer, dict) and "format" in layer)
 
-
+# %% ../../nbs/20_models/05_weight_kinds.ipynb #b4a7b589
 def check_packing(header: WeightHeader) -> None:
     "Raise a `WeightFileError` for weights that cannot be unpacked."
     for what, can_unpack in packing_of(header):

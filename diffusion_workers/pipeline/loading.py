@@ -50,6 +50,7 @@ from diffusion_workers.models.model_checks import (
     check_channels,
     check_controlnet,
     checkpoint_networks,
+    has_vocabulary,
     is_network,
     named_networks,
 )
@@ -354,15 +355,10 @@ def _replacement(name: str, component: Component, source: Source, manifest: Mode
         return _find_class(class_name).from_config(made.config, **component.options) if component.options else made
 
 # %% ../../nbs/50_pipeline/02_loading.ipynb #53908d0c
-_FEWEST_TOKENS = 16  # an alphabet has more; a tokenizer without files has one or none beside the special ones
-
-
 def _check_tokenizers(parts: dict[str, Any]) -> None:
     "Raise a `WeightFileError` for a tokenizer without a vocabulary."
     for name, part in parts.items():
-        if not isinstance(part, transformers.PreTrainedTokenizerBase):
-            continue
-        if len(part) - len(set(part.all_special_ids)) < _FEWEST_TOKENS:
+        if isinstance(part, transformers.PreTrainedTokenizerBase) and not has_vocabulary(part):
             hint = "check that the repository was published completely"
             raise WeightFileError(f"{name} has no vocabulary, its files are missing", hint)
 

@@ -48,7 +48,7 @@ def read_yaml_styles(text: str) -> dict[str, Style]:
         found[name] = Style(name, **texts)
     return found
 
-
+# %% ../../nbs/35_prompt/09_offered.ipynb #075ff185
 def _style_file(path: Path) -> dict[str, Style]:
     "The styles of a file, none where it cannot be read."
     try:
@@ -63,7 +63,7 @@ def _style_file(path: Path) -> dict[str, Style]:
         return {}
     return dict(itertools.islice(styles.items(), MAX_STYLES))
 
-
+# %% ../../nbs/35_prompt/09_offered.ipynb #f55d6c74
 class Styles:
     "The styles of some folders, by their names."
 
@@ -128,7 +128,7 @@ def offered_styles(manifest: ModelManifest) -> Styles:
     "The styles that requests for a model may name."
     return Styles([folder.location() for folder in manifest.style_folders])
 
-
+# %% ../../nbs/35_prompt/09_offered.ipynb #d9669579
 MAX_LISTED = 5_000  # names of one kind
 
 
@@ -169,7 +169,7 @@ def named_embeddings(
                 found |= dict.fromkeys(part.name for part in parts if isinstance(part, Name))
     return list(found)
 
-
+# %% ../../nbs/35_prompt/09_offered.ipynb #d44df2b3
 _BOTH_ENCODERS = ("clip_clip", "clip_clip_t5")  # text layouts whose embeddings have vectors for two encoders
 
 
@@ -197,7 +197,7 @@ def _encoder_config(manifest: ModelManifest, name: str) -> Mapping[str, Any]:
     except (WeightFileError, OSError):
         return {}  # loading says what is wrong with it
 
-
+# %% ../../nbs/35_prompt/09_offered.ipynb #38bb13fc
 def _misfit(embedding: Embedding, manifest: ModelManifest) -> str | None:
     "Why an embedding is for another family of models; None where it fits as far as its file says."
     names, two = set(embedding.tensors), manifest.record.text_layout in _BOTH_ENCODERS
@@ -235,7 +235,7 @@ def check_embeddings(
             hint = "use the one that was made for this family of models"
             yield error_detail(ErrorCode.unknown_embedding, message, field=field, given=name, hint=hint)
 
-
+# %% ../../nbs/35_prompt/09_offered.ipynb #14529218
 def plan_embeddings(names: Iterable[str], offered: Embeddings) -> list[PlannedEmbedding] | None:
     "The embeddings of a plan, each with its file."
     read = [offered.read(name) for name in names]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT_FIELDS', 'MAX_SYNTAX_WARNINGS', 'MAX_JOINED', 'reads_syntax', 'with_syntax', 'with_styles',
-           'with_drawn_negative', 'read_prompts', 'check_syntax', 'usable_names', 'joined_count', 'check_joined',
-           'has_schedule', 'syntax_warnings']
+           'with_drawn_negative', 'read_prompts', 'check_syntax', 'usable_names', 'joined_count', 'has_schedule',
+           'check_joined', 'syntax_warnings']
 
 # %% ../../nbs/35_prompt/10_requests.ipynb #317f0d30
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ from ez_diffusion_client.models import (
 PROMPT_FIELDS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 MAX_SYNTAX_WARNINGS = 5  # of one text
 
-
+# %% ../../nbs/35_prompt/10_requests.ipynb #53ed5f1c
 def reads_syntax(request: GenerationRequest) -> bool:
     "Whether the prompts of a request are read as AUTOMATIC1111 does."
     return request.prompt_syntax == PromptSyntax.a1111
@@ -77,7 +77,7 @@ def with_styles(request: GenerationRequest, manifest: ModelManifest) -> Generati
         changes["negative_prompt"] = styled
     return _changed(request, changes)
 
-
+# %% ../../nbs/35_prompt/10_requests.ipynb #1fde958c
 def _as_lora(tag: TaggedLora, manifest: ModelManifest) -> Lora:
     "The entry of `loras` that a tag stands for: one of the manifest, or a file."
     is_file = tag.name not in manifest.loras and "/" not in tag.name and not tag.name.endswith(".safetensors")
@@ -85,7 +85,7 @@ def _as_lora(tag: TaggedLora, manifest: ModelManifest) -> Lora:
     fields = {"scale": tag.scale, "text_encoder_scale": tag.text_encoder_scale}
     return Lora(name=name, **{key: value for key, value in fields.items() if value is not None})
 
-
+# %% ../../nbs/35_prompt/10_requests.ipynb #fef5bf8a
 MAX_JOINED = 8  # prompts; each costs a pass of the denoiser at each step
 
 
@@ -111,7 +111,7 @@ def _check(text: str, field: str) -> None:
         for _, shown in text_schedule(part.text, 10):
             weigh(shown)
 
-
+# %% ../../nbs/35_prompt/10_requests.ipynb #0866e3a8
 def with_drawn_negative(
     manifest: ModelManifest,
     request: GenerationRequest,
@@ -131,7 +131,30 @@ def with_drawn_negative(
         raise RequestError([_error("negative_prompt", exc, text)]) from exc
     return manifest.model_copy(update={"defaults": manifest.defaults.model_copy(update={"negative_prompt": drawn})})
 
+# %% ../../nbs/35_prompt/10_requests.ipynb #dd255d38
+def _read_prompt(
+    text: str,
+    field: str,  # that holds it
+    request: GenerationRequest,
+    seed: int,  # of the first image
+    wildcards: Wildcards | None,
+) -> tuple[str, list[TaggedLora]]:
+    "A prompt as it is encoded, and the LoRAs of its tags; a `RequestError` for a mistake in it."
+    written = text
+    try:
+        text = draw_prompt(text, seed, wildcards, field)
+        tags = [node for node in parse(text, variants=False).walk() if isinstance(node, LoraTag)]
+        if tags and field.startswith("negative"):
+            raise PromptError("a LoRA tag does nothing in a negative prompt", tags[0].start, "move it to prompt")
+        if tags and not request.prompt_loras:
+            raise PromptError("a LoRA tag is not allowed here", tags[0].start, "set prompt_loras: true, or use loras")
+        text, loras = take_loras(text)
+        _check(text, field)
+    except PromptError as exc:
+        raise RequestError([_error(field, exc, written if exc.position < len(written) else text)]) from exc
+    return text, loras
 
+# %% ../../nbs/35_prompt/10_requests.ipynb #1c75a199
 def read_prompts(
     request: GenerationRequest,
     manifest: ModelManifest,
@@ -147,24 +170,14 @@ def read_prompts(
     if wildcards is None and any("__" in (getattr(request, field) or "") for field in PROMPT_FIELDS):
         wildcards = offered_wildcards(manifest)
     for field in PROMPT_FIELDS:
-        text = written = getattr(request, field)
-        if not text:
+        written = getattr(request, field)
+        if not written:
             continue
         try:
-            text = draw_prompt(text, seed, wildcards, field)
-            tags = [node for node in parse(text, variants=False).walk() if isinstance(node, LoraTag)]
-            if tags and field.startswith("negative"):
-                raise PromptError("a LoRA tag does nothing in a negative prompt", tags[0].start, "move it to prompt")
-            if tags and not request.prompt_loras:
-                raise PromptError(
-                    "a LoRA tag is not allowed here", tags[0].start, "set prompt_loras: true, or use loras"
-                )
-            text, found = take_loras(text)
+            fields[field], found = _read_prompt(written, field, request, seed, wildcards)
             loras += [_as_lora(tag, manifest) for tag in found]
-            _check(text, field)
-        except PromptError as exc:
-            errors.append(_error(field, exc, written if exc.position < len(written) else text))
-        fields[field] = text
+        except RequestError as exc:
+            errors += exc.errors
     if errors:
         raise RequestError(errors)
     if len(loras) > len(request.loras or ()):
@@ -175,18 +188,8 @@ def read_prompts(
     return _changed(request, changed)
 
 # %% ../../nbs/35_prompt/10_requests.ipynb #51503803
-def check_syntax(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
-    "Settings of prompts that the model cannot carry out, or that would do nothing."
-
-    def refused(field: str, message: str, hint: str) -> ErrorDetail:
-        given = str(getattr(request, field))
-        return error_detail(ErrorCode.unsupported_combination, message, field=field, given=given, hint=hint)
-
-    if not reads_syntax(request):
-        for field in ("prompt_weighting", "prompt_loras", "embeddings"):
-            if getattr(request, field):
-                yield refused(field, f"{field} does nothing with a plain prompt", "set prompt_syntax: a1111")
-        return
+def _unknown_embeddings(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
+    "Embeddings that a request lists and the model does not offer."
     offered = offered_embeddings(manifest) if request.embeddings else Embeddings()
     for index, name in enumerate(request.embeddings or ()):
         if name not in offered.names:
@@ -199,6 +202,21 @@ def check_syntax(request: GenerationRequest, manifest: ModelManifest) -> Iterato
                 allowed=some_names(offered.names),
                 hint=f"did you mean {near}?" if near else None,
             )
+
+
+def check_syntax(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
+    "Settings of prompts that the model cannot carry out, or that would do nothing."
+
+    def refused(field: str, message: str, hint: str) -> ErrorDetail:
+        given = str(getattr(request, field))
+        return error_detail(ErrorCode.unsupported_combination, message, field=field, given=given, hint=hint)
+
+    if not reads_syntax(request):
+        for field in ("prompt_weighting", "prompt_loras", "embeddings"):
+            if getattr(request, field):
+                yield refused(field, f"{field} does nothing with a plain prompt", "set prompt_syntax: a1111")
+        return
+    yield from _unknown_embeddings(request, manifest)
     layout = manifest.record.text_layout
     if layout is None:
         family = manifest.family.value
@@ -209,7 +227,7 @@ def check_syntax(request: GenerationRequest, manifest: ModelManifest) -> Iterato
         message = "the negative prompt of this family cannot change from step to step"
         yield refused("negative_prompt", message, "write it without a schedule")
 
-
+# %% ../../nbs/35_prompt/10_requests.ipynb #5abb1d8a
 def usable_names(request: GenerationRequest, offered: Embeddings) -> tuple[str, ...]:
     "The embeddings that the prompts of a request may name."
     if not reads_syntax(request):
@@ -224,6 +242,15 @@ def joined_count(request: GenerationRequest) -> int:  # 1 without AND
     return len(split_parts(request.prompt or "")) if reads_syntax(request) else 1
 
 
+def has_schedule(text: str) -> bool:
+    "Whether a drawn prompt changes from step to step."
+    try:
+        nodes = parse(text, variants=False).walk()
+    except PromptError:  # named where the prompt is read
+        return False
+    return any(isinstance(node, Schedule | Alternation) for node in nodes)
+
+# %% ../../nbs/35_prompt/10_requests.ipynb #4ba54336
 def check_joined(
     request: GenerationRequest,  # with drawn prompts
     manifest: ModelManifest,
@@ -254,15 +281,6 @@ def check_joined(
     for name in windows if request.acceleration is not None else ():
         if getattr(request.acceleration, name) is not None:
             yield refused("AND needs guidance at each step", f"leave out acceleration.{name}, or {write_one}")
-
-
-def has_schedule(text: str) -> bool:
-    "Whether a drawn prompt changes from step to step."
-    try:
-        nodes = parse(text, variants=False).walk()
-    except PromptError:  # named where the prompt is read
-        return False
-    return any(isinstance(node, Schedule | Alternation) for node in nodes)
 
 # %% ../../nbs/35_prompt/10_requests.ipynb #0035cbb7
 def _embedding_warnings(

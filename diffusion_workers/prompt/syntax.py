@@ -124,7 +124,7 @@ class Variant(Node):
     def children(self) -> tuple[Option, ...]:
         return self.options
 
-
+# %% ../../nbs/35_prompt/01_syntax.ipynb #add42c87
 @dataclass(frozen=True)
 class Note(Node):
     "A place that probably means something else than intended."
@@ -189,7 +189,7 @@ class _Frame:
     def count(self, character: str) -> int:
         return sum(isinstance(item, _Mark) and item.character == character for item in self.items)
 
-
+# %% ../../nbs/35_prompt/01_syntax.ipynb #0be851c5
 _NUMBER = re.compile(r"\s*+[+-]?(?:\d++\.?\d*+|\.\d++)(?:[eE][+-]?\d++)?\s*+", re.ASCII)  # of a schedule
 _FACTOR = re.compile(r"\s*[+-]?[.\d]+\s*")  # of a weight
 
@@ -204,7 +204,7 @@ def _finished(items: list[Node]) -> tuple[Node, ...]:
         done.append(plain)
     return tuple(done)
 
-
+# %% ../../nbs/35_prompt/01_syntax.ipynb #982540d7
 def _split(items: list[Node], character: str, start: int, end: int) -> list[Branch]:
     "The parts between the marks of one kind."
     parts: list[Any] = []
@@ -229,7 +229,7 @@ def read_factor(
     except ValueError:  # 1.2.3
         return None
 
-
+# %% ../../nbs/35_prompt/01_syntax.ipynb #7d11ab45
 def _square(text: str, frame: _Frame, end: int, schedules: bool) -> Node | None:
     "The node of a `[ ]`; None where it is only a weight to the reader of weights."
     bars, colons = frame.count("|"), frame.count(":")
@@ -245,7 +245,7 @@ def _square(text: str, frame: _Frame, end: int, schedules: bool) -> Node | None:
             return Schedule(frame.start, end, sides[0] if colons == 2 else None, sides[-1], number.strip())
     return None
 
-
+# %% ../../nbs/35_prompt/01_syntax.ipynb #4b270cbf
 def _round(text: str, frame: _Frame, end: int) -> Weight:
     "The node of a `( )`."
     colons = [item for item in frame.items if isinstance(item, _Mark) and item.character == ":"]
@@ -269,7 +269,7 @@ def read_share(
     found = _SHARE.match(text, start, len(text) if end is None else end)
     return (Fraction(found[1]), found.end()) if found else (Fraction(1), start)
 
-
+# %% ../../nbs/35_prompt/01_syntax.ipynb #466694b8
 def _trimmed(branch: Branch, start: int) -> tuple[Node, ...]:
     "The children of a branch without the characters before `start`."
     kept = [child for child in branch.children if child.end > start]
@@ -296,7 +296,7 @@ def _variant(text: str, frame: _Frame, end: int) -> Variant:
 
 # %% ../../nbs/35_prompt/01_syntax.ipynb #10c557a4
 class _Parser:
-    "Reads tokens, and keeps the brackets that are open."
+    "The brackets that are open, and what was found so far."
 
     def __init__(self, text: str, variants: bool, schedules: bool):
         self.text, self.variants, self.schedules = text, variants, schedules
@@ -328,85 +328,92 @@ class _Parser:
             raise PromptError(f"brackets are nested more than {MAX_DEPTH} deep", at, r"write \( for a bracket as text")
         self.stack.append(_Frame(bracket, at))
 
-    def stray(self, at: int) -> None:
-        "A closing bracket without a partner."
-        self.note(at, at + 1, f"'{self.text[at]}' closes nothing, and is text")
-        self.give_up(self.base())
-        self.add(Text(at, at + 1))
+# %% ../../nbs/35_prompt/01_syntax.ipynb #d1697899
+def _stray(parser: _Parser, at: int) -> None:
+    "A closing bracket without a partner."
+    parser.note(at, at + 1, f"'{parser.text[at]}' closes nothing, and is text")
+    parser.give_up(parser.base())
+    parser.add(Text(at, at + 1))
 
-    def close(self, at: int) -> None:
-        bracket = {")": "(", "]": "[", "}": "{"}[self.text[at]]
-        if bracket == "{":
-            self.close_variant(at)
-        elif self.stack[-1].bracket != bracket:
-            self.stray(at)
+
+def _close_weight(parser: _Parser, frame: _Frame, end: int) -> None:
+    "A `( )` or `[ ]`."
+    node = _square(parser.text, frame, end, parser.schedules) if frame.bracket == "[" else None
+    loose = node is None and (frame.bracket == "[" or frame.count(":") > 1 or frame.count("|") > 0)
+    if node is None and frame.bracket == "[":
+        node = Weight(frame.start, end, _finished(frame.items), 1 / DEFAULT_FACTOR)
+        if parser.schedules:
+            parser.note(frame.start, end, "not a schedule: what follows the last ':' is not a number")
+    elif node is None:
+        node = _round(parser.text, frame, end)
+    if loose:
+        base = parser.base()
+        if frame.count("|") and parser.stray_bar is None:
+            parser.stray_bar = next(i.start for i in frame.items if isinstance(i, _Mark) and i.character == "|")
+        parser.give_up(base)
+    parser.add(node)
+
+# %% ../../nbs/35_prompt/01_syntax.ipynb #03ae0aee
+def _close_variant(parser: _Parser, at: int) -> None:
+    base = parser.base()
+    if parser.stack[base].bracket != "{":
+        parser.note(at, at + 1, "'}' closes nothing, and is text")
+        parser.add(Text(at, at + 1))
+        return
+    parser.give_up(base)
+    parser.add(_variant(parser.text, parser.stack.pop(), at + 1))
+
+
+def _close(parser: _Parser, at: int) -> None:
+    bracket = {")": "(", "]": "[", "}": "{"}[parser.text[at]]
+    if bracket == "{":
+        _close_variant(parser, at)
+    elif parser.stack[-1].bracket != bracket:
+        _stray(parser, at)
+    else:
+        _close_weight(parser, parser.stack.pop(), at + 1)
+
+# %% ../../nbs/35_prompt/01_syntax.ipynb #c4af0679
+def _separate(parser: _Parser, character: str, at: int) -> None:
+    "A `:` or `|`."
+    frame = parser.stack[-1]
+    if frame.bracket == "" and character == "|" and parser.stray_bar is None:
+        parser.stray_bar = at
+    parser.add(_Mark(at, at + 1, character) if frame.bracket else Text(at, at + 1))
+
+
+def _word(parser: _Parser, start: int, end: int) -> None:
+    "BREAK or AND."
+    if parser.text[start:end] == "BREAK":
+        parser.add(Break(start, end))
+    else:
+        parser.give_up(parser.base())
+        parser.add(And(start, end))
+
+# %% ../../nbs/35_prompt/01_syntax.ipynb #b4233e6e
+def _read(parser: _Parser) -> tuple[Node, ...]:
+    for kind, start, end in _tokens(parser.text):
+        token = parser.text[start:end]
+        if kind == "tag":
+            name, _, rest = token[1:-1].partition(":")
+            parser.add(LoraTag(start, end, name, tuple(rest.split(":"))))
+        elif kind == "wildcard" and parser.variants:
+            parser.add(Wildcard(start, end, token[2:-2]))
+        elif kind == "word":
+            _word(parser, start, end)
+        elif kind != "mark" or (token in "{}" and not parser.variants):
+            parser.add(Text(start, end))
+        elif token in ":|":
+            _separate(parser, token, start)
+        elif token in "([{":
+            parser.open(token, start)
         else:
-            self.close_weight(self.stack.pop(), at + 1)
-
-    def close_weight(self, frame: _Frame, end: int) -> None:
-        "A `( )` or `[ ]`."
-        node = _square(self.text, frame, end, self.schedules) if frame.bracket == "[" else None
-        loose = node is None and (frame.bracket == "[" or frame.count(":") > 1 or frame.count("|") > 0)
-        if node is None and frame.bracket == "[":
-            node = Weight(frame.start, end, _finished(frame.items), 1 / DEFAULT_FACTOR)
-            if self.schedules:
-                self.note(frame.start, end, "not a schedule: what follows the last ':' is not a number")
-        elif node is None:
-            node = _round(self.text, frame, end)
-        if loose:
-            base = self.base()
-            if frame.count("|") and self.stray_bar is None:
-                self.stray_bar = next(i.start for i in frame.items if isinstance(i, _Mark) and i.character == "|")
-            self.give_up(base)
-        self.add(node)
-
-    def close_variant(self, at: int) -> None:
-        base = self.base()
-        if self.stack[base].bracket != "{":
-            self.note(at, at + 1, "'}' closes nothing, and is text")
-            self.add(Text(at, at + 1))
-            return
-        self.give_up(base)
-        self.add(_variant(self.text, self.stack.pop(), at + 1))
-
-    def separate(self, character: str, at: int) -> None:
-        "A `:` or `|`."
-        frame = self.stack[-1]
-        if frame.bracket == "" and character == "|" and self.stray_bar is None:
-            self.stray_bar = at
-        self.add(_Mark(at, at + 1, character) if frame.bracket else Text(at, at + 1))
-
-    def word(self, start: int, end: int) -> None:
-        "BREAK or AND."
-        if self.text[start:end] == "BREAK":
-            self.add(Break(start, end))
-        else:
-            self.give_up(self.base())
-            self.add(And(start, end))
-
-    def read(self) -> tuple[Node, ...]:
-        for kind, start, end in _tokens(self.text):
-            token = self.text[start:end]
-            if kind == "tag":
-                name, _, rest = token[1:-1].partition(":")
-                self.add(LoraTag(start, end, name, tuple(rest.split(":"))))
-            elif kind == "wildcard" and self.variants:
-                self.add(Wildcard(start, end, token[2:-2]))
-            elif kind == "word":
-                self.word(start, end)
-            elif kind != "mark" or (token in "{}" and not self.variants):
-                self.add(Text(start, end))
-            elif token in ":|":
-                self.separate(token, start)
-            elif token in "([{":
-                self.open(token, start)
-            else:
-                self.close(start)
-        for frame in self.stack[1:]:
-            does = "is text" if frame.bracket == "{" else "weighs everything up to the end"
-            self.note(frame.start, frame.start + 1, f"'{frame.bracket}' is never closed, and {does}")
-        self.give_up(0)
-        return _finished(self.stack[0].items)
+            _close(parser, start)
+    for frame in parser.stack[1:]:
+        does = "is text" if frame.bracket == "{" else "weighs everything up to the end"
+        parser.note(frame.start, frame.start + 1, f"'{frame.bracket}' is never closed, and {does}")
+    parser.give_up(0)
+    return _finished(parser.stack[0].items)
 
 # %% ../../nbs/35_prompt/01_syntax.ipynb #ad7f50da
 def parse(
@@ -415,12 +422,12 @@ def parse(
 ) -> Prompt:
     "A prompt as a tree; a `PromptError` for brackets that are nested too deeply."
     parser = _Parser(text, variants, schedules=True)
-    nodes = parser.read()
+    nodes = _read(parser)
     broken = parser.stray_bar
     if broken is None and (len(text) - len(text.rstrip("\\"))) % 2:
         broken = len(text) - 1
     if broken is not None and any(isinstance(node, Schedule | Alternation) for node in Prompt(text, nodes).walk()):
         parser = _Parser(text, variants, schedules=False)
-        nodes = parser.read()
+        nodes = _read(parser)
         parser.note(broken, broken + 1, f"'{text[broken]}' outside of [ ] makes all schedules of the prompt text")
     return Prompt(text, nodes, tuple(sorted(parser.notes, key=lambda note: note.start)))

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..models.manifest import HubSource, ModelManifest
+from ..models.model_checks import has_vocabulary
 from ..models.weight_headers import WeightFileError
 from .chunks import CHUNK_TOKENS, Chunk, Vector, Words, fill_chunks
 from .embeddings import Embeddings, Name, split_at_names
@@ -138,6 +139,8 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer  # imports no torch
 
     read = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not has_vocabulary(read):
+        raise ValueError(f"{folder.name} has no vocabulary, its files are missing")
 
     def tokenize(text: str) -> list[tuple[int, int]]:
         found = read(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -1,0 +1,99 @@
+"What a manifest refuses, and with which words."
+
+import pytest
+from pydantic import ValidationError
+
+from diffusion_workers.models.manifest import ModelManifest
+from ez_diffusion_client.models import ModelKind, Task
+
+FLUX = {"name": "flux", "family": "flux", "source": {"folder": "flux-dev"}}
+EDGES = FLUX | {"name": "edges", "kind": "control", "control_preprocessors": ["canny"]}
+REDUX = FLUX | {"name": "redux", "kind": "redux"}
+GGUF = {
+    "components": {
+        "transformer": {
+            "source": {"file": "flux-Q8_0.gguf", "config": {"folder": "flux-dev", "subfolder": "transformer"}}
+        }
+    }
+}
+
+
+def test_a_model_of_each_kind() -> None:
+    assert ModelManifest.model_validate(EDGES).kind == ModelKind.control
+    encoder = {"reference_encoder": {"source": {"folder": "redux-dev"}}}
+    assert ModelManifest.model_validate(REDUX | encoder).tasks[-1] == Task.edit
+    quantised = ModelManifest.model_validate(FLUX | GGUF | {"memory": {"offload": "model"}})
+    sources = quantised.denoiser_source.describe(), quantised.source.describe()
+    assert sources == ("file:flux-Q8_0.gguf", "folder:flux-dev")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "fill"}, "for inpainting alone"),
+        ({"family": "sdxl"}, "only flux has models of this kind"),
+        ({"controlnets": {"a": {"source": {"folder": "a"}}}}, "takes no ControlNets"),
+        ({"refiner": {"source": {"folder": "a"}}}, "has no refiner"),
+        ({"reference_encoder": {"source": {"folder": "a"}}}, "only a model of the kind redux has one"),
+        (REDUX, "a model of the kind redux needs one"),
+        (REDUX | {"reference_encoder": {"source": {"file": "redux.safetensors"}}}, "it is a pipeline"),
+    ],
+)
+def test_what_a_kind_does_not_have(change: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ModelManifest.model_validate(EDGES | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"memory": {"storage_dtype": "float8_e4m3fn", "quantization": "torchao_int8"}},
+            "memory.storage_dtype: quantised weights are kept as they are",
+        ),
+        (
+            {"memory": {"offload": "group", "quantization": "torchao_int8"}},
+            "memory.offload: quantised layers are not moved one by one",
+        ),
+        (
+            {"source": {"file": "flux.safetensors"}, "memory": {"quantization": "torchao_int8"}},
+            "memory.quantization: the denoiser is in a single file",
+        ),
+        (
+            GGUF | {"memory": {"quantization": "torchao_int8"}},
+            "memory.quantization: the weights of a .gguf file are quantised already",
+        ),
+        (GGUF | {"memory": {"storage_dtype": "float8_e5m2"}}, "memory.storage_dtype: quantised weights"),
+        (
+            {"family": "sdxl", "memory": {"attention_backend": "flash"}},
+            "memory.attention_backend: given 'flash'; only the transformer of flux",
+        ),
+        (
+            {"source": {"file": "flux.gguf"}},
+            "source.file: a .gguf file can only be transformer or text_encoder_2 of a model of Flux",
+        ),
+        ({"loras": {"ink": {"source": {"file": "ink.gguf"}}}}, "loras.ink.source.file: a .gguf file"),
+        (
+            {"embeddings": {"cat": {"source": {"hub": "a/b"}}}},
+            "embeddings.cat.source: an embedding is read from a file",
+        ),
+        ({"components": {"vae": {"source": {"file": "vae.gguf"}}}}, "components.vae.source.file: a .gguf file"),
+    ],
+)
+def test_weights_that_cannot_be_kept_so(change: dict, message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ModelManifest.model_validate(FLUX | change)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"memory": {}}, True),
+        ({"memory": {"vae_slicing": True}}, False),
+        ({"wildcard_folders": [{"folder": "wildcards"}]}, False),
+    ],
+)
+def test_what_changes_the_checksum(change: dict, same: bool) -> None:
+    plain = ModelManifest.model_validate(FLUX)
+    assert (ModelManifest.model_validate(FLUX | change).sha256 == plain.sha256) is same

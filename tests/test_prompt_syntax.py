@@ -1,0 +1,47 @@
+"How the parser reads brackets, tags and words that are written in unusual ways."
+
+import pytest
+
+from diffusion_workers.prompt.syntax import parse, read_factor
+
+
+def kinds(text: str, **options: bool) -> str:
+    "The classes of the nodes of a prompt."
+    return " ".join(type(node).__name__ for node in parse(text, **options).nodes)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ""),
+        ("a [red:blue:0.5", "Text"),
+        ("a [red:blue:x] c", "Text Weight Text"),
+        (r"a \[red:blue:0.5\] c", "Text"),
+        ("aBREAKb break ANDy", "Text"),
+        ("[|a]", "Alternation"),
+        ("[(a:b:1.2):c:0.5]", "Text Weight Text"),
+        ("{[a|b]|c}", "Variant"),
+        ("<lora:x> <b> <:x> <lora:>", "LoraTag Text"),
+    ],
+)
+def test_nodes(text: str, expected: str) -> None:
+    assert kinds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["{a|b}", "__a__"])
+def test_a_drawn_text_has_no_variants(text: str) -> None:
+    assert kinds(text, variants=False) == "Text"
+
+
+@pytest.mark.parametrize(("text", "count"), [("{(a|b)}", 1), ("{[a|b}", 2)])
+def test_options_of_a_variant(text: str, count: int) -> None:
+    (variant,) = parse(text).nodes
+    assert len(variant.options) == count
+
+
+def test_arguments_of_a_tag() -> None:
+    assert parse("<lora:a:0.5:te=1>").nodes[0].arguments == ("a", "0.5", "te=1")
+
+
+def test_a_factor_with_two_dots_is_not_a_number() -> None:
+    assert read_factor("1.2.3") is None
