@@ -205,7 +205,7 @@ def long_lines() -> list[str]:
 
 # Replaced term, as a pattern -> the term to use. Exported modules and the prose of notebooks are searched.
 REPLACED_TERMS = {
-    r"(?<!ez_diffusion_client\.)(?<!from \.)(?<!\"whole )(?<![a-z])pictures?(?![a-z])": "image",  # a label elsewhere
+    r"(?<!\"whole )(?<![a-z])pictures?(?![a-z])": "image",  # a label elsewhere
     r"(?<![-\w.\"'`])nets?(?![\w=.\"'`-])": "ControlNet",
     r"number formats?": "dtype",
     r"(?<![a-z])at[ _]hand(?![a-z])": "available",

@@ -184,8 +184,8 @@ def test_an_image_of_a_job_is_read_back_from_its_address(store, path: str, name:
     from PIL import Image
 
     from diffusion_workers.worker.delivery import deliver
+    from ez_diffusion_client.images import image_data
     from ez_diffusion_client.models import ControlMap, OpResult, OpStatus
-    from ez_diffusion_client.pictures import image_data
 
     address, asked = store
     buffer = io.BytesIO()

@@ -545,6 +545,7 @@ def call(
     (["models", "--models", "missing"], "", 2, ["--models: there is no such folder"]),
     (["train-shapes"], "", 2, ["--out", "a folder is needed"]),
     (["train-shapes", "--part", "shapes-flx", "--out", "x"], "", 2, ["--part", "did you mean shapes-flux?"]),
+    (["bench", "--model", "dreamshaper-8", "--adherence", "4"], "", 4, ["--adherence", "shapes-sd15", "--model"]),
     (
         ["train-shapes", "--part", "shapes-flux", "--out", "x", "--minutes", "3"],
         "",

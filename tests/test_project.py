@@ -179,7 +179,7 @@ def test_an_upward_import_is_named_with_its_line(tmp_path: Path) -> None:
         ("# no model is at hand; what lies on the ladder", ["at hand", "ladder"]),
         ("this is no JSON", ["is no "]),
         ("A U-Net, ff.net.0 and `net=` are none; there is no picture-free term, it is no longer one", ["picture"]),
-        ("from ez_diffusion_client.pictures import pil_images", []),
+        ("from ez_diffusion_client.images import pil_images", []),
         ("the beginning that handles it", []),
     ],
 )

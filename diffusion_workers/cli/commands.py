@@ -46,6 +46,7 @@ from .remote import add_remote_options, is_remote, remote_call, remote_generate
 from ..request.errors import error_line, nearest_name, parse, request_error
 from ..request.schema import field_at, set_value, typed_value
 from ez_diffusion_client.display import availability_note, plan_rows
+from ez_diffusion_client.images import image_data
 from ez_diffusion_client.models import (
     ControlMap,
     ErrorCode,
@@ -57,7 +58,6 @@ from ez_diffusion_client.models import (
     PreprocessRequest,
     ProgressEvent,
 )
-from ez_diffusion_client.pictures import image_data
 from ez_diffusion_client.progress import ProgressBar
 from ez_diffusion_client.receipts import save_map
 

@@ -23,6 +23,7 @@ from .mask_canvas import ImageSource
 from ..request.errors import failure, parse
 from ..request.schema import IMAGE_FIELDS, schema_fields
 from ez_diffusion_client.display import availability_note
+from ez_diffusion_client.images import image_data
 from ez_diffusion_client.models import (
     ControlNetInfo,
     ControlNetUnit,
@@ -34,7 +35,6 @@ from ez_diffusion_client.models import (
     PreprocessorParameter,
     PreprocessRequest,
 )
-from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #076b2a9b
 class ImageField(widgets.VBox):

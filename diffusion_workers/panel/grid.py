@@ -31,8 +31,8 @@ from ..planning.task import DRAWN_SEED
 from ..request.errors import RequestError, logger, parse, request_error
 from ..request.schema import field_at, set_value
 from ez_diffusion_client.frames import import_pandas, plan_columns
+from ez_diffusion_client.images import image_data
 from ez_diffusion_client.models import ErrorCode, ErrorDetail, GenerationPlan, GenerationRequest, OpResult, OpStatus
-from ez_diffusion_client.pictures import image_data
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -31,8 +31,8 @@ from ..request.images import sniff_format
 from ..request.metadata import read_metadata
 from ..request.schema import IMAGE_FIELDS, image_strings, set_value
 from ez_diffusion_client.frames import import_pandas, plan_columns
+from ez_diffusion_client.images import image_data
 from ez_diffusion_client.models import CustomKind, GenerationPlan, GenerationRequest, OpResult
-from ez_diffusion_client.pictures import image_data
 
 if TYPE_CHECKING:
     from pandas import DataFrame

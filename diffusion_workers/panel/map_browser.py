@@ -20,8 +20,8 @@ from .form import alert, error_html
 from .mask_canvas import ImageSource, image_from
 from .runs import backend_of
 from ..request.errors import failure, parse
+from ez_diffusion_client.images import image_data
 from ez_diffusion_client.models import OpResult, OpStatus, PreprocessorInfo, PreprocessRequest
-from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/73_panel/10_map_browser.ipynb #979c0b60
 class MapCard(widgets.VBox):

@@ -18,8 +18,8 @@ from .form import alert, path_label
 from .runs import Throttle, event_text
 from .stop_button import enable_stop_button
 from ..request.errors import error_line
+from ez_diffusion_client.images import image_data
 from ez_diffusion_client.models import ErrorDetail, OpResult, OpStatus, Phase, ProgressEvent, RequestWarning
-from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/73_panel/08_stage.ipynb #031946e6
 def _status(text: str) -> str:  # HTML; screen readers announce it without interrupting

@@ -39,6 +39,7 @@ from diffusion_workers.request.images import (
 )
 from ..request.masks import check_mask, decode_mask
 from ..request.schema import IMAGE_FIELDS, IMAGE_LISTS, image_strings
+from ez_diffusion_client.images import is_json_text
 from ez_diffusion_client.models import (
     ControlNetUnit,
     CustomKind,
@@ -49,7 +50,6 @@ from ez_diffusion_client.models import (
     PreprocessRequest,
     RequestWarning,
 )
-from ez_diffusion_client.pictures import is_json_text
 
 # %% ../../nbs/40_planning/10_inputs.ipynb #b6a5e9fd
 ImageInput = str | bytes | Path | Image.Image | np.ndarray  # an image in a Python call

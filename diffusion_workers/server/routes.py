@@ -32,6 +32,7 @@ from .middleware import HttpError, answer
 from ..service.outputs import OutputFolder
 from ..settings.server import ServerSettings
 from ez_diffusion_client import models as wire
+from ez_diffusion_client.images import image_data
 from ez_diffusion_client.models import (
     ErrorCode,
     GenerationRequest,
@@ -44,7 +45,6 @@ from ez_diffusion_client.models import (
     PromptQuery,
     RestoreRequest,
 )
-from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/70_server/04_routes.ipynb #add9c6c2
 Body = TypeVar("Body", GenerationRequest, PreprocessRequest, PromptQuery, RestoreRequest, OutputChange)

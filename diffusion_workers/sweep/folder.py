@@ -22,8 +22,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..request.errors import RequestError, logger, parse, shorten
+from ez_diffusion_client.images import image_data, request_body
 from ez_diffusion_client.models import GenerationRequest, OpResult, OpStatus, OutputFormat
-from ez_diffusion_client.pictures import image_data, request_body
 
 # %% ../../nbs/72_sweep/01_folder.ipynb #172bc4bb
 Request = GenerationRequest | Mapping[str, Any]

@@ -20,8 +20,8 @@ from ..request.errors import RequestError, logger, missing_package, warning
 from ..request.images import encode_base64, sniff_format
 from ..request.metadata import metadata_texts, read_metadata
 from ..settings.worker import WorkerSettings
+from ez_diffusion_client.images import image_data
 from ez_diffusion_client.models import ControlMap, GeneratedImage, OpResult, OutputFormat, OutputOptions, RequestWarning
-from ez_diffusion_client.pictures import image_data
 
 # %% ../../nbs/71_worker/02_delivery.ipynb #9456eb09
 RUN_LIMIT, RUNSYNC_LIMIT, STREAM_LIMIT = 10_000_000, 20_000_000, 1_000_000  # bytes

@@ -9,7 +9,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .client import AsyncClient, Client, Retries
     from .errors import ClientError, RequestFailed, raise_for_status
-    from .pictures import image_bytes, pil_images
+    from .images import image_bytes, pil_images
     from .receipts import ReceiptImage, save_images
     from .targets import RunPod, Server
 
@@ -21,8 +21,8 @@ _HOMES = {
     "ClientError": "errors",
     "RequestFailed": "errors",
     "raise_for_status": "errors",
-    "image_bytes": "pictures",
-    "pil_images": "pictures",
+    "image_bytes": "images",
+    "pil_images": "images",
     "RunPod": "targets",
     "Server": "targets",
     "ReceiptImage": "receipts",

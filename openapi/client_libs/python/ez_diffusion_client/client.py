@@ -20,6 +20,7 @@ from .errors import (
     raise_for_status,
 )
 from .fields import PreprocessFields, RequestFields
+from .images import request_body, restore_body
 from .models import (
     GenerationRequest,
     Health,
@@ -35,7 +36,6 @@ from .models import (
     PromptReport,
     PromptSyntax,
 )
-from .pictures import request_body, restore_body
 from .targets import Call, RunPod, Server, parse_answer
 
 T = TypeVar("T")
@@ -220,7 +220,7 @@ class Client(_Base):
         *,
         on_progress: OnProgress | None = None,  # called with each event
         timeout: float | None = None,  # seconds after which the work is told to stop and `WaitTimeout` is raised
-        **fields: Unpack[RequestFields],  # of the request; pictures may be bytes, paths or PIL images
+        **fields: Unpack[RequestFields],  # of the request; images may be bytes, paths or PIL images
     ) -> OpResult:
         """Make images and wait for them; what the other side answers is returned, whatever its status."""
         body, deadline = request_body(request, {**fields}), _deadline(timeout)
@@ -346,7 +346,7 @@ class Client(_Base):
     def preprocess(
         self, request: PreprocessRequest | dict[str, Any] | None = None, **fields: Unpack[PreprocessFields]
     ) -> OpResult:
-        """The control map of a picture."""
+        """The control map of an image."""
         return self._do(self.target.ask("POST", "/preprocess", OpResult, request_body(request, {**fields})))
 
     def read_prompt(
@@ -431,7 +431,7 @@ class AsyncClient(_Base):
         *,
         on_progress: OnProgress | None = None,  # called with each event; may be a coroutine function
         timeout: float | None = None,  # seconds after which the work is told to stop and `WaitTimeout` is raised
-        **fields: Unpack[RequestFields],  # of the request; pictures may be bytes, paths or PIL images
+        **fields: Unpack[RequestFields],  # of the request; images may be bytes, paths or PIL images
     ) -> OpResult:
         """Make images and wait for them; a task that is cancelled takes the work on the other side with it."""
         body = request_body(request, {**fields})
@@ -556,7 +556,7 @@ class AsyncClient(_Base):
     async def preprocess(
         self, request: PreprocessRequest | dict[str, Any] | None = None, **fields: Unpack[PreprocessFields]
     ) -> OpResult:
-        """The control map of a picture."""
+        """The control map of an image."""
         return await self._do(self.target.ask("POST", "/preprocess", OpResult, request_body(request, {**fields})))
 
     async def read_prompt(

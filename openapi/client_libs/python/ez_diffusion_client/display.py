@@ -216,7 +216,7 @@ class ResultMethods(CompactModel):
     @property
     def images(self) -> "list[ReceiptImage]":
         """The generated images for PIL, which keep their receipt when saved; raises `RequestFailed` after a failure."""
-        from .pictures import pil_images
+        from .images import pil_images
 
         return pil_images(self.raise_for_status())  # type: ignore[arg-type]
 

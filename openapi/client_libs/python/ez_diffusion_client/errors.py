@@ -24,7 +24,7 @@ class UnexpectedAnswer(ClientError):
 
 
 class NotOffered(ClientError):
-    """The target has no such operation: a RunPod endpoint makes pictures and nothing else."""
+    """The target has no such operation: a RunPod endpoint makes images and nothing else."""
 
 
 class RequestFailed(ClientError):
@@ -58,7 +58,7 @@ class UnsupportedCombination(RequestFailed):
 
 
 class BadImage(RequestFailed):
-    """A picture of the request cannot be read, or is not allowed."""
+    """An image of the request cannot be read, or is not allowed."""
 
 
 class LoraNotFound(RequestFailed):

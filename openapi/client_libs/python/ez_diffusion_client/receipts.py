@@ -8,8 +8,8 @@ from typing import Any
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
+from .images import image_data
 from .models import ControlMap, OpResult
-from .pictures import image_data
 
 PLAN_KEY = "diffusion_workers"  # the plan as JSON
 PARAMETERS_KEY = "parameters"  # one line that other programs read
@@ -185,7 +185,7 @@ def save_images(
     path: str | Path,  # ends in .png, .jpg, .jpeg or .webp; see `output_paths` for several images
 ) -> list[Path]:
     """Write the images of a result to files, in the format of the ending, each with its receipt."""
-    from .pictures import image_bytes
+    from .images import image_bytes
 
     format = FORMATS.get(Path(path).suffix.lower())
     if format is None:

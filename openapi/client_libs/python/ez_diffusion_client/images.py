@@ -19,7 +19,7 @@ _FIELDS = ("image", "mask_image")
 _LISTS = ("reference_images",)
 
 
-def picture_text(
+def image_text(
     value: Any,  # text of the API as it is; bytes of a file, a pathlib.Path or a PIL image
 ) -> Any:
     """The image as base64 text; anything else is left as it is, for the server to check."""
@@ -35,10 +35,10 @@ def picture_text(
 
 
 def _with_text(body: dict[str, Any]) -> dict[str, Any]:
-    body = body | {name: picture_text(body[name]) for name in _FIELDS if name in body}
+    body = body | {name: image_text(body[name]) for name in _FIELDS if name in body}
     for name in _LISTS:
         if isinstance(body.get(name), (list, tuple)):
-            body = body | {name: [picture_text(value) for value in body[name]]}
+            body = body | {name: [image_text(value) for value in body[name]]}
     if isinstance(body.get("controlnets"), (list, tuple)):
         body["controlnets"] = [
             _with_text(plain(unit)) if isinstance(unit, (dict, BaseModel)) else unit for unit in body["controlnets"]
@@ -78,7 +78,7 @@ def restore_body(
     """What is sent to restore a request; a `TypeError` for a PIL image, which would be sent without its metadata."""
     if hasattr(image, "getbands"):
         raise TypeError("give the image file (bytes or a path): sending a PIL image would drop its metadata")
-    given = {"image": picture_text(image), "parameters": parameters}
+    given = {"image": image_text(image), "parameters": parameters}
     return {name: value for name, value in given.items() if value is not None}
 
 
