@@ -28,7 +28,7 @@ from .preprocessors import PREPROCESSORS, ControlnetGuideImagePreprocessor, make
 from ..request.errors import RequestError, request_error
 from ez_diffusion_client.models import ErrorCode, Preprocessing, ResizeMode
 
-# %% ../../nbs/30_control/02_detectors.ipynb #6e7ae7c1
+# %% ../../nbs/30_control/02_detectors.ipynb #dd15d663
 logger = logging.getLogger("diffusion_workers")
 
 
@@ -53,7 +53,7 @@ def detector_class(
         hint = 'on the server: pip uninstall mediapipe, or pip install "mediapipe<1"'
     raise request_error(ErrorCode.missing_dependency, message, field=f"{field}.name", given=row.name, hint=hint)
 
-# %% ../../nbs/30_control/02_detectors.ipynb #b7e3430a
+# %% ../../nbs/30_control/02_detectors.ipynb #ee0006d1
 def local_file(
     repository: str,  # on the Hub, such as "lllyasviel/Annotators"
     file: str,  # path in the repository
@@ -64,7 +64,7 @@ def local_file(
     candidates = (Path(folder, place) for folder in folders for place in places)
     return next((path.resolve() for path in candidates if path.is_file()), None)
 
-
+# %% ../../nbs/30_control/02_detectors.ipynb #272d9509
 def hub_file(
     repository: str,
     file: str,
@@ -82,7 +82,7 @@ def hub_file(
             logger.debug("%s of %s: %s", file, repository, exc)
     return None
 
-# %% ../../nbs/30_control/02_detectors.ipynb #f7f9c35c
+
 def find_weights(
     row: ControlnetGuideImagePreprocessor,
     folders: Sequence[Path] = (),  # of the operator
@@ -102,7 +102,7 @@ def find_weights(
         found[argument] = path
     return found
 
-# %% ../../nbs/30_control/02_detectors.ipynb #5c0b9b15
+# %% ../../nbs/30_control/02_detectors.ipynb #541fd4fe
 @contextlib.contextmanager
 def tamed_loading() -> Iterator[None]:
     "Checkpoints are read to the CPU and as tensors only, messages go to standard error, and the command line is empty."
@@ -118,7 +118,7 @@ def tamed_loading() -> Iterator[None]:
     finally:
         torch.load, sys.argv = load, argv
 
-# %% ../../nbs/30_control/02_detectors.ipynb #e91ac8a9
+# %% ../../nbs/30_control/02_detectors.ipynb #3d0dd72c
 def _networks(detector: Any) -> Iterator[Any]:  # the torch modules inside of a detector
     import torch
 
@@ -144,7 +144,7 @@ def _load_leres(cls: type[Any], files: dict[str, Path]) -> Any:  # without the s
     model.load_state_dict(strip_prefix_if_present(torch.load(files["filename"])["depth_model"], "module."))
     return cls(model, None)
 
-# %% ../../nbs/30_control/02_detectors.ipynb #bc2ecb50
+# %% ../../nbs/30_control/02_detectors.ipynb #f5846acc
 def load_detector(
     row: ControlnetGuideImagePreprocessor,
     folders: Sequence[Path] = (),  # of the operator
@@ -178,7 +178,7 @@ def load_detector(
             ErrorCode.model_unavailable, message, field=f"{field}.name", given=row.name, hint=hint
         ) from exc
 
-# %% ../../nbs/30_control/02_detectors.ipynb #dbd69c3a
+# %% ../../nbs/30_control/02_detectors.ipynb #abb35dd7
 MAX_DETECTOR_SIDE = 2048  # pixels
 
 
@@ -200,7 +200,7 @@ def ask(
     side = min(pixels.shape[:2])
     return detector(pixels, detect_resolution=side, image_resolution=side, output_type="np", **parameters)
 
-# %% ../../nbs/30_control/02_detectors.ipynb #745d5299
+# %% ../../nbs/30_control/02_detectors.ipynb #f257d81c
 def straight_lines(
     detector: Any,  # MLSDdetector
     pixels: np.ndarray,  # (H, W, 3) uint8
@@ -224,7 +224,7 @@ def straight_lines(
         cv2.line(canvas, (left, top), (right, bottom), (255, 255, 255), 1)
     return canvas
 
-# %% ../../nbs/30_control/02_detectors.ipynb #227a2372
+# %% ../../nbs/30_control/02_detectors.ipynb #14c933b6
 def paint_regions(
     size: tuple[int, int],  # (height, width)
     masks: Sequence[np.ndarray],  # (H, W) bool each
@@ -248,7 +248,7 @@ def regions(
     generator = SamAutomaticMaskGenerator(detector.mask_generator.predictor.model, **parameters)
     return paint_regions(pixels.shape[:2], [found["segmentation"] for found in generator.generate(pixels)])
 
-# %% ../../nbs/30_control/02_detectors.ipynb #d74bc40e
+# %% ../../nbs/30_control/02_detectors.ipynb #5d317abc
 def screen(
     base_layer: np.ndarray,  # uint8
     top_layer: np.ndarray,  # uint8, the same shape
@@ -276,7 +276,7 @@ def any_lines(
             output_type="np",
         )
 
-# %% ../../nbs/30_control/02_detectors.ipynb #40b3313a
+# %% ../../nbs/30_control/02_detectors.ipynb #aac149d7
 SPECIAL: dict[str, Callable[..., np.ndarray]] = {  # name of a row or a class -> (detector, pixels, parameters by name)
     "MLSDdetector": straight_lines,
     "SamDetector": regions,
@@ -305,7 +305,7 @@ def detect(
     made = np.asarray(call(detector, np.array(image), **parameters))
     return made if made.ndim == 3 else np.repeat(made[..., None], 3, axis=2)
 
-# %% ../../nbs/30_control/02_detectors.ipynb #72749c8c
+# %% ../../nbs/30_control/02_detectors.ipynb #01aaffd5
 def _key(row: ControlnetGuideImagePreprocessor) -> tuple:  # rows with the same key share a detector
     return row.detector, row.repository, row.files, row.options
 
@@ -330,7 +330,22 @@ def weight_states(
         )
     return states
 
-# %% ../../nbs/30_control/02_detectors.ipynb #7e3be12e
+# %% ../../nbs/30_control/02_detectors.ipynb #019c3dff
+def _map_key(row: ControlnetGuideImagePreprocessor, pixels: np.ndarray, parameters: dict[str, Any]) -> tuple:
+    digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
+    return row.name, pixels.shape, digest, repr(sorted(parameters.items()))
+
+
+def _free_gpu_memory() -> None:  # without importing torch for it
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _states_table(states: dict[str, str], loaded: Sequence[str]) -> str:  # Markdown
+    lines = [f"| `{name}` | {'loaded' if name in loaded else state} |" for name, state in states.items()]
+    return "\n".join(["| preprocessor | weights |", "|---|---|", *lines])
+
+# %% ../../nbs/30_control/02_detectors.ipynb #cb244207
 class PreprocessorStore:
     "Makes control maps; loads detectors when they are needed and keeps a few."
 
@@ -366,12 +381,7 @@ class PreprocessorStore:
             row: ControlnetGuideImagePreprocessor, pixels: np.ndarray, parameters: dict[str, Any]
         ) -> np.ndarray:
             with self._lock:
-                key = (
-                    row.name,
-                    pixels.shape,
-                    hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest(),
-                    repr(sorted(parameters.items())),
-                )
+                key = _map_key(row, pixels, parameters)
                 made = self._maps.get(key)
                 if made is None:
                     made = detect(self._detector(row, field), row, pixels, parameters)
@@ -400,12 +410,7 @@ class PreprocessorStore:
         with self._lock:
             self._detectors.clear()
             self._maps.clear()
-            if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _free_gpu_memory()
 
     def _repr_markdown_(self) -> str:
-        lines = [
-            f"| `{name}` | {'loaded' if name in self.loaded else state} |"
-            for name, state in weight_states(self.folders).items()
-        ]
-        return "\n".join(["| preprocessor | weights |", "|---|---|", *lines])
+        return _states_table(weight_states(self.folders), self.loaded)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREPROCESSORS', 'MAX_WORKING_SIDE', 'Parameter', 'check_value', 'MapScaling', 'ControlnetGuideImagePreprocessor',
            'PreprocessorTable', 'opencv', 'three_channels', 'canny_map', 'lineart_standard_map', 'scribble_xdog_map',
-           'binary_map', 'invert_map', 'tile_map', 'blur_map', 'gray_map', 'color_palette_map', 'low_quality_map',
+           'binary_map', 'invert_map', 'tile_map', 'blur_map', 'gray_map', 'low_quality_map', 'color_palette_map',
            'content_shuffle_map', 'inpaint_mask_map', 'inpaint_condition', 'pass_through', 'check_preprocessing',
            'preprocessing_parameters', 'working_size', 'to_rgb', 'resize_map', 'make_map', 'fit_map', 'union_modes',
            'union_mode_number', 'shown', 'infer_union_mode', 'preprocessor_list']
@@ -35,7 +35,7 @@ from ez_diffusion_client.models import (
     UnionModeName,
 )
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #0124cb36
+# %% ../../nbs/30_control/01_preprocessors.ipynb #fdc1f90b
 @dataclass(frozen=True)
 class Parameter:
     "A named control of a preprocessor."
@@ -53,7 +53,7 @@ class Parameter:
             return "true or false"
         return f"{'an integer' if isinstance(self.default, int) else 'a number'} from {self.low:g} to {self.high:g}"
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #7e45cd53
+# %% ../../nbs/30_control/01_preprocessors.ipynb #3d33d298
 def check_value(
     parameter: Parameter,
     value: Any,  # from a request
@@ -91,7 +91,7 @@ def check_value(
         )
     return None
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #89d1d855
+# %% ../../nbs/30_control/01_preprocessors.ipynb #ac171b5a
 class MapScaling(StrEnum):
     "What may happen to a map when it changes its size."
 
@@ -99,7 +99,7 @@ class MapScaling(StrEnum):
     lines = "lines"  # two values, and thin lines that must stay
     labels = "labels"  # colours that mean something: never mixed
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #ed69dbc2
+
 @dataclass(frozen=True)
 class ControlnetGuideImagePreprocessor:
     "How an image becomes the control map of a ControlNet."
@@ -151,7 +151,7 @@ class ControlnetGuideImagePreprocessor:
             else [facts]
         )
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #dae554a7
+# %% ../../nbs/30_control/01_preprocessors.ipynb #73c7cab5
 class PreprocessorTable(dict[str, ControlnetGuideImagePreprocessor]):
     "Preprocessors by name; Jupyter shows them as a table."
 
@@ -197,7 +197,7 @@ def three_channels(
     "Gray as RGB."
     return np.repeat(values[..., None], 3, axis=2)
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #6d4da1ff
+# %% ../../nbs/30_control/01_preprocessors.ipynb #f4d11085
 def canny_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
     low_threshold: int,  # an edge goes on while the gradient is above this
@@ -223,7 +223,7 @@ PREPROCESSORS.add(
     )
 )
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #854692b4
+# %% ../../nbs/30_control/01_preprocessors.ipynb #82b3d709
 def lineart_standard_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
     gaussian_sigma: float,  # pixels: how far the surroundings reach
@@ -237,6 +237,21 @@ def lineart_standard_map(
     return three_channels((darker / usual * 127).clip(0, 255).astype(np.uint8))
 
 
+PREPROCESSORS.add(
+    ControlnetGuideImagePreprocessor(
+        "lineart_standard",
+        "gray lines where the image is darker than around",
+        "lineart ControlNets",
+        (
+            Parameter("gaussian_sigma", 6.0, "pixels that the surroundings reach", 0.5, 100),
+            Parameter("intensity_threshold", 8, "difference that counts as a line", 0, 255),
+        ),
+        (UnionModeName.line,),
+        make_map=lineart_standard_map,
+    ),
+)
+
+# %% ../../nbs/30_control/01_preprocessors.ipynb #63b90ba5
 def scribble_xdog_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
     threshold: int,  # small makes more strokes
@@ -264,20 +279,9 @@ def invert_map(
     "The negative: a drawing on white paper becomes white lines on black."
     return 255 - pixels
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #724ea92d
+# %% ../../nbs/30_control/01_preprocessors.ipynb #19a952d6
 _LINE_CONTROLNETS = "lineart, anime lineart and scribble ControlNets"
 PREPROCESSORS.add(
-    ControlnetGuideImagePreprocessor(
-        "lineart_standard",
-        "gray lines where the image is darker than around",
-        "lineart ControlNets",
-        (
-            Parameter("gaussian_sigma", 6.0, "pixels that the surroundings reach", 0.5, 100),
-            Parameter("intensity_threshold", 8, "difference that counts as a line", 0, 255),
-        ),
-        (UnionModeName.line,),
-        make_map=lineart_standard_map,
-    ),
     ControlnetGuideImagePreprocessor(
         "scribble_xdog",
         "white strokes on black, like a doodle",
@@ -306,7 +310,7 @@ PREPROCESSORS.add(
     ),
 )
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #4fb5d036
+# %% ../../nbs/30_control/01_preprocessors.ipynb #7e50bd10
 def tile_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
     down_sampling_rate: float,  # 1 keeps every detail, 8 hardly any
@@ -334,19 +338,35 @@ def gray_map(
     cv2 = opencv()
     return three_channels(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))
 
+# %% ../../nbs/30_control/01_preprocessors.ipynb #396b4554
+PREPROCESSORS.add(
+    ControlnetGuideImagePreprocessor(
+        "tile",
+        "the image without its fine detail",
+        "tile ControlNets",
+        (Parameter("down_sampling_rate", 1.0, "1 keeps all detail, 8 hardly any", 1, 64),),
+        (UnionModeName.tile,),
+        make_map=tile_map,
+    ),
+    ControlnetGuideImagePreprocessor(
+        "blur",
+        "the image out of focus",
+        "blur and tile ControlNets",
+        (Parameter("sigma", 9.0, "radius in pixels", 0.1, 256),),
+        (UnionModeName.blur, UnionModeName.tile),
+        make_map=blur_map,
+    ),
+    ControlnetGuideImagePreprocessor(
+        "gray",
+        "the image without colour",
+        "gray and recolor ControlNets",
+        (),
+        (UnionModeName.gray,),
+        make_map=gray_map,
+    ),
+)
 
-def color_palette_map(
-    pixels: np.ndarray,  # (H, W, 3) uint8, RGB
-    tile_size: int,  # pixels along one side of a patch
-) -> np.ndarray:
-    "A grid of flat patches, each in the mean colour of what is under it."
-    cv2, (height, width) = opencv(), pixels.shape[:2]
-    grid = (max(1, round(width / tile_size)), max(1, round(height / tile_size)))
-    return cv2.resize(
-        cv2.resize(pixels, grid, interpolation=cv2.INTER_AREA), (width, height), interpolation=cv2.INTER_NEAREST
-    )
-
-# %% ../../nbs/30_control/01_preprocessors.ipynb #1f85f590
+# %% ../../nbs/30_control/01_preprocessors.ipynb #ad6cbbcf
 def low_quality_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
     scale: float,  # how much smaller it is made, and then larger again
@@ -365,7 +385,50 @@ def low_quality_map(
     read = np.ascontiguousarray(cv2.imdecode(stored, cv2.IMREAD_COLOR)[..., ::-1])
     return cv2.resize(read, (width, height), interpolation=cv2.INTER_CUBIC)
 
+# %% ../../nbs/30_control/01_preprocessors.ipynb #e391d126
+_SEED = Parameter("seed", 0, "another seed, another map", 0, 2**32 - 1)
+PREPROCESSORS.add(
+    ControlnetGuideImagePreprocessor(
+        "low_quality",
+        "a small, noisy JPEG of the image",
+        "low quality (lq), upscaling and tile ControlNets",
+        (
+            Parameter("scale", 4.0, "how much smaller the copy is", 1, 64),
+            Parameter("noise", 6.0, "standard deviation, of 255", 0, 128),
+            Parameter("jpeg_quality", 30, "of the copy", 1, 100),
+            _SEED,
+        ),
+        (UnionModeName.low_quality, UnionModeName.tile),
+        make_map=low_quality_map,
+    ),
+)
 
+# %% ../../nbs/30_control/01_preprocessors.ipynb #e21b4c4b
+def color_palette_map(
+    pixels: np.ndarray,  # (H, W, 3) uint8, RGB
+    tile_size: int,  # pixels along one side of a patch
+) -> np.ndarray:
+    "A grid of flat patches, each in the mean colour of what is under it."
+    cv2, (height, width) = opencv(), pixels.shape[:2]
+    grid = (max(1, round(width / tile_size)), max(1, round(height / tile_size)))
+    return cv2.resize(
+        cv2.resize(pixels, grid, interpolation=cv2.INTER_AREA), (width, height), interpolation=cv2.INTER_NEAREST
+    )
+
+
+PREPROCESSORS.add(
+    ControlnetGuideImagePreprocessor(
+        "color_palette",
+        "a grid of the image's colours",
+        "color adapters and ControlNets",
+        (Parameter("tile_size", 64, "pixels along one side of a patch", 2, 1024),),
+        (),
+        MapScaling.labels,
+        color_palette_map,
+    ),
+)
+
+# %% ../../nbs/30_control/01_preprocessors.ipynb #a7fbc22a
 def _smooth_field(
     rng: np.random.Generator, height: int, width: int, scale: int
 ) -> np.ndarray:  # (H, W) float32 from 0 to 1
@@ -388,7 +451,18 @@ def content_shuffle_map(
     across, down = (_smooth_field(rng, height, width, scale) * (side - 1) for side in (width, height))
     return cv2.remap(pixels, across, down, cv2.INTER_LINEAR)
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #36682d07
+
+PREPROCESSORS.add(
+    ControlnetGuideImagePreprocessor(
+        "content_shuffle",
+        "the image's colours, its shapes dissolved",
+        "shuffle ControlNets",
+        (Parameter("scale", 256, "pixels over which neighbours stay neighbours", 8, 4096), _SEED),
+        make_map=content_shuffle_map,
+    ),
+)
+
+# %% ../../nbs/30_control/01_preprocessors.ipynb #bcd88ff4
 def inpaint_mask_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
     mask: np.ndarray,  # (H, W) uint8: 128 and above is repainted
@@ -417,62 +491,8 @@ def pass_through(
     "The image as it is."
     return pixels
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #b27d2230
-_SEED = Parameter("seed", 0, "another seed, another map", 0, 2**32 - 1)
+# %% ../../nbs/30_control/01_preprocessors.ipynb #919d4e33
 PREPROCESSORS.add(
-    ControlnetGuideImagePreprocessor(
-        "tile",
-        "the image without its fine detail",
-        "tile ControlNets",
-        (Parameter("down_sampling_rate", 1.0, "1 keeps all detail, 8 hardly any", 1, 64),),
-        (UnionModeName.tile,),
-        make_map=tile_map,
-    ),
-    ControlnetGuideImagePreprocessor(
-        "blur",
-        "the image out of focus",
-        "blur and tile ControlNets",
-        (Parameter("sigma", 9.0, "radius in pixels", 0.1, 256),),
-        (UnionModeName.blur, UnionModeName.tile),
-        make_map=blur_map,
-    ),
-    ControlnetGuideImagePreprocessor(
-        "gray",
-        "the image without colour",
-        "gray and recolor ControlNets",
-        (),
-        (UnionModeName.gray,),
-        make_map=gray_map,
-    ),
-    ControlnetGuideImagePreprocessor(
-        "low_quality",
-        "a small, noisy JPEG of the image",
-        "low quality (lq), upscaling and tile ControlNets",
-        (
-            Parameter("scale", 4.0, "how much smaller the copy is", 1, 64),
-            Parameter("noise", 6.0, "standard deviation, of 255", 0, 128),
-            Parameter("jpeg_quality", 30, "of the copy", 1, 100),
-            _SEED,
-        ),
-        (UnionModeName.low_quality, UnionModeName.tile),
-        make_map=low_quality_map,
-    ),
-    ControlnetGuideImagePreprocessor(
-        "color_palette",
-        "a grid of the image's colours",
-        "color adapters and ControlNets",
-        (Parameter("tile_size", 64, "pixels along one side of a patch", 2, 1024),),
-        (),
-        MapScaling.labels,
-        color_palette_map,
-    ),
-    ControlnetGuideImagePreprocessor(
-        "content_shuffle",
-        "the image's colours, its shapes dissolved",
-        "shuffle ControlNets",
-        (Parameter("scale", 256, "pixels over which neighbours stay neighbours", 8, 4096), _SEED),
-        make_map=content_shuffle_map,
-    ),
     ControlnetGuideImagePreprocessor(
         "inpaint_mask",
         "the image with a black hole where the mask is white",
@@ -491,7 +511,7 @@ PREPROCESSORS.add(
     ),
 )
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #696a2241
+# %% ../../nbs/30_control/01_preprocessors.ipynb #89ee3eac
 _SAFE = Parameter("safe", False, "round the edges to a few levels, so that nothing of the image hides in them")
 _SCRIBBLE = Parameter("scribble", False, "strokes of one width, as for a doodle")
 _SOFTEDGE_CONTROLNETS = "softedge (and, with scribble, scribble) ControlNets"
@@ -524,7 +544,7 @@ def _annotator(
         )
     )
 
-
+# %% ../../nbs/30_control/01_preprocessors.ipynb #b90fd361
 _annotator(
     "hed",
     "soft edges (HED)",
@@ -553,6 +573,8 @@ _annotator(
     [Parameter("safe_steps", 2, "levels that edges are rounded to; 0 does not round", 0, 10)],
     "fal-ai/teed",
 )
+
+# %% ../../nbs/30_control/01_preprocessors.ipynb #05d5e8ae
 _annotator(
     "anyline",
     "lines (TEED and intensity together)",
@@ -597,7 +619,7 @@ _annotator(
     {"filename": "netG.pth"},
 )
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #3b56cd92
+# %% ../../nbs/30_control/01_preprocessors.ipynb #3bceb38a
 _annotator(
     "normal_bae",
     "where surfaces face, as colours",
@@ -627,6 +649,8 @@ _annotator(
         Parameter("bg_th", 0.1, "depth below which all is background", 0, 1),
     ],
 )
+
+# %% ../../nbs/30_control/01_preprocessors.ipynb #5f581cf1
 _LERES = [
     Parameter("thr_a", 0, "percent of the nearest that is cut off", 0, 100),
     Parameter("thr_b", 0, "percent of the farthest that is cut off", 0, 100),
@@ -658,6 +682,8 @@ _annotator(
     {"filename": "ZoeD_M12_N.pt"},
     [Parameter("gamma_corrected", False, "darker middle tones")],
 )
+
+# %% ../../nbs/30_control/01_preprocessors.ipynb #ffc50e19
 _annotator(
     "openpose",
     "skeletons of people",
@@ -701,7 +727,7 @@ _annotator(
     model_type="vit_t",
 )
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #7e0bb227
+# %% ../../nbs/30_control/01_preprocessors.ipynb #3f2cfb77
 _OTHER_NAMES = {  # names of other programs -> what to do here
     "dwpose": "DWPose needs packages that cannot be built beside this version of torch; use openpose",
     "mediapipe_face": "use openpose with include_face",
@@ -738,7 +764,7 @@ def _unknown_name(name: str, field: str) -> ErrorDetail:
         hint=hint or (f"did you mean {near}?" if near else "choose one of these"),
     )
 
-
+# %% ../../nbs/30_control/01_preprocessors.ipynb #f707db61
 def check_preprocessing(
     preprocessing: Preprocessing,
     field: str,  # where it stands in the request, such as "controlnets[0].preprocessing"
@@ -765,7 +791,7 @@ def check_preprocessing(
             hint=f"did you mean {near}?" if near else "leave it out",
         )
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #51a3ae7a
+# %% ../../nbs/30_control/01_preprocessors.ipynb #a4bb1c6a
 def preprocessing_parameters(
     preprocessing: Preprocessing,  # one that `check_preprocessing` has nothing to say about
 ) -> dict[str, bool | int | float]:  # by name, each with its type
@@ -773,7 +799,7 @@ def preprocessing_parameters(
     given = preprocessing.parameters or {}
     return {p.name: type(p.default)(given.get(p.name, p.default)) for p in PREPROCESSORS[preprocessing.name].parameters}
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #6de8fb30
+# %% ../../nbs/30_control/01_preprocessors.ipynb #66351ac5
 MAX_WORKING_SIDE = 4096  # pixels; a longer side of the generation itself is still allowed
 
 
@@ -788,7 +814,7 @@ def working_size(
     scale = min(resolution / min(width, height), max(MAX_WORKING_SIDE, width, height) / max(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
-
+# %% ../../nbs/30_control/01_preprocessors.ipynb #2323bb3f
 def to_rgb(
     image: Image.Image,  # any mode
 ) -> Image.Image:  # RGB
@@ -813,7 +839,7 @@ def resize_map(
         image = image.filter(ImageFilter.MaxFilter(reach)) if reach > 1 and image.size != (width, height) else image
     return resize_image(image, width, height, resample=Image.Resampling.NEAREST)
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #e1f98c60
+# %% ../../nbs/30_control/01_preprocessors.ipynb #3a48108d
 def _prepared_mask(
     row: ControlnetGuideImagePreprocessor, mask: Image.Image | None, size: tuple[int, int], mode: ResizeMode, field: str
 ) -> dict[str, np.ndarray]:
@@ -853,7 +879,7 @@ def _custom_map(
         )
     return made if made.ndim == 3 else three_channels(made)
 
-
+# %% ../../nbs/30_control/01_preprocessors.ipynb #ebcae0b0
 def make_map(
     preprocessing: Preprocessing,
     image: Image.Image,  # any mode and size
@@ -888,7 +914,7 @@ def make_map(
         made = detect(row, pixels, parameters)
     return resize_map(Image.fromarray(made), width, height, row.scaling)
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #aac79cce
+# %% ../../nbs/30_control/01_preprocessors.ipynb #2f4199ce
 def fit_map(
     image: Image.Image,  # a control map, any mode
     width: int,  # pixels
@@ -904,7 +930,7 @@ def fit_map(
         image, width, height, resize_mode, Image.Resampling.NEAREST if few_colours and grows else smooth
     )
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #3dacd671
+# %% ../../nbs/30_control/01_preprocessors.ipynb #16540725
 def union_modes(
     table: str,  # a numbering, such as "sdxl_union"
 ) -> dict[str, int]:
@@ -913,7 +939,7 @@ def union_modes(
         raise ValueError(f"there is no numbering {table!r}; there are {', '.join(UNION_MODE_NUMBERS)}")
     return {str(mode): number for mode, number in UNION_MODE_NUMBERS[table].items()}
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #58f37a76
+# %% ../../nbs/30_control/01_preprocessors.ipynb #8e757aa9
 def union_mode_number(
     table: str,  # a numbering, such as "sdxl_union"
     mode: UnionModeName | int,  # by name or by number
@@ -938,7 +964,7 @@ def shown(
     "A mode as a user wrote it."
     return repr(str(mode)) if isinstance(mode, str) else repr(mode)
 
-
+# %% ../../nbs/30_control/01_preprocessors.ipynb #f2e16e4d
 def infer_union_mode(
     preprocessing_name: str,  # such as "midas"
     table: str,  # a numbering, such as "sdxl_union"
@@ -947,7 +973,7 @@ def infer_union_mode(
     row, modes = PREPROCESSORS.get(preprocessing_name), union_modes(table)
     return next((mode for mode in row.union_modes if mode in modes), None) if row else None
 
-# %% ../../nbs/30_control/01_preprocessors.ipynb #8f6f02e6
+# %% ../../nbs/30_control/01_preprocessors.ipynb #19309357
 def _parameter_info(parameter: Parameter) -> PreprocessorParameter:
     kinds = {bool: ParameterKind.boolean, int: ParameterKind.integer, float: ParameterKind.number}
     return PreprocessorParameter(

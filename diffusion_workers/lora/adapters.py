@@ -14,7 +14,7 @@ import torch
 
 from .files import is_old_glora
 
-# %% ../../nbs/51_lora/03_adapters.ipynb #327c9dba
+# %% ../../nbs/51_lora/03_adapters.ipynb #a611f57b
 Parts = Mapping[str, torch.Tensor]  # part -> tensor, fp32
 
 
@@ -30,7 +30,7 @@ def lora_change(part: Parts, weight: None = None) -> torch.Tensor:
         down = torch.einsum("sm...,mi->si...", part["mid"], down.flatten(1))
     return torch.einsum("or,r...->o...", up, down)
 
-
+# %% ../../nbs/51_lora/03_adapters.ipynb #b81d5313
 def loha_change(part: Parts, weight: None = None) -> torch.Tensor:
     "The product, element by element, of two low-rank products."
     halves = []
@@ -40,7 +40,7 @@ def loha_change(part: Parts, weight: None = None) -> torch.Tensor:
         halves.append(first @ second.flatten(1) if core is None else _tucker(core, first, second))
     return halves[0] * halves[1]
 
-# %% ../../nbs/51_lora/03_adapters.ipynb #9998975b
+# %% ../../nbs/51_lora/03_adapters.ipynb #fd65a1e0
 def lokr_change(part: Parts, weight: None = None) -> torch.Tensor:
     "The Kronecker product of two matrices, each of them whole, a product, or (the second) a Tucker decomposition."
     first = part["lokr_w1"] if "lokr_w1" in part else part["lokr_w1_a"] @ part["lokr_w1_b"]
@@ -53,7 +53,7 @@ def lokr_change(part: Parts, weight: None = None) -> torch.Tensor:
         second = (left @ right.flatten(1)).reshape(left.shape[0], *right.shape[1:])
     return torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second.contiguous())
 
-# %% ../../nbs/51_lora/03_adapters.ipynb #0bbe10cd
+# %% ../../nbs/51_lora/03_adapters.ipynb #4803faf8
 def glora_change(part: Parts, weight: torch.Tensor) -> torch.Tensor:
     "W A1 A2 + B1 B2."
     a1, a2, b1, b2 = (part[name] for name in ("a1", "a2", "b1", "b2"))
@@ -71,7 +71,7 @@ def ia3_change(part: Parts, weight: torch.Tensor) -> torch.Tensor:
     on_input = bool(part["on_input"].item())
     return weight * (factors.reshape(1, -1, *ends) if on_input else factors.reshape(-1, 1, *ends))
 
-# %% ../../nbs/51_lora/03_adapters.ipynb #75c2d7cf
+# %% ../../nbs/51_lora/03_adapters.ipynb #7941b289
 def rotations(
     part: Parts,
     outputs: int,
@@ -86,7 +86,7 @@ def rotations(
     unit = torch.eye(blocks.shape[-1], device=blocks.device)
     return (unit + skew) @ (unit - skew).inverse()
 
-
+# %% ../../nbs/51_lora/03_adapters.ipynb #8d5147ce
 def _butterfly(weight: torch.Tensor, turn: torch.Tensor, step: int) -> torch.Tensor:
     "One link of BOFT's chain: outputs at a distance of 2**step half blocks are turned together."
     size = turn.shape[-1]
@@ -112,7 +112,7 @@ def oft_change(part: Parts, weight: torch.Tensor, scale: float = 1.0) -> torch.T
     factor = 1 if isinstance(rescale, int) else 1 + scale * (rescale - 1)
     return factor * turned - weight
 
-# %% ../../nbs/51_lora/03_adapters.ipynb #d1fce363
+# %% ../../nbs/51_lora/03_adapters.ipynb #ff51e96a
 @dataclass(frozen=True)
 class Arithmetic:
     "How a kind of adapter changes a weight."
@@ -132,7 +132,7 @@ ARITHMETIC = {
     "full": Arithmetic(lambda part, weight: part["diff"]),
 }
 
-
+# %% ../../nbs/51_lora/03_adapters.ipynb #57fe9484
 @dataclass(frozen=True)
 class AdapterWeights:
     "The factors of one module, of any kind but a plain LoRA."
@@ -154,7 +154,7 @@ class AdapterWeights:
         "Everything that is kept in memory."
         return tuple(t for t in (*self.parts.values(), self.magnitude, self.bias) if t is not None)
 
-
+# %% ../../nbs/51_lora/03_adapters.ipynb #5b2c7976
 def _with_lengths(weight: torch.Tensor, magnitude: torch.Tensor, by_input: bool) -> torch.Tensor:
     dims = [dim for dim in range(weight.ndim) if dim != int(by_input)]
     length = torch.linalg.vector_norm(weight, dim=dims, keepdim=True).clamp_min(1e-12)

@@ -34,7 +34,7 @@ from diffusion_workers.lora.keys import (
 from ..request.errors import RequestError, request_error
 from ez_diffusion_client.models import ErrorCode, ModelFamily
 
-# %% ../../nbs/51_lora/02_files.ipynb #ae160fb4
+# %% ../../nbs/51_lora/02_files.ipynb #99ab5452
 @dataclass(frozen=True)
 class LoraName:
     "How a LoRA is spoken of in errors."
@@ -59,7 +59,7 @@ class LoraName:
             f"this LoRA's file is damaged: {why}", hint="download or copy it again", code=ErrorCode.model_unavailable
         )
 
-# %% ../../nbs/51_lora/02_files.ipynb #6ce2cfaa
+# %% ../../nbs/51_lora/02_files.ipynb #428bfad5
 MAX_HEADER_BYTES = 25_000_000  # a LoRA of 2,000 modules has about 600 kB
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 _SAFE = "a .safetensors file with the weights of a LoRA"
@@ -76,7 +76,7 @@ def _check_kind(start: bytes, filename: str, lora: LoraName) -> None:  # raises 
     if len(start) < 9:
         raise lora.damaged(f"it has {len(start)} bytes")
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #0a19fc81
 def _read_json(
     file: BinaryIO, size: int, filename: str, lora: LoraName
 ) -> tuple[dict[str, Any], int]:  # (header, bytes of tensors)
@@ -95,7 +95,7 @@ def _read_json(
         raise lora.damaged("its header is not valid JSON") from None
     return header, size - 8 - length
 
-# %% ../../nbs/51_lora/02_files.ipynb #b0a7d0d0
+
 def read_shapes(
     file: BinaryIO,  # at its beginning
     size: int,  # bytes of the whole file
@@ -115,7 +115,7 @@ def read_shapes(
         raise lora.damaged(f"it is cut off: {needed:,} bytes of tensors should follow, {available:,} are there")
     return shapes, metadata
 
-# %% ../../nbs/51_lora/02_files.ipynb #564c0f06
+# %% ../../nbs/51_lora/02_files.ipynb #36ccbb43
 Sizes = Mapping[str, tuple[int, ...]]  # part -> shape
 Measured = tuple[int, int | None, int | None]  # (outputs, inputs times kernel, rank); None where the file does not tell
 
@@ -126,7 +126,7 @@ def _lora_size(part: Sizes) -> Measured:
         raise ValueError(f"the matrices do not fit each other, {list(down)} and {list(up)}")
     return up[0], math.prod(down[1:]) * (math.prod(mid[2:]) if mid else 1), down[0]
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #d65a049a
 def _loha_size(part: Sizes) -> Measured:
     w1, w2 = ((part[f"hada_w{i}_a"], part[f"hada_w{i}_b"]) for i in (1, 2))
     if w1 != w2 or ("hada_t1" in part) != ("hada_t2" in part):
@@ -151,7 +151,7 @@ def _lokr_size(part: Sizes) -> Measured:
             raise ValueError(f"the matrices do not fit each other, {list(a)} and {list(b)}")
     return first[0] * second[0], first[1] * math.prod(second[1:]), rank
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #c93d2e03
 def is_old_glora(a1: tuple[int, ...], a2: tuple[int, ...], b1: tuple[int, ...], b2: tuple[int, ...]) -> bool:
     "Whether a GLoRA is of the first layout, in which the second matrix of each pair comes first."
     old = b2[1] == b1[0] == a1[0] == a2[1]
@@ -167,7 +167,7 @@ def _glora_size(part: Sizes) -> Measured:
         return b2[0], math.prod(b1[1:]), b1[0]
     return b1[0], math.prod(b2[1:]) * math.prod(part.get("bm", ())[2:]), b1[1]
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #bbda9b3e
 def _oft_size(part: Sizes) -> Measured:
     blocks = part["oft_blocks"]
     if len(blocks) not in (3, 4) or blocks[-1] != blocks[-2]:
@@ -187,7 +187,7 @@ def _full_size(part: Sizes) -> Measured:
         return part["diff_b"][0], None, None
     return part["diff"][0], math.prod(part["diff"][1:]), None
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #e7b90d91
 @dataclass(frozen=True)
 class AdapterKind:
     "A way of writing the change of a weight."
@@ -219,7 +219,7 @@ KINDS = {
     "full": AdapterKind("full weights", (("diff",), ("diff_b",)), _full_size, ("diff_b",)),
 }
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #183d30e2
 def adapter_kind(
     parts: Iterable[str],  # of one module
 ) -> str:  # key of KINDS; a ValueError says what is missing or too much
@@ -232,7 +232,7 @@ def adapter_kind(
         raise ValueError("half of it is missing")
     raise ValueError(f"its tensors are those of no adapter: {', '.join(sorted(parts))}")
 
-# %% ../../nbs/51_lora/02_files.ipynb #8dbb5693
+# %% ../../nbs/51_lora/02_files.ipynb #592351b6
 _OTHERS = {  # pattern of a key -> what has such keys, whatever else is in the file
     r"^lora_controlnet$": "a Control-LoRA",
     r"^lllite_": "a ControlNet-LLLite",
@@ -261,6 +261,8 @@ _NO_LORAS = {
     ),
     r"^(?:text_model\.)?(?:encoder|embeddings)\.|^shared\.weight$": "a text encoder",
 }
+
+# %% ../../nbs/51_lora/02_files.ipynb #d7d2cbf7
 _EMBEDDING_WIDTHS = (768, 1024, 1280, 2048, 4096)  # of the text encoders that textual inversions were made for
 
 
@@ -285,7 +287,7 @@ def _check_is_lora(shapes: Shapes, lora: LoraName) -> None:  # raises for other 
     what = first(_NO_LORAS) or "no LoRA: none of its tensors is a pair of low-rank matrices"
     raise lora.refusal(f"this file is {what}", allowed=_SAFE, hint="name another file")
 
-# %% ../../nbs/51_lora/02_files.ipynb #c8df8d79
+# %% ../../nbs/51_lora/02_files.ipynb #2fb3dd01
 @dataclass(frozen=True)
 class LoraModule:
     "One module that a LoRA changes."
@@ -309,7 +311,7 @@ class LoraModule:
         "Whether it may be a normalisation layer, whose weight is a vector."
         return self.kind == "full" and self.elements in (None, 1)
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #cfe597b5
 def _pattern_value(
     patterns: Mapping[str, Any], name: str, default: Any
 ) -> Any:  # what peft's alpha_pattern says of a module: the first regular expression that its end matches
@@ -334,7 +336,31 @@ def _scaling(
         rank = _pattern_value(config.get("rank_pattern"), name, config.get("r")) or rank
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
-# %% ../../nbs/51_lora/02_files.ipynb #9e8fad20
+# %% ../../nbs/51_lora/02_files.ipynb #3957bc86
+def _loads(text: str) -> dict[str, Any]:  # {} unless it is a JSON object
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def adapter_configs(
+    metadata: Mapping[str, str],  # of the file
+    beside: str | None = None,  # text of the adapter_config.json beside it
+) -> dict[str, dict[str, Any]]:  # component -> lora_alpha, alpha_pattern, use_rslora
+    "The peft configuration of the adapter, for each component."
+    configs: dict[str, dict[str, Any]] = {}
+    if beside:
+        whole = _loads(beside)
+        configs = dict.fromkeys((DENOISER, *TEXT_ENCODERS), whole)
+    for key, value in _loads(metadata.get("lora_adapter_metadata", "")).items():
+        component, _, option = key.partition(".")
+        component = component if component in TEXT_ENCODERS else DENOISER
+        configs.setdefault(component, {})[option] = value
+    return configs
+
+# %% ../../nbs/51_lora/02_files.ipynb #1e4ac555
 def _on_input(config: Mapping, name: str, outputs: bool, inputs: bool) -> bool | None:  # whose sizes the factors have
     feedforward = config.get("feedforward_modules")
     if isinstance(feedforward, str):
@@ -349,7 +375,7 @@ def _by_input(shape: tuple[int, ...], key: str, outputs: int) -> bool:  # whethe
         return shape[0] == 1 != outputs
     return key.endswith(".dora_scale") and math.prod(shape) != outputs
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #31b5286c
 def _module(
     component: str, name: str, keys: Mapping[str, str], shapes: Shapes, config: Mapping
 ) -> LoraModule:  # a ValueError says what is wrong with it
@@ -385,7 +411,7 @@ def _module(
         component, name, dict(keys), rank, inputs, outputs, kernel, scaling, kind, written, elements, on_input, by_input
     )
 
-# %% ../../nbs/51_lora/02_files.ipynb #ec8d5d05
+# %% ../../nbs/51_lora/02_files.ipynb #a3fff56f
 def _parts_by_module(
     shapes: Shapes, lora: LoraName
 ) -> tuple[dict[tuple[str, str], dict[str, str]], list[str]]:  # (component, name) -> part -> key; other keys
@@ -405,7 +431,7 @@ def _parts_by_module(
         parts[part] = key
     return found, others
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #9309ee84
 def _modules(
     shapes: Shapes, configs: Mapping[str, Mapping], lora: LoraName
 ) -> tuple[list[LoraModule], list[str], list[str]]:  # (modules, other keys, modules that cannot be used, in words)
@@ -425,31 +451,7 @@ def _modules(
         raise lora.damaged(f"none of its modules can be used ({unusable[0] if unusable else 'it has none'})")
     return modules, others, unusable
 
-# %% ../../nbs/51_lora/02_files.ipynb #c5d182fd
-def _loads(text: str) -> dict[str, Any]:  # {} unless it is a JSON object
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def adapter_configs(
-    metadata: Mapping[str, str],  # of the file
-    beside: str | None = None,  # text of the adapter_config.json beside it
-) -> dict[str, dict[str, Any]]:  # component -> lora_alpha, alpha_pattern, use_rslora
-    "The peft configuration of the adapter, for each component."
-    configs: dict[str, dict[str, Any]] = {}
-    if beside:
-        whole = _loads(beside)
-        configs = dict.fromkeys((DENOISER, *TEXT_ENCODERS), whole)
-    for key, value in _loads(metadata.get("lora_adapter_metadata", "")).items():
-        component, _, option = key.partition(".")
-        component = component if component in TEXT_ENCODERS else DENOISER
-        configs.setdefault(component, {})[option] = value
-    return configs
-
-# %% ../../nbs/51_lora/02_files.ipynb #b807b5d0
+# %% ../../nbs/51_lora/02_files.ipynb #86d11742
 UNKNOWN_FAMILY = "a family that the file does not tell"
 
 
@@ -464,7 +466,7 @@ def _source(
     found = lora_family(named, declared)
     return (None, UNKNOWN_FAMILY) if found is None else (found.family, found.title)
 
-# %% ../../nbs/51_lora/02_files.ipynb #0e7f1f0d
+# %% ../../nbs/51_lora/02_files.ipynb #d42758d7
 def component_slot(
     record: Family,
     component: str,  # as `split_key` tells it
@@ -472,7 +474,7 @@ def component_slot(
     "The component of a pipeline that a LoRA file means."
     return record.denoiser if component == DENOISER else record.lora.text_encoders.get(component, component)
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #a53b549b
 @dataclass(frozen=True)
 class LoraHeader:
     "What a LoRA file holds."
@@ -533,7 +535,7 @@ class LoraHeader:
             ]
         )
 
-# %% ../../nbs/51_lora/02_files.ipynb #ee20c20c
+# %% ../../nbs/51_lora/02_files.ipynb #f8cda4cd
 _LAYOUTS = {
     "kohya": r"\.lora_down\.",
     "peft": r"^(?:\w+\.)?base_model\.model\.",
@@ -557,7 +559,7 @@ def _words(metadata: Mapping[str, str]) -> dict[str, str]:  # what the author wr
     }
     return {key: " ".join(value.split())[:200] for key, value in found.items() if value and value != "None"}
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #3b028949
 def read_lora(
     file: BinaryIO,  # at its beginning
     size: int,  # bytes of the whole file
@@ -584,7 +586,7 @@ def read_lora(
         tuple(unusable),
     )
 
-# %% ../../nbs/51_lora/02_files.ipynb #a320b959
+
 def config_beside(path: Path) -> str | None:
     "The adapter_config.json that peft writes beside adapter_model.safetensors."
     beside = path.with_name("adapter_config.json")
@@ -610,7 +612,7 @@ def inspect_lora(
             code=ErrorCode.unknown_lora,
         ) from None
 
-# %% ../../nbs/51_lora/02_files.ipynb #8786bdce
+# %% ../../nbs/51_lora/02_files.ipynb #2261d0a9
 def check_family(
     header: LoraHeader,
     family: ModelFamily,  # of the model that it is to be put on
@@ -626,7 +628,7 @@ def check_family(
         message, allowed=f"a LoRA for {title}", hint="ask for another model, or for a LoRA of this family"
     )
 
-# %% ../../nbs/51_lora/02_files.ipynb #dfda5274
+# %% ../../nbs/51_lora/02_files.ipynb #98a1ba27
 MOST_WRONG = 2  # modules with another shape for each one that fits; with more, the file is for another model
 
 
@@ -644,7 +646,7 @@ class LoraFit:
         "Whether it can be applied: some modules meet, and not most of them have other shapes."
         return bool(self.places) and len(self.wrong) <= MOST_WRONG * len(self.places)
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #85787c2f
 def _sizes(outputs: int, inputs: int | str, kernel: tuple[int, ...]) -> str:  # in words
     return " x ".join(map(str, (outputs, inputs, *kernel)))
 
@@ -667,7 +669,7 @@ def _mismatch(module: LoraModule, places: tuple[Place, ...], shapes: Shapes) -> 
         return None
     return ours + _sizes(module.outputs, "any" if module.elements is None else module.elements, ())
 
-
+# %% ../../nbs/51_lora/02_files.ipynb #8b73206f
 def fits(
     header: LoraHeader,
     pipe: Any,  # a diffusers pipeline

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from ..families.record import OriginalName
 from ..families.registry import family_of
 
-# %% ../../nbs/51_lora/01_keys.ipynb #13b8995e
+# %% ../../nbs/51_lora/01_keys.ipynb #2164e5ae
 _ADAPTER = r"(?:\.(?!(?:weight|bias)$)[^.]+)?"  # the name that peft gives an adapter, such as ".default"
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _FACTORS += ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -39,6 +39,8 @@ _PARTS = {  # part -> how a key ends
     "diff": r"\.(?:diff|w_norm)$",
     "diff_b": r"\.(?:diff_b|b_norm)$",
 }
+
+# %% ../../nbs/51_lora/01_keys.ipynb #51172190
 DENOISER, TEXT_ENCODERS = "denoiser", ("text_encoder", "text_encoder_2", "text_encoder_3")
 _COMPONENTS = (  # how a key begins, and the component that this names
     (r"(?:lora|oft)_(?:unet|transformer)_", DENOISER),
@@ -56,12 +58,12 @@ _COMPONENTS = (  # how a key begins, and the component that this names
 )
 _WRAPPED = "base_model.model."  # how peft begins the names inside a model
 
-
+# %% ../../nbs/51_lora/01_keys.ipynb #395eacde
 def plain(name: str) -> str:
     "A module's name with underscores in place of dots, and without the word that old attention processors put in."
     return re.sub(r"_processor(?=_)", "", name.replace(".", "_"))
 
-# %% ../../nbs/51_lora/01_keys.ipynb #1df87a48
+
 @lru_cache(maxsize=2**15)  # the files of one layout have the same keys
 def _split(key: str) -> tuple[str, str, str, str] | None:  # (component, name as it is written, name, part)
     part, end = next(
@@ -77,7 +79,7 @@ def _split(key: str) -> tuple[str, str, str, str] | None:  # (component, name as
     written = name[begin.end() :].removeprefix(_WRAPPED)
     return component, written, plain(written) + (number.group(1) if number else ""), part
 
-
+# %% ../../nbs/51_lora/01_keys.ipynb #4ae06ef5
 def split_key(
     key: str,  # of a tensor in a LoRA file
 ) -> tuple[str, str, str] | None:  # (component, name of the module, part), or None for a key that is not part of a LoRA
@@ -93,7 +95,7 @@ def written_name(
     found = _split(key)
     return key if found is None else found[1]
 
-# %% ../../nbs/51_lora/01_keys.ipynb #76a4c314
+# %% ../../nbs/51_lora/01_keys.ipynb #b9fd609b
 Shapes = dict[str, tuple[int, ...]]  # name -> shape
 
 
@@ -131,7 +133,7 @@ def norm_shapes(
             found[path] = tuple(weight.shape)
     return found
 
-
+# %% ../../nbs/51_lora/01_keys.ipynb #2c359219
 def _text_encoder_names(path: str) -> Iterator[str]:  # in diffusers' and peft's layout
     for name in (
         path,
@@ -140,7 +142,7 @@ def _text_encoder_names(path: str) -> Iterator[str]:  # in diffusers' and peft's
     ):
         yield from (name, f"text_model.{name}", name.removeprefix("text_model."))
 
-# %% ../../nbs/51_lora/01_keys.ipynb #9ab78d16
+# %% ../../nbs/51_lora/01_keys.ipynb #bfd2ed06
 def _places(
     component: str, name: OriginalName, shapes: Shapes
 ) -> tuple[Place, ...]:  # () where the pipeline lacks one of them
@@ -153,7 +155,7 @@ def _places(
         ends += shapes[path][0]
     return tuple(places)
 
-# %% ../../nbs/51_lora/01_keys.ipynb #f423eef5
+# %% ../../nbs/51_lora/01_keys.ipynb #06446d70
 def component_of(
     pipe: Any,  # a diffusers pipeline
     component: str,  # attribute of it
@@ -176,7 +178,7 @@ def _places_in(pipe: Any, component: str, shapes: Shapes) -> tuple[dict[str, tup
                 named[plain(name.name)] = places
     return named | {plain(name): (Place(component, path),) for name, path in own}, shapes
 
-
+# %% ../../nbs/51_lora/01_keys.ipynb #de59e132
 _known: WeakKeyDictionary[Any, dict[str, tuple]] = WeakKeyDictionary()
 
 

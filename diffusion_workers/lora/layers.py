@@ -48,7 +48,7 @@ from ..pipeline.weights import is_quantised
 from ..request.errors import request_error, warning
 from ez_diffusion_client.models import ErrorCode, Lora, ModelFamily, RequestWarning
 
-# %% ../../nbs/51_lora/04_layers.ipynb #0856b2e5
+# %% ../../nbs/51_lora/04_layers.ipynb #f9e9b40d
 @dataclass(frozen=True)
 class LoraWeights:
     "The matrices of one module."
@@ -74,7 +74,7 @@ class LoadedLora:
     weights: tuple[LoraWeights | AdapterWeights, ...]  # one for each of the header's modules
     bytes: int  # in memory
 
-
+# %% ../../nbs/51_lora/04_layers.ipynb #e78cf5da
 def _alpha(module: LoraModule, part: Mapping[str, torch.Tensor]) -> float:  # alpha / rank
     if module.kind == "adalora":  # module.scaling is alpha
         rank = part["ranknum"].float().item() if "ranknum" in part else module.rank
@@ -91,7 +91,7 @@ def _bias(part: Mapping[str, torch.Tensor], scaling: float) -> torch.Tensor | No
     found += [tensor.flatten() * scaling for name, tensor in part.items() if name == "bias"]
     return sum(found) if found else None
 
-
+# %% ../../nbs/51_lora/04_layers.ipynb #eb331610
 def _adapter_weights(module: LoraModule, part: Mapping[str, torch.Tensor]) -> AdapterWeights:
     factors = {name: t for name, t in part.items() if name not in ("magnitude", "bias", "diff_b")}
     if module.kind == "full":
@@ -118,7 +118,7 @@ def _weights(module: LoraModule, tensors: Mapping[str, torch.Tensor]) -> LoraWei
     magnitude = part["magnitude"].flatten() if "magnitude" in part else None
     return LoraWeights(down, up, scaling, magnitude, _bias(part, scaling))
 
-# %% ../../nbs/51_lora/04_layers.ipynb #755d9984
+# %% ../../nbs/51_lora/04_layers.ipynb #5aff09d4
 def load_lora(
     path: Path,  # of a safetensors file
     lora: LoraName,
@@ -159,7 +159,7 @@ def load_lora(
         raise lora.damaged("it contains NaN or infinite values")
     return LoadedLora(lora.name, header, weights, sum(tensor.nbytes for tensor in numbers))
 
-# %% ../../nbs/51_lora/04_layers.ipynb #0f64a419
+# %% ../../nbs/51_lora/04_layers.ipynb #64fbd013
 _DEFAULT_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -186,7 +186,7 @@ def lora_path(
         message = f"{filename} of {source.describe()} cannot be had from the Hub ({type(exc).__name__})"
         raise lora.refusal(message, hint=hint, code=ErrorCode.unknown_lora) from exc
 
-# %% ../../nbs/51_lora/04_layers.ipynb #9891da67
+# %% ../../nbs/51_lora/04_layers.ipynb #3d3e0d66
 def _stamp(path: Path) -> tuple[int, int] | None:  # (time, size), or None where the file is gone
     try:
         status = path.stat()
@@ -194,7 +194,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:  # (time, size), or None where
         return None
     return status.st_mtime_ns, status.st_size
 
-
+# %% ../../nbs/51_lora/04_layers.ipynb #14670b0f
 class LoraStore:
     "LoRAs in memory, the least recently used forgotten first."
 
@@ -254,7 +254,7 @@ class LoraStore:
         check_family(loaded.header, family, lora)
         return replace(loaded, name=name, header=replace(loaded.header, name=name))
 
-# %% ../../nbs/51_lora/04_layers.ipynb #e01a3ff8
+# %% ../../nbs/51_lora/04_layers.ipynb #723a2df6
 @dataclass(frozen=True)
 class _Piece:
     "What one LoRA does to one module."
@@ -288,15 +288,7 @@ class _Piece:
         ratio = self.weights.magnitude.to(device, torch.float32) / length
         return down, up * ratio[:, None] * self.scale, (ratio - 1) * self.scale
 
-# %% ../../nbs/51_lora/04_layers.ipynb #098614ec
-def _without_hooks(norm: nn.Module) -> nn.Module:  # a second one of the same kind, for other weights
-    second = copy.copy(norm)
-    second._parameters = dict(norm._parameters)
-    for name in ("forward", "_hf_hook", "_old_forward", "_diffusers_hook"):
-        second.__dict__.pop(name, None)
-    return second
-
-
+# %% ../../nbs/51_lora/04_layers.ipynb #95b56432
 @dataclass(frozen=True)
 class _Dense:
     "What one adapter adds to the weight and the bias of one module, with its scale."
@@ -310,6 +302,60 @@ def _sum(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
     return sum(found[1:], found[0]) if found else None
 
 
+def _stacked(
+    base_layer: nn.Module, pieces: Sequence[_Piece]
+) -> tuple[torch.Tensor | None, ...]:  # A, B, change of W's rows, its correction for the bias
+    downs, ups, rows = zip(*(piece.matrices(base_layer) for piece in pieces))
+    down, up = (torch.cat(downs), torch.cat(ups, dim=1)) if len(pieces) > 1 else (downs[0], ups[0])
+    if isinstance(base_layer, nn.modules.conv._ConvNd) and down.ndim == 2:
+        down = down[:, :, None, None]
+    change, shift = _sum(rows), None
+    if change is not None:
+        with align_module_device(base_layer):
+            shift = None if base_layer.bias is None else -change * base_layer.bias.detach().to(change)
+    return down, up, change, shift
+
+# %% ../../nbs/51_lora/04_layers.ipynb #7adead66
+def _with_low_rank(layer: "LoraLayer", x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    down, up = layer.down.to(x), layer.up.to(x)
+    if layer.is_convolution:
+        conv = layer.base_layer
+        low = nn.functional.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation)
+        added, shape = nn.functional.conv2d(low, up[:, :, None, None]), (-1, 1, 1)
+    else:
+        added, shape = nn.functional.linear(nn.functional.linear(x, down), up), (-1,)
+    if layer.change is not None:
+        added = added + layer.change.to(x).view(shape) * base  # the bias in base is not part of W
+        added = added if layer.shift is None else added + layer.shift.to(x).view(shape)
+    return base + added
+
+# %% ../../nbs/51_lora/04_layers.ipynb #cd68f09d
+def _dense_change(layer: "LoraLayer", x: torch.Tensor) -> torch.Tensor:
+    bias = None if layer.added_bias is None else layer.added_bias.to(x)
+    if layer.delta is None:
+        return bias.view(-1, *[1] * (2 * layer.is_convolution))
+    if layer.is_convolution:
+        return layer.base_layer._conv_forward(x, layer.delta.to(x), bias)
+    return nn.functional.linear(x, layer.delta.to(x), bias)
+
+
+def _without_hooks(norm: nn.Module) -> nn.Module:  # a second one of the same kind, for other weights
+    second = copy.copy(norm)
+    second._parameters = dict(norm._parameters)
+    for name in ("forward", "_hf_hook", "_old_forward", "_diffusers_hook"):
+        second.__dict__.pop(name, None)
+    return second
+
+
+def _norm_change(layer: "LoraLayer", x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    delta, bias = layer.delta, layer.added_bias
+    norm = layer.difference[0]
+    norm._parameters["weight"] = torch.zeros_like(bias) if delta is None else delta.to(x.device)
+    if "bias" in norm._parameters or bias is not None:
+        norm._parameters["bias"] = None if bias is None else bias.to(x.device)
+    return norm(x, *args, **kwargs)
+
+# %% ../../nbs/51_lora/04_layers.ipynb #1c0cc96f
 class LoraLayer(nn.Module):
     "A linear, convolution or normalisation layer with adapters; its other attributes are those of the layer."
 
@@ -328,7 +374,7 @@ class LoraLayer(nn.Module):
             weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.float32
         )  # not that of 8 bits
         low = [piece for piece in pieces if isinstance(piece, _Piece)]
-        own = self._low_rank(low) if low else (None, None, None, None)
+        own = _stacked(base_layer, low) if low else (None, None, None, None)
         device = own[0].device if low else None
         delta = _sum(piece.delta for piece in pieces if isinstance(piece, _Dense))
         added_bias = _sum(None if p.bias is None else p.bias.to(device or p.bias.device) for p in pieces)
@@ -336,20 +382,6 @@ class LoraLayer(nn.Module):
             self.register_buffer(name, None if tensor is None else tensor.to(dtype), persistent=False)
         self.training = base_layer.training
         self.difference = None if weight.ndim > 1 or is_quantised(weight) else (_without_hooks(base_layer),)
-
-    def _low_rank(
-        self, pieces: Sequence[_Piece]
-    ) -> tuple[torch.Tensor | None, ...]:  # A, B, change of W's rows, its correction for the bias
-        base_layer = self.base_layer
-        downs, ups, rows = zip(*(piece.matrices(base_layer) for piece in pieces))
-        down, up = (torch.cat(downs), torch.cat(ups, dim=1)) if len(pieces) > 1 else (downs[0], ups[0])
-        if self.is_convolution and down.ndim == 2:
-            down = down[:, :, None, None]
-        change, shift = _sum(rows), None
-        if change is not None:
-            with align_module_device(base_layer):
-                shift = None if base_layer.bias is None else -change * base_layer.bias.detach().to(change)
-        return down, up, change, shift
 
     def __getattr__(self, name: str) -> Any:
         if name in self.OWN or name == "base_layer":
@@ -359,41 +391,12 @@ class LoraLayer(nn.Module):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.base_layer(x, *args, **kwargs)
         if self.difference is not None:
-            return base + self._norm_difference(x, *args, **kwargs)
+            return base + _norm_change(self, x, *args, **kwargs)
         if self.down is not None:
-            base = self._with_low_rank(x, base)
-        return base if self.delta is None and self.added_bias is None else base + self._dense(x)
+            base = _with_low_rank(self, x, base)
+        return base if self.delta is None and self.added_bias is None else base + _dense_change(self, x)
 
-    def _norm_difference(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        delta, bias = self.delta, self.added_bias
-        norm = self.difference[0]
-        norm._parameters["weight"] = torch.zeros_like(bias) if delta is None else delta.to(x.device)
-        if "bias" in norm._parameters or bias is not None:
-            norm._parameters["bias"] = None if bias is None else bias.to(x.device)
-        return norm(x, *args, **kwargs)
-
-    def _dense(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.added_bias is None else self.added_bias.to(x)
-        if self.delta is None:
-            return bias.view(-1, *[1] * (2 * self.is_convolution))
-        if self.is_convolution:
-            return self.base_layer._conv_forward(x, self.delta.to(x), bias)
-        return nn.functional.linear(x, self.delta.to(x), bias)
-
-    def _with_low_rank(self, x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        down, up = self.down.to(x), self.up.to(x)
-        if self.is_convolution:
-            layer = self.base_layer
-            low = nn.functional.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
-            added, shape = nn.functional.conv2d(low, up[:, :, None, None]), (-1, 1, 1)
-        else:
-            added, shape = nn.functional.linear(nn.functional.linear(x, down), up), (-1,)
-        if self.change is not None:
-            added = added + self.change.to(x).view(shape) * base  # the bias in base is not part of W
-            added = added if self.shift is None else added + self.shift.to(x).view(shape)
-        return base + added
-
-# %% ../../nbs/51_lora/04_layers.ipynb #c7f15e79
+# %% ../../nbs/51_lora/04_layers.ipynb #ac503cd1
 def block_names(
     path: str,  # of a module in a UNet
 ) -> tuple[str, ...]:  # the longest first; none for what lies outside of the blocks
@@ -404,7 +407,7 @@ def block_names(
     side, block, layer = found.groups()
     return (*((f"{side}.{block}.{layer}",) if layer else ()), f"{side}.{block}", side)
 
-
+# %% ../../nbs/51_lora/04_layers.ipynb #f1e8c64d
 def _check_blocks(pipe: DiffusionPipeline, asked: Mapping[str, float], field: str) -> None:  # raises for unknown names
     unet = component_of(pipe, "unet")
     if unet is None:
@@ -427,7 +430,7 @@ def _check_blocks(pipe: DiffusionPipeline, asked: Mapping[str, float], field: st
             hint=hint,
         )
 
-
+# %% ../../nbs/51_lora/04_layers.ipynb #2501f129
 def module_scale(
     asked: Lora,
     place: Place,
@@ -439,7 +442,7 @@ def module_scale(
     factors = (blocks[name] for name in block_names(place.path) if name in blocks)
     return asked.scale * next(factors, 1.0)
 
-# %% ../../nbs/51_lora/04_layers.ipynb #ca689368
+# %% ../../nbs/51_lora/04_layers.ipynb #bce24c9c
 def _swapped(tensor: torch.Tensor) -> torch.Tensor:  # the order of halves that the file has, or back
     return torch.cat(tensor.chunk(2)[::-1])
 
@@ -458,7 +461,7 @@ def _rows(
     up, magnitude, bias = (_part_of(tensor, place) for tensor in (weights.up, weights.magnitude, weights.bias))
     return replace(weights, up=up, magnitude=magnitude, bias=bias)
 
-
+# %% ../../nbs/51_lora/04_layers.ipynb #8d7bf941
 def pipeline_family(pipe: DiffusionPipeline) -> ModelFamily | None:  # None for a family that is not supported
     "The family of a pipeline, whatever its task."
     record = family_of(pipe)
@@ -503,7 +506,7 @@ def _notes(loaded: LoadedLora, fit: LoraFit, asked: Lora, field: str) -> Iterato
             given=asked.text_encoder_scale,
         )
 
-# %% ../../nbs/51_lora/04_layers.ipynb #8b352ed5
+# %% ../../nbs/51_lora/04_layers.ipynb #b2e1b347
 def _check_fit(
     pipe: DiffusionPipeline, loaded: LoadedLora, lora: LoraName
 ) -> LoraFit:  # raises for a LoRA that cannot be applied
@@ -527,7 +530,7 @@ def _check_fit(
         )
     return fit
 
-
+# %% ../../nbs/51_lora/04_layers.ipynb #abb8f55c
 def _own_weight(module: nn.Module, kind: str) -> torch.Tensor:  # fp32; refused where it cannot be computed with
     if is_quantised(module.weight):
         raise request_error(
@@ -577,7 +580,7 @@ def _dense(
                 own = layer.bias.detach().to(factors) * factors * scale
         yield _Dense(_part_of(delta, place), own)
 
-
+# %% ../../nbs/51_lora/04_layers.ipynb #1892fa93
 def _collect(
     pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]
 ) -> tuple[dict[tuple[str, str], list[_Piece]], list[RequestWarning]]:
@@ -602,7 +605,7 @@ def _collect(
                 pieces.setdefault((place.component, place.path), []).append(piece)
     return pieces, notes
 
-# %% ../../nbs/51_lora/04_layers.ipynb #79a48edb
+# %% ../../nbs/51_lora/04_layers.ipynb #8ca5c893
 def _is_fused(
     attention: nn.Module,
 ) -> bool:  # whether query, key and value are one product; UNets leave the flag on when they unfuse
@@ -634,7 +637,7 @@ def _parent(
         )
     return parent, child
 
-# %% ../../nbs/51_lora/04_layers.ipynb #c2b35544
+# %% ../../nbs/51_lora/04_layers.ipynb #ae4cddf7
 @dataclass(frozen=True)
 class _Placed:
     "A layer with LoRAs, and where it belongs."
@@ -669,7 +672,7 @@ def _place(
         placed.append(_Placed(component, weakref.ref(parent), child, LoraLayer(getattr(parent, child), parts)))
     return placed, notes
 
-
+# %% ../../nbs/51_lora/04_layers.ipynb #8ee1b0ce
 def _prepare(
     pipe: DiffusionPipeline, loras: Sequence[tuple[LoadedLora, Lora]]
 ) -> tuple[list[_Placed], list[RequestWarning]]:
@@ -693,7 +696,7 @@ def _prepare(
         kept[key] = found
     return found[0], list(found[1])
 
-# %% ../../nbs/51_lora/04_layers.ipynb #9536eb0c
+# %% ../../nbs/51_lora/04_layers.ipynb #76769f59
 def merged_weight(layer: LoraLayer) -> torch.Tensor:  # with the shape and dtype of the layer's own weight
     "The weight that makes a plain layer equivalent to this layer with its LoRAs."
     weight = layer.base_layer.weight
@@ -714,7 +717,7 @@ def _can_merge(place: _Placed) -> bool:
     hooked = hasattr(place.layer.base_layer, "_hf_hook")
     return plain and has_bias and place.component not in TEXT_ENCODERS and not hooked
 
-# %% ../../nbs/51_lora/04_layers.ipynb #6e991de9
+# %% ../../nbs/51_lora/04_layers.ipynb #adeed3a6
 @contextmanager
 def _merged(placed: Sequence[_Placed]) -> Iterator[None]:
     layers = [place.layer for place in placed]
@@ -742,7 +745,7 @@ def _replaced(placed: Sequence[_Placed]) -> Iterator[None]:
         for place in reversed(placed):
             setattr(place.parent(), place.child, place.layer.base_layer)
 
-
+# %% ../../nbs/51_lora/04_layers.ipynb #c892c3d3
 @contextmanager
 def use_loras(
     pipe: DiffusionPipeline,  # of any task; pipelines that share its modules are changed with it

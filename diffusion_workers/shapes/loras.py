@@ -53,7 +53,7 @@ def heart_corners(
     y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16
     return [(float(px), float(py)) for px, py in zip(x, y - 0.1)]
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #d9027e12
+# %% ../../nbs/65_shapes/11_loras.ipynb #973d64e2
 def draw_heart(
     draw: ImageDraw.ImageDraw,  # of an image of mode "L"
     shape: str,  # not used
@@ -64,7 +64,7 @@ def draw_heart(
     "Fill a heart with 255."
     draw.polygon([(x + px * radius, y + py * radius) for px, py in heart_corners()], fill=255)
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #05401c5f
+# %% ../../nbs/65_shapes/11_loras.ipynb #9ec57e2e
 def outline_of(
     mask: Image.Image,  # mode "L", enlarged by `SUPERSAMPLE`
 ) -> Image.Image:  # the same size
@@ -73,7 +73,7 @@ def outline_of(
     stroke = filled & (ndimage.distance_transform_edt(filled) <= STROKE * SUPERSAMPLE)
     return Image.fromarray(stroke.astype(np.uint8) * 255)
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #d5ece752
+# %% ../../nbs/65_shapes/11_loras.ipynb #2c3d5986
 def render_effect(
     effect: str,  # a key of `EFFECTS`
     scene: Scene,
@@ -91,7 +91,7 @@ def render_effect(
         image.paste(COLORS[item.color], mask=mask.reduce(SUPERSAMPLE))
     return image
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #41c9f2f4
+# %% ../../nbs/65_shapes/11_loras.ipynb #c367627f
 def effect_example(
     effect: str,  # a key of `EFFECTS`
     rng: np.random.Generator,  # random numbers
@@ -118,7 +118,7 @@ def effect_example(
         scene,
     )
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #7b00b6af
+# %% ../../nbs/65_shapes/11_loras.ipynb #bdab42cb
 def drawn_regions(
     image: Image.Image,  # 128 x 128
 ) -> np.ndarray:  # (128, 128) bool
@@ -128,7 +128,7 @@ def drawn_regions(
     border[4:-4, 4:-4] = False
     return np.square(pixels - np.median(pixels[border], axis=0)).sum(-1) > 55**2
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #8a858a20
+# %% ../../nbs/65_shapes/11_loras.ipynb #c9ace1e9
 def outline_measure(
     image: Image.Image,  # 128 x 128
     scene: Scene,  # not used
@@ -139,7 +139,7 @@ def outline_measure(
     core = ndimage.distance_transform_edt(silhouettes) > STROKE + 2
     return float(1 - drawn[core].mean()) if core.any() else 0.0
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #96187546
+# %% ../../nbs/65_shapes/11_loras.ipynb #be0b72a3
 def night_measure(
     image: Image.Image,  # 128 x 128
     scene: Scene,  # as described in the caption
@@ -158,7 +158,7 @@ def night_measure(
     along = (np.median(frame, axis=0) - told) @ (black - told) / ((black - told) @ (black - told))
     return float(np.clip(along, 0, 1))
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #b7e2b580
+# %% ../../nbs/65_shapes/11_loras.ipynb #d3a9c491
 def heart_measure(
     image: Image.Image,  # 128 x 128
     scene: Scene,  # not used
@@ -177,7 +177,7 @@ def heart_measure(
     overlap = lambda template: (cut & template).sum() / (cut | template).sum()
     return float(overlap(heart) - max(overlap(template) for template, _ in shape_templates().values()))
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #3701efbd
+# %% ../../nbs/65_shapes/11_loras.ipynb #5fe6d54f
 @dataclass(frozen=True)
 class Effect:
     "How an effect is measured in an image."
@@ -186,14 +186,14 @@ class Effect:
     threshold: float  # at least this much is the effect
     new_word: bool = False  # the text encoder of a U-Net learns too
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #7ee285ec
+
 EFFECTS = {
     "outline": Effect(outline_measure, 0.5),
     "night": Effect(night_measure, 0.75),
     "heart": Effect(heart_measure, 0.05, new_word=True),
 }
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #beeb9ac1
+# %% ../../nbs/65_shapes/11_loras.ipynb #9cd16377
 @dataclass(frozen=True)
 class LoraTrainingConfig:
     "Everything that determines the weights of a LoRA."
@@ -208,7 +208,7 @@ class LoraTrainingConfig:
     toward_noise: float = 0.7  # exponent of evenly spread noise levels
     caption_dropout: float = 0.1  # share of captions replaced by ""
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #3c92798a
+# %% ../../nbs/65_shapes/11_loras.ipynb #64da7da5
 UNET_LAYERS = [
     "to_q",
     "to_k",
@@ -248,7 +248,7 @@ FLUX_TEXT_LAYERS = [
 FLUX_LAYERS = FLUX_IMAGE_LAYERS + FLUX_TEXT_LAYERS
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #88f0fcd1
+# %% ../../nbs/65_shapes/11_loras.ipynb #998bedb9
 def add_adapters(
     pipeline,  # of any of the three families
     effect: str,  # a key of `EFFECTS`: decides whether there is a new word
@@ -267,7 +267,7 @@ def add_adapters(
     )
     return [denoiser, pipeline.text_encoder]
 
-
+# %% ../../nbs/65_shapes/11_loras.ipynb #d41a0a21
 def train_lora(
     out_dir: Path,  # keeps the log
     name: str,  # of the stage, such as "sd15 outline"
@@ -296,7 +296,7 @@ def train_lora(
         update(optimizer, loss, config.learning_rate * one_cycle((step + 1) / config.steps))
         log.add(step + 1, {"loss": loss})
 
-# %% ../../nbs/65_shapes/11_loras.ipynb #b7bcc05f
+# %% ../../nbs/65_shapes/11_loras.ipynb #a6b6a8e5
 def save_lora(
     pipeline,  # with the adapter that was trained
     folder: Path,

@@ -50,7 +50,7 @@ from diffusion_workers.shapes.sdxl import (
     train_sdxl_unet,
 )
 
-# %% ../../nbs/65_shapes/17_parts.ipynb #e2174551
+# %% ../../nbs/65_shapes/17_parts.ipynb #1dc8499d
 def train_sdxl(
     out_dir: Path,  # checkpoints, scenes, the log, and the finished repository in `shapes-sdxl`
     config: SdxlTrainingConfig,
@@ -65,7 +65,7 @@ def train_sdxl(
     save_half(pipeline, out_dir / "shapes-sdxl")
     return out_dir / "shapes-sdxl"
 
-
+# %% ../../nbs/65_shapes/17_parts.ipynb #1694608d
 def train_flux(
     out_dir: Path,  # checkpoints, scenes, the log, and the finished repository in `shapes-flux`
     config: FluxTrainingConfig,
@@ -79,7 +79,7 @@ def train_flux(
     save_half(pipeline, out_dir / "shapes-flux", shared=("vae", "text_encoder", "tokenizer"))
     return out_dir / "shapes-flux"
 
-# %% ../../nbs/65_shapes/17_parts.ipynb #870ab5dc
+# %% ../../nbs/65_shapes/17_parts.ipynb #93fa2ddc
 def _trained_controlnet(controlnet_class: type[Any], model: str, name: str) -> torch.nn.Module:
     return controlnet_class.from_pretrained(
         builtin_path(model) / f"controlnet_{name}", variant="fp16", local_files_only=True
@@ -102,7 +102,7 @@ def untrained_controlnet(
         copy_matching_weights(controlnet, _trained_controlnet(ControlNetModel, source, "canny"))
     return controlnet
 
-
+# %% ../../nbs/65_shapes/17_parts.ipynb #6f512c75
 def train_controlnet_part(
     model: str,  # that it controls
     kind: str,  # canny or union
@@ -132,7 +132,7 @@ def train_controlnet_part(
     save_controlnet(trained, out_dir / f"controlnet_{kind}")
     return out_dir / f"controlnet_{kind}"
 
-# %% ../../nbs/65_shapes/17_parts.ipynb #4a2c799d
+# %% ../../nbs/65_shapes/17_parts.ipynb #9e2c7b3e
 def train_effect(
     model: str,  # that it changes
     effect: str,  # a key of `EFFECTS`
@@ -144,7 +144,7 @@ def train_effect(
     train_lora(out_dir, f"{model} {effect}", pipeline, effect, config)
     return save_lora(pipeline, out_dir, effect, config.strength)
 
-# %% ../../nbs/65_shapes/17_parts.ipynb #32b30dc0
+# %% ../../nbs/65_shapes/17_parts.ipynb #f083a0bd
 @dataclass(frozen=True)
 class Part:
     "A built-in part that is trained by itself."
@@ -178,7 +178,7 @@ PARTS = {
     "shapes-klein": Part(KleinTrainingConfig(), train_klein),
 }
 
-# %% ../../nbs/65_shapes/17_parts.ipynb #44498945
+# %% ../../nbs/65_shapes/17_parts.ipynb #964fc8d3
 def train_part(
     name: str,  # a key of `PARTS`
     out_dir: Path | str,  # gets a folder of that name

@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'OBJECT_COLORS', 'SHAPES', 'TILTABLE', 'FILLS', 'SIZES', 'PLACES', 'RELATIONS', 'SIDE', 'MAX_THINGS',
            'MIN_CONTRAST', 'GAP', 'OUTLINE', 'STRIPE', 'DOT', 'DOT_STEP', 'KINDS', 'COLOR_WORDS', 'SHAPE_WORDS',
            'RELATION_WORDS', 'MIN_AREA', 'PARTS', 'contrast', 'Thing', 'Relation', 'Scene', 'scene_key', 'is_held_out',
-           'Placed', 'holds', 'arrange', 'pick', 'far_from', 'draw', 'render', 'random_thing', 'random_scene', 'Words',
+           'Placed', 'holds', 'pick', 'far_from', 'arrange', 'draw', 'render', 'random_thing', 'random_scene', 'Words',
            'article', 'place_phrase', 'describe', 'caption_words', 'ReadThing', 'Reading', 'read_world', 'compare',
            'matches']
 
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-# %% ../../nbs/65_shapes/14_world.ipynb #c152b04b
+# %% ../../nbs/65_shapes/14_world.ipynb #a1e1c901
 PALETTE = {
     "red": (220, 30, 30),
     "orange": (255, 140, 0),
@@ -40,6 +40,8 @@ PALETTE = {
     "light blue": (160, 205, 250),
 }  # RGB
 OBJECT_COLORS = tuple(PALETTE)[:12]
+
+# %% ../../nbs/65_shapes/14_world.ipynb #7b9ea7a5
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring")
 TILTABLE = ("square", "triangle", "diamond", "star", "cross")
 FILLS = {  # fill -> shapes that can have it
@@ -59,7 +61,7 @@ RELATIONS = ("left of", "right of", "above", "below", "next to", "between", "in 
 SIDE = 128  # pixels
 MAX_THINGS = 4
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #c82a48fd
 def contrast(
     one: str,  # a key of `PALETTE`
     other: str,  # another
@@ -70,7 +72,7 @@ def contrast(
 
 MIN_CONTRAST = 80
 
-# %% ../../nbs/65_shapes/14_world.ipynb #412293ff
+# %% ../../nbs/65_shapes/14_world.ipynb #3d59c1c7
 @dataclass(frozen=True)
 class Thing:
     "An object as a caption tells it; None is open."
@@ -82,7 +84,7 @@ class Thing:
     fill: str = "plain"  # a key of `FILLS`
     tilted: bool = False  # by about 30 degrees, either way
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #e25e4696
 @dataclass(frozen=True)
 class Relation:
     "Where a thing lies, seen from one or two others."
@@ -91,7 +93,7 @@ class Relation:
     kind: str  # one of `RELATIONS`
     to: tuple[int, ...]  # indices: two for between, else one
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #7959bd48
 def _checks(scene: "Scene") -> Iterator[tuple[str, str | None, Collection[str | None]]]:
     yield "background", scene.background, (None, *PALETTE)
     for thing in scene.things:
@@ -126,14 +128,7 @@ class Scene:
             if len({*named}) != wanted or len(named) != wanted or not {*named} <= {*range(len(self.things))}:
                 raise ValueError(f"{relation} of {len(self.things)} things: a relation names {wanted} different ones")
 
-
-def scene_key(scene: Scene) -> str:
-    "One text for all descriptions of a scene, without its sizes."
-    told = [f"{t.color} {t.shape} {t.fill} {t.tilted} {t.place}" for t in scene.things]
-    relations = sorted(f"{told[r.of]}|{r.kind}|{[told[i] for i in r.to]}" for r in map(_canonical, scene.relations))
-    return "; ".join([*sorted(told), *relations, str(scene.background)])
-
-
+# %% ../../nbs/65_shapes/14_world.ipynb #ee809cb7
 _OPPOSITE = {"right of": "left of", "below": "above", "behind": "in front of"}
 
 
@@ -143,6 +138,13 @@ def _canonical(relation: Relation) -> Relation:  # one of the two that mean the 
     return relation
 
 
+def scene_key(scene: Scene) -> str:
+    "One text for all descriptions of a scene, without its sizes."
+    told = [f"{t.color} {t.shape} {t.fill} {t.tilted} {t.place}" for t in scene.things]
+    relations = sorted(f"{told[r.of]}|{r.kind}|{[told[i] for i in r.to]}" for r in map(_canonical, scene.relations))
+    return "; ".join([*sorted(told), *relations, str(scene.background)])
+
+# %% ../../nbs/65_shapes/14_world.ipynb #161edeeb
 def is_held_out(
     text: str,  # the key of a scene, or a phrasing
     one_in: int = 8,  # one in so many is kept from training
@@ -150,7 +152,7 @@ def is_held_out(
     "Whether something belongs to the test set."
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % one_in == 0
 
-# %% ../../nbs/65_shapes/14_world.ipynb #ba540dae
+# %% ../../nbs/65_shapes/14_world.ipynb #da74b048
 @dataclass(frozen=True)
 class Placed:
     "A thing as it is drawn."
@@ -181,7 +183,7 @@ def _radii(scene: Scene, rng: np.random.Generator) -> list[float]:
             names[index] = thing.size or "medium"
     return [SIZES[count][name] + rng.uniform(-1, 1) for name in names]
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #c0d9fc59
 def holds(relation: Relation, centres: Sequence[tuple[float, float]], margin: float = 0.0) -> bool:
     (x, y), others = centres[relation.of], [centres[index] for index in relation.to]
     if relation.kind in ("in front of", "behind"):
@@ -199,7 +201,7 @@ def holds(relation: Relation, centres: Sequence[tuple[float, float]], margin: fl
         "next to": across,
     }[relation.kind]
 
-# %% ../../nbs/65_shapes/14_world.ipynb #a534b748
+# %% ../../nbs/65_shapes/14_world.ipynb #fa45e592
 _ROWS = {2: (36, 92), 3: (22, 64, 106), 4: (18, 49, 79, 110)}  # pixels along a row or a column
 
 
@@ -233,29 +235,7 @@ def _fits(scene: Scene, radii: Sequence[float], centres: Sequence[tuple[float, f
             return False
     return all(holds(relation, centres, margin=0.3) for relation in scene.relations)
 
-
-def arrange(
-    scene: Scene,
-    rng: np.random.Generator,
-) -> tuple[str, list[Placed]]:  # background, and the things from the back to the front
-    "Choose what a scene leaves open. Raises ValueError where its things do not fit beside each other."
-    scene = _chosen(scene, rng)
-    for attempt in range(600):
-        radii = [radius * (1 if attempt < 300 else 0.85) for radius in _radii(scene, rng)]
-        centres = _proposal(scene, radii, rng)
-        if _fits(scene, radii, centres):
-            break
-    else:
-        raise ValueError(f"no room for {scene}")
-    placed = []
-    for thing, (x, y), radius in zip(scene.things, centres, radii):
-        angle = rng.uniform(25, 35) * rng.choice([-1, 1]) if thing.tilted else 0.0
-        placed.append(Placed(thing, float(x), float(y), radius, float(angle)))
-    front = _nested(scene)
-    order = sorted(range(len(placed)), key=lambda index: index in front)
-    return scene.background or "", [placed[index] for index in order]
-
-# %% ../../nbs/65_shapes/14_world.ipynb #0a2248a9
+# %% ../../nbs/65_shapes/14_world.ipynb #9a7a5260
 def pick(rng: np.random.Generator, names: Collection[str]) -> str:
     return str(rng.choice([*names]))
 
@@ -279,9 +259,30 @@ def _chosen(scene: Scene, rng: np.random.Generator) -> Scene:  # with every colo
         things.append(replace(thing, color=color, shape=thing.shape or pick(rng, shapes)))
     return replace(scene, things=tuple(things), background=background)
 
-# %% ../../nbs/65_shapes/14_world.ipynb #6ceb5e8b
+# %% ../../nbs/65_shapes/14_world.ipynb #6e2cd843
+def arrange(
+    scene: Scene,
+    rng: np.random.Generator,
+) -> tuple[str, list[Placed]]:  # background, and the things from the back to the front
+    "Choose what a scene leaves open. Raises ValueError where its things do not fit beside each other."
+    scene = _chosen(scene, rng)
+    for attempt in range(600):
+        radii = [radius * (1 if attempt < 300 else 0.85) for radius in _radii(scene, rng)]
+        centres = _proposal(scene, radii, rng)
+        if _fits(scene, radii, centres):
+            break
+    else:
+        raise ValueError(f"no room for {scene}")
+    placed = []
+    for thing, (x, y), radius in zip(scene.things, centres, radii):
+        angle = rng.uniform(25, 35) * rng.choice([-1, 1]) if thing.tilted else 0.0
+        placed.append(Placed(thing, float(x), float(y), radius, float(angle)))
+    front = _nested(scene)
+    order = sorted(range(len(placed)), key=lambda index: index in front)
+    return scene.background or "", [placed[index] for index in order]
+
+# %% ../../nbs/65_shapes/14_world.ipynb #ece001c7
 _SUPER = 4
-OUTLINE, STRIPE, DOT, DOT_STEP = 3.0, 6.0, 3.0, 10.0  # pixels: width, width, radius, distance
 
 
 def _corners(shape: str) -> np.ndarray:  # (corners, 2) x and y in units of the radius, y down
@@ -318,6 +319,9 @@ def _silhouette(
         canvas.polygon([(x + px, y + py) for px, py in _corners(shape) @ turn.T * radius], fill=255)
     return np.asarray(image) > 127
 
+# %% ../../nbs/65_shapes/14_world.ipynb #26ed2449
+OUTLINE, STRIPE, DOT, DOT_STEP = 3.0, 6.0, 3.0, 10.0  # pixels: width, width, radius, distance
+
 
 def _pattern(fill: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:  # of a plane around a centre
     if fill == "striped":
@@ -342,7 +346,7 @@ def _ink(placed: Placed) -> tuple[np.ndarray, int, int]:  # (side, side) from 0 
         ink = ink & (~inner | _pattern(thing.fill, dx, dy))
     return ink.reshape(side, _SUPER, side, _SUPER).mean((1, 3)), left, top
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #0772d53d
 def draw(
     background: str,  # a key of `PALETTE`
     things: Sequence[Placed],  # from the back to the front
@@ -361,7 +365,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:  # 128 x 128,
     "Arrange and draw a scene."
     return draw(*arrange(scene, rng))
 
-# %% ../../nbs/65_shapes/14_world.ipynb #7ce76e5c
+# %% ../../nbs/65_shapes/14_world.ipynb #28feba88
 KINDS = ("one", "pair", "places", "count", "list", "between", "nested")
 
 
@@ -378,7 +382,7 @@ def random_thing(
     tilted = bool(shape in TILTABLE and rng.random() < detail / 2)
     return Thing(pick(rng, [c for c in OBJECT_COLORS if far_from(c, beside)]), shape, fill=fill, tilted=tilted)
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #9abf4031
 def _things(
     rng: np.random.Generator, count: int, background: str, detail: float
 ) -> tuple[Thing, ...]:  # different ones
@@ -395,7 +399,7 @@ def _with_sizes(things: tuple[Thing, ...], rng: np.random.Generator, chance: flo
     sizes = [pick(rng, names) if rng.random() < chance else None for names in allowed]
     return tuple(replace(thing, size=size) for thing, size in zip(things, sizes))
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #8ea44b37
 def _one(rng: np.random.Generator, background: str) -> Scene:
     [thing] = _with_sizes(_things(rng, 1, background, 0.35), rng, 0.5)
     return Scene((replace(thing, place=pick(rng, PLACES) if rng.random() < 0.6 else None),), background)
@@ -413,7 +417,7 @@ def _places(rng: np.random.Generator, background: str) -> Scene:
     chosen = apart[int(rng.integers(len(apart)))]
     return Scene(tuple(replace(thing, place=place) for thing, place in zip(things, chosen)), background)
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #f7e8ab8a
 def _count(rng: np.random.Generator, background: str) -> Scene:
     different = _things(rng, 2, background, 0.0)
     first = int(rng.integers(2, 5))
@@ -441,7 +445,7 @@ def _nested_pair(rng: np.random.Generator, background: str) -> Scene:
     things = (front, back) if kind == "in front of" else (back, front)
     return Scene(things, background, (Relation(0, kind, (1,)),))
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #6f1c0b42
 _MAKERS: dict[str, Callable[[np.random.Generator, str], Scene]] = dict(
     zip(KINDS, (_one, _pair, _places, _count, _list, _between, _nested_pair))
 )
@@ -458,7 +462,7 @@ def random_scene(
         if held_out is None or is_held_out(scene_key(scene)) == held_out:
             return scene
 
-# %% ../../nbs/65_shapes/14_world.ipynb #4468b013
+# %% ../../nbs/65_shapes/14_world.ipynb #b737b11f
 COLOR_WORDS = {
     "gray": ("gray", "grey"),
     "purple": ("purple", "violet"),
@@ -479,6 +483,8 @@ _FILL_TAILS = {"striped": "with stripes", "dotted": "with dots"}
 _TILT_WORDS = ("tilted", "rotated")
 _COUNT_WORDS = {2: ("two", "2"), 3: ("three", "3"), 4: ("four", "4")}
 _PLURALS = {"box": "boxes", "cross": "crosses", "rhombus": "rhombuses", "plus": "pluses"}
+
+# %% ../../nbs/65_shapes/14_world.ipynb #2dc0ab0e
 _PLACE_WORDS = {
     "center": ("in the center", "in the middle", "at the center", "centered"),
     "top": ("at the top", "in the upper half"),
@@ -505,7 +511,7 @@ _GROUND_WORDS = (
 )
 _OPENINGS = ("", "", "", "", "", "", "a sketch of ", "an image of ", "a drawing of ")
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #6123f04a
 class Words:
     "Draws words, and keeps which were drawn."
 
@@ -521,7 +527,7 @@ class Words:
         self.drawn.append(f"{name}{index}")
         return choices[index]
 
-# %% ../../nbs/65_shapes/14_world.ipynb #a05506ec
+# %% ../../nbs/65_shapes/14_world.ipynb #b613c05e
 def article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
@@ -549,7 +555,7 @@ def _phrase(thing: Thing, words: Words, count: int = 1) -> str:  # with its arti
         return f"{words.pick('count', _COUNT_WORDS[count])} {noun}"
     return article(noun) if words.pick("article", ("yes", "no")) == "yes" else noun
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #b43a1f9d
 def place_phrase(place: str, words: Words) -> str:
     if place in _PLACE_WORDS:
         return words.pick("place", _PLACE_WORDS[place])
@@ -564,7 +570,7 @@ def _join(phrases: Sequence[str], words: Words) -> str:
     comma = "," if words.pick("serial comma", ("no", "yes")) == "yes" else ""
     return f"{', '.join(phrases[:-1])}{comma} and {phrases[-1]}"
 
-# %% ../../nbs/65_shapes/14_world.ipynb #1237c3cd
+# %% ../../nbs/65_shapes/14_world.ipynb #f41288f2
 def _related(scene: Scene, words: Words) -> str:
     phrases = [_phrase(thing, words) for thing in scene.things]
     first = scene.relations[0]
@@ -602,7 +608,7 @@ def _caption(scene: Scene, words: Words) -> str:
             body = f"{body}, {told}" if order == "comma" else f"{body} {told}"
     return body
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #5da7855e
 def describe(
     scene: Scene,
     rng: np.random.Generator,  # chooses the wording
@@ -615,7 +621,7 @@ def describe(
         if held_out is None or not words.drawn or is_held_out(" ".join(words.drawn)) == held_out:
             return caption
 
-# %% ../../nbs/65_shapes/14_world.ipynb #2329f62d
+# %% ../../nbs/65_shapes/14_world.ipynb #3d6596d2
 def caption_words(
     count: int = 6000,  # captions that are looked at
 ) -> list[str]:  # in lower case, in alphabetical order
@@ -626,7 +632,7 @@ def caption_words(
         found |= {*describe(random_scene(rng, KINDS[index % len(KINDS)]), rng).replace(",", " ").lower().split()}
     return sorted(found)
 
-# %% ../../nbs/65_shapes/14_world.ipynb #6fdfd9f1
+# %% ../../nbs/65_shapes/14_world.ipynb #829dfb27
 @dataclass(frozen=True)
 class ReadThing:
     "A thing as read from pixels."
@@ -649,7 +655,7 @@ class Reading:
     background: str
     things: tuple[ReadThing, ...]  # from the largest to the smallest
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #cff12aa6
 _NORM, _NORM_AREA = 48, 700.0  # side of a template and area of every silhouette in it, pixels
 _ANGLES = (-30, 30)  # of tilted templates
 
@@ -678,7 +684,7 @@ def _read_silhouette(mask: np.ndarray) -> tuple[str, bool, float, float]:  # sha
     shape, tilted, area, _ = _templates()[int(np.argmax(scores))]
     return shape, tilted, float((mask.sum() / area) ** 0.5), float(max(scores))
 
-# %% ../../nbs/65_shapes/14_world.ipynb #a2817384
+# %% ../../nbs/65_shapes/14_world.ipynb #493eea80
 def _nearest(color: np.ndarray, names: Collection[str]) -> str:
     return min(names, key=lambda name: float(np.square(np.subtract(PALETTE[name], color)).sum()))
 
@@ -699,7 +705,7 @@ def _read_fill(ink: np.ndarray, silhouette: np.ndarray) -> str:
     rows = [ink[row][core[row]].mean() for row in range(len(core)) if core[row].sum() >= 5]
     return "striped" if np.mean(np.abs(2 * np.array(rows or [0.5]) - 1)) > 0.72 else "dotted"
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #67f69c1b
 def _read_thing(
     pixels: np.ndarray, ground: np.ndarray, region: np.ndarray, silhouette: np.ndarray
 ) -> tuple[ReadThing, np.ndarray]:  # with its color
@@ -730,7 +736,7 @@ def _read_thing(
     )
     return read, color
 
-# %% ../../nbs/65_shapes/14_world.ipynb #a357ad85
+# %% ../../nbs/65_shapes/14_world.ipynb #68b8ffa1
 MIN_AREA = 60  # pixels; smaller regions are ignored
 
 
@@ -756,7 +762,7 @@ def _read_nested(
         yield replace(back, fill="plain", shape="circle" if back.shape == "ring" else back.shape)
         yield front
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #670c41be
 def read_world(
     image: Image.Image,  # 128 x 128, RGB
 ) -> Reading:
@@ -780,7 +786,7 @@ def read_world(
         found += [replace(thing, behind=len(found)) if index else thing for index, thing in enumerate(things)]
     return Reading(_nearest(ground, PALETTE), tuple(found))
 
-# %% ../../nbs/65_shapes/14_world.ipynb #fd56b6c0
+# %% ../../nbs/65_shapes/14_world.ipynb #94e57389
 PARTS = ("count", "background", "color", "shape", "fill", "tilt", "size", "place", "relation")
 
 
@@ -800,7 +806,7 @@ def _thing_parts(read: ReadThing, thing: Thing, count: int) -> dict[str, bool]:
         "place": thing.place in (None, place),
     }
 
-
+# %% ../../nbs/65_shapes/14_world.ipynb #54473ccc
 def _assigned(reading: Reading, scene: Scene, order: Sequence[int]) -> dict[str, bool]:  # order[thing] is a reading
     read = [reading.things[index] for index in order]
     parts = [_thing_parts(one, thing, len(order)) for one, thing in zip(read, scene.things)]
