@@ -56,7 +56,7 @@ _JOINING = re.compile(r"concat|join|append", re.IGNORECASE)
 _MAX_JOINED = 20_000  # characters; a prompt may have half of that
 _DELIMITERS = ("delimiter", "separator", "clean_whitespace", "linebreak_addition")
 
-
+# %% ../../nbs/10_request/09_comfyui.ipynb #cf9a0005
 def scalar(
     graph: Graph,
     key: str,
@@ -73,32 +73,26 @@ def scalar(
     source = found[0]
     graph.used.add(source)
     below = (*seen, source)
-    inputs = graph.inputs(source)
     if _JOINING.search(graph.kind(source)):
-        names = [part for part in inputs if part not in _DELIMITERS]
-        parts = [scalar(graph, source, part, below) for part in names[:32]]
-        delimiter = inputs.get("delimiter", inputs.get("separator", ""))
-        texts = [part for part in parts if isinstance(part, str) and part]
-        return (delimiter if isinstance(delimiter, str) else "").join(texts)[:_MAX_JOINED] or None
+        return _joined_text(graph, source, below)
+    inputs = graph.inputs(source)
     for choice in dict.fromkeys((*_RESULTS, name, *_VALUE_NAMES)):
         if choice in inputs and (result := scalar(graph, source, choice, below)) is not None:
             return result
     plain = [value for value in inputs.values() if isinstance(value, (str, int, float))]
     return plain[0] if len(plain) == 1 else None
 
+
+def _joined_text(graph: Graph, key: str, seen: tuple[str, ...]) -> str | None:  # of a node that joins texts
+    inputs = graph.inputs(key)
+    names = [name for name in inputs if name not in _DELIMITERS]
+    parts = [scalar(graph, key, name, seen) for name in names[:32]]
+    delimiter = inputs.get("delimiter", inputs.get("separator", ""))
+    texts = [part for part in parts if isinstance(part, str) and part]
+    return (delimiter if isinstance(delimiter, str) else "").join(texts)[:_MAX_JOINED] or None
+
 # %% ../../nbs/10_request/09_comfyui.ipynb #bd9b1ae7
 _CUSTOM = ("SamplerCustom", "SamplerCustomAdvanced")
-_LATENT_INPUTS = (
-    "latent_image",
-    "samples",
-    "latent",
-    "optional_latent",
-    "latents",
-    "pixels",
-    "image",
-    "images",
-    "source",
-)
 _OUTPUTS = re.compile(r"save|preview|output", re.IGNORECASE)
 
 
@@ -120,6 +114,31 @@ def _upstream(graph: Graph, start: str) -> Iterator[str]:  # every node that `st
                     following.append(found[0])
         waiting = following
 
+# %% ../../nbs/10_request/09_comfyui.ipynb #cf9a0008
+_LATENT_INPUTS = (
+    "latent_image",
+    "samples",
+    "latent",
+    "optional_latent",
+    "latents",
+    "pixels",
+    "image",
+    "images",
+    "source",
+)
+
+
+def _sampler_before(graph: Graph, key: str) -> str | None:
+    found = graph.target(graph.inputs(key).get("latent_image"))
+    seen = {key}
+    while found and found[0] not in seen:
+        seen.add(found[0])
+        if _is_sampler(graph, found[0]):
+            return found[0]
+        links = (graph.target(graph.inputs(found[0]).get(name)) for name in _LATENT_INPUTS)
+        found = next((link for link in links if link), None)
+    return None
+
 
 def _first_sampler(graph: Graph) -> tuple[str | None, list[str]]:  # the generation, and what came after it
     outputs = [key for key in graph.nodes if _OUTPUTS.search(graph.kind(key))]
@@ -133,18 +152,6 @@ def _first_sampler(graph: Graph) -> tuple[str | None, list[str]]:  # the generat
         if before is None or before in chain:
             return chain[-1], chain[:-1]
         chain.append(before)
-
-
-def _sampler_before(graph: Graph, key: str) -> str | None:
-    found = graph.target(graph.inputs(key).get("latent_image"))
-    seen = {key}
-    while found and found[0] not in seen:
-        seen.add(found[0])
-        if _is_sampler(graph, found[0]):
-            return found[0]
-        links = (graph.target(graph.inputs(found[0]).get(name)) for name in _LATENT_INPUTS)
-        found = next((link for link in links if link), None)
-    return None
 
 # %% ../../nbs/10_request/09_comfyui.ipynb #263be9c4
 def _given(graph: Graph, key: str | None, name: str, meaning: str | None, label: str = "") -> Iterator[Setting]:
@@ -166,19 +173,10 @@ def _own_settings(graph: Graph, key: str) -> Iterator[Setting]:
     if scalar(graph, key, "add_noise") in ("disable", False):
         yield from _given(graph, key, "add_noise", None)
 
-
-def _custom_settings(graph: Graph, key: str) -> Iterator[Setting]:
-    noise, sampler = graph.node_at(key, "noise"), graph.node_at(key, "sampler")
-    sigmas, guider = graph.node_at(key, "sigmas"), graph.node_at(key, "guider")
-    graph.used |= {node for node in (noise, sampler, sigmas, guider) if node}
-    yield from _given(graph, noise, "noise_seed", "seed")
-    yield from _given(graph, key, "noise_seed", "seed")
-    yield from _given(graph, guider or key, "cfg", "cfg")
-    if sampler:
-        yield from _given(graph, sampler, "sampler_name", "sampler")
-        if scalar(graph, sampler, "sampler_name") is None:
-            yield Setting("sampler", graph.kind(sampler).removeprefix("Sampler"), "sampler")
-    yield from _sigma_settings(graph, sigmas)
+# %% ../../nbs/10_request/09_comfyui.ipynb #cf9a0012
+def _shown(graph: Graph, key: str) -> str:  # the values of a node, for people
+    plain = {name: value for name, value in graph.inputs(key).items() if not isinstance(value, (list, dict))}
+    return ", ".join(f"{name}: {text_of(value)[:200]}" for name, value in list(plain.items())[:16])
 
 
 def _sigma_settings(graph: Graph, sigmas: str | None) -> Iterator[Setting]:
@@ -197,14 +195,20 @@ def _sigma_settings(graph: Graph, sigmas: str | None) -> Iterator[Setting]:
         yield Setting("sigmas", graph.kind(sigmas).removesuffix("Scheduler"), "schedule")
 
 
-def _shown(graph: Graph, key: str) -> str:  # the values of a node, for people
-    plain = {name: value for name, value in graph.inputs(key).items() if not isinstance(value, (list, dict))}
-    return ", ".join(f"{name}: {text_of(value)[:200]}" for name, value in list(plain.items())[:16])
+def _custom_settings(graph: Graph, key: str) -> Iterator[Setting]:
+    noise, sampler = graph.node_at(key, "noise"), graph.node_at(key, "sampler")
+    sigmas, guider = graph.node_at(key, "sigmas"), graph.node_at(key, "guider")
+    graph.used |= {node for node in (noise, sampler, sigmas, guider) if node}
+    yield from _given(graph, noise, "noise_seed", "seed")
+    yield from _given(graph, key, "noise_seed", "seed")
+    yield from _given(graph, guider or key, "cfg", "cfg")
+    if sampler:
+        yield from _given(graph, sampler, "sampler_name", "sampler")
+        if scalar(graph, sampler, "sampler_name") is None:
+            yield Setting("sampler", graph.kind(sampler).removeprefix("Sampler"), "sampler")
+    yield from _sigma_settings(graph, sigmas)
 
 # %% ../../nbs/10_request/09_comfyui.ipynb #6e7dea86
-_MODEL_NAMES = ("ckpt_name", "unet_name", "model_name", "base_ckpt_name")
-
-
 def _power_loras(graph: Graph, key: str) -> Iterator[Setting]:  # of rgthree: lora_1 holds a whole entry
     for name, value in graph.inputs(key).items():
         if name.startswith("lora_") and isinstance(value, Mapping) and value.get("on", True) and value.get("lora"):
@@ -219,6 +223,16 @@ def _loras_at(graph: Graph, key: str) -> list[Setting]:
     unet, text = scalar(graph, key, "strength_model"), scalar(graph, key, "strength_clip")
     return [lora_setting(name, 1 if unet is None else unet, text, label="lora_name")]
 
+# %% ../../nbs/10_request/09_comfyui.ipynb #cf9a0016
+_MODEL_NAMES = ("ckpt_name", "unet_name", "model_name", "base_ckpt_name")
+
+
+def _next_model(graph: Graph, key: str) -> str | None:  # the node that a node takes its model from
+    names = ("model", "MODEL", "", "base_model", "model1", "any")
+    links = (graph.target(graph.inputs(key).get(name)) for name in names)
+    link = next((link for link in links if link), None)
+    return link[0] if link else None
+
 
 def _model_settings(graph: Graph, start: tuple[str, int] | None) -> Iterator[Setting]:
     "Along `model`: LoRAs in the order in which they are applied, the checkpoint, and what else is done to it."
@@ -230,7 +244,7 @@ def _model_settings(graph: Graph, start: tuple[str, int] | None) -> Iterator[Set
         graph.used.add(key)
         found = _loras_at(graph, key)
         loras.append(found)
-        inputs, kind = graph.inputs(key), graph.kind(key)
+        kind = graph.kind(key)
         names = [name for name in _MODEL_NAMES if isinstance(scalar(graph, key, name), str)]
         if names and not found:
             yield from _given(graph, key, names[0], "model")
@@ -239,13 +253,11 @@ def _model_settings(graph: Graph, start: tuple[str, int] | None) -> Iterator[Set
             yield from _given(graph, key, "multiplier", "guidance_rescale")
         elif not found and kind != "Reroute" and "Lora" not in kind:
             yield Setting(kind, _shown(graph, key))
-        links = (graph.target(inputs.get(name)) for name in ("model", "MODEL", "", "base_model", "model1", "any"))
-        link = next((link for link in links if link), None)
-        key = link[0] if link else None
+        key = _next_model(graph, key)
     for group in reversed(loras):
         yield from group
 
-
+# %% ../../nbs/10_request/09_comfyui.ipynb #cf9a0019
 def _clip_settings(graph: Graph, key: str | None) -> Iterator[Setting]:  # along `clip` from a text encoding
     seen: set[str] = set()
     while key and key not in seen:
@@ -260,9 +272,6 @@ def _clip_settings(graph: Graph, key: str | None) -> Iterator[Setting]:  # along
 _TEXTS = (  # inputs of text encoders, and which of the two prompts they are
     ("text_l", ""), ("clip_l", ""), ("text_g", "_2"), ("clip_g", "_2"), ("t5xxl", "_2"),
 )  # fmt: skip
-_PASSING = ("conditioning", "conditioning_1", "conditioning_to", "cond1", "conditioning1", "base_positive", "input", "")
-_QUIET_KINDS = ("Reroute", "ControlNetApply", "ControlNetApplyAdvanced", "ControlNetApplySD3", "FluxGuidance",
-                "InpaintModelConditioning", "CLIPTextEncodeFlux")  # fmt: skip
 
 
 def _encoded_texts(graph: Graph, key: str, side: str) -> Iterator[Setting]:  # side: prompt or negative_prompt
@@ -284,13 +293,9 @@ def _encoded_texts(graph: Graph, key: str, side: str) -> Iterator[Setting]:  # s
         elif text and text != first:
             yield Setting(name, text, path)
 
-
-def _control_unit(graph: Graph, key: str) -> Setting:
-    value = scalar(graph, key, "strength")
-    unit = {"model": "", "conditioning_scale": text_of(1 if value is None else value)}
-    for name, path in (("start_percent", "guidance_start"), ("end_percent", "guidance_end")):
-        if scalar(graph, key, name) is not None:
-            unit[path] = text_of(scalar(graph, key, name))
+# %% ../../nbs/10_request/09_comfyui.ipynb #cf9a0023
+def _control_network(graph: Graph, key: str) -> dict[str, str]:  # the file, and the mode of a union model
+    unit = {}
     loader, seen = graph.node_at(key, "control_net"), set()
     while loader and loader not in seen:
         seen.add(loader)
@@ -301,11 +306,26 @@ def _control_unit(graph: Graph, key: str) -> Setting:
         elif graph.kind(loader) == "SetUnionControlNetType":
             unit["union_type"] = text_of(scalar(graph, loader, "type"))
         loader = graph.node_at(loader, "control_net")
+    return unit
+
+
+def _control_unit(graph: Graph, key: str) -> Setting:
+    value = scalar(graph, key, "strength")
+    unit = {"model": "", "conditioning_scale": text_of(1 if value is None else value)}
+    for name, path in (("start_percent", "guidance_start"), ("end_percent", "guidance_end")):
+        if scalar(graph, key, name) is not None:
+            unit[path] = text_of(scalar(graph, key, name))
+    unit |= _control_network(graph, key)
     image = graph.node_at(key, "image")
     if image and graph.kind(image) not in ("LoadImage", "LoadImageMask", "ImageScale", "Reroute"):
         graph.used.add(image)
         unit["preprocessor"] = graph.kind(image)
     return Setting("ControlNet", unit["model"] or graph.kind(key), "control", unit)
+
+# %% ../../nbs/10_request/09_comfyui.ipynb #cf9a0026
+_PASSING = ("conditioning", "conditioning_1", "conditioning_to", "cond1", "conditioning1", "base_positive", "input", "")
+_QUIET_KINDS = ("Reroute", "ControlNetApply", "ControlNetApplyAdvanced", "ControlNetApplySD3", "FluxGuidance",
+                "InpaintModelConditioning", "CLIPTextEncodeFlux")  # fmt: skip
 
 
 def _conditioning(graph: Graph, start: tuple[str, int] | None, side: str) -> Iterator[Setting]:
@@ -457,7 +477,7 @@ def _widget_values(node: Mapping[str, Any]) -> dict[str, Any]:
         values = [value for value in values if not (isinstance(value, str) and value in _CONTROL_WIDGETS)]
     return {name: value for name, value in zip(names, values) if name != "-"}
 
-
+# %% ../../nbs/10_request/09_comfyui.ipynb #cf9a0033
 def graph_of_workflow(
     workflow: Mapping[str, Any],  # as the editor saves it
 ) -> dict[str, Any]:  # as ComfyUI runs it; muted and bypassed nodes are left out

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'STATUS_OF_CODE', 'RETRYABLE_CODES', 'RENAMED_FIELDS', 'FOREIGN_FIELD_NAMES', 'Model', 'MAX_ERRORS',
-           'MAX_VALUES', 'EXTRAS', 'RequestError', 'shorten', 'error_detail', 'request_error', 'describe_field',
-           'field_path', 'nearest_name', 'renamed_field', 'parse', 'install_line', 'is_installed', 'missing_package',
-           'is_out_of_memory', 'failure', 'warning', 'failures_shown', 'are_failures_shown']
+           'MAX_VALUES', 'EXTRAS', 'RequestError', 'shorten', 'error_detail', 'request_error', 'warning',
+           'describe_field', 'field_path', 'nearest_name', 'renamed_field', 'parse', 'install_line', 'is_installed',
+           'missing_package', 'is_out_of_memory', 'failure', 'failures_shown', 'are_failures_shown']
 
 # %% ../../nbs/10_request/01_errors.ipynb #da29ae5c
 import difflib
@@ -101,6 +101,18 @@ def request_error(
     "A `RequestError` with a single detail, made by `error_detail`."
     return RequestError([error_detail(code, message, **kwargs)])
 
+# %% ../../nbs/10_request/01_errors.ipynb #er1a0005
+def warning(
+    message: str,  # one sentence: what was changed
+    *,
+    field: str | None = None,  # path in the request
+    given: Any = None,  # the requested value; shortened
+    used: Any = None,  # what was used; shortened
+) -> RequestWarning:
+    "A note about something that was rounded, ignored, converted or cut off."
+    shown = [None if value is None else shorten(value) for value in (given, used)]
+    return RequestWarning(field=field, message=message, given=shown[0], used=shown[1])
+
 # %% ../../nbs/10_request/01_errors.ipynb #abcb4a73
 def _resolve(schema: dict, root: dict) -> list[dict]:  # the schemas that a value may satisfy, null left out
     if "$ref" in schema:
@@ -138,23 +150,24 @@ _NOUNS = {
 }
 
 
+def _range_words(schema: dict) -> list[str]:  # the bounds of a number, if it has any
+    low, high, above = schema.get("minimum"), schema.get("maximum"), schema.get("exclusiveMinimum")
+    if above is not None and high is not None:
+        return [f"above {above:g} and up to {high:g}"]
+    if above is not None:
+        return [f"above {above:g}"]
+    if low is not None and high is not None:
+        return [f"from {low:.16g} to {high:.16g}"]
+    return []
+
+
 def _describe_schema(schema: dict) -> str:  # what a JSON schema allows, in words
     if "enum" in schema:
         return "one of " + ", ".join(map(str, schema["enum"]))
-    words = [_NOUNS.get(schema.get("type", ""), "a value")]
-    low, high = schema.get("minimum"), schema.get("maximum")
-    if "exclusiveMinimum" in schema:
-        words.append(
-            f"above {schema['exclusiveMinimum']:g} and up to {high:g}"
-            if high is not None
-            else f"above {schema['exclusiveMinimum']:g}"
-        )
-    elif low is not None and high is not None:
-        words.append(f"from {low:.16g} to {high:.16g}")
-    sizes = [schema.get(f"{end}{noun}") for noun in ("Length", "Items") for end in ("min", "max")]
-    for least, most, unit in ((sizes[0], sizes[1], "characters"), (sizes[2], sizes[3], "entries")):
-        if most is not None:
-            words.append(f"of {least or 0} to {most} {unit}")
+    words = [_NOUNS.get(schema.get("type", ""), "a value"), *_range_words(schema)]
+    for noun, unit in (("Length", "characters"), ("Items", "entries")):
+        if (most := schema.get(f"max{noun}")) is not None:
+            words.append(f"of {schema.get(f'min{noun}') or 0} to {most} {unit}")
     if "multipleOf" in schema:
         words[-1] += f", a multiple of {schema['multipleOf']}"
     if "pattern" in schema:
@@ -169,23 +182,7 @@ def describe_field(
     "What a field accepts, in words, from the specification."
     return " or ".join(dict.fromkeys(_describe_schema(schema) for schema in _schema_at(model, location)[1]))
 
-# %% ../../nbs/10_request/01_errors.ipynb #ce96d8d9
-_CODE_OF_TYPE = {
-    "extra_forbidden": ErrorCode.unknown_field,
-    "missing": ErrorCode.missing_field,
-    "multiple_of": ErrorCode.not_a_multiple,
-    "finite_number": ErrorCode.not_a_finite_number,
-    "enum": ErrorCode.not_one_of,
-    "literal_error": ErrorCode.not_one_of,
-    **dict.fromkeys(["string_too_long", "too_long"], ErrorCode.too_long),
-    **dict.fromkeys(["string_too_short", "too_short"], ErrorCode.too_short),
-    **dict.fromkeys(["greater_than", "greater_than_equal", "less_than", "less_than_equal"], ErrorCode.out_of_range),
-}
-_CODE_OF_FIELD = {
-    (("scheduler",), ErrorCode.not_one_of): ErrorCode.unknown_scheduler,
-}
-
-
+# %% ../../nbs/10_request/01_errors.ipynb #er1a0009
 def field_path(location: tuple[str | int, ...]) -> str:  # such as "controlnets[0].image"
     "A location as a path."
     text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in location)
@@ -222,7 +219,7 @@ def renamed_field(path: str) -> str | None:  # None if there was no such field
     parts = path.split(".")
     return next((RENAMED_FIELDS[end] for end in (".".join(parts[-2:]), parts[-1]) if end in RENAMED_FIELDS), None)
 
-
+# %% ../../nbs/10_request/01_errors.ipynb #er1a0012
 FOREIGN_FIELD_NAMES = {  # name in other programs and libraries -> name here
     **dict.fromkeys(["steps", "num_steps", "sampling_steps", "inference_steps"], "num_inference_steps"),
     **dict.fromkeys(["sampler", "sampler_name", "sampler_index", "sampling_method"], "scheduler"),
@@ -254,6 +251,8 @@ FOREIGN_FIELD_NAMES = {  # name in other programs and libraries -> name here
     **dict.fromkeys(["output_format", "format"], "output.format"),
     **dict.fromkeys(["quality"], "output.quality"),
 }
+
+# %% ../../nbs/10_request/01_errors.ipynb #er1a0015
 _UNIT_FIELD_NAMES = {  # the same in an entry of `loras` or `controlnets`: name in other programs -> names here
     **dict.fromkeys(["weight", "strength", "lora_scale", "multiplier"], ("scale", "conditioning_scale")),
     **dict.fromkeys(["scale", "controlnet_conditioning_scale"], ("conditioning_scale",)),
@@ -281,6 +280,29 @@ def _unknown_field_hint(path: str, siblings: list[str]) -> str:
     near = nearest_name(path.rpartition(".")[2].lower().replace("-", "_"), siblings)
     return f"did you mean {near}?" if near else "leave it out, or look the name up in the API's specification"
 
+# %% ../../nbs/10_request/01_errors.ipynb #ce96d8d9
+_CODE_OF_TYPE = {
+    "extra_forbidden": ErrorCode.unknown_field,
+    "missing": ErrorCode.missing_field,
+    "multiple_of": ErrorCode.not_a_multiple,
+    "finite_number": ErrorCode.not_a_finite_number,
+    "enum": ErrorCode.not_one_of,
+    "literal_error": ErrorCode.not_one_of,
+    **dict.fromkeys(["string_too_long", "too_long"], ErrorCode.too_long),
+    **dict.fromkeys(["string_too_short", "too_short"], ErrorCode.too_short),
+    **dict.fromkeys(["greater_than", "greater_than_equal", "less_than", "less_than_equal"], ErrorCode.out_of_range),
+}
+_CODE_OF_FIELD = {
+    (("scheduler",), ErrorCode.not_one_of): ErrorCode.unknown_scheduler,
+}
+
+
+def _error_code(location: tuple, kind: str, given: Any) -> ErrorCode:  # which of our codes a pydantic error is
+    if isinstance(given, float) and not math.isfinite(given):
+        return ErrorCode.not_a_finite_number
+    code = _CODE_OF_TYPE.get(kind, ErrorCode.wrong_type)
+    return _CODE_OF_FIELD.get((location, code), code)
+
 
 def _location(error: ErrorDetails) -> tuple:  # where in the request, without the branches of unions that pydantic names
     steps = error["loc"]
@@ -291,44 +313,59 @@ def _location(error: ErrorDetails) -> tuple:  # where in the request, without th
         own = (shorten(error["input"])[1:-1],)
     return tuple(key for key in steps if isinstance(key, int) or (key.isidentifier() and not key[0].isupper())) + own
 
+# %% ../../nbs/10_request/01_errors.ipynb #er1a0020
+def _unknown_field(model: type[BaseModel], location: tuple) -> ErrorDetail:
+    parents = _schema_at(model, location[:-1])[1]
+    siblings = sorted({name for schema in parents for name in schema.get("properties", {})})
+    path = field_path(location)
+    return ErrorDetail(
+        code=ErrorCode.unknown_field,
+        field=path or None,
+        message="there is no such field",
+        given=shorten(location[-1]),
+        allowed=", ".join(siblings) or None,
+        hint=_unknown_field_hint(path, siblings),
+    )
 
-def _error_code(location: tuple, kind: str, given: Any) -> ErrorCode:  # which of our codes a pydantic error is
-    if isinstance(given, float) and not math.isfinite(given):
-        return ErrorCode.not_a_finite_number
-    code = _CODE_OF_TYPE.get(kind, ErrorCode.wrong_type)
-    return _CODE_OF_FIELD.get((location, code), code)
+
+def _hint(model: type[BaseModel], location: tuple, code: ErrorCode, given: Any) -> str | None:  # a value that would do
+    if code == ErrorCode.not_a_multiple and type(given) is int:
+        step = _schema_at(model, location)[1][0]["multipleOf"]
+        below = given // step * step
+        return f"use {below} or {below + step}"
+    if code in (ErrorCode.not_one_of, ErrorCode.unknown_scheduler) and isinstance(given, str):
+        values = describe_field(model, location).removeprefix("one of ").split(" or ")[0].split(", ")
+        near = nearest_name(given.strip().lower(), values)
+        return f"did you mean {near}?" if near else None
+    return None
+
+# %% ../../nbs/10_request/01_errors.ipynb #er1a0022
+_MESSAGES = {  # in place of pydantic's
+    ErrorCode.not_a_finite_number: "a finite number is needed",
+    ErrorCode.unknown_scheduler: "there is no such scheduler",
+    ErrorCode.not_one_of: "this is not one of the known values",
+}
+
+
+def _message(code: ErrorCode, error: ErrorDetails) -> str:
+    is_name = isinstance(error["input"], str) or code == ErrorCode.not_a_finite_number
+    if code in _MESSAGES and is_name:
+        return _MESSAGES[code]
+    return error["msg"][0].lower() + error["msg"][1:]
 
 
 def _detail(model: type[BaseModel], error: ErrorDetails) -> ErrorDetail:  # one pydantic error in our words
     location = _location(error)
     code = _error_code(location, error["type"], error["input"])
-    allowed, hint = describe_field(model, location), None
-    given = None if code == ErrorCode.missing_field else shorten(error["input"])
-    message = error["msg"][0].lower() + error["msg"][1:]
     if code == ErrorCode.unknown_field:
-        siblings = sorted(
-            {name for schema in _schema_at(model, location[:-1])[1] for name in schema.get("properties", {})}
-        )
-        message, given, allowed = "there is no such field", shorten(location[-1]), ", ".join(siblings)
-        hint = _unknown_field_hint(field_path(location), siblings)
-    elif code == ErrorCode.not_a_multiple and type(error["input"]) is int:
-        step = _schema_at(model, location)[1][0]["multipleOf"]
-        below = error["input"] // step * step
-        hint = f"use {below} or {below + step}"
-    elif code == ErrorCode.not_a_finite_number:
-        message = "a finite number is needed"
-    elif code in (ErrorCode.not_one_of, ErrorCode.unknown_scheduler) and isinstance(error["input"], str):
-        message = (
-            "there is no such scheduler"
-            if code == ErrorCode.unknown_scheduler
-            else "this is not one of the known values"
-        )
-        near = nearest_name(
-            error["input"].strip().lower(), allowed.removeprefix("one of ").split(" or ")[0].split(", ")
-        )
-        hint = f"did you mean {near}?" if near else None
+        return _unknown_field(model, location)
     return ErrorDetail(
-        code=code, field=field_path(location) or None, message=message, given=given, allowed=allowed or None, hint=hint
+        code=code,
+        field=field_path(location) or None,
+        message=_message(code, error),
+        given=None if code == ErrorCode.missing_field else shorten(error["input"]),
+        allowed=describe_field(model, location) or None,
+        hint=_hint(model, location, code, error["input"]),
     )
 
 # %% ../../nbs/10_request/01_errors.ipynb #9041df9b
@@ -367,7 +404,21 @@ def _check_count(data: Any) -> None:
         if left < 0:
             raise _too_many(name[:80] if isinstance(name, str) else shorten(name))
 
+# %% ../../nbs/10_request/01_errors.ipynb #er1a0027
+def _from_json(text: str | bytes) -> Any:
+    commas = text.count(",") if isinstance(text, str) else text.count(b",")
+    if commas > _MAX_COMMAS:
+        raise _too_many("request")
+    hint = "send one JSON object"
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
+    except RecursionError:
+        raise request_error(ErrorCode.malformed_json, "the JSON is nested too deeply", hint=hint) from None
+    except ValueError as exc:
+        message = f"not valid JSON: {exc}"
+        raise request_error(ErrorCode.malformed_json, message, given=text[:80], hint=hint) from None
 
+# %% ../../nbs/10_request/01_errors.ipynb #er1a0030
 def parse(
     model: type[Model],  # a generated class, such as GenerationRequest
     data: Any,  # a dict, JSON text or bytes, or an instance
@@ -376,21 +427,7 @@ def parse(
     if isinstance(data, model):
         return data
     if isinstance(data, (str, bytes)):
-        commas = data.count(",") if isinstance(data, str) else data.count(b",")
-        if commas > _MAX_COMMAS:
-            raise _too_many("request")
-        try:
-            data = json.loads(
-                data if isinstance(data, str) else data.decode("utf-8-sig")
-            )  # JSON on the wire is UTF-8 (RFC 8259)
-        except RecursionError:
-            raise request_error(
-                ErrorCode.malformed_json, "the JSON is nested too deeply", hint="send one JSON object"
-            ) from None
-        except ValueError as exc:
-            raise request_error(
-                ErrorCode.malformed_json, f"not valid JSON: {exc}", given=data[:80], hint="send one JSON object"
-            ) from None
+        data = _from_json(data)
     _check_count(data)
     try:
         return model.model_validate(data)
@@ -438,7 +475,7 @@ def missing_package(
     message = f"{purpose} needs the package {package}, which is not installed"
     return request_error(ErrorCode.missing_dependency, message, hint=f"{install_line(package)}, and start again")
 
-# %% ../../nbs/10_request/01_errors.ipynb #c6797d55
+# %% ../../nbs/10_request/01_errors.ipynb #er1a0031
 def is_out_of_memory(exc: BaseException) -> bool:
     "Whether an exception means that the host or a device ran out of memory."
     if isinstance(exc, MemoryError) or type(exc).__name__ == "OutOfMemoryError":
@@ -446,18 +483,6 @@ def is_out_of_memory(exc: BaseException) -> bool:
     return isinstance(exc, RuntimeError) and any(
         text in str(exc) for text in ("out of memory", "can't allocate memory")
     )
-
-
-def failure(
-    exc: BaseException,  # what went wrong
-    request_id: str | None = None,  # comes back with the result
-) -> OpResult:
-    "The `OpResult` for an exception; unexpected ones are logged with their traceback."
-    if isinstance(exc, RequestFailed):  # raised by a result that was used as if it had succeeded
-        return exc.result.model_copy(update={"request_id": request_id or exc.result.request_id})
-    refused = exc if isinstance(exc, RequestError) else _unexpected(exc)
-    message = error_line(refused.errors[0])
-    return OpResult(status=refused.status, message=message, errors=refused.errors, request_id=request_id)
 
 
 def _unexpected(exc: BaseException) -> RequestError:
@@ -470,17 +495,17 @@ def _unexpected(exc: BaseException) -> RequestError:
     message = f"the operation failed unexpectedly: {type(exc).__name__}"
     return request_error(ErrorCode.internal_error, message, hint="internal error; see the server log")
 
-
-def warning(
-    message: str,  # one sentence: what was changed
-    *,
-    field: str | None = None,  # path in the request
-    given: Any = None,  # the requested value; shortened
-    used: Any = None,  # what was used; shortened
-) -> RequestWarning:
-    "A note about something that was rounded, ignored, converted or cut off."
-    shown = [None if value is None else shorten(value) for value in (given, used)]
-    return RequestWarning(field=field, message=message, given=shown[0], used=shown[1])
+# %% ../../nbs/10_request/01_errors.ipynb #c6797d55
+def failure(
+    exc: BaseException,  # what went wrong
+    request_id: str | None = None,  # comes back with the result
+) -> OpResult:
+    "The `OpResult` for an exception; unexpected ones are logged with their traceback."
+    if isinstance(exc, RequestFailed):  # raised by a result that was used as if it had succeeded
+        return exc.result.model_copy(update={"request_id": request_id or exc.result.request_id})
+    refused = exc if isinstance(exc, RequestError) else _unexpected(exc)
+    message = error_line(refused.errors[0])
+    return OpResult(status=refused.status, message=message, errors=refused.errors, request_id=request_id)
 
 # %% ../../nbs/10_request/01_errors.ipynb #e879c7d4
 _shown_by_caller: ContextVar[bool] = ContextVar("shown_by_caller", default=False)

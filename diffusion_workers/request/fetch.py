@@ -60,7 +60,7 @@ class FetchPolicy:
         seconds = self.request_seconds if own is None else own
         return replace(self, budget=FetchBudget(time.monotonic() + seconds, self.request_bytes, own))
 
-
+# %% ../../nbs/10_request/02_fetch.ipynb #fe7c0004
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -206,7 +206,7 @@ def _read_body(response, policy: FetchPolicy, field: str, url: Url) -> bytes:  #
         raise _refused(ErrorCode.image_too_large, message, field, url.url, "Send a smaller image.")
     return bytes(body)
 
-
+# %% ../../nbs/10_request/02_fetch.ipynb #fe7c0011
 def _shut_down(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # closed meanwhile
         sock.shutdown(socket.SHUT_RDWR)
@@ -245,7 +245,7 @@ def _hop(
         timer.cancel()
         connection.close()
 
-# %% ../../nbs/10_request/02_fetch.ipynb #5441ae48
+# %% ../../nbs/10_request/02_fetch.ipynb #fe7c0013
 def _late(policy: FetchPolicy, field: str, url: str) -> RequestError:
     "The error for a deadline that has passed: the request's own, that of all its URLs, or that of one."
     budget = policy.budget
@@ -263,7 +263,7 @@ def _late(policy: FetchPolicy, field: str, url: str) -> RequestError:
         hint="allow more time, or send the image itself as base64 text",
     )
 
-
+# %% ../../nbs/10_request/02_fetch.ipynb #fe7c0016
 _RESOLVING = threading.BoundedSemaphore(32)  # names that are looked up at the same time
 
 
@@ -291,7 +291,7 @@ def _within(
 
     return resolved
 
-
+# %% ../../nbs/10_request/02_fetch.ipynb #5441ae48
 def fetch(
     text: str,  # an http or https URL from a request
     *,

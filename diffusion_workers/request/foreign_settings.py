@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEANINGS', 'Setting', 'text_of', 'is_neutral', 'scheduler_of', 'schedule_of', 'lora_setting', 'split_loras',
-           'prompt_syntax', 'uses_syntax', 'from_text', 'prompt_settings', 'has_settings']
+           'prompt_syntax', 'uses_syntax', 'prompt_settings', 'from_text', 'has_settings']
 
 # %% ../../nbs/10_request/07_foreign_settings.ipynb #580884d3
 import json
@@ -278,7 +278,22 @@ def uses_syntax(
         return True
     return any(_SYNTAX_CHARACTERS & set(text) or prompt_syntax(text) for text in texts)
 
+# %% ../../nbs/10_request/07_foreign_settings.ipynb #fo7a0007
+def prompt_settings(
+    name: str,  # as the program calls it
+    text: str,
+    path: str = "prompt",  # of the field
+    is_read: bool = False,  # whether the request will name the syntax
+) -> list[Setting]:
+    "A prompt, the LoRAs in it, and what of it other programs do not read as plain text."
+    prompt, loras = split_loras(text)
+    if is_read:
+        return [Setting(name, prompt, path), *loras]
+    reason = "weights, alternatives and schedules in a prompt are taken as plain text"
+    syntax = [Setting(name, part, None, reason=reason) for part in prompt_syntax(prompt)]
+    return [Setting(name, prompt, path), *loras, *syntax]
 
+# %% ../../nbs/10_request/07_foreign_settings.ipynb #fo7a0010
 def from_text(
     text: str,  # prompt, negative prompt and settings
 ) -> list[Setting]:
@@ -305,21 +320,6 @@ def from_text(
         else:
             found.append(_text_setting(name, given, hires))
     return found
-
-
-def prompt_settings(
-    name: str,  # as the program calls it
-    text: str,
-    path: str = "prompt",  # of the field
-    is_read: bool = False,  # whether the request will name the syntax
-) -> list[Setting]:
-    "A prompt, the LoRAs in it, and what of it other programs do not read as plain text."
-    prompt, loras = split_loras(text)
-    if is_read:
-        return [Setting(name, prompt, path), *loras]
-    reason = "weights, alternatives and schedules in a prompt are taken as plain text"
-    syntax = [Setting(name, part, None, reason=reason) for part in prompt_syntax(prompt)]
-    return [Setting(name, prompt, path), *loras, *syntax]
 
 
 def has_settings(text: str) -> bool:

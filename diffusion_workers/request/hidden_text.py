@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-# %% ../../nbs/10_request/10_hidden_text.ipynb #00bbe5e4
+# %% ../../nbs/10_request/10_hidden_text.ipynb #hi0a0002
 _SIGNATURES = {  # signature -> (mode, whether the text is compressed)
     b"stealth_pnginfo": ("A", False),
     b"stealth_pngcomp": ("A", True),
@@ -32,7 +32,7 @@ def _low_bits(image: Image.Image, mode: str, count: int) -> np.ndarray:  # the f
 def _low_bytes(image: Image.Image, mode: str, count: int) -> bytes:
     return np.packbits(_low_bits(image, mode, 8 * count)).tobytes()
 
-
+# %% ../../nbs/10_request/10_hidden_text.ipynb #hi0a0005
 def _unzipped(data: bytes) -> bytes:  # b"" where it is not gzip, or larger than allowed
     try:
         reader = zlib.decompressobj(wbits=31)
@@ -41,7 +41,7 @@ def _unzipped(data: bytes) -> bytes:  # b"" where it is not gzip, or larger than
         return b""
     return b"" if reader.unconsumed_tail else found
 
-
+# %% ../../nbs/10_request/10_hidden_text.ipynb #00bbe5e4
 def hidden_text(
     image: Image.Image,  # as it was opened; any later change may destroy the text
 ) -> str | None:  # None where there is none

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFile, ImageFont, ImageOps
 
 from .errors import RequestError, request_error, warning
 from .fetch import FetchPolicy, fetch
@@ -78,10 +78,6 @@ def sniff_format(
     return next((name for name, pattern in _SIGNATURES if re.match(pattern, data[:512], re.DOTALL)), None)
 
 # %% ../../nbs/10_request/03_images.ipynb #5b202ca4
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://|(data|file):", re.IGNORECASE)
-_PATH = re.compile(r"(/|~|\.{1,2}[/\\]|[a-z]:[/\\]|\\\\)[^\n]{0,4096}$|[^\n]{1,4096}\.[a-z]\w{1,4}$", re.IGNORECASE)
-
-
 def _from_base64(text: str) -> bytes | None:  # None when it is not base64
     compact = "".join(text.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
     try:
@@ -104,49 +100,33 @@ def _base64_part(text: str, field: str) -> str:  # of a data URI or of plain tex
         )
     return body
 
-# %% ../../nbs/10_request/03_images.ipynb #078c9f1c
-def image_bytes(
-    text: str,  # base64, a data URI or a URL
-    *,
-    field: str = "image",  # path in the request, for the error
-    policy: ImagePolicy = ImagePolicy(),
-) -> bytes:  # of a file in one of the supported formats, not decoded yet
-    "The file of an image in a request; raises a RequestError if there is none."
-    text = text.strip()
-    scheme = (match[1] or match[2]).lower() if (match := _SCHEME.match(text)) else ""
-    if scheme == "file":
+# %% ../../nbs/10_request/03_images.ipynb #im3a0005
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://|(data|file):", re.IGNORECASE)
+_PATH = re.compile(r"(/|~|\.{1,2}[/\\]|[a-z]:[/\\]|\\\\)[^\n]{0,4096}$|[^\n]{1,4096}\.[a-z]\w{1,4}$", re.IGNORECASE)
+
+
+def _scheme(text: str) -> str:  # in lower case; empty for neither a URL nor a data URI
+    match = _SCHEME.match(text)
+    return (match[1] or match[2]).lower() if match else ""
+
+
+def _path_refused(message: str, field: str, text: str) -> RequestError:
+    hint = "Send the content of the file as base64 text."
+    return _refused(ErrorCode.file_path_not_allowed, message, field, text, hint)
+
+# %% ../../nbs/10_request/03_images.ipynb #im3a0008
+def _decoded_text(text: str, field: str, policy: ImagePolicy) -> bytes | None:  # None when it is not base64
+    encoded = _base64_part(text, field)
+    if len(encoded) * 3 // 4 > policy.max_bytes * 1.05 + 4:  # line breaks take up to 3 %
         raise _refused(
-            ErrorCode.file_path_not_allowed,
-            "file URLs are never read",
+            ErrorCode.image_too_large,
+            f"the image is larger than {policy.max_bytes:,} bytes",
             field,
-            text,
-            "Send the content of the file as base64 text.",
+            hint="Send a smaller one.",
         )
-    data: bytes | None
-    if scheme and scheme != "data":
-        data, name = fetch(text, policy=policy, field=field), "the file behind the URL"
-    else:
-        encoded, name = _base64_part(text, field), "the text"
-        if len(encoded) * 3 // 4 > policy.max_bytes * 1.05 + 4:  # line breaks take up to 3 %
-            raise _refused(
-                ErrorCode.image_too_large,
-                f"the image is larger than {policy.max_bytes:,} bytes",
-                field,
-                hint="Send a smaller one.",
-            )
-        data = _from_base64(encoded)
-    found = sniff_format(data or b"")
-    if found is None and not scheme and _PATH.match(text):
-        hint = "Send the content of the file as base64 text."
-        raise _refused(
-            ErrorCode.file_path_not_allowed, "this looks like a file path, and none is ever read", field, text, hint
-        )
-    if found is None or data is None:
-        why = "is not base64" if data is None else "is empty" if not data else "is not an image"
-        raise _refused(ErrorCode.not_an_image, f"{name} {why}", field, text)
-    return _checked_file(data, found, field, policy)
+    return _from_base64(encoded)
 
-
+# %% ../../nbs/10_request/03_images.ipynb #im3a0009
 def _checked_file(data: bytes, found: str, field: str, policy: ImagePolicy) -> bytes:
     if found == "unknown":
         raise _refused(ErrorCode.not_an_image, "the file is not an image", field, f"{len(data):,} bytes")
@@ -166,6 +146,31 @@ def _checked_file(data: bytes, found: str, field: str, policy: ImagePolicy) -> b
             f"{len(data):,} bytes",
         )
     return data
+
+# %% ../../nbs/10_request/03_images.ipynb #078c9f1c
+def image_bytes(
+    text: str,  # base64, a data URI or a URL
+    *,
+    field: str = "image",  # path in the request, for the error
+    policy: ImagePolicy = ImagePolicy(),
+) -> bytes:  # of a file in one of the supported formats, not decoded yet
+    "The file of an image in a request; raises a RequestError if there is none."
+    text = text.strip()
+    scheme = _scheme(text)
+    if scheme == "file":
+        raise _path_refused("file URLs are never read", field, text)
+    data: bytes | None
+    if scheme and scheme != "data":
+        data, name = fetch(text, policy=policy, field=field), "the file behind the URL"
+    else:
+        data, name = _decoded_text(text, field, policy), "the text"
+    found = sniff_format(data or b"")
+    if found is None and not scheme and _PATH.match(text):
+        raise _path_refused("this looks like a file path, and none is ever read", field, text)
+    if found is None or data is None:
+        why = "is not base64" if data is None else "is empty" if not data else "is not an image"
+        raise _refused(ErrorCode.not_an_image, f"{name} {why}", field, text)
+    return _checked_file(data, found, field, policy)
 
 # %% ../../nbs/10_request/03_images.ipynb #e3b34689
 DECODER_ERRORS = (
@@ -187,6 +192,14 @@ def _damaged(data: bytes, field: str) -> RequestError:
     return _refused(ErrorCode.image_truncated, message, field, f"{len(data):,} bytes")
 
 
+def _load_pixels(image: ImageFile.ImageFile) -> None:  # and note in `info` what is lost by it
+    image.info["wide"] = any(";16" in str(tile[3]) for tile in image.tile) or image.mode.startswith("I;16")
+    image.info["frames"] = getattr(image, "is_animated", False)
+    image.load()
+    if image.mode in ("P", "PA") and image.palette is None:
+        raise ValueError("no palette")
+
+# %% ../../nbs/10_request/03_images.ipynb #im3a0014
 def open_image(
     data: bytes,  # a whole file
     *,
@@ -201,24 +214,15 @@ def open_image(
         if not image.width * image.height:
             raise ValueError("no pixels")
         if image.width * image.height <= policy.max_pixels:
-            image.info["wide"] = any(";16" in str(tile[3]) for tile in image.tile) or image.mode.startswith("I;16")
-            image.info["frames"] = getattr(image, "is_animated", False)
-            image.load()
-            if image.mode in ("P", "PA") and image.palette is None:
-                raise ValueError("no palette")
+            _load_pixels(image)
             return image
         size = f"{image.width} x {image.height}"
     except Image.DecompressionBombError:
         size = "more than Pillow opens"
     except DECODER_ERRORS:
         raise _damaged(data, field) from None
-    raise _refused(
-        ErrorCode.image_too_large,
-        f"the image has more than {policy.max_pixels:,} pixels",
-        field,
-        size,
-        "Send a smaller one.",
-    )
+    message = f"the image has more than {policy.max_pixels:,} pixels"
+    raise _refused(ErrorCode.image_too_large, message, field, size, "Send a smaller one.")
 
 # %% ../../nbs/10_request/03_images.ipynb #55cecd5c
 def _upright(image: Image.Image, field: str) -> tuple[Image.Image, list[RequestWarning]]:
@@ -253,7 +257,7 @@ def flatten(
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, background), layer).convert("RGB")
 
-
+# %% ../../nbs/10_request/03_images.ipynb #im3a0018
 def _to_8_bit(
     image: Image.Image,  # "I;16", "I" or "F"
     field: str,
@@ -289,14 +293,6 @@ _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of 
 _CMS_FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
 
 
-def _samples(mode: str) -> Image.Image:  # colours all over a space, as an image
-    if mode == "L":
-        return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-    steps = np.linspace(0, 255, 9).round().astype(np.uint8)
-    cube = np.stack(np.meshgrid(steps, steps, steps), axis=-1)
-    return Image.fromarray(cube.reshape(27, 27, 3))
-
-
 def _srgb_transform(
     icc: bytes, image: Image.Image, gray: bool
 ) -> tuple[ImageCms.ImageCmsTransform, str, str]:  # with the mode that it takes, and the name of the profile
@@ -309,6 +305,14 @@ def _srgb_transform(
     intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
     srgb = ImageCms.createProfile("sRGB")
     return ImageCms.buildTransform(profile, srgb, mode, "RGB", intent, _CMS_FLAGS), mode, name
+
+# %% ../../nbs/10_request/03_images.ipynb #im3a0022
+def _samples(mode: str) -> Image.Image:  # colours all over a space, as an image
+    if mode == "L":
+        return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    steps = np.linspace(0, 255, 9).round().astype(np.uint8)
+    cube = np.stack(np.meshgrid(steps, steps, steps), axis=-1)
+    return Image.fromarray(cube.reshape(27, 27, 3))
 
 
 def to_srgb(
@@ -360,6 +364,24 @@ def undeclared_colours(image: Image.Image) -> list[str]:
         notes.append("the EXIF data say Adobe RGB, but there is no colour profile: it is read as sRGB")
     return notes
 
+# %% ../../nbs/10_request/03_images.ipynb #im3a0025
+def _channel_extrema(image: Image.Image) -> tuple[tuple[int, int], ...]:  # (lowest, highest) value of each channel
+    return cast("tuple[tuple[int, int], ...]", image.getextrema())  # Pillow's type allows for images of one channel
+
+
+def _without_palette(image: Image.Image, field: str) -> Image.Image:  # "L", "RGB", or "RGBA" where it is transparent
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        if _channel_extrema(layer)[3] != (255, 255):
+            return layer
+        return layer.convert("L" if image.mode in ("LA", "La") else "RGB")
+    try:
+        return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
+    except ValueError:
+        raise _refused(
+            ErrorCode.image_format_not_supported, f"images in mode {image.mode} are not supported", field, image.mode
+        ) from None
+
 # %% ../../nbs/10_request/03_images.ipynb #9bbfd0d5
 def _simple(
     image: Image.Image,
@@ -383,24 +405,6 @@ def _simple(
     elif managed:
         notes += undeclared_colours(image)
     return simple, notes
-
-
-def _channel_extrema(image: Image.Image) -> tuple[tuple[int, int], ...]:  # (lowest, highest) value of each channel
-    return cast("tuple[tuple[int, int], ...]", image.getextrema())  # Pillow's type allows for images of one channel
-
-
-def _without_palette(image: Image.Image, field: str) -> Image.Image:  # "L", "RGB", or "RGBA" where it is transparent
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        if _channel_extrema(layer)[3] != (255, 255):
-            return layer
-        return layer.convert("L" if image.mode in ("LA", "La") else "RGB")
-    try:
-        return image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
-    except ValueError:
-        raise _refused(
-            ErrorCode.image_format_not_supported, f"images in mode {image.mode} are not supported", field, image.mode
-        ) from None
 
 # %% ../../nbs/10_request/03_images.ipynb #e9083f90
 @dataclass(frozen=True)
@@ -452,7 +456,7 @@ def load_image(
         raise _damaged(data, field) from None
     return image, warnings + [warning(note, field=field) for note in notes]
 
-
+# %% ../../nbs/10_request/03_images.ipynb #im3a0032
 def decode_image(
     text: str,  # base64, a data URI or a URL
     *,
@@ -554,6 +558,22 @@ def encode_base64(
     "The file as base64 text, as it travels in a response."
     return base64.b64encode(encode_image(image, output, metadata)).decode()
 
+# %% ../../nbs/10_request/03_images.ipynb #im3a0034
+def _as_uint8(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 1:
+        return array.astype(np.uint8)  # a mask of 0 and 1; `decode_mask` takes 1 for white
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(f"an array of {array.dtype} is ambiguous: give uint8, or floats from 0 to 1")
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 1):
+        given = f"an array of {array.dtype} with values from {low:g} to {high:g} is ambiguous"
+        raise TypeError(f"{given}: give uint8, or floats from 0 to 1")
+    return np.round(array * 255).astype(np.uint8)
+
 # %% ../../nbs/10_request/03_images.ipynb #be30c723
 def _array_image(array: np.ndarray) -> Image.Image:  # from (H, W) or (H, W, C)
     shape, channels = array.shape, array.shape[-1] if array.ndim == 3 else 1
@@ -570,23 +590,7 @@ def _array_image(array: np.ndarray) -> Image.Image:  # from (H, W) or (H, W, C)
         return Image.fromarray(array)
     return Image.fromarray(_as_uint8(array))
 
-
-def _as_uint8(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == bool:
-        return array.astype(np.uint8) * 255
-    if np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= 1:
-        return array.astype(np.uint8)  # a mask of 0 and 1; `decode_mask` takes 1 for white
-    if not np.issubdtype(array.dtype, np.floating):
-        raise TypeError(f"an array of {array.dtype} is ambiguous: give uint8, or floats from 0 to 1")
-    low, high = float(array.min()), float(array.max())
-    if not (low >= 0 and high <= 1):
-        given = f"an array of {array.dtype} with values from {low:g} to {high:g} is ambiguous"
-        raise TypeError(f"{given}: give uint8, or floats from 0 to 1")
-    return np.round(array * 255).astype(np.uint8)
-
-
+# %% ../../nbs/10_request/03_images.ipynb #im3a0038
 _PLAIN_MODES = {"RGBa": "RGBA", "La": "LA", "PA": "RGBA"}  # mode -> one that a file can hold
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 
@@ -603,7 +607,7 @@ def _image_text(image: Image.Image) -> str:  # base64 of a file that holds the v
         upright = upright.convert(_PLAIN_MODES.get(upright.mode, "RGB"))
     return encode_base64(upright)
 
-
+# %% ../../nbs/10_request/03_images.ipynb #im3a0041
 def to_image_string(
     value: str
     | bytes

@@ -181,6 +181,15 @@ _FURTHER_LINE = re.compile(r'[ \t]*+([^\W\d_][^,:"|\n]{0,63}):(?: |$)')
 _JSON_VALUE = re.compile(r'[ \t]*+([^\s,:"|][^,:"|\n]*+):[ \t]*+(?=\[[{"\]]|\{["}])')
 
 
+def _unquoted(text: str) -> str:
+    if not text.startswith('"'):
+        return text.strip()
+    try:
+        return str(json.loads(text, strict=False))
+    except ValueError:
+        return text
+
+# %% ../../nbs/10_request/04_metadata.ipynb #me4a0017
 class _SettingsReader:
     "Reads the part of a text that holds the settings."
 
@@ -238,16 +247,7 @@ class _SettingsReader:
             self.found.setdefault(name or "Text after the settings", []).append(line)
         return position + len(line) + 1
 
-
-def _unquoted(text: str) -> str:
-    if not text.startswith('"'):
-        return text.strip()
-    try:
-        return str(json.loads(text, strict=False))
-    except ValueError:
-        return text
-
-
+# %% ../../nbs/10_request/04_metadata.ipynb #me4a0006
 def parse_parameters(
     line: str,  # as `parameters_line` or another program wrote it
 ) -> dict[str, str]:  # "Prompt", "Negative prompt", and each setting under its own name
@@ -300,7 +300,6 @@ def embed(
 
 # %% ../../nbs/10_request/04_metadata.ipynb #8f8ed0ee
 PLAN_VERSION = 2  # of the plans that this version writes
-
 _RENAMED_IN_VERSION_1 = {"cache_interval": "interval", "cache_branch_id": "branch"}  # in deepcache
 _VALUES_IN_VERSION_1 = {"step_cache": "deep_features", "bf16": "bfloat16", "full": None}
 _DEFAULTS_IN_VERSION_1 = {  # that a plan did not contain
@@ -331,6 +330,19 @@ def _step_cache_of_version_1(plan: dict, acceleration: dict) -> dict | None:
     defaults = _DEFAULTS_IN_VERSION_1.get(method, {}) if isinstance(method, str) else {}
     return {"method": method} | defaults | given
 
+# %% ../../nbs/10_request/04_metadata.ipynb #me4a0011
+def _sections_of_version_1(plan: dict) -> dict[str, dict]:  # and take them out of the plan
+    acceleration = dict(plan.pop("acceleration", None) or {})
+    step_cache = _step_cache_of_version_1(plan, acceleration)
+    memory = {name: acceleration.pop(name, None) for name in ("batch_size", "vae_tiling")}
+    acceleration["dtype"] = acceleration.pop("compute_dtype", None)
+    acceleration["vae_dtype"] = _renamed_value(acceleration.pop("vae_precision", None))
+    sections = {"step_cache": step_cache or {}, "acceleration": acceleration, "memory": memory}
+    given = {
+        name: {key: value for key, value in section.items() if value is not None} for name, section in sections.items()
+    }
+    return {name: section for name, section in given.items() if section}
+
 
 def upgrade_plan(
     data: Any,  # a plan as JSON holds it
@@ -346,21 +358,12 @@ def upgrade_plan(
         return data
     plan = {**data, "plan_version": PLAN_VERSION}
     if isinstance(plan.get("acceleration"), dict | None):
-        acceleration = dict(plan.pop("acceleration", None) or {})
-        step_cache = _step_cache_of_version_1(plan, acceleration)
-        memory = {name: acceleration.pop(name, None) for name in ("batch_size", "vae_tiling")}
-        acceleration["dtype"] = acceleration.pop("compute_dtype", None)
-        acceleration["vae_dtype"] = _renamed_value(acceleration.pop("vae_precision", None))
-        sections = {"step_cache": step_cache, "acceleration": acceleration, "memory": memory}
-        for name, section in sections.items():
-            given = {key: value for key, value in (section or {}).items() if value is not None}
-            if given:
-                plan[name] = given
+        plan |= _sections_of_version_1(plan)
     if isinstance(plan.get("warnings"), list):
         plan["warnings"] = [_upgraded_warning(note) for note in plan["warnings"]]
     return plan
 
-
+# %% ../../nbs/10_request/04_metadata.ipynb #me4a0012
 def _upgraded_warning(note: Any) -> Any:  # with the field's name of today
     if not isinstance(note, dict) or not isinstance(note.get("field"), str):
         return note

@@ -116,7 +116,7 @@ def from_draw_things(data: Mapping[str, Any]) -> Iterator[Setting]:
         if isinstance(entry, Mapping):
             yield lora_setting(text_of(entry.get("model", entry.get("file"))), entry.get("weight", 1), label="lora")
 
-# %% ../../nbs/10_request/08_other_programs.ipynb #41ab686a
+# %% ../../nbs/10_request/08_other_programs.ipynb #op8a0006
 _NOVELAI = _table(
     "prompt uc=negative_prompt steps=num_inference_steps scale=cfg seed sampler noise_schedule=schedule width height "
     "cfg_rescale=guidance_rescale",
@@ -128,7 +128,30 @@ _NOVELAI = _table(
     "v4_negative_prompt strength noise sm sm_dyn uncond_scale",
 )
 
+# %% ../../nbs/10_request/08_other_programs.ipynb #41ab686a
+def _novelai_extras(data: Mapping[str, Any]) -> Iterator[Setting]:  # what is lost, where it was switched on
+    for name in ("sm", "sm_dyn"):
+        if data.get(name) is True:
+            yield Setting(name, "true")
+    if data.get("uncond_scale") not in (None, 0, 1):
+        yield Setting("uncond_scale", text_of(data["uncond_scale"]))
+    for name in ("v4_prompt", "v4_negative_prompt"):
+        caption = data[name].get("caption") if isinstance(data.get(name), Mapping) else None
+        characters = caption.get("char_captions") if isinstance(caption, Mapping) else None
+        if characters:
+            yield Setting(f"{name}.char_captions", text_of(characters))
 
+
+def _novelai_start(data: Mapping[str, Any]) -> Iterator[Setting]:  # the image that was the start, if one was
+    kind = str(data.get("request_type", ""))
+    if "Img2Img" in kind or "Infill" in kind:
+        yield Setting("strength", text_of(data.get("strength", 0.7)), "strength")
+        if not is_neutral(data.get("noise")) and data["noise"] != 0:
+            yield Setting("noise", text_of(data["noise"]))
+    if "Infill" in kind:
+        yield Setting("mask_image", "", "image", "mask_image")
+
+# %% ../../nbs/10_request/08_other_programs.ipynb #op8a0008
 def from_novelai(data: Mapping[str, Any], texts: Mapping[str, str] | None = None) -> Iterator[Setting]:
     "The settings of NovelAI; `texts` holds its description and source."
     texts = texts or {}
@@ -142,23 +165,8 @@ def from_novelai(data: Mapping[str, Any], texts: Mapping[str, str] | None = None
     yield from _settings(data, _NOVELAI)
     if texts.get("Source"):
         yield Setting("Source", texts["Source"], "model")
-    for name in ("sm", "sm_dyn"):
-        if data.get(name) is True:
-            yield Setting(name, "true")
-    if data.get("uncond_scale") not in (None, 0, 1):
-        yield Setting("uncond_scale", text_of(data["uncond_scale"]))
-    for name in ("v4_prompt", "v4_negative_prompt"):
-        caption = data[name].get("caption") if isinstance(data.get(name), Mapping) else None
-        characters = caption.get("char_captions") if isinstance(caption, Mapping) else None
-        if characters:
-            yield Setting(f"{name}.char_captions", text_of(characters))
-    kind = str(data.get("request_type", ""))
-    if "Img2Img" in kind or "Infill" in kind:
-        yield Setting("strength", text_of(data.get("strength", 0.7)), "strength")
-        if not is_neutral(data.get("noise")) and data["noise"] != 0:
-            yield Setting("noise", text_of(data["noise"]))
-    if "Infill" in kind:
-        yield Setting("mask_image", "", "image", "mask_image")
+    yield from _novelai_extras(data)
+    yield from _novelai_start(data)
 
 # %% ../../nbs/10_request/08_other_programs.ipynb #d9717d9f
 _INVOKE = _table(
@@ -193,7 +201,7 @@ def _invoke_control(entry: Mapping[str, Any]) -> Setting:
             unit[name] = words.get(entry[name], entry[name])
     return Setting("controlnets", text_of(entry), "control", unit)
 
-
+# %% ../../nbs/10_request/08_other_programs.ipynb #op8a0011
 def from_invoke(data: Mapping[str, Any]) -> Iterator[Setting]:
     "The settings of InvokeAI."
     done = {"loras", "controlnets", "strength", "init_image", "cfg_rescale_multiplier"}
@@ -216,15 +224,11 @@ def from_invoke(data: Mapping[str, Any]) -> Iterator[Setting]:
     if "inpaint" in mode or "outpaint" in mode:
         yield Setting("mask_image", "", "image", "mask_image")
 
-# %% ../../nbs/10_request/08_other_programs.ipynb #d753e6c7
+# %% ../../nbs/10_request/08_other_programs.ipynb #op8a0014
 _BRACKETS = re.compile(r"\[([^\[\]]{1,4096})\]")
 _OLD_INVOKE = _table(
     "steps=num_inference_steps cfg_scale=cfg height width seed sampler strength", "type variant image_orig orig_hash"
 )
-_DREAM = {
-    "s": "steps", "S": "seed", "W": "width", "H": "height", "C": "cfg_scale", "A": "sampler", "f": "strength",
-}  # fmt: skip
-_DREAM_OPTION = re.compile(r"(?<=\s)-(-?[A-Za-z_]{1,32})(?:[ =]?([^\s\"-][^\s\"]{0,255}|-[0-9.]{1,32})|(?=\s|$))")
 
 
 def _old_prompt(name: str, text: str) -> Iterator[Setting]:
@@ -246,6 +250,12 @@ def from_old_invoke(data: Mapping[str, Any]) -> Iterator[Setting]:
     yield from _settings(image, _OLD_INVOKE, frozenset(done | quiet))
     if not is_neutral(data.get("model_weights")):
         yield Setting("model_weights", text_of(data["model_weights"]), "model")
+
+# %% ../../nbs/10_request/08_other_programs.ipynb #op8a0017
+_DREAM = {
+    "s": "steps", "S": "seed", "W": "width", "H": "height", "C": "cfg_scale", "A": "sampler", "f": "strength",
+}  # fmt: skip
+_DREAM_OPTION = re.compile(r"(?<=\s)-(-?[A-Za-z_]{1,32})(?:[ =]?([^\s\"-][^\s\"]{0,255}|-[0-9.]{1,32})|(?=\s|$))")
 
 
 def from_dream(text: str) -> Iterator[Setting]:
@@ -335,7 +345,7 @@ def from_easy_diffusion(data: Mapping[str, Any]) -> Iterator[Setting]:
         weight = weights[min(index, len(weights) - 1)] if weights else 1
         yield lora_setting(text_of(name), weight, label=named["use_lora_model"][0])
 
-
+# %% ../../nbs/10_request/08_other_programs.ipynb #op8a0021
 _EASY_LINE = re.compile(r"([A-Za-z][A-Za-z ]{1,40}): ?(.*)")
 _EASY_SIGNS = frozenset(("num_inference_steps", "sampler_name", "guidance_scale", "use_stable_diffusion_model"))
 _EASY_SIGNS |= {"Steps", "Sampler", "Guidance Scale", "Stable Diffusion model"}

@@ -179,22 +179,6 @@ def split_path(
     return tuple(steps)
 
 # %% ../../nbs/10_request/05_schema.ipynb #c6591933
-def field_at(
-    model: type[BaseModel],  # a generated class
-    path: Path,
-) -> FieldInfo:
-    "The field at a path; a `RequestError` where the class has none there."
-    root, steps = _root_schema(model), split_path(path)
-    raw, required = root, False
-    for position, step in enumerate(steps):
-        schemas = _alternatives(raw, root)
-        child = _child(schemas, step)
-        if child is None:
-            raise _unknown_field(schemas, steps, position)
-        raw, required = child, any(step in schema.get("required", ()) for schema in schemas)
-    return _field_info(model, steps, raw, required)
-
-
 def _child(schemas: list[dict], step: str | int) -> dict | None:
     for schema in schemas:
         if isinstance(step, int):
@@ -218,6 +202,22 @@ def _unknown_field(schemas: list[dict], steps: tuple[str | int, ...], position: 
         allowed=", ".join(siblings) or None,
         hint=f"did you mean {near}?" if near else None,
     )
+
+
+def field_at(
+    model: type[BaseModel],  # a generated class
+    path: Path,
+) -> FieldInfo:
+    "The field at a path; a `RequestError` where the class has none there."
+    root, steps = _root_schema(model), split_path(path)
+    raw, required = root, False
+    for position, step in enumerate(steps):
+        schemas = _alternatives(raw, root)
+        child = _child(schemas, step)
+        if child is None:
+            raise _unknown_field(schemas, steps, position)
+        raw, required = child, any(step in schema.get("required", ()) for schema in schemas)
+    return _field_info(model, steps, raw, required)
 
 # %% ../../nbs/10_request/05_schema.ipynb #52128af6
 def _read_integer(text: str) -> int:
@@ -326,6 +326,19 @@ def get_value(
     return found
 
 
+def _entry(holder: Any, step: str | int, path: Path) -> Any:
+    if isinstance(step, str) and isinstance(holder, dict) and step in holder:
+        return holder[step]
+    if isinstance(step, int) and isinstance(holder, list) and step < len(holder):
+        return holder[step]
+    raise request_error(
+        ErrorCode.unknown_field,
+        "the request has nothing at this place",
+        field=field_path(split_path(path)),
+        hint="put the list entry or object into the request first",
+    )
+
+
 def set_value(
     fields: dict[str, Any],  # of a request, nested; changed in place
     path: Path,
@@ -341,19 +354,6 @@ def set_value(
     if isinstance(steps[-1], int) or not isinstance(holder, dict):
         _entry(holder, steps[-1], path)  # refuses what is not there
     holder[steps[-1]] = value
-
-
-def _entry(holder: Any, step: str | int, path: Path) -> Any:
-    if isinstance(step, str) and isinstance(holder, dict) and step in holder:
-        return holder[step]
-    if isinstance(step, int) and isinstance(holder, list) and step < len(holder):
-        return holder[step]
-    raise request_error(
-        ErrorCode.unknown_field,
-        "the request has nothing at this place",
-        field=field_path(split_path(path)),
-        hint="put the list entry or object into the request first",
-    )
 
 # %% ../../nbs/10_request/05_schema.ipynb #51bbd42d
 _PYTHON_TYPES: dict[str, Any] = {  # JSON type -> annotation
