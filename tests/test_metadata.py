@@ -912,6 +912,24 @@ def test_a_flux_graph(service: DiffusionService) -> None:
     assert given["scheduler"] == "simple"
 
 
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [
+        ("FaceDetailer", {"image": ["8", 0], "steps": 20, "denoise": 0.4}),
+        ("ImageUpscaleWithModel", {"image": ["8", 0], "upscale_model": ["21", 0]}),
+        ("ImageScaleBy", {"image": ["8", 0], "scale_by": 2.0}),
+    ],
+)
+def test_what_changes_the_image_behind_the_sampler_is_lost(kind: str, inputs: dict[str, Any]) -> None:
+    "It is listed, whether or not it stands before the first output; what only shows the image is not."
+    behind = {"n20": node(kind, **inputs), "n21": node("UpscaleModelLoader", model_name="4x.pth")}
+    for ends in ({"n9": node("SaveImage", images=["20", 0])}, {"n19": node("SaveImage", images=["20", 0])}):
+        restored = restore(json.dumps(graph(**behind, **ends)))
+        [setting] = [setting for setting in restored.lost if "changes the image" in setting.reason]
+        assert setting.name == f"{kind} 20"
+    assert not [setting for setting in restore(json.dumps(graph())).lost or [] if "changes the image" in setting.reason]
+
+
 def test_graphs_without_a_known_sampler() -> None:
     for text in ('{"3": {"class_type": "KSampler"}}', '{"3": {"class_type": "VideoMaker", "inputs": {}}}', '{"3": {}}'):
         restored = restore(png(prompt=text, workflow="{}"))

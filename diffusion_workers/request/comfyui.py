@@ -406,6 +406,31 @@ def _later_settings(graph: Graph, samplers: list[str]) -> Iterator[Setting]:
         yield Setting(f"{graph.kind(key)} {key}", _shown(graph, key), None, reason=reason)
 
 
+_PLAIN_ENDS = re.compile(r"^(vaedecode|save|preview|output|reroute|note|markdownnote|primitive)", re.IGNORECASE)
+
+
+def _downstream(graph: Graph, start: str) -> list[str]:  # every node that depends on `start`, nearest first
+    users: dict[str, list[str]] = {}
+    for key in graph.nodes:
+        for target in map(graph.target, graph.inputs(key).values()):
+            if target:
+                users.setdefault(target[0], []).append(key)
+    found = [start]
+    seen = {start}
+    for key in found:
+        following = [user for user in users.get(key, ()) if user not in seen]
+        found += dict.fromkeys(following)
+        seen.update(following)
+    return found[1:]
+
+
+def _finishing_settings(graph: Graph, last: str) -> Iterator[Setting]:  # of an upscaler behind the decoder, for example
+    reason = "it changes the image after it was generated, which this project does not do"
+    for key in _downstream(graph, last):
+        if not _PLAIN_ENDS.match(graph.kind(key)):
+            yield Setting(f"{graph.kind(key)} {key}", _shown(graph, key), None, reason=reason)
+
+
 def from_graph(
     nodes: Mapping[str, Any],  # the graph as ComfyUI runs it: number of a node -> class_type and inputs
 ) -> list[Setting]:
@@ -428,6 +453,7 @@ def from_graph(
     for key in _upstream(graph, (later or [sampler])[0]):
         if key not in graph.used and not _SILENT.match(graph.kind(key)):
             found.append(Setting(graph.kind(key), _shown(graph, key)))
+    found += _finishing_settings(graph, (later or [sampler])[0])
     return found
 
 # %% ../../nbs/10_request/09_comfyui.ipynb #0aff4fb8
