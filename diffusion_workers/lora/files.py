@@ -353,7 +353,7 @@ def adapter_configs(
     configs: dict[str, dict[str, Any]] = {}
     if beside:
         whole = _loads(beside)
-        configs = dict.fromkeys((DENOISER, *TEXT_ENCODERS), whole)
+        configs = {component: dict(whole) for component in (DENOISER, *TEXT_ENCODERS)}
     for key, value in _loads(metadata.get("lora_adapter_metadata", "")).items():
         component, _, option = key.partition(".")
         component = component if component in TEXT_ENCODERS else DENOISER
