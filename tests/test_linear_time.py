@@ -106,6 +106,7 @@ EXPRESSIONS = {
     "request.comfyui._OUTPUTS": "save",
     "request.comfyui._DIMENSIONS": " 64 x 64",
     "request.comfyui._SILENT": "vaedecode",
+    "request.comfyui._PLAIN_ENDS": "vaedecode",
     "pipeline.tiny_files._LEVEL": "down_blocks.0.resnets.1.a",
     "checkpoints.layouts._FOUR_BIT": "a.quant_state.bitsandbytes__nf4",
     "checkpoints.layouts._MARKERS": "a.scaled_fp8",
