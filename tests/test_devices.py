@@ -11,7 +11,7 @@ from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.worker import WorkerSettings
 from diffusion_workers.worker.startup import StartupClock, StartupError, start_service
 
-UNUSABLE = {"cuda:99": "GPU", "nonsense": "no such device"}
+UNUSABLE = {"cuda:99": "GPU", "gpu0": "no such device"}
 if not torch.cuda.is_available():
     UNUSABLE["cuda"] = "GPU" if torch.backends.cuda.is_built() else "without CUDA"
 if platform.system() == "Linux":
@@ -42,7 +42,7 @@ def test_a_command_says_why_in_one_line(
     assert not (tmp_path / "image.png").exists()
 
 
-@pytest.mark.parametrize("device", [device for device in UNUSABLE if device != "nonsense"])
+@pytest.mark.parametrize("device", [device for device in UNUSABLE if device != "gpu0"])
 def test_a_worker_says_why(device: str) -> None:
     with pytest.raises(StartupError, match=UNUSABLE[device]):
         start_service(WorkerSettings(device=device), StartupClock())

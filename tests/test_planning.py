@@ -39,9 +39,9 @@ def offering(family: str) -> ModelManifest:
     record = FAMILIES[family]
     plain = {name: {"source": {"folder": name}, "preprocessors": [name]} for name in ("canny", "tile")}
     union = {"all": {"source": {"folder": "all"}, "union": True}} if record.controls.union_class else {}
-    nets = (plain if record.has_controlnets else {}) | union
+    controlnets = (plain if record.has_controlnets else {}) | union
     return ModelManifest.model_validate(
-        {"name": family, "family": family, "source": {"folder": family}, "controlnets": nets}
+        {"name": family, "family": family, "source": {"folder": family}, "controlnets": controlnets}
     )
 
 

@@ -161,7 +161,7 @@ def reference_pixels(service: DiffusionService) -> np.ndarray:
     return np.asarray(service.generate(REFERENCE).image)
 
 
-# --- nonsense ---------------------------------------------------------------
+# --- invalid ----------------------------------------------------------------
 
 
 def image_bytes(chance: random.Random) -> bytes:

@@ -235,7 +235,7 @@ def raw(url: str, data: bytes, wait: bool = True) -> bytes:
 def test_broken_http_does_not_disturb(url: str) -> None:
     "Garbage, a body that is cut off, a wrong length, an endless header."
     head = b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    assert b"400" in raw(url, b"\x00\x01\x02 nonsense\r\n\r\n").split(b"\r\n")[0]
+    assert b"400" in raw(url, b"\x00\x01\x02 not HTTP\r\n\r\n").split(b"\r\n")[0]
     assert b"400" in raw(url, head + b"Content-Length: many\r\n\r\n").split(b"\r\n")[0]
     assert b"400" in raw(url, head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n").split(b"\r\n")[0]
     assert raw(url, head + b"X-Long: " + b"x" * 200_000 + b"\r\n\r\n").startswith(b"HTTP/1.1 4")
@@ -705,7 +705,7 @@ def test_wrong_settings_end_in_one_line(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("typed", [["--port", "99999"], ["--device", "nonsense"]])
+@pytest.mark.parametrize("typed", [["--port", "99999"], ["--device", "gpu0"]])
 def test_a_wrong_option_is_named_as_it_was_typed(typed: list[str], capsys: pytest.CaptureFixture) -> None:
     "Not as the variable that would set the same."
     from diffusion_workers.cli.main import main

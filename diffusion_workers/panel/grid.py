@@ -318,7 +318,7 @@ def seconds_for_rest(
     cells: Sequence[GridCell],
     seconds: Sequence[float],  # that each cell took that is done
     pace: Pace,  # of earlier generations
-) -> float | None:  # None as long as there is no measurement
+) -> float | None:  # None until an image was measured
     "Estimated duration of the cells without a result."
     left = [cell for cell in cells if cell.result is None]
     done = [cell for cell in cells if cell.result is not None]
@@ -402,7 +402,7 @@ class GridRunner:
         except Exception:
             logger.exception("a grid could not show a cell")
 
-    def seconds_left(self) -> float | None:  # None as long as there is no measurement
+    def seconds_left(self) -> float | None:  # None until an image was measured
         "Estimated duration of the rest: from the cells that are done, else from earlier generations of the model."
         return seconds_for_rest(self.cells, self.seconds, self.backend.pace)
 
@@ -652,7 +652,7 @@ class Grid(_GridImages):
             raise
         return self
 
-    def seconds_left(self) -> float | None:  # None as long as there is no measurement
+    def seconds_left(self) -> float | None:  # None until an image was measured
         "Estimated duration of the cells that are left."
         return self._runner.seconds_left()
 
