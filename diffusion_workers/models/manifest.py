@@ -433,6 +433,7 @@ class Limits(_Section):
     max_num_inference_steps: Annotated[Count, Field(le=1000)] = 150  # denoising steps in one request
     max_num_images: Annotated[Count, Field(le=64)] = 16  # in one request
     max_prompt_length: Annotated[Count, Field(le=10000)] = 10000  # characters
+    reference_size: tuple[Pixels, Pixels] | None = None  # every reference image is cut to this width and height
 
 # %% ../../nbs/20_models/01_manifest.ipynb #716be908
 Complaint = tuple[tuple[str, ...], str]  # (location of the field, what is wrong with it)
@@ -608,6 +609,20 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
         )
 
 
+def _reference_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
+    references = manifest.record.references.get(manifest.kind)
+    if manifest.limits.reference_size is None:
+        return
+    at = "limits", "reference_size"
+    if references is None:
+        yield at, "this model takes no reference images; leave it out"
+    elif references.scales_itself:
+        yield at, f"the pipelines of {manifest.record.title} scale reference images themselves; leave it out"
+    elif any(side % references.multiple or side < references.min_side for side in manifest.limits.reference_size):
+        allowed = f"multiples of {references.multiple}, at least {references.min_side}"
+        yield at, f"given {' x '.join(map(str, manifest.limits.reference_size))}; allowed: {allowed}"
+
+
 def _all_complaints(manifest: "ModelManifest") -> list[Complaint]:
     return [
         *_model_complaints(manifest),
@@ -616,6 +631,7 @@ def _all_complaints(manifest: "ModelManifest") -> list[Complaint]:
         *_entry_complaints(manifest),
         *_memory_complaints(manifest),
         *_size_complaints(manifest.defaults, manifest.limits),
+        *_reference_complaints(manifest),
     ]
 
 # %% ../../nbs/20_models/01_manifest.ipynb #5d3c7766
@@ -655,6 +671,8 @@ def _content_sha256(manifest: "ModelManifest") -> str:
         for field in _LATER_FIELDS:
             if section.get(field, "") is None:
                 del section[field]
+    if content["limits"]["reference_size"] is None:
+        del content["limits"]["reference_size"]
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ca09e693

@@ -85,6 +85,7 @@ def plan_references(
     shares: Sequence[float | None] = weights or [None] * len(images)
     for image, weight in zip(images, shares):
         size = (image.width, image.height) if limits is None else limits.used_size(image.width, image.height)
+        size = manifest.limits.reference_size or size
         used = {"used_width": max(1, size[0]), "used_height": max(1, size[1])}
         facts = {"sha256": image.sha256, "width": image.width, "height": image.height}
         planned.append(PlannedReference(**facts, **used, weight=weight))

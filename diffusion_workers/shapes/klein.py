@@ -6,15 +6,15 @@
 __all__ = ['SCENE_KINDS', 'EDIT_KINDS', 'KLEIN_POSITIONS', 'KleinTrainingConfig', 'plain_scene', 'plain_caption', 'opened',
            'klein_words', 'build_klein_tokenizer', 'klein_ids', 'caption_targets', 'edit_targets', 'new_qwen3',
            'klein_parse_loss', 'parse_texts', 'train_qwen3', 'world_images', 'train_klein_vae', 'as_flux2', 'patches',
-           'flux_arithmetic', 'normalised', 'images_of', 'KleinData', 'token_weights', 'klein_data',
-           'new_klein_transformer', 'token_positions', 'predict_flow', 'klein_text', 'klein_batch', 'example_kind',
-           'train_klein_transformer', 'assemble_klein', 'train_klein', 'make_images', 'EditEvaluation',
-           'evaluate_edits', 'DrawingEvaluation', 'evaluate_drawings']
+           'flux_arithmetic', 'normalised', 'images_of', 'KleinData', 'token_weights', 'token_answers', 'klein_data',
+           'new_klein_transformer', 'token_positions', 'predict_flow', 'klein_text', 'KleinBatch', 'klein_batch',
+           'example_kind', 'reading_loss', 'TokenReader', 'klein_losses', 'train_klein_transformer', 'assemble_klein',
+           'train_klein', 'make_images', 'EditEvaluation', 'evaluate_edits', 'DrawingEvaluation', 'evaluate_drawings']
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #90a8941d
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from ..models.manifest import builtin_path
 from diffusion_workers.shapes.edits import (
     BESIDE,
     EDITS,
+    Canvas,
     Edit,
     Told,
     Verdict,
@@ -113,18 +114,20 @@ class KleinTrainingConfig:
     high_noise: float = 0.2  # share of the noise levels drawn evenly from 0.8 to 1, where colors and shapes are decided
     thing_weight: float = 3.0  # more weight in the loss for tokens that show a thing
     edit_weight: float = 4.0  # the same in an edit, for tokens that show a thing before or after it
+    read_after: int = 2  # single blocks after which colors and shapes are read from the tokens
+    read_weight: float = 0.1  # of each of these readings in the loss
     ema_decay: float = 0.998  # of the averaged weights
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #1e9838e4
 SCENE_KINDS = {"one": 0.3, "pair": 0.25, "places": 0.15, "count": 0.12, "list": 0.18}  # kind of a scene -> its share
-EDIT_KINDS = {
-    "color": 0.2,
-    "shape": 0.15,
-    "replace": 0.1,
-    "background": 0.12,
-    "remove": 0.12,
-    "add": 0.18,
-    "swap": 0.13,
+EDIT_KINDS = {  # kind of an edit -> its share; what is learned last is the most frequent
+    "color": 0.18,
+    "shape": 0.18,
+    "replace": 0.13,
+    "background": 0.06,
+    "remove": 0.09,
+    "add": 0.21,
+    "swap": 0.15,
 }
 
 
@@ -451,6 +454,7 @@ class KleinData:
     references: tuple[torch.Tensor, ...]  # like `wanted`: none, one or two
     texts: list[list[str]]  # N lists of wordings
     weights: torch.Tensor  # (N, 64), of the tokens in the loss, 1 on average
+    shown: torch.Tensor  # (N, 64, 3) int64, what `token_answers` tells of each token
 
 
 def token_weights(
@@ -464,19 +468,32 @@ def token_weights(
     return weights / weights.mean()
 
 
-def _scene_example(rng: np.random.Generator, wordings: int) -> tuple[list[np.ndarray], list[str]]:
+def token_answers(
+    canvas: Canvas,
+) -> torch.Tensor:  # (64, 3) int64: class of the background, and of the color and the shape there, 0 for none
+    "What each patch of 16 x 16 pixels shows."
+    answers = torch.zeros(8, 8, 3, dtype=torch.int64)
+    answers[..., 0] = [*PALETTE].index(canvas.background)
+    middles = torch.arange(8) * 16 + 7.5
+    nearest = torch.full((8, 8), torch.inf)
+    for placed in canvas.things:
+        distance = torch.hypot(middles[None] - placed.x, middles[:, None] - placed.y) - placed.radius
+        mine = (distance < 4) & (distance < nearest)
+        nearest[mine] = distance[mine]
+        answers[mine, 1] = 1 + OBJECT_COLORS.index(placed.thing.color or "")
+        answers[mine, 2] = 1 + SHAPES.index(placed.thing.shape or "")
+    return answers.flatten(0, 1)
+
+
+def _scene_example(rng: np.random.Generator, wordings: int) -> tuple[list[Canvas], list[str]]:
     scene = plain_scene(rng, held_out=False)
-    texts = [plain_caption(opened(scene, rng), rng) for _ in range(wordings)]
-    return [np.asarray(canvas_of(scene, rng).draw())], texts
+    return [canvas_of(scene, rng)], [plain_caption(opened(scene, rng), rng) for _ in range(wordings)]
 
 
-def _edit_example(
-    rng: np.random.Generator, wordings: int, kinds: dict[str, float]
-) -> tuple[list[np.ndarray], list[str]]:
+def _edit_example(rng: np.random.Generator, wordings: int, kinds: dict[str, float]) -> tuple[list[Canvas], list[str]]:
     edit = random_edit(rng, draw_kind(rng, kinds), held_out=False)
     canvases = [edit.after, edit.before, *([edit.other] if edit.other else [])]
-    texts = [as_typed(instruct(edit, rng, False)[0], rng) for _ in range(wordings)]
-    return [np.asarray(canvas.draw()) for canvas in canvases], texts
+    return canvases, [as_typed(instruct(edit, rng, False)[0], rng) for _ in range(wordings)]
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #3af8d8be
 def klein_data(
@@ -497,20 +514,20 @@ def klein_data(
             for i in range(config.imports)
         ],
     }
-    encoded = {
-        name: [patches(vae, np.stack(images)) for images in zip(*(images for images, _ in rows))]
-        for name, rows in examples.items()
-    }
+    encoded, weights = {}, {}
+    for name, rows in examples.items():
+        images = [np.stack([np.asarray(canvas.draw()) for canvas in canvases]) for canvases in zip(*(c for c, _ in rows))]
+        more = config.thing_weight if name == "draw" else config.edit_weight
+        weights[name] = torch.stack([token_weights(shown, more) for shown in zip(*images[:2])])
+        encoded[name] = [patches(vae, part) for part in images]
     drawn = encoded["draw"][0]
     vae.bn.running_mean.copy_(drawn.mean((0, 2, 3)))
     vae.bn.running_var.copy_(drawn.var((0, 2, 3)))
     made = {}
-    for name, (wanted, *references) in encoded.items():
-        texts = [texts for _, texts in examples[name]]
-        more = config.thing_weight if name == "draw" else config.edit_weight
-        weights = torch.stack([token_weights(images[:2], more) for images, _ in examples[name]])
-        tokens = tuple(normalised(vae, values) for values in references)
-        made[name] = KleinData(normalised(vae, wanted), tokens, texts, weights)
+    for name, rows in examples.items():
+        wanted, *references = (normalised(vae, values) for values in encoded[name])
+        shown = torch.stack([token_answers(canvases[0]) for canvases, _ in rows])
+        made[name] = KleinData(wanted, tuple(references), [texts for _, texts in rows], weights[name], shown)
     return made
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #6a6557f8
@@ -580,13 +597,26 @@ def klein_text(
     return torch.cat([states[round(layers * third / 3)] for third in (1, 2, 3)], -1)
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #2498c939
+@dataclass(frozen=True)
+class KleinBatch:
+    "What one step is trained on."
+
+    texts: list[str]  # B of them
+    wanted: torch.Tensor  # (B, 64, 16)
+    references: list[torch.Tensor]  # like `wanted`
+    noise: torch.Tensor  # like `wanted`
+    noise_levels: torch.Tensor  # (B,)
+    weights: torch.Tensor  # (B, 64), of the tokens
+    shown: torch.Tensor  # (B, 64, 3), answers about the tokens
+
+
 def klein_batch(
     data: KleinData,
     config: KleinTrainingConfig,
     step: int,  # decides the batch, with the seed
     batch: int,  # its size
-) -> tuple[list[str], torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
-    "Texts, wanted tokens, reference tokens, noise, noise levels and weights of the tokens."
+) -> KleinBatch:
+    "Draw examples, noise levels and noise."
     rng = np.random.default_rng((config.seed, 44, step))
     chosen = rng.integers(len(data.wanted), size=batch)
     texts = [str(rng.choice(data.texts[i])) if rng.random() >= config.text_dropout else "" for i in chosen]
@@ -596,7 +626,8 @@ def klein_batch(
     noise_levels = torch.where(high, 0.8 + 0.2 * torch.from_numpy(rng.random(batch)).float(), noise_levels)
     noise = torch.from_numpy(rng.standard_normal((batch, *data.wanted.shape[1:]), dtype=np.float32))
     references = [tokens[chosen] for tokens in data.references]
-    return texts, data.wanted[chosen], references, noise, noise_levels, data.weights[chosen]
+    wanted, weights, shown = data.wanted[chosen], data.weights[chosen], data.shown[chosen]
+    return KleinBatch(texts, wanted, references, noise, noise_levels, weights, shown)
 
 
 def example_kind(
@@ -609,6 +640,55 @@ def example_kind(
         return "draw"
     return "import" if position < config.drawing_share + config.import_share else "edit"
 
+# %% ../../nbs/65_shapes/16_klein.ipynb #7dad4210
+_SHOWN_CLASSES = [len(PALETTE), len(OBJECT_COLORS) + 1, len(SHAPES) + 1]  # of `token_answers`
+
+
+def reading_loss(
+    logits: torch.Tensor,  # (B, 64, classes of all three answers)
+    shown: torch.Tensor,  # (B, 64, 3) int64
+    weights: torch.Tensor,  # (B, 64)
+) -> torch.Tensor:  # scalar
+    "Cross entropy of the background, the color and the shape that each token is to show."
+    parts = zip(logits.float().split(_SHOWN_CLASSES, -1), shown.unbind(-1))
+    errors = [F.cross_entropy(part.mT, answer, reduction="none") for part, answer in parts]
+    return (torch.stack(errors).sum(0) * weights).mean()
+
+
+class TokenReader(torch.nn.Module):
+    "Reads colors and shapes from the middle of a transformer that is being trained."
+
+    def __init__(self, transformer: Flux2Transformer2DModel, config: KleinTrainingConfig):
+        super().__init__()
+        self.answers = torch.nn.Linear(32 * config.heads, sum(_SHOWN_CLASSES))
+        self._states: list[torch.Tensor] = []
+        block = transformer.single_transformer_blocks[config.read_after - 1]
+        block.register_forward_hook(lambda module, inputs, states: self._states.append(states))
+
+    def forward(
+        self,
+        text_length: int,  # tokens in front of those of the image
+    ) -> torch.Tensor:  # (B, 64, classes of all three answers)
+        "Logits for the image of the last call of the transformer."
+        return self.answers(self._states.pop()[:, text_length : text_length + 64])
+
+# %% ../../nbs/65_shapes/16_klein.ipynb #27f7c43d
+def klein_losses(
+    transformer: Flux2Transformer2DModel,
+    reader: TokenReader,
+    text: torch.Tensor,  # (B, L, 3 * width)
+    batch: KleinBatch,
+) -> dict[str, torch.Tensor]:  # scalars: squared error, the same with the weights of the tokens, and of the readings
+    "One call of the transformer on noisy images, and its errors."
+    sigma = batch.noise_levels[:, None, None]
+    with flux_arithmetic():
+        noisy = (1 - sigma) * batch.wanted + sigma * batch.noise
+        flow = predict_flow(transformer, noisy, batch.noise_levels, text, batch.references)
+        logits = reader(text.shape[1])
+    errors = (flow.float() - (batch.noise - batch.wanted)).square().mean(-1)
+    reading = reading_loss(logits, batch.shown, batch.weights)
+    return {"loss": errors.mean(), "weighted": (errors * batch.weights).mean(), "reading": reading}
+
 # %% ../../nbs/65_shapes/16_klein.ipynb #8bddb63a
 def train_klein_transformer(
     out_dir: Path,  # keeps `klein.pt` and the log
@@ -617,43 +697,47 @@ def train_klein_transformer(
     tokenizer: Qwen2Tokenizer,
     data: dict[str, KleinData],
     stop_after: int | None = None,  # end early, after so many steps, as if interrupted
+    on_checkpoint: Callable[[int, Flux2Transformer2DModel], None] | None = None,  # gets steps and averaged weights
+    minutes: float | None = None,  # spread the schedule over this time instead of `config.steps`
+    compiled: bool = False,  # compile the blocks, which needs a C++ compiler
 ) -> Flux2Transformer2DModel:  # the averaged weights
     "Train the transformer, continuing from its checkpoint: Muon for the matrices of the blocks, AdamW for the rest."
     torch.manual_seed(config.seed)
     transformer = new_klein_transformer(config)
-    averaged = copy.deepcopy(transformer).requires_grad_(False)
+    averaged, reader = copy.deepcopy(transformer).requires_grad_(False), TokenReader(transformer, config)
     named = [(name, p, "blocks" in name and p.ndim == 2) for name, p in transformer.named_parameters()]
+    rest = [*(p for _, p, hidden in named if not hidden), *reader.parameters()]
     muon = Muon([p for _, p, hidden in named if hidden], lr=config.matrix_learning_rate)
-    adam = torch.optim.AdamW(
-        [p for _, p, hidden in named if not hidden], betas=(0.9, 0.99), weight_decay=0.0, fused=True
-    )
-    checkpoint = Checkpoint(out_dir / "klein.pt", {"tr": transformer, "ema": averaged, "muon": muon, "adam": adam})
-    logs = {kind: TrainingLog(out_dir / LOG_NAME, f"klein {kind}", every=1) for kind in data}
-    losses: dict[str, list[torch.Tensor]] = {kind: [] for kind in data}
-    for step in range(checkpoint.load(), min(config.steps, stop_after or config.steps)):
-        kind, factor = example_kind(step, config), one_cycle(step / config.steps + 1e-4)
-        batch = config.batch * 3 // 4 if kind == "import" else config.batch
-        texts, wanted, references, noise, noise_levels, weights = klein_batch(data[kind], config, step, batch)
-        text, sigma = klein_text(encoder, tokenizer, texts, config.text_length), noise_levels[:, None, None]
+    adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    parts = {"tr": transformer, "ema": averaged, "reader": reader, "muon": muon, "adam": adam}
+    checkpoint = Checkpoint(out_dir / "klein.pt", parts)
+    for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks) if compiled else ():
+        block.forward = torch.compile(block.forward, dynamic=False)
+    logs = {kind: TrainingLog(out_dir / LOG_NAME, f"klein {kind}", every=100) for kind in data}
+    step = checkpoint.load()
+    while step != stop_after:
+        done = step / config.steps if minutes is None else checkpoint.elapsed / 60 / minutes
+        if done >= 1:
+            break
+        kind, factor = example_kind(step, config), one_cycle(done + 1e-4)
+        batch = klein_batch(data[kind], config, step, config.batch * 3 // 4 if kind == "import" else config.batch)
         with flux_arithmetic():
-            noisy = (1 - sigma) * wanted + sigma * noise
-            flow = predict_flow(transformer, noisy, noise_levels, text, references)
-        errors = (flow.float() - (noise - wanted)).square().mean(-1)
-        loss = (errors * weights).mean()
+            text = klein_text(encoder, tokenizer, batch.texts, config.text_length)
+        losses = klein_losses(transformer, reader, text, batch)
         muon.param_groups[0]["lr"] = config.matrix_learning_rate * factor
         muon.zero_grad()
-        update(adam, loss, config.learning_rate * factor)
+        update(adam, losses["weighted"] + config.read_weight * losses["reading"], config.learning_rate * factor)
         muon.step()
-        update_ema(averaged, transformer, step + 1, config.ema_decay)
-        losses[kind].append(errors.detach().mean())
-        if (step + 1) % 100 == 0:
-            checkpoint.save(step + 1)
-            for name, values in losses.items():
-                if values:
-                    logs[name].add(step + 1, {"loss": torch.stack(values).mean()})
-            losses = {name: [] for name in data}
-    checkpoint.save(min(config.steps, stop_after or config.steps))
+        step += 1
+        update_ema(averaged, transformer, step, config.ema_decay)
+        logs[kind].add(step, losses)
+        if step % 100 == 0:
+            checkpoint.save(step)
+            if on_checkpoint is not None:
+                on_checkpoint(step, averaged)
+    checkpoint.save(step)
     return averaged
+
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #6a315fe3
 def assemble_klein(
