@@ -9,7 +9,7 @@ __all__ = ['Prepared', 'prepare_controls', 'prepare_inputs']
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..control.detectors import PreprocessorStore
 from ..control.preprocessors import PREPROCESSORS, fit_map, inpaint_condition
@@ -74,6 +74,10 @@ def _prepare_references(plan: GenerationPlan, inputs: Inputs) -> Iterator[Image.
         image = decoded.image
         if limits.scales_itself:  # a text encoder may see it in another size than the VAE
             yield image
+            continue
+        used = planned.used_width, planned.used_height
+        if used != limits.used_size(*image.size):  # the model has a size of its own
+            yield ImageOps.fit(image, used, Image.Resampling.LANCZOS)
             continue
         size = limits.scaled_size(*image.size)
         if size != image.size:
