@@ -9,12 +9,15 @@ import family_checks
 import numpy as np
 import pytest
 import torch
+import yaml
 from family_checks import MASKED, ROUNDING, SMALL, TWO, difference, half, photo, quiet_pipeline, serving
+from PIL import Image
 from safetensors.torch import save_file
 
 from diffusion_workers.cli.main import main
 from diffusion_workers.lora.files import LoraName
 from diffusion_workers.lora.layers import load_lora
+from diffusion_workers.models.manifest import ModelManifest
 from diffusion_workers.pipeline.loading import quiet_libraries
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.planning.plan import request_from_plan
@@ -77,6 +80,46 @@ def test_a_large_reference_is_scaled_as_in_diffusers(service: DiffusionService) 
     assert (planned.width, planned.height, planned.used_width, planned.used_height) == (1400, 1100, 1152, 896)
     assert [(note.field, note.used) for note in result.warnings] == [("reference_images[0]", "'1152 x 896'")]
     assert difference(np.asarray(result.image).astype(int), their_pixels(1, image=[large])) <= ROUNDING
+
+
+def test_a_model_may_name_the_size_of_its_references(folder: Path) -> None:
+    "Each reference is cut at the centre and scaled to it, in the plan, a warning and the pixels."
+    manifest = (
+        "family: flux2\nsource: {folder: flux2}\ndefaults: {guidance_scale: 2.0}\nlimits: {reference_size: [80, 64]}\n"
+    )
+    (folder / "sized.yaml").write_text(manifest)
+    wide, large = photo(200, 80), photo(200, 160)
+    with serving(folder) as service:
+        result = service.generate(
+            **COMMON | {"model": "sized"}, height=64, seed=5, reference_images=[large, photo(80, 64)]
+        )
+        assert [(note.field, note.used) for note in result.warnings] == [("reference_images[0]", "'80 x 64'")]
+        used = [(each.used_width, each.used_height) for each in result.generation.plan.reference_images]
+        assert used == [(80, 64)] * 2
+        plain = service.plan("a", model="sized", reference_images=[wide]).plan
+        assert (plain.width, plain.height) == (80, 64)
+        middle = wide.crop((50, 0, 150, 80))
+        fields = COMMON | {"model": "sized", "height": 64, "seed": 5}
+        cut, given = (service.generate(fields, reference_images=[each]).image for each in (wide, middle))
+        assert cut.tobytes() == given.tobytes()
+    scaled = large.resize((80, 64), Image.Resampling.LANCZOS)
+    ours = np.asarray(result.image).astype(int)
+    assert difference(ours, their_pixels(5, image=[scaled, photo(80, 64)])) <= ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ("family: flux2\nlimits: {reference_size: [72, 64]}", "given 72 x 64; allowed: multiples of 16, at least 64"),
+        ("family: sd15\nlimits: {reference_size: [64, 64]}", "this model takes no reference images; leave it out"),
+        ("family: qwen\nkind: edit\nlimits: {reference_size: [64, 64]}", "scale reference images themselves"),
+    ],
+)
+def test_a_size_of_references_that_cannot_be_is_refused(section: str, told: str) -> None:
+    content = yaml.safe_load(section) | {"name": "odd", "source": {"folder": "odd"}}
+    with pytest.raises(ValueError, match=r"limits\.reference_size") as caught:
+        ModelManifest(**content)
+    assert told in str(caught.value)
 
 
 def test_an_edit_in_another_size_than_its_reference_says_so(service: DiffusionService) -> None:

@@ -110,7 +110,8 @@ def size_source(manifest: ModelManifest, references: Sequence[PlannedReference])
     limits = manifest.record.references.get(manifest.kind)
     if limits is not None and limits.square is not None:
         return None  # it is seen as a square, whatever its sides are
-    if not references or limits is None or not limits.decides_size:
+    as_seen = limits is not None and (limits.decides_size or manifest.limits.reference_size is not None)
+    if not references or not as_seen:
         return references[0] if references else None
     used = {"width": references[0].used_width, "height": references[0].used_height}
     return references[0].model_copy(update=used)
