@@ -681,7 +681,7 @@ def klein_losses(
 ) -> dict[str, torch.Tensor]:  # scalars: squared error, the same with the weights of the tokens, and of the readings
     "One call of the transformer on noisy images, and its errors."
     sigma = batch.noise_levels[:, None, None]
-    with flux_arithmetic():
+    with quick_arithmetic():
         noisy = (1 - sigma) * batch.wanted + sigma * batch.noise
         flow = predict_flow(transformer, noisy, batch.noise_levels, text, batch.references)
         logits = reader(text.shape[1])
