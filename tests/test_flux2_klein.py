@@ -82,10 +82,11 @@ def test_a_large_reference_is_scaled_as_in_diffusers(service: DiffusionService) 
     assert difference(np.asarray(result.image).astype(int), their_pixels(1, image=[large])) <= ROUNDING
 
 
-def test_a_model_may_name_the_size_of_its_references(folder: Path) -> None:
+def test_a_model_may_name_the_number_and_the_size_of_its_references(folder: Path) -> None:
     "Each reference is cut at the centre and scaled to it, in the plan, a warning and the pixels."
     manifest = (
-        "family: flux2\nsource: {folder: flux2}\ndefaults: {guidance_scale: 2.0}\nlimits: {reference_size: [80, 64]}\n"
+        "family: flux2\nsource: {folder: flux2}\ndefaults: {guidance_scale: 2.0}\n"
+        "limits: {reference_size: [80, 64], max_reference_images: 2}\n"
     )
     (folder / "sized.yaml").write_text(manifest)
     wide, large = photo(200, 80), photo(200, 160)
@@ -98,6 +99,11 @@ def test_a_model_may_name_the_size_of_its_references(folder: Path) -> None:
         assert used == [(80, 64)] * 2
         plain = service.plan("a", model="sized", reference_images=[wide]).plan
         assert (plain.width, plain.height) == (80, 64)
+        [error] = service.plan("a", model="sized", reference_images=[wide] * 3).errors
+        assert (error.field, error.allowed) == ("reference_images", "at most 2")
+        assert error.message.startswith("sized takes fewer")
+        [info] = [model for model in service.list_models().models if model.name == "sized"]
+        assert info.max_reference_images == 2
         middle = wide.crop((50, 0, 150, 80))
         fields = COMMON | {"model": "sized", "height": 64, "seed": 5}
         cut, given = (service.generate(fields, reference_images=[each]).image for each in (wide, middle))
@@ -110,14 +116,15 @@ def test_a_model_may_name_the_size_of_its_references(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "told"),
     [
+        ("family: flux2\nlimits: {max_reference_images: 5}", "given 5; FLUX.2 Klein takes at most 4"),
         ("family: flux2\nlimits: {reference_size: [72, 64]}", "given 72 x 64; allowed: multiples of 16, at least 64"),
         ("family: sd15\nlimits: {reference_size: [64, 64]}", "this model takes no reference images; leave it out"),
         ("family: qwen\nkind: edit\nlimits: {reference_size: [64, 64]}", "scale reference images themselves"),
     ],
 )
-def test_a_size_of_references_that_cannot_be_is_refused(section: str, told: str) -> None:
+def test_limits_of_references_that_cannot_be_are_refused(section: str, told: str) -> None:
     content = yaml.safe_load(section) | {"name": "odd", "source": {"folder": "odd"}}
-    with pytest.raises(ValueError, match=r"limits\.reference_size") as caught:
+    with pytest.raises(ValueError, match=r"limits\.(max_)?reference_") as caught:
         ModelManifest(**content)
     assert told in str(caught.value)
 

@@ -433,6 +433,7 @@ class Limits(_Section):
     max_num_inference_steps: Annotated[Count, Field(le=1000)] = 150  # denoising steps in one request
     max_num_images: Annotated[Count, Field(le=64)] = 16  # in one request
     max_prompt_length: Annotated[Count, Field(le=10000)] = 10000  # characters
+    max_reference_images: Annotated[Count, Field(le=64)] | None = None  # in one request; None is as many as the family
     reference_size: tuple[Pixels, Pixels] | None = None  # every reference image is cut to this width and height
 
 # %% ../../nbs/20_models/01_manifest.ipynb #716be908
@@ -610,7 +611,10 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
 
 
 def _reference_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
-    references = manifest.record.references.get(manifest.kind)
+    references, most = manifest.record.references.get(manifest.kind), manifest.record.max_references(manifest.kind)
+    if manifest.limits.max_reference_images is not None and manifest.limits.max_reference_images > most:
+        given = f"given {manifest.limits.max_reference_images}"
+        yield ("limits", "max_reference_images"), f"{given}; {manifest.record.title} takes at most {most}"
     if manifest.limits.reference_size is None:
         return
     at = "limits", "reference_size"
@@ -671,8 +675,9 @@ def _content_sha256(manifest: "ModelManifest") -> str:
         for field in _LATER_FIELDS:
             if section.get(field, "") is None:
                 del section[field]
-    if content["limits"]["reference_size"] is None:
-        del content["limits"]["reference_size"]
+    for field in ("max_reference_images", "reference_size"):
+        if content["limits"][field] is None:
+            del content["limits"][field]
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ca09e693
@@ -780,6 +785,12 @@ class ModelManifest(_Section):
     def record(self) -> Family:
         "What holds for every model of this family."
         return FAMILIES[self.family]
+
+    @property
+    def max_reference_images(self) -> int:
+        "How many reference images a request may have."
+        most = self.record.max_references(self.kind)
+        return min(most, self.limits.max_reference_images or most)
 
     @property
     def denoiser_source(self) -> Source:

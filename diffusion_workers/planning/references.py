@@ -144,13 +144,15 @@ def check_references(
     count = len(request.reference_images or ())
     if limits is None or call is None:
         return
-    if count > call.references:
+    most = min(call.references, manifest.max_reference_images)
+    if count > most:
+        name = title if most == call.references else manifest.name
         yield error_detail(
             ErrorCode.out_of_range,
-            f"{title} takes fewer reference images for {call.task.value}",
+            f"{name} takes fewer reference images for {call.task.value}",
             field="reference_images",
             given=f"{count} images",
-            allowed=f"at most {call.references}",
+            allowed=f"at most {most}",
         )
     yield from _check_weights(request, limits)
     for index, reference in enumerate(references):
