@@ -627,7 +627,7 @@ def counted(
     latents: Any,
 ) -> GenerationRequest:
     "A request for as many images as there is noise, where it does not say how many."
-    shape = getattr(latents, "shape", ())
+    shape: Sequence[int] = getattr(latents, "shape", ())
     if len(shape) == 4 and shape[0] > 1 and request.num_images is None and request.seeds is None:
         return request.model_copy(update={"num_images": int(shape[0])})
     return request
