@@ -93,9 +93,20 @@ class CardQueue:
                 result = failure(exc)
             card.show(result)
 
+# %% ../../nbs/73_panel/10_map_browser.ipynb #6cbc4c2d
+def _offered(service: Any) -> list[PreprocessorInfo]:
+    "The preprocessors that a service offers; those of this package where it does not say."
+    list_models = backend_of(service).list_models if hasattr(service, "generate") else None
+    listed = list_models() if list_models is not None else None
+    if listed is None or listed.preprocessors is None:
+        return preprocessor_list()
+    return listed.preprocessors
+
 # %% ../../nbs/73_panel/10_map_browser.ipynb #a0b775b3
 class ControlPanel(widgets.VBox):
     "Every preprocessor on one image; `maps` holds the control maps."
+
+    _queue: CardQueue | None = None  # none where the panel could not be made; ipywidgets closes it all the same
 
     def __init__(
         self,
@@ -149,7 +160,8 @@ class ControlPanel(widgets.VBox):
 
     def close(self) -> None:
         "Run nothing more, and remove the panel from the page."
-        self._queue.close()
+        if self._queue is not None:
+            self._queue.close()
         super().close()
 
     def _image_changed(self) -> None:
@@ -159,11 +171,3 @@ class ControlPanel(widgets.VBox):
     def _card_changed(self, card: MapCard) -> None:
         if self.image_field.zone.value:
             self._queue.add([card])
-
-
-def _offered(service: Any) -> list[PreprocessorInfo]:
-    list_models = backend_of(service).list_models if hasattr(service, "generate") else None
-    listed = list_models() if list_models is not None else None
-    if listed is None or listed.preprocessors is None:
-        return preprocessor_list()
-    return listed.preprocessors

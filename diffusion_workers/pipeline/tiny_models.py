@@ -41,7 +41,14 @@ def t5_tokenizer(length: int = 32) -> transformers.T5Tokenizer:
     ]
     return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
 
+# %% ../../nbs/50_pipeline/04_tiny_models.ipynb #8f14a135
+def _byte_letters() -> list[str]:
+    "The character that stands for each byte in the vocabularies of GPT-2 and its heirs."
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
+# %% ../../nbs/50_pipeline/04_tiny_models.ipynb #4ee08117
 _QWEN_WORDS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
@@ -54,13 +61,6 @@ _CHAT = """{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}
 {%- if enable_thinking is defined and enable_thinking is false -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
 {%- endif -%}"""
-
-
-def _byte_letters() -> list[str]:
-    "The character that stands for each byte in the vocabularies of GPT-2 and its heirs."
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def qwen_tokenizer(length: int = 512) -> transformers.Qwen2Tokenizer:
@@ -94,7 +94,7 @@ def _configuration(row: TinyComponent, config_class: str, tokenizer: Any) -> Any
     special = {name: value for name, value in special.items() if name in known and value is not None}
     return cls(vocab_size=len(tokenizer), **row.config, **special)
 
-
+# %% ../../nbs/50_pipeline/04_tiny_models.ipynb #7c0ecddb
 def _configuration_of_two(row: TinyComponent, cls: Any, tokenizer: Any) -> Any:
     "The configuration of a language model that sees images: of its two parts, and the tokens that stand for images."
     ids = {
@@ -121,7 +121,7 @@ def qwen_processor(tokenizer: transformers.Qwen2Tokenizer) -> transformers.Qwen2
         chat_template=tokenizer.chat_template,
     )
 
-
+# %% ../../nbs/50_pipeline/04_tiny_models.ipynb #866e756e
 def tiny_component(
     row: TinyComponent,
     parts: Mapping[str, Any],  # those made so far, by slot; a text encoder needs its tokenizer
@@ -176,7 +176,7 @@ def tiny_pipeline(
     taken = inspect.signature(cls.__init__).parameters
     return cls(**{slot: part for slot, part in parts.items() if slot in taken}, **record.load_arguments)
 
-
+# %% ../../nbs/50_pipeline/04_tiny_models.ipynb #a623676d
 def tiny_reference_encoder(
     family: ModelFamily,
     kind: ModelKind,  # one that sees reference images as a part of its prompt
@@ -189,6 +189,20 @@ def tiny_reference_encoder(
     for parameter in parts["image_embedder"].parameters():  # a new one makes nearly the same of every image
         torch.nn.init.normal_(parameter)
     return getattr(diffusers, encoder.class_name)(**parts)
+
+# %% ../../nbs/50_pipeline/04_tiny_models.ipynb #54d825f7
+def _write_controlnets(folder: Path, name: str, family: ModelFamily) -> dict[str, dict[str, Any]]:
+    "Write the ControlNets of a family beside its model, and return their entries for the manifest."
+    entries: dict[str, dict[str, Any]] = {
+        "canny": dict(preprocessors=["canny"]),
+        "tile": dict(preprocessors=["tile"]),
+    }
+    if FAMILIES[family].controls.union_class is not None:
+        entries["all"] = dict(union=True)
+    for key, entry in entries.items():
+        tiny_controlnet(family, union=key == "all").save_pretrained(folder / f"{name}-{key}")
+        entry["source"] = {"folder": f"{name}-{key}"}
+    return entries
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #947b6860
 def write_tiny_model(
@@ -213,17 +227,7 @@ def write_tiny_model(
     with quiet_libraries():
         tiny_pipeline(family, kind, in_channels, seed).save_pretrained(folder / name)
         if kind == ModelKind.standard and record.has_controlnets:
-            controlnets: dict[str, dict[str, Any]] = {
-                "canny": dict(preprocessors=["canny"]),
-                "tile": dict(preprocessors=["tile"]),
-                "all": dict(union=True),
-            }
-            if record.controls.union_class is None:
-                del controlnets["all"]
-            for key, entry in controlnets.items():
-                tiny_controlnet(family, union=key == "all").save_pretrained(folder / f"{name}-{key}")
-                entry["source"] = {"folder": f"{name}-{key}"}
-            manifest["controlnets"] = controlnets
+            manifest["controlnets"] = _write_controlnets(folder, name, family)
         if kind in record.reference_encoders:
             tiny_reference_encoder(family, kind, seed).save_pretrained(folder / f"{name}-references")
             manifest["reference_encoder"] = {"source": {"folder": f"{name}-references"}}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUANTIZATIONS', 'Role', 'undisturbed_imports', 'Quantization', 'require_package', 'quantization_config',
-           'stored_format', 'storage_packages', 'gguf_config', 'usable_memory', 'set_backend', 'module_bytes',
+           'gguf_config', 'stored_format', 'storage_packages', 'usable_memory', 'set_backend', 'module_bytes',
            'is_quantised', 'TurnHook', 'takes_turns', 'device_of', 'settings_of', 'group_offload', 'store']
 
 # %% ../../nbs/50_pipeline/01_weights.ipynb #9cbed45e
@@ -102,6 +102,14 @@ def quantization_config(
     return QUANTIZATIONS[name].configuration(dtype)
 
 
+def gguf_config(
+    dtype: torch.dtype,  # dtype to compute in
+) -> diffusers.GGUFQuantizationConfig:
+    "The configuration with which diffusers keeps the weights of a .gguf file as they are."
+    require_package("gguf", "a .gguf file in the manifest")
+    return diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
+
+# %% ../../nbs/50_pipeline/01_weights.ipynb #f2e9fc59
 def stored_format(manifest: ModelManifest) -> str | None:
     "The format of a denoiser's weights, where it is not that of the model's numbers."
     return (
@@ -115,14 +123,6 @@ def storage_packages(manifest: ModelManifest) -> tuple[str, ...]:
     "The packages that compute with the weights of a denoiser, beside torch and diffusers."
     name = stored_format(manifest)
     return (QUANTIZATIONS[name].package,) if name in QUANTIZATIONS else ("gguf",) if name == "gguf" else ()
-
-
-def gguf_config(
-    dtype: torch.dtype,  # dtype to compute in
-) -> diffusers.GGUFQuantizationConfig:
-    "The configuration with which diffusers keeps the weights of a .gguf file as they are."
-    require_package("gguf", "a .gguf file in the manifest")
-    return diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
 
 # %% ../../nbs/50_pipeline/01_weights.ipynb #dceff240
 _ON_CUDA = ("_native_cudnn", "_native_efficient", "flash", "_flash_3", "sage", "xformers")
