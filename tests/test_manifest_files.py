@@ -23,8 +23,8 @@ def refusal(folder: Path, text: str) -> str:
     ("text", "message"),
     [
         (GOOD + "limits: {max_num_images: 99}", "3: limits.max_num_images: given 99; allowed: an integer from 1 to 64"),
-        ("family: sdxl", "1: source: missing; needed is a value"),
-        ("family:\nsource: {folder: mine}", f"1: family: missing; needed is one of {FAMILIES}"),
+        ("family: sdxl", "1: source: missing; give a value"),
+        ("family:\nsource: {folder: mine}", f"1: family: missing; give one of {FAMILIES}"),
         (GOOD + "loras: {ink: 0.8}", "3: loras.ink: given 0.8; allowed: a mapping, name: value"),
         (
             GOOD + "components:\n  scheduler:\n    class: DDIMScheduler\n    options: {steps_offset: [1]}",
@@ -80,7 +80,8 @@ def test_one_field(tmp_path: Path, text: str, message: str) -> None:
         ),
         (
             GOOD + "memory: {quantization: torchao_int8, storage_dtype: float8_e5m2}",
-            "3: memory.storage_dtype: quantised weights are kept as they are; leave it out, or torchao_int8",
+            "3: memory.storage_dtype: cannot be combined with quantization, which decides how the weights are stored;"
+            " leave one of them out",
         ),
         (
             GOOD + "memory: {offload: modell}",

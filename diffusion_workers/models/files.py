@@ -229,7 +229,7 @@ def _sentence(error: Mapping[str, Any]) -> str:  # what was given, what is allow
         return f"given {shorten(given)}; {error['msg']}"
     allowed = _allowed(location, error.get("ctx") or {})
     if kind == "missing":
-        return "missing; needed is " + ("a value" if not allowed or allowed.startswith("an object") else allowed)
+        return "missing; give " + ("a value" if not allowed or allowed.startswith("an object") else allowed)
     reason = _SHAPES.get(kind) or allowed or error["msg"].removeprefix("Input should be ")
     return f"given {shorten(given)}; allowed: {reason}{_hint(error, allowed)}"
 
