@@ -216,7 +216,7 @@ PHOTO = "photo, red.png"
 
 
 @pytest.mark.parametrize("arguments, code, said", [
-    (["plan", "x", "--controlnet", "scael=0.8"], 2, ["--controlnet: there is no such key", "did you mean scale?"]),
+    (["plan", "x", "--controlnet", "scael=0.8"], 2, ["--controlnet: unknown key", "did you mean scale?"]),
     (["plan", "x", "--controlnet", "scale=1,scale=2"], 2, ["--controlnet: scale is given twice"]),
     (["plan", "x", "--control", "photo.png"], 2, ["--control", "NAME:FILE"]),
     (["plan", "x", "--control", "canny:missing.png"], 5, ["--control canny:missing.png: image: cannot be read"]),
@@ -232,7 +232,7 @@ PHOTO = "photo, red.png"
     (["plan", "x", "--controlnets", "[{}", "--control", f"canny:{PHOTO}"], 2, ["controlnets", "a list"]),
     (["plan", "x", "--lora", "nobody:0.8"], 6, ["--lora nobody:0.8: the model offers no such LoRA"]),
     (["plan", "x", "--lora", "nobody:much"], 2, ["--lora nobody:much: scale: ", "'much'"]),
-    (["plan", "x", "--lora", "nobody,blocks=1"], 2, ["--lora: there is no such key", "'blocks'"]),
+    (["plan", "x", "--lora", "nobody,blocks=1"], 2, ["--lora: unknown key", "'blocks'"]),
     (["plan", "x", "--refiner"], 4, ["--refiner: the manifest of this model names no refiner"]),
     (["plan", "x", "--max-sequence-length", "64"], 4, ["--max-sequence-length"]),
     (["plan", "x", "--loar", "style"], 2, ["did you mean --lora?"]),

@@ -11,7 +11,7 @@ from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.worker import WorkerSettings
 from diffusion_workers.worker.startup import StartupClock, StartupError, start_service
 
-UNUSABLE = {"cuda:99": "GPU", "gpu0": "no such device"}
+UNUSABLE = {"cuda:99": "GPU", "gpu0": "unknown device"}
 if not torch.cuda.is_available():
     UNUSABLE["cuda"] = "GPU" if torch.backends.cuda.is_built() else "without CUDA"
 if platform.system() == "Linux":

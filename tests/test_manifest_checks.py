@@ -49,11 +49,11 @@ def test_what_a_kind_does_not_have(change: dict, message: str) -> None:
     [
         (
             {"memory": {"storage_dtype": "float8_e4m3fn", "quantization": "torchao_int8"}},
-            "memory.storage_dtype: quantised weights are kept as they are",
+            "memory.storage_dtype: cannot be combined with quantization",
         ),
         (
             {"memory": {"offload": "group", "quantization": "torchao_int8"}},
-            "memory.offload: quantised layers are not moved one by one",
+            "memory.offload: quantised weights cannot be offloaded in groups",
         ),
         (
             {"source": {"file": "flux.safetensors"}, "memory": {"quantization": "torchao_int8"}},
@@ -63,7 +63,7 @@ def test_what_a_kind_does_not_have(change: dict, message: str) -> None:
             GGUF | {"memory": {"quantization": "torchao_int8"}},
             "memory.quantization: the weights of a .gguf file are quantised already",
         ),
-        (GGUF | {"memory": {"storage_dtype": "float8_e5m2"}}, "memory.storage_dtype: quantised weights"),
+        (GGUF | {"memory": {"storage_dtype": "float8_e5m2"}}, "memory.storage_dtype: the weights of a .gguf file"),
         (
             {"family": "sdxl", "memory": {"attention_backend": "flash"}},
             "memory.attention_backend: given 'flash'; only the transformer of flux",

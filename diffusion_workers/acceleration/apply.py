@@ -48,9 +48,7 @@ class ModelState:
 
     def __init__(self):
         self.encoder_outputs = EncoderCache()
-        self.blocks = (
-            CompiledBlocks()
-        )  # holds blocks of the denoiser, and not the denoiser, which could never go otherwise
+        self.blocks = CompiledBlocks()  # refers to blocks, never to the denoiser: that would keep the weights alive
 
 
 _states: weakref.WeakKeyDictionary[torch.nn.Module, ModelState] = weakref.WeakKeyDictionary()
@@ -179,7 +177,7 @@ def transformer_cache(
         mag_ratios=nearest_interp(whole, max(of_steps or steps, steps))[-steps:],
     )
 
-
+# %% ../../nbs/52_acceleration/05_apply.ipynb #7cee8cb2
 @contextmanager
 def use_transformer_cache(
     transformer: torch.nn.Module,  # a diffusers transformer that is a CacheMixin
@@ -239,13 +237,11 @@ def _doubled_run(
     if cache is not None and cache.interval > 1:
         cached = stack.enter_context(use_unet_cache(pipe.unet, cache))
         schedule = CacheSchedule(cache.interval, cache.start, cache.end)
-    halve = not any(
-        control.control_mode == ControlMode.control for control in plan.controlnets or ()
-    )  # that mode looks at both halves
+    halve = all(control.control_mode != ControlMode.control for control in plan.controlnets or ())
     run = ListedRun if FAMILIES[plan.family].denoiser_calls == "lists" else DoubledRun
     return run(pipe, options, cached, schedule, reuses_residuals(cache), halve, arithmetic)
 
-
+# %% ../../nbs/52_acceleration/05_apply.ipynb #991ed10b
 def _separate_run(
     stack: ExitStack,
     pipe: DiffusionPipeline,
@@ -269,7 +265,7 @@ def wants_compilation(plan: GenerationPlan, factory: PipelineFactory) -> bool:
     asked = plan.acceleration and plan.acceleration.torch_compile
     return factory.torch_compile if asked is None else asked
 
-
+# %% ../../nbs/52_acceleration/05_apply.ipynb #7b659e07
 @contextmanager
 def accelerated(
     factory: PipelineFactory,
@@ -302,33 +298,23 @@ def cached_encoders(pipe: DiffusionPipeline) -> Iterator[None]:
     with use_encoder_cache(pipe, model_state(pipe).encoder_outputs):
         yield
 
+# %% ../../nbs/52_acceleration/05_apply.ipynb #b9e1eea5
+def _compilation_note(pipe: DiffusionPipeline, factory: PipelineFactory) -> RequestWarning | None:
+    "Why a model that was to be compiled ran as it is; None if it was compiled."
+    blocks = model_state(pipe).blocks
+    note = partial(warning, field="acceleration.torch_compile")
+    if blocks.problem:
+        return note("torch.compile failed, so the model ran as it is", given=blocks.problem)
+    if not factory.compilable:
+        message = "with its weights kept as the manifest says, the model ran without torch.compile"
+        return note(message, given=True, used=False)
+    if blocks.left_out:
+        return note("with a LoRA the model ran without torch.compile", given=True, used=False)
+    return None
+
 
 def acceleration_notes(pipe: DiffusionPipeline, plan: GenerationPlan, factory: PipelineFactory) -> list[RequestWarning]:
     "Warnings after a run: a compiler that failed, a dtype that is slow on this machine."
     _, notes = options_here(plan, factory.device)
-    if wants_compilation(plan, factory):
-        if problem := model_state(pipe).blocks.problem:
-            notes.append(
-                warning(
-                    "torch.compile failed, so the model ran as it is", field="acceleration.torch_compile", given=problem
-                )
-            )
-        elif not factory.compilable:
-            notes.append(
-                warning(
-                    "with its weights kept as the manifest says, the model ran without torch.compile",
-                    field="acceleration.torch_compile",
-                    given=True,
-                    used=False,
-                )
-            )
-        elif model_state(pipe).blocks.left_out:
-            notes.append(
-                warning(
-                    "with a LoRA the model ran without torch.compile",
-                    field="acceleration.torch_compile",
-                    given=True,
-                    used=False,
-                )
-            )
-    return notes
+    note = _compilation_note(pipe, factory) if wants_compilation(plan, factory) else None
+    return notes if note is None else [*notes, note]

@@ -32,7 +32,7 @@ def tensor_bytes(value: Any) -> int:  # of all tensors inside
         return sum(map(tensor_bytes, value))
     return sum(map(tensor_bytes, vars(value).values())) if hasattr(value, "__dict__") else 0
 
-
+# %% ../../nbs/52_acceleration/02_encoder_cache.ipynb #1ccb009b
 class EncoderCache:
     "A cache of results, at most so many bytes of them; the least recently used are dropped."
 
@@ -85,14 +85,16 @@ def fingerprint(*values: Any) -> str:  # hexadecimal
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
             array = value.detach().cpu().contiguous()
-            digest.update(
-                f"{tuple(array.shape)}{array.dtype}".encode() + array.flatten().view(torch.uint8).numpy().tobytes()
-            )
+            digest.update(f"{tuple(array.shape)}{array.dtype}".encode())
+            digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
         elif isinstance(value, Mapping):
-            [add(item) for pair in sorted(value.items()) for item in pair]
+            for pair in sorted(value.items()):
+                add(pair[0])
+                add(pair[1])
         elif isinstance(value, (list, tuple)):
             digest.update(f"{len(value)}[".encode())
-            [add(item) for item in value]
+            for item in value:
+                add(item)
         else:
             digest.update(f"{value!r};".encode())
 
@@ -113,7 +115,7 @@ def input_vectors(
     used = ids.reshape(-1).unique().to(weight.device).clamp(max=len(weight) - 1)
     return weight[used], getattr(table, "injected_vectors", None)
 
-
+# %% ../../nbs/52_acceleration/02_encoder_cache.ipynb #999258bc
 def cached_encoder(
     encoder: torch.nn.Module,
     cache: EncoderCache,
@@ -132,7 +134,7 @@ def cached_encoder(
 
     return view_of(encoder, forward)
 
-
+# %% ../../nbs/52_acceleration/02_encoder_cache.ipynb #8c14ee4a
 def cached_vae(vae: torch.nn.Module, cache: EncoderCache) -> torch.nn.Module:
     "A view of a VAE whose `encode` returns cached outputs."
     view = view_of(vae, vae.forward)

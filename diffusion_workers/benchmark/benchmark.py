@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Work', 'Scenario', 'Measure', 'DIFFERENCES', 'psnr', 'ssim', 'Sample', 'peak_memory', 'measure', 'service_work',
-           'environment', 'run_scenarios', 'run_benchmark', 'BenchmarkResult', 'result_content', 'save_result',
-           'load_result', 'compare_results', 'pareto', 'plot_result', 'Adherence', 'adherence', 'forward_seconds',
-           'overhead', 'first_image', 'run_fresh', 'clip_score', 'lpips_distance']
+           'environment', 'run_scenarios', 'run_benchmark', 'scenario_row', 'rows_markdown', 'BenchmarkResult',
+           'result_content', 'save_result', 'load_result', 'compare_results', 'pareto', 'plot_result', 'Adherence',
+           'adherence', 'forward_seconds', 'overhead', 'first_image', 'run_fresh', 'clip_score', 'lpips_distance']
 
 # %% ../../nbs/66_benchmark/01_benchmark.ipynb #23dae888
 import json
@@ -43,7 +43,7 @@ def psnr(
     error = np.mean((np.asarray(a.convert("RGB"), float) - np.asarray(b.convert("RGB"), float)) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
-
+# %% ../../nbs/66_benchmark/01_benchmark.ipynb #5ed0c068
 def ssim(
     a: Image.Image,
     b: Image.Image,  # the same size, larger than the window of 11 pixels
@@ -76,7 +76,7 @@ class Sample:
     peak_bytes: int  # of the process on a CPU, of the allocator on a GPU
     timings: Mapping[str, float] = field(default_factory=dict)  # phases, if the scenario reports them
 
-
+# %% ../../nbs/66_benchmark/01_benchmark.ipynb #3e3136ac
 @contextmanager
 def peak_memory(
     device: torch.device,
@@ -103,7 +103,7 @@ def peak_memory(
         over.set()
         watcher.join()
 
-
+# %% ../../nbs/66_benchmark/01_benchmark.ipynb #a53c1025
 def measure(
     name: str, number: int, work: Callable[[], tuple[Image.Image, Mapping[str, float]]], device: torch.device
 ) -> tuple[Sample, Image.Image]:
@@ -166,7 +166,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": found,
     }
 
-
+# %% ../../nbs/66_benchmark/01_benchmark.ipynb #da8fd4d8
 def run_scenarios(
     works: Mapping[str, Work],  # the first is the baseline
     rounds: int = 5,
@@ -195,7 +195,7 @@ def run_scenarios(
     quality = {name: {label: float(judge(images[name], exact)) for label, judge in measures.items()} for name in works}
     return BenchmarkResult(list(works), samples, quality, environment(device), images)
 
-
+# %% ../../nbs/66_benchmark/01_benchmark.ipynb #39891438
 def run_benchmark(
     scenarios: Mapping[str, Scenario],  # name -> request fields, or a function; the first is the baseline
     request: Mapping[str, Any],  # fields that all share; give a seed
@@ -211,6 +211,46 @@ def run_benchmark(
         for name, scenario in scenarios.items()
     }
     return run_scenarios(works, rounds, warm_up, service.device, measures)
+
+# %% ../../nbs/66_benchmark/01_benchmark.ipynb #0a8f9105
+def scenario_row(
+    samples: Sequence[Sample],  # of one scenario
+    ratios: Sequence[float],  # its speedup in each round
+    quality: Mapping[str, float],
+) -> dict[str, Any]:
+    "The figures of a scenario: medians with smallest and largest, memory, quality."
+    seconds = [sample.seconds for sample in samples]
+    return {
+        "scenario": samples[0].scenario,
+        "seconds": statistics.median(seconds),
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "speedup": statistics.median(ratios),
+        "lowest speedup": min(ratios),
+        "highest speedup": max(ratios),
+        "cpu seconds": statistics.median(sample.cpu_seconds for sample in samples),
+        "peak MB": max(sample.peak_bytes for sample in samples) / 1e6,
+        **quality,
+    }
+
+
+def rows_markdown(
+    rows: Sequence[Mapping[str, Any]],
+    measures: Sequence[str],  # names of quality figures in them
+) -> str:
+    "Rows as a table, the times with their spread."
+    head = ["scenario", "seconds", "speedup", "peak MB", *measures]
+    cells = [
+        [
+            r["scenario"],
+            f"{r['seconds']:.3f} ({r['fastest']:.3f} to {r['slowest']:.3f})",
+            f"{r['speedup']:.2f} ({r['lowest speedup']:.2f} to {r['highest speedup']:.2f})",
+            f"{r['peak MB']:.0f}",
+            *(f"{r[name]:.3g}" for name in measures),
+        ]
+        for r in rows
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *cells])
 
 # %% ../../nbs/66_benchmark/01_benchmark.ipynb #1c39db42
 @dataclass
@@ -239,26 +279,14 @@ class BenchmarkResult:
 
     def rows(self) -> list[dict[str, Any]]:
         "One row for each scenario: medians with smallest and largest, memory, quality."
-        found = []
-        for name in self.names:
-            own = [s for s in self.samples if s.scenario == name]
-            ratios = self.ratios(name)
-            seconds = [s.seconds for s in own]
-            found.append(
-                {
-                    "scenario": name,
-                    "seconds": statistics.median(seconds),
-                    "fastest": min(seconds),
-                    "slowest": max(seconds),
-                    "speedup": statistics.median(ratios),
-                    "lowest speedup": min(ratios),
-                    "highest speedup": max(ratios),
-                    "cpu seconds": statistics.median(s.cpu_seconds for s in own),
-                    "peak MB": max(s.peak_bytes for s in own) / 1e6,
-                    **self.quality.get(name, {}),
-                }
+        return [
+            scenario_row(
+                [sample for sample in self.samples if sample.scenario == name],
+                self.ratios(name),
+                self.quality.get(name, {}),
             )
-        return found
+            for name in self.names
+        ]
 
     def to_dataframe(self):
         "The rows as a pandas DataFrame."
@@ -266,20 +294,7 @@ class BenchmarkResult:
 
     def to_markdown(self) -> str:
         "The rows as a table, the times with their spread."
-        rows = self.rows()
-        names = list(next(iter(self.quality.values()), {}))
-        head = ["scenario", "seconds", "speedup", "peak MB", *names]
-        cells = [
-            [
-                r["scenario"],
-                f"{r['seconds']:.3f} ({r['fastest']:.3f} to {r['slowest']:.3f})",
-                f"{r['speedup']:.2f} ({r['lowest speedup']:.2f} to {r['highest speedup']:.2f})",
-                f"{r['peak MB']:.0f}",
-                *(f"{r[name]:.3g}" for name in names),
-            ]
-            for r in rows
-        ]
-        return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *cells])
+        return rows_markdown(self.rows(), list(next(iter(self.quality.values()), {})))
 
     def _repr_markdown_(self) -> str:
         where = self.environment
@@ -315,7 +330,7 @@ def load_result(path: Path | str) -> BenchmarkResult:
     except (KeyError, TypeError, json.JSONDecodeError) as exc:
         raise ValueError(f"{Path(path).name} is not a saved benchmark: {exc!r}") from None
 
-
+# %% ../../nbs/66_benchmark/01_benchmark.ipynb #9645e8e3
 def compare_results(before: BenchmarkResult, after: BenchmarkResult) -> str:  # Markdown
     "For each scenario in both results: the median time before and now, and the speedup."
     lines = ["| scenario | before | now | speedup |", "|---|---|---|---|"]
@@ -342,7 +357,7 @@ def pareto(
         key=lambda name: points[name][0],
     )
 
-
+# %% ../../nbs/66_benchmark/01_benchmark.ipynb #8a138a46
 def _label(ax, points: Mapping[str, tuple[float, float]]) -> None:
     "Write each label beside its point, higher or lower where it would cover another one."
     from matplotlib.transforms import Bbox
@@ -405,7 +420,7 @@ class Adherence:
         "The standard error of the share, from the size of the set."
         return (self.share * (1 - self.share) / self.count) ** 0.5
 
-
+# %% ../../nbs/66_benchmark/01_benchmark.ipynb #4e4c2d0c
 def adherence(
     service: DiffusionService,
     cases: Sequence[tuple[str, Callable[[Image.Image], bool]]],  # a caption, and whether an image matches it
@@ -427,6 +442,23 @@ def adherence(
             right += bool(judge(result.images[0]))
     return Adherence(right, len(cases))
 
+# %% ../../nbs/66_benchmark/01_benchmark.ipynb #31b7d346
+def _timed(spent: dict[str, float], name: str, call: Callable) -> Callable:
+    "The same function, its seconds added to `spent[name]`; a GPU is waited for."
+
+    def run(*args, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            spent[name] += time.perf_counter() - began
+
+    return run
+
 # %% ../../nbs/66_benchmark/01_benchmark.ipynb #d9b31528
 @contextmanager
 def forward_seconds(
@@ -441,28 +473,13 @@ def forward_seconds(
         if hasattr(module, method)
     ]
 
-    def timed(name: str, call: Callable) -> Callable:
-        def run(*args, **kwargs):
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                spent[name] += time.perf_counter() - began
-
-        return run
-
     for name, module in networks.items():
         for method in ("forward", "encode", "decode"):
             if hasattr(module, method):
-                vars(module)[method] = timed(name, getattr(module, method))
-    # A shallow step calls the layers of a U-Net, and not its forward.
+                vars(module)[method] = _timed(spent, name, getattr(module, method))
     shallow = step_cache.shallow_step
     spent["shallow steps"] = 0.0
-    step_cache.shallow_step = timed("shallow steps", shallow)
+    step_cache.shallow_step = _timed(spent, "shallow steps", shallow)
     try:
         yield spent
     finally:
@@ -504,7 +521,7 @@ def first_image() -> None:
         peak = getattr(info, "peak_wset", info.rss)
     print(json.dumps({"cpu_seconds": time.process_time(), "peak_bytes": peak, "timings": dict(timings)}))
 
-
+# %% ../../nbs/66_benchmark/01_benchmark.ipynb #40799919
 def run_fresh(
     scenarios: Mapping[str, Mapping[str, Any]],  # name -> request fields
     request: Mapping[str, Any],
@@ -548,7 +565,7 @@ def clip_score(
 
     return score
 
-
+# %% ../../nbs/66_benchmark/01_benchmark.ipynb #79bd4c3d
 def lpips_distance(backbone: str = "alex", device: str = "cpu") -> Measure:  # alex, vgg or squeeze
     "A measure for `run_benchmark`: the perceptual distance to the exact image; needs the package lpips."
     try:

@@ -91,7 +91,7 @@ class Fit:
         if self.missing:
             found.append(f"{_counted(self.missing, 'tensor')} missing, such as {self.missing[0]}")
         if self.surplus:
-            found.append(f"{_counted(self.surplus, 'tensor')} without a place in it, such as {self.surplus[0]}")
+            found.append(f"{_counted(self.surplus, 'tensor')} unexpected, such as {self.surplus[0]}")
         return found
 
     def error(self) -> WeightFileError:

@@ -139,10 +139,9 @@ def check_checkpoint(
         raise WeightFileError(*_lacking(source, wanted, missing, kind.what))
     found = tuple(prefix for prefix in prefixes.values() if prefix)
     if lost := strays(header, found) if found else ():
-        raise WeightFileError(
-            f"it is {kind.what}, with {len(lost)} tensors that no part of it has a place for, such as {lost[0]}",
-            "get the file as its author published it",
-        )
+        unexpected = "1 tensor is" if len(lost) == 1 else f"{len(lost)} tensors are"
+        message = f"it is {kind.what}, and {unexpected} not part of any network, such as {lost[0]}"
+        raise WeightFileError(message, "get the file as its author published it")
     return header
 
 # %% ../../nbs/45_checkpoints/03_networks.ipynb #e84fef41

@@ -159,7 +159,7 @@ def check_device(device: str | None) -> None:
     "Refuse a device name that does not exist."
     if device is not None and not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", device):
         allowed = "auto, cpu, mps, cuda or cuda:N"
-        message = "there is no such device"
+        message = "unknown device"
         raise request_error(ErrorCode.not_one_of, message, field="--device", given=device, allowed=allowed)
 
 

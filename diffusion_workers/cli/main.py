@@ -121,10 +121,10 @@ class CommandParser(argparse.ArgumentParser):
         if choice:
             known = re.findall(r"[\w-]+", choice[3])
             near = nearest_name(choice[2], known)
-            what, field = ("value", choice[1]) if choice[1] != "COMMAND" else ("command", None)
+            field = None if choice[1] == "COMMAND" else choice[1]
             raise request_error(
                 ErrorCode.not_one_of,
-                f"there is no such {what}",
+                "not one of the choices" if field else "there is no such command",
                 field=field,
                 given=choice[2],
                 allowed=None if near else ", ".join(known),

@@ -235,9 +235,7 @@ def _unknown_key(key: str, option: str, keys: list[str]) -> RequestError:
     near = nearest_name(key, keys)
     hint = f"did you mean {near}?" if near else None
     allowed = ", ".join(keys)
-    return request_error(
-        ErrorCode.unknown_field, "there is no such key", field=option, given=key, allowed=allowed, hint=hint
-    )
+    return request_error(ErrorCode.unknown_field, "unknown key", field=option, given=key, allowed=allowed, hint=hint)
 
 
 def lora_entry(text: str) -> dict:  # a LoRA of a request

@@ -46,11 +46,39 @@ def chroma_original_names(
         for name, module in (("in_layer", "linear_1"), ("out_layer", "linear_2")):
             yield OriginalName(f"{_GUIDANCE}.layers.{i}.{name}", (f"{_GUIDANCE}.layers.{i}.{module}",))
 
+# %% ../../nbs/05_families/10_chroma.ipynb #0480d3fa
+_LORA = LoraKeys(
+    original_names=chroma_original_names,
+    marks=(LoraMark(r"^distilled_guidance_layer"),),
+    architectures=("chroma",),
+    like=(ModelFamily.flux,),
+)
+
 # %% ../../nbs/05_families/10_chroma.ipynb #bd521d3d
 CHROMA_CALLS = (
     PipelineCall("ChromaPipeline", Task.text_to_image),
     PipelineCall("ChromaImg2ImgPipeline", Task.image_to_image, count_steps=remaining_steps_at_least_one),
 )
+
+# %% ../../nbs/05_families/10_chroma.ipynb #c2674fdc
+_TINY_MODEL = TinyModel(
+    components={
+        "tokenizer": TinyComponent("t5"),
+        "text_encoder": tiny_t5("tokenizer"),
+        "vae": tiny_vae(16, scaling_factor=0.36, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", {"shift": 1.0, "use_dynamic_shifting": True}),
+        "transformer": TinyComponent(
+            "ChromaTransformer2DModel",
+            {"patch_size": 1, "in_channels": 64, "num_layers": 1, "num_single_layers": 1}
+            | {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16}
+            | {"axes_dims_rope": (4, 6, 6), "approximator_num_channels": 8, "approximator_hidden_dim": 32}
+            | {"approximator_layers": 1},
+        ),
+    },
+    controlnet=None,
+)
+
+# %% ../../nbs/05_families/10_chroma.ipynb #466ffa37
 CHROMA = Family(
     name=ModelFamily.chroma,
     title="Chroma",
@@ -90,28 +118,8 @@ CHROMA = Family(
     denoiser_calls="separate",
     step_caches=("taylorseer",),
     controls=Controls(controlnet_class="", multi_class="torch.nn.ModuleList", residuals="packed_tokens"),
-    lora=LoraKeys(
-        original_names=chroma_original_names,
-        marks=(LoraMark(r"^distilled_guidance_layer"),),
-        architectures=("chroma",),
-        like=(ModelFamily.flux,),
-    ),
-    tiny=TinyModel(
-        components={
-            "tokenizer": TinyComponent("t5"),
-            "text_encoder": tiny_t5("tokenizer"),
-            "vae": tiny_vae(16, scaling_factor=0.36, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
-            "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", {"shift": 1.0, "use_dynamic_shifting": True}),
-            "transformer": TinyComponent(
-                "ChromaTransformer2DModel",
-                {"patch_size": 1, "in_channels": 64, "num_layers": 1, "num_single_layers": 1}
-                | {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16}
-                | {"axes_dims_rope": (4, 6, 6), "approximator_num_channels": 8, "approximator_hidden_dim": 32}
-                | {"approximator_layers": 1},
-            ),
-        },
-        controlnet=None,
-    ),
+    lora=_LORA,
+    tiny=_TINY_MODEL,
     embeds_have_masks=True,
     reads_gguf=True,
     attention_backends=True,

@@ -43,6 +43,8 @@ _DOUBLE = {  # original name below double_blocks.i -> modules below transformer_
     "txt_attn.norm.query_norm": ("attn.norm_added_q",),
     "txt_attn.norm.key_norm": ("attn.norm_added_k",),
 }
+
+# %% ../../nbs/05_families/08_flux2.ipynb #840f3582
 _SINGLE = {  # below single_blocks.i -> below single_transformer_blocks.i
     "linear1": ("attn.to_qkv_mlp_proj",),
     "linear2": ("attn.to_out",),
@@ -60,7 +62,7 @@ _ENDS = {
     "final_layer.linear": "proj_out",
 }
 
-
+# %% ../../nbs/05_families/08_flux2.ipynb #df8512fe
 def flux2_original_names(
     transformer: Any,  # a Flux2Transformer2DModel, or anything with its blocks
     paths: Iterable[str],  # of its modules
@@ -77,11 +79,13 @@ def flux2_original_names(
             for name, modules in table.items():
                 yield OriginalName(f"{original}.{i}.{name}", tuple(f"{ours}.{i}.{module}" for module in modules))
 
-# %% ../../nbs/05_families/08_flux2.ipynb #7a54f40e
+# %% ../../nbs/05_families/08_flux2.ipynb #8f4bee64
 _MEGAPIXEL = 1024 * 1024
+_REFERENCES = References(max_pixels=_MEGAPIXEL, multiple=16, min_side=64, max_aspect=8)
+
+# %% ../../nbs/05_families/08_flux2.ipynb #7a54f40e
 _NOTHING: frozenset[str] = frozenset()
 _KV: dict[str, Any] = {"model_kind": ModelKind.kv, "takes": _NOTHING, "guided": False, "takes_step_caches": False}
-_REFERENCES = References(max_pixels=_MEGAPIXEL, multiple=16, min_side=64, max_aspect=8)
 FLUX2_CALLS = (
     PipelineCall("Flux2KleinPipeline", Task.text_to_image, takes=_NOTHING),
     PipelineCall("Flux2KleinPipeline", Task.edit, takes=_NOTHING, references=4, reference_argument="image"),
@@ -112,11 +116,45 @@ def text_encoder_layers(
         return {}
     return {"text_encoder_out_layers": tuple(round(layers * third / 3) for third in (1, 2, 3))}
 
-# %% ../../nbs/05_families/08_flux2.ipynb #24d5ccbb
+# %% ../../nbs/05_families/08_flux2.ipynb #7dadb23f
 KLEIN_4B = "FLUX.2 klein 4B"
 _FEED_FORWARD = r"^double_blocks_\d+_(?:img|txt)_mlp_0$|_ff_(?:context_)?linear_in$"
 _SINGLE_OUT = r"^single_blocks_\d+_linear2$|^single_transformer_blocks_\d+_attn_to_out$"
 _ATTENTION = r"^(?:double_blocks|single_blocks|(?:single_)?transformer_blocks)_\d+_.*(?:attn|linear1|qkv)"
+_LORA = LoraKeys(
+    original_names=flux2_original_names,
+    marks=(
+        LoraMark(r"to_qkv_mlp_proj|^single_blocks_\d+_linear1$", 3072, 5, 27648, title=KLEIN_4B),
+        LoraMark(_FEED_FORWARD, 3072, 5, 18432, title=KLEIN_4B),
+        LoraMark(_SINGLE_OUT, 12288, 5, 3072, title=KLEIN_4B),
+        LoraMark(_ATTENTION, 4096, 5, title="FLUX.2 klein 9B"),
+        LoraMark(r"^(?:double|single)_stream_modulation|to_qkv_mlp_proj"),
+    ),
+    architectures=("klein", "flux2-klein", "flux-2-klein", "flux.2-klein"),
+)
+
+# %% ../../nbs/05_families/08_flux2.ipynb #23fbcc9a
+_TINY_MODEL = TinyModel(
+    components={
+        "tokenizer": TinyComponent("qwen_text"),
+        "text_encoder": tiny_qwen("Qwen3ForCausalLM", layers=27),
+        "vae": TinyComponent(
+            "AutoencoderKLFlux2",
+            {"block_out_channels": (4,) * 4, "norm_num_groups": 2, "latent_channels": 32, "sample_size": 64}
+            | {"layers_per_block": 1, "mid_block_add_attention": False},
+        ),
+        "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
+        "transformer": TinyComponent(
+            "Flux2Transformer2DModel",
+            {"in_channels": 128, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+            | {"num_attention_heads": 2, "joint_attention_dim": 48, "timestep_guidance_channels": 32}
+            | {"axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False},
+        ),
+    },
+    controlnet=None,
+)
+
+# %% ../../nbs/05_families/08_flux2.ipynb #24d5ccbb
 FLUX2 = Family(
     name=ModelFamily.flux2,
     title="FLUX.2 Klein",
@@ -163,36 +201,8 @@ FLUX2 = Family(
     pipe_arguments=text_encoder_layers,
     references={ModelKind.standard: _REFERENCES, ModelKind.kv: _REFERENCES},
     controls=Controls(controlnet_class="", multi_class="torch.nn.ModuleList", residuals="packed_tokens"),
-    lora=LoraKeys(
-        original_names=flux2_original_names,
-        marks=(
-            LoraMark(r"to_qkv_mlp_proj|^single_blocks_\d+_linear1$", 3072, 5, 27648, title=KLEIN_4B),
-            LoraMark(_FEED_FORWARD, 3072, 5, 18432, title=KLEIN_4B),
-            LoraMark(_SINGLE_OUT, 12288, 5, 3072, title=KLEIN_4B),
-            LoraMark(_ATTENTION, 4096, 5, title="FLUX.2 klein 9B"),
-            LoraMark(r"^(?:double|single)_stream_modulation|to_qkv_mlp_proj"),
-        ),
-        architectures=("klein", "flux2-klein", "flux-2-klein", "flux.2-klein"),
-    ),
-    tiny=TinyModel(
-        components={
-            "tokenizer": TinyComponent("qwen_text"),
-            "text_encoder": tiny_qwen("Qwen3ForCausalLM", layers=27),
-            "vae": TinyComponent(
-                "AutoencoderKLFlux2",
-                {"block_out_channels": (4,) * 4, "norm_num_groups": 2, "latent_channels": 32, "sample_size": 64}
-                | {"layers_per_block": 1, "mid_block_add_attention": False},
-            ),
-            "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "use_dynamic_shifting": True}),
-            "transformer": TinyComponent(
-                "Flux2Transformer2DModel",
-                {"in_channels": 128, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
-                | {"num_attention_heads": 2, "joint_attention_dim": 48, "timestep_guidance_channels": 32}
-                | {"axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False},
-            ),
-        },
-        controlnet=None,
-    ),
+    lora=_LORA,
+    tiny=_TINY_MODEL,
     reads_gguf=True,
     attention_backends=True,
 )

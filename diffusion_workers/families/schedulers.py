@@ -33,77 +33,69 @@ class SchedulerFacts:
     min_steps: int = 1  # with fewer steps, but more than one, the method spoils the image
     repeats_last: bool = False  # named noise levels end with the last one twice, instead of with 0
 
+# %% ../../nbs/05_families/06_schedulers.ipynb #9ea950fc
+_FIRST = (
+    SchedulerFacts(SchedulerName.ddim, "DDIMScheduler", eta=0.0),
+    SchedulerFacts(SchedulerName.ddpm, "DDPMScheduler", takes_timesteps=True),
+    SchedulerFacts(SchedulerName.pndm, "PNDMScheduler", {"skip_prk_steps": True}, repeats_second=True, min_steps=5),
+)
 
-LCM_MAX_STEPS = 50  # original_inference_steps of diffusers' LCMScheduler and TCDScheduler
-_DPMPP = {"solver_order": 2}
+# %% ../../nbs/05_families/06_schedulers.ipynb #e2608a25
 _LEVELS: dict[str, Any] = {"karras": True, "takes_levels": True, "takes_sigmas": True}
+_EULER = (
+    SchedulerFacts(SchedulerName.euler, "EulerDiscreteScheduler", takes_timesteps=True, **_LEVELS),
+    SchedulerFacts(SchedulerName.euler_ancestral, "EulerAncestralDiscreteScheduler"),
+    SchedulerFacts(SchedulerName.heun, "HeunDiscreteScheduler", order=2, min_steps=3, takes_timesteps=True, **_LEVELS),
+)
+
+# %% ../../nbs/05_families/06_schedulers.ipynb #61658c6e
+def _multistep(name: SchedulerName, algorithm: str, order: int) -> SchedulerFacts:
+    options = {"algorithm_type": algorithm, "solver_order": order}
+    return SchedulerFacts(name, "DPMSolverMultistepScheduler", options, takes_timesteps=True, **_LEVELS)
+
+
+_DPMPP = (
+    _multistep(SchedulerName.dpmpp_2m, "dpmsolver++", 2),
+    _multistep(SchedulerName.dpmpp_2m_sde, "sde-dpmsolver++", 2),
+    _multistep(SchedulerName.dpmpp_3m, "dpmsolver++", 3),
+    _multistep(SchedulerName.dpmpp_3m_sde, "sde-dpmsolver++", 3),
+    SchedulerFacts(
+        SchedulerName.dpmpp_singlestep,
+        "DPMSolverSinglestepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2},
+        karras=True,
+        takes_sigmas=True,
+        takes_timesteps=True,
+        spacing=False,
+    ),
+)
+
+# %% ../../nbs/05_families/06_schedulers.ipynb #630dcbbf
+_REMEMBERING = (
+    SchedulerFacts(SchedulerName.unipc, "UniPCMultistepScheduler", karras=True, takes_sigmas=True),
+    SchedulerFacts(SchedulerName.deis, "DEISMultistepScheduler", karras=True, repeats_last=True),
+    SchedulerFacts(SchedulerName.sa_solver, "SASolverScheduler", karras=True, repeats_last=True),
+    SchedulerFacts(SchedulerName.lms, "LMSDiscreteScheduler", karras=True, takes_sigmas=True),
+)
+_TWO_CALLS: dict[str, Any] = {"karras": True, "takes_sigmas": True, "order": 2}
+_KDPM2 = (
+    SchedulerFacts(SchedulerName.kdpm2, "KDPM2DiscreteScheduler", min_steps=3, **_TWO_CALLS),
+    SchedulerFacts(SchedulerName.kdpm2_ancestral, "KDPM2AncestralDiscreteScheduler", min_steps=5, **_TWO_CALLS),
+)
+
+# %% ../../nbs/05_families/06_schedulers.ipynb #80508a69
+LCM_MAX_STEPS = 50  # original_inference_steps of diffusers' LCMScheduler and TCDScheduler
+_DISTILLED: dict[str, Any] = {"takes_timesteps": True, "spacing": False, "max_steps": LCM_MAX_STEPS}
 SCHEDULER_FACTS = {
     facts.name: facts
     for facts in (
-        SchedulerFacts(SchedulerName.ddim, "DDIMScheduler", eta=0.0),
-        SchedulerFacts(SchedulerName.ddpm, "DDPMScheduler", takes_timesteps=True),
-        SchedulerFacts(SchedulerName.pndm, "PNDMScheduler", {"skip_prk_steps": True}, repeats_second=True, min_steps=5),
-        SchedulerFacts(SchedulerName.euler, "EulerDiscreteScheduler", takes_timesteps=True, **_LEVELS),
-        SchedulerFacts(SchedulerName.euler_ancestral, "EulerAncestralDiscreteScheduler"),
-        SchedulerFacts(
-            SchedulerName.heun, "HeunDiscreteScheduler", order=2, min_steps=3, takes_timesteps=True, **_LEVELS
-        ),
-        SchedulerFacts(
-            SchedulerName.dpmpp_2m,
-            "DPMSolverMultistepScheduler",
-            {"algorithm_type": "dpmsolver++"} | _DPMPP,
-            takes_timesteps=True,
-            **_LEVELS,
-        ),
-        SchedulerFacts(
-            SchedulerName.dpmpp_2m_sde,
-            "DPMSolverMultistepScheduler",
-            {"algorithm_type": "sde-dpmsolver++"} | _DPMPP,
-            takes_timesteps=True,
-            **_LEVELS,
-        ),
-        SchedulerFacts(
-            SchedulerName.dpmpp_3m,
-            "DPMSolverMultistepScheduler",
-            {"algorithm_type": "dpmsolver++", "solver_order": 3},
-            takes_timesteps=True,
-            **_LEVELS,
-        ),
-        SchedulerFacts(
-            SchedulerName.dpmpp_3m_sde,
-            "DPMSolverMultistepScheduler",
-            {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
-            takes_timesteps=True,
-            **_LEVELS,
-        ),
-        SchedulerFacts(
-            SchedulerName.dpmpp_singlestep,
-            "DPMSolverSinglestepScheduler",
-            {"algorithm_type": "dpmsolver++"} | _DPMPP,
-            karras=True,
-            takes_sigmas=True,
-            takes_timesteps=True,
-            spacing=False,
-        ),
-        SchedulerFacts(SchedulerName.unipc, "UniPCMultistepScheduler", karras=True, takes_sigmas=True),
-        SchedulerFacts(SchedulerName.deis, "DEISMultistepScheduler", karras=True, repeats_last=True),
-        SchedulerFacts(SchedulerName.sa_solver, "SASolverScheduler", karras=True, repeats_last=True),
-        SchedulerFacts(SchedulerName.lms, "LMSDiscreteScheduler", karras=True, takes_sigmas=True),
-        SchedulerFacts(
-            SchedulerName.kdpm2, "KDPM2DiscreteScheduler", karras=True, takes_sigmas=True, order=2, min_steps=3
-        ),
-        SchedulerFacts(
-            SchedulerName.kdpm2_ancestral,
-            "KDPM2AncestralDiscreteScheduler",
-            karras=True,
-            takes_sigmas=True,
-            order=2,
-            min_steps=5,
-        ),
-        SchedulerFacts(SchedulerName.lcm, "LCMScheduler", takes_timesteps=True, spacing=False, max_steps=LCM_MAX_STEPS),
-        SchedulerFacts(
-            SchedulerName.tcd, "TCDScheduler", takes_timesteps=True, spacing=False, max_steps=LCM_MAX_STEPS, eta=0.3
-        ),
+        *_FIRST,
+        *_EULER,
+        *_DPMPP,
+        *_REMEMBERING,
+        *_KDPM2,
+        SchedulerFacts(SchedulerName.lcm, "LCMScheduler", **_DISTILLED),
+        SchedulerFacts(SchedulerName.tcd, "TCDScheduler", eta=0.3, **_DISTILLED),
         SchedulerFacts(
             SchedulerName.flow_match_euler,
             "FlowMatchEulerDiscreteScheduler",

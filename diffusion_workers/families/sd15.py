@@ -49,6 +49,8 @@ SCHEDULER_CLASSES = (
     "LCMScheduler",
     "TCDScheduler",
 )
+
+# %% ../../nbs/05_families/02_sd15.ipynb #26cfbbb5
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 CLIP_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 UNET_COMPONENTS = {
@@ -80,8 +82,8 @@ _UNET_ENDS = {
     "add_embedding.linear_2": "label_emb.0.2",
 }
 
-
-def _original_blocks(unet: Any) -> Iterator[tuple[str, str]]:  # (beginning of a path, the same in the original's names)
+# %% ../../nbs/05_families/02_sd15.ipynb #5bce5ab8
+def _down_blocks(unet: Any) -> Iterator[tuple[str, str]]:  # (beginning of a path, the same in the original's names)
     count = 1
     for i, block in enumerate(unet.down_blocks):
         for j in range(len(block.resnets)):
@@ -91,9 +93,9 @@ def _original_blocks(unet: Any) -> Iterator[tuple[str, str]]:  # (beginning of a
         if block.downsamplers:
             yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{count}.0.op"
             count += 1
-    yield "mid_block.resnets.0.", "middle_block.0."
-    yield "mid_block.attentions.0.", "middle_block.1."
-    yield "mid_block.resnets.1.", "middle_block.2."
+
+# %% ../../nbs/05_families/02_sd15.ipynb #d85ae352
+def _up_blocks(unet: Any) -> Iterator[tuple[str, str]]:  # as those on the way down
     count = 0
     for i, block in enumerate(unet.up_blocks):
         for j in range(len(block.resnets)):
@@ -104,13 +106,20 @@ def _original_blocks(unet: Any) -> Iterator[tuple[str, str]]:  # (beginning of a
             place = 2 if getattr(block, "attentions", None) else 1
             yield f"up_blocks.{i}.upsamplers.0.", f"output_blocks.{count - 1}.{place}."
 
+# %% ../../nbs/05_families/02_sd15.ipynb #2b5830fe
+_MIDDLE = (
+    ("mid_block.resnets.0.", "middle_block.0."),
+    ("mid_block.attentions.0.", "middle_block.1."),
+    ("mid_block.resnets.1.", "middle_block.2."),
+)
+
 
 def unet_original_names(
     unet: Any,  # a UNet2DConditionModel, or anything with its blocks
     paths: Iterable[str],  # of its modules
 ) -> Iterator[OriginalName]:
     "Every further name that LoRA files have for the modules of a U-Net."
-    blocks = list(_original_blocks(unet))
+    blocks = [*_down_blocks(unet), *_MIDDLE, *_up_blocks(unet)]
     for path in paths:
         names = [re.sub(r"to_out\.0$", "to_out", path), _UNET_ENDS.get(path, path)]
         for start, original in blocks:
@@ -155,33 +164,58 @@ TINY_SCHEDULER = TinyComponent("DDIMScheduler", {"clip_sample": False, "steps_of
 
 # %% ../../nbs/05_families/02_sd15.ipynb #eb915f0b
 _CONTROLLED = (ControlKind.single, ControlKind.multiple)
+_CALLS = (
+    PipelineCall(
+        "StableDiffusionPipeline", Task.text_to_image, takes=frozenset({"negative_prompt", "guidance_rescale"})
+    ),
+    PipelineCall("StableDiffusionImg2ImgPipeline", Task.image_to_image, takes_size=False),
+    PipelineCall("StableDiffusionInpaintPipeline", Task.inpainting),
+    PipelineCall("StableDiffusionControlNetPipeline", Task.text_to_image, _CONTROLLED, control_argument="image"),
+    PipelineCall("StableDiffusionControlNetImg2ImgPipeline", Task.image_to_image, _CONTROLLED),
+    PipelineCall("StableDiffusionControlNetInpaintPipeline", Task.inpainting, _CONTROLLED),
+)
+
+# %% ../../nbs/05_families/02_sd15.ipynb #b9e5f427
+_CONTROLS = Controls(
+    controlnet_class="ControlNetModel",
+    multi_class="diffusers.models.controlnets.multicontrolnet.MultiControlNetModel",
+    residuals="levels",
+    modes=tuple(ControlMode),
+    marks_masked_pixels=True,
+    maps_without_controlnets=frozenset({"sam", "mobile_sam"}),
+)
+
+# %% ../../nbs/05_families/02_sd15.ipynb #bd26acf5
+_LORA = LoraKeys(
+    original_names=unet_original_names,
+    marks=(cross_attention_mark(768),),
+    architectures=("sd_v1", "stable-diffusion-v1"),
+    block_scales=True,
+)
+_TINY_MODEL = TinyModel(
+    components={
+        "tokenizer": TinyComponent("clip"),
+        "text_encoder": tiny_clip(),
+        "vae": tiny_vae(4),
+        "unet": TinyComponent("UNet2DConditionModel", TINY_DENOISER | {"cross_attention_dim": 16}),
+        "scheduler": TINY_SCHEDULER,
+    },
+    controlnet=TinyComponent("ControlNetModel", TINY_CONTROLNET | {"cross_attention_dim": 16}),
+    zero_layers=UNET_ZERO_LAYERS,
+)
+
+# %% ../../nbs/05_families/02_sd15.ipynb #391f3380
 SD15 = Family(
     name=ModelFamily.sd15,
     title="Stable Diffusion 1.5",
     base_classes={ModelKind.standard: "StableDiffusionPipeline"},
-    calls=(
-        PipelineCall(
-            "StableDiffusionPipeline", Task.text_to_image, takes=frozenset({"negative_prompt", "guidance_rescale"})
-        ),
-        PipelineCall("StableDiffusionImg2ImgPipeline", Task.image_to_image, takes_size=False),
-        PipelineCall("StableDiffusionInpaintPipeline", Task.inpainting),
-        PipelineCall("StableDiffusionControlNetPipeline", Task.text_to_image, _CONTROLLED, control_argument="image"),
-        PipelineCall("StableDiffusionControlNetImg2ImgPipeline", Task.image_to_image, _CONTROLLED),
-        PipelineCall("StableDiffusionControlNetInpaintPipeline", Task.inpainting, _CONTROLLED),
-    ),
+    calls=_CALLS,
     components=UNET_COMPONENTS,
     denoiser="unet",
     denoiser_config={"addition_embed_type": None},
     gpu_dtype="float16",
     unused_fields=frozenset(
-        {
-            "prompt_2",
-            "negative_prompt_2",
-            "true_cfg_scale",
-            "max_sequence_length",
-            "size_conditioning",
-            "refiner",
-        }
+        {"prompt_2", "negative_prompt_2", "true_cfg_scale", "max_sequence_length", "size_conditioning", "refiner"}
     ),
     guidance=Guidance(),
     texts=(TextInput("prompt", "tokenizer"),),
@@ -193,31 +227,9 @@ SD15 = Family(
     denoiser_calls="doubled",
     step_caches=UNET_STEP_CACHES,
     guiders=UNET_GUIDERS,
-    controls=Controls(
-        controlnet_class="ControlNetModel",
-        multi_class="diffusers.models.controlnets.multicontrolnet.MultiControlNetModel",
-        residuals="levels",
-        modes=tuple(ControlMode),
-        marks_masked_pixels=True,
-        maps_without_controlnets=frozenset({"sam", "mobile_sam"}),
-    ),
-    lora=LoraKeys(
-        original_names=unet_original_names,
-        marks=(cross_attention_mark(768),),
-        architectures=("sd_v1", "stable-diffusion-v1"),
-        block_scales=True,
-    ),
-    tiny=TinyModel(
-        components={
-            "tokenizer": TinyComponent("clip"),
-            "text_encoder": tiny_clip(),
-            "vae": tiny_vae(4),
-            "unet": TinyComponent("UNet2DConditionModel", TINY_DENOISER | {"cross_attention_dim": 16}),
-            "scheduler": TINY_SCHEDULER,
-        },
-        controlnet=TinyComponent("ControlNetModel", TINY_CONTROLNET | {"cross_attention_dim": 16}),
-        zero_layers=UNET_ZERO_LAYERS,
-    ),
+    controls=_CONTROLS,
+    lora=_LORA,
+    tiny=_TINY_MODEL,
     reads_gguf=True,
     aligned_steps="sd1",
     load_arguments={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},

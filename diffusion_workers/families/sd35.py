@@ -51,6 +51,8 @@ _STREAMS = {  # original name below joint_blocks.i -> modules below transformer_
     "x_block.attn2.ln_q": ("attn2.norm_q",),
     "x_block.attn2.ln_k": ("attn2.norm_k",),
 }
+
+# %% ../../nbs/05_families/05_sd35.ipynb #8d99fe3b
 _ENDS = {
     "x_embedder.proj": "pos_embed.proj",
     "context_embedder": "context_embedder",
@@ -62,7 +64,7 @@ _ENDS = {
 }
 _CONTEXT_NORM = "context_block.adaLN_modulation.1"
 
-
+# %% ../../nbs/05_families/05_sd35.ipynb #78ed2918
 def sd35_original_names(
     transformer: Any,  # an SD3Transformer2DModel, or anything with its blocks
     paths: Iterable[str],  # of its modules
@@ -86,6 +88,24 @@ SD35_CALLS = (
     PipelineCall("StableDiffusion3ControlNetPipeline", Task.text_to_image, (ControlKind.single, ControlKind.multiple)),
 )
 
+# %% ../../nbs/05_families/05_sd35.ipynb #a38aa7cc
+_CONTROLS = Controls(
+    controlnet_class="SD3ControlNetModel",
+    multi_class="diffusers.models.controlnets.controlnet_sd3.SD3MultiControlNetModel",
+    residuals="joint_tokens",
+    encodes_maps=True,
+    maps_without_controlnets=MAPS_OF_STABLE_DIFFUSION | {"gray", "low_quality"},
+)
+_LORA = LoraKeys(
+    original_names=sd35_original_names,
+    marks=(
+        LoraMark(r"^joint_blocks_"),
+        LoraMark(r"^transformer_blocks_\d+_attn_", inputs=1536, order=5),  # Medium
+        LoraMark(r"^transformer_blocks_\d+_attn_", inputs=2432, order=5),  # Large
+    ),
+    architectures=("sd3", "stable-diffusion-3", "stable-diffusion-v3"),
+)
+
 # %% ../../nbs/05_families/05_sd35.ipynb #b5ff728b
 _TINY = {
     "sample_size": 32,
@@ -101,7 +121,21 @@ _TINY = {
     "pos_embed_max_size": 32,
     "qk_norm": "rms_norm",
 }
-_TINY_T5 = tiny_t5("tokenizer_3", width=32)
+_TINY_MODEL = TinyModel(
+    components={
+        "tokenizer": TinyComponent("clip"),
+        "text_encoder": tiny_clip(projected=True),
+        "tokenizer_2": TinyComponent("clip"),
+        "text_encoder_2": tiny_clip("tokenizer_2", projected=True),
+        "tokenizer_3": TinyComponent("t5"),
+        "text_encoder_3": tiny_t5("tokenizer_3", width=32),
+        "vae": tiny_vae(16, scaling_factor=0.36, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        "transformer": TinyComponent("SD3Transformer2DModel", _TINY | {"dual_attention_layers": (0,)}),  # as in Medium
+    },
+    controlnet=TinyComponent("SD3ControlNetModel", _TINY),
+    zero_layers=("controlnet_blocks", "pos_embed_input"),
+)
 
 # %% ../../nbs/05_families/05_sd35.ipynb #7cdb77e3
 SD35 = Family(
@@ -124,16 +158,8 @@ SD35 = Family(
     denoiser_config={},
     gpu_dtype="bfloat16",
     unused_fields=frozenset(
-        {
-            "true_cfg_scale",
-            "guidance_rescale",
-            "size_conditioning",
-            "refiner",
-            "timestep_spacing",
-            "eta",
-            "timesteps",
-            "seamless",
-        }
+        {"true_cfg_scale", "guidance_rescale", "size_conditioning", "refiner"}
+        | {"timestep_spacing", "eta", "timesteps", "seamless"}
     ),
     guidance=Guidance(),
     texts=(  # CLIP reads the beginning of the prompt, T5 all of it
@@ -155,38 +181,8 @@ SD35 = Family(
     latents=Latents(channels=16),
     denoiser_calls="doubled",
     step_caches=(),
-    controls=Controls(
-        controlnet_class="SD3ControlNetModel",
-        multi_class="diffusers.models.controlnets.controlnet_sd3.SD3MultiControlNetModel",
-        residuals="joint_tokens",
-        encodes_maps=True,
-        maps_without_controlnets=MAPS_OF_STABLE_DIFFUSION | {"gray", "low_quality"},
-    ),
-    lora=LoraKeys(
-        original_names=sd35_original_names,
-        marks=(
-            LoraMark(r"^joint_blocks_"),
-            LoraMark(r"^transformer_blocks_\d+_attn_", inputs=1536, order=5),  # Medium
-            LoraMark(r"^transformer_blocks_\d+_attn_", inputs=2432, order=5),  # Large
-        ),
-        architectures=("sd3", "stable-diffusion-3", "stable-diffusion-v3"),
-    ),
-    tiny=TinyModel(
-        components={
-            "tokenizer": TinyComponent("clip"),
-            "text_encoder": tiny_clip(projected=True),
-            "tokenizer_2": TinyComponent("clip"),
-            "text_encoder_2": tiny_clip("tokenizer_2", projected=True),
-            "tokenizer_3": TinyComponent("t5"),
-            "text_encoder_3": _TINY_T5,
-            "vae": tiny_vae(16, scaling_factor=0.36, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
-            "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
-            "transformer": TinyComponent(
-                "SD3Transformer2DModel", _TINY | {"dual_attention_layers": (0,)}
-            ),  # as in Medium
-        },
-        controlnet=TinyComponent("SD3ControlNetModel", _TINY),
-        zero_layers=("controlnet_blocks", "pos_embed_input"),
-    ),
+    controls=_CONTROLS,
+    lora=_LORA,
+    tiny=_TINY_MODEL,
     reads_gguf=True,
 )

@@ -45,7 +45,7 @@ _ENDS = {
 }
 _STACKS = ("layers", "noise_refiner", "context_refiner")
 
-
+# %% ../../nbs/05_families/07_zimage.ipynb #43ffdd5d
 def zimage_original_names(
     transformer: Any,  # a ZImageTransformer2DModel, or anything with its blocks
     paths: Iterable[str],  # of its modules
@@ -81,6 +81,28 @@ ZIMAGE_CALLS = (
     ),
 )
 
+# %% ../../nbs/05_families/07_zimage.ipynb #246e0a75
+_CONTROLS = Controls(
+    controlnet_class="ZImageControlNetModel",
+    multi_class="diffusion_workers.pipeline.controlnets.SingleControlNet",
+    residuals="layers",
+    union_class="ZImageControlNetModel",
+    union_tables={"zimage_union": {}},  # recognises canny, depth, HED, MLSD and pose by itself
+    max_units=1,
+    has_windows=False,
+    maps_without_controlnets=(MAPS_OF_STABLE_DIFFUSION - {"hed", "mlsd"}) | {"gray", "low_quality"},
+)
+
+# %% ../../nbs/05_families/07_zimage.ipynb #a32704a0
+_LORA = LoraKeys(
+    original_names=zimage_original_names,
+    marks=(
+        LoraMark(r"^(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward)_", 3840, order=9),
+        LoraMark(r"^(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward|adaLN)_"),
+    ),
+    architectures=("z-image", "z_image", "zimage", "tongyi-mai/z-image"),
+)
+
 # %% ../../nbs/05_families/07_zimage.ipynb #50f27c22
 _TINY = {
     "all_patch_size": (2,),
@@ -90,6 +112,32 @@ _TINY = {
     "n_heads": 2,
     "n_kv_heads": 2,
 }
+_TINY_CONTROLNET = _TINY | {"control_layers_places": [0, 1], "control_refiner_layers_places": [0]}
+_TINY_MODEL = TinyModel(
+    components={
+        "tokenizer": TinyComponent("qwen_text"),
+        "text_encoder": tiny_qwen("Qwen3Model", layers=3),
+        "vae": tiny_vae(16, scaling_factor=0.36, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+        "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        "transformer": TinyComponent(
+            "ZImageTransformer2DModel",
+            _TINY
+            | {"in_channels": 16, "n_layers": 2, "cap_feat_dim": 16, "siglip_feat_dim": None}
+            | {"axes_dims": [4, 6, 6], "axes_lens": [1024, 128, 128]},
+        ),
+    },
+    controlnet=TinyComponent(
+        "ZImageControlNetModel",
+        _TINY_CONTROLNET | {"control_in_dim": 33, "add_control_noise_refiner": "control_layers"},
+    ),
+    union=TinyComponent(  # the first one, without channels for inpainting
+        "ZImageControlNetModel", _TINY_CONTROLNET | {"control_in_dim": 16, "add_control_noise_refiner": None}
+    ),
+    zero_layers=("before_proj", "after_proj"),
+    unset=("x_pad_token", "cap_pad_token"),
+)
+
+# %% ../../nbs/05_families/07_zimage.ipynb #c10a8369
 ZIMAGE = Family(
     name=ModelFamily.zimage,
     title="Z-Image",
@@ -119,52 +167,9 @@ ZIMAGE = Family(
     denoiser_calls="lists",
     step_caches=(),
     guiders=(),  # they look for both predictions in one tensor
-    controls=Controls(
-        controlnet_class="ZImageControlNetModel",
-        multi_class="diffusion_workers.pipeline.controlnets.SingleControlNet",
-        residuals="layers",
-        union_class="ZImageControlNetModel",
-        union_tables={"zimage_union": {}},  # recognises canny, depth, HED, MLSD and pose by itself
-        max_units=1,
-        has_windows=False,
-        maps_without_controlnets=(MAPS_OF_STABLE_DIFFUSION - {"hed", "mlsd"}) | {"gray", "low_quality"},
-    ),
-    lora=LoraKeys(
-        original_names=zimage_original_names,
-        marks=(
-            LoraMark(r"^(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward)_", 3840, order=9),
-            LoraMark(r"^(?:layers|noise_refiner|context_refiner)_\d+_(?:attention|feed_forward|adaLN)_"),
-        ),
-        architectures=("z-image", "z_image", "zimage", "tongyi-mai/z-image"),
-    ),
-    tiny=TinyModel(
-        components={
-            "tokenizer": TinyComponent("qwen_text"),
-            "text_encoder": tiny_qwen("Qwen3Model", layers=3),
-            "vae": tiny_vae(16, scaling_factor=0.36, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
-            "scheduler": TinyComponent("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
-            "transformer": TinyComponent(
-                "ZImageTransformer2DModel",
-                _TINY
-                | {"in_channels": 16, "n_layers": 2, "cap_feat_dim": 16, "siglip_feat_dim": None}
-                | {"axes_dims": [4, 6, 6], "axes_lens": [1024, 128, 128]},
-            ),
-        },
-        controlnet=TinyComponent(
-            "ZImageControlNetModel",
-            _TINY
-            | {"control_layers_places": [0, 1], "control_refiner_layers_places": [0], "control_in_dim": 33}
-            | {"add_control_noise_refiner": "control_layers"},
-        ),
-        union=TinyComponent(  # the first one, without channels for inpainting
-            "ZImageControlNetModel",
-            _TINY
-            | {"control_layers_places": [0, 1], "control_refiner_layers_places": [0], "control_in_dim": 16}
-            | {"add_control_noise_refiner": None},
-        ),
-        zero_layers=("before_proj", "after_proj"),
-        unset=("x_pad_token", "cap_pad_token"),
-    ),
+    controls=_CONTROLS,
+    lora=_LORA,
+    tiny=_TINY_MODEL,
     pads_texts=False,
     reads_gguf=True,
     autocasts=False,  # it writes the embedding for padding between tokens, which have to be of the same dtype

@@ -36,9 +36,6 @@ from diffusion_workers.models.manifest import (
 from ..request.errors import describe_field, field_path, nearest_name, renamed_field, shorten
 
 # %% ../../nbs/20_models/02_files.ipynb #ad0c2440
-MAX_MANIFEST_BYTES = 256 * 1024
-
-
 @dataclass(frozen=True)
 class ManifestProblem:
     "One mistake in a manifest."
@@ -63,7 +60,19 @@ class ManifestError(ValueError):
         self.problems = tuple(sorted(problems, key=lambda problem: problem.line))
         super().__init__("\n".join(map(str, self.problems)))
 
-# %% ../../nbs/20_models/02_files.ipynb #bb1c83ca
+# %% ../../nbs/20_models/02_files.ipynb #7a088d9e
+def _bad_name(
+    key: yaml.Node,
+    first: Mapping[str, int],  # names before it in its mapping -> line
+) -> str | None:
+    "What is wrong with the name of a field, if anything."
+    if key.tag != "tag:yaml.org,2002:str" or not isinstance(key, yaml.ScalarNode):
+        return "a name must be text; put it in quotes"
+    if key.value in first:
+        return f"given twice, first in line {first[key.value]}"
+    return None
+
+
 def _walk(node: yaml.Node, at: tuple, line: int, seen: set[int]) -> Iterator[tuple[tuple, int, str | None]]:
     "The location and line of each value below a node, and what is wrong with its name, if anything."
     if id(node) in seen:
@@ -77,39 +86,35 @@ def _walk(node: yaml.Node, at: tuple, line: int, seen: set[int]) -> Iterator[tup
     if isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}  # name -> line
         for key, value in node.value:
-            here = key.start_mark.line + 1
-            if key.tag != "tag:yaml.org,2002:str":
-                yield (
-                    (*at, str(key.value) if isinstance(key, yaml.ScalarNode) else "?"),
-                    here,
-                    "a name must be text; put it in quotes",
-                )
-            elif key.value in first:
-                yield (*at, key.value), here, f"given twice, first in line {first[key.value]}"
+            name, here = str(key.value) if isinstance(key, yaml.ScalarNode) else "?", key.start_mark.line + 1
+            if message := _bad_name(key, first):
+                yield (*at, name), here, message
             else:
-                first[key.value] = here
-                yield from _walk(value, (*at, key.value), here, seen)
+                first[name] = here
+                yield from _walk(value, (*at, name), here, seen)
 
 # %% ../../nbs/20_models/02_files.ipynb #a30da649
+MAX_MANIFEST_BYTES = 256 * 1024
+
+
+def _refusal(path: Path, line: int, message: str) -> ManifestError:
+    "The error for a file as a whole."
+    return ManifestError([ManifestProblem(str(path), line, "", message)])
+
+
 def _read_text(path: Path) -> str:  # of the file
     "The text of a manifest; raises a `ManifestError` if it cannot be read."
     try:
         with path.open("rb") as file:
             content = file.read(MAX_MANIFEST_BYTES + 1)
         if len(content) > MAX_MANIFEST_BYTES:
-            raise ManifestError(
-                [
-                    ManifestProblem(
-                        str(path), 0, "", f"larger than {MAX_MANIFEST_BYTES // 1024} KiB, too large for a manifest"
-                    )
-                ]
-            )
+            raise _refusal(path, 0, f"larger than {MAX_MANIFEST_BYTES // 1024} KiB, too large for a manifest")
         return content.decode("utf-8-sig")
     except OSError as exc:
-        raise ManifestError([ManifestProblem(str(path), 0, "", f"cannot be read: {exc.strerror}")]) from exc
+        raise _refusal(path, 0, f"cannot be read: {exc.strerror}") from exc
     except UnicodeDecodeError as exc:
         line = content[: exc.start].count(b"\n") + 1
-        raise ManifestError([ManifestProblem(str(path), line, "", "not UTF-8; save the file as UTF-8")]) from exc
+        raise _refusal(path, line, "not UTF-8; save the file as UTF-8") from exc
 
 # %% ../../nbs/20_models/02_files.ipynb #0f832873
 class _Loader(yaml.SafeLoader):
@@ -137,23 +142,17 @@ def _read_tree(path: Path) -> tuple[dict[str, Any], dict[tuple, int]]:  # (value
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        walked = list(_walk(node, (), 1, set())) if node else []
-        problems = [
-            ManifestProblem(str(path), line, field_path(at), message) for at, line, message in walked if message
-        ]
         if not isinstance(node, yaml.MappingNode):
-            problems = [
-                ManifestProblem(
-                    str(path), 1, "", "a manifest is a list of 'field: value' lines, at least family and source"
-                )
-            ]
-        if problems:
-            raise ManifestError(problems)
+            raise _refusal(path, 1, "a manifest is a list of 'field: value' lines, at least family and source")
+        walked = list(_walk(node, (), 1, set()))
+        wrong = [ManifestProblem(str(path), line, field_path(at), message) for at, line, message in walked if message]
+        if wrong:
+            raise ManifestError(wrong)
         return loader.construct_document(node), {at: line for at, line, _ in walked}
     except yaml.YAMLError as exc:
         raise ManifestError([_yaml_problem(path, text, exc)]) from exc
     except RecursionError as exc:
-        raise ManifestError([ManifestProblem(str(path), 0, "", "nested too deeply for a manifest")]) from exc
+        raise _refusal(path, 0, "nested too deeply for a manifest") from exc
 
 # %% ../../nbs/20_models/02_files.ipynb #68febfbb
 _TAGS: dict[str, type[BaseModel]] = {f"<{source.kind}>": source for source in SOURCE_KINDS}
@@ -180,7 +179,30 @@ def _owner(location: tuple) -> type[BaseModel]:  # the class that the last step 
         return ModelManifest
     return _TAGS.get(location[-2]) or _SECTIONS.get(location[0], ModelManifest)
 
+# %% ../../nbs/20_models/02_files.ipynb #295dc15a
+def _field_names(owner: type[BaseModel]) -> list[str]:  # as they are written in a file
+    return [info.alias or name for name, info in owner.model_fields.items()]
 
+
+def _unknown_field(location: tuple) -> str:
+    "The sentence for a field that no class has."
+    if new_name := renamed_field(".".join(map(str, location))):
+        return f"there is no such field; it was renamed: use {new_name}"
+    names = [name for name in _field_names(_owner(location)) if name != "name"]
+    return "there is no such field; " + suggest(str(location[-1]), names)
+
+
+def _allowed(location: tuple, context: Mapping[str, Any]) -> str:  # empty where the class does not tell
+    "What may stand at a location."
+    owner, key = _owner(location), location[-1]
+    allowed = describe_field(owner, (key,)) if key in _field_names(owner) else ""
+    for pattern, words in PATTERN_WORDS.items():
+        if pattern in context.values():
+            return words
+        allowed = allowed.replace(f"text that matches {pattern}", words)
+    return allowed
+
+# %% ../../nbs/20_models/02_files.ipynb #c342b342
 _SHAPES = {
     "model_type": "a mapping, name: value",
     "dict_type": "a mapping, name: value",
@@ -188,34 +210,28 @@ _SHAPES = {
 }
 
 
+def _hint(error: Mapping[str, Any], allowed: str) -> str:
+    given = error["input"]
+    if error["type"] == "string_type" and given is not None and not isinstance(given, (dict, list)):
+        return "; put it in quotes"
+    if not allowed.startswith("one of "):
+        return ""
+    near = nearest_name(str(given), allowed.removeprefix("one of ").split(", "))
+    return f"; did you mean {near}?" if near else ""
+
+
 def _sentence(error: Mapping[str, Any]) -> str:  # what was given, what is allowed, and the nearest name
     "One pydantic error in words."
-    key, kind, given = error["loc"][-1], error["type"], error["input"]
-    owner = _owner(error["loc"])
-    names = [info.alias or name for name, info in owner.model_fields.items()]
+    location, kind, given = error["loc"], error["type"], error["input"]
     if kind == "extra_forbidden":
-        if new_name := renamed_field(".".join(map(str, error["loc"]))):
-            return f"there is no such field; it was renamed: use {new_name}"
-        return "there is no such field; " + suggest(str(key), [name for name in names if name != "name"])
+        return _unknown_field(location)
     if kind == "manifest":
         return f"given {shorten(given)}; {error['msg']}"
-    allowed = describe_field(owner, (key,)) if key in names else ""
+    allowed = _allowed(location, error.get("ctx") or {})
     if kind == "missing":
-        return "missing; needed is " + (allowed if allowed and not allowed.startswith("an object") else "a value")
-    for pattern, words in PATTERN_WORDS.items():
-        allowed = (
-            words
-            if pattern in (error.get("ctx") or {}).values()
-            else allowed.replace(f"text that matches {pattern}", words)
-        )
-    near = (
-        nearest_name(str(given), allowed.removeprefix("one of ").split(", ")) if allowed.startswith("one of ") else None
-    )
-    hint = f"; did you mean {near}?" if near else ""
-    if kind == "string_type" and given is not None and not isinstance(given, (dict, list)):
-        hint = "; put it in quotes"
+        return "missing; give " + ("a value" if not allowed or allowed.startswith("an object") else allowed)
     reason = _SHAPES.get(kind) or allowed or error["msg"].removeprefix("Input should be ")
-    return f"given {shorten(given)}; allowed: {reason}{hint}"
+    return f"given {shorten(given)}; allowed: {reason}{_hint(error, allowed)}"
 
 # %% ../../nbs/20_models/02_files.ipynb #7e5fc618
 def _complaints(error: Mapping[str, Any]) -> list[Complaint]:  # location and sentence
@@ -243,18 +259,10 @@ def load_manifest(
     "Read one manifest; a `ManifestError` names all mistakes with file, line and field."
     path = Path(path)
     data, lines = _read_tree(path)
+    if "name" in data:
+        message = f"a model is named by its file, here {path.stem}; leave it out"
+        raise ManifestError([ManifestProblem(str(path), lines["name",], "name", message)])
     try:
-        if "name" in data:
-            raise ManifestError(
-                [
-                    ManifestProblem(
-                        str(path),
-                        lines["name",],
-                        "name",
-                        f"a model is named by its file, here {path.stem}; leave it out",
-                    )
-                ]
-            )
         return ModelManifest.model_validate({**data, "name": path.stem}, context={"folder": path.absolute().parent})
     except ValidationError as exc:
         found = dict.fromkeys(complaint for error in exc.errors(include_url=False) for complaint in _complaints(error))

@@ -576,7 +576,7 @@ def _memory_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
             "a U-Net takes PyTorch's own",
         )
     denoisers = [manifest.denoiser_source, *([manifest.refiner.source] if manifest.refiner else [])]
-    packed = memory.quantization or ("a .gguf file" if denoisers[0].is_gguf else None)
+    packed = memory.quantization or denoisers[0].is_gguf
     if memory.quantization and denoisers[0].is_gguf:
         yield ("memory", "quantization"), "the weights of a .gguf file are quantised already; leave it out"
     elif memory.quantization and any(isinstance(source, FileSource) for source in denoisers):
@@ -585,9 +585,14 @@ def _memory_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
             "the denoiser is in a single file, which is not quantised when it is read; name a folder or a repository",
         )
     if packed and memory.storage_dtype:
-        yield ("memory", "storage_dtype"), f"quantised weights are kept as they are; leave it out, or {packed}"
+        message = (
+            "cannot be combined with quantization, which decides how the weights are stored; leave one of them out"
+        )
+        if denoisers[0].is_gguf:
+            message = "the weights of a .gguf file are quantised already; leave it out"
+        yield ("memory", "storage_dtype"), message
     if packed and memory.offload == "group":
-        yield ("memory", "offload"), "quantised layers are not moved one by one; allowed: none, model"
+        yield ("memory", "offload"), "quantised weights cannot be offloaded in groups; allowed: none, model"
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ca8dd7f2
 def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:

@@ -75,17 +75,23 @@ def is_network(
     "Whether a component has weights."
     return slot not in ("scheduler", "processor") and not slot.startswith("tokenizer")
 
+# %% ../../nbs/20_models/06_model_checks.ipynb #f555ec26
+def _listed_classes(index: Mapping[str, Any]) -> dict[str, str | None]:  # slot -> class
+    "The parts of a `model_index.json`, whose values are a library and a class."
+    return {slot: value[1] for slot, value in index.items() if isinstance(value, (list, tuple)) and len(value) == 2}
 
-def named_networks(
-    index: Mapping[str, Any],  # model_index.json
-    manifest: ModelManifest,
-) -> dict[str, str | None]:  # slot -> class; None for a part that the repository does without
-    "The networks that a model takes from its repository; a `WeightFileError` where it is not of the family."
+
+def _listed_networks(index: Mapping[str, Any]) -> dict[str, str | None]:  # slot -> class
+    "Those that have weights and that some task uses."
+    classes = _listed_classes(index).items()
+    return {slot: name for slot, name in classes if is_network(slot) and slot not in NOT_NEEDED}
+
+
+def _check_family(index: Mapping[str, Any], manifest: ModelManifest) -> None:
+    "Raise a `WeightFileError` for a repository of another family."
+    networks = _listed_networks(index)
     slots = {slot: classes for slot, classes in manifest.record.components.items() if is_network(slot)}
-    listed = {slot: value for slot, value in index.items() if isinstance(value, (list, tuple)) and len(value) == 2}
-    networks = {slot: value[1] for slot, value in listed.items() if is_network(slot) and slot not in NOT_NEEDED}
     own = {slot: name for slot, name in networks.items() if slot not in manifest.components}
-    left_out = [slot for slot in listed if slot in manifest.record.components and listed[slot][1] is None]
     missing = [slot for slot in slots if slot not in {*networks, *manifest.components}]
     wrong = [f"{slot}: {name}" for slot, name in own.items() if name is not None and name not in slots.get(slot, ())]
     reasons = [f"without {', '.join(missing)}"] if missing else []
@@ -96,8 +102,24 @@ def named_networks(
             f"not a model of {manifest.record.title}",
             "correct family: in the manifest, or name another folder",
         )
-    without = [slot for slot in left_out if slot not in manifest.components]  # tokenizers included
-    return dict.fromkeys(without) | {slot: name for slot, name in own.items() if slot in slots}
+
+# %% ../../nbs/20_models/06_model_checks.ipynb #0a20c5f6
+def named_networks(
+    index: Mapping[str, Any],  # model_index.json
+    manifest: ModelManifest,
+) -> dict[str, str | None]:  # slot -> class; None for a part that the repository does without
+    "The networks that a model takes from its repository; a `WeightFileError` where it is not of the family."
+    _check_family(index, manifest)
+    parts = [slot for slot in manifest.record.components if slot not in manifest.components]
+    without = [slot for slot, name in _listed_classes(index).items() if slot in parts and name is None]
+    networks = {slot: name for slot, name in _listed_networks(index).items() if slot in parts}
+    return dict.fromkeys(without) | networks
+
+# %% ../../nbs/20_models/06_model_checks.ipynb #9e0b93e6
+def _folder_index(source: Source) -> dict[str, Any]:
+    if isinstance(source, (HubSource, FileSource)):
+        return {}
+    return read_config(source.location() / "model_index.json")
 
 
 def checkpoint_networks(
@@ -111,12 +133,6 @@ def checkpoint_networks(
     wanted = {slot: None if slot in absent else classes[0] for slot, classes in slots.items() if is_network(slot)}
     return {slot: name for slot, name in wanted.items() if slot not in manifest.components}
 
-
-def _folder_index(source: Source) -> dict[str, Any]:
-    if isinstance(source, (HubSource, FileSource)):
-        return {}
-    return read_config(source.location() / "model_index.json")
-
 # %% ../../nbs/20_models/06_model_checks.ipynb #4507ab83
 _HALVES = {  # input channels for two output channels
     ModelKind.standard: 2,
@@ -129,6 +145,16 @@ _HALVES = {  # input channels for two output channels
 }
 
 
+def _check_packed_channels(channels: int, outputs: int, kind: ModelKind) -> None:
+    if kind not in _HALVES or channels * 2 == outputs * _HALVES[kind]:
+        return
+    actual = next((each.value for each, halves in _HALVES.items() if channels * 2 == outputs * halves), None)
+    raise WeightFileError(
+        f"its transformer takes {channels} channels, which is not a model of the kind {kind.value}",
+        f"write kind: {actual} in the manifest" if actual else "declare another model",
+    )
+
+# %% ../../nbs/20_models/06_model_checks.ipynb #a4015817
 def check_channels(
     config: Mapping[str, Any],  # of the denoiser
     latents: Latents,  # of the family
@@ -152,16 +178,6 @@ def check_channels(
             "declare another model",
         )
 
-
-def _check_packed_channels(channels: int, outputs: int, kind: ModelKind) -> None:
-    if kind not in _HALVES or channels * 2 == outputs * _HALVES[kind]:
-        return
-    actual = next((each.value for each, halves in _HALVES.items() if channels * 2 == outputs * halves), None)
-    raise WeightFileError(
-        f"its transformer takes {channels} channels, which is not a model of the kind {kind.value}",
-        f"write kind: {actual} in the manifest" if actual else "declare another model",
-    )
-
 # %% ../../nbs/20_models/06_model_checks.ipynb #787295d1
 @dataclass(frozen=True)
 class DenoiserFacts:
@@ -179,7 +195,7 @@ class DenoiserFacts:
         "Whether it was trained for inpainting alone, with a masked image and its mask as further channels."
         return not latents.packed and self.in_channels == 2 * latents.channels + 1
 
-
+# %% ../../nbs/20_models/06_model_checks.ipynb #cfb24fae
 _SLOTS = ("unet", "transformer")
 
 
@@ -200,7 +216,7 @@ def _file_facts(path: Path, changed: int) -> DenoiserFacts:  # changed: a new fi
     channels = {"in_channels": first[1]} if len(first) > 1 else {}
     return DenoiserFacts(channels, prediction_of(header))
 
-
+# %% ../../nbs/20_models/06_model_checks.ipynb #967f5502
 def source_facts(source: Source) -> DenoiserFacts:
     "The facts about the denoiser of a local source; none for the Hub, or if it cannot be read."
     if isinstance(source, HubSource):
@@ -242,7 +258,7 @@ def check_controlnet(
                 "name a ControlNet of the model's family",
             )
 
-
+# %% ../../nbs/20_models/06_model_checks.ipynb #4ef31126
 def _check_local_controlnet(
     entry: ControlNetEntry, path: Path, controls: Controls, denoiser: Mapping[str, Any]
 ) -> None:
@@ -267,22 +283,28 @@ class ModelProblem:
     error: WeightFileError
 
 
+def _check_denoiser(manifest: ModelManifest, facts: DenoiserFacts, has_mask: bool) -> None:
+    "Raise a `WeightFileError` where a model's parts do not fit its family, or its denoiser needs a mask."
+    latents = manifest.record.latents
+    if index := _folder_index(manifest.source):
+        named_networks(index, manifest)
+    check_channels(facts.config, latents, manifest.kind)
+    if facts.needs_mask(latents) and not has_mask:
+        raise WeightFileError(
+            f"this model was trained for inpainting alone: its U-Net takes {facts.in_channels} channels",
+            "declare another model, or give a mask",
+        )
+
+
 def model_problems(
     manifest: ModelManifest,
     controlnets: Iterable[str] = (),  # names of the manifest's that are asked for
     has_mask: bool = False,
 ) -> Iterator[ModelProblem]:
     "What the configurations and headers of a model's parts have against a request."
-    record, facts = manifest.record, denoiser_facts(manifest)
+    facts = denoiser_facts(manifest)
     try:
-        if index := _folder_index(manifest.source):
-            named_networks(index, manifest)
-        check_channels(facts.config, record.latents, manifest.kind)
-        if facts.needs_mask(record.latents) and not has_mask:
-            raise WeightFileError(
-                f"this model was trained for inpainting alone: its U-Net takes {facts.in_channels} channels",
-                "declare another model, or give a mask",
-            )
+        _check_denoiser(manifest, facts, has_mask)
     except WeightFileError as exc:
         yield ModelProblem("model", manifest.name, exc)
     for name in dict.fromkeys(controlnets):
@@ -291,7 +313,7 @@ def model_problems(
             continue
         path = entry.source.location()
         try:
-            _check_local_controlnet(entry, path, record.controls, facts.config)
+            _check_local_controlnet(entry, path, manifest.record.controls, facts.config)
         except WeightFileError as exc:
             if path.exists():
                 yield ModelProblem("controlnets", name, exc)

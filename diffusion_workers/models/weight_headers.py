@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from ez_diffusion_client.models import ErrorCode
 
-
+# %% ../../nbs/20_models/04_weight_headers.ipynb #ffafbe17
 class WeightFileError(ValueError):
     "A weight file that cannot be used, with the reason and what to do about it."
 
@@ -30,7 +30,7 @@ class WeightFileError(ValueError):
         self.message, self.hint, self.code = message, hint, code
         super().__init__(f"{message}; {hint}")
 
-
+# %% ../../nbs/20_models/04_weight_headers.ipynb #f699fe51
 @dataclass(frozen=True)
 class TensorInfo:
     "One tensor of a file."
@@ -56,11 +56,6 @@ class WeightHeader:
         return self.tensors[name].shape if name in self.tensors else None
 
 # %% ../../nbs/20_models/04_weight_headers.ipynb #0ea2752a
-MAX_HEADER_BYTES = 50_000_000  # SDXL has 0.3 MB, Flux in bitsandbytes' four bits 0.5 MB
-_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "F64": 64, "F32": 32,
-    "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64,
-}  # fmt: skip
 _AGAIN = "download or copy the file again"
 
 
@@ -78,28 +73,13 @@ def _check_start(start: bytes) -> None:
     if len(start) < 9:
         raise WeightFileError(f"it has {len(start)} bytes", _AGAIN)
 
-
-def _read_safetensors(file: BinaryIO, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    "Tensors and metadata of a file that is open at its beginning."
-    start = file.read(9)
-    _check_start(start)
-    length = int.from_bytes(start[:8], "little")
-    if start[8:9] != b"{":
-        raise WeightFileError("it does not begin as a safetensors file does", _AGAIN)
-    if length > MAX_HEADER_BYTES:
-        raise WeightFileError(f"it announces a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}", _AGAIN)
-    if 8 + length > size:
-        raise WeightFileError(f"it is cut off in its header, which should have {length:,} bytes", _AGAIN)
-    try:
-        header = json.loads(b"{" + file.read(length - 1))
-        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
-        return _tensor_infos(header, size - 8 - length), metadata
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
-        if isinstance(exc, WeightFileError):
-            raise
-        raise WeightFileError("its header does not describe tensors", _AGAIN) from None
-
 # %% ../../nbs/20_models/04_weight_headers.ipynb #12fee60e
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "F64": 64, "F32": 32,
+    "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64,
+}  # fmt: skip
+
+
 def _tensor_infos(
     header: Mapping[str, Any],
     available: int,  # bytes that follow the header
@@ -118,6 +98,35 @@ def _tensor_infos(
         raise WeightFileError(f"it is cut off: {needed:,} bytes of tensors, and {available:,} are there", _AGAIN)
     return found
 
+# %% ../../nbs/20_models/04_weight_headers.ipynb #7037ce51
+MAX_HEADER_BYTES = 50_000_000  # SDXL has 0.3 MB, Flux in bitsandbytes' four bits 0.5 MB
+
+
+def _header_length(start: bytes, size: int) -> int:  # bytes
+    "The length that the first nine bytes of a file of this size announce."
+    _check_start(start)
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] != b"{":
+        raise WeightFileError("it does not begin as a safetensors file does", _AGAIN)
+    if length > MAX_HEADER_BYTES:
+        raise WeightFileError(f"it announces a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}", _AGAIN)
+    if 8 + length > size:
+        raise WeightFileError(f"it is cut off in its header, which should have {length:,} bytes", _AGAIN)
+    return length
+
+
+def _read_safetensors(file: BinaryIO, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    "Tensors and metadata of a file that is open at its beginning."
+    length = _header_length(file.read(9), size)
+    try:
+        header = json.loads(b"{" + file.read(length - 1))
+        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
+        return _tensor_infos(header, size - 8 - length), metadata
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+        if isinstance(exc, WeightFileError):
+            raise
+        raise WeightFileError("its header does not describe tensors", _AGAIN) from None
+
 # %% ../../nbs/20_models/04_weight_headers.ipynb #023cce13
 GGML_TYPES = {  # number -> name, values in a block, bytes of a block
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
@@ -128,10 +137,10 @@ GGML_TYPES = {  # number -> name, values in a block, bytes of a block
     25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8), 29: ("IQ1_M", 256, 56),
     30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
 }  # fmt: skip
+
+# %% ../../nbs/20_models/04_weight_headers.ipynb #5e051496
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_LARGEST_COUNT = 200_000  # tensors, or key-value pairs
-_SHAPE_KEY = "comfy.gguf.orig_shape."
 
 
 class _GGUFReader:
@@ -170,36 +179,7 @@ class _GGUFReader:
             return [self.text() for _ in range(count)]
         raise WeightFileError("its header has an array that cannot be read", _AGAIN)
 
-# %% ../../nbs/20_models/04_weight_headers.ipynb #59464da6
-def _read_gguf(file: BinaryIO, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    "Tensors and metadata of a file that is open at its beginning."
-    reader = _GGUFReader(file)
-    if reader.take(4) != b"GGUF":
-        raise WeightFileError("it does not begin as a GGUF file does", _AGAIN)
-    version, count, pairs = reader.number("I"), reader.number("Q"), reader.number("Q")
-    if version not in (2, 3):
-        raise WeightFileError(f"it is GGUF version {version}; 2 and 3 can be read", "convert it again")
-    if max(count, pairs) > _LARGEST_COUNT:
-        raise WeightFileError(f"it announces {count:,} tensors and {pairs:,} values", _AGAIN)
-    values = {}
-    for _ in range(pairs):
-        key = reader.text()
-        values[key] = reader.value(reader.number("I"))
-    infos = [_gguf_tensor(reader) for _ in range(count)]
-    alignment = int(values.get("general.alignment", 32)) or 32
-    data = -(-reader.read_bytes // alignment) * alignment
-    tensors = {}
-    for name, (dtype, shape, end) in infos:
-        if data + end > size:
-            raise WeightFileError(f"it is cut off: {name} ends after the last byte", _AGAIN)
-        stored = values.get(_SHAPE_KEY + name)
-        true = tuple(int(side) for side in stored) if isinstance(stored, list) else shape
-        if math.prod(true) != math.prod(shape):
-            raise WeightFileError(f"the noted shape of {name} does not have as many values as the tensor", _AGAIN)
-        tensors[name] = TensorInfo(dtype, true)
-    return tensors, {key: str(value) for key, value in values.items() if isinstance(value, (str, int, float))}
-
-
+# %% ../../nbs/20_models/04_weight_headers.ipynb #93c9d007
 def _gguf_tensor(reader: _GGUFReader) -> tuple[str, tuple[str, tuple[int, ...], int]]:
     "The name of a tensor; its type, shape, and the byte after its last one."
     name, sides = reader.text(), reader.number("I")
@@ -211,6 +191,51 @@ def _gguf_tensor(reader: _GGUFReader) -> tuple[str, tuple[str, tuple[int, ...], 
         raise WeightFileError(f"{name} has the type {kind}, which is not known", "convert it to a type such as Q8_0")
     dtype, block, block_bytes = GGML_TYPES[kind]
     return name, (dtype, shape, offset + math.prod(shape) // block * block_bytes)
+
+# %% ../../nbs/20_models/04_weight_headers.ipynb #59464da6
+_SHAPE_KEY = "comfy.gguf.orig_shape."
+
+
+def _true_shape(name: str, shape: tuple[int, ...], values: Mapping[str, Any]) -> tuple[int, ...]:
+    "The noted shape of a tensor, or the one that it has in the file."
+    stored = values.get(_SHAPE_KEY + name)
+    true = tuple(int(side) for side in stored) if isinstance(stored, list) else shape
+    if math.prod(true) != math.prod(shape):
+        raise WeightFileError(f"the noted shape of {name} does not have as many values as the tensor", _AGAIN)
+    return true
+
+# %% ../../nbs/20_models/04_weight_headers.ipynb #319483bd
+_LARGEST_COUNT = 200_000  # tensors, or key-value pairs
+
+
+def _gguf_counts(reader: _GGUFReader) -> tuple[int, int]:  # tensors, key-value pairs
+    if reader.take(4) != b"GGUF":
+        raise WeightFileError("it does not begin as a GGUF file does", _AGAIN)
+    version, count, pairs = reader.number("I"), reader.number("Q"), reader.number("Q")
+    if version not in (2, 3):
+        raise WeightFileError(f"it is GGUF version {version}; 2 and 3 can be read", "convert it again")
+    if max(count, pairs) > _LARGEST_COUNT:
+        raise WeightFileError(f"it announces {count:,} tensors and {pairs:,} values", _AGAIN)
+    return count, pairs
+
+
+def _read_gguf(file: BinaryIO, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    "Tensors and metadata of a file that is open at its beginning."
+    reader = _GGUFReader(file)
+    count, pairs = _gguf_counts(reader)
+    values = {}
+    for _ in range(pairs):
+        key = reader.text()
+        values[key] = reader.value(reader.number("I"))
+    infos = [_gguf_tensor(reader) for _ in range(count)]
+    alignment = int(values.get("general.alignment", 32)) or 32
+    data = -(-reader.read_bytes // alignment) * alignment
+    tensors = {}
+    for name, (dtype, shape, end) in infos:
+        if data + end > size:
+            raise WeightFileError(f"it is cut off: {name} ends after the last byte", _AGAIN)
+        tensors[name] = TensorInfo(dtype, _true_shape(name, shape, values))
+    return tensors, {key: str(value) for key, value in values.items() if isinstance(value, (str, int, float))}
 
 # %% ../../nbs/20_models/04_weight_headers.ipynb #e472edd4
 def read_header(
@@ -232,14 +257,13 @@ def read_header(
 
 # %% ../../nbs/20_models/04_weight_headers.ipynb #f565b49a
 _STEMS = ("diffusion_pytorch_model", "model")  # of diffusers and of transformers
-_MAX_SHARDS = 1000
 
 
 def _candidates(variant: str | None) -> list[str]:  # names of files, one of which has the weights or lists them
     ends = [f".{variant}.safetensors", f".safetensors.index.{variant}.json"] if variant else []
     return [stem + end for end in (*ends, ".safetensors", ".safetensors.index.json") for stem in _STEMS]
 
-
+# %% ../../nbs/20_models/04_weight_headers.ipynb #09ed9eec
 def other_variants(folder: Path) -> list[str]:  # such as fp16, sorted
     "The variants that a folder has weights of."
     middles = [path.name.removesuffix(".safetensors").split(".")[1:] for path in folder.glob("*.safetensors")]
@@ -247,6 +271,21 @@ def other_variants(folder: Path) -> list[str]:  # such as fp16, sorted
     return sorted({parts[-1].split("-")[0] for parts in middles if parts})
 
 
+def _no_weights(folder: Path) -> WeightFileError:
+    "Why nothing in a folder can be read."
+    if not folder.is_dir():
+        return WeightFileError("there is no such folder", "check the path in the manifest")
+    if variants := other_variants(folder):
+        is_are = "the variant" if len(variants) == 1 else "the variants"
+        message = f"it has only {is_are} {', '.join(variants)}"
+        return WeightFileError(message, f"write variant: {variants[0]} in the manifest")
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".ckpt", ".pt", ".pth"))
+    if pickles:
+        message = f"its weights are a pickle, {pickles[0]}, which is never opened"
+        return WeightFileError(message, "convert it to .safetensors")
+    return WeightFileError("it has no .safetensors file", "check that the folder was copied completely")
+
+# %% ../../nbs/20_models/04_weight_headers.ipynb #656c0316
 def weights_file(
     folder: Path,  # of one component
     variant: str | None = None,
@@ -255,19 +294,21 @@ def weights_file(
     for name in _candidates(variant):
         if (folder / name).is_file():
             return folder / name, variant if variant and f".{variant}." in name else None
-    if not folder.is_dir():
-        raise WeightFileError("there is no such folder", "check the path in the manifest")
-    if variants := other_variants(folder):
-        is_are = "the variant" if len(variants) == 1 else "the variants"
-        raise WeightFileError(
-            f"it has only {is_are} {', '.join(variants)}", f"write variant: {variants[0]} in the manifest"
-        )
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".ckpt", ".pt", ".pth"))
-    if pickles:
-        raise WeightFileError(
-            f"its weights are a pickle, {pickles[0]}, which is never opened", "convert it to .safetensors"
-        )
-    raise WeightFileError("it has no .safetensors file", "check that the folder was copied completely")
+    raise _no_weights(folder)
+
+# %% ../../nbs/20_models/04_weight_headers.ipynb #a35d3385
+_MAX_SHARDS = 1000
+
+
+def _read_index(path: Path) -> dict[str, str]:  # tensor -> shard
+    try:
+        index = json.loads(path.read_bytes()[:MAX_HEADER_BYTES])["weight_map"]
+        shards = set(index.values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise WeightFileError(f"{path.name} does not list shards", _AGAIN) from None
+    if len(shards) > _MAX_SHARDS or any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
+        raise WeightFileError(f"{path.name} names shards outside of the folder", _AGAIN)
+    return index
 
 # %% ../../nbs/20_models/04_weight_headers.ipynb #5943a27a
 def read_folder_header(
@@ -278,13 +319,8 @@ def read_folder_header(
     path, _ = weights_file(folder, variant)
     if path.suffix != ".json":
         return read_header(path)
-    try:
-        index = json.loads(path.read_bytes()[:MAX_HEADER_BYTES])["weight_map"]
-        shards = sorted(set(index.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise WeightFileError(f"{path.name} does not list shards", _AGAIN) from None
-    if len(shards) > _MAX_SHARDS or any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
-        raise WeightFileError(f"{path.name} names shards outside of the folder", _AGAIN)
+    index = _read_index(path)
+    shards = sorted(set(index.values()))
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for shard in shards:

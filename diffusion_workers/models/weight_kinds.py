@@ -144,10 +144,12 @@ def cross_attention_width(header: WeightHeader) -> int | None:
 
 def _unet_words(header: WeightHeader, prefix: str) -> str:
     width = cross_attention_width(header)
-    model = UNETS_BY_WIDTH.get(width or 0)
+    kind = f"(cross_attention_dim {width})" if width else "without cross-attention"
+    if width in UNETS_BY_WIDTH:
+        kind = f"of {UNETS_BY_WIDTH[width]}"
     first = first_layer(header, prefix)
     channels = f" with {first[1]} input channels" if len(first) == 4 and first[1] != 4 else ""
-    return f"a U-Net {f'of {model}' if model else f'with cross-attention of width {width}'}{channels}"
+    return f"a U-Net {kind}{channels}"
 
 # %% ../../nbs/20_models/05_weight_kinds.ipynb #aafa9fe3
 _QWEN = re.compile(r"transformer_blocks\.\d+\.(?:img|txt)_mod\.")
@@ -194,7 +196,7 @@ def identify(header: WeightHeader) -> FileKind:
     if prefix is not None:
         words = _denoiser_words(header, prefix)
         if parts - {"a denoiser", "a ControlNet"}:
-            return FileKind("checkpoint", f"a whole checkpoint with {words}", "name it as source in the manifest")
+            return FileKind("checkpoint", f"a checkpoint with {words}", "name it as source in the manifest")
         return FileKind("denoiser", words, _NAMED)
     if row := first_match(PARTS, header):
         return FileKind("part", row.what, row.hint)

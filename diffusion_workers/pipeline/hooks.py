@@ -6,7 +6,7 @@
 __all__ = ['OnStep', 'OwnScheduler', 'NO_HOOKS', 'check_tensor', 'tensor_sha256', 'PromptEmbeds', 'encode_prompts',
            'check_widths', 'check_takes_embeds', 'Step', 'check_replaced', 'call_on_step', 'custom_code_error',
            'check_own_scheduler', 'own_scheduler', 'use_noise', 'slerp', 'use_variation', 'Hooks', 'check_hooks',
-           'with_hooks']
+           'with_hooks', 'as_embeds', 'with_label', 'counted']
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #b92fb277
 import copy
@@ -27,7 +27,14 @@ from PIL import Image
 
 from ..families.registry import FAMILIES
 from ..request.errors import RequestError, logger, request_error
-from ez_diffusion_client.models import CustomKind, CustomPart, ErrorCode, GenerationPlan, PlannedScheduler
+from ez_diffusion_client.models import (
+    CustomKind,
+    CustomPart,
+    ErrorCode,
+    GenerationPlan,
+    GenerationRequest,
+    PlannedScheduler,
+)
 
 # %% ../../nbs/50_pipeline/08_hooks.ipynb #ff9a6145
 def check_tensor(
@@ -576,3 +583,51 @@ def with_hooks(
         cls = hooks.scheduler if isinstance(hooks.scheduler, type) else type(hooks.scheduler)
         changes["scheduler"] = PlannedScheduler(class_name=cls.__name__)
     return plan.model_copy(update=changes)
+
+# %% ../../nbs/50_pipeline/08_hooks.ipynb #516c7050
+def as_embeds(
+    prompt_embeds: Any,  # a tensor, or all of them
+    *others: torch.Tensor | None,  # negative, pooled, negative pooled
+) -> PromptEmbeds | None:  # None where nothing was given
+    "The prompt embeddings of a call."
+    if isinstance(prompt_embeds, PromptEmbeds):
+        if any(other is not None for other in others):
+            message = "prompt_embeds holds the other embeddings already"
+            hint = "use dataclasses.replace(prompt_embeds, ...), or hand in tensors"
+            raise request_error(ErrorCode.unsupported_combination, message, field="prompt_embeds", hint=hint)
+        return prompt_embeds
+    if prompt_embeds is None and all(other is None for other in others):
+        return None
+    return PromptEmbeds(prompt_embeds, *others)
+
+# %% ../../nbs/50_pipeline/08_hooks.ipynb #e2b4c22f
+def with_label(
+    request: Any,
+    fields: dict[str, Any],
+    embeds: PromptEmbeds | None,
+) -> dict[str, Any]:
+    "Fields with the text that stands in the plan in place of a prompt; a `RequestError` where there is a prompt too."
+    if embeds is None:
+        return fields
+    inside = request if isinstance(request, dict) else {}
+    texts = {name: fields.get(name) or inside.get(name) for name in ("prompt", "prompt_2")}
+    if isinstance(request, (str, bytes, GenerationRequest)):
+        texts["prompt"] = request
+    given = [name for name, text in texts.items() if text]
+    if embeds.negative_prompt_embeds is not None and (fields.get("negative_prompt") or inside.get("negative_prompt")):
+        given.append("negative_prompt")
+    if given:
+        message = "the prompt embeddings take its place, so it would have no effect"
+        raise request_error(ErrorCode.unsupported_combination, message, field=given[0], hint=f"leave {given[0]} out")
+    return fields | {"prompt": embeds.prompt or "(prompt embeddings)"}
+
+# %% ../../nbs/50_pipeline/08_hooks.ipynb #4d11f0b0
+def counted(
+    request: GenerationRequest,
+    latents: Any,
+) -> GenerationRequest:
+    "A request for as many images as there is noise, where it does not say how many."
+    shape: Sequence[int] = getattr(latents, "shape", ())
+    if len(shape) == 4 and shape[0] > 1 and request.num_images is None and request.seeds is None:
+        return request.model_copy(update={"num_images": int(shape[0])})
+    return request

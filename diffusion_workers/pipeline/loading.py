@@ -107,7 +107,7 @@ def _checked_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        message = "there is no such device"
+        message = "unknown device"
         raise request_error(
             ErrorCode.not_one_of, message, field="device", given=name, allowed=", ".join(["auto", *usable])
         ) from None

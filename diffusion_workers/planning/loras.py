@@ -39,7 +39,7 @@ def hub_lora(
     except ValidationError:
         return None
 
-
+# %% ../../nbs/40_planning/01_loras.ipynb #a0272caf
 def _is_safe_name(name: str) -> bool:
     "Whether a name is a relative path to a .safetensors file that stays inside its folder."
     path = PurePosixPath(name)
@@ -61,7 +61,7 @@ def folder_lora(
             return LoraEntry(source=FileSource(file=str(file.absolute())))
     return None
 
-
+# %% ../../nbs/40_planning/01_loras.ipynb #f1a34a41
 def resolve_lora(
     name: str,  # as in a request
     manifest: ModelManifest,
@@ -122,7 +122,7 @@ def _with_file(entry: LoraEntry) -> ResolvedLora:
         )
     return ResolvedLora(entry, found)
 
-
+# %% ../../nbs/40_planning/01_loras.ipynb #ae07718b
 def resolve_loras(
     request: GenerationRequest,
     manifest: ModelManifest,
@@ -151,7 +151,7 @@ def _offered(manifest: ModelManifest) -> str:
         offered.append("owner/name on the Hub")
     return ", ".join(offered) or "none"
 
-
+# %% ../../nbs/40_planning/01_loras.ipynb #64983a0a
 def _is_block(name: str) -> bool:
     "Whether a name is down, mid, up, a block such as up.0, or a layer of one such as up.0.1."
     stem, *numbers = name.split(".")
@@ -178,7 +178,7 @@ def _check_block_scales(lora: Lora, field: str, manifest: ModelManifest) -> Iter
                 allowed="down, mid, up, a block such as up.0, or a layer of one such as up.0.1",
             )
 
-
+# %% ../../nbs/40_planning/01_loras.ipynb #6db4dd2a
 def check_loras(
     request: GenerationRequest,
     manifest: ModelManifest,
@@ -246,7 +246,7 @@ def lora_source(entry: LoraEntry) -> str:  # such as "file:ink.safetensors" or "
     source = entry.source.describe()
     return f"{source}/{entry.weight_name}" if entry.weight_name else source
 
-
+# %% ../../nbs/40_planning/01_loras.ipynb #08912511
 def with_lora_hashes(
     plan: GenerationPlan,
     entries: Sequence[LoraEntry],  # of plan.loras

@@ -16,6 +16,25 @@ from ..families.record import Family, PipelineCall
 from ..families.registry import FAMILIES
 from ..families.schedulers import SCHEDULER_FACTS
 from ..models.manifest import ModelManifest
+from ..request.errors import RequestError, error_detail
+from ..request.metadata import PLAN_VERSION
+from ez_diffusion_client.models import (
+    ControlKind,
+    ErrorCode,
+    ErrorDetail,
+    GenerationPlan,
+    GenerationRequest,
+    InpaintOptions,
+    OutputOptions,
+    PlannedImage,
+    PlannedReference,
+    PromptSyntax,
+    PromptWeighting,
+    RequestWarning,
+    Task,
+)
+
+# %% ../../nbs/40_planning/09_plan.ipynb #d2be8e23
 from diffusion_workers.planning.acceleration import (
     EXACT,
     acceleration_warnings,
@@ -79,6 +98,8 @@ from diffusion_workers.planning.task import (
     size_warnings,
     strength_warnings,
 )
+
+# %% ../../nbs/40_planning/09_plan.ipynb #e8cfe73b
 from ..prompt.embeddings import Embeddings
 from diffusion_workers.prompt.offered import (
     check_embeddings,
@@ -100,23 +121,6 @@ from diffusion_workers.prompt.requests import (
 )
 from ..prompt.variants import is_template
 from ..prompt.vocabulary import vocabulary_warnings
-from ..request.errors import RequestError, error_detail
-from ..request.metadata import PLAN_VERSION
-from ez_diffusion_client.models import (
-    ControlKind,
-    ErrorCode,
-    ErrorDetail,
-    GenerationPlan,
-    GenerationRequest,
-    InpaintOptions,
-    OutputOptions,
-    PlannedImage,
-    PlannedReference,
-    PromptSyntax,
-    PromptWeighting,
-    RequestWarning,
-    Task,
-)
 
 # %% ../../nbs/40_planning/09_plan.ipynb #c39b61ad
 _SECOND = ("prompt_2", "negative_prompt_2")  # for the second text encoder

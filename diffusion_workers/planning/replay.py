@@ -225,7 +225,7 @@ def _without_unknown_model(restored: RestoredRequest, models: ModelList | None) 
     if models is None or name in [model.name for model in models.models]:
         return restored
     fields = {key: value for key, value in restored.request.items() if key != "model"}
-    lost = LostSetting(name="model", given=name, reason="there is no such model here")
+    lost = LostSetting(name="model", given=name, reason="not available here")
     return restored.model_copy(update={"request": fields, "lost": [*(restored.lost or []), lost]})
 
 # %% ../../nbs/40_planning/12_replay.ipynb #ac3c3af7

@@ -145,7 +145,7 @@ def _choose_model(reader: _Reader, settings: Sequence[Setting]) -> None:
     offered = {model.name: model for model in reader.models.models}
     named = given and _offered(given.text, list(offered))
     reader.model = offered.get(named or reader.models.default)
-    reason = "there is no such model here"
+    reason = "not available here"
     if named:
         reader.fields["model"] = named
     elif reader.distilled and not _takes_distilled(reader.model):
@@ -154,7 +154,7 @@ def _choose_model(reader: _Reader, settings: Sequence[Setting]) -> None:
         if other is not None:
             reader.model = other
             reader.fields["model"] = other.name
-            reason = f"there is no such model here; {other.name} is of the same kind and takes its place"
+            reason = f"not available here; replaced by {other.name}, which is of the same kind"
     if given and not named:
         reader.lose(given.name, given.text, reason)
 

@@ -295,7 +295,7 @@ def _embedding_warnings(
         return
     names = usable_names(request, offered)
     for at, name in unknown_names(text, names)[:MAX_SYNTAX_WARNINGS]:
-        message = f"there is no such embedding, so its name is drawn as words, at character {at + 1}"
+        message = f"unknown embedding at character {at + 1}: its name is drawn as words"
         near = nearest_name(name.lower(), [each.lower() for each in names])
         yield warning(f"{message}; did you mean {near}?" if near else message, field=field, given=name)
 

@@ -27,9 +27,7 @@ class Span:
 
 MAX_WEIGHT = 100.0  # beyond it, half precision overflows
 
-_SIGNS = re.compile(r"\\[()\[\]\\]|\\|[()\[\]]|:\s*[+-]?[.\d]+\s*\)|[^\\()\[\]:]+|:", re.DOTALL)
-
-
+# %% ../../nbs/35_prompt/02_weights.ipynb #5df7f6ea
 @dataclass
 class _Piece:
     start: int
@@ -39,40 +37,6 @@ class _Piece:
     is_break: bool = False
 
 
-def _multiply(pieces: list[_Piece], first: int, factor: float) -> None:
-    for piece in pieces[first:]:
-        piece.weight *= factor
-
-
-def _pieces(text: str) -> list[_Piece]:
-    "Words and breaks with their weights, before neighbours are joined."
-    pieces: list[_Piece] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}
-    for found in _SIGNS.finditer(text):
-        sign, at = found[0], found.start()
-        if sign in opened:
-            opened[sign].append(len(pieces))
-            if len(opened["("]) + len(opened["["]) > MAX_DEPTH:
-                raise PromptError(f"more than {MAX_DEPTH} brackets are open", at, r"write \( for a bracket as text")
-        elif sign == ")" and opened["("]:
-            _multiply(pieces, opened["("].pop(), DEFAULT_FACTOR)
-        elif sign == "]" and opened["["]:
-            _multiply(pieces, opened["["].pop(), 1 / DEFAULT_FACTOR)
-        elif sign[0] == ":" and len(sign) > 1 and opened["("] and (factor := read_factor(sign[1:-1])) is not None:
-            _multiply(pieces, opened["("].pop(), factor)
-        elif sign[0] == ":" and sign[-1] == ")" and opened["("]:  # not a number: (a:1.2.3)
-            pieces.append(_Piece(at, found.end() - 1, sign[:-1]))
-            _multiply(pieces, opened["("].pop(), DEFAULT_FACTOR)
-        elif sign[0] == "\\":
-            pieces.append(_Piece(at, found.end(), sign[1:]))
-        else:
-            pieces.extend(_cut(sign, at))
-    for bracket, factor in (("(", DEFAULT_FACTOR), ("[", 1 / DEFAULT_FACTOR)):
-        for first in opened[bracket]:
-            _multiply(pieces, first, factor)
-    return pieces
-
-# %% ../../nbs/35_prompt/02_weights.ipynb #5df7f6ea
 _BREAK = re.compile(r"\bBREAK\b")
 
 
@@ -90,13 +54,63 @@ def _cut(text: str, at: int) -> Iterator[_Piece]:
             words = words.rstrip()
         yield _Piece(at + start, at + end, words)
 
+# %% ../../nbs/35_prompt/02_weights.ipynb #d3bbb20c
+_FACTORS = {"(": DEFAULT_FACTOR, "[": 1 / DEFAULT_FACTOR}
 
+
+class _Brackets:
+    "The pieces read so far, and the brackets that are open behind them."
+
+    def __init__(self) -> None:
+        self.pieces: list[_Piece] = []
+        self.opened: dict[str, list[int]] = {bracket: [] for bracket in _FACTORS}  # the first piece inside of each
+
+    def open(self, bracket: str, at: int) -> None:
+        self.opened[bracket].append(len(self.pieces))
+        if sum(map(len, self.opened.values())) > MAX_DEPTH:
+            raise PromptError(f"more than {MAX_DEPTH} brackets are open", at, r"write \( for a bracket as text")
+
+    def close(self, bracket: str, factor: float | None = None) -> None:  # None: the factor of the bracket
+        for piece in self.pieces[self.opened[bracket].pop() :]:
+            piece.weight *= _FACTORS[bracket] if factor is None else factor
+
+    def close_all(self) -> None:
+        for bracket, opened in self.opened.items():
+            while opened:
+                self.close(bracket)
+
+# %% ../../nbs/35_prompt/02_weights.ipynb #3fa9cdd9
+_SIGNS = re.compile(r"\\[()\[\]\\]|\\|[()\[\]]|:\s*[+-]?[.\d]+\s*\)|[^\\()\[\]:]+|:", re.DOTALL)
+
+
+def _add_sign(brackets: _Brackets, sign: str, at: int) -> None:
+    if sign in brackets.opened:
+        brackets.open(sign, at)
+    elif sign == ")" and brackets.opened["("]:
+        brackets.close("(")
+    elif sign == "]" and brackets.opened["["]:
+        brackets.close("[")
+    elif sign[0] == ":" and sign[-1] == ")" and brackets.opened["("]:
+        factor = read_factor(sign[1:-1])
+        if factor is None:  # not a number: (a:1.2.3)
+            brackets.pieces.append(_Piece(at, at + len(sign) - 1, sign[:-1]))
+        brackets.close("(", factor)
+    elif sign[0] == "\\":
+        brackets.pieces.append(_Piece(at, at + len(sign), sign[1:]))
+    else:
+        brackets.pieces.extend(_cut(sign, at))
+
+# %% ../../nbs/35_prompt/02_weights.ipynb #853d9702
 def weigh(
     text: str,  # without schedules and tags
 ) -> tuple[Span, ...]:  # at least one
     "The weight of all words; a `PromptError` for brackets or weights beyond any use."
+    brackets = _Brackets()
+    for found in _SIGNS.finditer(text):
+        _add_sign(brackets, found[0], found.start())
+    brackets.close_all()
     spans: list[Span] = []
-    for piece in _pieces(text):
+    for piece in brackets.pieces:
         if not abs(piece.weight) <= MAX_WEIGHT:
             message = f"the weight {piece.weight:g} is too large"
             raise PromptError(message, piece.start, f"use weights of {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")

@@ -44,7 +44,7 @@ def sharing_key(plan: GenerationPlan) -> tuple:
         return batch_key(plan), *texts
     return batch_key(plan), *(text is None for text in texts)
 
-
+# %% ../../nbs/60_service/05_batching.ipynb #3cecc601
 class Member(Protocol):
     "What is known of a request in a shared batch."
 
@@ -88,7 +88,7 @@ class SharedStop:
                 if not self.live:
                     raise
 
-
+# %% ../../nbs/60_service/05_batching.ipynb #0c85b40f
 class SharedWatch(StepWatch):
     "Tells each member of a batch how far it is, with a preview of its own image."
 
@@ -125,7 +125,7 @@ def joined_texts(plans: Sequence[GenerationPlan]) -> dict[str, list[str]]:  # fi
     }
     return texts if any(len(set(values)) > 1 for values in texts.values()) else {}
 
-
+# %% ../../nbs/60_service/05_batching.ipynb #91e2b983
 def render_together(
     factory: PipelineFactory,
     plans: Sequence[GenerationPlan],  # with equal sharing keys; several have at most MAX_BATCH images in all

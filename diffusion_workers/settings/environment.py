@@ -32,7 +32,7 @@ def _given(value: Any, secret: bool) -> str:
 def _is_secret(annotation: Any) -> bool:
     return "SecretStr" in str(annotation)
 
-
+# %% ../../nbs/00_settings/02_environment.ipynb #51c86f51
 def _error_line(cls: type["EnvironmentSettings"], error: Mapping[str, Any]) -> str:
     "One error of pydantic, in words."
     if not error["loc"]:  # of a validator of the whole object
@@ -45,6 +45,17 @@ def _error_line(cls: type["EnvironmentSettings"], error: Mapping[str, Any]) -> s
     field = cls.model_fields[name]
     given = _given(error["input"], _is_secret(field.annotation))
     return f"{cls.variable(name)}: given {given}; allowed: {allowed_values(field)}"
+
+# %% ../../nbs/00_settings/02_environment.ipynb #8eb96f50
+def _shown(value: Any) -> str:
+    "A value as text; a secret is only `set`."
+    if value is None or value == ():
+        return "-"
+    if isinstance(value, SecretStr):
+        return "set"
+    if isinstance(value, tuple):
+        return (os.pathsep if isinstance(value[0], Path) else ", ").join(map(str, value))
+    return str(value)
 
 # %% ../../nbs/00_settings/02_environment.ipynb #cd0b996e
 class EnvironmentSettings(BaseSettings):
@@ -95,14 +106,7 @@ class EnvironmentSettings(BaseSettings):
 
     def shown(self, name: str) -> str:
         "The value of a field as text; a secret is only `set`."
-        value = getattr(self, name)
-        if value is None or value == ():
-            return "-"
-        if isinstance(value, SecretStr):
-            return "set"
-        if isinstance(value, tuple):
-            return (os.pathsep if isinstance(value[0], Path) else ", ").join(map(str, value))
-        return str(value)
+        return _shown(getattr(self, name))
 
     def _repr_markdown_(self) -> str:
         lines = ["| variable | value | what it decides |", "|---|---|---|"]

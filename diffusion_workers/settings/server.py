@@ -10,12 +10,13 @@ from pathlib import Path
 
 from pydantic import ByteSize, Field
 
+from .environment import EnvironmentSettings
 from .service import Settings
 from .values import Bytes, Entries, Origins, Token
 
 # %% ../../nbs/00_settings/04_server.ipynb #407b4d86
-class ServerSettings(Settings):
-    "Settings of the local server."
+class _Access(EnvironmentSettings):
+    "Where a server listens, and whose requests it takes."
 
     host: str = Field(
         "127.0.0.1",
@@ -42,6 +43,23 @@ class ServerSettings(Settings):
         validation_alias="DIFFUSION_WORKERS_HOSTS",
         description="names accepted in the Host header, or *; default: this machine's own while only it can connect",
     )
+
+    @property
+    def listens_locally(self) -> bool:
+        "Whether only this machine can connect."
+        return self.host in ("localhost", "127.0.0.1", "::1")
+
+    @property
+    def allowed_hosts(self) -> tuple[str, ...]:
+        "Names in the Host header that are accepted; ('*',) is any."
+        if self.hosts:
+            return self.hosts
+        return ("localhost", "127.0.0.1", "[::1]") if self.listens_locally else ("*",)
+
+# %% ../../nbs/00_settings/04_server.ipynb #c821cd14
+class _Limits(EnvironmentSettings):
+    "How much a server takes, and how long it waits."
+
     max_body: Bytes | None = Field(
         ByteSize(512 * 10**6),
         validation_alias="DIFFUSION_WORKERS_MAX_BODY",
@@ -75,6 +93,11 @@ class ServerSettings(Settings):
         validation_alias="DIFFUSION_WORKERS_GRACE",
         description="seconds that the running request gets to finish after SIGTERM, before it is cancelled",
     )
+
+# %% ../../nbs/00_settings/04_server.ipynb #939de719
+class _Operation(EnvironmentSettings):
+    "What a server keeps, what it logs, and what it does at its start."
+
     abandoned: float = Field(
         30.0,
         ge=0,
@@ -106,14 +129,6 @@ class ServerSettings(Settings):
         description="load the default model and make an image at the start",
     )
 
-    @property
-    def listens_locally(self) -> bool:
-        "Whether only this machine can connect."
-        return self.host in ("localhost", "127.0.0.1", "::1")
 
-    @property
-    def allowed_hosts(self) -> tuple[str, ...]:
-        "Names in the Host header that are accepted; ('*',) is any."
-        if self.hosts:
-            return self.hosts
-        return ("localhost", "127.0.0.1", "[::1]") if self.listens_locally else ("*",)
+class ServerSettings(_Operation, _Limits, _Access, Settings):
+    "Settings of the local server."

@@ -51,24 +51,34 @@ _CLASSES: Mapping[str, type[EnvironmentSettings]] = {
     "worker": WorkerSettings,
     "remote generation": ClientSettings,
 }
-_LIBRARIES = (
-    VariableRow("HF_HUB_CACHE", "huggingface_hub", "~/.cache/huggingface/hub", "a folder", "where downloads go"),
-    VariableRow("HF_HUB_OFFLINE", "huggingface_hub", "0", "1 or 0", "read files that are already there, download none"),
-    VariableRow("HF_TOKEN", "huggingface_hub", "-", "a token", "access to gated and private repositories"),
-    VariableRow("RUNPOD_LOG_LEVEL", "RunPod's SDK", "the worker's", "DEBUG, INFO, WARN or ERROR", "what the SDK logs"),
-)
+
+# %% ../../nbs/00_settings/06_table.ipynb #9e5ab7e9
+def _own_names(cls: type[EnvironmentSettings]) -> list[str]:
+    "The fields that a class adds to those of the service, or has with another default."
+    shared = () if cls is Settings else Settings.__mro__
+    written = [
+        name for base in reversed(cls.__mro__) if base not in shared for name in vars(base).get("__annotations__", ())
+    ]
+    return [name for name in dict.fromkeys(written) if name in cls.model_fields]
 
 
 def _own_rows(used_by: str, cls: type[EnvironmentSettings]) -> list[VariableRow]:
     "The rows of the fields that a class adds to those of its base."
     defaults = cls()
     rows = []
-    for name in cls.__annotations__:
-        field = cls.model_fields.get(name)
-        if field is not None:
-            words = (defaults.shown(name), allowed_values(field), field.description or "")
-            rows.append(VariableRow(cls.variable(name), used_by, *words))
+    for name in _own_names(cls):
+        field = cls.model_fields[name]
+        words = (defaults.shown(name), allowed_values(field), field.description or "")
+        rows.append(VariableRow(cls.variable(name), used_by, *words))
     return rows
+
+# %% ../../nbs/00_settings/06_table.ipynb #f39ed63b
+_LIBRARIES = (
+    VariableRow("HF_HUB_CACHE", "huggingface_hub", "~/.cache/huggingface/hub", "a folder", "where downloads go"),
+    VariableRow("HF_HUB_OFFLINE", "huggingface_hub", "0", "1 or 0", "read files that are already there, download none"),
+    VariableRow("HF_TOKEN", "huggingface_hub", "-", "a token", "access to gated and private repositories"),
+    VariableRow("RUNPOD_LOG_LEVEL", "RunPod's SDK", "the worker's", "DEBUG, INFO, WARN or ERROR", "what the SDK logs"),
+)
 
 
 def variable_rows() -> list[VariableRow]:
@@ -83,7 +93,7 @@ def variable_rows() -> list[VariableRow]:
             rows[row.name] = row
     return [*rows.values(), *_LIBRARIES]
 
-
+# %% ../../nbs/00_settings/06_table.ipynb #918e2b10
 class VariableTable:
     "The table of all environment variables, for notebooks."
 

@@ -16,71 +16,17 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field, SecretStr, model_validator
 
+from .environment import EnvironmentSettings
 from .service import Settings
 from .values import Address, Allowed, Folders
 
 # %% ../../nbs/00_settings/05_worker.ipynb #5eb09ee5
 IMAGE_MODELS = Path("/opt/models")
 VOLUME = Path("/runpod-volume")
-_BUCKET_FIELDS = ("bucket_endpoint", "bucket_key_id", "bucket_secret")
-
-# %% ../../nbs/00_settings/05_worker.ipynb #539d9d55
-_BUCKET = r"(?:(?P<bucket>[a-z0-9][a-z0-9.-]*)\.)?"
-_STORES = (  # pattern of a host, and the region where the host does not name one
-    (rf"{_BUCKET}s3[.-](?:dualstack\.)?(?:(?P<region>[a-z]+-[a-z0-9-]+)\.)?amazonaws\.com(?:\.cn)?", "us-east-1"),
-    (rf"{_BUCKET}[0-9a-f]{{32}}(?:\.[a-z]+)?\.r2\.cloudflarestorage\.com", "auto"),
-    (rf"{_BUCKET}(?P<region>[a-z]{{3}}[0-9])\.(?:cdn\.)?digitaloceanspaces\.com", "us-east-1"),
-    (rf"{_BUCKET}(?P<region>[a-z0-9-]+)\.linodeobjects\.com", "us-east-1"),
-    (rf"{_BUCKET}(?P<region>[a-z0-9]+)\.your-objectstorage\.com", "us-east-1"),
-    (rf"{_BUCKET}storage\.googleapis\.com", "auto"),
-    (r"s3api-(?P<region>[a-z0-9-]+)\.runpod\.io", "us-east-1"),
-    (rf"{_BUCKET}s3\.(?P<region>[a-z]+-[a-z0-9-]+|[a-z]{{3,4}})\.[a-z0-9-]+(?:\.[a-z0-9-]+)+", "us-east-1"),
-)
 
 
-@dataclass(frozen=True)
-class BucketPlace:
-    "A bucket and the store that it is in."
-
-    endpoint: str  # address of the store
-    name: str
-    region: str
-    in_host: bool = False  # whether the bucket stands in the host name of its addresses, and not in their path
-
-
-def bucket_place(
-    address: str,  # of the store or of the bucket, in path style or virtual-host style
-    name: str | None = None,  # of the bucket; may be left out where the address names it
-    region: str | None = None,  # default: the one in the address
-) -> BucketPlace:
-    "The parts of a bucket's address; a `ValueError` where there is no bucket, or where it is ambiguous."
-    parts = urlsplit(address)
-    host, path = parts.hostname or "", parts.path.strip("/")
-    patterns = ((re.fullmatch(pattern, host), usual) for pattern, usual in _STORES)
-    known, usual = next(((found, usual) for found, usual in patterns if found), (None, "us-east-1"))
-    groups = known.groupdict() if known else {}
-    in_host = groups.get("bucket")
-    if known is None and name and host.startswith(f"{name}.") and host.count(".") >= 3 and not host[-1].isdigit():
-        in_host = name  # of a store of one's own, such as images.minio.example.org
-    head, _, last = path.rpartition("/")
-    if in_host:
-        in_path = None
-    elif name is None or last == name or known is not None:
-        in_path, path = last or None, head
-    else:
-        in_path = None
-    bucket = in_host or in_path or name
-    if bucket is None:
-        raise ValueError("names no bucket: add it to the address, or set BUCKET_NAME")
-    if name is not None and name != bucket:
-        raise ValueError(f"names the bucket {bucket}, but BUCKET_NAME is {name}: set one of them")
-    store = parts.netloc.removeprefix(f"{in_host}.") if in_host else parts.netloc
-    endpoint = urlunsplit((parts.scheme, store, f"/{path}" if path else "", "", ""))
-    return BucketPlace(endpoint, bucket, region or groups.get("region") or usual, in_host is not None)
-
-# %% ../../nbs/00_settings/05_worker.ipynb #3bd60c63
-class WorkerSettings(Settings):
-    "Settings of a RunPod worker."
+class _Jobs(EnvironmentSettings):
+    "Where a worker finds weights, and how it runs jobs."
 
     annotator_folders: Folders = Field(
         (IMAGE_MODELS / "annotators", VOLUME / "annotators"),
@@ -111,21 +57,92 @@ class WorkerSettings(Settings):
         validation_alias="DIFFUSION_WORKERS_PROGRESS_SECONDS",
         description="seconds between two progress updates of a job; 0 sends none",
     )
+
+# %% ../../nbs/00_settings/05_worker.ipynb #539d9d55
+_BUCKET = r"(?:(?P<bucket>[a-z0-9][a-z0-9.-]*)\.)?"
+_STORES = (  # pattern of a host, and the region where the host does not name one
+    (rf"{_BUCKET}s3[.-](?:dualstack\.)?(?:(?P<region>[a-z]+-[a-z0-9-]+)\.)?amazonaws\.com(?:\.cn)?", "us-east-1"),
+    (rf"{_BUCKET}[0-9a-f]{{32}}(?:\.[a-z]+)?\.r2\.cloudflarestorage\.com", "auto"),
+    (rf"{_BUCKET}(?P<region>[a-z]{{3}}[0-9])\.(?:cdn\.)?digitaloceanspaces\.com", "us-east-1"),
+    (rf"{_BUCKET}(?P<region>[a-z0-9-]+)\.linodeobjects\.com", "us-east-1"),
+    (rf"{_BUCKET}(?P<region>[a-z0-9]+)\.your-objectstorage\.com", "us-east-1"),
+    (rf"{_BUCKET}storage\.googleapis\.com", "auto"),
+    (r"s3api-(?P<region>[a-z0-9-]+)\.runpod\.io", "us-east-1"),
+    (rf"{_BUCKET}s3\.(?P<region>[a-z]+-[a-z0-9-]+|[a-z]{{3,4}})\.[a-z0-9-]+(?:\.[a-z0-9-]+)+", "us-east-1"),
+)
+
+
+def _known_store(host: str) -> tuple[dict[str, str | None] | None, str]:  # groups of its pattern; the usual region
+    "What the host of a known store tells; None for another host."
+    for pattern, usual in _STORES:
+        if found := re.fullmatch(pattern, host):
+            return found.groupdict(), usual
+    return None, "us-east-1"
+
+# %% ../../nbs/00_settings/05_worker.ipynb #3aa99640
+@dataclass(frozen=True)
+class BucketPlace:
+    "A bucket and the store that it is in."
+
+    endpoint: str  # address of the store
+    name: str
+    region: str
+    in_host: bool = False  # whether the bucket stands in the host name of its addresses, and not in their path
+
+
+def bucket_place(
+    address: str,  # of the store or of the bucket, in path style or virtual-host style
+    name: str | None = None,  # of the bucket; may be left out where the address names it
+    region: str | None = None,  # default: the one in the address
+) -> BucketPlace:
+    "The parts of a bucket's address; a `ValueError` where there is no bucket, or where it is ambiguous."
+    parts = urlsplit(address)
+    host, path = parts.hostname or "", parts.path.strip("/")
+    known, usual = _known_store(host)
+    groups = known or {}
+    in_host = groups.get("bucket")
+    if known is None and name and host.startswith(f"{name}.") and host.count(".") >= 3 and not host[-1].isdigit():
+        in_host = name  # of a store of one's own, such as images.minio.example.org
+    head, _, last = path.rpartition("/")
+    if in_host:
+        in_path = None
+    elif name is None or last == name or known is not None:
+        in_path, path = last or None, head
+    else:
+        in_path = None
+    bucket = in_host or in_path or name
+    if bucket is None:
+        raise ValueError("names no bucket: add it to the address, or set BUCKET_NAME")
+    if name is not None and name != bucket:
+        raise ValueError(f"names the bucket {bucket}, but BUCKET_NAME is {name}: set one of them")
+    store = parts.netloc.removeprefix(f"{in_host}.") if in_host else parts.netloc
+    endpoint = urlunsplit((parts.scheme, store, f"/{path}" if path else "", "", ""))
+    return BucketPlace(endpoint, bucket, region or groups.get("region") or usual, in_host is not None)
+
+# %% ../../nbs/00_settings/05_worker.ipynb #3bd60c63
+_BUCKET_FIELDS = ("bucket_endpoint", "bucket_key_id", "bucket_secret")
+_BucketName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$"), Allowed("the name of a bucket")]
+_Region = Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{2,40}$"), Allowed("a region such as eu-central-1")]
+
+
+class _Uploads(EnvironmentSettings):
+    "Where a worker uploads images, and which."
+
     bucket_endpoint: Address | None = Field(
         None,
         validation_alias="BUCKET_ENDPOINT_URL",
         description="an S3-compatible store for results that are too large, or a bucket in one",
     )
-    bucket_name: (
-        Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$"), Allowed("the name of a bucket")] | None
-    ) = Field(None, validation_alias="BUCKET_NAME", description="its bucket, where the address does not name it")
+    bucket_name: _BucketName | None = Field(
+        None, validation_alias="BUCKET_NAME", description="its bucket, where the address does not name it"
+    )
     bucket_key_id: SecretStr | None = Field(None, validation_alias="BUCKET_ACCESS_KEY_ID", description="its access key")
     bucket_secret: SecretStr | None = Field(
         None, validation_alias="BUCKET_SECRET_ACCESS_KEY", description="its secret key"
     )
-    bucket_region: (
-        Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{2,40}$"), Allowed("a region such as eu-central-1")] | None
-    ) = Field(None, validation_alias="BUCKET_REGION", description="its region; default: the one in the address")
+    bucket_region: _Region | None = Field(
+        None, validation_alias="BUCKET_REGION", description="its region; default: the one in the address"
+    )
     bucket_prefix: Annotated[str, Allowed("a key prefix such as team/images")] = Field(
         "diffusion-workers",
         pattern=r"^[A-Za-z0-9!_.*'()/-]{1,256}$",
@@ -143,16 +160,6 @@ class WorkerSettings(Settings):
         False,
         validation_alias="DIFFUSION_WORKERS_UPLOAD_ALL",
         description="upload every image, not only those of results that are too large",
-    )
-    ready_file: Path | None = Field(
-        None,
-        validation_alias="DIFFUSION_WORKERS_READY_FILE",
-        description="exists while the worker makes images; the image's health check looks for it",
-    )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO",
-        validation_alias="DIFFUSION_WORKERS_LOG_LEVEL",
-        description="what is logged; tracebacks at DEBUG alone",
     )
 
     @model_validator(mode="after")
@@ -179,6 +186,21 @@ class WorkerSettings(Settings):
     def has_bucket(self) -> bool:
         "Whether images can be uploaded."
         return self.bucket_endpoint is not None
+
+# %% ../../nbs/00_settings/05_worker.ipynb #4322198c
+class WorkerSettings(_Uploads, _Jobs, Settings):
+    "Settings of a RunPod worker."
+
+    ready_file: Path | None = Field(
+        None,
+        validation_alias="DIFFUSION_WORKERS_READY_FILE",
+        description="exists while the worker makes images; the image's health check looks for it",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO",
+        validation_alias="DIFFUSION_WORKERS_LOG_LEVEL",
+        description="what is logged; tracebacks at DEBUG alone",
+    )
 
 # %% ../../nbs/00_settings/05_worker.ipynb #edf477f8
 def keep_downloads(

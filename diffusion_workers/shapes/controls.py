@@ -126,6 +126,10 @@ def _soft_edge(scene: FreeScene, image: np.ndarray) -> np.ndarray:
     edges = cv2.GaussianBlur(_canny(scene, image).astype(np.float32), (0, 0), 1.6)
     return np.clip(edges * 1.6, 0, 255).astype(np.uint8)
 
+# %% ../../nbs/65_shapes/09_controls.ipynb #d9f3fa84
+def _hue(turn: float) -> np.ndarray:  # RGB, 0 to 1
+    return np.clip(np.abs((turn * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
+
 # %% ../../nbs/65_shapes/09_controls.ipynb #ee0385bf
 def _pose(scene: FreeScene, image: np.ndarray) -> np.ndarray:
     map_ = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE))
@@ -142,10 +146,6 @@ def _pose(scene: FreeScene, image: np.ndarray) -> np.ndarray:
             draw.line([thing.x, thing.y, *tip], fill=tuple(int(v) for v in 255 * _hue(i / len(tips))), width=2)
             draw.ellipse([tip[0] - 2, tip[1] - 2, tip[0] + 2, tip[1] + 2], fill=(255, 255, 255))
     return np.asarray(map_)
-
-# %% ../../nbs/65_shapes/09_controls.ipynb #d9f3fa84
-def _hue(turn: float) -> np.ndarray:  # RGB, 0 to 1
-    return np.clip(np.abs((turn * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
 
 # %% ../../nbs/65_shapes/09_controls.ipynb #0f622db7
 def _depth(scene: FreeScene, image: np.ndarray) -> np.ndarray:

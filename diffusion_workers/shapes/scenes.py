@@ -38,6 +38,8 @@ COLORS = {
     "gray": (130, 130, 130),
 }  # RGB
 BACKGROUNDS = {"white": (245, 245, 245), "black": (20, 20, 20), "beige": (232, 215, 180), "navy": (20, 30, 90)}  # RGB
+
+# %% ../../nbs/65_shapes/01_scenes.ipynb #4cd3d0ed
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring")
 SIZES = {"small": 16, "large": 28}  # radius in pixels, of a single object
 PLACES = {
@@ -168,7 +170,7 @@ def polygon_corners(
     }
     return corners[shape]
 
-
+# %% ../../nbs/65_shapes/01_scenes.ipynb #6fb412e9
 def draw_shape(
     draw: ImageDraw.ImageDraw,  # of an image of mode "L"
     shape: str,  # one of `SHAPES`
@@ -436,7 +438,7 @@ def missing_parts(
     ]
     return {name: builtin_path("shapes-sd15") / name for name in named}
 
-
+# %% ../../nbs/65_shapes/01_scenes.ipynb #9702dbda
 def load_builtin_pipeline(
     name: str = "shapes-sd15",  # a folder of `diffusion_workers/builtin_models`
 ):  # -> a text-to-image pipeline of diffusers, float32, on the CPU

@@ -79,7 +79,7 @@ def draw_images(
     "Images of training scenes."
     return np.stack([np.asarray(render(random_scene(rng, 1 + i % 2, held_out=False), rng)) for i in range(n)])
 
-
+# %% ../../nbs/65_shapes/04_sd15.ipynb #386e9084
 def new_vae(
     config: ShapesTrainingConfig,  # gives the widths
 ) -> AutoencoderKL:
@@ -115,7 +115,7 @@ def vae_loss(
     absolute = error.abs().mean()
     return {"loss": absolute + error.square().mean() + 0.5 * edges + kl_weight * kl, "absolute": absolute, "kl": kl}
 
-
+# %% ../../nbs/65_shapes/04_sd15.ipynb #2e4ed434
 def vae_batch(
     images: np.ndarray,  # (N, 128, 128, 3) uint8
     step: int,  # decides the batch, with the seed
@@ -204,7 +204,7 @@ def new_text_encoder(
         )
     )
 
-
+# %% ../../nbs/65_shapes/04_sd15.ipynb #1fb292b9
 def parse_batch(
     tokenizer: CLIPTokenizer,
     config: ShapesTrainingConfig,
@@ -252,7 +252,7 @@ class LatentData:
     empty: torch.Tensor  # (token_length, text_width) bfloat16, of the caption ""
     singles: int  # how many of N have one object
 
-
+# %% ../../nbs/65_shapes/04_sd15.ipynb #2374b6d5
 @torch.no_grad()
 def encode_scenes(
     vae: AutoencoderKL,
@@ -292,7 +292,7 @@ def new_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
     )
 
-
+# %% ../../nbs/65_shapes/04_sd15.ipynb #be84df60
 def new_unet(
     config: ShapesTrainingConfig,  # gives the widths
 ) -> UNet2DConditionModel:
@@ -333,7 +333,7 @@ def unet_batch(
         states = torch.where(wrong[:, None, None], states.roll(1, 0), states)
     return latents, states.float(), noise, timesteps
 
-
+# %% ../../nbs/65_shapes/04_sd15.ipynb #4b958d52
 def unet_loss(
     unet: UNet2DConditionModel,
     scheduler: DDIMScheduler,
@@ -401,7 +401,7 @@ def assemble(
         requires_safety_checker=False,
     )
 
-
+# %% ../../nbs/65_shapes/04_sd15.ipynb #485b9d6b
 def export_fp16(
     pipeline: StableDiffusionPipeline,  # float32; left as it is
     folder: Path,  # of the diffusers repository

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLEAN', 'BLURRED_SIDES', 'LARGEST_CROP', 'SceneData', 'altered_image', 'encode_images', 'encode_scene_data',
            'kept_scene_data', 'SdxlTrainingConfig', 'add_identity_layer', 'sdxl_conditioning', 'fold_norm',
-           'new_sdxl_unet', 'sdxl_batch', 'train_sdxl_unet', 'new_sdxl_pipeline', 'assemble_sdxl', 'save_half']
+           'new_sdxl_unet', 'assemble_sdxl', 'new_sdxl_pipeline', 'sdxl_batch', 'train_sdxl_unet', 'save_half']
 
 # %% ../../nbs/65_shapes/06_sdxl.ipynb #6b23f850
 import copy
@@ -220,6 +220,44 @@ def new_sdxl_unet(
     torch.nn.init.zeros_(unet.add_embedding.linear_2.bias)
     return unet
 
+# %% ../../nbs/65_shapes/06_sdxl.ipynb #79208877
+def assemble_sdxl(
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,  # of both encoders
+    text_encoder: CLIPTextModel,
+    text_encoder_2: CLIPTextModelWithProjection,
+    unet: UNet2DConditionModel,
+) -> StableDiffusionXLPipeline:
+    "Put the parts together."
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+# %% ../../nbs/65_shapes/06_sdxl.ipynb #c3227e9c
+def new_sdxl_pipeline(
+    config: SdxlTrainingConfig,
+) -> StableDiffusionXLPipeline:
+    "The first model turned into an SDXL one, before any training of its own."
+    base = load_builtin_pipeline("shapes-sd15")
+    encoder, tokenizer = base.text_encoder, base.tokenizer
+    return assemble_sdxl(
+        base.vae,
+        tokenizer,
+        add_identity_layer(encoder, CLIPTextModel),
+        add_identity_layer(encoder, CLIPTextModelWithProjection),
+        new_sdxl_unet(base.unet, encoder, tokenizer, config),
+    )
+
 # %% ../../nbs/65_shapes/06_sdxl.ipynb #2831d094
 def sdxl_batch(
     clean: SceneData,
@@ -274,44 +312,6 @@ def train_sdxl_unet(
         if step % 100 == 0 or step == last:
             checkpoint.save(step)
     return averaged
-
-# %% ../../nbs/65_shapes/06_sdxl.ipynb #c3227e9c
-def new_sdxl_pipeline(
-    config: SdxlTrainingConfig,
-) -> StableDiffusionXLPipeline:
-    "The first model turned into an SDXL one, before any training of its own."
-    base = load_builtin_pipeline("shapes-sd15")
-    encoder, tokenizer = base.text_encoder, base.tokenizer
-    return assemble_sdxl(
-        base.vae,
-        tokenizer,
-        add_identity_layer(encoder, CLIPTextModel),
-        add_identity_layer(encoder, CLIPTextModelWithProjection),
-        new_sdxl_unet(base.unet, encoder, tokenizer, config),
-    )
-
-# %% ../../nbs/65_shapes/06_sdxl.ipynb #79208877
-def assemble_sdxl(
-    vae: AutoencoderKL,
-    tokenizer: CLIPTokenizer,  # of both encoders
-    text_encoder: CLIPTextModel,
-    text_encoder_2: CLIPTextModelWithProjection,
-    unet: UNet2DConditionModel,
-) -> StableDiffusionXLPipeline:
-    "Put the parts together."
-    pipeline = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        text_encoder_2=text_encoder_2,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=new_scheduler(),
-        force_zeros_for_empty_prompt=False,
-        add_watermarker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 # %% ../../nbs/65_shapes/06_sdxl.ipynb #077a5af5
 def save_half(

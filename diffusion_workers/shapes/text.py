@@ -19,34 +19,10 @@ from transformers import CLIPTokenizer
 from .scenes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, Scene, canonical
 
 # %% ../../nbs/65_shapes/02_text.ipynb #407d320f
-WORDS = [
-    "a",
-    "an",
-    "the",
-    "of",
-    "to",
-    "on",
-    "in",
-    "at",
-    "and",
-    "with",
-    "left",
-    "right",
-    "above",
-    "below",
-    "top",
-    "bottom",
-    "center",
-    "corner",
-    "background",
-    "shape",
-    "object",
-    "small",
-    "large",
-]
-WORDS += [*COLORS, *BACKGROUNDS, *SHAPES]
+WORDS = "a an the of to on in at and with left right above below top bottom center corner background".split()
+WORDS += ["shape", "object", "small", "large", *COLORS, *BACKGROUNDS, *SHAPES]
 
-
+# %% ../../nbs/65_shapes/02_text.ipynb #8bf1442d
 def merge_pieces(
     pieces: list[str],  # of one word
     merges: dict[tuple[str, str], int],  # pair -> rank
@@ -59,7 +35,7 @@ def merge_pieces(
         i = min(ranked)[1]
         pieces = [*pieces[:i], pieces[i] + pieces[i + 1], *pieces[i + 2 :]]
 
-
+# %% ../../nbs/65_shapes/02_text.ipynb #4a1f5083
 def build_merges(
     words: list[str],  # in lower case
 ) -> dict[tuple[str, str], int]:  # pair -> rank
@@ -92,7 +68,7 @@ def build_tokenizer(
         folder, model_max_length=token_length, bos_token=start, eos_token=end, pad_token=end, unk_token=end
     )
 
-
+# %% ../../nbs/65_shapes/02_text.ipynb #647fdc8e
 def token_ids(
     tokenizer: CLIPTokenizer,
     captions: list[str],  # B of them
@@ -106,7 +82,7 @@ SLOTS = [*PLACES, "left", "right", "top", "bottom"]
 N_THINGS = len(SLOTS) + 2  # what stands in each slot, and the first and the second object wherever they stand
 PARSE_CLASSES = [len(COLORS) + 1] * N_THINGS + [len(SHAPES) + 1] * N_THINGS + [len(SIZES) + 1, len(BACKGROUNDS)]
 
-
+# %% ../../nbs/65_shapes/02_text.ipynb #e4572311
 def parse_targets(
     scene: Scene,  # any scene
 ) -> list[int]:  # one class for each of PARSE_CLASSES; 0 is an empty slot
@@ -122,7 +98,7 @@ def parse_targets(
     size = list(SIZES).index(told.size) if told.size else len(SIZES)
     return [*colors, *shapes, size, list(BACKGROUNDS).index(told.background)]
 
-
+# %% ../../nbs/65_shapes/02_text.ipynb #b5d5943f
 def parse_loss(
     logits: torch.Tensor,  # (B, L, sum of PARSE_CLASSES)
     targets: torch.Tensor,  # (B, len(PARSE_CLASSES)) int64

@@ -27,7 +27,7 @@ def one_cycle(
     "Linear warm-up times half a cosine."
     return min(done / warm_up, 1.0) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
-
+# %% ../../nbs/65_shapes/03_training_loop.ipynb #f3553a3e
 def update(
     optimizer: torch.optim.Optimizer,  # over one group of parameters
     loss: torch.Tensor,  # scalar

@@ -51,7 +51,7 @@ def is_request_key(key: Any) -> bool:
     "Whether a journal's key can be one of `request_key`; keys name files, so nothing else is followed."
     return isinstance(key, str) and re.fullmatch(r"[0-9a-f]{16}", key) is not None
 
-
+# %% ../../nbs/72_sweep/01_folder.ipynb #3db75735
 def checked_requests(
     requests: Sequence[Request],  # images in them may be bytes, paths or PIL images
 ) -> dict[str, dict[str, Any]]:  # by key, in the order given; what is given twice is there once
@@ -160,7 +160,7 @@ async def write_result(
     write_whole(folder / "results" / f"{key}.json", result.model_dump_json(exclude_none=True).encode())
     return result
 
-
+# %% ../../nbs/72_sweep/01_folder.ipynb #df0c791d
 def _inside(folder: Path, name: str) -> Path:
     "A file of a sweep; a `ValueError` for a name that leads out of its folder, also through a symbolic link."
     path = folder / name
@@ -196,9 +196,7 @@ class SweepItem:
     job_id: str | None = None
     target: str | None = None  # the address of the job's endpoint
     sent: int = 0  # how often
-    result: OpResult | None = field(
-        default=None, repr=False
-    )  # with names of files, relative to the folder, in the place of images
+    result: OpResult | None = field(default=None, repr=False)  # with file names in the place of images
 
     def take(self, line: Mapping[str, Any]) -> None:
         "The content of a line of the journal."

@@ -61,7 +61,7 @@ class ServiceReplica:
         if (http.method, http.url.path) != ("POST", "/generate"):
             refused = request_error(
                 ErrorCode.not_found,
-                "there is no such address",
+                "not found",
                 given=f"{http.method} {http.url.path}",
                 allowed="POST /generate",
             )
