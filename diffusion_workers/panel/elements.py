@@ -142,8 +142,7 @@ class DropZone(anywidget.AnyWidget):
         try:
             data = self._pieces.add(content, piece, self.max_bytes)
         except ValueError as too_large:
-            self.problem = str(too_large)
-            return
+            data, self.problem = None, str(too_large)
         if data is not None:
             self._on_file(data)
 
