@@ -555,7 +555,7 @@ def test_a_single_file_is_the_same_model(
     check, service = NAMES[name], serve(NAMES[name])
     assert identify(read_header(folders(check) / f"{file}.safetensors")).what == check.file_title
     ours, plain = (check.pixels(service, seed=1, model=model)[0] for model in (f"file-{file}", name))
-    assert difference(ours, plain) == 0
+    assert difference(ours, plain) <= ROUNDING  # equal weights that lie otherwise in memory, on some processors
 
 
 @pytest.mark.parametrize("name", WITH_FILES)

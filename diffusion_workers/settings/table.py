@@ -81,16 +81,22 @@ _LIBRARIES = (
 )
 
 
+def _joined(known: VariableRow, row: VariableRow) -> VariableRow:
+    "One row for a variable that two parts use: what differs stands in it twice."
+    return replace(
+        known,
+        used_by=", ".join(dict.fromkeys([*known.used_by.split(", "), row.used_by])),
+        default=known.default if row.default == known.default else f"{known.default} ({row.used_by}: {row.default})",
+        description="; ".join(dict.fromkeys([known.description, row.description])),
+    )
+
+
 def variable_rows() -> list[VariableRow]:
     "A row for each environment variable of the package and of its libraries."
     rows: dict[str, VariableRow] = {}
     for used_by, cls in _CLASSES.items():
         for row in _own_rows(used_by, cls):
-            known = rows.get(row.name)
-            if known is not None:  # used by two parts, which describe it from their sides
-                both = f"{known.description}; {row.description}"
-                row = replace(known, used_by=f"{known.used_by}, {row.used_by}", description=both)
-            rows[row.name] = row
+            rows[row.name] = _joined(rows[row.name], row) if row.name in rows else row
     return [*rows.values(), *_LIBRARIES]
 
 # %% ../../nbs/00_settings/06_table.ipynb #918e2b10
