@@ -40,14 +40,14 @@ _EDIT_HINT = "put it into reference_images, and say in the prompt what to change
 
 
 def _task_hint(task: Task, manifest: ModelManifest) -> str | None:
-    "What to do for a task that the family lacks; None where only the manifest leaves it out."
+    "What to do for a task that the family lacks, or that the manifest leaves out; None where there is no other way."
     able = manifest.record.tasks_of(manifest.kind)
+    if task == Task.text_to_image and Task.edit in manifest.tasks:
+        return "add reference_images"
     if task in able:
         return None
     hint = manifest.record.instead.get("image")
-    if hint is None and Task.edit in able:
-        return "add reference_images" if task == Task.text_to_image else _EDIT_HINT
-    return hint
+    return _EDIT_HINT if hint is None and Task.edit in able else hint
 
 
 def _check_offered(task: Task, manifest: ModelManifest) -> Iterator[ErrorDetail]:
