@@ -9,7 +9,8 @@ __all__ = ['SCENE_KINDS', 'EDIT_KINDS', 'KLEIN_POSITIONS', 'KleinTrainingConfig'
            'flux_arithmetic', 'normalised', 'images_of', 'KleinData', 'token_weights', 'token_answers', 'klein_data',
            'new_klein_transformer', 'token_positions', 'predict_flow', 'klein_text', 'KleinBatch', 'klein_batch',
            'example_kind', 'reading_loss', 'TokenReader', 'klein_losses', 'train_klein_transformer', 'assemble_klein',
-           'train_klein', 'make_images', 'EditEvaluation', 'evaluate_edits', 'DrawingEvaluation', 'evaluate_drawings']
+           'published_parts', 'train_klein', 'make_images', 'EditEvaluation', 'evaluate_edits', 'DrawingEvaluation',
+           'evaluate_drawings']
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #90a8941d
 import copy
@@ -86,13 +87,14 @@ class KleinTrainingConfig:
     "Everything that determines the trained weights."
 
     seed: int = 0  # of scenes, first weights and batches
+    reuse: bool = True  # the autoencoder and the text encoder of the package, instead of training them again
     vae_images: int = 8000  # training images of the autoencoder
-    vae_steps: int = 5000
+    vae_steps: int = 3000
     vae_learning_rate: float = 6e-4  # peak; 1.5e-3 diverges, since the weights are trained already
     text_width: int = 128  # channels of the text encoder
     text_layers: int = 6
     text_length: int = 36  # tokens, padding included
-    text_steps: int = 1500
+    text_steps: int = 1000
     text_batch: int = 128  # captions and instructions, half of each
     text_learning_rate: float = 1.5e-3  # peak
     scenes: int = 24000  # drawn and encoded once, for text to image
@@ -759,14 +761,27 @@ def assemble_klein(
     return pipeline
 
 
+def published_parts() -> tuple[AutoencoderKLFlux2, Qwen2Tokenizer, Qwen3ForCausalLM]:
+    "The autoencoder, the tokenizer and the text encoder of the package, frozen and in float32."
+    folder, options = builtin_path("shapes-klein"), {"variant": "fp16", "torch_dtype": torch.float32}
+    options |= {"local_files_only": True}
+    vae = AutoencoderKLFlux2.from_pretrained(folder / "vae", **options)
+    encoder = Qwen3ForCausalLM.from_pretrained(folder / "text_encoder", **options)
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return vae.eval().requires_grad_(False), tokenizer, encoder.eval().requires_grad_(False)
+
+
 def train_klein(
     out_dir: Path,  # checkpoints, the log, and the finished repository in `shapes-klein`
     config: KleinTrainingConfig,
 ) -> Path:  # of the repository
-    "Train `shapes-klein`: autoencoder, text encoder, and then the transformer."
-    vae = train_klein_vae(out_dir, config)
-    tokenizer = build_klein_tokenizer(klein_words(), config.text_length)
-    encoder = train_qwen3(out_dir, config, tokenizer)
+    "Train `shapes-klein`: autoencoder and text encoder, unless they are reused, and then the transformer."
+    if config.reuse:
+        vae, tokenizer, encoder = published_parts()
+    else:
+        vae = train_klein_vae(out_dir, config)
+        tokenizer = build_klein_tokenizer(klein_words(), config.text_length)
+        encoder = train_qwen3(out_dir, config, tokenizer)
     transformer = train_klein_transformer(out_dir, config, encoder, tokenizer, klein_data(vae, config))
     save_half(assemble_klein(vae, encoder, tokenizer, transformer), out_dir / "shapes-klein", shared=())
     return out_dir / "shapes-klein"
