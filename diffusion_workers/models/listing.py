@@ -185,7 +185,7 @@ def model_info(
         example_prompts=list(manifest.example_prompts) or None,
         unused_fields=sorted(manifest.record.fields_without_use(manifest.kind)),
         size_multiple=manifest.record.size_multiple,
-        max_reference_images=manifest.max_reference_images,
+        max_reference_images=manifest.limits.reference_images(manifest.record.max_references(manifest.kind)),
         **(names or {}),
     )
 

@@ -436,6 +436,13 @@ class Limits(_Section):
     max_reference_images: Annotated[Count, Field(le=64)] | None = None  # in one request; None is as many as the family
     reference_size: tuple[Pixels, Pixels] | None = None  # every reference image is cut to this width and height
 
+    def reference_images(
+        self,
+        most: int,  # that the pipelines of the family take
+    ) -> int:
+        "How many reference images a request may have."
+        return min(most, self.max_reference_images or most)
+
 # %% ../../nbs/20_models/01_manifest.ipynb #716be908
 Complaint = tuple[tuple[str, ...], str]  # (location of the field, what is wrong with it)
 
@@ -614,7 +621,7 @@ def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
             f"given {scheduler}, which does not fit {manifest.family}; leave it out for the model's own",
         )
 
-
+# %% ../../nbs/20_models/01_manifest.ipynb #7f3735c0
 def _reference_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     references, most = manifest.record.references.get(manifest.kind), manifest.record.max_references(manifest.kind)
     if manifest.limits.max_reference_images is not None and manifest.limits.max_reference_images > most:
@@ -631,7 +638,7 @@ def _reference_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
         allowed = f"multiples of {references.multiple}, at least {references.min_side}"
         yield at, f"given {' x '.join(map(str, manifest.limits.reference_size))}; allowed: {allowed}"
 
-
+# %% ../../nbs/20_models/01_manifest.ipynb #a25da4f8
 def _all_complaints(manifest: "ModelManifest") -> list[Complaint]:
     return [
         *_model_complaints(manifest),
@@ -790,12 +797,6 @@ class ModelManifest(_Section):
     def record(self) -> Family:
         "What holds for every model of this family."
         return FAMILIES[self.family]
-
-    @property
-    def max_reference_images(self) -> int:
-        "How many reference images a request may have."
-        most = self.record.max_references(self.kind)
-        return min(most, self.limits.max_reference_images or most)
 
     @property
     def denoiser_source(self) -> Source:

@@ -144,7 +144,7 @@ def check_references(
     count = len(request.reference_images or ())
     if limits is None or call is None:
         return
-    most = min(call.references, manifest.max_reference_images)
+    most = manifest.limits.reference_images(call.references)
     if count > most:
         name = title if most == call.references else manifest.name
         yield error_detail(

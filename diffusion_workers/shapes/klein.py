@@ -486,7 +486,7 @@ def token_answers(
         answers[mine, 2] = 1 + SHAPES.index(placed.thing.shape or "")
     return answers.flatten(0, 1)
 
-
+# %% ../../nbs/65_shapes/16_klein.ipynb #44e3943f
 def _scene_example(rng: np.random.Generator, wordings: int) -> tuple[list[Canvas], list[str]]:
     scene = plain_scene(rng, held_out=False)
     return [canvas_of(scene, rng)], [plain_caption(opened(scene, rng), rng) for _ in range(wordings)]
@@ -518,7 +518,8 @@ def klein_data(
     }
     encoded, weights = {}, {}
     for name, rows in examples.items():
-        images = [np.stack([np.asarray(canvas.draw()) for canvas in canvases]) for canvases in zip(*(c for c, _ in rows))]
+        by_role = zip(*(canvases for canvases, _ in rows))  # those to make, the first references, the second ones
+        images = [np.stack([np.asarray(canvas.draw()) for canvas in canvases]) for canvases in by_role]
         more = config.thing_weight if name == "draw" else config.edit_weight
         weights[name] = torch.stack([token_weights(shown, more) for shown in zip(*images[:2])])
         encoded[name] = [patches(vae, part) for part in images]
@@ -739,7 +740,6 @@ def train_klein_transformer(
                 on_checkpoint(step, averaged)
     checkpoint.save(step)
     return averaged
-
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #6a315fe3
 def assemble_klein(
