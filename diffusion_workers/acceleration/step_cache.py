@@ -54,13 +54,17 @@ class Branch:
     layer: int  # of that block; as many as it has layers is its end
 
 
+def _branch_ids(unet: UNet2DConditionModel) -> list[int]:
+    layers = [len(block.resnets) for block in unet.down_blocks]
+    return [3 * block + layer for block, count in enumerate(layers) for layer in range(min(count, 2) + 1)]
+
+# %% ../../nbs/52_acceleration/01_step_cache.ipynb #52c00004
 def find_branch(
     unet: UNet2DConditionModel,
     branch_id: int,  # 3 * block + layer
 ) -> Branch:
     "The branch of that number; a `RequestError` says which there are."
-    layers = [len(block.resnets) for block in unet.down_blocks]
-    ids = [3 * block + layer for block, count in enumerate(layers) for layer in range(min(count, 2) + 1)]
+    ids = _branch_ids(unet)
     if branch_id not in ids:
         allowed = ", ".join(map(str, ids)) + " for this model"
         raise request_error(
@@ -82,7 +86,7 @@ def _entry(
     below = layers[layer - 1] if layer else (unet.up_blocks[block - 1] if block else unet.mid_block).resnets[-1]
     return block, layer, below.out_channels
 
-
+# %% ../../nbs/52_acceleration/01_step_cache.ipynb #52c00008
 @contextmanager
 def kept_features(
     unet: UNet2DConditionModel,
@@ -108,6 +112,9 @@ def _time_embedding(unet: UNet2DConditionModel, sample, timestep, states, timest
     embedded = embedded if further is None else embedded + further
     return embedded if unet.time_embed_act is None else unet.time_embed_act(embedded)
 
+# %% ../../nbs/52_acceleration/01_step_cache.ipynb #52c00013
+Attend = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+
 
 def _layers(
     block: torch.nn.Module,
@@ -116,6 +123,42 @@ def _layers(
     return list(zip(block.resnets, attentions))
 
 
+def _down(
+    unet: UNet2DConditionModel, branch: Branch, hidden: torch.Tensor, time: torch.Tensor, attend: Attend
+) -> list[torch.Tensor]:
+    skips = [hidden]
+    for index, block in enumerate(unet.down_blocks[: branch.block + 1]):
+        layers = _layers(block)[: branch.layer] if index == branch.block else _layers(block)
+        for resnet, attention in layers:
+            hidden = resnet(hidden, time)
+            hidden = hidden if attention is None else attend(attention, hidden)
+            skips.append(hidden)
+        if index < branch.block:
+            for downsampler in block.downsamplers or ():
+                hidden = downsampler(hidden)
+                skips.append(hidden)
+    return skips
+
+# %% ../../nbs/52_acceleration/01_step_cache.ipynb #f847877d
+def _up(
+    unet: UNet2DConditionModel,
+    branch: Branch,
+    hidden: torch.Tensor,
+    skips: list[torch.Tensor],
+    time: torch.Tensor,
+    attend: Attend,
+) -> torch.Tensor:
+    first, entry, _ = _entry(unet, branch)
+    uneven = any(side % 2**unet.num_upsamplers for side in skips[0].shape[-2:])
+    for index, block in enumerate(unet.up_blocks[first:], start=first):
+        for resnet, attention in _layers(block)[entry if index == first else 0 :]:
+            hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), time)
+            hidden = hidden if attention is None else attend(attention, hidden)
+        for upsampler in block.upsamplers or ():
+            hidden = upsampler(hidden, skips[-1].shape[2:] if uneven else None)
+    return hidden
+
+# %% ../../nbs/52_acceleration/01_step_cache.ipynb #52c00018
 def shallow_step(
     unet: UNet2DConditionModel,
     branch: Branch,
@@ -147,45 +190,6 @@ def shallow_step(
         hidden = unet.conv_act(unet.conv_norm_out(hidden))
     return (unet.conv_out(hidden),)
 
-# %% ../../nbs/52_acceleration/01_step_cache.ipynb #f847877d
-Attend = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
-
-
-def _down(
-    unet: UNet2DConditionModel, branch: Branch, hidden: torch.Tensor, time: torch.Tensor, attend: Attend
-) -> list[torch.Tensor]:
-    skips = [hidden]
-    for index, block in enumerate(unet.down_blocks[: branch.block + 1]):
-        layers = _layers(block)[: branch.layer] if index == branch.block else _layers(block)
-        for resnet, attention in layers:
-            hidden = resnet(hidden, time)
-            hidden = hidden if attention is None else attend(attention, hidden)
-            skips.append(hidden)
-        if index < branch.block:
-            for downsampler in block.downsamplers or ():
-                hidden = downsampler(hidden)
-                skips.append(hidden)
-    return skips
-
-
-def _up(
-    unet: UNet2DConditionModel,
-    branch: Branch,
-    hidden: torch.Tensor,
-    skips: list[torch.Tensor],
-    time: torch.Tensor,
-    attend: Attend,
-) -> torch.Tensor:
-    first, entry, _ = _entry(unet, branch)
-    uneven = any(side % 2**unet.num_upsamplers for side in skips[0].shape[-2:])
-    for index, block in enumerate(unet.up_blocks[first:], start=first):
-        for resnet, attention in _layers(block)[entry if index == first else 0 :]:
-            hidden = resnet(torch.cat([hidden, skips.pop()], dim=1), time)
-            hidden = hidden if attention is None else attend(attention, hidden)
-        for upsampler in block.upsamplers or ():
-            hidden = upsampler(hidden, skips[-1].shape[2:] if uneven else None)
-    return hidden
-
 # %% ../../nbs/52_acceleration/01_step_cache.ipynb #9946911f
 def _helper(unet: UNet2DConditionModel, branch: Branch):  # a DeepCacheSDHelper that is told when to skip
     try:
@@ -211,7 +215,7 @@ def _helper(unet: UNet2DConditionModel, branch: Branch):  # a DeepCacheSDHelper 
     helper.set_params(cache_interval=2, cache_branch_id=3 * branch.block + branch.layer)
     return helper
 
-
+# %% ../../nbs/52_acceleration/01_step_cache.ipynb #52c00023
 @contextmanager
 def unpatched(module: torch.nn.Module) -> Iterator[None]:
     "Put back every `forward` of a module and its parts as it was."
@@ -241,7 +245,7 @@ def package_cache(unet: UNet2DConditionModel, branch: Branch) -> Iterator[Cached
 
         yield call
 
-
+# %% ../../nbs/52_acceleration/01_step_cache.ipynb #52c00027
 @contextmanager
 def own_cache(unet: UNet2DConditionModel, branch: Branch) -> Iterator[CachedUNet]:
     "This project's own."
@@ -254,7 +258,7 @@ def own_cache(unet: UNet2DConditionModel, branch: Branch) -> Iterator[CachedUNet
             )
         )
 
-
+# %% ../../nbs/52_acceleration/01_step_cache.ipynb #52c00030
 CACHES = {StepCacheMethod.deepcache: package_cache, StepCacheMethod.deep_features: own_cache}
 
 

@@ -604,7 +604,7 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
   diffusion-workers train-shapes --out training/ --minutes 30
   diffusion-workers train-shapes --part shapes-sdxl/canny --out training/"""
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #05c00014
 def _check_training(arguments: argparse.Namespace, parts: Sequence[str]) -> None:
     if arguments.out is None:
         hint = "name a folder for checkpoints, the log and the result"

@@ -332,6 +332,31 @@ class MapPreview(widgets.VBox):
         self.map.layout.display = None
 
 # %% ../../nbs/73_panel/07_addon_forms.ipynb #a1f721f1
+class _UnitHead(widgets.HBox):
+    "The line at the top of a unit: on or off, and Remove."
+
+    def __init__(self, on_switch: Callable[[], None], on_remove: Callable[[], None]):
+        self.enabled = widgets.Checkbox(
+            value=True, description="On", indent=False, layout=widgets.Layout(flex="1 1 auto")
+        )
+        self.enabled.add_class("dw-unit-on")
+        self.enabled.observe(lambda change: on_switch(), "value")
+        remove = widgets.Button(description="Remove", layout=widgets.Layout(width="auto"))
+        remove.on_click(lambda button: on_remove())
+        super().__init__([self.enabled, remove])
+        self.add_class("dw-unit-head")
+
+
+def _chosen_controlnet(
+    controlnets: Iterable[ControlNetInfo],  # that the model offers
+    name: str | None,  # in the form
+) -> ControlNetInfo | None:
+    offered = list(controlnets)
+    if name is None and len(offered) == 1:
+        return offered[0]
+    return next((controlnet for controlnet in offered if controlnet.name == name), None)
+
+# %% ../../nbs/73_panel/07_addon_forms.ipynb #73f00003
 class _UnitParts(widgets.VBox):
     "The parts of a ControlNet unit, and what they offer each other."
 
@@ -356,15 +381,8 @@ class _UnitParts(widgets.VBox):
         self._parameter_box = widgets.VBox([self.parameters])
         self.preview = MapPreview(preprocess, self.values)
         self.message = widgets.HTML("")
-        self.enabled = widgets.Checkbox(
-            value=True, description="On", indent=False, layout=widgets.Layout(flex="1 1 auto")
-        )
-        self.enabled.add_class("dw-unit-on")
-        self.enabled.observe(lambda change: self._switched(), "value")
-        remove = widgets.Button(description="Remove", layout=widgets.Layout(width="auto"))
-        remove.on_click(lambda button: on_remove(self))
-        head = widgets.HBox([self.enabled, remove])
-        head.add_class("dw-unit-head")
+        head = _UnitHead(self._switched, lambda: on_remove(self))
+        self.enabled = head.enabled
         super().__init__([head, self.image, self.form, self._parameter_box, self.preview, self.message, self.mask])
         self.offer(controlnets)
 
@@ -396,14 +414,8 @@ class _UnitParts(widgets.VBox):
             self.add_class("dw-off")
         self._on_change()
 
-    def _chosen_controlnet(self) -> ControlNetInfo | None:
-        name = self.form.fields["model"].read()
-        if name is None and len(self.controlnets) == 1:
-            return self.controlnets[0]
-        return next((controlnet for controlnet in self.controlnets if controlnet.name == name), None)
-
     def _offer_preprocessors(self) -> None:
-        chosen = self._chosen_controlnet()
+        chosen = _chosen_controlnet(self.controlnets, self.form.fields["model"].read())
         groups = preprocessor_groups(self.preprocessors.values(), (chosen.preprocessors or ()) if chosen else ())
         if groups != getattr(self, "_groups", None):
             self._groups = groups

@@ -334,6 +334,32 @@ def seconds_for_rest(
     return None if None in expected else sum(expected)
 
 # %% ../../nbs/73_panel/09_grid.ipynb #09a00017
+class _Runs:
+    "Generates one request after the other, until it is stopped."
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+        self.stopped = threading.Event()
+        self._run: Run | None = None  # the last one
+
+    def result(self, request: GenerationRequest) -> OpResult | None:  # None where it was stopped
+        "Generate, and wait for the result."
+        self._run = start_run(self.backend, request)
+        if self.stopped.is_set():
+            self._run.cancel()
+        result = self._run.result()
+        if result.status == OpStatus.cancelled:
+            self.stopped.set()
+            return None
+        return result
+
+    def stop(self) -> None:
+        "Stop within a step."
+        self.stopped.set()
+        if self._run is not None:
+            self._run.cancel()
+
+# %% ../../nbs/73_panel/09_grid.ipynb #73d00003
 class GridRunner:
     "Generates the cells of a grid in the background."
 
@@ -350,18 +376,17 @@ class GridRunner:
         self._on_cell = on_cell
         self._on_change = on_change
         self._guard = threading.Lock()
-        self._stopped = threading.Event()
+        self._runs = _Runs(backend)
         self.running = False
         self.idle = threading.Event()
         self.idle.set()
-        self._run: Run | None = None
 
     def start(self) -> None:
         "Start or resume, unless it is running."
         with self._guard:
             if not self.idle.is_set():
                 return
-            self._stopped.clear()
+            self._runs.stopped.clear()
             self.idle.clear()
             self.running = True
             thread = threading.Thread(target=self._work, name="grid", daemon=True)
@@ -370,14 +395,12 @@ class GridRunner:
 
     def stop(self) -> None:
         "Stop within a step."
-        self._stopped.set()
-        if self._run is not None:
-            self._run.cancel()
+        self._runs.stop()
 
     def _work(self) -> None:
         try:
             for cell in self.cells:
-                if self._stopped.is_set():
+                if self._runs.stopped.is_set():
                     return
                 if cell.result is None:
                     self._fill(cell)
@@ -388,12 +411,8 @@ class GridRunner:
 
     def _fill(self, cell: GridCell) -> None:
         began = time.perf_counter()
-        self._run = start_run(self.backend, cell.request)
-        if self._stopped.is_set():
-            self._run.cancel()
-        result = self._run.result()
-        if result.status == OpStatus.cancelled:
-            self._stopped.set()
+        result = self._runs.result(cell.request)
+        if result is None:
             return
         cell.result = result
         self.seconds.append(time.perf_counter() - began)
@@ -434,18 +453,8 @@ def save_images(cells: Sequence[GridCell], folder: Path) -> dict[int, str]:  # i
     return links
 
 # %% ../../nbs/73_panel/09_grid.ipynb #09a00022
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-body{{font:14px system-ui;margin:24px;color-scheme:light dark}}
-table{{border-collapse:collapse}}
-th,td{{padding:4px;text-align:center}}
-.shared{{color:GrayText}}
-</style>
-<h1>{title}</h1>{body}</html>"""
-
-
-class _GridImages:
-    "The cells along axes as tables, as one image, as a data frame and as files."
+class _GridCells:
+    "The cells along axes, as tables and as a data frame."
 
     def __init__(
         self,
@@ -476,6 +485,28 @@ class _GridImages:
         "One row per cell: the axes, the image, its seed, the status, seconds, then every setting of the plan."
         return import_pandas().DataFrame([cell_row(cell, self.axes) for cell in self.cells])
 
+    @property
+    def shared(self) -> str:
+        "The settings that all cells have in common, in one line."
+        return shared_settings(self.cells, self.axes)
+
+    def __str__(self) -> str:
+        return f"{self.done} of {len(self.cells)} cells"
+
+# %% ../../nbs/73_panel/09_grid.ipynb #73d00006
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body{{font:14px system-ui;margin:24px;color-scheme:light dark}}
+table{{border-collapse:collapse}}
+th,td{{padding:4px;text-align:center}}
+.shared{{color:GrayText}}
+</style>
+<h1>{title}</h1>{body}</html>"""
+
+
+class _GridImages(_GridCells):
+    "The cells along axes as a page, as one image and as files."
+
     def to_html(
         self,
         side: int = 160,  # pixels of an image
@@ -485,11 +516,6 @@ class _GridImages:
         tables = "".join(table_html(table, side, link_of) for table in self.tables())
         about = f"<p>{html.escape(str(self))}</p><p class='shared'>{html.escape(self.shared)}</p>"
         return f"<div style='overflow-x:auto'>{about}{tables}</div>"
-
-    @property
-    def shared(self) -> str:
-        "The settings that all cells have in common, in one line."
-        return shared_settings(self.cells, self.axes)
 
     def to_image(self) -> Image.Image:
         "The grid as one image, with labels at the edges."
@@ -511,9 +537,6 @@ class _GridImages:
         else:
             raise ValueError(f"{path.name}: a name that ends in .png or .html is needed")
         return path
-
-    def __str__(self) -> str:
-        return f"{self.done} of {len(self.cells)} cells"
 
     def _repr_html_(self) -> str:
         return self.to_html()
@@ -586,10 +609,45 @@ def plan_cells(cells: Sequence[GridCell], backend: Backend) -> int | None:  # th
     return sum(result.plan.denoising_steps * len(result.plan.seeds) for result in results)
 
 # %% ../../nbs/73_panel/09_grid.ipynb #018c6bb8
-class Grid(_GridImages):
-    "Images along axes; displays itself as a labelled grid."
+class _PlannedImages(_GridImages):
+    "Images along axes, planned before the first one, with an estimate of their duration."
 
     steps: int | None = None  # denoising steps of all images; None where the backend cannot plan
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        axes: Sequence[Axis],
+        backend: Backend,
+        on_cell: Callable[[GridCell], None] = lambda cell: None,  # as of `GridRunner`
+        on_change: Callable[[], None] = lambda: None,
+    ):
+        self.backend = backend
+        super().__init__(request, axes)
+        self.steps = plan_cells(self.cells, backend)
+        self._runner = GridRunner(self.cells, backend, on_cell, on_change)
+
+    @property
+    def running(self) -> bool:
+        "Whether cells are being generated."
+        return self._runner.running
+
+    def seconds_left(self) -> float | None:  # None until an image was measured
+        "Estimated duration of the cells that are left."
+        return self._runner.seconds_left()
+
+    def __str__(self) -> str:
+        parts = [f"{self.done} of {len(self.cells)} cells"]
+        if self.steps and not self.done:
+            parts.append(f"{self.steps} steps in total")
+        left = self.seconds_left()
+        if left is not None and self.done < len(self.cells):
+            parts.append(f"about {max(left, 1):.0f} s left")
+        return ", ".join(parts)
+
+# %% ../../nbs/73_panel/09_grid.ipynb #73d00009
+class Grid(_PlannedImages):
+    "Images along axes; displays itself as a labelled grid."
 
     def __init__(
         self,
@@ -598,13 +656,10 @@ class Grid(_GridImages):
         generate: Any,  # a DiffusionService, a client, or a function of a request
         on_cell: Callable[["Grid", GridCell], None] | None = None,  # called after each cell, on the grid's thread
     ):
-        self.backend = backend_of(generate)
-        super().__init__(request, axes)
         self._on_cell = on_cell
         self._page = GridPage(self)
-        self.steps = plan_cells(self.cells, self.backend)
-        self._runner = GridRunner(
-            self.cells, self.backend, self._show_cell, lambda: self._page.show_state(self.running)
+        super().__init__(
+            request, axes, backend_of(generate), self._show_cell, lambda: self._page.show_state(self.running)
         )
 
     @property
@@ -616,11 +671,6 @@ class Grid(_GridImages):
     def view(self) -> GridView | None:
         "The view on the page; None where it is not displayed."
         return self._page.view
-
-    @property
-    def running(self) -> bool:
-        "Whether cells are being generated."
-        return self._runner.running
 
     def start(self) -> "Grid":
         "Start, or resume after a stop; cells that are done stay."
@@ -651,19 +701,6 @@ class Grid(_GridImages):
             self._runner.idle.wait(60)
             raise
         return self
-
-    def seconds_left(self) -> float | None:  # None until an image was measured
-        "Estimated duration of the cells that are left."
-        return self._runner.seconds_left()
-
-    def __str__(self) -> str:
-        parts = [f"{self.done} of {len(self.cells)} cells"]
-        if self.steps and not self.done:
-            parts.append(f"{self.steps} steps in total")
-        left = self.seconds_left()
-        if left is not None and self.done < len(self.cells):
-            parts.append(f"about {max(left, 1):.0f} s left")
-        return ", ".join(parts)
 
     def _ipython_display_(self) -> None:
         self._page.display(on_click=self.toggle)

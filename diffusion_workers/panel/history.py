@@ -367,6 +367,23 @@ class _StoredImages:
             raise KeyError(f"there is no image {id!r} in {self.folder}")
         return entry
 
+    def _ids(self) -> list[str]:
+        return list(self._files.times())
+
+    def _read(self, id: str) -> HistoryEntry | None:
+        try:
+            path = self._files.image(id)
+            if path is None:
+                raise FileNotFoundError(f"{id}: the image is gone")
+            return _entry(path, json.loads(self._files.about(id).read_bytes()))
+        except (OSError, ValueError, KeyError, TypeError, RequestError) as exc:
+            logger.warning("%s in %s is skipped: %s", id, self.folder, exc)
+            return None
+
+# %% ../../nbs/73_panel/05_history.ipynb #73e00003
+class _ListedImages(_StoredImages):
+    "Searches the images of a folder, and shows them."
+
     def search(
         self,
         query: str = "",  # words of the prompt, a seed, or a date such as 2026-03-01
@@ -399,25 +416,33 @@ class _StoredImages:
             f'<div style="display:flex;flex-wrap:wrap;gap:8px">{figures}</div>'
         )
 
-    def _ids(self) -> list[str]:
-        return list(self._files.times())
-
     def _summaries(self) -> list[HistorySummary]:
         with self._guard:
             return self._index.all()
 
-    def _read(self, id: str) -> HistoryEntry | None:
-        try:
-            path = self._files.image(id)
-            if path is None:
-                raise FileNotFoundError(f"{id}: the image is gone")
-            return _entry(path, json.loads(self._files.about(id).read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError, RequestError) as exc:
-            logger.warning("%s in %s is skipped: %s", id, self.folder, exc)
-            return None
-
 # %% ../../nbs/73_panel/05_history.ipynb #dd82ce52
-class ImageHistory(_StoredImages):
+def _write_entry(
+    files: ImageFiles, request: GenerationRequest, seed: int, image: bytes, ending: str, further: Mapping[str, Any]
+) -> str:  # the id
+    kept = _keep_inputs(files.folder, request)
+    now = datetime.now().astimezone()
+    id = f"{now:%Y%m%d-%H%M%S-%f}-{uuid.uuid4().hex[:4]}"
+    own = request.model_copy(update={"seed": seed, "seeds": None, "num_images": None})
+    about = {
+        "created": now.isoformat(),
+        "seed": seed,
+        "favourite": False,
+        "request": _request_json(own, kept),
+        "files": {path: file.name for path, file in kept.items()},
+        **further,
+    }
+    _write(files.folder / f"{id}.{ending}", image)
+    _write(files.about(id), json.dumps(about, ensure_ascii=False).encode())
+    _write(files.thumbnail(id), thumbnail(Image.open(io.BytesIO(image))))
+    return id
+
+# %% ../../nbs/73_panel/05_history.ipynb #73e00006
+class ImageHistory(_ListedImages):
     "The generated images in a folder, the newest first."
 
     def add(
@@ -474,19 +499,4 @@ class ImageHistory(_StoredImages):
     def _add(
         self, request: GenerationRequest, seed: int, image: bytes, ending: str, further: Mapping[str, Any]
     ) -> HistoryEntry:
-        kept = _keep_inputs(self.folder, request)
-        now = datetime.now().astimezone()
-        id = f"{now:%Y%m%d-%H%M%S-%f}-{uuid.uuid4().hex[:4]}"
-        own = request.model_copy(update={"seed": seed, "seeds": None, "num_images": None})
-        about = {
-            "created": now.isoformat(),
-            "seed": seed,
-            "favourite": False,
-            "request": _request_json(own, kept),
-            "files": {path: file.name for path, file in kept.items()},
-            **further,
-        }
-        _write(self.folder / f"{id}.{ending}", image)
-        _write(self._files.about(id), json.dumps(about, ensure_ascii=False).encode())
-        _write(self._files.thumbnail(id), thumbnail(Image.open(io.BytesIO(image))))
-        return self[id]
+        return self[_write_entry(self._files, request, seed, image, ending, further)]

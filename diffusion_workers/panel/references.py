@@ -163,7 +163,7 @@ def _error_text(error: ErrorDetail) -> str:
     line = error_line(error.model_copy(update={"field": None}))
     return f"image {int(place) + 1}: {line}" if place.isdecimal() else line
 
-
+# %% ../../nbs/73_panel/08a_references.ipynb #73b00003
 class _AwaitedImages(widgets.VBox):
     "A list of images, with messages, and the images that a restored request still lacks."
 
@@ -229,6 +229,18 @@ class _AwaitedImages(widgets.VBox):
         )
 
 # %% ../../nbs/73_panel/08a_references.ipynb #08b00008
+def _count_text(
+    count: int,  # images that are given
+    limit: int | None,  # that the model takes; None where nobody knows
+) -> str:
+    if not count:
+        return ""
+    if limit:
+        return f"{count} of at most {limit}"
+    images = "1 image" if count == 1 else f"{count} images"
+    return images if limit is None else f"{images}, this model takes none"
+
+# %% ../../nbs/73_panel/08a_references.ipynb #73b00006
 class ReferenceImages(_AwaitedImages):
     "The reference images of a request."
 
@@ -282,15 +294,9 @@ class ReferenceImages(_AwaitedImages):
     @property
     def summary(self) -> str:
         "What is given, in a few words."
-        count, limit = len(self.list.images), self.list.limit
         if self.missing:
             return f"{self.missing} of {len(self.expected)} missing"
-        if not count:
-            return ""
-        if limit:
-            return f"{count} of at most {limit}"
-        images = "1 image" if count == 1 else f"{count} images"
-        return images if limit is None else f"{images}, this model takes none"
+        return _count_text(len(self.list.images), self.list.limit)
 
     def show_errors(self, errors: Iterable[ErrorDetail]) -> list[ErrorDetail]:  # those of other fields
         "Show the errors of the reference images."

@@ -37,7 +37,7 @@ def _clicked_button(message: dict[str, Any]) -> widgets.Button | None:
     is_click = isinstance(data, dict) and data.get("content", {}).get("event") == "click"
     return _buttons.get(content.get("comm_id")) if is_click else None
 
-
+# %% ../../nbs/73_panel/03_stop_button.ipynb #73c00003
 def _handled(kernel: Any, frames: list) -> bool:  # whether the message was a click on an enabled button
     message = _parsed(kernel, frames)
     button = None if message is None else _clicked_button(message)

@@ -234,14 +234,23 @@ class RetryEstimate:
         return max(1, round(sorted(self._durations)[len(self._durations) // 2]))
 
 # %% ../../nbs/70_server/01_jobs.ipynb #84252322
+_STOPPING = "the server is stopping"
+
+
 def _stopped(code: ErrorCode, message: str, job: Job, hint: str | None = None, retryable: bool = False) -> OpResult:
     detail = error_detail(code, message, hint=hint).model_copy(update={"retryable": retryable})
     return failure(RequestError([detail]), job.request.request_id)
 
 
-_STOPPING = "the server is stopping"
+def _limited(request: GenerationRequest, deadline: float | None) -> GenerationRequest:  # deadline: the operator's
+    "The request with the earlier of its own deadline and the operator's."
+    limits = [seconds for seconds in (request.timeout_seconds, deadline) if seconds]
+    earliest = min(limits, default=None)
+    if earliest == request.timeout_seconds:
+        return request
+    return request.model_copy(update={"timeout_seconds": earliest})
 
-
+# %% ../../nbs/70_server/01_jobs.ipynb #70a00003
 class QueueLimits:
     "What a server takes: places, memory and time."
 
@@ -302,14 +311,6 @@ class QueueLimits:
                 allowed=f"{budget} bytes (DIFFUSION_WORKERS_KEEP_BYTES)",
                 hint=f"fetch the results of earlier jobs, or retry after {self.retry_after} s",
             )
-
-    def _limited(self, request: GenerationRequest) -> GenerationRequest:
-        "The request with the earlier of its own deadline and the operator's."
-        limits = [seconds for seconds in (request.timeout_seconds, self.settings.deadline) if seconds]
-        deadline = min(limits, default=None)
-        if deadline == request.timeout_seconds:
-            return request
-        return request.model_copy(update={"timeout_seconds": deadline})
 
 # %% ../../nbs/70_server/01_jobs.ipynb #53c768a3
 class QueueResults(QueueLimits):
@@ -375,7 +376,7 @@ class QueueIntake(QueueResults):
         self._check_place()
         size = request_bytes(request)
         self._check_memory(size)
-        job = Job(self._limited(request))
+        job = Job(_limited(request, self.settings.deadline))
         job.size = size
         self.open.append(job)
         self._update_places()
