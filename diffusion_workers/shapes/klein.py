@@ -104,12 +104,12 @@ class KleinTrainingConfig:
     heads: int = 4  # of 32 channels each
     double_blocks: int = 2  # with separate weights for text and image
     single_blocks: int = 4  # with shared weights
-    steps: int = 12000
-    batch: int = 64  # latents; three quarters of it with two reference images
+    steps: int = 24000
+    batch: int = 32  # latents; three quarters of it with two reference images
     matrix_learning_rate: float = 0.02  # peak, Muon
     learning_rate: float = 3e-3  # peak, AdamW, for what is not a hidden matrix
     drawing_first: float = 0.15  # share of the training without edits
-    drawing_share: float = 0.4  # of the steps after that
+    drawing_share: float = 0.3  # of the steps after that
     import_share: float = 0.1  # of them
     text_dropout: float = 0.1  # share of texts replaced by "", for guidance
     toward_noise: float = 0.5  # mean of the normal distribution behind the logit of the noise levels
