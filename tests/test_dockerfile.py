@@ -249,10 +249,13 @@ class Hub(BaseHTTPRequestHandler):
     tokens: ClassVar[set[str | None]] = set()
 
     def answer(self, body: bool) -> None:
-        self.tokens.add(self.headers.get("Authorization"))
         path = urlsplit(self.path).path
+        if "owner/tiny" in path:
+            self.tokens.add(self.headers.get("Authorization"))
         listed = [{"type": "file", "path": name, "size": len(data), "oid": ""} for name, data in self.files.items()]
-        data = json.dumps(listed).encode()
+        about = {"id": "owner/tiny", "sha": self.commit, "siblings": [{"rfilename": name} for name in self.files]}
+        known = listed if "/tree/" in path else about if path.startswith("/api/models/") else {}
+        data = json.dumps(known).encode()
         if "/resolve/" in path:
             data = self.files[path.partition("/resolve/")[2].partition("/")[2]]
         self.send_response(200)
@@ -283,6 +286,7 @@ def test_what_is_baked_is_what_a_worker_finds(tmp_path: Path) -> None:
     env = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path),
         "HF_HUB_CACHE": str(tmp_path / "cache"),
         "HF_TOKEN": "hf_secret",
         "HF_HUB_DISABLE_XET": "1",
