@@ -992,7 +992,8 @@ def test_mask_by_keyboard(page: Page) -> None:
     assert [alpha(x, y) for x, y in ((2, 2), (120, 120), (80, 64))] == [255, 255, 255]
     page.keyboard.press("Control+z")
     page.locator("input[type=color]").fill("#00ff00")
-    assert canvas.evaluate("canvas => [...canvas.getContext('2d').getImageData(80, 64, 1, 1).data]")[:3] == [0, 255, 0]
+    color = "document.querySelector('.mask-image canvas').getContext('2d').getImageData(80, 64, 1, 1).data"
+    page.wait_for_function(f"String({color}.slice(0, 3)) === '0,255,0'")  # it is painted with the next frame
     page.get_by_role("button", name="Done").focus()
     page.keyboard.press("Enter")
     mask = page.locator("img[alt^='Mask']")
