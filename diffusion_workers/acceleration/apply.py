@@ -287,8 +287,8 @@ def accelerated(
             run = _doubled_run(stack, pipe, plan, options, arithmetic)
         name = denoiser_name(pipe)
         stack.enter_context(use_part(pipe, name, view_of(getattr(pipe, name), run.denoise)))
-        if plan.controlnets and run.net is not None:
-            stack.enter_context(use_part(pipe, "controlnet", view_of(run.net, run.control)))
+        if plan.controlnets and run.controlnet is not None:
+            stack.enter_context(use_part(pipe, "controlnet", view_of(run.controlnet, run.control)))
         yield run
 
 # %% ../../nbs/52_acceleration/05_apply.ipynb #5fc2589b

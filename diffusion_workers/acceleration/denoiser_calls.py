@@ -152,7 +152,7 @@ class DoubledRun(CallSequence):
         super().__init__(pipe, options, schedule)
         denoiser = getattr(pipe, "unet", None)
         self.denoiser = getattr(pipe, "transformer", None) if denoiser is None else denoiser
-        self.net = getattr(pipe, "controlnet", None)
+        self.controlnet = getattr(pipe, "controlnet", None)
         self.call_denoiser = cached or (lambda shallow, *args, **kwargs: self.denoiser.forward(*args, **kwargs))
         self.reuse_residuals, self.halve_controls, self.arithmetic = reuse_residuals, halve_controls, arithmetic
         self.control_calls = 0  # calls of ControlNets
@@ -172,7 +172,7 @@ class DoubledRun(CallSequence):
         if self.halved and self.halve_controls:
             args, kwargs = self.batches.prompted((args, kwargs), batch)
         with self.arithmetic():
-            self._residuals = self.net.forward(*args, conditioning_scale=conditioning_scale, **kwargs)
+            self._residuals = self.controlnet.forward(*args, conditioning_scale=conditioning_scale, **kwargs)
         return self._residuals
 
     def denoise(self, *args, **kwargs) -> tuple[torch.Tensor]:
@@ -254,7 +254,7 @@ class SeparateRun:
             arithmetic,
         )
         self.context = self.transformer.cache_context if contexts else nullcontext
-        self.net = getattr(pipe, "controlnet", None)
+        self.controlnet = getattr(pipe, "controlnet", None)
         self.index, self.calls = -1, 0  # of the step; calls of the transformer that were computed
         self._timestep: float | None = None
         self._prompted: torch.Tensor | None = None
@@ -262,7 +262,7 @@ class SeparateRun:
     def control(self, *args, **kwargs) -> Any:
         "In place of the ControlNet's `forward`."
         with self.arithmetic():
-            return self.net.forward(*args, **kwargs)
+            return self.controlnet.forward(*args, **kwargs)
 
     def denoise(self, hidden_states: torch.Tensor, *args, timestep: torch.Tensor, **kwargs) -> tuple[torch.Tensor]:
         "In place of the transformer's `forward`."
