@@ -9,6 +9,7 @@ __all__ = ['CLEAN', 'BLURRED_SIDES', 'LARGEST_CROP', 'SceneData', 'altered_image
 
 # %% ../../nbs/65_shapes/06_sdxl.ipynb #6b23f850
 import copy
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -330,3 +331,7 @@ def save_half(
         shutil.rmtree(folder / name)
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)
+    for file in folder.rglob("config.json"):  # without the folder that a part was loaded from
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
