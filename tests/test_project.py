@@ -333,3 +333,14 @@ def test_no_data_names_a_folder_of_one_machine() -> None:
     assert files
     found = [path.name for path in files if re.search(r'"(/[A-Za-z][^"/]*){2,}"', path.read_text(encoding="utf-8"))]
     assert not found, f"absolute paths in {found}"
+
+
+def test_a_model_is_saved_without_the_folder_that_it_was_loaded_from(tmp_path: Path) -> None:
+    from diffusion_workers.shapes import klein
+    from diffusion_workers.shapes.sdxl import save_half
+
+    vae, tokenizer, encoder = klein.published_parts()
+    transformer = klein.new_klein_transformer(klein.KleinTrainingConfig())
+    save_half(klein.assemble_klein(vae, encoder, tokenizer, transformer), tmp_path / "copy", shared=())
+    configs = [path.read_text() for path in (tmp_path / "copy").rglob("config.json")]
+    assert len(configs) == 3 and not any("_name_or_path" in config for config in configs)
