@@ -6,11 +6,11 @@
 __all__ = ['SCENE_KINDS', 'EDIT_KINDS', 'KLEIN_POSITIONS', 'KleinTrainingConfig', 'plain_scene', 'plain_caption', 'opened',
            'klein_words', 'build_klein_tokenizer', 'klein_ids', 'caption_targets', 'edit_targets', 'new_qwen3',
            'klein_parse_loss', 'parse_texts', 'train_qwen3', 'world_images', 'train_klein_vae', 'as_flux2', 'patches',
-           'flux_arithmetic', 'normalised', 'images_of', 'KleinData', 'token_weights', 'token_answers', 'klein_data',
-           'new_klein_transformer', 'token_positions', 'predict_flow', 'klein_text', 'KleinBatch', 'klein_batch',
-           'example_kind', 'reading_loss', 'TokenReader', 'klein_losses', 'train_klein_transformer', 'assemble_klein',
-           'published_parts', 'train_klein', 'make_images', 'EditEvaluation', 'evaluate_edits', 'DrawingEvaluation',
-           'evaluate_drawings']
+           'flux_arithmetic', 'normalised', 'images_of', 'KleinData', 'token_weights', 'token_answers', 'token_roles',
+           'klein_data', 'new_klein_transformer', 'token_positions', 'predict_flow', 'klein_text', 'KleinBatch',
+           'klein_batch', 'example_kind', 'reading_loss', 'role_loss', 'TokenReader', 'klein_losses',
+           'train_klein_transformer', 'assemble_klein', 'published_parts', 'train_klein', 'make_images',
+           'EditEvaluation', 'evaluate_edits', 'DrawingEvaluation', 'evaluate_drawings']
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #90a8941d
 import copy
@@ -97,27 +97,27 @@ class KleinTrainingConfig:
     text_steps: int = 1000
     text_batch: int = 128  # captions and instructions, half of each
     text_learning_rate: float = 1.5e-3  # peak
-    scenes: int = 24000  # drawn and encoded once, for text to image
-    edits: int = 20000  # with one reference image
-    imports: int = 4000  # with two
+    scenes: int = 18000  # drawn and encoded once, for text to image
+    edits: int = 26000  # with one reference image
+    imports: int = 5000  # with two
     wordings: int = 6  # of each caption and instruction
     heads: int = 4  # of 32 channels each
     double_blocks: int = 2  # with separate weights for text and image
-    single_blocks: int = 4  # with shared weights
-    steps: int = 24000
+    single_blocks: int = 5  # with shared weights
+    steps: int = 16000
     batch: int = 32  # latents; three quarters of it with two reference images
     matrix_learning_rate: float = 0.02  # peak, Muon
     learning_rate: float = 3e-3  # peak, AdamW, for what is not a hidden matrix
-    drawing_first: float = 0.15  # share of the training without edits
-    drawing_share: float = 0.3  # of the steps after that
+    drawing_first: float = 0.1  # share of the training without edits
+    drawing_share: float = 0.35  # of the steps after that
     import_share: float = 0.1  # of them
     text_dropout: float = 0.1  # share of texts replaced by "", for guidance
-    toward_noise: float = 0.5  # mean of the normal distribution behind the logit of the noise levels
-    high_noise: float = 0.2  # share of the noise levels drawn evenly from 0.8 to 1, where colors and shapes are decided
+    toward_noise: float = 0.7  # mean of the normal distribution behind the logit of the noise levels
+    high_noise: float = 0.3  # share of the noise levels drawn evenly from 0.8 to 1, where colors and shapes are decided
     thing_weight: float = 3.0  # more weight in the loss for tokens that show a thing
     edit_weight: float = 4.0  # the same in an edit, for tokens that show a thing before or after it
-    read_after: int = 2  # single blocks after which colors and shapes are read from the tokens
-    read_weight: float = 0.1  # of each of these readings in the loss
+    read_after: int = 3  # single blocks after which each token knows what it is to show, one more than for its role
+    read_weight: float = 0.2  # of each of these readings in the loss
     ema_decay: float = 0.998  # of the averaged weights
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #1e9838e4
@@ -457,6 +457,8 @@ class KleinData:
     texts: list[list[str]]  # N lists of wordings
     weights: torch.Tensor  # (N, 64), of the tokens in the loss, 1 on average
     shown: torch.Tensor  # (N, 64, 3) int64, what `token_answers` tells of each token
+    seen: torch.Tensor  # (N, 64 * references, 3) int64, the same of the references, one behind the other
+    roles: torch.Tensor  # (N, 64 * references) int64, what `token_roles` tells of them
 
 
 def token_weights(
@@ -470,37 +472,68 @@ def token_weights(
     return weights / weights.mean()
 
 
+def _thing_of_tokens(canvas: Canvas) -> torch.Tensor:  # (64,) int64, index of the thing in a patch, -1 for none
+    found, nearest = torch.full((8, 8), -1), torch.full((8, 8), torch.inf)
+    middles = torch.arange(8) * 16 + 7.5
+    for index, placed in enumerate(canvas.things):
+        distance = torch.hypot(middles[None] - placed.x, middles[:, None] - placed.y) - placed.radius
+        mine = (distance < 4) & (distance < nearest)
+        nearest[mine], found[mine] = distance[mine], index
+    return found.flatten()
+
+
 def token_answers(
     canvas: Canvas,
 ) -> torch.Tensor:  # (64, 3) int64: class of the background, and of the color and the shape there, 0 for none
     "What each patch of 16 x 16 pixels shows."
-    answers = torch.zeros(8, 8, 3, dtype=torch.int64)
-    answers[..., 0] = [*PALETTE].index(canvas.background)
-    middles = torch.arange(8) * 16 + 7.5
-    nearest = torch.full((8, 8), torch.inf)
-    for placed in canvas.things:
-        distance = torch.hypot(middles[None] - placed.x, middles[:, None] - placed.y) - placed.radius
-        mine = (distance < 4) & (distance < nearest)
-        nearest[mine] = distance[mine]
-        answers[mine, 1] = 1 + OBJECT_COLORS.index(placed.thing.color or "")
-        answers[mine, 2] = 1 + SHAPES.index(placed.thing.shape or "")
-    return answers.flatten(0, 1)
+    answers, things = torch.zeros(64, 3, dtype=torch.int64), _thing_of_tokens(canvas)
+    answers[:, 0] = [*PALETTE].index(canvas.background)
+    for index, placed in enumerate(canvas.things):
+        answers[things == index, 1] = 1 + OBJECT_COLORS.index(placed.thing.color or "")
+        answers[things == index, 2] = 1 + SHAPES.index(placed.thing.shape or "")
+    return answers
+
+
+def token_roles(
+    edit: Edit,
+) -> (
+    torch.Tensor
+):  # (64 * references,) int64: 1 for a thing that the edit changes or takes, 2 for the one beside which it adds
+    "What the edit does with what each patch of its references shows, 0 for nothing."
+    things = _thing_of_tokens(edit.before)
+    roles = torch.zeros_like(things)
+    if edit.kind in ("color", "shape", "replace", "remove", "swap"):
+        roles[things == edit.index] = 1
+    if edit.second >= 0:
+        roles[things == edit.second] = 1 if edit.kind == "swap" else 2
+    return roles if edit.other is None else torch.cat([roles, 1 + _thing_of_tokens(edit.other)])
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #44e3943f
-def _scene_example(rng: np.random.Generator, wordings: int) -> tuple[list[Canvas], list[str]]:
+@dataclass(frozen=True)
+class _Example:
+    canvases: list[Canvas]  # the one to make, and the references
+    texts: list[str]
+    roles: torch.Tensor  # (64 * references,)
+
+
+def _scene_example(rng: np.random.Generator, wordings: int) -> _Example:
     scene = plain_scene(rng, held_out=False)
-    return [canvas_of(scene, rng)], [plain_caption(opened(scene, rng), rng) for _ in range(wordings)]
+    texts = [plain_caption(opened(scene, rng), rng) for _ in range(wordings)]
+    return _Example([canvas_of(scene, rng)], texts, torch.zeros(0, dtype=torch.int64))
 
 
-def _edit_example(rng: np.random.Generator, wordings: int, kinds: dict[str, float]) -> tuple[list[Canvas], list[str]]:
+def _edit_example(rng: np.random.Generator, wordings: int, kinds: dict[str, float]) -> _Example:
     edit = random_edit(rng, draw_kind(rng, kinds), held_out=False)
     canvases = [edit.after, edit.before, *([edit.other] if edit.other else [])]
-    return canvases, [as_typed(instruct(edit, rng, False)[0], rng) for _ in range(wordings)]
+    return _Example(
+        canvases, [as_typed(instruct(edit, rng, False)[0], rng) for _ in range(wordings)], token_roles(edit)
+    )
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #3af8d8be
 def klein_data(
-    vae: AutoencoderKLFlux2,  # its statistics are set
+    vae: AutoencoderKLFlux2,
     config: KleinTrainingConfig,
+    statistics: bool = True,  # set those of the autoencoder to the latents of the scenes
 ) -> dict[str, KleinData]:  # "draw", "edit" and "import"
     "Draw and encode all examples."
     examples = {
@@ -518,19 +551,28 @@ def klein_data(
     }
     encoded, weights = {}, {}
     for name, rows in examples.items():
-        by_role = zip(*(canvases for canvases, _ in rows))  # those to make, the first references, the second ones
+        by_role = zip(*(row.canvases for row in rows))  # those to make, the first references, the second ones
         images = [np.stack([np.asarray(canvas.draw()) for canvas in canvases]) for canvases in by_role]
         more = config.thing_weight if name == "draw" else config.edit_weight
         weights[name] = torch.stack([token_weights(shown, more) for shown in zip(*images[:2])])
         encoded[name] = [patches(vae, part) for part in images]
-    drawn = encoded["draw"][0]
-    vae.bn.running_mean.copy_(drawn.mean((0, 2, 3)))
-    vae.bn.running_var.copy_(drawn.var((0, 2, 3)))
+    if statistics:
+        drawn = encoded["draw"][0]
+        vae.bn.running_mean.copy_(drawn.mean((0, 2, 3)))
+        vae.bn.running_var.copy_(drawn.var((0, 2, 3)))
     made = {}
     for name, rows in examples.items():
         wanted, *references = (normalised(vae, values) for values in encoded[name])
-        shown = torch.stack([token_answers(canvases[0]) for canvases, _ in rows])
-        made[name] = KleinData(wanted, tuple(references), [texts for _, texts in rows], weights[name], shown)
+        answers = torch.stack([torch.cat([token_answers(canvas) for canvas in row.canvases]) for row in rows])
+        made[name] = KleinData(
+            wanted,
+            tuple(references),
+            [row.texts for row in rows],
+            weights[name],
+            shown=answers[:, :64],
+            seen=answers[:, 64:],
+            roles=torch.stack([row.roles for row in rows]),
+        )
     return made
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #6a6557f8
@@ -611,6 +653,8 @@ class KleinBatch:
     noise_levels: torch.Tensor  # (B,)
     weights: torch.Tensor  # (B, 64), of the tokens
     shown: torch.Tensor  # (B, 64, 3), answers about the tokens
+    seen: torch.Tensor  # (B, 64 * references, 3), about those of the references
+    roles: torch.Tensor  # (B, 64 * references)
 
 
 def klein_batch(
@@ -629,8 +673,8 @@ def klein_batch(
     noise_levels = torch.where(high, 0.8 + 0.2 * torch.from_numpy(rng.random(batch)).float(), noise_levels)
     noise = torch.from_numpy(rng.standard_normal((batch, *data.wanted.shape[1:]), dtype=np.float32))
     references = [tokens[chosen] for tokens in data.references]
-    wanted, weights, shown = data.wanted[chosen], data.weights[chosen], data.shown[chosen]
-    return KleinBatch(texts, wanted, references, noise, noise_levels, weights, shown)
+    answers = data.weights[chosen], data.shown[chosen], data.seen[chosen], data.roles[chosen]
+    return KleinBatch(texts, data.wanted[chosen], references, noise, noise_levels, *answers)
 
 
 def example_kind(
@@ -648,32 +692,53 @@ _SHOWN_CLASSES = [len(PALETTE), len(OBJECT_COLORS) + 1, len(SHAPES) + 1]  # of `
 
 
 def reading_loss(
-    logits: torch.Tensor,  # (B, 64, classes of all three answers)
-    shown: torch.Tensor,  # (B, 64, 3) int64
-    weights: torch.Tensor,  # (B, 64)
+    logits: torch.Tensor,  # (B, N, classes of all three answers)
+    shown: torch.Tensor,  # (B, N, 3) int64
+    weights: torch.Tensor | float = 1.0,  # (B, N)
 ) -> torch.Tensor:  # scalar
-    "Cross entropy of the background, the color and the shape that each token is to show."
+    "Cross entropy of the background, the color and the shape of each token."
     parts = zip(logits.float().split(_SHOWN_CLASSES, -1), shown.unbind(-1))
     errors = [F.cross_entropy(part.mT, answer, reduction="none") for part, answer in parts]
     return (torch.stack(errors).sum(0) * weights).mean()
 
 
+def role_loss(
+    logits: torch.Tensor,  # (B, N, 3)
+    batch: KleinBatch,
+) -> torch.Tensor:  # scalar
+    "Cross entropy of the roles, without the examples that have no text."
+    told = torch.tensor([text != "" for text in batch.texts])[:, None]
+    weights = told * (1 + 3 * (batch.seen[..., 1] > 0))  # things are few
+    return (F.cross_entropy(logits.float().mT, batch.roles, reduction="none") * weights).mean()
+
+
 class TokenReader(torch.nn.Module):
-    "Reads colors and shapes from the middle of a transformer that is being trained."
+    "Reads from a transformer that is being trained what its references show, what their roles are, and what it will draw."
 
     def __init__(self, transformer: Flux2Transformer2DModel, config: KleinTrainingConfig):
         super().__init__()
-        self.answers = torch.nn.Linear(32 * config.heads, sum(_SHOWN_CLASSES))
-        self._states: list[torch.Tensor] = []
-        block = transformer.single_transformer_blocks[config.read_after - 1]
-        block.register_forward_hook(lambda module, inputs, states: self._states.append(states))
+        width, shown = 32 * config.heads, sum(_SHOWN_CLASSES)
+        self.seen, self.roles, self.shown = (torch.nn.Linear(width, classes) for classes in (shown, 3, shown))
+        self._states: dict[str, torch.Tensor] = {}
+        single = transformer.single_transformer_blocks
+        blocks = {"double": transformer.transformer_blocks[-1]}
+        blocks |= {"before": single[config.read_after - 2], "after": single[config.read_after - 1]}
+        for name, block in blocks.items():
+            block.register_forward_hook(lambda module, inputs, states, name=name: self._states.update({name: states}))
 
     def forward(
         self,
-        text_length: int,  # tokens in front of those of the image
-    ) -> torch.Tensor:  # (B, 64, classes of all three answers)
-        "Logits for the image of the last call of the transformer."
-        return self.answers(self._states.pop()[:, text_length : text_length + 64])
+        batch: KleinBatch,
+        text_length: int,  # tokens in front of those of the images
+    ) -> dict[str, torch.Tensor]:  # scalars
+        "Losses of the last call of the transformer."
+        images = {name: self._states.pop(name)[:, text_length:] for name in ("before", "after")}
+        found = {"reading": reading_loss(self.shown(images["after"][:, :64]), batch.shown, batch.weights)}
+        states = self._states.pop("double")[1]  # of the images, apart from the text
+        if batch.references:
+            found["seen"] = reading_loss(self.seen(states[:, 64:]), batch.seen)
+            found["roles"] = role_loss(self.roles(images["before"][:, 64:]), batch)
+        return found
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #27f7c43d
 def klein_losses(
@@ -681,16 +746,15 @@ def klein_losses(
     reader: TokenReader,
     text: torch.Tensor,  # (B, L, 3 * width)
     batch: KleinBatch,
-) -> dict[str, torch.Tensor]:  # scalars: squared error, the same with the weights of the tokens, and of the readings
+) -> dict[str, torch.Tensor]:  # scalars: squared error, the same with the weights of the tokens, and of what is read
     "One call of the transformer on noisy images, and its errors."
     sigma = batch.noise_levels[:, None, None]
     with quick_arithmetic():
         noisy = (1 - sigma) * batch.wanted + sigma * batch.noise
         flow = predict_flow(transformer, noisy, batch.noise_levels, text, batch.references)
-        logits = reader(text.shape[1])
+        read = reader(batch, text.shape[1])
     errors = (flow.float() - (batch.noise - batch.wanted)).square().mean(-1)
-    reading = reading_loss(logits, batch.shown, batch.weights)
-    return {"loss": errors.mean(), "weighted": (errors * batch.weights).mean(), "reading": reading}
+    return {"loss": errors.mean(), "weighted": (errors * batch.weights).mean(), **read}
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #8bddb63a
 def train_klein_transformer(
@@ -729,7 +793,8 @@ def train_klein_transformer(
         losses = klein_losses(transformer, reader, text, batch)
         muon.param_groups[0]["lr"] = config.matrix_learning_rate * factor
         muon.zero_grad()
-        update(adam, losses["weighted"] + config.read_weight * losses["reading"], config.learning_rate * factor)
+        read = sum(losses[name] for name in ("reading", "seen", "roles") if name in losses)
+        update(adam, losses["weighted"] + config.read_weight * read, config.learning_rate * factor)
         muon.step()
         step += 1
         update_ema(averaged, transformer, step, config.ema_decay)
@@ -782,7 +847,8 @@ def train_klein(
         vae = train_klein_vae(out_dir, config)
         tokenizer = build_klein_tokenizer(klein_words(), config.text_length)
         encoder = train_qwen3(out_dir, config, tokenizer)
-    transformer = train_klein_transformer(out_dir, config, encoder, tokenizer, klein_data(vae, config))
+    data = klein_data(vae, config, statistics=not config.reuse)
+    transformer = train_klein_transformer(out_dir, config, encoder, tokenizer, data)
     save_half(assemble_klein(vae, encoder, tokenizer, transformer), out_dir / "shapes-klein", shared=())
     return out_dir / "shapes-klein"
 
