@@ -117,7 +117,7 @@ def progress_of(arguments: argparse.Namespace) -> Iterator[Callable[[ProgressEve
     with ProgressBar() as bar:
         yield bar
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #36c1bf9c
 @contextmanager
 def status_line(text: str, arguments: argparse.Namespace) -> Iterator[None]:
     "A line on the terminal that is there as long as the block runs."
@@ -130,7 +130,7 @@ def status_line(text: str, arguments: argparse.Namespace) -> Iterator[None]:
         if shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #35fdbf7d
 def print_warnings(result: OpResult, arguments: argparse.Namespace) -> None:
     "The warnings of a result on standard error, one line each."
     for note in with_options(result, arguments).warnings or []:
@@ -154,7 +154,7 @@ def read_models(arguments: argparse.Namespace) -> "ManifestStore":
 
     return load_manifests(read_settings(arguments))
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #9308a9ae
 def check_device(device: str | None) -> None:
     "Refuse a device name that does not exist."
     if device is not None and not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,2})?", device):
@@ -190,7 +190,7 @@ def _sources(arguments: argparse.Namespace) -> list[Path]:
     texts += [arguments.request, getattr(arguments, "prompts", None)]
     return [Path(text) for text in texts if text and text != "-" and len(text) < 4096 and Path(text).is_file()]
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #1547263f
 def _generate(
     arguments: argparse.Namespace,
     request: GenerationRequest,
@@ -210,7 +210,7 @@ def _generate(
     with make_service(arguments) as service, progress_of(arguments) as show:
         return service.generate(planned, on_progress=show, progress=False)
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #a190aa63
 def add_generate_options(parser: argparse.ArgumentParser) -> None:
     "The options of `generate`."
     parser.description = "Generate images and write them to files."
@@ -239,7 +239,7 @@ def result_facts(
         entry["image"] = str(path)
     return facts
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #14354c3d
 def _report(result: OpResult, paths: Sequence[Path], maps: Sequence[Path], arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(result_facts(with_options(result, arguments), paths, maps), indent=2, ensure_ascii=False))
@@ -277,7 +277,7 @@ def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
     _report(result, paths, write_maps(result, paths[0]), arguments)
     return 0
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #921f0994
 def _generate_batch(arguments: argparse.Namespace) -> int:  # the exit code
     requests = batch_requests(arguments)
     if is_remote(arguments):
@@ -305,7 +305,7 @@ def plan_text(plan: GenerationPlan) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.replace('_', ' '):{width}}  {value}" for name, value in rows)
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #055c81c3
 def command_plan(arguments: argparse.Namespace) -> int:  # the exit code
     "Print the plan of a request, without loading a model."
     request = build_request(arguments)
@@ -342,7 +342,7 @@ def _first_names(names: Sequence[str] | None, most: int = 20) -> str:
     more = [f"{len(names) - most} more"] if len(names) > most else []
     return ", ".join([*names[:most], *more])
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #260eaf1c
 def _addon_lines(manifest: "ModelManifest", model: ModelInfo) -> list[str]:
     loras = [*manifest.loras, *(f"any in {folder.describe()}" for folder in manifest.lora_folders)]
     if manifest.hub_loras:
@@ -379,7 +379,7 @@ def add_models_options(parser: argparse.ArgumentParser) -> None:
   diffusion-workers models --models my-manifests/ --json
   diffusion-workers models --url http://127.0.0.1:8000"""
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #aa244ba0
 def command_models(arguments: argparse.Namespace) -> int:  # the exit code
     "List the models."
     from diffusion_workers.models.listing import model_list
@@ -431,7 +431,7 @@ def _preprocessor_facts(row: Any, weights: str) -> dict:  # a row of the table, 
         "parameters": parameters,
     }
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #2c08abf5
 def _preprocessor_lines(facts: dict) -> list[str]:
     needs = [facts["package"]]
     if facts["needs_mask"]:
@@ -455,7 +455,7 @@ def add_preprocessors_options(parser: argparse.ArgumentParser) -> None:
   diffusion-workers preprocessors
   diffusion-workers preprocessors --json"""
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #a430a77d
 def command_preprocessors(arguments: argparse.Namespace) -> int:  # the exit code
     "List the ControlNet preprocessors."
     from diffusion_workers.control.detectors import weight_states
@@ -546,7 +546,7 @@ def _map_here(arguments: argparse.Namespace, request: PreprocessRequest) -> OpRe
     )
     return OpResult(status=OpStatus.success, control_map=found)
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #db71891c
 def command_preprocess(arguments: argparse.Namespace) -> int:  # the exit code
     "Run a ControlNet preprocessor on an image and write its control map."
     output = output_of(arguments, "map.png", [".png"])
@@ -626,7 +626,7 @@ def _check_training(arguments: argparse.Namespace, parts: Sequence[str]) -> None
             hint=f"did you mean {near}?" if near else "--part list lists them",
         )
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #0c59941a
 def command_train_shapes(arguments: argparse.Namespace) -> int:  # the exit code
     "Train a built-in model, ControlNet or LoRA again."
     from diffusion_workers.shapes.parts import PARTS, train_part

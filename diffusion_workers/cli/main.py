@@ -154,7 +154,7 @@ def command_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.Argum
     "The parser of each command."
     return next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
 
-
+# %% ../../nbs/80_cli/10_main.ipynb #3601eeec
 def make_parser(
     show_all: bool = False,  # whether the help of a command lists the uncommon options too
 ) -> argparse.ArgumentParser:
@@ -211,7 +211,7 @@ def _unknown_option(
         hint = f"did you mean {near}?"
     return request_error(ErrorCode.unknown_field, "there is no such option", field=option, hint=hint)
 
-
+# %% ../../nbs/80_cli/10_main.ipynb #d4f28d99
 def _option_before_command(argv: Sequence[str]) -> str | None:
     "An unknown option that stands where a command is expected."
     name = argv[0].split("=")[0] if argv else ""
@@ -237,7 +237,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:  # the argu
         raise _unknown_option([wrong], None)
     return make_parser().parse_known_args(argv)
 
-
+# %% ../../nbs/80_cli/10_main.ipynb #0d4b97c4
 def main(
     argv: Sequence[str] | None = None,  # None takes those of the process
 ) -> int:  # the exit code

@@ -70,7 +70,7 @@ def with_value(
     set_value(fields, axis.field, value)
     return parse(GenerationRequest, fields)
 
-
+# %% ../../nbs/73_panel/09_grid.ipynb #e18d8b86
 def _replaced(prompt: str, axis: Axis, value: str) -> str:
     if axis.values[0] not in prompt:
         raise request_error(
@@ -99,7 +99,7 @@ class GridCell:
             return None
         return self.result.image
 
-
+# %% ../../nbs/73_panel/09_grid.ipynb #411fcad9
 def make_cells(
     request: GenerationRequest,
     axes: Sequence[Axis],
@@ -120,7 +120,7 @@ def make_cells(
         raise RequestError(errors[:20])
     return cells
 
-
+# %% ../../nbs/73_panel/09_grid.ipynb #fd327296
 def _with_seed(request: GenerationRequest) -> GenerationRequest:
     if request.seed not in (None, DRAWN_SEED) or request.seeds is not None:
         return request
@@ -135,7 +135,7 @@ class GridTable:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[GridCell, ...]], ...]  # (label, cells)
 
-
+# %% ../../nbs/73_panel/09_grid.ipynb #5cd97b66
 def grid_tables(
     axes: Sequence[Axis],  # the first is x, the second y
     cells: Sequence[GridCell],  # x runs fastest
@@ -175,7 +175,7 @@ def _cell_html(cell: GridCell, side: int, link: str | None) -> str:
     shown = f'<img src="{data_uri(thumbnail(cell.image, side))}" alt="{text}" style="display:block;max-width:none">'
     return shown if link is None else f'<a href="{html.escape(link)}">{shown}</a>'
 
-
+# %% ../../nbs/73_panel/09_grid.ipynb #64b5882a
 def table_html(
     table: GridTable,
     side: int,  # pixels of an image
@@ -438,7 +438,7 @@ def cell_row(cell: GridCell, axes: Sequence[Axis]) -> dict[str, Any]:
     settings = plan_columns(plan) if plan is not None else {}
     return row | {name: value for name, value in settings.items() if name not in row}
 
-
+# %% ../../nbs/73_panel/09_grid.ipynb #a4e33ac5
 def save_images(cells: Sequence[GridCell], folder: Path) -> dict[int, str]:  # id of a cell -> link
     "Write the images of the cells into a folder, as they were generated."
     links = {}

@@ -89,7 +89,7 @@ def seed_of(
         return None
     return int(text) if text.removeprefix("-").isdecimal() else text
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #c1b96892
 def mode_when_typed(text: str, mode: str) -> str:
     "The mode after a seed was typed: it counts from then on, and -1 means random as in many programs."
     if text == "-1":
@@ -284,7 +284,7 @@ def _pixels(field: FieldWidget) -> int | None:
     text = field.control.value.strip() or field.control.placeholder
     return int(text) if text.isdecimal() else None
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #45409686
 class SizeTools(widgets.HBox):
     "Presets for the size, a lock for its ratio, and a button that swaps width and height."
 
@@ -373,7 +373,7 @@ def annotate(editor: PromptEditor, manifest: ModelManifest | None, with_syntax: 
     count = token_count(text, manifest, with_syntax) if manifest is not None else None
     editor.annotate(text, count, prompt_marks(text, with_syntax))
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #0733ebd3
 class PromptHelp:
     "Completion, token counts and marks in all prompts of some forms."
 
@@ -473,7 +473,7 @@ def planned_fields(form: SchemaForm) -> dict[str, FieldWidget]:
         if field.info.path[0] in GenerationPlan.model_fields and name not in _NO_PLANNED_DEFAULT
     }
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #c59c0535
 def planned_scheduler(plan: GenerationPlan, info: ModelInfo | None) -> str | None:
     "The scheduler of a plan as the form calls it; its class where it has no name."
     planned = plan.scheduler
@@ -485,7 +485,7 @@ def planned_scheduler(plan: GenerationPlan, info: ModelInfo | None) -> str | Non
     kept = planned.class_name == "model default"
     return info.scheduler if kept and info else planned.class_name.removesuffix("Scheduler")
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #d8e6c88f
 def show_planned(form: SchemaForm, plan: GenerationPlan, info: ModelInfo | None) -> None:
     "Show the values of a plan in the fields that are empty."
     values = plan.model_dump(mode="json", exclude_none=True)
@@ -514,13 +514,13 @@ def offer_choices(
         others = [name for name in others if name not in own]
         field.offer_groups({"for this model": names, "registered in Python": list(own), "other models": others})
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #e4d3a7b8
 def show_fitting(form: SchemaForm, info: ModelInfo) -> None:
     "Hide empty fields that have no effect with a model."
     if (family := FAMILIES.get(info.family)) is not None:
         form.show_only(name for name in form.infos if name.partition(".")[0] not in family.unused_fields)
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #446f2500
 def fit_to_model(
     form: SchemaForm,
     info: ModelInfo,
@@ -560,7 +560,7 @@ def lost_settings(
         found.append(LostSetting(name=path, given=None if given is None else str(given), reason=reason))
     return found
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #f3da590c
 def lost_line(lost: LostSetting) -> str:
     "A setting that could not be restored, in one line."
     given = f" {lost.given}" if lost.given else ""
@@ -780,14 +780,14 @@ def section_text(form: _ModelForm, name: str) -> str:
         return ", ".join(f"{lora['name']} {lora['scale']:g}" for lora in form.loras.values())
     return _given(form.forms[name]) if name in form.forms else ""
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #c57deeb3
 def show_cache_default(form: SchemaForm) -> None:
     "Say which step cache an empty method means: none, or the model's where other settings of one are given."
     parts = (form.fields[f"step_cache.{part}"] for part in ("interval", "threshold", "branch"))
     given = any(field.read() is not None for field in parts)
     form.fields["step_cache.method"].show_none("the model's method" if given else "off")
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #5eabbfb8
 def section_of(
     field: str,  # of an error, such as loras[0].name
 ) -> str | None:  # the empty title is that of the visible fields
@@ -885,7 +885,7 @@ def _gallery_item(summary: HistorySummary) -> dict[str, Any]:
     label = f"stopped, {summary.stopped}" if summary.stopped else str(summary.seed)
     return {"id": summary.id, "caption": summary.caption, "label": label, "favourite": summary.favourite}
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #8bd066b5
 def batch_items(
     entries: Iterable[HistoryEntry],  # of one result
     result: OpResult,
@@ -990,7 +990,7 @@ def _notebook_name(owner: Any) -> str | None:  # of the variable that holds an o
     names = getattr(get_ipython(), "user_ns", {})
     return next((name for name, value in names.items() if value is owner and not name.startswith("_")), None)
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #e33fc5ed
 def _plain(value: Any) -> str:  # a setting as Python
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(_plain(item) for item in value) + "]"
@@ -1005,7 +1005,7 @@ def _settings_given(service: Any) -> str:  # as an argument; empty where they ar
     given = [f"{name}={_plain(value)}" for name, value in fields.items() if value != getattr(Settings(), name)]
     return f"Settings({', '.join(given)})"
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #85b1e1f3
 def _service_lines(service: Any) -> tuple[str, str]:  # as for `setup_lines`
     "A service with the settings, device and loaded pipelines of this one."
     held = {name: manifest.source.held for name, manifest in service.models.items() if manifest.source.kind == "memory"}
@@ -1050,7 +1050,7 @@ def setup_lines(
     imports = "from ez_diffusion_client.models import GenerationRequest"
     return imports, f"{getattr(owner, '__name__', 'generate')}(GenerationRequest("
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #313c5740
 def code_of(
     entry: HistoryEntry,
     backend: Backend | None = None,  # default: a service of this process
@@ -1082,7 +1082,7 @@ def comparison_view(left: HistoryEntry, right: HistoryEntry) -> list[widgets.Wid
         note = f"largest difference of a channel: {slider.largest} of 255"
     return [slider, widgets.HTML(f"<div>{note}</div>{table}")]
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #6837c710
 def closable(
     title: str,
     parts: Iterable[widgets.Widget],
@@ -1185,7 +1185,7 @@ def _settings(name: str, value: Any) -> str:
 def _warning_line(warning: RequestWarning) -> str:
     return f"{path_label(warning.field)}: {warning.message}" if warning.field else warning.message
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #c143a014
 def outlook(
     result: OpResult,  # of a plan
     scheduler: str | None = None,  # the name of one that takes the place of the plan's
@@ -1295,7 +1295,7 @@ def _history(folder: str | Path | ImageHistory | None) -> ImageHistory:
         return folder
     return ImageHistory(tempfile.mkdtemp(prefix="generated-") if folder is None else folder)
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #632ce4b2
 class _GalleryPanel(_PlanningPanel):
     "A form beside the images that were generated before."
 
@@ -1522,7 +1522,7 @@ def unkept_error(exc: OSError) -> ErrorDetail:
     message = f"the image could not be written to the history ({exc})"
     return request_error(ErrorCode.internal_error, message, hint=hint).errors[0]
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #d0b2b7de
 def _without_previews(request: GenerationRequest) -> GenerationRequest:  # which only the panel asked for
     fields = request.model_dump(mode="json", exclude_none=True, exclude_unset=True)
     fields.pop("preview_interval", None)
@@ -1534,7 +1534,7 @@ def _queue_line(run: Run, place: int) -> str:
     images = f", {request.num_images} images" if (request.num_images or 1) > 1 else ""
     return f"{place}. {request.prompt[:80]}, seed {request.seed}{images}"
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #394f772c
 class _ResultPanel(_ActionsPanel):
     "What happens with a result, on the stage, in the history and in the form."
 

@@ -53,7 +53,7 @@ def complete(cache: StepCacheOptions | None) -> StepCacheOptions | None:
     defaults = {name: value for name, value in METHOD_FIELDS[cache.method].items() if getattr(cache, name) is None}
     return cache.model_copy(update=defaults)
 
-
+# %% ../../nbs/40_planning/03_acceleration.ipynb #9323666d
 def reuses_residuals(cache: StepCacheOptions | None) -> bool:
     "Whether ControlNets are skipped on the steps that the cache skips; by default deep_features does that."
     if cache is None or cache.method not in UNET_METHODS:
@@ -130,7 +130,7 @@ def _profile_values(profile: Profile, request: GenerationRequest, manifest: Mode
         chosen["num_inference_steps"] = steps_for_strength(chosen["num_inference_steps"], request, manifest)
     return chosen
 
-
+# %% ../../nbs/40_planning/03_acceleration.ipynb #5dd0acbe
 def apply_profile(request: GenerationRequest, manifest: ModelManifest) -> GenerationRequest:
     "The request with the profile's settings for fields that it does not set; unchanged if there is no such profile."
     profile = find_profile(request.profile, manifest)
@@ -186,7 +186,7 @@ def _cache_problem(
         return "the manifest of this model has no mag_ratios", others
     return None
 
-
+# %% ../../nbs/40_planning/03_acceleration.ipynb #a92b0f61
 def _check_step_cache(cache: StepCacheOptions, manifest: ModelManifest, kind: ControlKind) -> Iterator[ErrorDetail]:
     problem = _cache_problem(cache, manifest, kind)
     if problem is not None:
@@ -222,7 +222,7 @@ def _check_dtype(options: AccelerationOptions, manifest: ModelManifest) -> Itera
         title = manifest.record.title
         yield refused(f"the denoiser of a {title} model computes in the dtype of its weights alone")
 
-
+# %% ../../nbs/40_planning/03_acceleration.ipynb #5c78a104
 def check_acceleration(request: GenerationRequest, manifest: ModelManifest, kind: ControlKind) -> Iterator[ErrorDetail]:
     "Validation errors of the speed settings of a request, its profile applied."
     options = request.acceleration or AccelerationOptions()
@@ -268,7 +268,7 @@ def _guider_conflicts(request: GenerationRequest, method: GuiderMethod) -> Itera
     if request.acceleration is not None and request.acceleration.torch_compile and method in UNCOMPILED:
         yield "it changes layers that are compiled", "leave out acceleration.torch_compile or guider"
 
-
+# %% ../../nbs/40_planning/03_acceleration.ipynb #3ac55789
 def check_guider(
     request: GenerationRequest,
     manifest: ModelManifest,
@@ -321,7 +321,7 @@ def _guidance_warnings(options: AccelerationOptions, manifest: ModelManifest) ->
                 given=getattr(options, field),
             )
 
-
+# %% ../../nbs/40_planning/03_acceleration.ipynb #26e736cc
 def acceleration_warnings(
     request: GenerationRequest, manifest: ModelManifest, guided: bool, kind: ControlKind
 ) -> Iterator[RequestWarning]:

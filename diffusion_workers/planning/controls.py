@@ -81,7 +81,7 @@ def takes(
         and infer_union_mode(preprocessor, union_table(entry, family)) in learnt_modes(entry, family)
     )
 
-
+# %% ../../nbs/40_planning/02_controls.ipynb #f3326d4d
 def pick_net(
     unit: ControlNetUnit,
     manifest: ModelManifest,
@@ -268,7 +268,7 @@ def _check_control_unit(unit: ControlNetUnit, at: str, manifest: ModelManifest) 
             message, code = f"a map that is part of the input has no {name}", ErrorCode.unsupported_combination
             yield error_detail(code, message, field=f"{at}.{name}", given=given, hint="leave it out")
 
-
+# %% ../../nbs/40_planning/02_controls.ipynb #88e1c541
 def _check_control_model(units: dict[int, ControlNetUnit], manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "A model of the kind control takes exactly one map, as it is."
     if len(units) != 1:
@@ -347,7 +347,7 @@ def _plan_unit(
         return_map=unit.return_map,
     )
 
-
+# %% ../../nbs/40_planning/02_controls.ipynb #6b67a828
 def plan_controls(
     request: GenerationRequest,
     manifest: ModelManifest,

@@ -39,7 +39,7 @@ def _unset(field: str, request: GenerationRequest, manifest: ModelManifest, of_l
     set_by_manifest = not of_lora and own not in (None, manifest.record.defaults.get(field))
     return getattr(request, field) is None and not set_by_manifest
 
-
+# %% ../../nbs/40_planning/07_distilled.ipynb #c00b8da9
 def _distilled_settings(
     distilled: Distilled, request: GenerationRequest, manifest: ModelManifest, of_lora: bool
 ) -> dict[str, Any]:

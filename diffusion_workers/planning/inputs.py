@@ -107,7 +107,7 @@ def _unit_with_texts(index: int, unit: Any) -> Any:
         unit = unit.model_dump(exclude_unset=True)
     return _with_texts(unit, f"controlnets[{index}].") if isinstance(unit, dict) else unit
 
-
+# %% ../../nbs/40_planning/10_inputs.ipynb #246b81a6
 Request = TypeVar("Request", bound=BaseModel)
 
 
@@ -126,7 +126,7 @@ def _as(model: type[Request], request: Request | dict | str | bytes | None, fiel
         merged["controlnets"] = [_unit_with_texts(index, unit) for index, unit in enumerate(merged["controlnets"])]
     return parse(model, _with_texts(merged))
 
-
+# %% ../../nbs/40_planning/10_inputs.ipynb #0bebb4a2
 def as_request(
     request: GenerationRequest | dict | str | bytes | None,  # a prompt, an object, a dict or JSON
     fields: Mapping[str, Any],  # set or override single fields; None leaves one out
@@ -219,7 +219,7 @@ def _mask_warnings(plan: GenerationPlan, inputs: Inputs) -> Iterator[RequestWarn
             )
             yield warning(message, field=f"controlnets[{index}].mask_image")
 
-
+# %% ../../nbs/40_planning/10_inputs.ipynb #9ad4bd78
 def _custom_parts(plan: GenerationPlan, manifest: ModelManifest) -> Iterator[CustomPart]:
     "What the plan names, and another process does not have."
     if isinstance(manifest.source, MemorySource):
@@ -254,7 +254,7 @@ def _naming_models(models: Iterable[ModelManifest]) -> Iterator[None]:
             ]
         ) from None
 
-
+# %% ../../nbs/40_planning/10_inputs.ipynb #7e4cc503
 def plan_request(
     request: GenerationRequest,
     manifest: ModelManifest,  # of the model that the request names
@@ -312,7 +312,7 @@ def map_size(
         height = width * image.height / image.width
     return round_to_multiple(min(width, LARGEST_MAP), 8), round_to_multiple(min(height, LARGEST_MAP), 8)
 
-
+# %% ../../nbs/40_planning/10_inputs.ipynb #3f39f67c
 def plan_map(
     request: PreprocessRequest,
     policy: ImagePolicy = ImagePolicy(),  # which images are accepted

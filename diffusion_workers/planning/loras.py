@@ -107,7 +107,7 @@ class ResolvedLora:
         "The entry to load: this very file, so that one that was replaced in the meantime is refused."
         return self.entry if self.sha256 is None else self.entry.model_copy(update={"sha256": self.sha256})
 
-
+# %% ../../nbs/40_planning/01_loras.ipynb #a6788ced
 def _with_file(entry: LoraEntry) -> ResolvedLora:
     path = lora_file(entry)
     if path is None:
@@ -158,7 +158,7 @@ def _is_block(name: str) -> bool:
     most = 0 if stem == "mid" else 2
     return stem in _BLOCKS and len(numbers) <= most and all(number.isdecimal() for number in numbers)
 
-
+# %% ../../nbs/40_planning/01_loras.ipynb #48089f65
 def _check_block_scales(lora: Lora, field: str, manifest: ModelManifest) -> Iterator[ErrorDetail]:
     if lora.block_scales and not manifest.record.lora.block_scales:
         yield error_detail(

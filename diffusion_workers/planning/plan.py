@@ -163,7 +163,7 @@ def _plan_syntax(
         }
     return told
 
-
+# %% ../../nbs/40_planning/09_plan.ipynb #4f07d52f
 def _plan_family_fields(request: GenerationRequest, manifest: ModelManifest) -> dict[str, Any]:
     fields = {
         "clip_skip": first_given(request.clip_skip, manifest.defaults.clip_skip) or None,
@@ -191,7 +191,7 @@ def _guidance_problems(
     if request.guider is not None:
         yield from check_guider(request, manifest, guided)
 
-
+# %% ../../nbs/40_planning/09_plan.ipynb #b5d1b2dd
 def _embedding_problems(
     request: GenerationRequest, manifest: ModelManifest, steps: int, offered: Embeddings
 ) -> Iterator[ErrorDetail]:
@@ -258,7 +258,7 @@ class _Draft:
     offered: Embeddings  # of the model
     distilled_notes: Sequence[RequestWarning]
 
-
+# %% ../../nbs/40_planning/09_plan.ipynb #4ef1a6dd
 def _make_draft(
     request: GenerationRequest,  # with its prompts drawn
     manifest: ModelManifest,
@@ -343,7 +343,7 @@ def _draw_prompts(
     except RequestError as exc:
         return request, manifest, exc.errors
 
-
+# %% ../../nbs/40_planning/09_plan.ipynb #6ada05d4
 def _plan_settings(draft: _Draft) -> dict[str, Any]:
     "The fields of a plan that are those of the request, completed where they have parts."
     request = draft.request
@@ -427,7 +427,7 @@ _REPLAYED = (
     "subseed_strength", "seamless", "guider",
 )  # fmt: skip
 
-
+# %% ../../nbs/40_planning/09_plan.ipynb #532e917c
 def _replayed_scheduler(plan: GenerationPlan) -> dict[str, Any]:
     "The fields of a request that give the scheduler of a plan."
     planned, options = plan.scheduler, plan.scheduler.options or {}
@@ -442,7 +442,7 @@ def _replayed_scheduler(plan: GenerationPlan) -> dict[str, Any]:
         fields["eta"] = plan.eta or 0.0
     return fields
 
-
+# %% ../../nbs/40_planning/09_plan.ipynb #56a33bb0
 def _replayed_texts(plan: GenerationPlan, record: Family) -> dict[str, Any]:
     "The fields of a request about its texts, so that no default of the manifest takes their place."
     fields: dict[str, Any] = {"prompt_syntax": plan.prompt_syntax or PromptSyntax.plain}
@@ -468,7 +468,7 @@ def _replayed_images(plan: GenerationPlan, image: str | None, mask_image: str | 
             raise _missing(field, message, hint=f"hand in the {field} again")
     return {field: value for field, value in given.items() if value is not None}
 
-
+# %% ../../nbs/40_planning/09_plan.ipynb #fd7ac984
 def _replayed_references(plan: GenerationPlan, reference_images: Sequence[str]) -> dict[str, Any]:
     "The reference images of a request and their weights, where these are not equal shares."
     planned = plan.reference_images or []
@@ -484,7 +484,7 @@ def _replayed_references(plan: GenerationPlan, reference_images: Sequence[str]) 
         fields["reference_weights"] = weights
     return fields
 
-
+# %% ../../nbs/40_planning/09_plan.ipynb #747a5e0f
 def _replayed_unit(plan: GenerationPlan, index: int, images: dict[str, str]) -> dict:
     control = plan.controlnets[index]
     for field in ("image", "mask_image"):

@@ -91,7 +91,7 @@ def plan_references(
         planned.append(PlannedReference(**facts, **used, weight=weight))
     return planned
 
-
+# %% ../../nbs/40_planning/06_references.ipynb #fd346665
 def reference_warnings(references: Sequence[PlannedReference]) -> Iterator[RequestWarning]:
     "Reference images that the model does not see as they were given."
     for index, reference in enumerate(references):
@@ -116,7 +116,7 @@ def size_source(manifest: ModelManifest, references: Sequence[PlannedReference])
     used = {"width": references[0].used_width, "height": references[0].used_height}
     return references[0].model_copy(update=used)
 
-
+# %% ../../nbs/40_planning/06_references.ipynb #39a3cbe7
 def edit_size_warnings(
     request: GenerationRequest, source: PlannedReference | None, size: tuple[int, int]
 ) -> Iterator[RequestWarning]:
@@ -169,7 +169,7 @@ def named_reference(index: int, image: PlannedImage | PlannedReference) -> str:
     "A reference image in a message: its place, size and hash."
     return f"image {index + 1} ({image.width} x {image.height}, sha256 {image.sha256[:12]}…)"
 
-
+# %% ../../nbs/40_planning/06_references.ipynb #b55b737e
 def check_expected_references(
     request: GenerationRequest,
     references: Sequence[PlannedReference],
@@ -189,7 +189,7 @@ def check_expected_references(
         hint="give them again in this order, or leave expected_references out to generate without them",
     )
 
-
+# %% ../../nbs/40_planning/06_references.ipynb #9a17bc3c
 def expected_warnings(request: GenerationRequest, references: Sequence[PlannedReference]) -> Iterator[RequestWarning]:
     "Reference images that are not those that a restored request was made with."
     for index, (expected, image) in enumerate(zip(request.expected_references or (), references)):

@@ -72,7 +72,7 @@ def _image_paths(plan: GenerationPlan) -> tuple[list[str], dict[int, list[str]]]
     }
     return own, units
 
-
+# %% ../../nbs/40_planning/12_replay.ipynb #059511dc
 def _fields_of_plan(plan: GenerationPlan, own: Sequence[str], units: Mapping[int, Sequence[str]]) -> dict[str, Any]:
     "The request of a plan as JSON, without the images that the plan does not hold."
     references = ["-"] * len(plan.reference_images or ())
@@ -159,7 +159,7 @@ def _graph_settings(texts: Mapping[str, str]) -> list[Setting] | None:
         return [Setting("prompt", texts["prompt"], None, reason="it is not a graph that can be read")]
     return None
 
-
+# %% ../../nbs/40_planning/12_replay.ipynb #613ebe15
 def _file_settings(found: ImageMetadata, image: Image.Image) -> list[Setting] | None:  # None where there are none
     "The settings of another program, wherever they stand in a file."
     texts = found.texts
@@ -206,7 +206,7 @@ def restore(
         return restored.model_copy(update={"lost": notes + (restored.lost or []) or None})
     return RestoredRequest(source=MetadataSource.none, request={}, lost=notes or None)
 
-
+# %% ../../nbs/40_planning/12_replay.ipynb #c96a74b3
 def _file_bytes(source: bytes | Path) -> bytes:
     return source.read_bytes() if isinstance(source, Path) else source
 
@@ -264,7 +264,7 @@ def _named_fields(top: Any) -> tuple[Any, ...]:
         return ("strength", "inpaint", "resize_mode")
     return (top,)
 
-
+# %% ../../nbs/40_planning/12_replay.ipynb #50df13da
 def _take_out(
     restored: RestoredRequest, error: ErrorDetail
 ) -> RestoredRequest | None:  # None where that is not possible
@@ -338,7 +338,7 @@ def _is_deis_with_one_level(plan: GenerationPlan, facts: SchedulerFacts | None, 
     karras = (plan.scheduler.options or {}).get("use_karras_sigmas")
     return facts is not None and facts.name == SchedulerName.deis and karras and plan.num_inference_steps == 1
 
-
+# %% ../../nbs/40_planning/12_replay.ipynb #97b4583e
 def _skips_layers_with_guidance(plan: GenerationPlan, facts: SchedulerFacts | None, spacing: str | None) -> bool:
     return bool(plan.clip_skip) and plan.guidance_scale > 1
 
@@ -407,7 +407,7 @@ def restore_result(
         notes.append(warning("the image holds no metadata about how it was made", field="image"))
     return OpResult(status=OpStatus.success, restored=restored, warnings=notes or None, request_id=request_id)
 
-
+# %% ../../nbs/40_planning/12_replay.ipynb #0cd70f88
 def _own_scheduler(restored: RestoredRequest, find_manifest: FindManifest | None) -> Mapping[str, Any]:
     name = restored.request.get("model")
     if find_manifest is None or name is None:
@@ -448,7 +448,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:  # "a.b[0].c" -> value
         return {key: found for i, inner in enumerate(value) for key, found in _flat(inner, f"{path}[{i}]").items()}
     return {path: value}
 
-
+# %% ../../nbs/40_planning/12_replay.ipynb #476017d0
 def _settings(plan: GenerationPlan) -> dict[str, Any]:
     told = plan.model_dump(
         mode="json", exclude_none=True, exclude={"plan_version", "warnings", "seeds", "subseeds", "image_index"}

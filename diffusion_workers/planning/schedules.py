@@ -126,7 +126,7 @@ def _spacing_option(
         return {}
     return {"timestep_spacing": spacing.value}
 
-
+# %% ../../nbs/40_planning/05_schedules.ipynb #84bc6536
 def plan_scheduler(
     request: GenerationRequest,
     manifest: ModelManifest,
@@ -207,7 +207,7 @@ def _lacking(
         hint="leave it out, or choose another scheduler",
     )
 
-
+# %% ../../nbs/40_planning/05_schedules.ipynb #329efb91
 def _check_scheduler_settings(
     request: GenerationRequest, manifest: ModelManifest, facts: SchedulerFacts | None
 ) -> Iterator[ErrorDetail]:
@@ -223,7 +223,7 @@ def _check_scheduler_settings(
         having = [name for name in record.schedulers if SCHEDULER_FACTS[name].eta is not None]
         yield _lacking(request, "eta", f"{facts.name.value} has no eta", having)
 
-
+# %% ../../nbs/40_planning/05_schedules.ipynb #e4a660f5
 def _check_karras(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "Whether the scheduler has Karras noise levels, where they are asked for by their own field."
     name = asked_scheduler(request, manifest)
@@ -281,7 +281,7 @@ def _check_schedule(
         yield refused(f"{facts.name.value} has no such noise levels", allowed=schedulers)
     yield from _check_aligned_steps(request, manifest)
 
-
+# %% ../../nbs/40_planning/05_schedules.ipynb #ceea930a
 def _check_aligned_steps(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "Whether Align Your Steps has that many noise levels."
     steps = request.num_inference_steps or manifest.defaults.num_inference_steps
@@ -329,7 +329,7 @@ def _shortened(numbers: Sequence[float]) -> str:
     shown = ", ".join(f"{number:g}" for number in numbers[:6])
     return f"{shown} ... ({len(numbers)} numbers)" if len(numbers) > 6 else shown
 
-
+# %% ../../nbs/40_planning/05_schedules.ipynb #953c99dd
 def _check_list(
     request: GenerationRequest,
     manifest: ModelManifest,
@@ -383,7 +383,7 @@ def _one_level_warnings(
     else:
         yield warning(message, field="sigma_schedule", given=schedule.value)
 
-
+# %% ../../nbs/40_planning/05_schedules.ipynb #d3042a2e
 def _leading_warnings(
     request: GenerationRequest, manifest: ModelManifest, facts: SchedulerFacts, steps: int
 ) -> Iterator[RequestWarning]:
@@ -396,7 +396,7 @@ def _leading_warnings(
         message = f"with leading spacing, sampling starts at timestep {first} of 1000, so the noise is not removed"
         yield warning(message, field="timestep_spacing", given=f"leading, {steps} steps")
 
-
+# %% ../../nbs/40_planning/05_schedules.ipynb #37836e6a
 def scheduler_warnings(request: GenerationRequest, manifest: ModelManifest) -> Iterator[RequestWarning]:
     "Numbers of steps with which a sampling method does not give an image."
     facts = scheduler_facts(asked_scheduler(request, manifest), manifest)

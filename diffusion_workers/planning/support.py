@@ -55,7 +55,7 @@ def may_be_empty(request: GenerationRequest) -> bool:
             return True
     return False
 
-
+# %% ../../nbs/40_planning/08_support.ipynb #30e9794d
 def check_prompt(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "Whether there is a prompt, and not too much of it."
     if not request.prompt.strip() and not may_be_empty(request):
@@ -164,7 +164,7 @@ def _check_family_fields(request: GenerationRequest, manifest: ModelManifest) ->
                 hint=_instead(field, record),
             )
 
-
+# %% ../../nbs/40_planning/08_support.ipynb #651bd26f
 def _check_pipeline_fields(
     request: GenerationRequest, record: Family, call: PipelineCall | None
 ) -> Iterator[ErrorDetail]:
@@ -226,7 +226,7 @@ def _check_has_pipeline(
         message = f"diffusers has no pipeline for {title}"
         yield error_detail(ErrorCode.unsupported_combination, message, field="controlnets", given=kind.value)
 
-
+# %% ../../nbs/40_planning/08_support.ipynb #14fb2cb9
 def check_support(
     request: GenerationRequest, manifest: ModelManifest, call: PipelineCall | None
 ) -> Iterator[ErrorDetail]:

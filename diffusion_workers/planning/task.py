@@ -49,7 +49,7 @@ def _task_hint(task: Task, manifest: ModelManifest) -> str | None:
     hint = manifest.record.instead.get("image")
     return _EDIT_HINT if hint is None and Task.edit in able else hint
 
-
+# %% ../../nbs/40_planning/04_task.ipynb #ba365034
 def _check_offered(task: Task, manifest: ModelManifest) -> Iterator[ErrorDetail]:
     "Whether the model is offered for a task."
     record = manifest.record
@@ -117,7 +117,7 @@ def _check_steps(
         )
         yield error_detail(ErrorCode.out_of_range, message, field="strength", given=strength, allowed=allowed)
 
-
+# %% ../../nbs/40_planning/04_task.ipynb #dacdc2b0
 def strength_warnings(strength: float | None, steps: int, made: int) -> Iterator[RequestWarning]:
     "A strength at which the image has no influence."
     if strength is not None and strength < 1 and made == steps:

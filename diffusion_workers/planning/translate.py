@@ -84,7 +84,7 @@ def _whole(text: str) -> int | str:
     plain = _plain_number(text).strip()
     return int(plain) if re.fullmatch("[0-9]{1,9}", plain) else text
 
-
+# %% ../../nbs/40_planning/11_translate.ipynb #6e6e20f6
 def _take(reader: _Reader, setting: Setting, path: str, value: Any = None) -> None:
     "Set a field from a text, or from a value that a text stands for; what it does not accept is lost."
     try:
@@ -134,7 +134,7 @@ def _offered(text: str, names: Sequence[str]) -> str | None:
 def _takes_distilled(model: ModelInfo | None) -> bool:
     return model is not None and FAMILIES[model.family].guidance.embedded_field is not None
 
-
+# %% ../../nbs/40_planning/11_translate.ipynb #6fef7734
 def _choose_model(reader: _Reader, settings: Sequence[Setting]) -> None:
     given = next((setting for setting in settings if setting.meaning == "model"), None)
     reader.distilled = any(setting.meaning == "distilled_cfg" for setting in settings)
@@ -218,7 +218,7 @@ def _takes_schedule(reader: _Reader, schedule: SigmaSchedule, scheduler: Schedul
     family = reader.family or reader.named_family
     return scheduler is not None and family is not None and has_schedule(schedule, family, scheduler)
 
-
+# %% ../../nbs/40_planning/11_translate.ipynb #606750c3
 def _read_schedule(reader: _Reader, setting: Setting, word: str, scheduler: SchedulerName | None) -> None:
     karras = scheduler in KARRAS_SCHEDULERS and scheduler != SchedulerName.flow_match_euler
     if word == "karras" and karras:
@@ -232,7 +232,7 @@ def _read_schedule(reader: _Reader, setting: Setting, word: str, scheduler: Sche
     if karras:  # also where the model's own setting is another
         reader.fields.setdefault("use_karras_sigmas", False)
 
-
+# %% ../../nbs/40_planning/11_translate.ipynb #42aaf8f7
 def _read_sampler(reader: _Reader, setting: Setting, schedule: Setting | None) -> None:
     scheduler, word = scheduler_of(setting.text)
     fitting = None if reader.family is None else reader.family.schedulers
@@ -274,7 +274,7 @@ def _lora_in_folder(reader: _Reader, name: str) -> str | None:  # a file that th
     files = [path if path.endswith(".safetensors") else f"{path}.safetensors" for path in paths]
     return next((file for file in files if folder_lora(file, folders)), None)
 
-
+# %% ../../nbs/40_planning/11_translate.ipynb #f419e46b
 def _read_lora(reader: _Reader, setting: Setting) -> None:
     value, entries = setting.value, reader.fields.get("loras", [])
     name = value["name"]
@@ -313,7 +313,7 @@ def _read_control(reader: _Reader, setting: Setting) -> None:
     reader.fields["controlnets"] = [*units, {"model": name} | _control_fields(reader, setting, path, given)]
     _need_image(reader, f"{path}.image")
 
-
+# %% ../../nbs/40_planning/11_translate.ipynb #e8920237
 def _control_fields(reader: _Reader, setting: Setting, path: str, given: dict[str, str]) -> dict[str, Any]:
     unit: dict[str, Any] = {}
     for key, text in given.items():
@@ -343,7 +343,7 @@ def _read_text(reader: _Reader, setting: Setting, path: str) -> None:
     elif setting.text:
         _take(reader, setting, path, setting.text)
 
-
+# %% ../../nbs/40_planning/11_translate.ipynb #da914174
 def _read_setting(reader: _Reader, setting: Setting) -> None:
     readers = {"seed": _read_seed, "size": _read_size, "clip_layer": _read_clip_layer, "control": _read_control}
     meaning = setting.meaning
@@ -371,7 +371,7 @@ def _read_together(reader: _Reader, first: dict[str, Setting | None]) -> None:
         _read_schedule(reader, schedule, schedule_of(schedule.text, None), None)
     _read_guidance(reader, first["cfg"], first["distilled_cfg"])
 
-
+# %% ../../nbs/40_planning/11_translate.ipynb #e9814ba5
 def _read_rest(reader: _Reader, settings: Sequence[Setting], first: dict[str, Setting | None]) -> None:
     loras = 0
     for setting in settings:
@@ -386,7 +386,7 @@ def _read_rest(reader: _Reader, settings: Sequence[Setting], first: dict[str, Se
         elif setting is not first[setting.meaning]:
             reader.lose(setting.name, setting.text, "it is given twice, the first one is kept")
 
-
+# %% ../../nbs/40_planning/11_translate.ipynb #210c70d5
 def from_settings(
     settings: Sequence[Setting],  # of another program
     models: ModelList | None = None,  # what is offered; None takes any model and LoRA

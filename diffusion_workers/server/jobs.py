@@ -106,7 +106,7 @@ def result_bytes(result: OpResult) -> int:
     "How much memory a result takes: its images, its plan and all other text, as JSON."
     return len(result.model_dump_json(exclude_none=True))
 
-
+# %% ../../nbs/70_server/01_jobs.ipynb #f50d2b0f
 _REMEMBERED = 10_000  # ids of dropped jobs
 
 

@@ -153,7 +153,7 @@ def size_arguments(asked: SizeConditioning | None) -> dict[str, tuple[int, int]]
         "crops_coords_top_left": (asked.crop_top, asked.crop_left)
     }
 
-
+# %% ../../nbs/60_service/04_render.ipynb #d76e2dcb
 _NUMBERS = ("true_cfg_scale", "guidance_rescale", "eta", "max_sequence_length")
 
 
@@ -342,7 +342,7 @@ def spatial_latents(
         return unpacked[:, :, 0] if layout.frames else unpacked
     return latents
 
-
+# %% ../../nbs/60_service/04_render.ipynb #6d8e6130
 def packed_latents(
     pipe,
     latents: torch.Tensor,  # (B, C, H/8, W/8)
@@ -400,7 +400,7 @@ def looking(
 
     return look
 
-
+# %% ../../nbs/60_service/04_render.ipynb #74ae68b6
 def previewer_for(
     factory: PipelineFactory,
     plan: GenerationPlan,
@@ -455,7 +455,7 @@ def _encoded(pipe, plan: GenerationPlan, embeddings: Sequence[Embedding]) -> Pla
         message = f"{exc.message}, at character {exc.position + 1} of what a step sees"
         raise request_error(ErrorCode.unsupported_combination, message, field="prompt", hint=exc.hint) from exc
 
-
+# %% ../../nbs/60_service/04_render.ipynb #0d97581b
 def encoded_embeds(
     pipe,
     plan: GenerationPlan,  # whose prompts are not plain
@@ -531,7 +531,7 @@ def _texts(
                 room -= 0 if row.chat is None else chat_tokens(tokenizer, row.chat)
                 yield negative + row.field, tokenizer, text, room
 
-
+# %% ../../nbs/60_service/04_render.ipynb #43693ce0
 def text_notes(pipe, plan: GenerationPlan) -> list[RequestWarning]:
     "What the text encoders cannot take; raises a `RequestError` when more layers are skipped than there are."
     layers = getattr(pipe.text_encoder.config, "num_hidden_layers", None)
@@ -575,7 +575,7 @@ def skipping_encoder(
 
     return view_of(encoder, forward)
 
-
+# %% ../../nbs/60_service/04_render.ipynb #70c21b34
 @contextmanager
 def use_clip_skip(pipe: DiffusionPipeline, layers: int) -> Iterator[None]:
     "Encode prompts and negative prompts without the last layers of CLIP, inside the block."
@@ -601,7 +601,7 @@ def _refiner_timesteps(scheduler: SchedulerMixin, plan: GenerationPlan, point: f
     train = scheduler.config.num_train_timesteps
     return scheduler.timesteps[scheduler.timesteps < round(train - point * train)]
 
-
+# %% ../../nbs/60_service/04_render.ipynb #850b9f09
 def after_second_order(scheduler: SchedulerMixin, plan: GenerationPlan) -> float:
     "Where the refiner starts after a base model whose last second-order step has had its first call alone."
     left = _refiner_timesteps(scheduler, plan, switch_point(plan))
@@ -661,7 +661,7 @@ def _on_device(arguments: dict[str, Any], factory: PipelineFactory) -> dict[str,
     embeds = {name: value for name, value in arguments.items() if name.endswith("prompt_embeds")}
     return arguments | {name: placed(value) for name, value in embeds.items()}
 
-
+# %% ../../nbs/60_service/04_render.ipynb #1cb3713d
 def chunk_of(plan: GenerationPlan, first: int, size: int) -> GenerationPlan:
     "The plan of some of its images."
     last = first + size
@@ -673,7 +673,7 @@ def variation_of(plan: GenerationPlan) -> tuple[list[int] | None, float | None]:
     "The variation seeds to mix in, and how much of them; a complete variation is the other seed itself."
     return (None, None) if plan.subseed_strength in (None, 1) else (plan.subseeds, plan.subseed_strength)
 
-
+# %% ../../nbs/60_service/04_render.ipynb #2d645276
 def planned_loras(
     plan: GenerationPlan,
     entries: Sequence[LoraEntry],  # the files of plan.loras, as planning found them
@@ -710,7 +710,7 @@ def _applied(
     ):
         yield run
 
-
+# %% ../../nbs/60_service/04_render.ipynb #bb6ce4e5
 def _tokens_of_references(factory: PipelineFactory, plan: GenerationPlan, prepared: Prepared) -> torch.Tensor | None:
     "The reference images as a part of the prompt; None where the denoiser sees them beside the noise."
     if not prepared.references or _beside_noise(plan):
@@ -822,7 +822,7 @@ def with_environment(
     )
     return plan.model_copy(update={"environment": environment, "warnings": [*(plan.warnings or []), *notes] or None})
 
-
+# %% ../../nbs/60_service/04_render.ipynb #6f322a81
 def generated_image(image: Image.Image, plan: GenerationPlan, index: int) -> GeneratedImage:
     "An image as it goes over the wire, with its receipt inside if that is wanted."
     size = batch_size(plan)

@@ -375,7 +375,7 @@ def one_of(
         hint=f"did you mean {near}?" if near else None,
     )
 
-
+# %% ../../nbs/60_service/11_service.ipynb #7e078ea5
 def check_controlnets(manifest: ModelManifest, names: Sequence[str]) -> None:
     "A `RequestError` for a name that is not a ControlNet of the model."
     for index, name in enumerate(names):
@@ -388,7 +388,7 @@ def check_controlnets(manifest: ModelManifest, names: Sequence[str]) -> None:
                 allowed=", ".join(manifest.controlnets) or "none",
             )
 
-
+# %% ../../nbs/60_service/11_service.ipynb #0db2a0d7
 def chosen_scheduler(
     scheduler: SchedulerName | str | OwnScheduler | None,  # None is the model's default
     registered: Mapping[str, OwnScheduler],  # by name
