@@ -133,7 +133,9 @@ def check_task(
     request: GenerationRequest, manifest: ModelManifest, steps: int, strength: float | None, call: PipelineCall | None
 ) -> Iterator[ErrorDetail]:
     "Whether image, mask, strength and steps make sense together."
-    yield from _check_offered(plan_task(request), manifest)
+    task = plan_task(request)
+    if task != Task.text_to_image or not request.expected_references:  # an edit without its images is another error
+        yield from _check_offered(task, manifest)
     yield from _check_needs_image(request, manifest.record)
     yield from _check_steps(steps, strength, manifest, call)
 
