@@ -168,6 +168,7 @@ def _check_block_scales(lora: Lora, field: str, manifest: ModelManifest) -> Iter
             given=", ".join(lora.block_scales),
             hint="set scale",
         )
+        return
     for name in lora.block_scales or ():
         if not _is_block(name):
             yield error_detail(

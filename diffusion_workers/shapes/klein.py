@@ -713,7 +713,7 @@ def role_loss(
 
 
 class TokenReader(torch.nn.Module):
-    "Reads from a transformer that is being trained what its references show, what their roles are, and what it will draw."
+    "Reads from a transformer in training what its references show, which roles they have, and what it will draw."
 
     def __init__(self, transformer: Flux2Transformer2DModel, config: KleinTrainingConfig):
         super().__init__()
