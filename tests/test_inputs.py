@@ -31,6 +31,8 @@ def url(service: DiffusionService) -> Iterator[str]:
 
 def expected(request: GenerationRequest) -> Task:
     "What a request does, by what it brings along."
+    if request.reference_images:
+        return Task.edit
     return Task.inpainting if request.mask_image else Task.image_to_image if request.image else Task.text_to_image
 
 

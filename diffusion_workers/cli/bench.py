@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import add_json_option
 from ..request.errors import request_error
-from ez_diffusion_client.models import ErrorCode
+from ez_diffusion_client.models import ErrorCode, Task
 
 if TYPE_CHECKING:
     from diffusion_workers.benchmark.benchmark import Adherence, BenchmarkResult
@@ -67,14 +67,17 @@ def check_adherence(
     manifest: "ModelManifest",
 ) -> None:
     "Refuse a model whose images the scorer cannot read, before anything is measured."
-    if manifest.vocabulary is not None:
+    scored = [
+        name for name, other in models.manifests.items() if other.vocabulary and Task.text_to_image in other.tasks
+    ]
+    if manifest.name in scored:
         return
     raise request_error(
         ErrorCode.unsupported_combination,
-        "the scorer reads images of colored shapes, which this model was not trained on",
+        "the scorer reads colored shapes that a caption asks for, and this model does not draw them",
         field="--adherence",
         given=manifest.name,
-        allowed=", ".join(name for name, other in models.manifests.items() if other.vocabulary),
+        allowed=", ".join(scored),
         hint="leave --adherence out, or choose another --model",
     )
 
