@@ -257,7 +257,7 @@ _NO_LORAS = {
     r"^model\.diffusion_model\.|^first_stage_model\.|^cond_stage_model\.": "a whole checkpoint",
     r"^(?:encoder|decoder)\.(?:down|up|mid|conv)|quant_conv\.": "a VAE",
     r"^(?:unet\.)?(?:down_blocks|time_embedding|conv_in)\.|^(?:single_)?transformer_blocks\.|^double_blocks\.": (
-        "a whole UNet or transformer"
+        "a whole U-Net or transformer"
     ),
     r"^(?:text_model\.)?(?:encoder|embeddings)\.|^shared\.weight$": "a text encoder",
 }

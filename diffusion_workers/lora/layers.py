@@ -398,7 +398,7 @@ class LoraLayer(nn.Module):
 
 # %% ../../nbs/51_lora/04_layers.ipynb #ac503cd1
 def block_names(
-    path: str,  # of a module in a UNet
+    path: str,  # of a module in a U-Net
 ) -> tuple[str, ...]:  # the longest first; none for what lies outside of the blocks
     "The names by which `block_scales` can mean a module."
     found = re.match(r"(down|up)_blocks\.(\d+)(?:\.(?:attentions|resnets)\.(\d+))?", path)
@@ -414,7 +414,7 @@ def _check_blocks(pipe: DiffusionPipeline, asked: Mapping[str, float], field: st
         hint = "leave it out; scale works"
         raise request_error(
             ErrorCode.unsupported_combination,
-            "block_scales are for models with a UNet, and this one has none",
+            "block_scales are for models with a U-Net, and this one has none",
             field=field,
             hint=hint,
         )
@@ -423,7 +423,7 @@ def _check_blocks(pipe: DiffusionPipeline, asked: Mapping[str, float], field: st
         hint = "down.1 is unet.down_blocks[1], down.1.0 its first layer"
         raise request_error(
             ErrorCode.not_one_of,
-            "the UNet has no such block",
+            "the U-Net has no such block",
             field=field,
             given=", ".join(unknown),
             allowed=", ".join(allowed),

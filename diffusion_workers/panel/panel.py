@@ -527,13 +527,13 @@ def fit_to_model(
     own_schedulers: Iterable[str] = (),  # names that were registered in Python
 ) -> None:
     "Show the defaults and the choices of a model, and hide what has no effect with it."
-    for name, field in planned_fields(form).items():
-        field.show_default(getattr(info, name) if name in _FROM_MODEL else field.info.default)
     if "profile" in form.fields:
         profiles = [profile.name for profile in info.profiles or () if profile.name != "exact"]
         form.fields["profile"].offer(["exact", *profiles])
     if (family := FAMILIES.get(info.family)) is not None:
         offer_choices(form, family, own_schedulers)
+    for name, field in planned_fields(form).items():  # last: new choices reset the default
+        field.show_default(getattr(info, name) if name in _FROM_MODEL else field.info.default)
     show_fitting(form, info)
 
 # %% ../../nbs/73_panel/11_panel.ipynb #11b00003

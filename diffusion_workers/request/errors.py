@@ -347,13 +347,28 @@ _MESSAGES = {  # in place of pydantic's
 }
 
 
+_LENGTH_WORDS = {"min_length": "needs at least", "max_length": "takes at most"}
+
+
+def _length_message(error: ErrorDetails) -> str:  # of a text or a list that is too short or too long
+    bound = "max_length" if "max_length" in error["ctx"] else "min_length"
+    limit = error["ctx"][bound]
+    kind, one, many = ("text", "character", "characters")
+    if not error["type"].startswith("string"):
+        kind, one, many = ("list", "entry", "entries")
+    return f"the {kind} {_LENGTH_WORDS[bound]} {limit:,} {one if limit == 1 else many}"
+
+
 def _message(code: ErrorCode, error: ErrorDetails) -> str:
     is_name = isinstance(error["input"], str) or code == ErrorCode.not_a_finite_number
     if code in _MESSAGES and is_name:
         return _MESSAGES[code]
+    if code in (ErrorCode.too_short, ErrorCode.too_long):
+        return _length_message(error)
     return error["msg"][0].lower() + error["msg"][1:]
 
 
+# %% ../../nbs/10_request/01_errors.ipynb #34c69b09
 def _detail(model: type[BaseModel], error: ErrorDetails) -> ErrorDetail:  # one pydantic error in our words
     location = _location(error)
     code = _error_code(location, error["type"], error["input"])
@@ -432,7 +447,7 @@ def parse(
     try:
         return model.model_validate(data)
     except ValidationError as exc:
-        mistakes = exc.errors(include_url=False, include_context=False)[:MAX_ERRORS]
+        mistakes = exc.errors(include_url=False)[:MAX_ERRORS]
         found = [_detail(model, error) for error in mistakes]
         raise RequestError(list({(e.field, e.code): e for e in found}.values())) from None
 

@@ -17,6 +17,7 @@ import {
   applies,
   dryRun,
   edit,
+  editsOnly,
   form,
   items,
   model,
@@ -223,7 +224,7 @@ function StartImage({ known }: { known: Schema }) {
   return (
     <Section
       title="Image and mask"
-      note={mask ? 'inpainting' : image ? 'image to image' : value('reference_images') ? 'edit' : 'text to image'}
+      note={mask ? 'inpainting' : image ? 'image to image' : value('reference_images') || editsOnly.value ? 'edit' : 'text to image'}
       paths={['image', 'mask_image', 'strength', 'inpaint', 'resize_mode']}
       open={image !== undefined}
     >

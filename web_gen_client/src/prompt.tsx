@@ -5,7 +5,7 @@ import { createPrompt, type PromptHandle } from '../../diffusion_workers/element
 import { Wrap } from './fields';
 import { isObject, type Json } from './paths';
 import { label, type Schema } from './schema';
-import { client, dryRun, edit, form, model, value } from './state';
+import { client, dryRun, edit, editsOnly, form, model, value } from './state';
 
 const READ_DELAY_MS = 300;
 type Name = 'prompt' | 'negative_prompt';
@@ -24,6 +24,10 @@ function completionsOf(info: ModelInfo | null, name: Name): Completion[] {
   for (const [lora, words] of Object.entries(info?.trigger_words ?? {}))
     found.push(...all('trigger', words, `trigger word of ${lora}`));
   return [...found, ...all('lora', info?.loras, 'LoRA'), ...all('style', info?.styles, 'style')];
+}
+
+function promptPlaceholder(): string {
+  return editsOnly.value ? 'Say what to change' : 'Describe the image';
 }
 
 /** A LoRA or a style that was chosen from the completions becomes an entry of the request. */
@@ -91,7 +95,7 @@ function PromptArea({ name, rows, attributes }: AreaProps) {
     made.area.setAttribute('aria-invalid', String(attributes['aria-invalid']));
     made.area.dataset['path'] = attributes['data-path'];
     made.set('rows', rows);
-    made.set('placeholder', name === 'prompt' ? 'Describe the image' : (dryRun.value?.negative_prompt ?? ''));
+    made.set('placeholder', name === 'prompt' ? promptPlaceholder() : (dryRun.value?.negative_prompt ?? ''));
     made.set('names', completionsOf(model.value, name));
     made.set('with_syntax', syntax === 'a1111');
     made.set('value', text);

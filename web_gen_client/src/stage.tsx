@@ -14,6 +14,7 @@ import { pathInWords } from './schema';
 import {
   connectionError,
   edit,
+  editsOnly,
   form,
   itemAt,
   items,
@@ -92,7 +93,7 @@ function Live() {
     <div class="frame empty">
       <div class="welcome">
         <p class="large">
-          Describe the image
+          {editsOnly.value ? 'Add a reference image, say what to change' : 'Describe the image'}
           <span class="keys">
             , and press <kbd>Ctrl</kbd> <kbd>Enter</kbd>
           </span>

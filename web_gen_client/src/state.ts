@@ -92,6 +92,12 @@ export function value(path: string): Json | undefined {
   return get(form.value, path);
 }
 
+/** Whether the chosen model only changes images, and draws none from text alone. */
+export const editsOnly = computed(() => {
+  const tasks = model.value?.tasks;
+  return Boolean(tasks?.includes('edit') && !tasks.includes('text_to_image'));
+});
+
 /** Whether a field means something to the chosen model; one that is set is shown all the same. */
 export function applies(name: string): boolean {
   return value(name) !== undefined || !model.value?.unused_fields?.includes(name);
