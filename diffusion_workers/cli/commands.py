@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from diffusion_workers.service.service import DiffusionService
     from diffusion_workers.settings.service import Settings
 
-# %% ../../nbs/80_cli/05_commands.ipynb #02e85f03
+# %% ../../nbs/80_cli/05_commands.ipynb #83b0784a
 EXIT_CODES = {
     OpStatus.success: 0,
     OpStatus.internal_error: 1,
@@ -88,7 +88,7 @@ EXIT_CODES = {
     OpStatus.cancelled: 130,
 }
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #02e85f03
 def fail(
     result: OpResult,
     arguments: argparse.Namespace | None = None,  # as far as they are known
@@ -254,6 +254,18 @@ def _report(result: OpResult, paths: Sequence[Path], maps: Sequence[Path], argum
     for path, found in zip(maps, made.control_maps or [], strict=True):
         print(f"{path}  {found.width} x {found.height}, the map of control {found.unit}")
 
+# %% ../../nbs/80_cli/05_commands.ipynb #df84d954
+def _deliver(result: OpResult, output: Output, arguments: argparse.Namespace) -> None:
+    "Write the images of a result, and report them."
+    if output.is_stdout:
+        write_to_stdout(result)
+        if not arguments.quiet:
+            print_warnings(result, arguments)
+        return
+    made = generation_of(result)
+    paths = write_images(result, planned_paths(output, made.plan), output)
+    _report(result, paths, write_maps(result, paths[0]), arguments)
+
 # %% ../../nbs/80_cli/05_commands.ipynb #ab061214
 def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
     "Generate images and write them."
@@ -267,14 +279,7 @@ def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
     result = _generate(arguments, request, output)
     if not result.ok:
         return fail(result, arguments)
-    if output.is_stdout:
-        write_to_stdout(result)
-        if not arguments.quiet:
-            print_warnings(result, arguments)
-        return 0
-    made = generation_of(result)
-    paths = write_images(result, planned_paths(output, made.plan), output)
-    _report(result, paths, write_maps(result, paths[0]), arguments)
+    _deliver(result, output, arguments)
     return 0
 
 # %% ../../nbs/80_cli/05_commands.ipynb #921f0994
@@ -379,6 +384,15 @@ def add_models_options(parser: argparse.ArgumentParser) -> None:
   diffusion-workers models --models my-manifests/ --json
   diffusion-workers models --url http://127.0.0.1:8000"""
 
+# %% ../../nbs/80_cli/05_commands.ipynb #61aed7f1
+def _model_line(model: ModelInfo, default: str | None) -> str:
+    "A model in one line; * marks the default."
+    mark = "*" if model.name == default else " "
+    family = model.family.value if model.kind == "standard" else f"{model.family.value} {model.kind.value}"
+    size = f"{model.width}x{model.height:<6}"
+    about = ", ".join(filter(None, [model.title, availability_note(model)]))
+    return f"{mark} {model.name:20} {family:6} {size} {model.source:36} {about}"
+
 # %% ../../nbs/80_cli/05_commands.ipynb #aa244ba0
 def command_models(arguments: argparse.Namespace) -> int:  # the exit code
     "List the models."
@@ -394,30 +408,26 @@ def command_models(arguments: argparse.Namespace) -> int:  # the exit code
         print(listed.model_dump_json(indent=2, exclude_none=True))
     else:
         for model in listed.models:
-            mark = "*" if model.name == listed.default else " "
-            family = model.family.value if model.kind == "standard" else f"{model.family.value} {model.kind.value}"
-            size = f"{model.width}x{model.height:<6}"
-            about = ", ".join(filter(None, [model.title, availability_note(model)]))
-            print(f"{mark} {model.name:20} {family:6} {size} {model.source:36} {about}")
+            print(_model_line(model, listed.default))
             for line in _addon_lines(store[model.name], model) if store is not None else _remote_addon_lines(model):
                 print(line)
     for name, error in store.errors.items() if store is not None else ():
         print(f"diffusion-workers: {name} cannot be used: {error}", file=sys.stderr)
     return 0
 
+# %% ../../nbs/80_cli/05_commands.ipynb #9fc2e2a7
+def _parameter_facts(parameter: Any) -> dict:  # of a preprocessor, as JSON
+    return {
+        "name": parameter.name,
+        "default": parameter.default,
+        "allowed": parameter.allowed,
+        "low": parameter.low,
+        "high": parameter.high,
+        "meaning": parameter.meaning,
+    }
+
 # %% ../../nbs/80_cli/05_commands.ipynb #da670321
 def _preprocessor_facts(row: Any, weights: str) -> dict:  # a row of the table, as JSON
-    parameters = [
-        {
-            "name": parameter.name,
-            "default": parameter.default,
-            "allowed": parameter.allowed,
-            "low": parameter.low,
-            "high": parameter.high,
-            "meaning": parameter.meaning,
-        }
-        for parameter in row.parameters
-    ]
     return {
         "name": row.name,
         "title": row.title,
@@ -428,7 +438,7 @@ def _preprocessor_facts(row: Any, weights: str) -> dict:  # a row of the table, 
         "needs_mask": row.needs_mask,
         "needs_weights": bool(row.files),
         "weights": weights,
-        "parameters": parameters,
+        "parameters": [_parameter_facts(parameter) for parameter in row.parameters],
     }
 
 # %% ../../nbs/80_cli/05_commands.ipynb #2c08abf5
@@ -477,7 +487,7 @@ def command_preprocessors(arguments: argparse.Namespace) -> int:  # the exit cod
         print("\n".join(line for row in facts for line in _preprocessor_lines(row)))
     return 0
 
-# %% ../../nbs/80_cli/05_commands.ipynb #1c88e1d4
+# %% ../../nbs/80_cli/05_commands.ipynb #97797584
 PREPROCESS_OPTIONS = {  # option -> the field of a `PreprocessRequest`
     "--preprocessor": ("preprocessing", "name"),
     "--resolution": ("preprocessing", "resolution"),
@@ -487,7 +497,7 @@ PREPROCESS_OPTIONS = {  # option -> the field of a `PreprocessRequest`
     "--mask": ("mask_image",),
 }
 
-
+# %% ../../nbs/80_cli/05_commands.ipynb #1c88e1d4
 def add_preprocess_options(parser: argparse.ArgumentParser) -> None:
     "The options of `preprocess`."
     parser.description = "Run a ControlNet preprocessor on an image, and write its control map."
@@ -519,9 +529,22 @@ def _preprocess_request(arguments: argparse.Namespace) -> PreprocessRequest:
     add_fields(fields, arguments)
     return parse(PreprocessRequest, fields)
 
+# %% ../../nbs/80_cli/05_commands.ipynb #151e4526
+def _map_device(arguments: argparse.Namespace, row: Any, settings: "Settings") -> str:
+    "Where a preprocessor runs; a `RequestError` where its weights are missing."
+    from diffusion_workers.control.detectors import find_weights
+
+    if not row.detector:
+        return "cpu"
+    find_weights(row, settings.annotator_folders)  # before torch is imported
+    with status_line("loading PyTorch ...", arguments):
+        from diffusion_workers.pipeline.loading import pick_device
+
+        return str(pick_device(arguments.device or settings.device))
+
 # %% ../../nbs/80_cli/05_commands.ipynb #05c00010
 def _map_here(arguments: argparse.Namespace, request: PreprocessRequest) -> OpResult:
-    from diffusion_workers.control.detectors import PreprocessorStore, find_weights
+    from diffusion_workers.control.detectors import PreprocessorStore
     from diffusion_workers.control.preprocessors import PREPROCESSORS
     from diffusion_workers.planning.inputs import plan_map
     from diffusion_workers.request.images import to_image_string
@@ -530,13 +553,7 @@ def _map_here(arguments: argparse.Namespace, request: PreprocessRequest) -> OpRe
     check_device(arguments.device)
     planned = plan_map(request)
     settings, preprocessing = Settings.from_environment(), planned.request.preprocessing
-    row, device = PREPROCESSORS[preprocessing.name], "cpu"
-    if row.detector:
-        find_weights(row, settings.annotator_folders)  # before torch is imported
-        with status_line("loading PyTorch ...", arguments):
-            from diffusion_workers.pipeline.loading import pick_device
-
-            device = str(pick_device(arguments.device or settings.device))
+    device = _map_device(arguments, PREPROCESSORS[preprocessing.name], settings)
     store = PreprocessorStore(settings.annotator_folders, device)
     made = store.run(
         preprocessing, planned.image, planned.width, planned.height, planned.request.resize_mode, planned.mask
@@ -545,6 +562,17 @@ def _map_here(arguments: argparse.Namespace, request: PreprocessRequest) -> OpRe
         image=to_image_string(made), preprocessor=preprocessing.name, width=made.width, height=made.height
     )
     return OpResult(status=OpStatus.success, control_map=found)
+
+# %% ../../nbs/80_cli/05_commands.ipynb #8970964c
+def _report_map(result: OpResult, path: Path, arguments: argparse.Namespace) -> None:
+    "Print where a control map was written, or its result as JSON."
+    found = present(result.control_map)
+    if arguments.json:
+        facts = result.model_dump(mode="json", exclude_none=True)
+        facts["control_map"]["image"] = str(path)
+        print(json.dumps(facts, indent=2))
+    elif not arguments.quiet:
+        print(f"{path}  {found.width} x {found.height}, {found.preprocessor}")
 
 # %% ../../nbs/80_cli/05_commands.ipynb #db71891c
 def command_preprocess(arguments: argparse.Namespace) -> int:  # the exit code
@@ -564,13 +592,7 @@ def command_preprocess(arguments: argparse.Namespace) -> int:  # the exit code
     if output.is_stdout:
         sys.stdout.buffer.write(image_data(found.image))
         return 0
-    path = save_map(found, paths[0])
-    if arguments.json:
-        facts = result.model_dump(mode="json", exclude_none=True)
-        facts["control_map"]["image"] = str(path)
-        print(json.dumps(facts, indent=2))
-    elif not arguments.quiet:
-        print(f"{path}  {found.width} x {found.height}, {found.preprocessor}")
+    _report_map(result, save_map(found, paths[0]), arguments)
     return 0
 
 # %% ../../nbs/80_cli/05_commands.ipynb #37b6eba8

@@ -237,6 +237,22 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:  # the argu
         raise _unknown_option([wrong], None)
     return make_parser().parse_known_args(argv)
 
+# %% ../../nbs/80_cli/10_main.ipynb #7453bf2c
+def _carry_out(arguments: argparse.Namespace) -> int:  # the exit code
+    "Run a command, and report the exception that ends it."
+    try:
+        _check_prompt(arguments)
+        return COMMANDS[arguments.command].run(arguments)
+    except KeyboardInterrupt:
+        print("diffusion-workers: cancelled", file=sys.stderr)
+        return EXIT_CODES[OpStatus.cancelled]
+    except BrokenPipeError:
+        return 0
+    except Exception as exc:
+        if type(exc).__name__ in ("SettingsError", "ManifestError"):
+            return fail(failure(request_error(ErrorCode.wrong_type, str(exc))), arguments)
+        return fail(failure(exc), arguments)
+
 # %% ../../nbs/80_cli/10_main.ipynb #0d4b97c4
 def main(
     argv: Sequence[str] | None = None,  # None takes those of the process
@@ -252,15 +268,4 @@ def main(
         return fail(failure(_unknown_option(unknown, arguments.command)), as_json)
     level = logging.INFO if getattr(arguments, "verbose", False) else logging.CRITICAL
     logging.basicConfig(level=level, format="%(name)s: %(message)s", stream=sys.stderr)
-    try:
-        _check_prompt(arguments)
-        return COMMANDS[arguments.command].run(arguments)
-    except KeyboardInterrupt:
-        print("diffusion-workers: cancelled", file=sys.stderr)
-        return EXIT_CODES[OpStatus.cancelled]
-    except BrokenPipeError:
-        return 0
-    except Exception as exc:
-        if type(exc).__name__ in ("SettingsError", "ManifestError"):
-            return fail(failure(request_error(ErrorCode.wrong_type, str(exc))), arguments)
-        return fail(failure(exc), arguments)
+    return _carry_out(arguments)

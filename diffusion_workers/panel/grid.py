@@ -190,11 +190,34 @@ def table_html(
         body += f"<tr><th scope='row'>{html.escape(label)}</th>{row}</tr>"
     return f"{title}<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
-# %% ../../nbs/73_panel/09_grid.ipynb #f5535906
+# %% ../../nbs/73_panel/09_grid.ipynb #7b99ed96
 _GAP = 8  # pixels between cells
 _HEADER = 44  # pixels above the cells of a table: its title and the labels of its columns
 
 
+def _draw_table(
+    sheet: Image.Image,
+    table: GridTable,
+    places: Sequence[int],  # of the columns, in pixels from the left
+    top: int,
+    cell_height: int,
+    font: Any,
+) -> int:  # where the next table begins
+    "Draw a table on a sheet."
+    pen = ImageDraw.Draw(sheet)
+    pen.text((4, top + 4), table.title, fill="black", font=font)
+    for x, label in zip(places, table.columns):
+        pen.text((x, top + 24), label, fill="black", font=font)
+    top += _HEADER
+    for label, row in table.rows:
+        pen.text((4, top + cell_height // 2 - 8), label, fill="black", font=font)
+        for x, cell in zip(places, row):
+            if cell.image is not None:
+                sheet.paste(cell.image.convert("RGB"), (x, top))
+        top += cell_height + _GAP
+    return top
+
+# %% ../../nbs/73_panel/09_grid.ipynb #f5535906
 def tables_image(tables: Sequence[GridTable]) -> Image.Image:
     "Tables below each other as one image; a `ValueError` where there is no image yet."
     cells = [cell for table in tables for _, row in table.rows for cell in row]
@@ -209,19 +232,9 @@ def tables_image(tables: Sequence[GridTable]) -> Image.Image:
     places = [left + sum(widths[:index]) for index in range(len(widths))]
     height = sum(_HEADER + len(table.rows) * (cell_height + _GAP) for table in tables)
     sheet = Image.new("RGB", (left + sum(widths) + _GAP, height), "white")
-    pen = ImageDraw.Draw(sheet)
     top = 0
     for table in tables:
-        pen.text((4, top + 4), table.title, fill="black", font=font)
-        for x, label in zip(places, table.columns):
-            pen.text((x, top + 24), label, fill="black", font=font)
-        top += _HEADER
-        for label, row in table.rows:
-            pen.text((4, top + cell_height // 2 - 8), label, fill="black", font=font)
-            for x, cell in zip(places, row):
-                if cell.image is not None:
-                    sheet.paste(cell.image.convert("RGB"), (x, top))
-            top += cell_height + _GAP
+        top = _draw_table(sheet, table, places, top, cell_height, font)
     return sheet
 
 # %% ../../nbs/73_panel/09_grid.ipynb #c0d50902
@@ -283,6 +296,24 @@ class GridView(anywidget.AnyWidget):
         for start in range(0, len(self._cells), 8):
             self.show_cells(self._cells[start : start + 8])
 
+# %% ../../nbs/73_panel/09_grid.ipynb #374c9249
+def _settings_of_plan(
+    plan: GenerationPlan,
+    varied: set[str],  # fields that an axis changes
+) -> dict[str, Any]:
+    "The settings of a plan under short names, without those that vary."
+    own = {
+        "model": plan.model,
+        "width": plan.width,
+        "height": plan.height,
+        "steps": plan.num_inference_steps,
+        "guidance": plan.guidance_scale,
+        "scheduler": None if plan.scheduler is None else plan.scheduler.class_name.removesuffix("Scheduler"),
+        "seed": plan.seeds[0],
+    }
+    fields = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+    return {name: value for name, value in own.items() if fields.get(name, name) not in varied | {"seeds"}}
+
 # %% ../../nbs/73_panel/09_grid.ipynb #09a00013
 def shared_settings(
     cells: Sequence[GridCell],
@@ -295,18 +326,7 @@ def shared_settings(
     if PROMPT_REPLACE not in varied and "prompt" not in varied:
         found["prompt"] = cells[0].request.prompt
     if None not in plans:
-        first = plans[0]
-        own = {
-            "model": first.model,
-            "width": first.width,
-            "height": first.height,
-            "steps": first.num_inference_steps,
-            "guidance": first.guidance_scale,
-            "scheduler": None if first.scheduler is None else first.scheduler.class_name.removesuffix("Scheduler"),
-            "seed": first.seeds[0],
-        }
-        fields = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
-        found |= {name: value for name, value in own.items() if fields.get(name, name) not in varied | {"seeds"}}
+        found |= _settings_of_plan(plans[0], varied)
     else:
         given = cells[0].request.model_dump(mode="json", exclude_none=True, exclude_unset=True)
         hidden = {"image", "mask_image", "reference_images", "expected_references", "controlnets", "prompt"}
@@ -710,6 +730,13 @@ class Grid(_PlannedImages):
         if self._on_cell is not None:
             self._on_cell(self, cell)
 
+# %% ../../nbs/73_panel/09_grid.ipynb #69ab461c
+def _outlook(made: Grid) -> str:  # in one line
+    seconds = made.seconds_left()
+    steps = f", {made.steps} steps" if made.steps else ""
+    duration = "no estimate before the first image" if seconds is None else f"about {max(seconds, 1):.0f} s"
+    return f"{len(made.cells)} images{steps}; {duration}"
+
 # %% ../../nbs/73_panel/09_grid.ipynb #fb8d5ece
 def grid(
     request: GenerationRequest | Mapping[str, Any],
@@ -727,10 +754,7 @@ def grid(
             raise request_error(ErrorCode.too_short, "an axis needs a value", field=axis.field)
     stop_on_interrupt()
     made = Grid(parse(GenerationRequest, request), axes, generate)
-    seconds = made.seconds_left()
-    steps = f", {made.steps} steps" if made.steps else ""
-    duration = "no estimate before the first image" if seconds is None else f"about {max(seconds, 1):.0f} s"
-    print(f"{len(made.cells)} images{steps}; {duration}")
+    print(_outlook(made))
     if start:
         made.start()
     return made

@@ -536,6 +536,28 @@ def fit_to_model(
         field.show_default(getattr(info, name) if name in _FROM_MODEL else field.info.default)
     show_fitting(form, info)
 
+# %% ../../nbs/73_panel/11_panel.ipynb #48d50211
+def _lost_setting(
+    path: str,
+    given: Any,
+    shown: Any,  # in its place
+    references_problem: str,  # as for `lost_settings`
+) -> LostSetting | None:  # None for another encoding of the same images
+    "A setting that a form does not show as it was given, with the reason."
+    if path == FIELD:
+        if len(shown or ()) == len(given):
+            return None
+        given, reason = f"{len(given)} images", references_problem
+    elif path.rpartition(".")[2] in IMAGE_FIELDS:
+        if shown:
+            return None
+        given, reason = None, "this image cannot be shown: give it again"
+    elif shown is None:
+        reason = "it is not offered here, so the default takes its place"
+    else:
+        reason = f"{shown} takes its place"
+    return LostSetting(name=path, given=None if given is None else str(given), reason=reason)
+
 # %% ../../nbs/73_panel/11_panel.ipynb #11b00003
 def lost_settings(
     values: Mapping[str, Any],  # of the request
@@ -543,22 +565,9 @@ def lost_settings(
     references_problem: str,  # why not all reference images are shown
 ) -> list[LostSetting]:
     "The settings of a request that a form does not show, each with the reason."
-    found = []
-    for path, given, shown in not_shown(values, held):
-        if path == FIELD:
-            if len(shown or ()) == len(given):  # another encoding of the same images
-                continue
-            given, reason = f"{len(given)} images", references_problem
-        elif path.rpartition(".")[2] in IMAGE_FIELDS:
-            if shown:  # another encoding of the same image
-                continue
-            given, reason = None, "this image cannot be shown: give it again"
-        elif shown is None:
-            reason = "it is not offered here, so the default takes its place"
-        else:
-            reason = f"{shown} takes its place"
-        found.append(LostSetting(name=path, given=None if given is None else str(given), reason=reason))
-    return found
+    differing = not_shown(values, held)
+    found = (_lost_setting(path, given, shown, references_problem) for path, given, shown in differing)
+    return [lost for lost in found if lost is not None]
 
 # %% ../../nbs/73_panel/11_panel.ipynb #f3da590c
 def lost_line(lost: LostSetting) -> str:
@@ -1005,6 +1014,22 @@ def _settings_given(service: Any) -> str:  # as an argument; empty where they ar
     given = [f"{name}={_plain(value)}" for name, value in fields.items() if value != getattr(Settings(), name)]
     return f"Settings({', '.join(given)})"
 
+# %% ../../nbs/73_panel/11_panel.ipynb #51354e92
+def _adopting_lines(
+    imports: Iterable[str],  # of the service and its settings
+    model: str,  # the name of the pipeline in the service
+    pipe: Any,
+    device: str,
+    settings: str,  # as of `_settings_given`
+) -> str:
+    "A service that is made from a loaded pipeline."
+    name = type(pipe).__name__
+    place = str(pipe.config.get("_name_or_path") or "the folder or repository of the pipeline")
+    loaded = f"pipe = {name}.from_pretrained({place!r}).to({device!r})"
+    call = ", ".join(["pipe", repr(model), *([f"settings={settings}"] if settings else [])])
+    made = f"service = DiffusionService.from_pipeline({call})"
+    return "\n".join([*imports, f"from diffusers import {name}", "", loaded, made])
+
 # %% ../../nbs/73_panel/11_panel.ipynb #85b1e1f3
 def _service_lines(service: Any) -> tuple[str, str]:  # as for `setup_lines`
     "A service with the settings, device and loaded pipelines of this one."
@@ -1020,13 +1045,7 @@ def _service_lines(service: Any) -> tuple[str, str]:  # as for `setup_lines`
 
     if len(held) == 1:
         [(model, pipe)] = held.items()
-        imports.append(f"from diffusers import {type(pipe).__name__}")
-        place = str(pipe.config.get("_name_or_path") or "the folder or repository of the pipeline")
-        loaded = f"pipe = {type(pipe).__name__}.from_pretrained({place!r}).to({str(service.device)!r})"
-        call = ", ".join(["pipe", repr(model), *([f"settings={settings}"] if settings else [])])
-        return "\n".join(
-            [*imports, "", loaded, f"service = DiffusionService.from_pipeline({call})"]
-        ), "service.generate("
+        return _adopting_lines(imports, model, pipe, str(service.device), settings), "service.generate("
     if str(service.device) != str(pick_device(service.settings.device)):
         arguments.append(f"device={str(service.device)!r}")
     return "\n".join([*imports, "", f"service = DiffusionService({', '.join(arguments)})"]), "service.generate("
@@ -1185,15 +1204,12 @@ def _settings(name: str, value: Any) -> str:
 def _warning_line(warning: RequestWarning) -> str:
     return f"{path_label(warning.field)}: {warning.message}" if warning.field else warning.message
 
-# %% ../../nbs/73_panel/11_panel.ipynb #c143a014
-def outlook(
-    result: OpResult,  # of a plan
-    scheduler: str | None = None,  # the name of one that takes the place of the plan's
-) -> str:  # HTML
-    "What Generate will do, in one line, with the settings that have no effect."
-    plan = result.plan
-    if plan is None:
-        return ""
+# %% ../../nbs/73_panel/11_panel.ipynb #c2f09a64
+def _plan_words(
+    plan: GenerationPlan,
+    scheduler: str | None = None,  # as for `outlook`
+) -> list[str]:
+    "What a plan makes, in words."
     count = len(plan.seeds)
     parts = [plan.task.value.replace("_", " "), "1 image" if count == 1 else f"{count} images"]
     parts += [f"{plan.width} × {plan.height}", f"{plan.denoising_steps} steps"]
@@ -1205,7 +1221,18 @@ def outlook(
         parts.append(_settings("step cache", plan.step_cache))
     if plan.acceleration is not None:
         parts.append(_settings("acceleration", plan.acceleration))
-    lines = [f"Will generate: {', '.join(parts)}", *map(_warning_line, result.warnings or [])]
+    return parts
+
+# %% ../../nbs/73_panel/11_panel.ipynb #c143a014
+def outlook(
+    result: OpResult,  # of a plan
+    scheduler: str | None = None,  # the name of one that takes the place of the plan's
+) -> str:  # HTML
+    "What Generate will do, in one line, with the settings that have no effect."
+    plan = result.plan
+    if plan is None:
+        return ""
+    lines = [f"Will generate: {', '.join(_plan_words(plan, scheduler))}", *map(_warning_line, result.warnings or [])]
     return "".join(f"<div>{html.escape(line)}</div>" for line in lines)
 
 # %% ../../nbs/73_panel/11_panel.ipynb #dd861184

@@ -268,6 +268,17 @@ def _guider_conflicts(request: GenerationRequest, method: GuiderMethod) -> Itera
     if request.acceleration is not None and request.acceleration.torch_compile and method in UNCOMPILED:
         yield "it changes layers that are compiled", "leave out acceleration.torch_compile or guider"
 
+# %% ../../nbs/40_planning/03_acceleration.ipynb #baa47f02
+def _check_guider_fields(guider: GuiderOptions) -> Iterator[ErrorDetail]:
+    "Whether the method of a guider uses each field that is set."
+    method = guider.method
+    for name in GuiderOptions.model_fields:
+        if name != "method" and name not in GUIDER_FIELDS[method] and getattr(guider, name) is not None:
+            message = f"the method {method.value} does not use {name}"
+            hint = f"leave it out; {method.value} uses " + ", ".join(GUIDER_FIELDS[method])
+            given, code = getattr(guider, name), ErrorCode.unsupported_combination
+            yield error_detail(code, message, field=f"guider.{name}", given=given, hint=hint)
+
 # %% ../../nbs/40_planning/03_acceleration.ipynb #3ac55789
 def check_guider(
     request: GenerationRequest,
@@ -282,12 +293,7 @@ def check_guider(
         message = f"a model of the family {record.name.value} has no {method.value}"
         yield refused(message, allowed=", ".join(record.guiders))
         return
-    for name in GuiderOptions.model_fields:
-        if name != "method" and name not in GUIDER_FIELDS[method] and getattr(guider, name) is not None:
-            message = f"the method {method.value} does not use {name}"
-            hint = f"leave it out; {method.value} uses " + ", ".join(GUIDER_FIELDS[method])
-            given, code = getattr(guider, name), ErrorCode.unsupported_combination
-            yield error_detail(code, message, field=f"guider.{name}", given=given, hint=hint)
+    yield from _check_guider_fields(guider)
     if method in (GuiderMethod.apg, GuiderMethod.cfg_zero_star) and not guided:
         yield refused(f"there is no guidance to refine: {record.guidance.needed} has to be above 1")
     for message, hint in _guider_conflicts(request, method):

@@ -93,6 +93,25 @@ def pick_net(
         return next(iter(manifest.controlnets))
     return next((name for name, entry in manifest.controlnets.items() if takes(entry, unit, manifest.family)), None)
 
+# %% ../../nbs/40_planning/02_controls.ipynb #13792380
+def _mode_number(
+    unit: ControlNetUnit,
+    entry: ControlNetEntry,  # of a union ControlNet that has mode numbers
+    family: ModelFamily,
+) -> int:
+    "The number of the mode that a unit asks for; a `ValueError` where it is not known, or the file lacks it."
+    table, mode = union_table(entry, family), asked_mode(unit)
+    if mode is None and unit.preprocessing and unit.preprocessing.name:
+        mode = infer_union_mode(unit.preprocessing.name, table)
+    modes = learnt_modes(entry, family)
+    allowed = ", ".join(f"{name} ({number})" for name, number in modes.items())
+    if mode is None:
+        raise ValueError(f"the kind of the map is not known: set union_mode to {allowed}")
+    number = union_mode_number(table, mode)
+    if number not in modes.values():
+        raise ValueError(f"this ControlNet was not trained on {mode}; it was trained on {allowed}")
+    return number
+
 # %% ../../nbs/40_planning/02_controls.ipynb #85ce31d9
 def pick_mode(
     unit: ControlNetUnit,
@@ -104,20 +123,9 @@ def pick_mode(
         if unit.union_mode is not None:
             raise ValueError("this ControlNet is not a union ControlNet: leave union_mode out")
         return None
-    table = union_table(entry, family)
-    if not union_modes(table):
+    if not union_modes(union_table(entry, family)):
         return None
-    mode = asked_mode(unit)
-    if mode is None and unit.preprocessing and unit.preprocessing.name:
-        mode = infer_union_mode(unit.preprocessing.name, table)
-    modes = learnt_modes(entry, family)
-    allowed = ", ".join(f"{name} ({number})" for name, number in modes.items())
-    if mode is None:
-        raise ValueError(f"the kind of the map is not known: set union_mode to {allowed}")
-    number = union_mode_number(table, mode)
-    if number not in modes.values():
-        raise ValueError(f"this ControlNet was not trained on {mode}; it was trained on {allowed}")
-    return number
+    return _mode_number(unit, entry, family)
 
 # %% ../../nbs/40_planning/02_controls.ipynb #b8964dcf
 def active_steps(
@@ -169,16 +177,33 @@ def _check_controlnet(unit: ControlNetUnit, at: str, manifest: ModelManifest) ->
     except ValueError as exc:
         yield error_detail(ErrorCode.not_one_of, str(exc), field=f"{at}.union_mode", given=asked_mode(unit))
 
-# %% ../../nbs/40_planning/02_controls.ipynb #bf9a4ad6
-def check_unit(
-    unit: ControlNetUnit,
-    at: str,  # such as "controlnets[0]"
-    manifest: ModelManifest,
-) -> Iterator[ErrorDetail]:
-    "The validation errors of one unit."
-    refused = partial(error_detail, ErrorCode.unsupported_combination)
-    if unit.preprocessing is not None:
-        yield from check_preprocessing(unit.preprocessing, f"{at}.preprocessing")
+# %% ../../nbs/40_planning/02_controls.ipynb #48e9b930
+def _no_union(unit: ControlNetUnit, at: str, manifest: ModelManifest) -> ErrorDetail:
+    "The error about a union mode in a family without union ControlNets."
+    return error_detail(
+        ErrorCode.unsupported_combination,
+        f"there is no union ControlNet for the family {manifest.family.value}",
+        field=f"{at}.union_mode",
+        given=asked_mode(unit),
+        allowed="families " + ", ".join(name for name, family in FAMILIES.items() if family.controls.union_class),
+        hint="leave it out, and name a ControlNet for that kind of map",
+    )
+
+
+def _no_control_mode(unit: ControlNetUnit, at: str, manifest: ModelManifest) -> ErrorDetail:
+    "The error about a control mode that the ControlNets of a family do not have."
+    return error_detail(
+        ErrorCode.unsupported_combination,
+        f"ControlNets of {manifest.record.title} have no control mode",
+        field=f"{at}.control_mode",
+        given=unit.control_mode.value,
+        allowed=", ".join(manifest.record.controls.modes),
+        hint="change conditioning_scale",
+    )
+
+# %% ../../nbs/40_planning/02_controls.ipynb #d3898770
+def _check_unit_window(unit: ControlNetUnit, at: str) -> Iterator[ErrorDetail]:
+    "Whether a control begins before it ends."
     if unit.guidance_start >= unit.guidance_end:
         message, allowed = (
             "the control ends before it begins",
@@ -186,26 +211,25 @@ def check_unit(
         )
         given, code = unit.guidance_start, ErrorCode.out_of_range
         yield error_detail(code, message, field=f"{at}.guidance_start", given=given, allowed=allowed)
+
+# %% ../../nbs/40_planning/02_controls.ipynb #bf9a4ad6
+def check_unit(
+    unit: ControlNetUnit,
+    at: str,  # such as "controlnets[0]"
+    manifest: ModelManifest,
+) -> Iterator[ErrorDetail]:
+    "The validation errors of one unit."
+    if unit.preprocessing is not None:
+        yield from check_preprocessing(unit.preprocessing, f"{at}.preprocessing")
+    yield from _check_unit_window(unit, at)
     if manifest.kind != ModelKind.standard:
         return
     controls = manifest.record.controls
     if controls.union_class is None and unit.union_mode is not None:
-        yield refused(
-            f"there is no union ControlNet for the family {manifest.family.value}",
-            field=f"{at}.union_mode",
-            given=asked_mode(unit),
-            allowed="families " + ", ".join(name for name, family in FAMILIES.items() if family.controls.union_class),
-            hint="leave it out, and name a ControlNet for that kind of map",
-        )
+        yield _no_union(unit, at, manifest)
         return
     if unit.control_mode not in controls.modes:
-        yield refused(
-            f"ControlNets of {manifest.record.title} have no control mode",
-            field=f"{at}.control_mode",
-            given=unit.control_mode.value,
-            allowed=", ".join(controls.modes),
-            hint="change conditioning_scale",
-        )
+        yield _no_control_mode(unit, at, manifest)
     yield from _check_controlnet(unit, at, manifest)
 
 # %% ../../nbs/40_planning/02_controls.ipynb #e5cca26b
@@ -321,15 +345,21 @@ class ControlFacts:
     images: Mapping[int, PlannedImage] = field(default_factory=dict)
     masks: Mapping[int, PlannedImage] = field(default_factory=dict)
 
-# %% ../../nbs/40_planning/02_controls.ipynb #70a4e02f
-def _plan_unit(
-    unit: ControlNetUnit, manifest: ModelManifest, image: PlannedImage, mask: PlannedImage | None
-) -> PlannedControl:
+# %% ../../nbs/40_planning/02_controls.ipynb #a4b518c0
+def _net_and_mode(unit: ControlNetUnit, manifest: ModelManifest) -> tuple[str, int | None]:
+    "The ControlNet of a unit, or the model where it takes the map itself, and the number of a union mode."
     name, mode = manifest.name, None
     if manifest.kind != ModelKind.control:
         name = pick_net(unit, manifest)
     if manifest.kind == ModelKind.standard:
         mode = pick_mode(unit, manifest.controlnets[name], manifest.family)
+    return name, mode
+
+# %% ../../nbs/40_planning/02_controls.ipynb #70a4e02f
+def _plan_unit(
+    unit: ControlNetUnit, manifest: ModelManifest, image: PlannedImage, mask: PlannedImage | None
+) -> PlannedControl:
+    name, mode = _net_and_mode(unit, manifest)
     preprocessing = unit.preprocessing and unit.preprocessing.model_copy(
         update={"parameters": preprocessing_parameters(unit.preprocessing) or None}
     )

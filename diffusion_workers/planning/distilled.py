@@ -6,7 +6,7 @@
 __all__ = ['apply_distilled', 'check_distilled', 'is_distilled_plan']
 
 # %% ../../nbs/40_planning/07_distilled.ipynb #bf2b3bb0
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..families.schedulers import SCHEDULER_FACTS
@@ -39,20 +39,27 @@ def _unset(field: str, request: GenerationRequest, manifest: ModelManifest, of_l
     set_by_manifest = not of_lora and own not in (None, manifest.record.defaults.get(field))
     return getattr(request, field) is None and not set_by_manifest
 
-# %% ../../nbs/40_planning/07_distilled.ipynb #c00b8da9
-def _distilled_settings(
+# %% ../../nbs/40_planning/07_distilled.ipynb #4bbd082d
+def _usual_settings(
     distilled: Distilled, request: GenerationRequest, manifest: ModelManifest, of_lora: bool
 ) -> dict[str, Any]:
-    "The settings that nobody has set: neither the request with its profile, nor the manifest of a distilled model."
+    "The steps, the guidance and the scheduler of a distillation, as far as nobody has set them."
     scheduler = next((name for name in distilled.schedulers if name in manifest.record.schedulers), None)
     wanted: dict[str, Any] = {
         "num_inference_steps": steps_for_strength(distilled.num_inference_steps, request, manifest),
         "guidance_scale": distilled.guidance_scale,
         "scheduler": scheduler,
     }
-    chosen = {
+    return {
         name: value for name, value in wanted.items() if value is not None and _unset(name, request, manifest, of_lora)
     }
+
+# %% ../../nbs/40_planning/07_distilled.ipynb #c00b8da9
+def _distilled_settings(
+    distilled: Distilled, request: GenerationRequest, manifest: ModelManifest, of_lora: bool
+) -> dict[str, Any]:
+    "The settings that nobody has set: neither the request with its profile, nor the manifest of a distilled model."
+    chosen = _usual_settings(distilled, request, manifest, of_lora)
     name = chosen.get("scheduler") or asked_scheduler(request, manifest)
     running = SCHEDULER_FACTS.get(name) if name else None
     listed = request.sigmas or request.timesteps
@@ -85,6 +92,25 @@ def _distilled_misfits(
         if used != distilled.timestep_spacing:
             yield "timestep_spacing", used, distilled.timestep_spacing.value
 
+# %% ../../nbs/40_planning/07_distilled.ipynb #d18d7f6a
+def _text(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def _distilled_notes(
+    cause: str,  # such as "the LoRA lcm is distilled (LCM)"
+    taken: dict[str, Any],  # field -> the setting that was taken over
+    misfits: Iterable[tuple[str, Any, str]],  # field, what is set, what fits
+) -> list[RequestWarning]:
+    "A warning for each setting that was taken over, and for each that does not fit."
+    notes = [
+        warning(f"{cause}: its usual setting is used", field=name, used=_text(value)) for name, value in taken.items()
+    ]
+    notes += [
+        warning(f"{cause} and made for {fitting}", field=name, given=_text(given)) for name, given, fitting in misfits
+    ]
+    return notes
+
 # %% ../../nbs/40_planning/07_distilled.ipynb #11aefafe
 def apply_distilled(
     request: GenerationRequest,  # with its profile applied
@@ -99,20 +125,9 @@ def apply_distilled(
         return request, []
     of = f"the LoRA {lora}" if lora else f"the model {manifest.name}"
     chosen = _distilled_settings(distilled, request, manifest, lora is not None)
-    notes = [
-        warning(f"{of} is distilled ({distilled.title}): its usual setting is used", field=name, used=_text(value))
-        for name, value in chosen.items()
-    ]
     request = request.model_copy(update=chosen)
-    notes += [
-        warning(f"{of} is distilled ({distilled.title}) and made for {fitting}", field=name, given=_text(given))
-        for name, given, fitting in _distilled_misfits(distilled, request, manifest)
-    ]
-    return request, notes
-
-
-def _text(value: Any) -> Any:
-    return getattr(value, "value", value)
+    misfits = _distilled_misfits(distilled, request, manifest)
+    return request, _distilled_notes(f"{of} is distilled ({distilled.title})", chosen, misfits)
 
 # %% ../../nbs/40_planning/07_distilled.ipynb #9695f206
 def check_distilled(request: GenerationRequest, manifest: ModelManifest) -> Iterator[ErrorDetail]:

@@ -173,6 +173,22 @@ class Inputs:
         masks = {index: image_facts(decoded) for index, decoded in self.control_masks.items()}
         return ControlFacts(images, masks)
 
+# %% ../../nbs/40_planning/10_inputs.ipynb #25de18f2
+def _decode_controls(
+    request: GenerationRequest, policy: ImagePolicy
+) -> tuple[dict[int, DecodedImage], dict[int, DecodedImage]]:
+    "The images of the enabled units and their masks, by the index of the unit."
+    controls: dict[int, DecodedImage] = {}
+    masks: dict[int, DecodedImage] = {}
+    for index, unit in enabled_units(request).items():
+        background = "black" if unit.preprocessing is None else "white"  # maps are drawn in light on black
+        at = f"controlnets[{index}].image"
+        controls[index] = decode_image(unit.image, field=at, policy=policy, background=background)
+    for index, unit in enabled_units(request).items():
+        if unit.mask_image:
+            masks[index] = decode_mask(unit.mask_image, field=f"controlnets[{index}].mask_image", policy=policy)
+    return controls, masks
+
 # %% ../../nbs/40_planning/10_inputs.ipynb #c09db7ed
 def decode_inputs(
     request: GenerationRequest,
@@ -182,14 +198,7 @@ def decode_inputs(
     policy = policy.for_request(request.timeout_seconds)
     image = None if request.image is None else decode_image(request.image, policy=policy)
     mask = None if request.mask_image is None else decode_mask(request.mask_image, policy=policy)
-    controls, masks = {}, {}
-    for index, unit in enabled_units(request).items():
-        background = "black" if unit.preprocessing is None else "white"  # maps are drawn in light on black
-        at = f"controlnets[{index}].image"
-        controls[index] = decode_image(unit.image, field=at, policy=policy, background=background)
-    for index, unit in enabled_units(request).items():
-        if unit.mask_image:
-            masks[index] = decode_mask(unit.mask_image, field=f"controlnets[{index}].mask_image", policy=policy)
+    controls, masks = _decode_controls(request, policy)
     references = tuple(
         decode_image(text, field=f"reference_images[{index}]", policy=policy)
         for index, text in enumerate(image_strings(request))
@@ -254,6 +263,28 @@ def _naming_models(models: Iterable[ModelManifest]) -> Iterator[None]:
             ]
         ) from None
 
+# %% ../../nbs/40_planning/10_inputs.ipynb #6af7aa73
+def _plan_decoded(
+    request: GenerationRequest,  # with its prompts drawn
+    manifest: ModelManifest,
+    inputs: Inputs,  # the decoded images
+    loras: tuple[ResolvedLora | None, ...],
+    random_seed: int,
+    written: GenerationRequest,  # before its prompts were drawn
+) -> GenerationPlan:
+    "The plan of a request, from facts about its inputs."
+    return make_plan(
+        request,
+        manifest,
+        image=inputs.image and image_facts(inputs.image),
+        mask_image=inputs.mask_image and image_facts(inputs.mask_image),
+        reference_images=[image_facts(decoded) for decoded in inputs.references],
+        controls=inputs.control_facts,
+        loras=loras,
+        random_seed=random_seed,
+        written=written,
+    )
+
 # %% ../../nbs/40_planning/10_inputs.ipynb #7e4cc503
 def plan_request(
     request: GenerationRequest,
@@ -269,17 +300,7 @@ def plan_request(
         request = read_prompts(with_syntax(request, manifest), manifest, plan_seeds(request, random_seed)[0])
     resolved = resolve_loras(request, manifest)
     with _naming_models(models):
-        plan = make_plan(
-            request,
-            manifest,
-            image=inputs.image and image_facts(inputs.image),
-            mask_image=inputs.mask_image and image_facts(inputs.mask_image),
-            reference_images=[image_facts(decoded) for decoded in inputs.references],
-            controls=inputs.control_facts,
-            loras=resolved,
-            random_seed=random_seed,
-            written=written,
-        )
+        plan = _plan_decoded(request, manifest, inputs, resolved, random_seed, written)
     warnings = [*(plan.warnings or []), *inputs.warnings, *_mask_warnings(plan, inputs)]
     plan = plan.model_copy(update={"warnings": warnings or None, "custom": list(_custom_parts(plan, manifest)) or None})
     inputs = replace(inputs, loras=resolved, embeddings=planned_embeddings(plan, manifest))

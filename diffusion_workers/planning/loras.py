@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_WEIGHT_NAME', 'hub_lora', 'folder_lora', 'resolve_lora', 'lora_file', 'ResolvedLora', 'resolve_loras',
-           'check_loras', 'lora_warnings', 'plan_loras', 'lora_source', 'with_lora_hashes', 'changed_loras']
+           'check_loras', 'lora_warnings', 'lora_source', 'plan_loras', 'with_lora_hashes', 'changed_loras']
 
 # %% ../../nbs/40_planning/01_loras.ipynb #c08bd4b3
 import hashlib
@@ -179,6 +179,24 @@ def _check_block_scales(lora: Lora, field: str, manifest: ModelManifest) -> Iter
                 allowed="down, mid, up, a block such as up.0, or a layer of one such as up.0.1",
             )
 
+# %% ../../nbs/40_planning/01_loras.ipynb #0788a722
+def _check_name(lora: Lora, found: ResolvedLora | None, field: str, manifest: ModelManifest) -> Iterator[ErrorDetail]:
+    "Whether the model offers a LoRA, and its file can be read."
+    if found is None:
+        near = nearest_name(lora.name, list(manifest.loras))
+        yield error_detail(
+            ErrorCode.unknown_lora,
+            "the model offers no such LoRA",
+            field=field,
+            given=lora.name,
+            allowed=_offered(manifest),
+            hint=f"did you mean {near}?" if near else None,
+        )
+    elif found.problem is not None:
+        code = ErrorCode.unknown_lora if found.entry.sha256 is None else ErrorCode.model_unavailable
+        hint = "check that the file is there and can be read, and that sha256 in the manifest is its hash"
+        yield error_detail(code, found.problem, field=field, given=lora.name, hint=hint)
+
 # %% ../../nbs/40_planning/01_loras.ipynb #6db4dd2a
 def check_loras(
     request: GenerationRequest,
@@ -187,21 +205,7 @@ def check_loras(
 ) -> Iterator[ErrorDetail]:
     "Whether the model offers the LoRAs, their files can be read, and their scales fit the family."
     for index, (lora, found) in enumerate(zip(request.loras or (), resolved, strict=True)):
-        field = f"loras[{index}].name"
-        if found is None:
-            near = nearest_name(lora.name, list(manifest.loras))
-            yield error_detail(
-                ErrorCode.unknown_lora,
-                "the model offers no such LoRA",
-                field=field,
-                given=lora.name,
-                allowed=_offered(manifest),
-                hint=f"did you mean {near}?" if near else None,
-            )
-        elif found.problem is not None:
-            code = ErrorCode.unknown_lora if found.entry.sha256 is None else ErrorCode.model_unavailable
-            hint = "check that the file is there and can be read, and that sha256 in the manifest is its hash"
-            yield error_detail(code, found.problem, field=field, given=lora.name, hint=hint)
+        yield from _check_name(lora, found, f"loras[{index}].name", manifest)
         yield from _check_block_scales(lora, f"loras[{index}].block_scales", manifest)
 
 # %% ../../nbs/40_planning/01_loras.ipynb #e73fcac1
@@ -219,6 +223,12 @@ def lora_warnings(
                 given=lora.name,
                 used=", ".join(words),
             )
+
+# %% ../../nbs/40_planning/01_loras.ipynb #e7ac27ad
+def lora_source(entry: LoraEntry) -> str:  # such as "file:ink.safetensors" or "hub:owner/name/ink.safetensors"
+    "Where a LoRA comes from, without the folders of this machine."
+    source = entry.source.describe()
+    return f"{source}/{entry.weight_name}" if entry.weight_name else source
 
 # %% ../../nbs/40_planning/01_loras.ipynb #3f7859d5
 def plan_loras(
@@ -240,12 +250,6 @@ def plan_loras(
             )
         )
     return planned or None
-
-
-def lora_source(entry: LoraEntry) -> str:  # such as "file:ink.safetensors" or "hub:owner/name/ink.safetensors"
-    "Where a LoRA comes from, without the folders of this machine."
-    source = entry.source.describe()
-    return f"{source}/{entry.weight_name}" if entry.weight_name else source
 
 # %% ../../nbs/40_planning/01_loras.ipynb #08912511
 def with_lora_hashes(

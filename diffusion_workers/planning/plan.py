@@ -343,6 +343,26 @@ def _draw_prompts(
     except RequestError as exc:
         return request, manifest, exc.errors
 
+# %% ../../nbs/40_planning/09_plan.ipynb #807ad65a
+def _checked_draft(
+    request: GenerationRequest,
+    manifest: ModelManifest,
+    image: PlannedImage | None,
+    reference_images: Sequence[PlannedImage],
+    loras: Sequence[ResolvedLora | None] | None,
+    random_seed: int,
+) -> _Draft:
+    "The draft of a request; raises a `RequestError` with all mistakes."
+    request = with_listed_steps(with_syntax(request, manifest))
+    request, manifest, broken = _draw_prompts(request, manifest, plan_seeds(request, random_seed)[0])
+    loras = resolve_loras(request, manifest, read_files=False) if loras is None else loras
+    draft = _make_draft(request, manifest, image, reference_images, loras)
+    request, call = draft.request, draft.call
+    problems = find_problems(request, manifest, draft.size, call, loras, broken, draft.offered, draft.references)
+    if problems:
+        raise RequestError(problems)
+    return draft
+
 # %% ../../nbs/40_planning/09_plan.ipynb #6ada05d4
 def _plan_settings(draft: _Draft) -> dict[str, Any]:
     "The fields of a plan that are those of the request, completed where they have parts."
@@ -363,6 +383,37 @@ def _plan_settings(draft: _Draft) -> dict[str, Any]:
         "output": request.output or OutputOptions(),
     }
 
+# %% ../../nbs/40_planning/09_plan.ipynb #3b0795ad
+def _plan_model(draft: _Draft) -> dict[str, Any]:
+    "The fields of a plan about its model, its pipeline and its size."
+    manifest = draft.manifest
+    return {
+        "model": manifest.name,
+        "model_source": manifest.source.describe(),
+        "manifest_sha256": manifest.sha256,
+        "family": manifest.family,
+        "task": draft.task,
+        "control_kind": draft.kind,
+        "pipeline_class": draft.call.class_name,
+        "width": draft.size[0],
+        "height": draft.size[1],
+    }
+
+# %% ../../nbs/40_planning/09_plan.ipynb #3ef5d124
+def _plan_prompts(
+    draft: _Draft,
+    written: GenerationRequest,  # the request before its prompts were drawn
+    written_default: str | None,  # the manifest's negative prompt before it was drawn
+    made: int,  # steps that run
+) -> tuple[dict[str, Any], list[RequestWarning]]:
+    "The fields of a plan about its prompts and their embeddings, and the warnings about the embeddings."
+    request, manifest = draft.request, draft.manifest
+    texts = _plan_texts(request, manifest, draft.call)
+    embeddings = named_embeddings(filter(None, texts.values()), made, usable_names(request, draft.offered))
+    told = _plan_syntax(request, written, written_default if texts["negative_prompt"] else None)
+    fields = texts | told | {"embeddings": plan_embeddings(embeddings, draft.offered)}
+    return fields, list(embedding_warnings(embeddings, manifest))
+
 # %% ../../nbs/40_planning/09_plan.ipynb #e94c5b1a
 def make_plan(
     request: GenerationRequest,  # checked against the specification
@@ -378,35 +429,17 @@ def make_plan(
 ) -> GenerationPlan:
     "Decide everything that decides the pixels; raises a `RequestError` with all mistakes."
     written, written_default = written or request, manifest.defaults.negative_prompt
-    request = with_listed_steps(with_syntax(request, manifest))
-    request, manifest, broken = _draw_prompts(request, manifest, plan_seeds(request, random_seed)[0])
-    loras = resolve_loras(request, manifest, read_files=False) if loras is None else loras
-    draft = _make_draft(request, manifest, image, reference_images, loras)
-    request, call = draft.request, draft.call
-    problems = find_problems(request, manifest, draft.size, call, loras, broken, draft.offered, draft.references)
-    if problems:
-        raise RequestError(problems)
-    sampling, guidance = _plan_sampling(draft), _plan_guidance(request, manifest, call)
-    texts = _plan_texts(request, manifest, call)
-    names = usable_names(request, draft.offered)
-    embeddings = named_embeddings(filter(None, texts.values()), sampling["denoising_steps"], names)
-    notes = [*_plan_warnings(draft, image, sampling, guidance), *embedding_warnings(embeddings, manifest)]
+    draft = _checked_draft(request, manifest, image, reference_images, loras, random_seed)
+    request, manifest = draft.request, draft.manifest
+    sampling, guidance = _plan_sampling(draft), _plan_guidance(request, manifest, draft.call)
+    prompts, prompt_notes = _plan_prompts(draft, written, written_default, sampling["denoising_steps"])
+    notes = [*_plan_warnings(draft, image, sampling, guidance), *prompt_notes]
     return GenerationPlan(
         plan_version=PLAN_VERSION,
-        model=manifest.name,
-        model_source=manifest.source.describe(),
-        manifest_sha256=manifest.sha256,
-        family=manifest.family,
-        task=draft.task,
-        control_kind=draft.kind,
-        pipeline_class=call.class_name,
-        **texts,
-        **_plan_syntax(request, written, written_default if texts["negative_prompt"] else None),
-        embeddings=plan_embeddings(embeddings, draft.offered),
+        **_plan_model(draft),
+        **prompts,
         **guidance,
         **_plan_family_fields(request, manifest),
-        width=draft.size[0],
-        height=draft.size[1],
         **sampling,
         seeds=plan_seeds(request, random_seed),
         subseeds=plan_subseeds(request, random_seed),
@@ -495,6 +528,18 @@ def _replayed_unit(plan: GenerationPlan, index: int, images: dict[str, str]) -> 
     unit = control.model_dump(exclude={"image", "mask_image"}, exclude_none=True) | images
     return {name: value for name, value in unit.items() if (name, value) != ("model", plan.model)}
 
+# %% ../../nbs/40_planning/09_plan.ipynb #46c066f1
+def _replayed_fields(plan: GenerationPlan) -> dict[str, Any]:
+    "The fields that a request has in common with a plan, its variation seed and its profile."
+    files = {"loras": {"__all__": {"source", "sha256"}}}  # which file a name stood for, is not part of a request
+    told = plan.model_dump(include=set(_REPLAYED), exclude=files)
+    fields = {name: value for name, value in told.items() if value is not None}
+    if plan.subseeds:
+        fields["subseed"] = plan.subseeds[0]
+    if plan.profile is not None or is_distilled_plan(plan):
+        fields["profile"] = EXACT  # the settings are in the plan
+    return fields
+
 # %% ../../nbs/40_planning/09_plan.ipynb #79e4b1c8
 def request_from_plan(
     plan: GenerationPlan,
@@ -507,13 +552,7 @@ def request_from_plan(
     ),  # index of a control -> its `image` and `mask_image`, as in a request
 ) -> GenerationRequest:
     "The request that regenerates the images of a plan."
-    files = {"loras": {"__all__": {"source", "sha256"}}}  # which file a name stood for, is not part of a request
-    told = plan.model_dump(include=set(_REPLAYED), exclude=files)
-    fields = {name: value for name, value in told.items() if value is not None}
-    if plan.subseeds:
-        fields["subseed"] = plan.subseeds[0]
-    if plan.profile is not None or is_distilled_plan(plan):
-        fields["profile"] = EXACT  # the settings are in the plan
+    fields = _replayed_fields(plan)
     record = FAMILIES[plan.family]
     takes = record.call_named(plan.pipeline_class).takes
     fields |= _replayed_scheduler(plan) | _replayed_texts(plan, record)

@@ -37,6 +37,18 @@ def planned_weights(
     given = _given_weights(request)
     return given if given is not None and len(given) == count else [1 / count] * count
 
+# %% ../../nbs/40_planning/06_references.ipynb #2b0c96da
+def _unmatched_weights(weights: Sequence[float], count: int) -> ErrorDetail:
+    "The error about weights that are not as many as the reference images."
+    return error_detail(
+        ErrorCode.out_of_range,
+        "reference_weights needs one weight for each of reference_images",
+        field="reference_weights",
+        given=f"{len(weights)} weights for {count} images",
+        allowed=f"{count} weights" if count else "none, without reference_images",
+        hint="leave it out for equal shares",
+    )
+
 # %% ../../nbs/40_planning/06_references.ipynb #8b7f9045
 def _check_weights(request: GenerationRequest, limits: References) -> Iterator[ErrorDetail]:
     "Whether there is a weight for each reference image, and not every one is 0."
@@ -44,14 +56,7 @@ def _check_weights(request: GenerationRequest, limits: References) -> Iterator[E
     if weights is None or not limits.weighted or len(request.expected_references or ()) > count:
         return
     if len(weights) != count:
-        yield error_detail(
-            ErrorCode.out_of_range,
-            "reference_weights needs one weight for each of reference_images",
-            field="reference_weights",
-            given=f"{len(weights)} weights for {count} images",
-            allowed=f"{count} weights" if count else "none, without reference_images",
-            hint="leave it out for equal shares",
-        )
+        yield _unmatched_weights(weights, count)
     elif not sum(weights):
         yield error_detail(
             ErrorCode.out_of_range,
@@ -132,6 +137,33 @@ def edit_size_warnings(
             used=f"{size[0]} x {size[1]}",
         )
 
+# %% ../../nbs/40_planning/06_references.ipynb #e038ec9c
+def _check_reference_count(count: int, manifest: ModelManifest, call: PipelineCall) -> Iterator[ErrorDetail]:
+    "Whether the pipeline takes so many reference images, and the manifest allows them."
+    most = manifest.limits.reference_images(call.references)
+    if count > most:
+        name = manifest.record.title if most == call.references else manifest.name
+        yield error_detail(
+            ErrorCode.out_of_range,
+            f"{name} takes fewer reference images for {call.task.value}",
+            field="reference_images",
+            given=f"{count} images",
+            allowed=f"at most {most}",
+        )
+
+# %% ../../nbs/40_planning/06_references.ipynb #f8b72254
+def _check_reference_shape(
+    index: int, reference: PlannedReference, limits: References, title: str
+) -> Iterator[ErrorDetail]:
+    "Whether a reference image is not too small or too long for the family."
+    at, given = f"reference_images[{index}]", f"{reference.width} x {reference.height}"
+    if min(reference.width, reference.height) < limits.min_side:
+        message, allowed = f"the image is too small for {title}", f"sides of at least {limits.min_side} pixels"
+        yield error_detail(ErrorCode.size_over_limit, message, field=at, given=given, allowed=allowed)
+    elif max(reference.width, reference.height) > limits.max_aspect * min(reference.width, reference.height):
+        message, allowed = f"the image is too long for {title}", f"sides of at most {limits.max_aspect:g} to 1"
+        yield error_detail(ErrorCode.size_over_limit, message, field=at, given=given, allowed=allowed)
+
 # %% ../../nbs/40_planning/06_references.ipynb #2acf8b45
 def check_references(
     request: GenerationRequest,
@@ -140,29 +172,13 @@ def check_references(
     references: Sequence[PlannedReference],
 ) -> Iterator[ErrorDetail]:
     "Whether the reference images are not too many, too small or too long for the family."
-    limits, title = manifest.record.references.get(manifest.kind), manifest.record.title
-    count = len(request.reference_images or ())
+    limits = manifest.record.references.get(manifest.kind)
     if limits is None or call is None:
         return
-    most = manifest.limits.reference_images(call.references)
-    if count > most:
-        name = title if most == call.references else manifest.name
-        yield error_detail(
-            ErrorCode.out_of_range,
-            f"{name} takes fewer reference images for {call.task.value}",
-            field="reference_images",
-            given=f"{count} images",
-            allowed=f"at most {most}",
-        )
+    yield from _check_reference_count(len(request.reference_images or ()), manifest, call)
     yield from _check_weights(request, limits)
     for index, reference in enumerate(references):
-        at, given = f"reference_images[{index}]", f"{reference.width} x {reference.height}"
-        if min(reference.width, reference.height) < limits.min_side:
-            message, allowed = f"the image is too small for {title}", f"sides of at least {limits.min_side} pixels"
-            yield error_detail(ErrorCode.size_over_limit, message, field=at, given=given, allowed=allowed)
-        elif max(reference.width, reference.height) > limits.max_aspect * min(reference.width, reference.height):
-            message, allowed = f"the image is too long for {title}", f"sides of at most {limits.max_aspect:g} to 1"
-            yield error_detail(ErrorCode.size_over_limit, message, field=at, given=given, allowed=allowed)
+        yield from _check_reference_shape(index, reference, limits, manifest.record.title)
 
 # %% ../../nbs/40_planning/06_references.ipynb #e4a9678c
 def named_reference(index: int, image: PlannedImage | PlannedReference) -> str:

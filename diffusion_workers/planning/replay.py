@@ -86,12 +86,9 @@ def _fields_of_plan(plan: GenerationPlan, own: Sequence[str], units: Mapping[int
             del fields["controlnets"][index][name]
     return fields
 
-# %% ../../nbs/40_planning/12_replay.ipynb #dfb79e0e
-def from_plan(
-    plan: GenerationPlan,  # as it is embedded in an image
-) -> RestoredRequest:
-    "The request that made one image, with the seed of that image alone."
-    own, units = _image_paths(plan)
+# %% ../../nbs/40_planning/12_replay.ipynb #3ab9677e
+def _fields_of_image(plan: GenerationPlan, own: Sequence[str], units: Mapping[int, Sequence[str]]) -> dict[str, Any]:
+    "The request of one image as JSON: with the seed of that image alone, and the references that it expects."
     fields = _fields_of_plan(plan, own, units)
     if fields.pop("reference_images", None):
         fields["expected_references"] = [
@@ -101,6 +98,21 @@ def from_plan(
     fields["seed"] = plan.seeds[plan.image_index or 0]
     if plan.subseeds:
         fields["subseed"] = plan.subseeds[plan.image_index or 0]
+    return fields
+
+# %% ../../nbs/40_planning/12_replay.ipynb #3c99253a
+def _custom_parts(plan: GenerationPlan) -> list[LostSetting]:
+    "What was handed in from Python when the image was made, and has to be handed in again."
+    reason = "it was handed in from Python, which metadata cannot hold: hand it in again"
+    return [LostSetting(name=part.kind.value, given=part.name, reason=reason) for part in plan.custom or []]
+
+# %% ../../nbs/40_planning/12_replay.ipynb #dfb79e0e
+def from_plan(
+    plan: GenerationPlan,  # as it is embedded in an image
+) -> RestoredRequest:
+    "The request that made one image, with the seed of that image alone."
+    own, units = _image_paths(plan)
+    fields = _fields_of_image(plan, own, units)
     listed = [f"reference_images[{index}]" for index in range(len(plan.reference_images or ()))]
     images = [*own, *listed, *(f"controlnets[{index}].{name}" for index, names in units.items() for name in names)]
     return RestoredRequest(
@@ -110,12 +122,6 @@ def from_plan(
         missing_images=images or None,
         lost=[*(LostSetting(name=path, reason=_HASH_ONLY) for path in images), *_custom_parts(plan)] or None,
     )
-
-
-def _custom_parts(plan: GenerationPlan) -> list[LostSetting]:
-    "What was handed in from Python when the image was made, and has to be handed in again."
-    reason = "it was handed in from Python, which metadata cannot hold: hand it in again"
-    return [LostSetting(name=part.kind.value, given=part.name, reason=reason) for part in plan.custom or []]
 
 # %% ../../nbs/40_planning/12_replay.ipynb #3b607875
 def _is_only_words(text: str) -> bool:  # a prompt without settings
@@ -178,6 +184,22 @@ def _file_settings(found: ImageMetadata, image: Image.Image) -> list[Setting] | 
     hidden = hidden_text(image)
     return None if hidden is None else text_settings(hidden) or from_text(hidden)
 
+# %% ../../nbs/40_planning/12_replay.ipynb #81d49534
+def _from_image(image: Image.Image, models: ModelList | None, find_manifest: FindManifest | None) -> RestoredRequest:
+    "The request that made an image: from its plan, or from the settings of another program."
+    found = read_metadata(image)
+    notes = [LostSetting(name="plan", reason=f"it cannot be read: {found.problem}")] if found.problem else []
+    if found.plan is not None:
+        try:
+            return _without_unknown_model(from_plan(found.plan), models)
+        except (RequestError, ValidationError, LookupError) as refused:
+            notes = [LostSetting(name="plan", reason=f"it cannot be carried out: {_first_line(refused)}")]
+    settings = _file_settings(found, image)
+    if settings is not None:
+        restored = from_settings(settings, models, find_manifest)
+        return restored.model_copy(update={"lost": notes + (restored.lost or []) or None})
+    return RestoredRequest(source=MetadataSource.none, request={}, lost=notes or None)
+
 # %% ../../nbs/40_planning/12_replay.ipynb #3b79319e
 def restore(
     source: bytes
@@ -193,18 +215,7 @@ def restore(
     if isinstance(source, Path) and source.suffix.lower() in (".txt", ".json"):
         return from_parameters(_read_text_file(source), models, find_manifest)
     image = source if isinstance(source, Image.Image) else open_image(_file_bytes(source))
-    found = read_metadata(image)
-    notes = [LostSetting(name="plan", reason=f"it cannot be read: {found.problem}")] if found.problem else []
-    if found.plan is not None:
-        try:
-            return _without_unknown_model(from_plan(found.plan), models)
-        except (RequestError, ValidationError, LookupError) as refused:
-            notes = [LostSetting(name="plan", reason=f"it cannot be carried out: {_first_line(refused)}")]
-    settings = _file_settings(found, image)
-    if settings is not None:
-        restored = from_settings(settings, models, find_manifest)
-        return restored.model_copy(update={"lost": notes + (restored.lost or []) or None})
-    return RestoredRequest(source=MetadataSource.none, request={}, lost=notes or None)
+    return _from_image(image, models, find_manifest)
 
 # %% ../../nbs/40_planning/12_replay.ipynb #c96a74b3
 def _file_bytes(source: bytes | Path) -> bytes:
@@ -264,6 +275,41 @@ def _named_fields(top: Any) -> tuple[Any, ...]:
         return ("strength", "inpaint", "resize_mode")
     return (top,)
 
+# %% ../../nbs/40_planning/12_replay.ipynb #62dc9d6e
+def _named_setting(error: ErrorDetail, fields: Mapping[str, Any]) -> tuple[Any, int | None]:
+    "The field that an error names, and the index of the entry where it names one that is there."
+    steps = split_path(error.field) if error.field else ("",)
+    top, entry = steps[0], steps[1] if len(steps) > 1 and isinstance(steps[1], int) else None
+    listed = entry is not None and isinstance(fields.get(top), list) and entry < len(fields[top])
+    return top, entry if listed else None
+
+
+def _pop_setting(fields: dict[str, Any], names: Sequence[Any], top: Any, entry: int | None) -> dict[str, Any]:
+    "Take an entry of a list, or fields that go together, out of a request."
+    given = {name: fields[name] for name in names if name in fields}
+    if entry is not None:
+        given = {f"{top}[{entry}]": fields[top].pop(entry)}
+        names = () if fields[top] else (top,)
+    for name in names:
+        fields.pop(name, None)
+    return given
+
+# %% ../../nbs/40_planning/12_replay.ipynb #1071f514
+def _without_unit(
+    missing: Sequence[str], notes: Sequence[LostSetting], index: int
+) -> tuple[list[str], list[LostSetting]]:
+    "Missing images and lost settings once a ControlNet unit is gone, with the paths that the other units have then."
+    paths = [path for path in (_shifted(path, index) for path in missing) if path]
+    kept = [(note, _shifted(note.name, index)) for note in notes]
+    return paths, [note.model_copy(update={"name": name}) for note, name in kept if name]
+
+
+def _refused_setting(given: Mapping[str, Any], error: ErrorDetail) -> LostSetting:
+    "What was taken out, with the reason of the error."
+    shown = " x ".join(text_of(value) for value in given.values()) or error.given
+    reason = f"{error.message}{f'; allowed: {error.allowed}' if error.allowed else ''}"
+    return LostSetting(name=" and ".join(given) or error.field, given=shown, reason=reason)
+
 # %% ../../nbs/40_planning/12_replay.ipynb #50df13da
 def _take_out(
     restored: RestoredRequest, error: ErrorDetail
@@ -271,8 +317,7 @@ def _take_out(
     "The request without the setting that an error names."
     fields, missing = copy.deepcopy(restored.request), list(restored.missing_images or [])
     notes = list(restored.lost or [])
-    steps = split_path(error.field) if error.field else ("",)
-    top, entry = steps[0], steps[1] if len(steps) > 1 and isinstance(steps[1], int) else None
+    top, entry = _named_setting(error, fields)
     names = _named_fields(top)
     if top in IMAGE_FIELDS:
         notes = [note for note in notes if note.name not in IMAGE_FIELDS]
@@ -281,19 +326,10 @@ def _take_out(
         return None
     if not any(name in fields for name in names) and missing == restored.missing_images:
         return None
-    given = {name: fields[name] for name in names if name in fields}
-    if entry is not None and isinstance(fields.get(top), list) and entry < len(fields[top]):
-        given = {f"{top}[{entry}]": fields[top].pop(entry)}
-        names = () if fields[top] else (top,)
-        if top == "controlnets":
-            missing = [path for path in (_shifted(path, entry) for path in missing) if path]
-            kept = [(note, _shifted(note.name, entry)) for note in notes]
-            notes = [note.model_copy(update={"name": name}) for note, name in kept if name]
-    for name in names:
-        fields.pop(name, None)
-    shown = " x ".join(text_of(value) for value in given.values()) or error.given
-    reason = f"{error.message}{f'; allowed: {error.allowed}' if error.allowed else ''}"
-    notes.append(LostSetting(name=" and ".join(given) or error.field, given=shown, reason=reason))
+    given = _pop_setting(fields, names, top, entry)
+    if top == "controlnets" and entry is not None:
+        missing, notes = _without_unit(missing, notes, entry)
+    notes.append(_refused_setting(given, error))
     return restored.model_copy(update={"request": fields, "missing_images": missing or None, "lost": notes})
 
 # %% ../../nbs/40_planning/12_replay.ipynb #e1f77ca7
@@ -355,7 +391,7 @@ def _rounds_up(plan: GenerationPlan, facts: SchedulerFacts | None, spacing: str 
     trailing = spacing == TimestepSpacing.trailing and facts is not None and facts.spacing
     return trailing and trailing_rounds_up(plan.num_inference_steps)
 
-# %% ../../nbs/40_planning/12_replay.ipynb #6f6b21d8
+# %% ../../nbs/40_planning/12_replay.ipynb #eae78b26
 _CORRECTIONS = (
     _Correction("scheduler", "left noise where this scheduler starts midway", _is_multistep_midway),
     _Correction("use_karras_sigmas", "left the noise of a single DEIS step in the image", _is_deis_with_one_level),
@@ -365,7 +401,7 @@ _CORRECTIONS = (
     _Correction("timestep_spacing", "made one step too many with trailing spacing", _rounds_up),
 )
 
-
+# %% ../../nbs/40_planning/12_replay.ipynb #6f6b21d8
 def corrected_since(
     plan: GenerationPlan,  # of an image
     own: Mapping[str, Any] = MappingProxyType({}),  # configuration of the model's own scheduler, where it is known
@@ -466,6 +502,18 @@ def plan_differences(
     a, b = _settings(left), _settings(right)
     return [(name, a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)]
 
+# %% ../../nbs/40_planning/12_replay.ipynb #a89fc745
+def _literal(value: Any, path: str, files: Mapping[str, str]) -> str:
+    if path in files:
+        return f"Path({files[path]!r})"
+    if isinstance(value, dict):
+        return (
+            "{" + ", ".join(f"{key!r}: {_literal(inner, f'{path}.{key}', files)}" for key, inner in value.items()) + "}"
+        )
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(inner, f"{path}[{i}]", files) for i, inner in enumerate(value)) + "]"
+    return repr(value)
+
 # %% ../../nbs/40_planning/12_replay.ipynb #f4d7c8fb
 def as_code(
     request: GenerationRequest,
@@ -479,15 +527,3 @@ def as_code(
     imports = ["from pathlib import Path", ""] if files else []
     start = ["from diffusion_workers import DiffusionService", "", "service = DiffusionService()"]
     return "\n".join([*imports, *start, "result = service.generate(", *lines, ")", "result"])
-
-
-def _literal(value: Any, path: str, files: Mapping[str, str]) -> str:
-    if path in files:
-        return f"Path({files[path]!r})"
-    if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{key!r}: {_literal(inner, f'{path}.{key}', files)}" for key, inner in value.items()) + "}"
-        )
-    if isinstance(value, list):
-        return "[" + ", ".join(_literal(inner, f"{path}[{i}]", files) for i, inner in enumerate(value)) + "]"
-    return repr(value)

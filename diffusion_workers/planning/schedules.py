@@ -126,6 +126,20 @@ def _spacing_option(
         return {}
     return {"timestep_spacing": spacing.value}
 
+# %% ../../nbs/40_planning/05_schedules.ipynb #6028bac6
+def _karras_option(request: GenerationRequest, manifest: ModelManifest, facts: SchedulerFacts) -> dict[str, Any]:
+    "The option for Karras noise levels, where the scheduler has them and they are turned on or off."
+    karras = asked_karras(request, manifest)
+    if not facts.karras or karras is None:
+        return {}
+    return {"use_karras_sigmas": karras and not _has_one_level(request, manifest, facts)}
+
+
+def _level_schedule(request: GenerationRequest, manifest: ModelManifest, facts: SchedulerFacts) -> SigmaSchedule | None:
+    "The named schedule that is set as noise levels; None where there is none, or it would have one level."
+    schedule = asked_schedule(request)
+    return None if schedule not in LEVEL_SCHEDULES or _has_one_level(request, manifest, facts) else schedule
+
 # %% ../../nbs/40_planning/05_schedules.ipynb #84bc6536
 def plan_scheduler(
     request: GenerationRequest,
@@ -137,17 +151,12 @@ def plan_scheduler(
     options = _spacing_option(request, manifest, facts)
     if name is None or facts is None:
         return PlannedScheduler(class_name="model default", options=options or None)
-    one_level, karras = _has_one_level(request, manifest, facts), asked_karras(request, manifest)
-    if facts.karras and karras is not None:
-        options["use_karras_sigmas"] = karras and not one_level
-    schedule = asked_schedule(request)
-    if schedule not in LEVEL_SCHEDULES or one_level:
-        schedule = None
+    schedule = _level_schedule(request, manifest, facts)
     sigmas = _aligned_sigmas(request, manifest) if schedule == SigmaSchedule.ays else None
     return PlannedScheduler(
         name=name,
         class_name=facts.class_name,
-        options={**facts.options, **options} or None,
+        options={**facts.options, **options, **_karras_option(request, manifest, facts)} or None,
         sigma_schedule=schedule,
         sigmas=listed_sigmas(request) if sigmas is None else sigmas,
         timesteps=listed_timesteps(request),
@@ -257,18 +266,13 @@ def _other_schedule(request: GenerationRequest) -> str | None:
         return f"timestep_spacing is {spacing.value}"
     return None
 
-# %% ../../nbs/40_planning/05_schedules.ipynb #f413deb4
-def _check_schedule(
-    request: GenerationRequest, manifest: ModelManifest, facts: SchedulerFacts | None
+# %% ../../nbs/40_planning/05_schedules.ipynb #ddbe80e4
+def _check_has_schedule(
+    schedule: SigmaSchedule, request: GenerationRequest, manifest: ModelManifest, facts: SchedulerFacts | None
 ) -> Iterator[ErrorDetail]:
-    "Whether the scheduler and the family have the spacing of noise levels, and no other field says the contrary."
-    schedule, record = request.sigma_schedule, manifest.record
-    if schedule is None:
-        return
+    "Whether the family and the scheduler have a spacing of noise levels."
+    record = manifest.record
     refused = partial(error_detail, ErrorCode.unsupported_combination, field="sigma_schedule", given=schedule.value)
-    if other := _other_schedule(request):
-        yield refused(f"{other}, which is another schedule", hint="give one of both")
-        return
     having = [name for name in record.schedulers if has_schedule(schedule, record, name)]
     schedulers = "schedulers " + ", ".join(name.value for name in having)
     if not having:
@@ -279,6 +283,20 @@ def _check_schedule(
         yield refused("this schedule needs a named scheduler", allowed=schedulers)
     elif facts is not None and facts.name not in having:
         yield refused(f"{facts.name.value} has no such noise levels", allowed=schedulers)
+
+# %% ../../nbs/40_planning/05_schedules.ipynb #f413deb4
+def _check_schedule(
+    request: GenerationRequest, manifest: ModelManifest, facts: SchedulerFacts | None
+) -> Iterator[ErrorDetail]:
+    "Whether the scheduler and the family have the spacing of noise levels, and no other field says the contrary."
+    schedule = request.sigma_schedule
+    if schedule is None:
+        return
+    if other := _other_schedule(request):
+        code, message = ErrorCode.unsupported_combination, f"{other}, which is another schedule"
+        yield error_detail(code, message, field="sigma_schedule", given=schedule.value, hint="give one of both")
+        return
+    yield from _check_has_schedule(schedule, request, manifest, facts)
     yield from _check_aligned_steps(request, manifest)
 
 # %% ../../nbs/40_planning/05_schedules.ipynb #ceea930a
@@ -329,6 +347,23 @@ def _shortened(numbers: Sequence[float]) -> str:
     shown = ", ".join(f"{number:g}" for number in numbers[:6])
     return f"{shown} ... ({len(numbers)} numbers)" if len(numbers) > 6 else shown
 
+# %% ../../nbs/40_planning/05_schedules.ipynb #a0f6e897
+def _check_takes_list(
+    request: GenerationRequest,
+    manifest: ModelManifest,
+    facts: SchedulerFacts | None,
+    field: str,  # "sigmas" or "timesteps"
+    listed: Sequence[float],
+) -> Iterator[ErrorDetail]:
+    "Whether a scheduler is named, and takes a list."
+    refused = partial(error_detail, ErrorCode.unsupported_combination, field=field, given=_shortened(listed))
+    having = [name for name in manifest.record.schedulers if getattr(SCHEDULER_FACTS[name], f"takes_{field}")]
+    schedulers = "schedulers " + ", ".join(name.value for name in having)
+    if asked_scheduler(request, manifest) is None:
+        yield refused(f"{field} needs a named scheduler", allowed=schedulers)
+    elif facts is not None and facts.name not in having:
+        yield refused(f"{facts.name.value} takes no {field}", allowed=schedulers)
+
 # %% ../../nbs/40_planning/05_schedules.ipynb #953c99dd
 def _check_list(
     request: GenerationRequest,
@@ -346,12 +381,7 @@ def _check_list(
     yield from _check_list_steps(request, field, len(listed))
     if request.refiner is not None and request.refiner.num_inference_steps not in (None, len(listed)):
         yield refused("the refiner makes another number of steps", hint="leave refiner.num_inference_steps out")
-    having = [name for name in manifest.record.schedulers if getattr(SCHEDULER_FACTS[name], f"takes_{field}")]
-    schedulers = "schedulers " + ", ".join(name.value for name in having)
-    if asked_scheduler(request, manifest) is None:
-        yield refused(f"{field} needs a named scheduler", allowed=schedulers)
-    elif facts is not None and facts.name not in having:
-        yield refused(f"{facts.name.value} takes no {field}", allowed=schedulers)
+    yield from _check_takes_list(request, manifest, facts, field, listed)
 
 # %% ../../nbs/40_planning/05_schedules.ipynb #99a6988f
 def check_scheduler(

@@ -113,13 +113,7 @@ def prediction_warnings(manifest: ModelManifest, scheduler: PlannedScheduler) ->
             used="the ordinary noise schedule",
         )
 
-# %% ../../nbs/40_planning/08_support.ipynb #4eecf8e8
-_NEAREST = {  # field -> the one that does nearly the same where a family does not take the first
-    "true_cfg_scale": "guidance_scale",
-    "prompt_2": "prompt",
-    "negative_prompt_2": "negative_prompt",
-    "timestep_spacing": "sigma_schedule",
-}
+# %% ../../nbs/40_planning/08_support.ipynb #e50a89e1
 REFERENCES_HINT = "start from one image with image and strength, or take a model of the families "
 REFERENCES_HINT += ", ".join(
     family.value
@@ -137,6 +131,14 @@ WEIGHTS_HINT += ", ".join(
     for kind, limits in record.references.items()
     if limits.weighted
 )
+
+# %% ../../nbs/40_planning/08_support.ipynb #4eecf8e8
+_NEAREST = {  # field -> the one that does nearly the same where a family does not take the first
+    "true_cfg_scale": "guidance_scale",
+    "prompt_2": "prompt",
+    "negative_prompt_2": "negative_prompt",
+    "timestep_spacing": "sigma_schedule",
+}
 
 
 def _instead(field: str, record: Family) -> str:  # what to do in place of a field that the family does not take
@@ -181,12 +183,9 @@ def _check_pipeline_fields(
             hint="leave it out",
         )
 
-# %% ../../nbs/40_planning/08_support.ipynb #f2a6eb11
-def _check_pipeline_settings(
-    request: GenerationRequest, manifest: ModelManifest, call: PipelineCall
-) -> Iterator[ErrorDetail]:
-    "Whether the pipeline has strength, guidance and step caches, where they are set."
-    family, kind, least = manifest.family.value, manifest.kind.value, manifest.record.guidance.on_above
+# %% ../../nbs/40_planning/08_support.ipynb #34d27466
+def _check_strength(request: GenerationRequest, call: PipelineCall) -> Iterator[ErrorDetail]:
+    "Whether the pipeline has a strength, where one is set."
     if not call.takes_strength and request.strength not in (None, 1):
         yield error_detail(
             ErrorCode.unsupported_combination,
@@ -196,6 +195,11 @@ def _check_pipeline_settings(
             allowed="1",
             hint="leave it out, or leave the ControlNet out",
         )
+
+# %% ../../nbs/40_planning/08_support.ipynb #550ededa
+def _check_guidance(request: GenerationRequest, manifest: ModelManifest, call: PipelineCall) -> Iterator[ErrorDetail]:
+    "Whether the pipeline has guidance, where a scale turns it on."
+    family, kind, least = manifest.family.value, manifest.kind.value, manifest.record.guidance.on_above
     if not call.guided and (request.guidance_scale or 0) > least:
         yield error_detail(
             ErrorCode.unsupported_combination,
@@ -205,10 +209,18 @@ def _check_pipeline_settings(
             allowed=f"{least:g}",
             hint="leave it out, or take the base model",
         )
+
+# %% ../../nbs/40_planning/08_support.ipynb #f2a6eb11
+def _check_pipeline_settings(
+    request: GenerationRequest, manifest: ModelManifest, call: PipelineCall
+) -> Iterator[ErrorDetail]:
+    "Whether the pipeline has strength, guidance and step caches, where they are set."
+    yield from _check_strength(request, call)
+    yield from _check_guidance(request, manifest, call)
     if not call.takes_step_caches and request.step_cache is not None:
         yield error_detail(
             ErrorCode.unsupported_combination,
-            f"a model of the family {family} of the kind {kind} takes no step cache",
+            f"a model of the family {manifest.family.value} of the kind {manifest.kind.value} takes no step cache",
             field="step_cache",
             given=request.step_cache.method.value,
             hint="leave it out",

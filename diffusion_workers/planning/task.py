@@ -174,11 +174,9 @@ def plan_size(
         return (width - multiple, height) if width >= height else (width, height - multiple)
     return width, height
 
-# %% ../../nbs/40_planning/04_task.ipynb #58fe678b
-def check_size(
-    width: int, height: int, manifest: ModelManifest, call: PipelineCall | None = None
-) -> Iterator[ErrorDetail]:  # where it exceeds the limits of the model or its pipeline
-    "The validation errors of a size."
+# %% ../../nbs/40_planning/04_task.ipynb #ded0d0e7
+def _check_sides(width: int, height: int, manifest: ModelManifest) -> Iterator[ErrorDetail]:
+    "Whether each side is within the limits of the model."
     limits = manifest.limits
     bounds = {
         "width": (width, limits.min_width, limits.max_width),
@@ -194,6 +192,14 @@ def check_size(
                 given=value,
                 allowed=allowed,
             )
+
+# %% ../../nbs/40_planning/04_task.ipynb #58fe678b
+def check_size(
+    width: int, height: int, manifest: ModelManifest, call: PipelineCall | None = None
+) -> Iterator[ErrorDetail]:  # where it exceeds the limits of the model or its pipeline
+    "The validation errors of a size."
+    yield from _check_sides(width, height, manifest)
+    limits = manifest.limits
     most = min(limits.max_pixels, (call and call.max_pixels) or limits.max_pixels)
     if width * height > most:
         allowed = f"at most {most} pixels in all"

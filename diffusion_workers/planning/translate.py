@@ -7,7 +7,7 @@ __all__ = ['FindManifest', 'from_settings', 'text_settings', 'from_parameters']
 
 # %% ../../nbs/40_planning/11_translate.ipynb #3afa092a
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -134,6 +134,12 @@ def _offered(text: str, names: Sequence[str]) -> str | None:
 def _takes_distilled(model: ModelInfo | None) -> bool:
     return model is not None and FAMILIES[model.family].guidance.embedded_field is not None
 
+# %% ../../nbs/40_planning/11_translate.ipynb #9dcb2ce1
+def _distilled_model(models: Iterable[ModelInfo]) -> ModelInfo | None:
+    "A standard model with distilled guidance, one that is loaded before the others."
+    fitting = [model for model in models if _takes_distilled(model) and model.kind == ModelKind.standard]
+    return next((model for model in fitting if model.loaded), fitting[0] if fitting else None)
+
 # %% ../../nbs/40_planning/11_translate.ipynb #6fef7734
 def _choose_model(reader: _Reader, settings: Sequence[Setting]) -> None:
     given = next((setting for setting in settings if setting.meaning == "model"), None)
@@ -149,8 +155,7 @@ def _choose_model(reader: _Reader, settings: Sequence[Setting]) -> None:
     if named:
         reader.fields["model"] = named
     elif reader.distilled and not _takes_distilled(reader.model):
-        fitting = [model for model in offered.values() if _takes_distilled(model) and model.kind == ModelKind.standard]
-        other = next((model for model in fitting if model.loaded), fitting[0] if fitting else None)
+        other = _distilled_model(offered.values())
         if other is not None:
             reader.model = other
             reader.fields["model"] = other.name
@@ -274,6 +279,16 @@ def _lora_in_folder(reader: _Reader, name: str) -> str | None:  # a file that th
     files = [path if path.endswith(".safetensors") else f"{path}.safetensors" for path in paths]
     return next((file for file in files if folder_lora(file, folders)), None)
 
+# %% ../../nbs/40_planning/11_translate.ipynb #be727a62
+def _lora_entry(name: str, value: dict[str, str], path: str) -> dict[str, Any]:
+    "The entry of a LoRA in a request; a `RequestError` where its name or a scale is refused."
+    entry: dict[str, Any] = {"name": name}
+    check_value(GenerationRequest, f"{path}.name", name)
+    for key in ("scale", "text_encoder_scale"):
+        if key in value:
+            entry[key] = parse_text(GenerationRequest, f"{path}.{key}", value[key])
+    return entry
+
 # %% ../../nbs/40_planning/11_translate.ipynb #f419e46b
 def _read_lora(reader: _Reader, setting: Setting) -> None:
     value, entries = setting.value, reader.fields.get("loras", [])
@@ -286,13 +301,8 @@ def _read_lora(reader: _Reader, setting: Setting) -> None:
     if name in [entry["name"] for entry in entries]:
         reader.lose(setting.name, setting.text, "it is given twice, the first one is kept")
         return
-    path = f"loras[{len(entries)}]"
-    entry: dict[str, Any] = {"name": name}
     try:
-        check_value(GenerationRequest, f"{path}.name", name)
-        for key in ("scale", "text_encoder_scale"):
-            if key in value:
-                entry[key] = parse_text(GenerationRequest, f"{path}.{key}", value[key])
+        entry = _lora_entry(name, value, f"loras[{len(entries)}]")
     except RequestError as refused:
         reader.lose(setting.name, setting.text, refused.errors[0].message)
         return

@@ -112,29 +112,34 @@ def batch_size(plan: GenerationPlan) -> int:
         return 1
     return (plan.memory and plan.memory.batch_size) or MAX_BATCH
 
-# %% ../../nbs/60_service/04_render.ipynb #f938edd4
+# %% ../../nbs/60_service/04_render.ipynb #b57951c6
 _TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 
 
+def _further_texts(plan: GenerationPlan) -> dict[str, str]:
+    "The texts of a plan beside its prompt, with an empty negative prompt where one is needed."
+    texts = {name: value for name in _TEXTS[1:] if (value := getattr(plan, name)) is not None}
+    if plan.negative_prompt_2 and plan.negative_prompt is None:
+        texts["negative_prompt"] = ""  # without one, diffusers does not look at the second
+    empty = FAMILIES[plan.family].guidance.empty_negative
+    if empty is not None and "negative_prompt" not in texts:
+        texts["negative_prompt"] = empty
+    return texts
+
+# %% ../../nbs/60_service/04_render.ipynb #f938edd4
 def text_arguments(
     plan: GenerationPlan,
     count: int,  # of images
     texts: Mapping[str, list[str]] = MappingProxyType({}),  # field -> one text for each image, where they differ
 ) -> dict[str, Any]:
     "The prompts of a pipeline, and how many images each of them makes."
-    record = FAMILIES[plan.family]
-    arguments: dict[str, Any] = {"prompt": plan.prompt, "num_images_per_prompt": count}
-    arguments |= {name: value for name in _TEXTS[1:] if (value := getattr(plan, name)) is not None}
-    if plan.negative_prompt_2 and plan.negative_prompt is None:
-        arguments["negative_prompt"] = ""  # without one, diffusers does not look at the second
-    if record.guidance.empty_negative is not None and "negative_prompt" not in arguments:
-        arguments["negative_prompt"] = record.guidance.empty_negative
+    arguments: dict[str, Any] = {"prompt": plan.prompt, "num_images_per_prompt": count, **_further_texts(plan)}
     if texts:
         own = {name: list(values) for name, values in texts.items()}  # Z-Image writes its templates into the list
         arguments |= own | {"num_images_per_prompt": 1}
         if isinstance(negative := arguments.get("negative_prompt"), str):
             arguments["negative_prompt"] = [negative] * count
-    call = record.call_named(plan.pipeline_class, plan.task)
+    call = FAMILIES[plan.family].call_named(plan.pipeline_class, plan.task)
     if call.prompt_for_each and arguments["num_images_per_prompt"] > 1:
         shared = {name: [value] * count for name, value in arguments.items() if name in _TEXTS}
         arguments |= shared | {"num_images_per_prompt": 1}
@@ -178,18 +183,11 @@ def setting_arguments(plan: GenerationPlan) -> dict[str, Any]:
         arguments[call.area_argument] = plan.width * plan.height
     return arguments
 
-# %% ../../nbs/60_service/04_render.ipynb #206dcff9
-def image_arguments(
-    plan: GenerationPlan,
-    count: int,  # of images
-    prepared: Prepared,
-) -> dict[str, Any]:
-    "The images, masks and control maps of a pipeline."
-    record, arguments = FAMILIES[plan.family], {}
-    call = record.call_named(plan.pipeline_class, plan.task)
-    if prepared.references and _beside_noise(plan):  # all of them for each image
-        row = record.call_named(plan.pipeline_class, plan.task, with_references=True)
-        arguments[row.reference_argument] = list(prepared.references)
+# %% ../../nbs/60_service/04_render.ipynb #71201cfa
+def _start_arguments(plan: GenerationPlan, count: int, prepared: Prepared) -> dict[str, Any]:
+    "The start image and the mask of a pipeline, once for each image."
+    arguments: dict[str, Any] = {}
+    call = FAMILIES[plan.family].call_named(plan.pipeline_class, plan.task)
     if plan.task in (Task.image_to_image, Task.inpainting):
         arguments["image"] = [prepared.image] * count
         if call.takes_strength:
@@ -197,6 +195,22 @@ def image_arguments(
     if plan.task == Task.inpainting:
         mask = prepared.mask if call.mask_in_pixels else cover_cells(prepared.mask)
         arguments["mask_image"] = [mask] * count
+    return arguments
+
+# %% ../../nbs/60_service/04_render.ipynb #206dcff9
+def image_arguments(
+    plan: GenerationPlan,
+    count: int,  # of images
+    prepared: Prepared,
+) -> dict[str, Any]:
+    "The images, masks and control maps of a pipeline."
+    record = FAMILIES[plan.family]
+    arguments: dict[str, Any] = {}
+    call = record.call_named(plan.pipeline_class, plan.task)
+    if prepared.references and _beside_noise(plan):  # all of them for each image
+        row = record.call_named(plan.pipeline_class, plan.task, with_references=True)
+        arguments[row.reference_argument] = list(prepared.references)
+    arguments |= _start_arguments(plan, count, prepared)
     if call.map_is_input:
         return arguments | {"control_image": prepared.controls[0].map}
     return arguments | (control_arguments(plan, prepared.controls) if prepared.controls else {})
@@ -470,6 +484,21 @@ def encoded_embeds(
         raise request_error(ErrorCode.unsupported_combination, message, field="prompt", given=plan.prompt, hint=hint)
     return PromptEmbeds(**prompts.arguments, prompt=plan.prompt)
 
+# %% ../../nbs/60_service/04_render.ipynb #a5321f5d
+def _swapping_arguments(
+    pipe,
+    plan: GenerationPlan,
+    prompts: PlannedPrompts,  # of the plan, which change
+    watch: StepWatch,
+) -> dict[str, Any]:
+    "The callback that changes the prompts; a `RequestError` where the pipeline does not let it."
+    tensors = loop_tensors(pipe)
+    if "prompt_embeds" not in tensors:
+        message = "the pipeline for this task and control cannot change its prompt from step to step"
+        hint = "write the prompt without a schedule"
+        raise request_error(ErrorCode.unsupported_combination, message, field="prompt", given=plan.prompt, hint=hint)
+    return {"callback_on_step_end": PromptChanges(watch, prompts), "callback_on_step_end_tensor_inputs": tensors}
+
 # %% ../../nbs/60_service/04_render.ipynb #4f6d97cb
 def encoded_arguments(
     pipe,
@@ -483,15 +512,7 @@ def encoded_arguments(
         name: tensor.repeat(images, *[1] * (tensor.ndim - 1)) for name, tensor in prompts.arguments.items()
     }
     arguments["num_images_per_prompt"] = 1  # Flux repeats texts alone, and no tensors
-    if not prompts.changes:
-        return arguments
-    tensors = loop_tensors(pipe)
-    if "prompt_embeds" not in tensors:
-        message = "the pipeline for this task and control cannot change its prompt from step to step"
-        hint = "write the prompt without a schedule"
-        raise request_error(ErrorCode.unsupported_combination, message, field="prompt", given=plan.prompt, hint=hint)
-    callback = {"callback_on_step_end": PromptChanges(watch, prompts), "callback_on_step_end_tensor_inputs": tensors}
-    return arguments | callback
+    return arguments | _swapping_arguments(pipe, plan, prompts, watch) if prompts.changes else arguments
 
 # %% ../../nbs/60_service/04_render.ipynb #32c58eda
 def cut_off_text(
@@ -531,9 +552,9 @@ def _texts(
                 room -= 0 if row.chat is None else chat_tokens(tokenizer, row.chat)
                 yield negative + row.field, tokenizer, text, room
 
-# %% ../../nbs/60_service/04_render.ipynb #43693ce0
-def text_notes(pipe, plan: GenerationPlan) -> list[RequestWarning]:
-    "What the text encoders cannot take; raises a `RequestError` when more layers are skipped than there are."
+# %% ../../nbs/60_service/04_render.ipynb #df9a37d5
+def _check_clip_skip(pipe, plan: GenerationPlan) -> None:
+    "Refuse to skip more layers than the text encoder has."
     layers = getattr(pipe.text_encoder.config, "num_hidden_layers", None)
     if plan.clip_skip and plan.clip_skip >= layers:
         allowed = f"0 to {layers - 1} for this model"
@@ -544,6 +565,11 @@ def text_notes(pipe, plan: GenerationPlan) -> list[RequestWarning]:
             given=plan.clip_skip,
             allowed=allowed,
         )
+
+# %% ../../nbs/60_service/04_render.ipynb #43693ce0
+def text_notes(pipe, plan: GenerationPlan) -> list[RequestWarning]:
+    "What the text encoders cannot take; raises a `RequestError` when more layers are skipped than there are."
+    _check_clip_skip(pipe, plan)
     notes: list[RequestWarning] = []
     if plan.prompt_syntax is not None:  # prompts of any length
         return notes
@@ -618,12 +644,9 @@ def count_refiner_calls(scheduler: SchedulerMixin, plan: GenerationPlan) -> int:
         left += left % 2 == 0
     return left
 
-# %% ../../nbs/60_service/04_render.ipynb #b9fdbd06
-def _refining(
-    factory: PipelineFactory, plan: GenerationPlan, arguments: dict[str, Any], watch: StepWatch
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    "A function that lets the refiner make the last steps."
-    refiner, options = factory.refiner(), plan.refiner
+# %% ../../nbs/60_service/04_render.ipynb #06549be8
+def _refiner_arguments(plan: GenerationPlan, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    "What the refiner of a plan is called with beside the latents, from the arguments of the base model."
     shared = (
         "prompt",
         "prompt_2",
@@ -635,8 +658,15 @@ def _refining(
         "output_type",
     )
     call = {name: arguments[name] for name in shared if name in arguments}
-    steps = options.num_inference_steps or plan.num_inference_steps
-    call |= {"num_inference_steps": steps, "denoising_start": switch_point(plan)}
+    steps = plan.refiner.num_inference_steps or plan.num_inference_steps
+    return call | {"num_inference_steps": steps, "denoising_start": switch_point(plan)}
+
+# %% ../../nbs/60_service/04_render.ipynb #b9fdbd06
+def _refining(
+    factory: PipelineFactory, plan: GenerationPlan, arguments: dict[str, Any], watch: StepWatch
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    "A function that lets the refiner make the last steps."
+    refiner, call = factory.refiner(), _refiner_arguments(plan, arguments)
     watch.refiner_calls = count_refiner_calls(make_scheduler(refiner.scheduler, plan.scheduler, midway=True), plan)
 
     def refine(latents: torch.Tensor) -> torch.Tensor:
@@ -728,6 +758,40 @@ def _ignored_guidance(pipe: DiffusionPipeline, plan: GenerationPlan, factory: Pi
     message = "the model is distilled, and ignores guidance"
     return [warning(message, field="guidance_scale", given=plan.guidance_scale, used=1.0)]
 
+# %% ../../nbs/60_service/04_render.ipynb #0c935bcc
+def _chunk_arguments(
+    factory: PipelineFactory,
+    pipe: DiffusionPipeline,
+    plan: GenerationPlan,
+    prepared: Prepared,
+    texts: Mapping[str, list[str]],
+    hooks: Hooks,
+    seeds: list[int],  # of the chunk
+    first: int,  # the index of its first image
+) -> dict[str, Any]:
+    "What the pipeline is called with for a chunk, as far as that needs no encoder."
+    arguments = pipeline_arguments(chunk_of(plan, first, len(seeds)), seeds, prepared, texts)
+    arguments |= factory.record.pipe_arguments(pipe)
+    lists = factory.record.denoiser_calls == "lists"
+    return _on_device(hooks.text_arguments(arguments, first, len(seeds), lists), factory)
+
+# %% ../../nbs/60_service/04_render.ipynb #5bbc0857
+@contextmanager
+def _prompt_tensors(
+    pipe: DiffusionPipeline,
+    plan: GenerationPlan,
+    embeddings: Sequence[Embedding],  # that the prompts name
+    arguments: dict[str, Any],  # of the chunk
+    watch: StepWatch,
+    run: Any,  # what accelerates the pipeline
+) -> Iterator[dict[str, Any]]:
+    "What the pipeline is called with inside the block, with tensors in place of the texts of a plan."
+    kept = {name: value for name, value in arguments.items() if name not in _ENCODED}
+    prompts = _encoded(pipe, plan, embeddings)
+    encoded = encoded_arguments(pipe, plan, prompts, len(arguments["generator"]), watch)
+    with use_joined_prompts(pipe, plan, prompts, run):
+        yield kept | encoded
+
 # %% ../../nbs/60_service/04_render.ipynb #1c765b0f
 def _render_seeds(
     factory: PipelineFactory,
@@ -743,11 +807,7 @@ def _render_seeds(
     tokens: torch.Tensor | None,  # reference images as a part of the prompt
 ) -> list[Image.Image] | list[torch.Tensor]:
     "Carry out a chunk of a plan."
-    record, refine = factory.record, None
-    arguments = pipeline_arguments(chunk_of(plan, first, len(seeds)), seeds, prepared, texts)
-    arguments |= record.pipe_arguments(pipe)
-    lists = record.denoiser_calls == "lists"
-    arguments = _on_device(hooks.text_arguments(arguments, first, len(seeds), lists), factory)
+    arguments, refine = _chunk_arguments(factory, pipe, plan, prepared, texts, hooks, seeds, first), None
     watch.look = looking(plan, seeds, hooks)
     if plan.refiner is not None and plan.refiner.switch_at < 1:
         refine = _refining(factory, plan, arguments, watch)
@@ -757,13 +817,10 @@ def _render_seeds(
         ExitStack() as joining,
     ):
         if plan.prompt_syntax is not None and hooks.embeds is None:
-            kept = {name: value for name, value in arguments.items() if name not in _ENCODED}
-            prompts = _encoded(pipe, plan, prepared.embeddings)
-            arguments = kept | encoded_arguments(pipe, plan, prompts, len(seeds), watch)
-            joining.enter_context(use_joined_prompts(pipe, plan, prompts, run))
+            arguments = joining.enter_context(_prompt_tensors(pipe, plan, prepared.embeddings, arguments, watch, run))
         if tokens is not None:
             joining.enter_context(use_reference_tokens(pipe, tokens))
-        denoiser, decode = getattr(pipe, record.denoiser), hooks.output_type == "pil"
+        denoiser, decode = getattr(pipe, factory.record.denoiser), hooks.output_type == "pil"
         return render_chunk(pipe, denoiser, arguments, plan, watch, timings, refine, decode)
 
 # %% ../../nbs/60_service/04_render.ipynb #480e64ac
