@@ -30,15 +30,18 @@ class Module:
     name: str  # without the package, such as "request.images"
     notebook: Path
     path: Path
-    order: tuple[int, int]  # number of the chapter's folder, number of the notebook in it
+    order: tuple["Number", "Number"]  # of the chapter's folder, and of the notebook in it
 
 
-def leading_number(text: str) -> int:
-    "The number that a folder or notebook begins with."
-    found = re.match(r"\d+", text)
+Number = tuple[int, str]  # 4 and "a" of 04a_schedulers
+
+
+def leading_number(text: str) -> Number:
+    "The number that a folder or notebook begins with, and the letter behind it."
+    found = re.match(r"(\d+)([a-z]?)_", text)
     if not found:
         raise ValueError(f"{text}: the name of a chapter's folder and of its notebooks begins with a number")
-    return int(found[0])
+    return int(found[1]), found[2]
 
 
 def source_lines(cell: dict) -> str:

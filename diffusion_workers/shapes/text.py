@@ -52,11 +52,12 @@ def build_merges(
 def build_tokenizer(
     folder: Path,  # gets `vocab.json` and `merges.txt`
     token_length: int = 32,  # tokens of a caption, padding included
+    words: Sequence[str] = WORDS,  # in lower case
 ) -> CLIPTokenizer:
     "A CLIP tokenizer with our vocabulary, padded with the end-of-text token as Stable Diffusion's is."
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(code) for code in visible] + [chr(256 + i) for i in range(256 - len(visible))]
-    merges, special = build_merges(WORDS), ("<|startoftext|>", "<|endoftext|>")
+    merges, special = build_merges([*words]), ("<|startoftext|>", "<|endoftext|>")
     entries = dict.fromkeys([*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges), *special])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(
