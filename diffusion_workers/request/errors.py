@@ -367,7 +367,6 @@ def _message(code: ErrorCode, error: ErrorDetails) -> str:
         return _length_message(error)
     return error["msg"][0].lower() + error["msg"][1:]
 
-
 # %% ../../nbs/10_request/01_errors.ipynb #34c69b09
 def _detail(model: type[BaseModel], error: ErrorDetails) -> ErrorDetail:  # one pydantic error in our words
     location = _location(error)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'OBJECT_COLORS', 'SHAPES', 'TILTABLE', 'FILLS', 'SIZES', 'PLACES', 'RELATIONS', 'SIDE', 'MAX_THINGS',
-           'MIN_CONTRAST', 'GAP', 'Centres', 'OUTLINE', 'STRIPE', 'DOT', 'DOT_STEP', 'KINDS', 'COLOR_WORDS',
-           'SHAPE_WORDS', 'PLURALS', 'RELATION_WORDS', 'MIN_AREA', 'PARTS', 'contrast', 'Thing', 'Relation', 'Scene',
-           'scene_key', 'is_held_out', 'Placed', 'holds', 'pick', 'far_from', 'arrange', 'draw', 'render',
-           'random_thing', 'random_scene', 'Words', 'article', 'place_phrase', 'describe', 'caption_words', 'ReadThing',
-           'Reading', 'read_world', 'compare', 'matches']
+           'MIN_CONTRAST', 'GAP', 'OUTLINE', 'STRIPE', 'DOT', 'DOT_STEP', 'KINDS', 'COLOR_WORDS', 'SHAPE_WORDS',
+           'PLURALS', 'RELATION_WORDS', 'MIN_AREA', 'PARTS', 'contrast', 'Thing', 'Relation', 'Scene', 'scene_key',
+           'is_held_out', 'Placed', 'holds', 'pick', 'far_from', 'arrange', 'draw', 'render', 'random_thing',
+           'random_scene', 'Words', 'article', 'place_phrase', 'describe', 'caption_words', 'ReadThing', 'Reading',
+           'read_world', 'compare', 'matches']
 
 # %% ../../nbs/65_shapes/14_world.ipynb #36bbdac3
 import hashlib
@@ -16,7 +16,6 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -260,73 +259,16 @@ def _chosen(scene: Scene, rng: np.random.Generator) -> Scene:  # with every colo
         things.append(replace(thing, color=color, shape=thing.shape or pick(rng, shapes)))
     return replace(scene, things=tuple(things), background=background)
 
-# %% ../../nbs/65_shapes/14_world.ipynb #196e6e9a
-_LINE = (24, 64, 104)  # pixels along a row or a column of three
-_CELLS = [*itertools.product(_LINE, _LINE)]
-_ENDS, _ACROSS = (
-    (_AXIS["left"], _AXIS["right"]),
-    (34, 64, 94),
-)  # of two things: along their row, and where the row may be
-Centres = list[tuple[float, float]]  # x, y in pixels
-
-
-def _one_of(rng: np.random.Generator, values: Sequence[Any]) -> Any:
-    return values[int(rng.integers(len(values)))]
-
-
-def _regular_pair(scene: Scene, rng: np.random.Generator) -> Centres:
-    if all(thing.place for thing in scene.things):
-        return [PLACES[thing.place or ""] for thing in scene.things]
-    if not scene.relations:
-        pairs = itertools.permutations(PLACES.values(), 2)
-        return [*_one_of(rng, [pair for pair in pairs if np.abs(np.subtract(*pair)).max() >= 60])]
-    kind, across = scene.relations[0].kind, _one_of(rng, _ACROSS)
-    centres: Centres = [(along, across) for along in _ENDS]
-    if kind in ("above", "below"):
-        centres = [(across, along) for along in _ENDS]
-    turned = rng.random() < 0.5 if kind == "next to" else kind in ("right of", "below")
-    return centres[::-1] if turned else centres
-
-# %% ../../nbs/65_shapes/14_world.ipynb #7ab4be05
-def _regular_line(scene: Scene, rng: np.random.Generator) -> Centres:  # one thing between two others
-    first, across = scene.relations[0], _one_of(rng, _LINE)
-    is_row = rng.random() < 0.5 if first.kind == "between" else first.kind in ("left of", "right of")
-    start, middle, end = [(along, across) if is_row else (across, along) for along in _LINE]
-    places = {first.of: middle}
-    if first.kind == "between":
-        places |= dict(zip(first.to, (start, end) if rng.random() < 0.5 else (end, start)))
-    else:
-        places |= {r.to[0]: end if r.kind in ("left of", "above") else start for r in scene.relations}
-    return [places[index] for index in range(len(scene.things))]
-
-
-def _regular_proposal(scene: Scene, rng: np.random.Generator) -> Centres:
-    count, spots = len(scene.things), [*PLACES.values()]
-    if _nested(scene):
-        centres: Centres = [_one_of(rng, spots)] * count
-    elif count == 1:
-        centres = [PLACES[scene.things[0].place] if scene.things[0].place else _one_of(rng, spots)]
-    elif count == 2:
-        centres = _regular_pair(scene, rng)
-    elif scene.relations:
-        centres = _regular_line(scene, rng)
-    else:
-        centres = [_CELLS[cell] for cell in rng.permutation(len(_CELLS))[:count]]
-    return [(x + rng.uniform(-2, 2), y + rng.uniform(-2, 2)) for x, y in centres]
-
 # %% ../../nbs/65_shapes/14_world.ipynb #6e2cd843
 def arrange(
     scene: Scene,
     rng: np.random.Generator,
-    regular: bool = False,  # take places of a grid where the caption leaves them open
 ) -> tuple[str, list[Placed]]:  # background, and the things from the back to the front
     "Choose what a scene leaves open. Raises ValueError where its things do not fit beside each other."
     scene = _chosen(scene, rng)
     for attempt in range(600):
         radii = [radius * (1 if attempt < 300 else 0.85) for radius in _radii(scene, rng)]
-        if regular and len(radii) > 2:
-            radii = [18.0 - len(radii)] * len(radii)
-        centres = _regular_proposal(scene, rng) if regular else _proposal(scene, radii, rng)
+        centres = _proposal(scene, radii, rng)
         if _fits(scene, radii, centres):
             break
     else:

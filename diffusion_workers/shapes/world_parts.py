@@ -8,9 +8,10 @@ __all__ = ['SCENE_SHARES', 'LAYOUTS', 'ROLES', 'OF_THE_WHOLE', 'OF_A_THING', 'NO
            'build_world_t5_tokenizer', 'TextReader', 'cross_entropies', 'ClipReader', 'new_clip', 'noun_positions',
            'T5Reader', 'new_t5', 'caption_examples', 'train_reader', 'published_reader', 'fit_heads', 'detailed',
            'detailed_images', 'shown_crops', 'latents_of', 'turn_latents', 'klein_weights', 'train_world_vae',
-           'published_vae']
+           'published_vae', 'train_world_parts']
 
 # %% ../../nbs/65_shapes/16a_world_parts.ipynb #7912ef4d
+import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -527,3 +528,23 @@ def published_vae() -> AutoencoderKL:
     options = dict(variant="fp16", torch_dtype=torch.float32, local_files_only=True)
     vae = AutoencoderKL.from_pretrained(builtin_path("shapes-world") / "vae", **options)
     return vae.eval().requires_grad_(False)
+
+# %% ../../nbs/65_shapes/16a_world_parts.ipynb #323ad0ae
+def train_world_parts(
+    out_dir: Path,  # checkpoints, the log, and the finished parts in `shapes-world`
+    config: WorldPartsConfig,
+) -> Path:  # of the parts
+    "Train the autoencoder and both text encoders, and write them in half precision."
+    words, folder = world_words(), out_dir / "shapes-world"
+    clip = new_clip(config, build_tokenizer(out_dir / "tokenizer", config.length, words))
+    t5 = new_t5(config, build_world_t5_tokenizer(words, config.length))
+    train_reader(out_dir, "world clip", clip, config, config.clip_steps)
+    train_reader(out_dir, "world t5", t5, config, config.t5_steps)
+    vae = train_world_vae(out_dir, config)
+    for part, name in ((vae, "vae"), (clip.encoder, "text_encoder"), (t5.encoder, "text_encoder_2")):
+        copy.deepcopy(part).half().save_pretrained(folder / name, variant="fp16")
+    clip.tokenizer.save_pretrained(folder / "tokenizer")
+    t5.tokenizer.save_pretrained(folder / "tokenizer_2")
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)
+    return folder
