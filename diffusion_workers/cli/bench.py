@@ -70,20 +70,24 @@ Case = tuple[str, Callable[["Image"], bool]]  # a caption, and whether an image 
 
 
 def _scene_cases(count: int) -> list[Case]:  # of the smaller world
-    from diffusion_workers.shapes.scenes import held_out_prompts, matches, read_scene
+    from diffusion_workers.shapes.scenes import Scene, held_out_prompts, matches, read_scene
 
-    return [
-        (caption, lambda image, scene=scene: matches(read_scene(image), scene))
-        for scene, caption in held_out_prompts(count, 1)
-    ]
+    def judge(scene: Scene) -> Callable[["Image"], bool]:
+        return lambda image: matches(read_scene(image), scene)
+
+    return [(caption, judge(scene)) for scene, caption in held_out_prompts(count, 1)]
 
 
 def _bench_cases(count: int) -> list[Case]:  # of shapes-bench, all groups in turn; no more than it has
-    from diffusion_workers.shapes.bench import GROUPS, bench_captions, judge_image
+    from diffusion_workers.shapes.bench import PER_GROUP, bench_captions, judge_image
+    from diffusion_workers.shapes.world import Scene
+
+    def judge(scene: Scene) -> Callable[["Image"], bool]:
+        return lambda image: judge_image(image, scene).right
 
     cases = bench_captions()
-    in_turn = [case for index in range(len(cases) // len(GROUPS)) for case in cases[index :: len(cases) // len(GROUPS)]]
-    return [(case.caption, lambda image, scene=case.scene: judge_image(image, scene).right) for case in in_turn[:count]]
+    in_turn = [case for index in range(PER_GROUP) for case in cases[index::PER_GROUP]]
+    return [(case.caption, judge(case.scene)) for case in in_turn[:count]]
 
 # %% ../../nbs/80_cli/08_bench.ipynb #954adf57
 def adherence_cases(

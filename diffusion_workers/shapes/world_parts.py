@@ -88,7 +88,7 @@ def drawn_scene(rng: np.random.Generator, held_out: bool | None = None) -> Scene
 def _without(thing: Thing, name: str) -> Thing:  # a fill and a tilt need their shape
     if name == "shape" and (thing.fill != "plain" or thing.tilted):
         return thing
-    return replace(thing, **{name: None})
+    return replace(thing, color=None) if name == "color" else replace(thing, shape=None)
 
 
 def opened(scene: Scene, rng: np.random.Generator) -> Scene:
