@@ -166,7 +166,7 @@ def test_an_upward_import_is_named_with_its_line(tmp_path: Path) -> None:
     late = next(module for module in structure.exported_modules() if module.name == "cli.main")
     path = tmp_path / "manifest.py"
     path.write_text("import os\nfrom ..cli.main import main\n")
-    early = structure.Module("models.manifest", path, path, (20, 1))
+    early = structure.Module("models.manifest", path, path, ((20, ""), (1, "")))
     found = structure.upward_imports([early, late])
     assert found == [f"{path.as_posix()}:2: models.manifest imports cli.main, which comes later in nbs/"]
 
@@ -344,3 +344,9 @@ def test_a_model_is_saved_without_the_folder_that_it_was_loaded_from(tmp_path: P
     save_half(klein.assemble_klein(vae, encoder, tokenizer, transformer), tmp_path / "copy", shared=())
     configs = [path.read_text() for path in (tmp_path / "copy").rglob("config.json")]
     assert len(configs) == 3 and not any("_name_or_path" in config for config in configs)
+
+
+def test_a_letter_behind_the_number_of_a_notebook_counts() -> None:
+    "04a comes after 04 and before 05."
+    names = ("05_factory.ipynb", "04a_schedulers.ipynb", "04_tiny_models.ipynb")
+    assert sorted(names, key=structure.leading_number) == [*reversed(names)]
