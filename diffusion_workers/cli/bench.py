@@ -116,7 +116,12 @@ def check_adherence(
     if cases and len(cases) < count:
         message = "shapes-bench has fewer captions"
         raise request_error(
-            ErrorCode.out_of_range, message, field="--adherence", given=count, allowed=f"1 to {len(cases)}"
+            ErrorCode.out_of_range,
+            message,
+            field="--adherence",
+            given=count,
+            allowed=f"1 to {len(cases)}",
+            hint="ask for fewer",
         )
     if cases:
         return

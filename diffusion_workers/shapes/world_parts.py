@@ -303,7 +303,8 @@ class T5Reader(TextReader):
         whole = torch.tensor([whole_answers(scene) for scene in scenes])
         logits = heads["whole"](states[torch.arange(len(ends)), ends])
         loss, right = cross_entropies(logits, OF_THE_WHOLE, whole)
-        rows = [(b, p, told) for b, scene in enumerate(scenes) for p, told in zip(nouns[b], noun_answers(scene))]
+        pairs = [zip(found, noun_answers(scene), strict=True) for found, scene in zip(nouns, scenes)]
+        rows = [(index, position, told) for index, pair in enumerate(pairs) for position, told in pair]
         texts, positions, answers = (torch.tensor(column) for column in zip(*rows))
         noun_loss, noun_right = cross_entropies(heads["noun"](states[texts, positions]), _OF_A_NOUN, answers)
         right[texts[~noun_right]] = False
