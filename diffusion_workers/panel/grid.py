@@ -321,6 +321,8 @@ def shared_settings(
 ) -> str:  # one line
     "The settings that all cells have in common, without those of the axes."
     varied = {axis.field.partition(".")[0].partition("[")[0] for axis in axes}
+    if varied & {"seed", "seeds"}:  # two ways to say the same
+        varied |= {"seed", "seeds"}
     plans = [cell.plan for cell in cells]
     found: dict[str, Any] = {}
     if PROMPT_REPLACE not in varied and "prompt" not in varied:

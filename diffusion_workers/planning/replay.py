@@ -324,7 +324,7 @@ def _take_out(
         missing = [path for path in missing if path not in IMAGE_FIELDS]
     if top in ("model", "prompt", "expected_references"):
         return None
-    if not any(name in fields for name in names) and missing == restored.missing_images:
+    if not any(name in fields for name in names) and missing == (restored.missing_images or []):
         return None
     given = _pop_setting(fields, names, top, entry)
     if top == "controlnets" and entry is not None:
