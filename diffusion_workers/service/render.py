@@ -6,16 +6,16 @@
 __all__ = ['MAX_BATCH', 'SWITCH_AT_ONCE', 'PIXEL_PACKAGES', 'largest_difference', 'batch_size', 'text_arguments',
            'size_arguments', 'setting_arguments', 'image_arguments', 'pipeline_arguments', 'DenoisingClock',
            'StepWatch', 'spatial_latents', 'packed_latents', 'returned_latents', 'decode_latents', 'looking',
-           'previewer_for', 'render_chunk', 'encoded_embeds', 'encoded_arguments', 'cut_off_text', 'chat_tokens',
-           'text_notes', 'skipping_encoder', 'use_clip_skip', 'switch_point', 'after_second_order',
-           'count_refiner_calls', 'chunk_of', 'variation_of', 'planned_loras', 'render', 'with_environment',
-           'generated_image']
+           'previewer_for', 'encoded_embeds', 'encoded_arguments', 'cut_off_text', 'chat_tokens', 'text_notes',
+           'skipping_encoder', 'use_clip_skip', 'switch_point', 'after_second_order', 'count_refiner_calls', 'chunk_of',
+           'variation_of', 'planned_loras', 'render', 'with_environment', 'generated_image']
 
 # %% ../../nbs/60_service/04_render.ipynb #5740eba1
 import base64
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
@@ -166,10 +166,7 @@ def setting_arguments(plan: GenerationPlan) -> dict[str, Any]:
     "Steps, guidance and sizes of a pipeline."
     record = FAMILIES[plan.family]
     call = record.call_named(plan.pipeline_class, plan.task)
-    arguments: dict[str, Any] = {
-        "num_inference_steps": plan.num_inference_steps,
-        "guidance_scale": plan.guidance_scale,
-    }
+    arguments: dict[str, Any] = {name: getattr(plan, name) for name in ("num_inference_steps", "guidance_scale")}
     arguments |= {name: value for name in _NUMBERS if (value := getattr(plan, name)) is not None}
     if record.guidance.argument is not None:
         arguments[record.guidance.argument] = arguments.pop("guidance_scale")
@@ -427,30 +424,44 @@ def previewer_for(
     maker = preview_maker(pipe.vae, fitting_size(plan.width, plan.height))
     return Previewer(interval, maker, lambda latents: spatial_latents(pipe, latents[:1], plan))
 
+# %% ../../nbs/60_service/04_render.ipynb #f6bc6a53
+@dataclass(frozen=True)
+class _Rendering:
+    "A plan, and everything that it is carried out with."
+
+    factory: PipelineFactory
+    pipe: Any  # DiffusionPipeline of the task
+    plan: GenerationPlan
+    prepared: Prepared  # inputs
+    watch: StepWatch
+    timings: Timings  # are added to
+    hooks: Hooks = NO_HOOKS  # what was handed in from Python
+    texts: Mapping[str, list[str]] = field(default_factory=dict)  # field -> one text for each seed, where they differ
+    tokens: torch.Tensor | None = None  # reference images as a part of the prompt
+
 # %% ../../nbs/60_service/04_render.ipynb #72d73a33
-def render_chunk(
-    pipe,
-    denoiser: torch.nn.Module,
+def _run_pipeline(
+    rendering: _Rendering,
     arguments: dict[str, Any],  # of the pipeline
-    plan: GenerationPlan,
-    watch: StepWatch,
-    timings: Timings,  # is added to
     refine: Callable[[torch.Tensor], torch.Tensor] | None = None,  # latents to latents, the last steps
-    decode: bool = True,  # else the latents themselves
-) -> list[Image.Image] | list[torch.Tensor]:
+) -> list[Image.Image] | list[torch.Tensor]:  # latents where the hooks ask for them
     "Run the pipeline once and decode what it gives."
-    started = time.perf_counter()
-    with watch.watching(denoiser):
+    pipe, watch, started = rendering.pipe, rendering.watch, time.perf_counter()
+    with watch.watching(getattr(pipe, rendering.factory.record.denoiser)):
         latents = pipe(**({"callback_on_step_end": watch} | arguments)).images
         latents = latents if refine is None else refine(latents)
-    denoised = time.perf_counter()
+    rendering.timings.encode_seconds += watch.began - started
+    rendering.timings.denoise_seconds += time.perf_counter() - watch.began
     watch.stop.check()
     watch.on_progress(ProgressEvent(phase=Phase.decode, step=watch.step))
-    latents = returned_latents(pipe, latents, plan)
-    images = decode_latents(pipe, latents) if decode else list(latents.float().cpu())
-    timings.encode_seconds += watch.began - started
-    timings.denoise_seconds += denoised - watch.began
-    timings.decode_seconds += time.perf_counter() - denoised
+    return _decoded(rendering, returned_latents(pipe, latents, rendering.plan))
+
+
+def _decoded(rendering: _Rendering, latents: torch.Tensor) -> list[Image.Image] | list[torch.Tensor]:
+    started = time.perf_counter()
+    is_image = rendering.hooks.output_type == "pil"
+    images = decode_latents(rendering.pipe, latents) if is_image else list(latents.float().cpu())
+    rendering.timings.decode_seconds += time.perf_counter() - started
     return images
 
 # %% ../../nbs/60_service/04_render.ipynb #b635cd6a
@@ -718,25 +729,21 @@ def planned_loras(
 # %% ../../nbs/60_service/04_render.ipynb #aa037def
 @contextmanager
 def _applied(
-    factory: PipelineFactory,
-    pipe: DiffusionPipeline,
-    plan: GenerationPlan,
-    prepared: Prepared,
-    hooks: Hooks,
+    rendering: _Rendering,
     generators: list[torch.Generator],  # of a chunk
     first: int,  # the index of its first image
 ) -> Iterator[Any]:  # what accelerates it
     "Apply to a pipeline what a plan asks for, inside the block."
-    chunk = chunk_of(plan, first, len(generators))
+    pipe, plan, factory, hooks = rendering.pipe, rendering.plan, rendering.factory, rendering.hooks
     with (
         cached_encoders(pipe),
         use_clip_skip(pipe, plan.clip_skip or 0),
-        factory.configured(plan, prepared.controls, hooks.make_scheduler()),
+        factory.configured(plan, rendering.prepared.controls, hooks.make_scheduler()),
         accelerated(factory, pipe, plan) as run,
         use_seamless(pipe, plan.seamless),
         use_guider(pipe, plan, run),
         use_noise(pipe, hooks.noise(first, len(generators))),
-        use_variation(pipe, generators, *variation_of(chunk)),
+        use_variation(pipe, generators, *variation_of(chunk_of(plan, first, len(generators)))),
     ):
         yield run
 
@@ -760,70 +767,72 @@ def _ignored_guidance(pipe: DiffusionPipeline, plan: GenerationPlan, factory: Pi
 
 # %% ../../nbs/60_service/04_render.ipynb #0c935bcc
 def _chunk_arguments(
-    factory: PipelineFactory,
-    pipe: DiffusionPipeline,
-    plan: GenerationPlan,
-    prepared: Prepared,
-    texts: Mapping[str, list[str]],
-    hooks: Hooks,
+    rendering: _Rendering,
     seeds: list[int],  # of the chunk
     first: int,  # the index of its first image
 ) -> dict[str, Any]:
     "What the pipeline is called with for a chunk, as far as that needs no encoder."
-    arguments = pipeline_arguments(chunk_of(plan, first, len(seeds)), seeds, prepared, texts)
-    arguments |= factory.record.pipe_arguments(pipe)
+    factory, chunk = rendering.factory, chunk_of(rendering.plan, first, len(seeds))
+    arguments = pipeline_arguments(chunk, seeds, rendering.prepared, rendering.texts)
+    arguments |= factory.record.pipe_arguments(rendering.pipe)
     lists = factory.record.denoiser_calls == "lists"
-    return _on_device(hooks.text_arguments(arguments, first, len(seeds), lists), factory)
+    return _on_device(rendering.hooks.text_arguments(arguments, first, len(seeds), lists), factory)
 
 # %% ../../nbs/60_service/04_render.ipynb #5bbc0857
 @contextmanager
 def _prompt_tensors(
-    pipe: DiffusionPipeline,
-    plan: GenerationPlan,
-    embeddings: Sequence[Embedding],  # that the prompts name
+    rendering: _Rendering,
     arguments: dict[str, Any],  # of the chunk
-    watch: StepWatch,
     run: Any,  # what accelerates the pipeline
 ) -> Iterator[dict[str, Any]]:
     "What the pipeline is called with inside the block, with tensors in place of the texts of a plan."
+    pipe, plan = rendering.pipe, rendering.plan
     kept = {name: value for name, value in arguments.items() if name not in _ENCODED}
-    prompts = _encoded(pipe, plan, embeddings)
-    encoded = encoded_arguments(pipe, plan, prompts, len(arguments["generator"]), watch)
+    prompts = _encoded(pipe, plan, rendering.prepared.embeddings)
+    encoded = encoded_arguments(pipe, plan, prompts, len(arguments["generator"]), rendering.watch)
     with use_joined_prompts(pipe, plan, prompts, run):
         yield kept | encoded
 
 # %% ../../nbs/60_service/04_render.ipynb #1c765b0f
 def _render_seeds(
-    factory: PipelineFactory,
-    pipe: DiffusionPipeline,
-    plan: GenerationPlan,
-    prepared: Prepared,
-    watch: StepWatch,
-    timings: Timings,  # is added to
-    texts: Mapping[str, list[str]],
-    hooks: Hooks,
+    rendering: _Rendering,
     seeds: list[int],  # of the chunk
     first: int,  # the index of its first image
-    tokens: torch.Tensor | None,  # reference images as a part of the prompt
 ) -> list[Image.Image] | list[torch.Tensor]:
     "Carry out a chunk of a plan."
-    arguments, refine = _chunk_arguments(factory, pipe, plan, prepared, texts, hooks, seeds, first), None
+    plan, watch, hooks = rendering.plan, rendering.watch, rendering.hooks
+    arguments, refine = _chunk_arguments(rendering, seeds, first), None
     watch.look = looking(plan, seeds, hooks)
     if plan.refiner is not None and plan.refiner.switch_at < 1:
-        refine = _refining(factory, plan, arguments, watch)
+        refine = _refining(rendering.factory, plan, arguments, watch)
         arguments["denoising_end"] = switch_point(plan)
-    with (
-        _applied(factory, pipe, plan, prepared, hooks, arguments["generator"], first) as run,
-        ExitStack() as joining,
-    ):
+    with _applied(rendering, arguments["generator"], first) as run, ExitStack() as joining:
         if plan.prompt_syntax is not None and hooks.embeds is None:
-            arguments = joining.enter_context(_prompt_tensors(pipe, plan, prepared.embeddings, arguments, watch, run))
-        if tokens is not None:
-            joining.enter_context(use_reference_tokens(pipe, tokens))
-        denoiser, decode = getattr(pipe, factory.record.denoiser), hooks.output_type == "pil"
-        return render_chunk(pipe, denoiser, arguments, plan, watch, timings, refine, decode)
+            arguments = joining.enter_context(_prompt_tensors(rendering, arguments, run))
+        if rendering.tokens is not None:
+            joining.enter_context(use_reference_tokens(rendering.pipe, rendering.tokens))
+        return _run_pipeline(rendering, arguments, refine)
+
+# %% ../../nbs/60_service/04_render.ipynb #148aa934
+def _render_chunks(rendering: _Rendering) -> list[Any]:  # images, or latents where the hooks ask for them
+    "Carry out all chunks of a plan."
+    plan, embeds, size = rendering.plan, rendering.hooks.embeds, batch_size(rendering.plan)
+    if embeds is not None:
+        check_widths(embeds, getattr(rendering.pipe, rendering.factory.record.denoiser))
+    other_count = plan.refiner and plan.refiner.num_inference_steps not in (None, plan.num_inference_steps)
+    rendering.watch.steps_per_run = None if other_count else plan.denoising_steps
+    images: list[Any] = []
+    for first in range(0, len(plan.seeds), size):
+        images += _render_seeds(rendering, plan.seeds[first : first + size], first)
+    return images
 
 # %% ../../nbs/60_service/04_render.ipynb #480e64ac
+def _pasted_back(prepared: Prepared, image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
+    if prepared.canvas is None or not isinstance(image, Image.Image):
+        return image
+    return paste_back(prepared.canvas, image, prepared.canvas_mask, prepared.box)
+
+
 def render(
     factory: PipelineFactory,
     plan: GenerationPlan,
@@ -831,33 +840,23 @@ def render(
     watch: StepWatch,
     timings: Timings,  # is added to
     lora_store: LoraStore | None = None,  # keeps the LoRAs of earlier requests
-    texts: Mapping[str, list[str]] = MappingProxyType(
-        {}
-    ),  # field -> one text for each of at most MAX_BATCH seeds, where they differ
+    texts: Mapping[str, list[str]] = MappingProxyType({}),  # field -> one text for each seed, where they differ
     hooks: Hooks = NO_HOOKS,  # what was handed in from Python
-) -> tuple[list[Image.Image] | list[torch.Tensor], list[RequestWarning]]:  # one for each seed, and what had to be said
+) -> tuple[list[Any], list[RequestWarning]]:  # an image or latents for each seed, and what had to be said
     "Carry out a plan."
-    images, loras = [], planned_loras(plan, prepared.loras, lora_store or LoraStore())
-    pipe = factory.variant(plan.task, plan.control_kind)
+    pipe, loras = (
+        factory.variant(plan.task, plan.control_kind),
+        planned_loras(plan, prepared.loras, lora_store or LoraStore()),
+    )
     tokens = _tokens_of_references(factory, plan, prepared)
-    with (
-        quiet_libraries(),
-        use_loras(pipe, loras, merge=factory.compilable and wants_compilation(plan, factory)) as lora_notes,
-    ):
+    rendering = _Rendering(factory, pipe, plan, prepared, watch, timings, hooks, texts, tokens)
+    merge = factory.compilable and wants_compilation(plan, factory)
+    with quiet_libraries(), use_loras(pipe, loras, merge=merge) as lora_notes:
         notes = [*([] if texts or hooks.embeds else text_notes(pipe, plan)), *lora_notes]
-        if hooks.embeds is not None:
-            check_widths(hooks.embeds, getattr(pipe, factory.record.denoiser))
-        size, decode = batch_size(plan), hooks.output_type == "pil"
-        other_count = plan.refiner and plan.refiner.num_inference_steps not in (None, plan.num_inference_steps)
-        watch.steps_per_run = None if other_count else plan.denoising_steps
-        for first in range(0, len(plan.seeds), size):
-            seeds = plan.seeds[first : first + size]
-            images += _render_seeds(factory, pipe, plan, prepared, watch, timings, texts, hooks, seeds, first, tokens)
+        images = _render_chunks(rendering)
         notes += [*acceleration_notes(pipe, plan, factory), *_ignored_guidance(pipe, plan, factory)]
-    if prepared.canvas is not None and decode:
-        images = [paste_back(prepared.canvas, image, prepared.canvas_mask, prepared.box) for image in images]
     timings.seconds_per_step = watch.seconds_per_step
-    return images, notes
+    return [_pasted_back(prepared, image) for image in images], notes
 
 # %% ../../nbs/60_service/04_render.ipynb #bdf92cc3
 PIXEL_PACKAGES = ("diffusion-workers", "torch", "diffusers", "transformers")
