@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'OBJECT_COLORS', 'SHAPES', 'TILTABLE', 'FILLS', 'SIZES', 'PLACES', 'RELATIONS', 'SIDE', 'MAX_THINGS',
-           'MIN_CONTRAST', 'GAP', 'OUTLINE', 'STRIPE', 'DOT', 'DOT_STEP', 'KINDS', 'COLOR_WORDS', 'SHAPE_WORDS',
-           'PLURALS', 'RELATION_WORDS', 'MIN_AREA', 'PARTS', 'contrast', 'Thing', 'Relation', 'Scene', 'scene_key',
-           'is_held_out', 'Placed', 'holds', 'pick', 'far_from', 'arrange', 'draw', 'render', 'random_thing',
-           'random_scene', 'Words', 'article', 'place_phrase', 'describe', 'caption_words', 'ReadThing', 'Reading',
-           'read_world', 'compare', 'matches']
+           'MIN_CONTRAST', 'GAP', 'Centres', 'REGULAR_PLACES', 'OUTLINE', 'STRIPE', 'DOT', 'DOT_STEP', 'KINDS',
+           'COLOR_WORDS', 'SHAPE_WORDS', 'PLURALS', 'RELATION_WORDS', 'MIN_AREA', 'PARTS', 'contrast', 'Thing',
+           'Relation', 'Scene', 'scene_key', 'is_held_out', 'Placed', 'holds', 'pick', 'far_from', 'arrange',
+           'regular_places', 'arrange_regularly', 'draw', 'render', 'random_thing', 'random_scene', 'Words', 'article',
+           'place_phrase', 'describe', 'caption_words', 'ReadThing', 'Reading', 'read_world', 'compare', 'matches']
 
 # %% ../../nbs/65_shapes/14_world.ipynb #36bbdac3
 import hashlib
@@ -260,6 +260,17 @@ def _chosen(scene: Scene, rng: np.random.Generator) -> Scene:  # with every colo
     return replace(scene, things=tuple(things), background=background)
 
 # %% ../../nbs/65_shapes/14_world.ipynb #6e2cd843
+def _placed(
+    scene: Scene, radii: Sequence[float], centres: Sequence[tuple[float, float]], angles: Sequence[float]
+) -> tuple[str, list[Placed]]:
+    placed = []
+    for thing, (x, y), radius, angle in zip(scene.things, centres, radii, angles):
+        placed.append(Placed(thing, float(x), float(y), radius, float(angle) if thing.tilted else 0.0))
+    front = _nested(scene)
+    order = sorted(range(len(placed)), key=lambda index: index in front)
+    return scene.background or "", [placed[index] for index in order]
+
+
 def arrange(
     scene: Scene,
     rng: np.random.Generator,
@@ -273,13 +284,73 @@ def arrange(
             break
     else:
         raise ValueError(f"no room for {scene}")
-    placed = []
-    for thing, (x, y), radius in zip(scene.things, centres, radii):
-        angle = rng.uniform(25, 35) * rng.choice([-1, 1]) if thing.tilted else 0.0
-        placed.append(Placed(thing, float(x), float(y), radius, float(angle)))
-    front = _nested(scene)
-    order = sorted(range(len(placed)), key=lambda index: index in front)
-    return scene.background or "", [placed[index] for index in order]
+    angles = [rng.uniform(25, 35) * rng.choice([-1, 1]) if thing.tilted else 0.0 for thing in scene.things]
+    return _placed(scene, radii, centres, angles)
+
+# %% ../../nbs/65_shapes/14_world.ipynb #281ca861
+_ENDS, _LINE = (36, 92), (24, 64, 104)  # pixels along a row or a column of two, of three
+Centres = list[tuple[float, float]]  # x, y in pixels
+REGULAR_PLACES: Centres = sorted(
+    {*PLACES.values(), *itertools.product(_ENDS, _ENDS)}
+    | {place for along in (*_ENDS, *_LINE) for place in ((along, 64), (64, along))}
+)  # x, y in pixels: everywhere a thing of a regular layout can stand
+
+
+def _places_of_two(relations: Sequence[Relation]) -> Centres:
+    kind = relations[0].kind if relations else "next to"
+    pair: Centres = [(64, end) if kind in ("above", "below") else (end, 64) for end in _ENDS]
+    return pair[::-1] if kind in ("right of", "below") else pair
+
+
+def _places_of_three(relations: Sequence[Relation]) -> Centres:
+    is_column = bool(relations) and relations[0].kind in ("above", "below")
+    start, middle, end = [(64.0, along) if is_column else (along, 64.0) for along in _LINE]
+    if not relations:
+        return [start, middle, end]
+    found = {relations[0].of: middle}
+    if relations[0].kind == "between":
+        found |= dict(zip(relations[0].to, (start, end)))
+    else:
+        found |= {each.to[0]: end if each.kind in ("left of", "above") else start for each in relations}
+    return [found[index] for index in range(3)]
+
+
+def regular_places(scene: Scene) -> Centres:  # of each thing
+    "Where the things of a scene stand in its regular layout."
+    count = len(scene.things)
+    centres: Centres = [PLACES["center"]] * count  # of one, and of a nested pair
+    if count == MAX_THINGS:
+        centres = [(x, y) for y in _ENDS for x in _ENDS]
+    elif count == 3:
+        centres = _places_of_three(scene.relations)
+    elif count == 2 and not _nested(scene):
+        centres = _places_of_two(scene.relations)
+    return [PLACES[thing.place] if thing.place else centre for thing, centre in zip(scene.things, centres)]
+
+# %% ../../nbs/65_shapes/14_world.ipynb #209e22f7
+_REGULAR_RADII = {3: 15.0, 4: 17.0}  # pixels, by the number of things
+
+
+def _regular_proposal(scene: Scene, rng: np.random.Generator) -> tuple[list[float], Centres]:  # radii, centres
+    count, radii = len(scene.things), _radii(scene, rng)
+    if count in _REGULAR_RADII:
+        radii = [_REGULAR_RADII[count]] * count
+    is_told = all(thing.place for thing in scene.things) or (count == 3 and scene.relations)
+    shift = np.zeros(2) if is_told else rng.uniform(-6, 6, 2)
+    return radii, [tuple(place + shift + rng.uniform(-2, 2, 2)) for place in regular_places(scene)]
+
+
+def arrange_regularly(
+    scene: Scene,
+    rng: np.random.Generator,
+) -> tuple[str, list[Placed]]:  # background, and the things from the back to the front
+    "Like `arrange`, in the regular layout. Raises ValueError where the things do not fit."
+    scene = _chosen(scene, rng)
+    for _ in range(200):
+        radii, centres = _regular_proposal(scene, rng)
+        if _fits(scene, radii, centres):
+            return _placed(scene, radii, centres, [30.0 * rng.choice([-1, 1]) for _ in radii])
+    raise ValueError(f"no room for {scene}")
 
 # %% ../../nbs/65_shapes/14_world.ipynb #ece001c7
 _SUPER = 4

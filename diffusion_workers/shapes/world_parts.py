@@ -43,6 +43,7 @@ from diffusion_workers.shapes.world import (
     PALETTE,
     PLACES,
     PLURALS,
+    REGULAR_PLACES,
     SHAPE_WORDS,
     SHAPES,
     SIZES,
@@ -54,6 +55,7 @@ from diffusion_workers.shapes.world import (
     describe,
     pick,
     random_scene,
+    regular_places,
     render,
 )
 
@@ -71,8 +73,8 @@ class WorldPartsConfig:
     clip_layers: int = 5
     t5_layers: int = 4
     length: int = 36  # tokens of a caption, padding included
-    clip_steps: int = 2000
-    t5_steps: int = 1600
+    clip_steps: int = 3000
+    t5_steps: int = 2500
     batch: int = 128  # captions
     learning_rate: float = 2e-3  # peak, of both text encoders
 
@@ -169,12 +171,16 @@ def row_answers(scene: Scene) -> list[int]:  # the whole, and OF_A_THING for eac
     return found + [0] * len(OF_A_THING) * (MAX_THINGS - len(scene.things))
 
 
-def noun_answers(scene: Scene) -> list[list[int]]:  # for each noun how many, and the answers of OF_A_THING
+def noun_answers(scene: Scene) -> list[list[int]]:  # for each noun how many, OF_A_THING, and 1 for each of its places
     "What a caption tells of each noun, in the order of the caption."
-    roles = _roles(scene.relations)[1]
+    roles, places = _roles(scene.relations)[1], iter(regular_places(scene))
     same = itertools.groupby(scene.things) if not scene.relations else [(thing, [thing]) for thing in scene.things]
-    groups = [(thing, len([*things])) for thing, things in same]
-    return [[count, *thing_answers(thing, roles.get(index, "none"))] for index, (thing, count) in enumerate(groups)]
+    rows = []
+    for index, (thing, things) in enumerate(same):
+        own = [next(places) for _ in things]
+        row = [len(own), *thing_answers(thing, roles.get(index, "none"))]
+        rows.append([*row, *(int(place in own) for place in REGULAR_PLACES)])
+    return rows
 
 # %% ../../nbs/65_shapes/16a_world_parts.ipynb #d4e87ff1
 def world_words() -> list[str]:  # in lower case, in alphabetical order
@@ -218,14 +224,25 @@ def cross_entropies(
 
 # %% ../../nbs/65_shapes/16a_world_parts.ipynb #50af52ae
 _BEHIND = [OF_THE_WHOLE, *[OF_A_THING] * MAX_THINGS]  # classes of each answer, by position behind the text
+_IN_A_ROW = [count for classes in _BEHIND for count in classes]
 
 
 class ClipReader(TextReader):
-    "CLIP's text model, which answers at the first states behind the text."
+    "CLIP's text model, which answers in its pooled state, and thing by thing at the first states behind the text."
 
     def new_heads(self) -> torch.nn.ModuleList:
         width = self.encoder.config.hidden_size
-        return torch.nn.ModuleList(torch.nn.Linear(width, sum(classes)) for classes in _BEHIND)
+        return torch.nn.ModuleList(torch.nn.Linear(width, sum(classes)) for classes in (_IN_A_ROW, *_BEHIND))
+
+    def states(self, captions: Sequence[str]) -> list[torch.Tensor]:  # each (B, width)
+        "The pooled state, and those behind the text."
+        ids = self.ids(captions)
+        with quick_arithmetic():
+            found = self.encoder(ids)
+        ends, rows = (ids == self.tokenizer.eos_token_id).int().argmax(1), torch.arange(len(ids))
+        last = ids.shape[1] - 1  # a long text has no room behind it
+        behind = [(ends + 1 + position).clamp(max=last) for position in range(len(_BEHIND))]
+        return [found.pooler_output.float(), *(found.last_hidden_state[rows, place].float() for place in behind)]
 
     def figures(
         self,
@@ -233,18 +250,11 @@ class ClipReader(TextReader):
         captions: Sequence[str],  # B of them
         scenes: Sequence[Scene],  # what they tell
     ) -> dict[str, torch.Tensor]:  # loss; share of captions that are read
-        ids = self.ids(captions)
-        with quick_arithmetic():
-            states = self.encoder(ids).last_hidden_state
-        ends, rows = (ids == self.tokenizer.eos_token_id).int().argmax(1), torch.arange(len(ids))
-        answers = torch.tensor([row_answers(scene) for scene in scenes]).split([*map(len, _BEHIND)], 1)
-        losses, right = [], torch.ones(len(ids), dtype=torch.bool)
-        for position, (head, classes, wanted) in enumerate(zip(heads, _BEHIND, answers)):
-            behind = (ends + 1 + position).clamp(max=ids.shape[1] - 1)  # a long text has no room behind it
-            loss, found = cross_entropies(head(states[rows, behind].float()), classes, wanted)
-            losses.append(loss)
-            right &= found
-        return {"loss": torch.stack(losses).sum(), "right": right.float().mean()}
+        row = torch.tensor([row_answers(scene) for scene in scenes])
+        answers = [row, *row.split([*map(len, _BEHIND)], 1)]
+        told = zip(heads, self.states(captions), (_IN_A_ROW, *_BEHIND), answers)
+        losses, right = zip(*(cross_entropies(head(state), classes, answer) for head, state, classes, answer in told))
+        return {"loss": torch.stack(losses).sum(), "right": torch.stack(right).all(0).float().mean()}
 
 # %% ../../nbs/65_shapes/16a_world_parts.ipynb #f1d908ca
 def new_clip(config: WorldPartsConfig, tokenizer: CLIPTokenizer) -> ClipReader:
@@ -274,7 +284,7 @@ def noun_positions(tokens: Sequence[str]) -> list[int]:  # in the order of the t
     return [i for i, word in enumerate(words) if word in NOUNS and not (word == "dots" and words[i - 1] == "with")]
 
 # %% ../../nbs/65_shapes/16a_world_parts.ipynb #e063969a
-_OF_A_NOUN = [MAX_THINGS + 1, *OF_A_THING]
+_OF_A_NOUN = [MAX_THINGS + 1, *OF_A_THING, *[2] * len(REGULAR_PLACES)]
 
 
 class T5Reader(TextReader):
@@ -326,7 +336,9 @@ def _thing_in_words(answers: Sequence[int]) -> str:
     names = (OBJECT_COLORS, SHAPES, _SIZE_NAMES, _PLACE_NAMES)
     parts = [("no", "any", *known)[answer] for known, answer in zip(names, answers)]
     fill, tilt = ("no", *_FILL_NAMES)[answers[4]], ("no", "upright", "tilted")[answers[5]]
-    return f"{parts[0]} {parts[1]}, size {parts[2]}, place {parts[3]}, {fill}, {tilt}, role {ROLES[answers[6]]}"
+    looks = f"{parts[0]} {parts[1]}, size {parts[2]}, place {parts[3]}, {fill}, {tilt}, role {ROLES[answers[6]]}"
+    stands = [place for place, found in zip(REGULAR_PLACES, answers[len(OF_A_THING) :]) if found]
+    return looks + ("" if not stands else f", stands at {', '.join(map(str, stands))}")
 
 # %% ../../nbs/65_shapes/16a_world_parts.ipynb #d00ee160
 def new_t5(config: WorldPartsConfig, tokenizer: T5TokenizerFast) -> T5Reader:
