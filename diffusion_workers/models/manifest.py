@@ -384,6 +384,19 @@ class Vocabulary(_Section):
     groups: dict[Name, tuple[Text, ...]]  # such as colors: [red, blue]; a prompt needs one of these words
     function_words: tuple[Text, ...] = ()  # such as a, the, on
     case_sensitive: Switch = False  # whether Red is another word than red
+    phrases: dict[Text, tuple[Text, ...]] = {}  # word -> the pairs of words that it is known in, such as [top left]
+    at_most: dict[Name, Count] = {}  # group -> how many of its words a prompt may have
+
+    @model_validator(mode="after")
+    def _check_phrases(self) -> "Vocabulary":
+        for word, pairs in self.phrases.items():
+            for pair in pairs:
+                if len(pair.split()) != 2 or word not in pair.split():
+                    raise ValueError(f"phrases.{word}: {pair!r} is not a pair of words with {word!r}")
+        for group in self.at_most:
+            if group not in self.groups:
+                raise ValueError(f"at_most.{group}: there is no such group; allowed: {', '.join(self.groups)}")
+        return self
 
     @property
     def words(self) -> frozenset[str]:

@@ -49,6 +49,7 @@ from diffusion_workers.shapes.sdxl import (
     save_half,
     train_sdxl_unet,
 )
+from .world_flux import WorldFluxConfig, train_world_flux
 from .world_parts import WorldPartsConfig, train_world_parts
 
 # %% ../../nbs/65_shapes/17_parts.ipynb #1dc8499d
@@ -177,7 +178,8 @@ PARTS = {
     "shapes-flux/union": _controlnet("shapes-flux", "union", steps=1000),
     "shapes-flux/heart": _lora("shapes-flux", "heart", steps=1800, scenes=3000, learning_rate=6e-3, strength=1.4),
     "shapes-klein": Part(KleinTrainingConfig(), train_klein),
-    "shapes-world": Part(WorldPartsConfig(), train_world_parts),
+    "shapes-world/parts": Part(WorldPartsConfig(), train_world_parts),
+    "shapes-world": Part(WorldFluxConfig(), train_world_flux),
 }
 
 # %% ../../nbs/65_shapes/17_parts.ipynb #964fc8d3
