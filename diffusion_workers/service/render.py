@@ -15,7 +15,7 @@ import base64
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
@@ -436,7 +436,7 @@ class _Rendering:
     watch: StepWatch
     timings: Timings  # are added to
     hooks: Hooks = NO_HOOKS  # what was handed in from Python
-    texts: Mapping[str, list[str]] = field(default_factory=dict)  # field -> one text for each seed, where they differ
+    texts: Mapping[str, list[str]] | None = None  # field -> one text for each seed, where they differ
     tokens: torch.Tensor | None = None  # reference images as a part of the prompt
 
 # %% ../../nbs/60_service/04_render.ipynb #72d73a33
@@ -773,7 +773,7 @@ def _chunk_arguments(
 ) -> dict[str, Any]:
     "What the pipeline is called with for a chunk, as far as that needs no encoder."
     factory, chunk = rendering.factory, chunk_of(rendering.plan, first, len(seeds))
-    arguments = pipeline_arguments(chunk, seeds, rendering.prepared, rendering.texts)
+    arguments = pipeline_arguments(chunk, seeds, rendering.prepared, rendering.texts or {})
     arguments |= factory.record.pipe_arguments(rendering.pipe)
     lists = factory.record.denoiser_calls == "lists"
     return _on_device(rendering.hooks.text_arguments(arguments, first, len(seeds), lists), factory)
