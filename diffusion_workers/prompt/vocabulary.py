@@ -112,10 +112,11 @@ def _beyond(words: Sequence[str], vocabulary: Vocabulary) -> Iterator[tuple[str,
     known = [vocabulary.known_form(word) for word in words]
     pairs = list(map(" ".join, zip(["", *known], [*known, ""])))  # pair i ends with word i
     for word, phrases in vocabulary.phrases.items():
-        if any(known[at] == word and not {*pairs[at : at + 2]} & {*phrases} for at in range(len(known))):
+        form, told = vocabulary.known_form(word), {*map(vocabulary.known_form, phrases)}
+        if any(known[at] == form and not told.intersection(pairs[at : at + 2]) for at in range(len(known))):
             yield word, f"knows this word only as part of {', '.join(phrases)}"
     for group, most in vocabulary.at_most.items():
-        named = [word for word in known if word in vocabulary.groups[group]]
+        named = [word for word in known if word in map(vocabulary.known_form, vocabulary.groups[group])]
         if len(named) > most:
             yield ", ".join(named[: most + 1]), f"draws at most {most} {group}"
 
