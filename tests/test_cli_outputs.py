@@ -57,6 +57,20 @@ def test_templates_folders_and_free_names(here: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
 
 
+def test_names_that_nobody_typed_end_in_the_format_of_the_request(here: Path, capsys: pytest.CaptureFixture) -> None:
+    "In a folder, and without -o, WebP is written as WebP; an ending that was typed decides over a file, not an option."
+    webp = ["--output-format", "webp"]
+    assert main(["generate", "A star", *QUICK, "--seed", "5", *webp, "-o", "images/"]) == 0
+    assert main(["generate", RED, *QUICK, *webp]) == 0
+    assert [Image.open(path).format for path in ("images/a-star-5.webp", "out.webp")] == ["WEBP", "WEBP"]
+    Path("recipe.json").write_text(json.dumps({"prompt": RED, "output": {"format": "webp"}}))
+    assert main(["generate", "--request", "recipe.json", *QUICK, "-o", "a.png"]) == 0
+    assert read_metadata(Path("a.png")).plan.output.format == "png"
+    capsys.readouterr()
+    assert main(["generate", RED, *QUICK, *webp, "-o", "b.png"]) == 4
+    assert "--output-format: the ending of the output file asks for png; given 'webp'" in capsys.readouterr().err
+
+
 def test_nothing_is_overwritten_without_force_and_a_source_never(here: Path, capsys: pytest.CaptureFixture) -> None:
     "An existing file is refused before an image is generated; --force overwrites it, but never what the request reads."
     Image.new("RGB", (128, 128), "white").save("start.png")

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from live_server import live_server
 from project import ROOT
 
 from diffusion_workers.cli.main import main
+from diffusion_workers.service.service import DiffusionService
 
 PAGES = sorted(path for path in (ROOT / "docs" / "how-to").glob("*.md") if path.name != "index.md")
 BLOCK = re.compile(
@@ -61,6 +63,31 @@ def test_examples_of_a_how_to(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
         os.environ.clear()
         os.environ.update(before)
     assert ran or "<!-- not run: " in page.read_text(encoding="utf-8"), "the page has no example"
+
+
+@pytest.mark.parametrize(("page", "written"), [("progress", 0), ("two-gpus", 4)])
+def test_examples_that_need_servers(
+    page: str,
+    written: int,  # images
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    "The blocks that talk to servers run against two on this machine, with few requests."
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = [
+        block["code"] for block in BLOCK.finditer(text) if re.search(r"not run: needs .*server", block["skip"] or "")
+    ]
+    assert len(blocks) == 1
+    with (
+        DiffusionService(device="cpu") as service,
+        live_server(service) as (first, _),
+        live_server(service) as (second, _),
+    ):
+        code = blocks[0].replace("http://127.0.0.1:8000", first).replace("http://127.0.0.1:8001", second)
+        code = code.replace("range(100)", "range(4)").replace('"seed": n}', '"seed": n, "num_inference_steps": 2}')
+        exec(compile(code, page, "exec"), {"__name__": "how_to"})
+    assert len([*tmp_path.rglob("*.png")]) == written
 
 
 def test_every_how_to_is_listed() -> None:

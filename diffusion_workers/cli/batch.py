@@ -27,19 +27,20 @@ if TYPE_CHECKING:
     from diffusion_workers.sweep.run import Sweep, SweepItem
 
 # %% ../../nbs/80_cli/04_batch.ipynb #552f5eeb
-MAX_ENTRIES = 10_000
-MAX_BYTES = 32 * 2**20
+def _column_path(name: str) -> tuple[str | int, ...]:
+    "The field that a column of a CSV file stands for, also under the name of another program."
+    key = name.strip()
+    field = FOREIGN_FIELD_NAMES.get(key.lower().replace(" ", "_"), key)
+    return split_path(field if field.split("[")[0].split(".")[0] in GenerationRequest.model_fields else key)
 
-
+# %% ../../nbs/80_cli/04_batch.ipynb #24db5a9e
 def _cells(row: dict[str, str | None]) -> dict[str, Any]:
     "The fields of a row of a CSV file; empty cells are left out."
     entry: dict[str, Any] = {}
     for name, text in row.items():
         if name is None or text is None or not text.strip():
             continue
-        key = name.strip()
-        field = FOREIGN_FIELD_NAMES.get(key.lower().replace(" ", "_"), key)
-        path = split_path(field if field.split("[")[0].split(".")[0] in GenerationRequest.model_fields else key)
+        path = _column_path(name)
         value: Any = text.strip()
         with suppress(RequestError):  # the validation of the request names the field
             value = typed_value(field_at(GenerationRequest, path), value)
@@ -60,6 +61,36 @@ def _entries_of_json(texts: list[str]) -> list[Any]:
     return found
 
 
+def _entries_of_text(text: str, ending: str) -> list[Any]:
+    "The entries of a file, unchecked; a `ValueError`, `RecursionError` or `csv.Error` where it cannot be read."
+    if ending == ".csv":
+        return [_cells(row) for row in csv.DictReader(io.StringIO(text.lstrip("\ufeff")))]
+    if ending == ".json":
+        return _entries_of_json([text])
+    if ending == ".jsonl":
+        return _entries_of_json([line for line in text.splitlines() if line.strip()] or ["[]"])
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+# %% ../../nbs/80_cli/04_batch.ipynb #842e7499
+MAX_ENTRIES = 10_000
+MAX_BYTES = 32 * 2**20
+
+
+def _checked_entries(entries: list[Any]) -> list[dict[str, Any]]:
+    "The entries as fields of a request; a `RequestError` for an entry of another type, for none and for too many."
+    entries = [{"prompt": entry} if isinstance(entry, str) else entry for entry in entries]
+    wrong = next((index for index, entry in enumerate(entries) if not isinstance(entry, dict)), None)
+    if wrong is not None:
+        message = f"entry {wrong + 1} is neither a text nor a request"
+        raise request_error(ErrorCode.wrong_type, message, field="--prompts", given=entries[wrong])
+    if not 1 <= len(entries) <= MAX_ENTRIES:
+        allowed = f"1 to {MAX_ENTRIES} entries"
+        message = "the file has no prompts" if not entries else "the file has too many entries"
+        raise request_error(ErrorCode.out_of_range, message, field="--prompts", given=len(entries), allowed=allowed)
+    return entries
+
+# %% ../../nbs/80_cli/04_batch.ipynb #82fc113f
 def read_entries(
     source: str,  # a file, or - for text on standard input
 ) -> list[dict[str, Any]]:  # fields of a request
@@ -72,29 +103,12 @@ def read_entries(
         )
     ending = Path(source).suffix.lower()
     try:
-        if ending == ".csv":
-            entries: list[Any] = [_cells(row) for row in csv.DictReader(io.StringIO(text.lstrip("\ufeff")))]
-        elif ending == ".json":
-            entries = _entries_of_json([text])
-        elif ending == ".jsonl":
-            entries = _entries_of_json([line for line in text.splitlines() if line.strip()] or ["[]"])
-        else:
-            lines = (line.strip() for line in text.splitlines())
-            entries = [line for line in lines if line and not line.startswith("#")]
+        entries = _entries_of_text(text, ending)
     except (ValueError, RecursionError, csv.Error) as exc:
         raise request_error(
             ErrorCode.malformed_json, f"cannot be read: {exc}", field="--prompts", given=source
         ) from None
-    entries = [{"prompt": entry} if isinstance(entry, str) else entry for entry in entries]
-    wrong = next((index for index, entry in enumerate(entries) if not isinstance(entry, dict)), None)
-    if wrong is not None:
-        message = f"entry {wrong + 1} is neither a text nor a request"
-        raise request_error(ErrorCode.wrong_type, message, field="--prompts", given=entries[wrong])
-    if not 1 <= len(entries) <= MAX_ENTRIES:
-        allowed = f"1 to {MAX_ENTRIES} entries"
-        message = "the file has no prompts" if not entries else "the file has too many entries"
-        raise request_error(ErrorCode.out_of_range, message, field="--prompts", given=len(entries), allowed=allowed)
-    return entries
+    return _checked_entries(entries)
 
 # %% ../../nbs/80_cli/04_batch.ipynb #23c2a926
 def add_batch_options(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +120,7 @@ def add_batch_options(parser: argparse.ArgumentParser) -> None:
         "-o names the folder, and a second call resumes",
     )
 
-
+# %% ../../nbs/80_cli/04_batch.ipynb #c6ed0163
 def batch_requests(arguments: argparse.Namespace) -> list[GenerationRequest]:
     "The requests of a file of prompts, with the options of the command line; every mistake is named with its entry."
     common = request_fields(arguments)
@@ -125,6 +139,20 @@ def batch_requests(arguments: argparse.Namespace) -> list[GenerationRequest]:
     return requests
 
 # %% ../../nbs/80_cli/04_batch.ipynb #bd64e2c0
+def _batch_sweep(arguments: argparse.Namespace, requests: list[GenerationRequest]) -> "Sweep":
+    "The sweep in the folder of `-o`; a `RequestError` where that is a file."
+    from diffusion_workers.sweep.run import Sweep
+
+    folder = Path(arguments.output or "images")
+    if folder.exists() and not folder.is_dir():
+        hint = "with --prompts, -o names a folder"
+        raise request_error(ErrorCode.wrong_type, "this is a file", field="-o", given=str(folder), hint=hint)
+    try:
+        return Sweep(folder, requests)
+    except ValueError as exc:
+        raise request_error(ErrorCode.wrong_type, str(exc), field="--prompts", given=arguments.prompts) from None
+
+# %% ../../nbs/80_cli/04_batch.ipynb #66dd8348
 def _files(sweep: "Sweep", item: "SweepItem") -> list[str]:
     made = item.result.generation if item.result is not None and item.state == "done" else None
     return [str(sweep.folder / image.image) for image in made.images] if made else []
@@ -139,23 +167,24 @@ def _report_item(sweep: "Sweep", item: "SweepItem", arguments: argparse.Namespac
         for path in _files(sweep, item):
             print(path, flush=True)
 
+# %% ../../nbs/80_cli/04_batch.ipynb #f0094571
+def _print_rows(sweep: "Sweep") -> None:
+    "The requests as JSON, each with its status and files."
+    rows = [
+        {"request": item.request, "status": item.result.status.value if item.result else item.state}
+        | {"files": _files(sweep, item)}
+        for item in sweep.items
+    ]
+    print(json.dumps(rows, indent=2, ensure_ascii=False))
 
+# %% ../../nbs/80_cli/04_batch.ipynb #448a2ca9
 def run_batch(
     arguments: argparse.Namespace,
     requests: list[GenerationRequest],
     service: "DiffusionService | None",  # None: a server or an endpoint
 ) -> int:  # the exit code: 0 if everything succeeded
     "Carry out the requests as a sweep in the folder of `-o`."
-    from diffusion_workers.sweep.run import Sweep
-
-    folder = Path(arguments.output or "images")
-    if folder.exists() and not folder.is_dir():
-        hint = "with --prompts, -o names a folder"
-        raise request_error(ErrorCode.wrong_type, "this is a file", field="-o", given=str(folder), hint=hint)
-    try:
-        sweep = Sweep(folder, requests)
-    except ValueError as exc:
-        raise request_error(ErrorCode.wrong_type, str(exc), field="--prompts", given=arguments.prompts) from None
+    sweep = _batch_sweep(arguments, requests)
     report = lambda _, item: _report_item(sweep, item, arguments)
     before = sum(item.state == "done" for item in sweep.items)
     if before and not arguments.quiet and not arguments.json:
@@ -170,10 +199,5 @@ def run_batch(
 
         asyncio.run(sweep.carry_out(generate, concurrency=1, retry_failed=True, on_result=report))
     if arguments.json:
-        rows = [
-            {"request": item.request, "status": item.result.status.value if item.result else item.state}
-            | {"files": _files(sweep, item)}
-            for item in sweep.items
-        ]
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        _print_rows(sweep)
     return 0 if all(item.state == "done" for item in sweep.items) else 1

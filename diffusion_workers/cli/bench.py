@@ -105,7 +105,7 @@ def adherence_cases(
             return cases
     return []
 
-
+# %% ../../nbs/80_cli/08_bench.ipynb #610104cf
 def check_adherence(
     models: "ManifestStore",
     manifest: "ModelManifest",
@@ -210,36 +210,55 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
   diffusion-workers bench --scenarios mine.json --compare before.json --plot speed.png"""
 
 # %% ../../nbs/80_cli/08_bench.ipynb #08c00008
-def command_bench(arguments: argparse.Namespace) -> int:  # the exit code
-    "Time scenarios and print what came out."
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    "Refuse less than one round or one caption, and a plot of what was not measured."
     if arguments.rounds < 1 or (arguments.adherence is not None and arguments.adherence < 1):
         field = "--rounds" if arguments.rounds < 1 else "--adherence"
         raise request_error(
             ErrorCode.out_of_range,
             "too few runs to measure",
             field=field,
-            given=min(arguments.rounds, arguments.adherence or 1),
+            given=arguments.rounds if arguments.rounds < 1 else arguments.adherence,
             allowed="at least 1",
         )
-    from diffusion_workers.benchmark.benchmark import load_result, plot_result, run_benchmark, run_fresh, save_result
+    if arguments.fresh and arguments.plot:
+        message = "new processes are timed without comparing their images, so there is no quality to plot"
+        hint = "leave out --plot or --fresh"
+        raise request_error(ErrorCode.unsupported_combination, message, field="--plot", given=arguments.plot, hint=hint)
+
+# %% ../../nbs/80_cli/08_bench.ipynb #470c0b7f
+def _measure(
+    arguments: argparse.Namespace, service: "DiffusionService"
+) -> "tuple[BenchmarkResult, dict[str, Adherence]]":
+    "Time the scenarios, and score their images where that is asked for."
+    from diffusion_workers.benchmark.benchmark import run_benchmark, run_fresh
+
+    manifest = service.manifest(arguments.model)
+    if arguments.adherence:
+        check_adherence(service.models, manifest, arguments.adherence)
+    scenarios = read_scenarios(arguments.scenarios) if arguments.scenarios else usual_scenarios(manifest)
+    common = {"model": manifest.name, "prompt": arguments.prompt, "seed": 0} | (
+        {"num_inference_steps": arguments.steps} if arguments.steps else {}
+    )
+    result = (
+        run_fresh(scenarios, common, arguments.rounds)
+        if arguments.fresh
+        else run_benchmark(scenarios, common, service, arguments.rounds)
+    )
+    cases = adherence_cases(manifest, arguments.adherence or 0)
+    measured = _measure_adherence(service, scenarios, common, cases) if arguments.adherence else {}
+    return result, measured
+
+# %% ../../nbs/80_cli/08_bench.ipynb #4e2393f3
+def command_bench(arguments: argparse.Namespace) -> int:  # the exit code
+    "Time scenarios and print what came out."
+    _check_arguments(arguments)
+    from diffusion_workers.benchmark.benchmark import load_result, plot_result, save_result
     from diffusion_workers.service.service import DiffusionService
 
     before = load_result(arguments.compare) if arguments.compare else None
     with DiffusionService() as service:
-        manifest = service.manifest(arguments.model)
-        if arguments.adherence:
-            check_adherence(service.models, manifest, arguments.adherence)
-        scenarios = read_scenarios(arguments.scenarios) if arguments.scenarios else usual_scenarios(manifest)
-        common = {"model": manifest.name, "prompt": arguments.prompt, "seed": 0} | (
-            {"num_inference_steps": arguments.steps} if arguments.steps else {}
-        )
-        result = (
-            run_fresh(scenarios, common, arguments.rounds)
-            if arguments.fresh
-            else run_benchmark(scenarios, common, service, arguments.rounds)
-        )
-        cases = adherence_cases(manifest, arguments.adherence or 0)
-        measured = _measure_adherence(service, scenarios, common, cases) if arguments.adherence else {}
+        result, measured = _measure(arguments, service)
     _print_measured(result, measured, before, arguments.json)
     if arguments.out:
         save_result(result, arguments.out)

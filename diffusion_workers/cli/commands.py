@@ -55,6 +55,7 @@ from ez_diffusion_client.models import (
     ModelInfo,
     OpResult,
     OpStatus,
+    OutputFormat,
     PreprocessRequest,
     ProgressEvent,
 )
@@ -273,6 +274,7 @@ def command_generate(arguments: argparse.Namespace) -> int:  # the exit code
         return _generate_batch(arguments)
     output = output_of(arguments, "out.png")
     request = build_request(arguments, output.format)
+    output = output.of_format((request.output and request.output.format) or OutputFormat.png)
     if output.is_stdout and ((request.num_images or 1) > 1 or len(request.seeds or ()) > 1 or arguments.json):
         message, hint = "standard output takes one image, and nothing else", "name a file or a folder"
         raise request_error(ErrorCode.unsupported_combination, message, field="-o", given="-", hint=hint)

@@ -34,7 +34,15 @@ from diffusion_workers.request.schema import (
     typed_value,
 )
 from ..server.process import manifest_folder
-from ez_diffusion_client.models import ControlNetUnit, ErrorCode, ErrorDetail, GenerationRequest, Lora, OpResult
+from ez_diffusion_client.models import (
+    ControlNetUnit,
+    ErrorCode,
+    ErrorDetail,
+    GenerationRequest,
+    Lora,
+    OpResult,
+    OutputFormat,
+)
 
 # %% ../../nbs/80_cli/01_options.ipynb #924c98a4
 _NOT_OPTIONS = ("prompt", "preview_interval", "expected_references")  # given in another way, or without use here
@@ -83,7 +91,23 @@ def _help_of(info: FieldInfo, detailed: bool) -> str:
     text = f"{info.description} ({info.allowed})" if detailed else info.description
     return text.strip().replace("%", "%%")
 
+# %% ../../nbs/80_cli/01_options.ipynb #17eacea7
+def _argument_settings(info: FieldInfo) -> dict[str, Any]:  # arguments of `add_argument`
+    "How the value of a field is read from a command line."
+    if info.kind == "boolean":
+        return {"action": _FlagAction}
+    if info.path[-1] in IMAGE_LISTS:
+        return {"action": _ListAction, "metavar": "FILE"}
+    more: dict[str, Any] = {"nargs": "?", "const": {}} if info.kind == "object" else {}
+    other = "N" if info.kind == "integer" else info.kind.upper()
+    return {
+        "action": _FieldAction,
+        "type": lambda text: typed_value(info, text),
+        "metavar": "FILE" if info.is_image else other,
+        **more,
+    }
 
+# %% ../../nbs/80_cli/01_options.ipynb #fab0634c
 def add_field_option(
     parser: argparse._ActionsContainer,
     info: FieldInfo,
@@ -94,24 +118,7 @@ def add_field_option(
     "Give a parser the option of one field; its value arrives as `field.PATH`."
     options, dest = options or (option_name(info.path),), "field." + ".".join(map(str, info.path))
     help_text = argparse.SUPPRESS if hidden else _help_of(info, detailed)
-    if info.kind == "boolean":
-        parser.add_argument(*options, dest=dest, action=_FlagAction, default=None, help=help_text)
-        return
-    if info.path[-1] in IMAGE_LISTS:
-        parser.add_argument(*options, dest=dest, action=_ListAction, default=None, metavar="FILE", help=help_text)
-        return
-    more: dict[str, Any] = {"nargs": "?", "const": {}} if info.kind == "object" else {}
-    other = "N" if info.kind == "integer" else info.kind.upper()
-    parser.add_argument(
-        *options,
-        dest=dest,
-        action=_FieldAction,
-        default=None,
-        type=lambda text: typed_value(info, text),
-        metavar="FILE" if info.is_image else other,
-        help=help_text,
-        **more,
-    )
+    parser.add_argument(*options, dest=dest, default=None, help=help_text, **_argument_settings(info))
 
 # %% ../../nbs/80_cli/01_options.ipynb #28628fef
 SHORT_NAMES = {  # field -> names beside its own, shown in the help
@@ -135,7 +142,7 @@ def _foreign_options(taken: set[str]) -> dict[str, list[str]]:  # field -> optio
             found.setdefault(field, []).append(option)
     return found
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #1df1e7e7
 class _SizeAction(argparse.Action):  # --size 512x768
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         width, _, height = values.lower().replace("×", "x").partition("x")
@@ -175,7 +182,7 @@ def read_text(
         reason = "it is not text"
     raise request_error(ErrorCode.malformed_json, f"cannot be read: {reason}", field=field, given=source)
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #dcf522e4
 def read_image(
     value: str,  # a file, an http(s) URL or a data URI
     field: str,  # for errors
@@ -237,7 +244,7 @@ def _unknown_key(key: str, option: str, keys: list[str]) -> RequestError:
     allowed = ", ".join(keys)
     return request_error(ErrorCode.unknown_field, "unknown key", field=option, given=key, allowed=allowed, hint=hint)
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #81b18c26
 def lora_entry(text: str) -> dict:  # a LoRA of a request
     "The LoRA of `--lora`: name, name:scale, or a name and keys."
     entry: dict[str, Any] = {}
@@ -255,6 +262,25 @@ def lora_entry(text: str) -> dict:  # a LoRA of a request
         return entry
     return entry | {"name": name, "scale": typed_value(field_at(Lora, "scale"), scale)}
 
+# %% ../../nbs/80_cli/01_options.ipynb #e7b2c30f
+def _map_unit(text: str, index: int) -> dict:  # a unit of a request
+    "The ControlNet unit of `--control`."
+    model, _, file = text.partition(":")
+    if not model or not file:
+        allowed = "NAME:FILE, such as canny:edges.png"
+        message = "a ControlNet and its control map are needed"
+        raise request_error(ErrorCode.wrong_type, message, field="--control", given=text, allowed=allowed)
+    return {"model": model, "image": read_image(file, f"controlnets[{index}].image")}
+
+# %% ../../nbs/80_cli/01_options.ipynb #9dc6ed85
+def _key_path(key: str, option: str) -> tuple[str, ...]:  # in a unit
+    "The field that a key of a control stands for; a `RequestError` for an unknown key."
+    if key.startswith("param."):
+        return ("preprocessing", "parameters", key.removeprefix("param."))
+    if key in CONTROL_KEYS:
+        return CONTROL_KEYS[key]
+    raise _unknown_key(key, option, [*CONTROL_KEYS, "param.NAME"])
+
 # %% ../../nbs/80_cli/01_options.ipynb #91b129ad
 def control_unit(
     option: str,  # --control or --controlnet
@@ -263,21 +289,10 @@ def control_unit(
 ) -> dict:  # a unit of a request
     "The ControlNet unit of an option, with its files read."
     if option == "--control":
-        model, _, file = text.partition(":")
-        if not model or not file:
-            allowed = "NAME:FILE, such as canny:edges.png"
-            message = "a ControlNet and its control map are needed"
-            raise request_error(ErrorCode.wrong_type, message, field=option, given=text, allowed=allowed)
-        return {"model": model, "image": read_image(file, f"controlnets[{index}].image")}
+        return _map_unit(text, index)
     unit: dict[str, Any] = {}
-    path: tuple[str, ...]
     for key, value in split_pairs(text, option, "model").items():
-        if key.startswith("param."):
-            path = ("preprocessing", "parameters", key.removeprefix("param."))
-        elif key in CONTROL_KEYS:
-            path = CONTROL_KEYS[key]
-        else:
-            raise _unknown_key(key, option, [*CONTROL_KEYS, "param.NAME"])
+        path = _key_path(key, option)
         info = field_at(ControlNetUnit, path)
         is_file = info.is_image and len(path) == 1
         typed = read_image(value, f"controlnets[{index}].{path[0]}") if is_file else typed_value(info, value)
@@ -318,7 +333,7 @@ def _set_field(fields: dict, path: tuple[str, ...], value: Any) -> None:
             return
     set_value(fields, path, value)
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #9dadb427
 def add_fields(fields: dict, arguments: argparse.Namespace) -> None:
     "Set the fields whose options are among the arguments; image files are read."
     for name, value in vars(arguments).items():
@@ -352,7 +367,19 @@ def _add_entries(fields: dict, arguments: argparse.Namespace) -> None:
     if arguments.lora and isinstance(loras, list):
         fields["loras"] = [*loras, *map(lora_entry, arguments.lora)]
 
+# %% ../../nbs/80_cli/01_options.ipynb #e2f80c46
+def _with_format(output: dict, arguments: argparse.Namespace, image_format: str) -> dict:
+    "The output of a request, in the format that the ending of a file asks for."
+    typed = getattr(arguments, "typed_options", {})
+    option, asked = typed.get("output.format"), output.get("format")
+    if option is None:
+        return output | {"format": image_format}
+    if asked in [*OutputFormat] and asked != image_format:
+        message, hint = f"the ending of the output file asks for {image_format}", "leave out one of the two"
+        raise request_error(ErrorCode.unsupported_combination, message, field=option, given=asked, hint=hint)
+    return output
 
+# %% ../../nbs/80_cli/01_options.ipynb #5b6fc445
 def request_fields(
     arguments: argparse.Namespace,  # of `generate` or `plan`
     image_format: str | None = None,  # that the output asks for
@@ -367,11 +394,11 @@ def request_fields(
     add_fields(fields, arguments)
     _add_entries(fields, arguments)
     output = fields.get("output") or {}
-    if image_format and isinstance(output, dict) and "format" not in output:
-        fields["output"] = output | {"format": image_format}
+    if image_format and isinstance(output, dict):
+        fields["output"] = _with_format(output, arguments, image_format)
     return fields
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #273ef4b0
 def build_request(
     arguments: argparse.Namespace,  # of `generate` or `plan`
     image_format: str | None = None,  # that the output asks for
@@ -393,7 +420,7 @@ def _entry_option(field: str, arguments: argparse.Namespace) -> str | None:  # o
     part = "" if entry[3] in ("", "name", "model") else f": {entry[3]}"
     return f"{option} {shorten(text, 48)[1:-1]}{part}"
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #38f212e8
 def _item_option(field: str, arguments: argparse.Namespace, typed: dict[str, str]) -> str | None:  # of a list
     item = re.match(r"(\w+)\[(\d+)\]$", field)
     if item is None or item[1] not in typed:
@@ -402,7 +429,7 @@ def _item_option(field: str, arguments: argparse.Namespace, typed: dict[str, str
     of_file = f" {shorten(files[int(item[2])], 48)[1:-1]}" if int(item[2]) < len(files) else ""
     return typed[item[1]] + of_file
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #39be2fa8
 def option_of(
     field: str,  # of the request, such as "controlnets[0].image"
     arguments: argparse.Namespace,
@@ -459,7 +486,7 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
     add_json_option(parser)
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #66929a44
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     "Which models there are, where to run, and how much to print."
     parser.add_argument(
@@ -472,6 +499,18 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     add_running_options(parser)
 
 # %% ../../nbs/80_cli/01_options.ipynb #01a00024
+def _controlnet_help() -> str:
+    "The help of `--controlnet`, with its keys."
+    long_names = {"mask_image", "conditioning_scale", "guidance_start", "guidance_end", "control_mode"}
+    keys = ", ".join(key for key in CONTROL_KEYS if key not in long_names)
+    return (
+        "a control in full, such as "
+        "model=canny,image=photo.png,preprocessor=canny,param.low_threshold=50,scale=0.8; "
+        f"keys: {keys}, and param.NAME for each parameter of the preprocessor; "
+        "`diffusion-workers preprocessors` lists those"
+    )
+
+# %% ../../nbs/80_cli/01_options.ipynb #814daf2f
 def _add_addon_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "controls and LoRAs", "Each may be repeated; an image is a file or an http(s) URL."
@@ -484,18 +523,13 @@ def _add_addon_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME:FILE",
         help="a control map for a ControlNet, such as canny:edges.png",
     )
-    long_names = {"mask_image", "conditioning_scale", "guidance_start", "guidance_end", "control_mode"}
-    keys = ", ".join(key for key in CONTROL_KEYS if key not in long_names)
     group.add_argument(
         "--controlnet",
         dest="controls",
         action="append",
         type=lambda text: ("--controlnet", text),
         metavar="KEY=VALUE,...",
-        help="a control in full, such as "
-        "model=canny,image=photo.png,preprocessor=canny,param.low_threshold=50,scale=0.8; "
-        f"keys: {keys}, and param.NAME for each parameter of the preprocessor; "
-        "`diffusion-workers preprocessors` lists those",
+        help=_controlnet_help(),
     )
     group.add_argument(
         "--lora",
@@ -505,7 +539,7 @@ def _add_addon_options(parser: argparse.ArgumentParser) -> None:
         "style,scale=0.8,text_encoder_scale=0.5,up.0=0.3, where down, mid, up and up.0 are blocks",
     )
 
-
+# %% ../../nbs/80_cli/01_options.ipynb #eaed0693
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     "Everything that describes a request."
     parser.add_argument("prompt", nargs="?", help="what the image shows")

@@ -16,9 +16,9 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from ..request.errors import nearest_name, request_error
 from ez_diffusion_client.models import ErrorCode, GenerationPlan, GenerationResponse, OpResult
@@ -85,7 +85,16 @@ def free_path(path: Path) -> Path:  # out.png, or out-2.png where that exists
         candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
     return candidate
 
+# %% ../../nbs/80_cli/02_outputs.ipynb #11890ded
+def _numbered_template(template: str, count: int, option: str) -> str:
+    "The template of so many images; a `RequestError` where a placeholder is unknown."
+    names = {name for name, _ in _fields(template, option)}
+    if count < 2 or names & {"index", "seed"}:
+        return template
+    path = Path(template)
+    return str(path.with_name(f"{path.stem}-{{index}}{path.suffix}"))
 
+# %% ../../nbs/80_cli/02_outputs.ipynb #b171fa9d
 @dataclass(frozen=True)
 class OutputNames:
     "The files that `-o` names."
@@ -95,6 +104,7 @@ class OutputNames:
     force: bool = False  # existing files may be overwritten
     option: str = "-o"  # for errors
     endings: tuple[str, ...] = tuple(FORMAT_OF_ENDING)
+    ending: str = ".png"  # of names that the user did not choose
 
     @property
     def is_stdout(self) -> bool:
@@ -109,12 +119,22 @@ class OutputNames:
     @property
     def template(self) -> str:
         "The template of the files."
-        return str(Path(self.text) / "{prompt}-{seed}.png") if self.is_folder else self.text
+        if self.is_folder:
+            return str(Path(self.text) / "{prompt}-{seed}") + self.ending
+        return self.text if self.named or self.is_stdout else str(Path(self.text).with_suffix(self.ending))
 
     @property
     def format(self) -> str | None:  # None: the request's own
-        "The image format that the ending asks for."
-        return None if self.is_folder else FORMAT_OF_ENDING.get(Path(self.text).suffix.lower())
+        "The image format that an ending asks for, where the user typed one."
+        is_typed = self.named and not self.is_folder
+        return FORMAT_OF_ENDING.get(Path(self.text).suffix.lower()) if is_typed else None
+
+    def of_format(
+        self,
+        image_format: str,  # of the request
+    ) -> Self:
+        "The same output, with the ending of a format where the user typed none."
+        return replace(self, ending=f".{image_format}")
 
     def paths(
         self,
@@ -124,11 +144,7 @@ class OutputNames:
         first: int = 1,  # index of the first image
     ) -> list[Path]:
         "The files of the images; a `RequestError` where two images would share one."
-        template = self.template
-        names = {name for name, _ in _fields(template, self.option)}
-        if len(seeds) > 1 and not names & {"index", "seed"}:
-            path = Path(template)
-            template = str(path.with_name(f"{path.stem}-{{index}}{path.suffix}"))
+        template = _numbered_template(self.template, len(seeds), self.option)
         numbered = enumerate(seeds, first)
         found = [Path(fill_template(template, index=i, seed=s, model=model, prompt=prompt)) for i, s in numbered]
         if len(set(found)) < len(found):
@@ -218,6 +234,17 @@ def planned_paths(output: Output, plan: GenerationPlan) -> list[Path]:
     return output.paths(plan.subseeds or plan.seeds, plan.model, plan.prompt)
 
 
+def _write_image(one: OpResult, path: Path) -> list[Path]:  # the file
+    "Write a result of one image, in a new folder where it is missing; an `OSError` where that is not possible."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return one.save(path)
+    except OSError:
+        with suppress(OSError):
+            path.unlink()  # what was begun
+        raise
+
+# %% ../../nbs/80_cli/02_outputs.ipynb #21f1edbe
 def write_images(
     result: OpResult,  # of a generation that succeeded
     paths: Sequence[Path],  # one for each image
@@ -230,13 +257,10 @@ def write_images(
         one = _one_image(result, index)
         if rescued is None:
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                written += one.save(path)
+                written += _write_image(one, path)
                 continue
             except OSError as exc:
                 problem = exc
-                with suppress(OSError):
-                    path.unlink()  # what was begun
                 rescued = Path(tempfile.mkdtemp(prefix="diffusion-workers-"))
         written += one.save(rescued / f"{index + 1}-{path.name}")
     if rescued is not None:
@@ -283,7 +307,7 @@ def add_output_options(
     )
     parser.add_argument("-f", "--force", action="store_true", help="overwrite existing files")
 
-
+# %% ../../nbs/80_cli/02_outputs.ipynb #b98d4569
 def output_of(
     arguments: argparse.Namespace,
     default: str,

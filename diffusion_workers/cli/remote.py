@@ -15,7 +15,8 @@ from ..request.errors import request_error
 from ez_diffusion_client.models import ErrorCode, GenerationRequest, OpResult, ProgressEvent
 
 if TYPE_CHECKING:
-    from ez_diffusion_client import Client
+    from diffusion_workers.settings.table import ClientSettings
+    from ez_diffusion_client import Client, RunPod, Server
 
 Answer = TypeVar("Answer")
 
@@ -55,7 +56,7 @@ def local_server() -> str | None:  # its address
         return None
     return address
 
-
+# %% ../../nbs/80_cli/03_remote.ipynb #b54236d3
 def _runpod(arguments: argparse.Namespace) -> str | None:
     return getattr(arguments, "runpod", None)
 
@@ -83,11 +84,38 @@ def _checked_secret(target, variable: str):  # the same target
         raise request_error(ErrorCode.unauthorized, message, field=variable) from None
     return target
 
+# %% ../../nbs/80_cli/03_remote.ipynb #6c7dc942
+def _runpod_target(endpoint: str, settings: "ClientSettings") -> "RunPod":
+    "An endpoint; a `RequestError` where there is no key for it."
+    from ez_diffusion_client import RunPod
 
+    if settings.runpod_api_key is None:
+        raise request_error(
+            ErrorCode.unauthorized, "RunPod needs an API key", field="--runpod", hint="set RUNPOD_API_KEY"
+        )
+    key = settings.runpod_api_key.get_secret_value()
+    return _checked_secret(RunPod(endpoint, api_key=key, url=settings.runpod_url), "RUNPOD_API_KEY")
+
+# %% ../../nbs/80_cli/03_remote.ipynb #8818d4cc
+def _server_target(url: str, settings: "ClientSettings") -> "Server":
+    "A server; a `RequestError` where this is not an address."
+    from ez_diffusion_client import Server
+
+    if not url.startswith(("http://", "https://")):
+        raise request_error(
+            ErrorCode.wrong_type,
+            "not the address of a server",
+            field="--url",
+            given=url,
+            allowed="such as http://127.0.0.1:8000",
+        )
+    token = None if settings.token is None else settings.token.get_secret_value()
+    return _checked_secret(Server(url, token=token), "DIFFUSION_WORKERS_TOKEN")
+
+# %% ../../nbs/80_cli/03_remote.ipynb #f0394908
 def remote_target(arguments: argparse.Namespace):  # a Server or a RunPod
     "Where the request goes; a `RequestError` where the options do not say it."
     from diffusion_workers.settings.table import ClientSettings
-    from ez_diffusion_client import RunPod, Server
 
     settings = ClientSettings.from_environment()
     if arguments.url is not None and _runpod(arguments) is not None:
@@ -99,22 +127,8 @@ def remote_target(arguments: argparse.Namespace):  # a Server or a RunPod
             hint="leave out --url or --runpod",
         )
     if _runpod(arguments) is not None:
-        if settings.runpod_api_key is None:
-            raise request_error(
-                ErrorCode.unauthorized, "RunPod needs an API key", field="--runpod", hint="set RUNPOD_API_KEY"
-            )
-        key = settings.runpod_api_key.get_secret_value()
-        return _checked_secret(RunPod(arguments.runpod, api_key=key, url=settings.runpod_url), "RUNPOD_API_KEY")
-    if not arguments.url.startswith(("http://", "https://")):
-        raise request_error(
-            ErrorCode.wrong_type,
-            "not the address of a server",
-            field="--url",
-            given=arguments.url,
-            allowed="such as http://127.0.0.1:8000",
-        )
-    token = None if settings.token is None else settings.token.get_secret_value()
-    return _checked_secret(Server(arguments.url, token=token), "DIFFUSION_WORKERS_TOKEN")
+        return _runpod_target(arguments.runpod, settings)
+    return _server_target(arguments.url, settings)
 
 # %% ../../nbs/80_cli/03_remote.ipynb #03a00012
 def remote_call(
@@ -137,7 +151,7 @@ def remote_call(
         hint = "check that it is running, and the address"
         raise request_error(ErrorCode.model_unavailable, str(exc), field=field, hint=hint) from None
 
-
+# %% ../../nbs/80_cli/03_remote.ipynb #e3e86d9a
 def remote_generate(
     arguments: argparse.Namespace,
     request: GenerationRequest,

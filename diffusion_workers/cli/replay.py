@@ -76,7 +76,7 @@ def _numbered(texts: list[str] | None, option: str, count: int) -> dict[int, str
         found[int(number)] = file
     return found
 
-
+# %% ../../nbs/80_cli/07_replay.ipynb #4dea4be5
 def given_files(plan: GenerationPlan, arguments: argparse.Namespace) -> dict[ImageKey, str]:
     "The files that were given; a `RequestError` names each that is missing."
     count = len(plan.controlnets or [])
@@ -125,7 +125,7 @@ def _replay_request(plan: GenerationPlan, arguments: argparse.Namespace) -> Gene
     ]
     return request_from_plan(plan, **own, reference_images=references, controls=controls)
 
-
+# %% ../../nbs/80_cli/07_replay.ipynb #3e591014
 def _print_changes(plan: GenerationPlan, now: GenerationPlan, own: Mapping[str, Any]) -> None:
     from diffusion_workers.planning.loras import changed_loras
     from diffusion_workers.planning.replay import corrected_since
@@ -138,7 +138,7 @@ def _print_changes(plan: GenerationPlan, now: GenerationPlan, own: Mapping[str, 
     for note in corrected_since(plan, own):
         print(f"note: {note.field}: {note.message}", file=sys.stderr)
 
-
+# %% ../../nbs/80_cli/07_replay.ipynb #5ad2eaf4
 def _difference(left: "Image", right: "Image") -> str | None:  # None for the same pixels
     "How two images differ, in words."
     import numpy as np
@@ -150,12 +150,8 @@ def _difference(left: "Image", right: "Image") -> str | None:  # None for the sa
     return str(largest) if largest else None
 
 # %% ../../nbs/80_cli/07_replay.ipynb #84c62454
-def add_replay_options(parser: argparse.ArgumentParser) -> None:
-    "The options of `replay`."
-    parser.description = "Regenerate an image from its metadata, and report whether the pixels are the same."
-    parser.add_argument("file", metavar="IMAGE", help="a PNG, JPEG or WebP that this program made")
-    parser.add_argument("-o", "--out", dest="output", metavar="FILE", help="where to write the regenerated image")
-    parser.add_argument("-f", "--force", action="store_true", help="overwrite an existing file")
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
+    "The images of which a receipt has the hash."
     parser.add_argument("--image", dest="image", metavar="FILE", help="the image that it started from")
     parser.add_argument("--mask-image", dest="mask_image", metavar="FILE", help="the mask of its inpainting")
     parser.add_argument(
@@ -168,6 +164,15 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
             metavar="I=FILE",
             help=f"the {name} of control I, counted from 0; may be repeated",
         )
+
+# %% ../../nbs/80_cli/07_replay.ipynb #050574ec
+def add_replay_options(parser: argparse.ArgumentParser) -> None:
+    "The options of `replay`."
+    parser.description = "Regenerate an image from its metadata, and report whether the pixels are the same."
+    parser.add_argument("file", metavar="IMAGE", help="a PNG, JPEG or WebP that this program made")
+    parser.add_argument("-o", "--out", dest="output", metavar="FILE", help="where to write the regenerated image")
+    parser.add_argument("-f", "--force", action="store_true", help="overwrite an existing file")
+    _add_image_options(parser)
     parser.add_argument(
         "--show-request",
         action="store_true",
@@ -180,7 +185,18 @@ def add_replay_options(parser: argparse.ArgumentParser) -> None:
   diffusion-workers replay changed.png --image circle.png -o again.png
   diffusion-workers replay made-elsewhere.png --show-request > request.json"""
 
+# %% ../../nbs/80_cli/07_replay.ipynb #e5dca4ec
+def _print_restored(result: OpResult) -> None:
+    "The request of a restored image as JSON; on standard error what of it is lost."
+    for note in result.warnings or []:
+        print(f"note: {note.message}", file=sys.stderr)
+    restored = present(result.restored)
+    for lost in restored.lost or []:
+        given = "" if lost.given is None else f" {lost.given}"
+        print(f"lost: {lost.name}{given} ({lost.reason})", file=sys.stderr)
+    print(json.dumps(restored.request, ensure_ascii=False, indent=2))
 
+# %% ../../nbs/80_cli/07_replay.ipynb #d9340e83
 def show_request(arguments: argparse.Namespace) -> int:  # the exit code
     "Print the request that an image, also of another program, was made with."
     from diffusion_workers.models.listing import model_list
@@ -197,14 +213,8 @@ def show_request(arguments: argparse.Namespace) -> int:  # the exit code
     if arguments.json:
         print(result.model_dump_json(indent=2, exclude_none=True))
         return 0 if present(result.restored).request else 1
-    for note in result.warnings or []:
-        print(f"note: {note.message}", file=sys.stderr)
-    restored = present(result.restored)
-    for lost in restored.lost or []:
-        given = "" if lost.given is None else f" {lost.given}"
-        print(f"lost: {lost.name}{given} ({lost.reason})", file=sys.stderr)
-    print(json.dumps(restored.request, ensure_ascii=False, indent=2))
-    return 0 if restored.request else 1
+    _print_restored(result)
+    return 0 if present(result.restored).request else 1
 
 # %% ../../nbs/80_cli/07_replay.ipynb #3119c68c
 def _own_scheduler(arguments: argparse.Namespace, model: str) -> Mapping[str, Any]:
@@ -213,15 +223,21 @@ def _own_scheduler(arguments: argparse.Namespace, model: str) -> Mapping[str, An
     return own_scheduler(read_models(arguments).find(model))
 
 
+def _checked_output(arguments: argparse.Namespace, plan: GenerationPlan) -> Output | None:
+    "Where the image goes; None without `-o`, a `RequestError` where it cannot be written."
+    output = output_of(arguments, "replayed.png") if arguments.output else None
+    index = plan.image_index or 0
+    if output is not None and not output.is_stdout:
+        output.check(output.paths([plan.seeds[index]], plan.model, plan.prompt), [Path(arguments.file)])
+    return output
+
+# %% ../../nbs/80_cli/07_replay.ipynb #f93cd9d9
 def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
     "Regenerate an image from its metadata, and report whether the pixels are the same."
     if arguments.show_request:
         return show_request(arguments)
     plan = read_receipt(arguments.file)
-    output = output_of(arguments, "replayed.png") if arguments.output else None
-    index = plan.image_index or 0
-    if output is not None and not output.is_stdout:
-        output.check(output.paths([plan.seeds[index]], plan.model, plan.prompt), [Path(arguments.file)])
+    output = _checked_output(arguments, plan)
     request = _replay_request(plan, arguments)
     if is_remote(arguments):
         now = present(remote_call(arguments, lambda client: client.plan(request)).raise_for_status().plan)
@@ -248,7 +264,7 @@ def _print_changed_weights(before: GenerationPlan, now: GenerationPlan) -> None:
     for note in changed_weights(then, today):
         print(f"note: {note.field}: {note.message} ({note.given} -> {note.used})", file=sys.stderr)
 
-
+# %% ../../nbs/80_cli/07_replay.ipynb #a58c831c
 def _compare(
     arguments: argparse.Namespace,
     output: Output | None,

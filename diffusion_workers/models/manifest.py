@@ -386,6 +386,7 @@ class Vocabulary(_Section):
     case_sensitive: Switch = False  # whether Red is another word than red
     phrases: dict[Text, tuple[Text, ...]] = {}  # word -> the pairs of words that it is known in, such as [top left]
     at_most: dict[Name, Count] = {}  # group -> how many of its words a prompt may have
+    numbers: dict[Text, Count] = {}  # word -> how often the next word of such a group counts, such as two: 2
 
     @model_validator(mode="after")
     def _check_phrases(self) -> "Vocabulary":

@@ -67,7 +67,7 @@ class ImageField(widgets.VBox):
         "The image for a request."
         return base64.b64encode(self.zone.value).decode() if self.zone.value else None
 
-
+# %% ../../nbs/73_panel/07_addon_forms.ipynb #1f6d641c
 def file_of(
     text: str | None,  # an image in a request
 ) -> bytes | str | None:  # a URL stays one
@@ -229,7 +229,7 @@ def _parameter_control(parameter: PreprocessorParameter) -> widgets.DOMWidget:
     bounds = {"min": low, "max": high, "step": (high - low) / 100}
     return widgets.FloatSlider(value=parameter.default, continuous_update=False, **bounds, **shared)
 
-
+# %% ../../nbs/73_panel/07_addon_forms.ipynb #2474bfdf
 class ParameterForm(widgets.VBox):
     "The parameters of a preprocessor as sliders and boxes."
 
@@ -265,7 +265,7 @@ _SHOWN = (
 )
 Preprocess = Callable[[PreprocessRequest], OpResult]
 
-
+# %% ../../nbs/73_panel/07_addon_forms.ipynb #b1ee854a
 def preprocessor_groups(
     preprocessors: Iterable[PreprocessorInfo],
     own: Iterable[str] = (),  # names that the chosen ControlNet expects

@@ -168,7 +168,7 @@ def fitted(
     "The whole image, scaled to fit into a size and centered on black."
     return ImageOps.pad(image.convert("RGB"), size, Image.Resampling.LANCZOS, color="black")
 
-
+# %% ../../nbs/73_panel/02_elements.ipynb #5a4679ad
 class CompareSlider(anywidget.AnyWidget):
     "Two images under a slider; `largest` is how far apart they are, from 0 to 255, None where their sizes differ."
 

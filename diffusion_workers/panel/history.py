@@ -76,7 +76,7 @@ class HistoryEntry:
     def _repr_png_(self) -> bytes:
         return png_bytes_of(self.path)
 
-
+# %% ../../nbs/73_panel/05_history.ipynb #e0c1a2dd
 def png_bytes_of(path: Path) -> bytes:
     "An image file of any format as PNG, for display in a notebook."
     buffer = io.BytesIO()
@@ -115,7 +115,7 @@ def _write(path: Path, data: bytes) -> None:
     unfinished.write_bytes(data)
     os.replace(unfinished, path)
 
-
+# %% ../../nbs/73_panel/05_history.ipynb #95e701b0
 def _image_fields(request: GenerationRequest) -> dict[str, str]:  # path of a field -> its text
     found = {name: getattr(request, name) for name in IMAGE_FIELDS}
     found |= {f"reference_images[{index}]": text for index, text in enumerate(image_strings(request))}
@@ -123,7 +123,7 @@ def _image_fields(request: GenerationRequest) -> dict[str, str]:  # path of a fi
         found |= {f"controlnets[{index}].{name}": getattr(unit, name) for name in IMAGE_FIELDS}
     return {path: text for path, text in found.items() if text}
 
-
+# %% ../../nbs/73_panel/05_history.ipynb #9f6bd963
 def _keep_inputs(folder: Path, request: GenerationRequest) -> dict[str, Path]:  # path of a field -> file; not for URLs
     kept = {}
     for path, text in _image_fields(request).items():
@@ -205,9 +205,6 @@ class ImageFiles:
         return self.folder / ".thumbnails" / f"{id}.jpg"
 
 # %% ../../nbs/73_panel/05_history.ipynb #05a00011
-STORED_AFTER = 50  # images whose JSON was read: then one file holds what a list shows of all of them
-
-
 def _summary(id: str, about: Mapping[str, Any]) -> HistorySummary:
     return HistorySummary(
         id=id,
@@ -217,6 +214,9 @@ def _summary(id: str, about: Mapping[str, Any]) -> HistorySummary:
         favourite=bool(about["favourite"]),
         stopped=about.get("stopped"),
     )
+
+# %% ../../nbs/73_panel/05_history.ipynb #6b77bcaf
+STORED_AFTER = 50  # images whose JSON was read: then one file holds what a list shows of all of them
 
 
 class SummaryIndex:

@@ -1393,7 +1393,7 @@ ACTIONS = {  # label of a button below the image -> the method that it calls
     "Compare": "compare",
 }
 
-
+# %% ../../nbs/73_panel/11_panel.ipynb #72882112
 class ActionRow(widgets.HBox):
     "Buttons for what can be done with the images that are selected."
 

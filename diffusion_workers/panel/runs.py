@@ -60,7 +60,7 @@ class Pace:
         pace = self._seconds.get(plan.model)
         return None if pace is None else pace * self.work(plan)
 
-
+# %% ../../nbs/73_panel/04_runs.ipynb #2fc89f6d
 _paces: "weakref.WeakKeyDictionary[Any, Pace]" = weakref.WeakKeyDictionary()
 
 
@@ -82,7 +82,7 @@ def failed_result(exc: BaseException) -> OpResult:
         return failure(request_error(ErrorCode.model_unavailable, f"the service does not respond ({exc})", hint=hint))
     return failure(exc if isinstance(exc, Exception) else RuntimeError(type(exc).__name__))
 
-
+# %% ../../nbs/73_panel/04_runs.ipynb #3f96b121
 @dataclass(frozen=True)
 class Backend:
     "What carries out requests; an operation that it does not have is None."
@@ -126,7 +126,7 @@ class JobHandle:
         except ClientError as exc:
             logger.warning("job %s could not be cancelled: %s", self.job.id, exc)
 
-
+# %% ../../nbs/73_panel/04_runs.ipynb #cfed3125
 def _client_models(client: Any) -> ModelList | None:  # None for a RunPod endpoint, which does not list them
     try:
         return client.models()
@@ -142,7 +142,7 @@ def _client_restore(client: Any, source: bytes | Path) -> OpResult:  # without t
     except ClientError as exc:
         return failed_result(exc)
 
-
+# %% ../../nbs/73_panel/04_runs.ipynb #52a46f07
 def _client_backend(client: Any) -> Backend:
     return Backend(
         generate=None,
@@ -164,7 +164,25 @@ def _callable_of(generate: Any) -> Callable[..., OpResult] | None:
         return method
     return generate if callable(generate) else None
 
+# %% ../../nbs/73_panel/04_runs.ipynb #1628aed3
+def _quietly(method: Callable[..., Any]) -> Callable[..., Any]:  # for a form, which shows the errors itself
+    @wraps(method)
+    def call(*args, **kwargs):
+        with failures_shown():
+            return method(*args, **kwargs)
 
+    return call
+
+
+def _operations_of(owner: Any) -> dict[str, Any]:  # the methods that it has of a backend, by their names
+    found = {
+        name: method
+        for name in ("submit", "plan", "preprocess", "list_models", "restore")
+        if callable(method := getattr(owner, name, None))
+    }
+    return {name: method if name == "submit" else _quietly(method) for name, method in found.items()}
+
+# %% ../../nbs/73_panel/04_runs.ipynb #d99e183f
 def backend_of(
     generate: Any,  # a service, a client, one of their methods, or a function of a request
 ) -> Backend:
@@ -174,27 +192,12 @@ def backend_of(
     owner = getattr(generate, "__self__", None) if inspect.ismethod(generate) else generate
     if all(callable(getattr(owner, name, None)) for name in ("submit", "events", "cancel")):
         return _client_backend(owner)
-    found = {
-        name: method
-        for name in ("submit", "plan", "preprocess", "list_models", "restore")
-        if callable(method := getattr(owner, name, None))
-    }
-    call = _callable_of(generate)
-    if call is None and "submit" not in found:
+    operations, call = _operations_of(owner), _callable_of(generate)
+    if call is None and "submit" not in operations:
         raise TypeError(
             f"{type(generate).__name__} cannot generate: give a DiffusionService, a client, or a function of a request"
         )
-    shown = {name: method if name == "submit" else _quietly(method) for name, method in found.items()}
-    return Backend(call, **shown, pace=_pace_of(owner), owner=generate if owner is None else owner)
-
-
-def _quietly(method: Callable[..., Any]) -> Callable[..., Any]:  # for a form, which shows the errors itself
-    @wraps(method)
-    def call(*args, **kwargs):
-        with failures_shown():
-            return method(*args, **kwargs)
-
-    return call
+    return Backend(call, **operations, pace=_pace_of(owner), owner=generate if owner is None else owner)
 
 # %% ../../nbs/73_panel/04_runs.ipynb #04a00005
 _running: "weakref.WeakSet[Any]" = weakref.WeakSet()
@@ -335,7 +338,7 @@ def begin(run: Run, backend: Backend) -> Run:
     threading.Thread(target=_call, args=(run, follow, {}), name="panel-run", daemon=True).start()
     return run
 
-
+# %% ../../nbs/73_panel/04_runs.ipynb #7c0becda
 def start_run(
     backend: Backend,
     request: GenerationRequest,
@@ -353,7 +356,7 @@ def cancel_all() -> int:  # how many were running
         run.cancel()
     return len(runs)
 
-
+# %% ../../nbs/73_panel/04_runs.ipynb #d33bb453
 def stop_on_interrupt() -> bool:  # whether there is an IPython
     "From now on, a cell that is interrupted stops all runs of panels and grids."
     try:
@@ -372,6 +375,17 @@ def stop_on_interrupt() -> bool:  # whether there is an IPython
 def _after_cell(result: Any) -> None:
     if isinstance(result.error_in_exec, KeyboardInterrupt):
         cancel_all()
+
+# %% ../../nbs/73_panel/04_runs.ipynb #d3025945
+def _step_parts(event: ProgressEvent) -> list[str]:  # how far the denoising is
+    if event.phase != Phase.denoise or not event.total_steps:
+        return []
+    parts = [f"step {event.step} of {event.total_steps}"]
+    if event.seconds_per_step:
+        parts.append(f"{event.seconds_per_step:.3g} s per step")
+    if event.seconds_left is not None:
+        parts.append(f"{event.seconds_left:.0f} s left")
+    return parts
 
 # %% ../../nbs/73_panel/04_runs.ipynb #db8900d2
 _PHASES = {
@@ -393,12 +407,7 @@ def event_text(
     parts = [_PHASES[event.phase]]
     if event.phase == Phase.queued and event.queue_position:
         parts.append(f"{event.queue_position} before this one")
-    if event.phase == Phase.denoise and event.total_steps:
-        parts.append(f"step {event.step} of {event.total_steps}")
-        if event.seconds_per_step:
-            parts.append(f"{event.seconds_per_step:.3g} s per step")
-        if event.seconds_left is not None:
-            parts.append(f"{event.seconds_left:.0f} s left")
+    parts += _step_parts(event)
     if event.message:
         parts.append(event.message)
     return ", ".join(parts)

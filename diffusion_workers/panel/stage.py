@@ -95,7 +95,7 @@ def queue_row(
     row.add_class("dw-queued")
     return row
 
-
+# %% ../../nbs/73_panel/08_stage.ipynb #0bf52c4e
 class StageControls(widgets.VBox):
     "Generate and Stop, the progress, what Generate will do, and the queue."
 

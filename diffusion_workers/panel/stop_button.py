@@ -92,23 +92,25 @@ def enable_stop_button(
         kernel.diffusion_workers_stop_buttons = True
     return True
 
-# %% ../../nbs/73_panel/03_stop_button.ipynb #1e6e2dc9
+# %% ../../nbs/73_panel/03_stop_button.ipynb #c886646a
+def _take_clicks(kernel: Any) -> None:  # out of the queue of ipykernel 6
+    kernel.shell_stream.flush()
+    for _ in range(kernel.msg_queue.qsize()):
+        entry = kernel.msg_queue.get_nowait()  # (number, function, its arguments)
+        arguments = entry[2]
+        if not (arguments and _handled(kernel, arguments[0])):
+            kernel.msg_queue.put_nowait(entry)
+
+
 def handle_clicks() -> None:
     "Handle the clicks on enabled buttons that wait in the queue of the main thread (ipykernel 6)."
     kernel = _kernel()
-    queue = getattr(kernel, "msg_queue", None)
-    if queue is None or getattr(kernel, "shell_channel_thread", None) is not None:
+    if getattr(kernel, "msg_queue", None) is None or getattr(kernel, "shell_channel_thread", None) is not None:
         return  # ipykernel 7 reads its messages on another thread, which alone may touch the stream
-    if threading.current_thread() is not threading.main_thread():
-        return
-    kernel.shell_stream.flush()
-    for _ in range(queue.qsize()):
-        entry = queue.get_nowait()  # (number, function, its arguments)
-        arguments = entry[2]
-        if not (arguments and _handled(kernel, arguments[0])):
-            queue.put_nowait(entry)
+    if threading.current_thread() is threading.main_thread():
+        _take_clicks(kernel)
 
-
+# %% ../../nbs/73_panel/03_stop_button.ipynb #1e6e2dc9
 def wait_with_stop(
     wait: Callable[[float], bool],  # waits that many seconds at most, and returns whether it is over, as `Event.wait`
     timeout: float | None = None,  # seconds; None waits without a limit

@@ -107,6 +107,19 @@ def _text_warnings(
         message = f"{manifest.name} does not know {len(unknown) - MAX_WORD_WARNINGS} more words"
         yield warning(message, field=field, given=", ".join(unknown[MAX_WORD_WARNINGS:]))
 
+# %% ../../nbs/35_prompt/11_vocabulary.ipynb #3c1d5e90
+def _counted(known: Sequence[str], vocabulary: Vocabulary, group: str) -> list[tuple[str, int]]:
+    "The words of a group, each with the number before it: three red circles are circles, 3 times."
+    numbers = {vocabulary.known_form(word): count for word, count in vocabulary.numbers.items()}
+    members = {*map(vocabulary.known_form, vocabulary.groups[group])}
+    found, number = [], ""
+    for word in known:
+        number = word if word in numbers else number
+        if word in members:
+            found.append((f"{number} {word}".strip(), numbers.get(number, 1)))
+            number = ""
+    return found
+
 # %% ../../nbs/35_prompt/11_vocabulary.ipynb #8a85aeac
 def _beyond(words: Sequence[str], vocabulary: Vocabulary) -> Iterator[tuple[str, str]]:  # what is given, what is known
     known = [vocabulary.known_form(word) for word in words]
@@ -116,9 +129,9 @@ def _beyond(words: Sequence[str], vocabulary: Vocabulary) -> Iterator[tuple[str,
         if any(known[at] == form and not told.intersection(pairs[at : at + 2]) for at in range(len(known))):
             yield word, f"knows this word only as part of {', '.join(phrases)}"
     for group, most in vocabulary.at_most.items():
-        named = [word for word in known if word in map(vocabulary.known_form, vocabulary.groups[group])]
-        if len(named) > most:
-            yield ", ".join(named[: most + 1]), f"draws at most {most} {group}"
+        named = _counted(known, vocabulary, group)
+        if sum(count for _, count in named) > most:
+            yield ", ".join(text for text, _ in named[: most + 1]), f"draws at most {most} {group}"
 
 
 def _others_that_draw(words: Sequence[str], name: str) -> list[str]:  # the built-in models that know all of it

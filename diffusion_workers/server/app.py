@@ -10,7 +10,7 @@ __all__ = ['OPERATIONS', 'WEB', 'specification', 'shown_specification', 'add_ope
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -88,7 +88,7 @@ class CachedFiles(StaticFiles):
         response.headers["Cache-Control"] = self.cache_control
         return response
 
-
+# %% ../../nbs/70_server/05_app.ipynb #2ec21990
 class CompressPages:
     "ASGI middleware that compresses the page, its files and the documentation; images and events pass as they are."
 
@@ -214,7 +214,7 @@ async def _on_error(request: Request, exc: Exception) -> Response:
         response.headers["Retry-After"] = str(request.app.state.server.queue.retry_after)
     return response
 
-
+# %% ../../nbs/70_server/05_app.ipynb #d1f2caca
 def _methods(request: Request) -> str:
     "The methods of a path, over all its routes; the framework's own error names those of one route."
     path = request.scope["path"]
@@ -224,7 +224,7 @@ def _methods(request: Request) -> str:
             found |= route.methods or set()
     return ", ".join(sorted(found))
 
-
+# %% ../../nbs/70_server/05_app.ipynb #64e5583e
 async def _on_http_error(
     request: Request, exc: HTTPException
 ) -> Response:  # of the framework: no such route, no such method
@@ -247,13 +247,9 @@ async def _on_http_error(
 async def _on_disconnect(request: Request, exc: ClientDisconnect) -> Response:  # in the middle of a body
     return Response(status_code=499)
 
-# %% ../../nbs/70_server/05_app.ipynb #a2c3a2b5
-def create_app(
-    service,  # a DiffusionService; the application closes it when it ends
-    settings: ServerSettings,
-    web: Path = WEB,  # the folder of the built page
-) -> FastAPI:
-    "The ASGI application over a service."
+# %% ../../nbs/70_server/05_app.ipynb #3e17d85a
+def _lifespan(service, settings: ServerSettings) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    "What happens when an application starts, and when it ends."
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -266,17 +262,10 @@ def create_app(
             await warming
         await asyncio.to_thread(service.close)
 
-    app = FastAPI(
-        title="diffusion_workers",
-        version=version("diffusion-workers"),
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-    )
-    app.state.server = routes.ServerState(service, settings)
-    add_operations(app)
-    add_pages(app, settings, web)
+    return lifespan
+
+# %% ../../nbs/70_server/05_app.ipynb #8705102f
+def _add_handlers(app: FastAPI) -> None:
     handlers: dict[type[Exception], Callable[..., Awaitable[Response]]] = {
         RequestError: _on_error,
         HTTPException: _on_http_error,
@@ -284,6 +273,9 @@ def create_app(
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
+
+
+def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:
     app.add_middleware(MetricsMiddleware, metrics=app.state.server.metrics)
     app.add_middleware(CompressPages)
     app.add_middleware(RequestMiddleware, settings=settings, stopping=app.state.server.stopping)
@@ -297,4 +289,25 @@ def create_app(
             expose_headers=shown,
             max_age=600,
         )
+
+# %% ../../nbs/70_server/05_app.ipynb #a2c3a2b5
+def create_app(
+    service,  # a DiffusionService; the application closes it when it ends
+    settings: ServerSettings,
+    web: Path = WEB,  # the folder of the built page
+) -> FastAPI:
+    "The ASGI application over a service."
+    app = FastAPI(
+        title="diffusion_workers",
+        version=version("diffusion-workers"),
+        lifespan=_lifespan(service, settings),
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    app.state.server = routes.ServerState(service, settings)
+    add_operations(app)
+    add_pages(app, settings, web)
+    _add_handlers(app)
+    _add_middleware(app, settings)
     return app

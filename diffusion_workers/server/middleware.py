@@ -47,7 +47,7 @@ HTTP_STATUS = {
     OpStatus.internal_error: 500,
 }
 
-
+# %% ../../nbs/70_server/02_middleware.ipynb #7a5c9976
 class HttpError(RequestError):
     "A `RequestError` with an HTTP status of its own."
 
@@ -95,7 +95,7 @@ class JsonFormatter(logging.Formatter):
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
-
+# %% ../../nbs/70_server/02_middleware.ipynb #9afae2a0
 def set_up_logging(as_json: bool, level: int = logging.INFO) -> None:
     "Send the log of this package to standard error."
     handler = logging.StreamHandler()
@@ -171,9 +171,6 @@ def check_length(headers: Headers, settings: ServerSettings) -> None:
         raise _too_large(settings.max_body, f"{length[:20]} bytes")
 
 # %% ../../nbs/70_server/02_middleware.ipynb #9f7179bf
-_WHOLE_BODY = 10  # times the wait for one part of a body, for all of it
-
-
 async def _first_of(receive: Callable[[], Awaitable[dict]], stopping: asyncio.Event | None, seconds: float) -> dict:
     "The next message; a `TimeoutError` after too long, a `RequestError` as soon as the server stops."
     message = asyncio.ensure_future(receive())
@@ -193,7 +190,19 @@ async def _first_of(receive: Callable[[], Awaitable[dict]], stopping: asyncio.Ev
         for task in tasks:
             task.cancel()
 
+# %% ../../nbs/70_server/02_middleware.ipynb #0c32c97e
+_WHOLE_BODY = 10  # times the wait for one part of a body, for all of it
 
+
+def _too_slow(settings: ServerSettings, all_of_it: bool) -> HttpError:
+    "The error for a body that is not complete after the time for all of it, or of which nothing came for too long."
+    why = f"no data for {settings.receive_timeout:g} seconds"
+    if all_of_it:
+        why = f"the body is not complete after {_WHOLE_BODY * settings.receive_timeout:g} seconds"
+    error = request_error(ErrorCode.timed_out, why, field="body", hint="send the body at once")
+    return HttpError(408, error, {"Connection": "close"})
+
+# %% ../../nbs/70_server/02_middleware.ipynb #f80dc824
 def limited_receive(
     receive: Callable[[], Awaitable[dict]],
     settings: ServerSettings,
@@ -212,11 +221,7 @@ def limited_receive(
             left = min(settings.receive_timeout, give_up - time.monotonic())
             message = await _first_of(receive, stopping, max(0.0, left))
         except TimeoutError:
-            why = f"no data for {settings.receive_timeout:g} seconds"
-            if time.monotonic() >= give_up:
-                why = f"the body is not complete after {_WHOLE_BODY * settings.receive_timeout:g} seconds"
-            error = request_error(ErrorCode.timed_out, why, field="body", hint="send the body at once")
-            raise HttpError(408, error, {"Connection": "close"}) from None
+            raise _too_slow(settings, time.monotonic() >= give_up) from None
         seen += len(message.get("body", b""))
         complete = not message.get("more_body", False)
         if settings.max_body is not None and seen > settings.max_body:

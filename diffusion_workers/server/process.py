@@ -12,6 +12,8 @@ import asyncio
 import signal
 import socket
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..settings.environment import SettingsError
@@ -36,7 +38,7 @@ def listening_socket(
         ) from None
     return listening
 
-
+# %% ../../nbs/70_server/06_process.ipynb #a3056d7c
 def address_of(listening: socket.socket) -> str:  # such as http://127.0.0.1:8000
     "Where a browser on this machine finds the server."
     host, port = listening.getsockname()[:2]
@@ -101,6 +103,17 @@ def stopping_server(
 
     return Server
 
+# %% ../../nbs/70_server/06_process.ipynb #609a79d1
+@contextmanager
+def _signals_ignored() -> Iterator[None]:
+    "Ignore the signals that end a server; their handlers are restored after the block."
+    before = {sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
 # %% ../../nbs/70_server/06_process.ipynb #3fa80097
 def run_app(
     app,
@@ -122,13 +135,8 @@ def run_app(
         timeout_graceful_shutdown=int(grace) + 30,
     )
     server = stopping_server(app)(config)
-    # uvicorn raises the signal again when it is done
-    before = {sig: signal.signal(sig, lambda *_: None) for sig in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _signals_ignored():  # uvicorn raises the signal again when it is done
         server.run(sockets=[listening])
-    finally:
-        for sig, handler in before.items():
-            signal.signal(sig, handler)
 
 # %% ../../nbs/70_server/06_process.ipynb #4151ac59
 def announce(
@@ -171,7 +179,7 @@ def manifest_folder(
         raise argparse.ArgumentTypeError(f"there is no such folder; given {text!r}; name a folder with manifests")
     return Path(text)
 
-
+# %% ../../nbs/70_server/06_process.ipynb #e200646f
 def add_serve_options(parser: argparse.ArgumentParser) -> None:
     "The options of `diffusion-workers serve`."
     parser.add_argument("--host", help="address to listen on; 127.0.0.1 by default")
@@ -197,6 +205,17 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
 
 Token, limits, origins and more are environment variables: see nbs/00_settings/06_table.ipynb."""
 
+# %% ../../nbs/70_server/06_process.ipynb #accb9a85
+def _naming_options(
+    text: str,  # of an error of the settings
+    given: Iterable[str],  # fields that were set by options
+) -> str:
+    "The text with the options that were typed, in the place of the variables of the same fields."
+    for name in given:
+        option = {"default_model": "--model"}.get(name, f"--{name}")
+        text = text.replace(f"{ServerSettings.variable(name)}:", f"{option}:")
+    return text
+
 # %% ../../nbs/70_server/06_process.ipynb #713c083c
 def serve_settings(arguments: argparse.Namespace) -> ServerSettings:
     "The settings in force: options win over environment variables. A `SettingsError` names what is wrong."
@@ -211,11 +230,7 @@ def serve_settings(arguments: argparse.Namespace) -> ServerSettings:
     try:
         settings = ServerSettings.from_environment(**given)
     except SettingsError as error:
-        said = str(error)
-        for name in given:  # what was typed is an option, and not a variable
-            option = {"default_model": "--model"}.get(name, f"--{name}")
-            said = said.replace(f"{ServerSettings.variable(name)}:", f"{option}:")
-        raise SettingsError(said) from None
+        raise SettingsError(_naming_options(str(error), given)) from None
     folders = (*settings.model_folders, *(arguments.models or []))
     return settings.model_copy(update={"model_folders": folders})
 

@@ -47,13 +47,8 @@ from ez_diffusion_client.models import (
 )
 
 # %% ../../nbs/70_server/04_routes.ipynb #add9c6c2
-Body = TypeVar("Body", GenerationRequest, PreprocessRequest, PromptQuery, RestoreRequest, OutputChange)
-Result = TypeVar("Result")
-_LARGE = 1_000_000  # bytes from which a body is parsed beside the event loop
-
-
-async def read_body(request: Request, model: type[Body]) -> Body:
-    "The checked body of a request; its id is the one of the HTTP request where it has none."
+def _check_json(request: Request) -> None:
+    "A `RequestError` where the body is not declared as JSON."
     given = request.headers.get("content-type", "")
     kind = given.partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
@@ -65,6 +60,16 @@ async def read_body(request: Request, model: type[Body]) -> Body:
             allowed="application/json",
         )
         raise HttpError(415, error)
+
+# %% ../../nbs/70_server/04_routes.ipynb #53aa06d2
+Body = TypeVar("Body", GenerationRequest, PreprocessRequest, PromptQuery, RestoreRequest, OutputChange)
+Result = TypeVar("Result")
+_LARGE = 1_000_000  # bytes from which a body is parsed beside the event loop
+
+
+async def read_body(request: Request, model: type[Body]) -> Body:
+    "The checked body of a request; its id is the one of the HTTP request where it has none."
+    _check_json(request)
     data = await request.body()
     body = await asyncio.to_thread(parse, model, data) if len(data) > _LARGE else parse(model, data)
     if "request_id" not in type(body).model_fields or getattr(body, "request_id", None):
@@ -89,7 +94,7 @@ def wanted_image(accept: str) -> str | None:  # a media type, "image/*", or None
             best_weight = weight
     return best
 
-
+# %% ../../nbs/70_server/04_routes.ipynb #9e5cdb61
 def as_wanted(request: GenerationRequest, media: str | None) -> GenerationRequest:
     "The request with the file format that its sender accepts."
     if media is None or media == _ANY_IMAGE:
@@ -309,7 +314,7 @@ async def plan(request: Request) -> Response:
         result = await state.in_thread(request_images(body), state.service.plan, body)
     return answer(result.model_copy(update={"request_id": body.request_id}))
 
-
+# %% ../../nbs/70_server/04_routes.ipynb #195b0568
 async def preprocess(request: Request) -> Response:
     "POST /preprocess"
     state = request.app.state.server
@@ -368,7 +373,7 @@ async def get_job(request: Request, job_id: str) -> Response:
         job.fetched = True
     return _json(job.as_wire())
 
-
+# %% ../../nbs/70_server/04_routes.ipynb #3b38c91c
 async def cancel_job(request: Request, job_id: str) -> Response:
     "DELETE /jobs/{job_id}"
     queue = request.app.state.server.queue
@@ -418,7 +423,7 @@ async def ready(request: Request) -> Response:
     found = request.app.state.server.health()
     return _json(found, 200 if found.state == HealthState.ready else 503)
 
-
+# %% ../../nbs/70_server/04_routes.ipynb #ac093e60
 async def metrics(request: Request) -> Response:
     "GET /metrics"
     state = request.app.state.server
@@ -439,13 +444,6 @@ class _Page(BaseModel):
     limit: int = Field(60, ge=1, le=200)
 
 
-class _Size(BaseModel):
-    "The query of GET /outputs/{output_id}."
-
-    model_config = ConfigDict(extra="forbid")
-    thumbnail: bool = False
-
-
 def _folder(request: Request) -> OutputFolder:
     "The folder of results; a `RequestError` where the server keeps none."
     folder = request.app.state.server.outputs
@@ -461,6 +459,13 @@ async def list_outputs(request: Request) -> Response:
     wanted = parse(_Page, dict(request.query_params))
     return _json(await asyncio.to_thread(folder.page, **dict(wanted)))
 
+# %% ../../nbs/70_server/04_routes.ipynb #00850c28
+class _Size(BaseModel):
+    "The query of GET /outputs/{output_id}."
+
+    model_config = ConfigDict(extra="forbid")
+    thumbnail: bool = False
+
 
 async def get_output(request: Request, output_id: str) -> Response:
     "GET /outputs/{output_id}"
@@ -472,7 +477,7 @@ async def get_output(request: Request, output_id: str) -> Response:
     output, file = await asyncio.to_thread(folder.find, output_id)
     return FileResponse(file, headers=headers, media_type=f"image/{OutputFormat(output.format).value}")
 
-
+# %% ../../nbs/70_server/04_routes.ipynb #9b23a1af
 async def change_output(request: Request, output_id: str) -> Response:
     "POST /outputs/{output_id}"
     folder = _folder(request)

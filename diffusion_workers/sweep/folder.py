@@ -168,7 +168,7 @@ def _inside(folder: Path, name: str) -> Path:
         raise ValueError(f"{folder.name} names a file outside of its folder ({name!r}): it is not a sweep's own folder")
     return path
 
-
+# %% ../../nbs/72_sweep/01_folder.ipynb #ab210493
 def read_result(
     folder: Path,  # of the sweep
     key: str,

@@ -157,7 +157,7 @@ def varied_fields(items: Sequence[SweepItem]) -> list[str]:
     names = dict.fromkeys(name for item in items for name in item.request)
     return [name for name in names if len({json.dumps(item.request.get(name), sort_keys=True) for item in items}) > 1]
 
-
+# %% ../../nbs/72_sweep/02_run.ipynb #d7cb31c2
 def _row(item: SweepItem, fields: Sequence[str]) -> dict[str, Any]:
     made = item.result.generation if item.result else None
     return {name: item.request.get(name) for name in fields} | {
@@ -183,9 +183,6 @@ def sweep_table(items: Sequence[SweepItem]) -> "pd.DataFrame":
     return pd.DataFrame([_row(item, fields) for item in items])
 
 # %% ../../nbs/72_sweep/02_run.ipynb #8c45ff3c
-_GREY = (224, 224, 224)  # in place of an image that is not there
-
-
 def _fastest_axis(items: Sequence[SweepItem], fields: Sequence[str]) -> int | None:
     "How many values the field has that varies fastest; None where no value comes back."
     for name in fields:
@@ -194,6 +191,9 @@ def _fastest_axis(items: Sequence[SweepItem], fields: Sequence[str]) -> int | No
         if varies_at_once and column[0] in column[1:]:
             return column.index(column[0], 1)
     return None
+
+# %% ../../nbs/72_sweep/02_run.ipynb #bda8c6c2
+_GREY = (224, 224, 224)  # in place of an image that is not there
 
 
 def sweep_sheet(
@@ -305,7 +305,7 @@ async def _together(works: list[Coroutine]) -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-
+# %% ../../nbs/72_sweep/02_run.ipynb #bfa702a5
 OnResult = Callable[["Sweep", SweepItem], Any]  # called after each result; an exception in it ends the run
 
 

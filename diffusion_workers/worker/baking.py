@@ -39,7 +39,7 @@ class Download:
 
 PARTS = ("model", "controlnets", "loras", "refiner", "annotators")
 
-
+# %% ../../nbs/71_worker/08_baking.ipynb #7a071982
 def _folder(source: HubSource, name: str = "") -> str:  # a path in the repository
     return str(PurePosixPath(source.subfolder or "", name)).removeprefix(".")
 
@@ -49,6 +49,16 @@ def _network(part: str, source: Source | None, variant: str | None, names: Itera
         folders = tuple(_folder(source, name) for name in names)
         yield Download(part, source.hub, source.revision, folders, variant)
 
+# %% ../../nbs/71_worker/08_baking.ipynb #e83bf016
+def _loras(manifest: ModelManifest) -> Iterator[Download]:
+    for lora in manifest.loras.values():
+        if isinstance(lora.source, HubSource):
+            names = [lora.weight_name or DEFAULT_WEIGHT_NAME]
+            if names == ["adapter_model.safetensors"]:  # peft keeps alpha beside the weights
+                names.append("adapter_config.json")
+            files = tuple(_folder(lora.source, name) for name in names)
+            yield Download("loras", lora.source.hub, lora.source.revision, files=files)
+
 
 def _annotators(manifest: ModelManifest) -> Iterator[Download]:
     named = [name for entry in manifest.controlnets.values() for name in entry.preprocessors]
@@ -57,7 +67,7 @@ def _annotators(manifest: ModelManifest) -> Iterator[Download]:
         if row.repository:
             yield Download("annotators", row.repository, files=tuple(file for _, file in row.files))
 
-
+# %% ../../nbs/71_worker/08_baking.ipynb #199f5645
 def model_downloads(manifest: ModelManifest) -> Iterator[Download]:
     "Everything on the Hub that a manifest names."
     replaced = {slot for slot, part in manifest.components.items() if part.source}
@@ -67,13 +77,7 @@ def model_downloads(manifest: ModelManifest) -> Iterator[Download]:
         yield from _network("model", part.source, part.variant, ["", slot] if not is_network(slot) else [""])
     for entry in manifest.controlnets.values():
         yield from _network("controlnets", entry.source, entry.variant)
-    for lora in manifest.loras.values():
-        if isinstance(lora.source, HubSource):
-            names = [lora.weight_name or DEFAULT_WEIGHT_NAME]
-            if names == ["adapter_model.safetensors"]:  # peft keeps alpha beside the weights
-                names.append("adapter_config.json")
-            files = tuple(_folder(lora.source, name) for name in names)
-            yield Download("loras", lora.source.hub, lora.source.revision, files=files)
+    yield from _loras(manifest)
     if manifest.refiner:
         slots = [*manifest.record.components]
         yield from _network("refiner", manifest.refiner.source, manifest.refiner.variant, ["", *slots])
@@ -110,7 +114,7 @@ def folder_files(
     ]
     return [str(path) for path in (*small, *chosen, *(indices if len(chosen) > 1 else ()))]
 
-
+# %% ../../nbs/71_worker/08_baking.ipynb #7fa5bcb3
 def download_files(download: Download, names: Collection[str]) -> list[str]:
     "The files of a repository that a download needs; a ValueError for one that the repository does not have."
     if missing := [file for file in download.files if file not in names]:
@@ -129,7 +133,13 @@ def find_token(secret: Path = SECRET) -> str | None:  # None: that of the enviro
     "The token of a mounted secret."
     return secret.read_text().strip() or None if secret.is_file() else None
 
+# %% ../../nbs/71_worker/08_baking.ipynb #75aeaf92
+def _copy(source: Path, target: Path) -> int:  # bytes
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return target.stat().st_size
 
+# %% ../../nbs/71_worker/08_baking.ipynb #c6cebd74
 def fetch(download: Download, into: Path, token: str | None = None) -> int:  # bytes
     "Download one part; raises ValueError, OSError or an error of `huggingface_hub` where that fails."
     from huggingface_hub import HfApi, hf_hub_download
@@ -151,13 +161,7 @@ def fetch(download: Download, into: Path, token: str | None = None) -> int:  # b
         total += _copy(cached, target)
     return total
 
-
-def _copy(source: Path, target: Path) -> int:  # bytes
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    return target.stat().st_size
-
-
+# %% ../../nbs/71_worker/08_baking.ipynb #7a34a320
 def chosen_downloads(
     models: Sequence[str],  # names of manifests
     parts: Collection[str] = PARTS,
@@ -168,17 +172,21 @@ def chosen_downloads(
     found = [each for name in models for each in model_downloads(store.find(name)) if each.part in parts]
     return [*dict.fromkeys(found)]
 
+# %% ../../nbs/71_worker/08_baking.ipynb #5d1b472d
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("diffusion_workers.worker.baking", description="download what some models need")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="name of a manifest")
+    parser.add_argument("--into", type=Path, required=True, metavar="FOLDER", help="in the layout of the Hub's cache")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="default: all")
+    return parser.parse_args(arguments)
 
+# %% ../../nbs/71_worker/08_baking.ipynb #177e2e72
 def main(
     arguments: Sequence[str] | None = None,  # default: those of the process
     get: Callable[[Download, Path, str | None], int] = fetch,
 ) -> int:  # exit code
     "The command line: `python -m diffusion_workers.worker.baking MODEL... --into FOLDER`."
-    parser = argparse.ArgumentParser("diffusion_workers.worker.baking", description="download what some models need")
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="name of a manifest")
-    parser.add_argument("--into", type=Path, required=True, metavar="FOLDER", help="in the layout of the Hub's cache")
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="default: all")
-    given = parser.parse_args(arguments)
+    given = _arguments(arguments)
     given.into.mkdir(parents=True, exist_ok=True)
     try:
         downloads = chosen_downloads(given.models, given.parts or PARTS)

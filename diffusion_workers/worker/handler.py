@@ -175,7 +175,7 @@ def request_fields(
         added["preview_interval"] = 1
     return added | fields
 
-
+# %% ../../nbs/71_worker/05_handler.ipynb #670563a4
 def has_refiner(
     service: "DiffusionService",
     model: Any,  # what a request names

@@ -29,7 +29,7 @@ def _snapshot(cache: Path, revision: str | None) -> Path | None:  # below models
     found = sorted((cache / "snapshots").glob("*"))
     return found[0] if len(found) == 1 else None
 
-
+# %% ../../nbs/71_worker/01_placement.ipynb #2a613f9a
 def _is_whole(folder: Path) -> bool:
     "Whether no file is missing that a link or an index of weights names; an interrupted download leaves such gaps."
     for file in folder.rglob("*"):
@@ -44,7 +44,7 @@ def _is_whole(folder: Path) -> bool:
                 return False
     return True
 
-
+# %% ../../nbs/71_worker/01_placement.ipynb #2b939a69
 def find_repository(
     source: HubSource,
     folders: Sequence[Path],  # the first that has it wins
@@ -77,7 +77,7 @@ class PlacedSource(HubSource):
     def location(self) -> str:
         return str(self._place)
 
-
+# %% ../../nbs/71_worker/01_placement.ipynb #6c48c746
 def placed(
     part: Any,  # a manifest, or a part of one
     folders: Sequence[Path],
@@ -110,7 +110,7 @@ def _origin(source: Any) -> str:  # of one source, for a person
     place = f"{source.describe()}, in {source.location()}"
     return place if Path(source.location()).exists() else f"{place}, which does not exist"
 
-
+# %% ../../nbs/71_worker/01_placement.ipynb #0cbe1dcd
 def config_facts(
     settings: WorkerSettings,
     environ: Mapping[str, str],  # where the settings were read from

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRIAL', 'StartupClock', 'weight_paths', 'read_ahead', 'look_up_processor', 'find_models', 'import_sdk',
-           'StartupError', 'start_service', 'make_trial_image']
+           'StartupError', 'make_trial_image', 'start_service']
 
 # %% ../../nbs/71_worker/04_startup.ipynb #31110eeb
 import gc
@@ -70,6 +70,14 @@ def _weights_in(folder: Path, names: Iterable[str], variant: str | None) -> list
     return [file for file in found if variant and f".{variant}." in file.name] or found
 
 
+def _paths(source: Any, names: Iterable[str], variant: str | None) -> list[Path]:
+    "The file of a source, or those in its folders of these names."
+    if isinstance(source, HubSource) and not isinstance(source, PlacedSource):
+        return []
+    place = Path(source.location())
+    return [place] if place.is_file() else _weights_in(place, names, variant)
+
+# %% ../../nbs/71_worker/04_startup.ipynb #1e554091
 def weight_paths(manifest: ModelManifest) -> list[Path]:  # on this machine; none for what is downloaded
     "The files that loading a model will read."
     own_source = {name for name, part in manifest.components.items() if part.source}
@@ -83,15 +91,7 @@ def weight_paths(manifest: ModelManifest) -> list[Path]:  # on this machine; non
         found += _paths(manifest.reference_encoder.source, slots, manifest.reference_encoder.variant)
     return found
 
-
-def _paths(source: Any, names: Iterable[str], variant: str | None) -> list[Path]:
-    "The file of a source, or those in its folders of these names."
-    if isinstance(source, HubSource) and not isinstance(source, PlacedSource):
-        return []
-    place = Path(source.location())
-    return [place] if place.is_file() else _weights_in(place, names, variant)
-
-
+# %% ../../nbs/71_worker/04_startup.ipynb #3bf94a3b
 def read_ahead(paths: Iterable[Path]) -> int:  # bytes that were asked for
     "Ask the kernel to fetch files into memory, and go on at once."
     asked = 0
@@ -116,14 +116,14 @@ def look_up_processor() -> None:
     cpuinfo.get_cpu_info = pool.submit(cpuinfo.get_cpu_info).result
     pool.shutdown(wait=False)
 
-
+# %% ../../nbs/71_worker/04_startup.ipynb #180d4088
 def find_models(settings: WorkerSettings) -> ManifestStore:
     "The models of a worker, after telling the kernel which files the default one will be read from."
     models = placed_models(load_manifests(settings), settings.hub_folders)
     read_ahead(weight_paths(models.find()))
     return models
 
-
+# %% ../../nbs/71_worker/04_startup.ipynb #b1ed4cda
 def import_sdk(
     settings: WorkerSettings,
     clock: StartupClock,
@@ -153,6 +153,13 @@ class StartupError(RuntimeError):
     "A worker that cannot work."
 
 
+def make_trial_image(service: "DiffusionService") -> None:
+    "Generate a small image with the default model; raises a `StartupError` if that fails."
+    result = service.generate(TRIAL)
+    if result.status != OpStatus.success:
+        raise StartupError(result.message)
+
+# %% ../../nbs/71_worker/04_startup.ipynb #1e7751be
 def start_service(
     settings: WorkerSettings,
     clock: StartupClock,
@@ -176,10 +183,3 @@ def start_service(
     except (RequestError, ValueError, RuntimeError) as exc:
         raise StartupError(str(exc)) from exc
     return service
-
-
-def make_trial_image(service: "DiffusionService") -> None:
-    "Generate a small image with the default model; raises a `StartupError` if that fails."
-    result = service.generate(TRIAL)
-    if result.status != OpStatus.success:
-        raise StartupError(result.message)

@@ -55,7 +55,7 @@ def from_worker_sdxl(
         )
     return asked, notes
 
-
+# %% ../../nbs/71_worker/03_worker_sdxl.ipynb #e05a8c1f
 _NAMES = {
     "image": "image_url",
     "refiner.switch_at": "high_noise_frac",
