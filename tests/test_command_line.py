@@ -545,6 +545,8 @@ def call(
     (["models", "--models", "missing"], "", 2, ["--models: there is no such folder"]),
     (["train-shapes"], "", 2, ["--out", "a folder is needed"]),
     (["train-shapes", "--part", "shapes-flx", "--out", "x"], "", 2, ["--part", "did you mean shapes-flux?"]),
+    (["bench", "--adherence", "0"], "", 2, ["--adherence", "given 0", "at least 1"]),
+    (["bench", "--fresh", "--plot", "speed.png"], "", 4, ["--plot", "leave out --plot or --fresh"]),
     (["bench", "--model", "dreamshaper-8", "--adherence", "4"], "", 4, ["--adherence", "shapes-sd15", "--model"]),
     (
         ["train-shapes", "--part", "shapes-flux", "--out", "x", "--minutes", "3"],
@@ -709,3 +711,11 @@ def test_replay_notes_weights_that_have_changed(tiny: Path, capsys: pytest.Captu
     said = capsys.readouterr().err
     assert "note: model: the weights of the unet have changed since the image was made" in said
     assert "vae" not in said
+
+
+@pytest.mark.parametrize(("prompt", "told"), [("a blue square", False), ("two blue squares", True)])
+def test_a_plan_counts_the_things_of_a_prompt(prompt: str, told: bool, capsys, monkeypatch) -> None:
+    "A model that draws four things says so where numbers and nouns ask for five."
+    done = call(["plan", f"three red circles and {prompt}", "--model", "shapes-world"], "", capsys, monkeypatch)
+    assert done.returncode == 0
+    assert ("draws at most 4 shapes" in done.stderr) == told
