@@ -105,6 +105,19 @@ def adherence_cases(
             return cases
     return []
 
+# %% ../../nbs/80_cli/08_bench.ipynb #6377555c
+def _check_caption_count(found: int, count: int) -> None:  # captions that there are, and that are asked for
+    "Refuse more captions than there are."
+    if found < count:
+        raise request_error(
+            ErrorCode.out_of_range,
+            "shapes-bench has fewer captions",
+            field="--adherence",
+            given=count,
+            allowed=f"1 to {found}",
+            hint="ask for fewer",
+        )
+
 # %% ../../nbs/80_cli/08_bench.ipynb #610104cf
 def check_adherence(
     models: "ManifestStore",
@@ -113,17 +126,8 @@ def check_adherence(
 ) -> None:
     "Refuse a model whose images the scorer cannot read, or more captions than there are, before anything is measured."
     cases = adherence_cases(manifest, count)
-    if cases and len(cases) < count:
-        message = "shapes-bench has fewer captions"
-        raise request_error(
-            ErrorCode.out_of_range,
-            message,
-            field="--adherence",
-            given=count,
-            allowed=f"1 to {len(cases)}",
-            hint="ask for fewer",
-        )
     if cases:
+        _check_caption_count(len(cases), count)
         return
     raise request_error(
         ErrorCode.unsupported_combination,
@@ -176,10 +180,9 @@ def _print_measured(
     if before is not None:
         print("\n" + compare_results(before, result))
 
-# %% ../../nbs/80_cli/08_bench.ipynb #08c00005
-def add_bench_options(parser: argparse.ArgumentParser) -> None:
-    "Give a parser the options of the benchmark."
-    parser.description = "Time settings of a request in turn, and say what they do to the image."
+# %% ../../nbs/80_cli/08_bench.ipynb #c93a4ac4
+def _add_timing_options(parser: argparse.ArgumentParser) -> None:
+    "What is timed, and how often."
     parser.add_argument("--model", help="a model; by default the default model")
     parser.add_argument(
         "--prompt", default="a red circle left of a blue square on a white background", help="what is drawn"
@@ -194,6 +197,12 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="a new process for every run: start, weights and first image"
     )
+
+# %% ../../nbs/80_cli/08_bench.ipynb #08c00005
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    "Give a parser the options of the benchmark."
+    parser.description = "Time settings of a request in turn, and say what they do to the image."
+    _add_timing_options(parser)
     parser.add_argument(
         "--adherence",
         type=int,

@@ -154,6 +154,21 @@ def command_parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.Argum
     "The parser of each command."
     return next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
 
+# %% ../../nbs/80_cli/10_main.ipynb #77467fdc
+def _add_command(
+    commands: "argparse._SubParsersAction[CommandParser]",
+    name: str,
+    command: Command,
+    show_all: bool,  # whether its help lists the uncommon options too
+) -> None:
+    "Add the parser of a command."
+    own = commands.add_parser(name, help=command.help, usage=f"diffusion-workers {name} [options] ...")
+    own.show_all = show_all
+    own.add_argument("--help-all", action="store_true", help="show this help with all options")
+    command.add_options(own)
+    if command.common and not show_all:
+        hide_uncommon(own, command.common)
+
 # %% ../../nbs/80_cli/10_main.ipynb #3601eeec
 def make_parser(
     show_all: bool = False,  # whether the help of a command lists the uncommon options too
@@ -169,12 +184,7 @@ def make_parser(
     shtab.add_argument_to(parser, ["--print-completion"], help="print a completion script")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
     for name, command in COMMANDS.items():
-        own = commands.add_parser(name, help=command.help, usage=f"diffusion-workers {name} [options] ...")
-        own.show_all = show_all
-        own.add_argument("--help-all", action="store_true", help="show this help with all options")
-        command.add_options(own)
-        if command.common and not show_all:
-            hide_uncommon(own, command.common)
+        _add_command(commands, name, command, show_all)
     return parser
 
 # %% ../../nbs/80_cli/10_main.ipynb #a1c0de11

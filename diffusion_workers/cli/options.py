@@ -429,19 +429,24 @@ def _item_option(field: str, arguments: argparse.Namespace, typed: dict[str, str
     of_file = f" {shorten(files[int(item[2])], 48)[1:-1]}" if int(item[2]) < len(files) else ""
     return typed[item[1]] + of_file
 
-# %% ../../nbs/80_cli/01_options.ipynb #39be2fa8
-def option_of(
-    field: str,  # of the request, such as "controlnets[0].image"
-    arguments: argparse.Namespace,
-) -> str:
-    "What a user calls a field: the option as it was typed, or the field and the file that it came from."
+# %% ../../nbs/80_cli/01_options.ipynb #11224788
+def _typed_option(field: str, arguments: argparse.Namespace) -> str | None:  # None for a field that was not typed
+    "The option that gave a field."
     typed = getattr(arguments, "typed_options", {})
     names = getattr(arguments, "option_names", {})  # of a command whose options are not named after fields
     if field in typed or field in names:
         return typed.get(field) or names[field]
     if "preprocessing.parameters" in names and field.startswith("preprocessing.parameters."):
         return f"{names['preprocessing.parameters']} {field.split('.', 2)[2]}"
-    if found := _entry_option(field, arguments) or _item_option(field, arguments, typed):
+    return _entry_option(field, arguments) or _item_option(field, arguments, typed)
+
+# %% ../../nbs/80_cli/01_options.ipynb #39be2fa8
+def option_of(
+    field: str,  # of the request, such as "controlnets[0].image"
+    arguments: argparse.Namespace,
+) -> str:
+    "What a user calls a field: the option as it was typed, or the field and the file that it came from."
+    if found := _typed_option(field, arguments):
         return found
     if field.startswith("-"):  # an option already
         return field
@@ -510,11 +515,9 @@ def _controlnet_help() -> str:
         "`diffusion-workers preprocessors` lists those"
     )
 
-# %% ../../nbs/80_cli/01_options.ipynb #814daf2f
-def _add_addon_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "controls and LoRAs", "Each may be repeated; an image is a file or an http(s) URL."
-    )
+# %% ../../nbs/80_cli/01_options.ipynb #2e692945
+def _add_control_options(group: argparse._ArgumentGroup) -> None:
+    "The two notations of a control."
     group.add_argument(
         "--control",
         dest="controls",
@@ -531,6 +534,13 @@ def _add_addon_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE,...",
         help=_controlnet_help(),
     )
+
+# %% ../../nbs/80_cli/01_options.ipynb #814daf2f
+def _add_addon_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "controls and LoRAs", "Each may be repeated; an image is a file or an http(s) URL."
+    )
+    _add_control_options(group)
     group.add_argument(
         "--lora",
         action="append",

@@ -244,6 +244,18 @@ def _write_image(one: OpResult, path: Path) -> list[Path]:  # the file
             path.unlink()  # what was begun
         raise
 
+# %% ../../nbs/80_cli/02_outputs.ipynb #19735a41
+def _rescue_images(
+    result: OpResult,
+    paths: Sequence[Path],  # of all images
+    first: int,  # index of the first image that was not written
+) -> Path:  # the new folder
+    "Write the images from `first` on to a new folder in the temporary folder."
+    folder = Path(tempfile.mkdtemp(prefix="diffusion-workers-"))
+    for index, path in enumerate(paths[first:], first):
+        _one_image(result, index).save(folder / f"{index + 1}-{path.name}")
+    return folder
+
 # %% ../../nbs/80_cli/02_outputs.ipynb #21f1edbe
 def write_images(
     result: OpResult,  # of a generation that succeeded
@@ -251,22 +263,18 @@ def write_images(
     output: Output,
 ) -> list[Path]:
     "Write the images of a result; if one cannot be written, a `RequestError` names the place taken instead."
-    written, rescued = [], None
-    problem: OSError | None = None
+    written: list[Path] = []
     for index, path in enumerate(paths):
         one = _one_image(result, index)
-        if rescued is None:
-            try:
-                written += _write_image(one, path)
-                continue
-            except OSError as exc:
-                problem = exc
-                rescued = Path(tempfile.mkdtemp(prefix="diffusion-workers-"))
-        written += one.save(rescued / f"{index + 1}-{path.name}")
-    if rescued is not None:
-        message = f"cannot be written: {problem.strerror if problem else ''}"
-        hint = f"the images are in {rescued}"
-        raise request_error(ErrorCode.wrong_type, message, field=output.option, given=output.text, hint=hint)
+        try:
+            written += _write_image(one, path)
+        except OSError as exc:
+            rescued = _rescue_images(result, paths, index)
+            message = f"cannot be written: {exc.strerror}"
+            hint = f"the images are in {rescued}"
+            raise request_error(
+                ErrorCode.wrong_type, message, field=output.option, given=output.text, hint=hint
+            ) from None
     return written
 
 # %% ../../nbs/80_cli/02_outputs.ipynb #2d7d78b3

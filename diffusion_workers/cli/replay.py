@@ -24,6 +24,8 @@ from ez_diffusion_client.models import ErrorCode, GenerationPlan, GenerationRequ
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from diffusion_workers.planning.inputs import PlannedRequest
+
 # %% ../../nbs/80_cli/07_replay.ipynb #f9b74f65
 ImageKey = tuple[str, int | None]  # image or mask_image, and the index of the control; None is the generation's own
 
@@ -231,6 +233,19 @@ def _checked_output(arguments: argparse.Namespace, plan: GenerationPlan) -> Outp
         output.check(output.paths([plan.seeds[index]], plan.model, plan.prompt), [Path(arguments.file)])
     return output
 
+# %% ../../nbs/80_cli/07_replay.ipynb #eb92b5c3
+def _generate_again(
+    arguments: argparse.Namespace,
+    request: GenerationRequest,
+    planned: "PlannedRequest | None",  # None on a server or an endpoint
+) -> OpResult:
+    "Generate the images of a receipt, here or where the arguments say."
+    if planned is None:
+        with progress_of(arguments) as show:
+            return remote_generate(arguments, request, show)
+    with make_service(arguments) as service, progress_of(arguments) as show:
+        return service.generate(planned, on_progress=show, progress=False)
+
 # %% ../../nbs/80_cli/07_replay.ipynb #f93cd9d9
 def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
     "Regenerate an image from its metadata, and report whether the pixels are the same."
@@ -239,19 +254,14 @@ def command_replay(arguments: argparse.Namespace) -> int:  # the exit code
     plan = read_receipt(arguments.file)
     output = _checked_output(arguments, plan)
     request = _replay_request(plan, arguments)
-    if is_remote(arguments):
+    planned = None if is_remote(arguments) else plan_here(arguments, request)  # before torch is imported
+    if planned is None:
         now = present(remote_call(arguments, lambda client: client.plan(request)).raise_for_status().plan)
     else:
-        planned = plan_here(arguments, request)  # before torch is imported
         now = planned.plan
     check_same_images(plan, now)
-    _print_changes(plan, now, {} if is_remote(arguments) else _own_scheduler(arguments, plan.model))
-    if is_remote(arguments):
-        with progress_of(arguments) as show:
-            result = remote_generate(arguments, request, show)
-    else:
-        with make_service(arguments) as service, progress_of(arguments) as show:
-            result = service.generate(planned, on_progress=show, progress=False)
+    _print_changes(plan, now, {} if planned is None else _own_scheduler(arguments, plan.model))
+    result = _generate_again(arguments, request, planned)
     if not result.ok:
         return fail(result, arguments)
     return _compare(arguments, output, plan, result)
@@ -264,6 +274,17 @@ def _print_changed_weights(before: GenerationPlan, now: GenerationPlan) -> None:
     for note in changed_weights(then, today):
         print(f"note: {note.field}: {note.message} ({note.given} -> {note.used})", file=sys.stderr)
 
+# %% ../../nbs/80_cli/07_replay.ipynb #fdb7a3ea
+def _write_replayed(output: Output, result: OpResult, index: int) -> list[Path]:  # the file; none for standard output
+    "Write one image of a result."
+    made = generation_of(result)
+    image = made.images[index]
+    one = result.model_copy(update={"generation": made.model_copy(update={"images": [image]})})
+    if output.is_stdout:
+        write_to_stdout(one)
+        return []
+    return write_images(one, output.paths([image.seed], made.plan.model, made.plan.prompt), output)
+
 # %% ../../nbs/80_cli/07_replay.ipynb #a58c831c
 def _compare(
     arguments: argparse.Namespace,
@@ -275,16 +296,10 @@ def _compare(
 
     index = before.image_index or 0
     difference = _difference(result.images[index], Image.open(arguments.file))
-    made = generation_of(result)
-    _print_changed_weights(before, made.plan)
-    image = made.images[index]
-    one = result.model_copy(update={"generation": made.model_copy(update={"images": [image]})})
-    paths: list[Path] = []
+    _print_changed_weights(before, generation_of(result).plan)
+    paths = [] if output is None else _write_replayed(output, result, index)
     if output is not None and output.is_stdout:
-        write_to_stdout(one)
         return 0 if difference is None else 1
-    if output is not None:
-        paths = write_images(one, output.paths([image.seed], made.plan.model, made.plan.prompt), output)
     if arguments.json:
         print(json.dumps({"same_pixels": difference is None, "difference": difference, "file": [*map(str, paths)]}))
     else:

@@ -16,7 +16,7 @@ from .options import add_json_option
 from ..settings.worker import WorkerSettings
 from ..worker.placement import config_facts, config_lines
 
-# %% ../../nbs/80_cli/09_worker.ipynb #e8728935
+# %% ../../nbs/80_cli/09_worker.ipynb #9a580345
 _SDK_OPTIONS = {  # option -> what it does; None takes no value
     "--test_input": (
         "JSON",
@@ -28,7 +28,7 @@ _SDK_OPTIONS = {  # option -> what it does; None takes no value
     "--rp_log_level": ("LEVEL", "what RunPod's SDK logs: ERROR, WARN, INFO or DEBUG"),
 }
 
-
+# %% ../../nbs/80_cli/09_worker.ipynb #e8728935
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
     "Give a parser the options of the worker."
     parser.description = (

@@ -24,7 +24,7 @@ from ..request.errors import RequestError, parse
 from ..request.schema import FieldInfo, get_value, schema_fields, set_value, typed_value
 from ez_diffusion_client.models import ErrorDetail, GenerationRequest
 
-# %% ../../nbs/73_panel/06_form.ipynb #06a00004
+# %% ../../nbs/73_panel/06_form.ipynb #c8807d6d
 _LABELS = {
     "num_inference_steps": "Steps",
     "guidance_scale": "Guidance",
@@ -44,7 +44,7 @@ _LABELS = {
     "preprocessing.name": "Preprocessor",
 }
 
-
+# %% ../../nbs/73_panel/06_form.ipynb #06a00004
 def field_label(info: FieldInfo) -> str:
     "The name of a field as a form shows it."
     name = str(info.path[-1])
@@ -66,8 +66,8 @@ def path_label(
     last = path.rpartition(".")[2]
     return _LABELS.get(path) or _LABELS.get(last, last.replace("_", " ").capitalize())
 
-# %% ../../nbs/73_panel/06_form.ipynb #06a00007
-CHOICES = {  # choices as people know them from other programs
+# %% ../../nbs/73_panel/06_form.ipynb #651d1624
+_SAMPLERS = {  # scheduler -> its name in other programs
     "ddim": "DDIM",
     "ddpm": "DDPM",
     "pndm": "PNDM (PLMS)",
@@ -85,6 +85,11 @@ CHOICES = {  # choices as people know them from other programs
     "lms": "LMS",
     "kdpm2": "DPM2",
     "kdpm2_ancestral": "DPM2 a",
+}
+
+# %% ../../nbs/73_panel/06_form.ipynb #06a00007
+CHOICES = {  # choices as people know them from other programs
+    **_SAMPLERS,
     "sgm_uniform": "SGM uniform",
     "ays": "Align Your Steps",
     "lcm": "LCM",
@@ -101,7 +106,7 @@ CHOICES = {  # choices as people know them from other programs
 }
 
 # %% ../../nbs/73_panel/06_form.ipynb #cc83d550
-_CHOICES_OF = ("scheduler", "step_cache.method", "guider.method")  # and booleans
+_CHOICES_OF = ("scheduler", "sigma_schedule", "step_cache.method", "guider.method")  # and booleans
 PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
 _NAMES = ("model", "profile")  # whose choices are names, shown as they are written
 Notes = Mapping[str, str]  # choice -> what is said about it, such as "download, about 7 GB"
@@ -155,7 +160,7 @@ def one_for_all(
         _shared[name] = make()
     return _shared[name]
 
-# %% ../../nbs/73_panel/06_form.ipynb #06a00010
+# %% ../../nbs/73_panel/06_form.ipynb #8ae33a9f
 SLIDERS = {  # field -> lowest, highest and step of its slider; the text field takes any valid number
     "width": (64, 2048, 8),
     "height": (64, 2048, 8),
@@ -171,7 +176,7 @@ SLIDERS = {  # field -> lowest, highest and step of its slider; the text field t
     "inpaint.padding": (0, 256, 8),
 }
 
-
+# %% ../../nbs/73_panel/06_form.ipynb #06a00010
 def _slider(info: FieldInfo) -> widgets.FloatSlider | widgets.IntSlider | None:
     if info.name not in SLIDERS:
         return None
@@ -505,7 +510,7 @@ def not_shown(
     elif given is not None and given != shown:
         yield path, given, shown
 
-# %% ../../nbs/73_panel/06_form.ipynb #f1cda49f
+# %% ../../nbs/73_panel/06_form.ipynb #9a99a3ed
 SIMPLE = (
     "prompt",
     "negative_prompt",
@@ -517,6 +522,8 @@ SIMPLE = (
     "scheduler",
     "num_images",
 )
+
+# %% ../../nbs/73_panel/06_form.ipynb #f1cda49f
 START_IMAGE = "Start image"
 SECTIONS = {
     START_IMAGE: ("strength", "resize_mode", "inpaint"),

@@ -190,9 +190,24 @@ def table_html(
         body += f"<tr><th scope='row'>{html.escape(label)}</th>{row}</tr>"
     return f"{title}<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
+# %% ../../nbs/73_panel/09_grid.ipynb #d69bad9f
+_HEADER = 44  # pixels above the cells of a table: its title and the labels of its columns
+
+
+def _draw_header(
+    pen: ImageDraw.ImageDraw,
+    table: GridTable,
+    places: Sequence[int],  # of the columns, in pixels from the left
+    top: int,
+    font: Any,
+) -> None:
+    "Draw the title of a table and the labels of its columns."
+    pen.text((4, top + 4), table.title, fill="black", font=font)
+    for x, label in zip(places, table.columns):
+        pen.text((x, top + 24), label, fill="black", font=font)
+
 # %% ../../nbs/73_panel/09_grid.ipynb #7b99ed96
 _GAP = 8  # pixels between cells
-_HEADER = 44  # pixels above the cells of a table: its title and the labels of its columns
 
 
 def _draw_table(
@@ -205,9 +220,7 @@ def _draw_table(
 ) -> int:  # where the next table begins
     "Draw a table on a sheet."
     pen = ImageDraw.Draw(sheet)
-    pen.text((4, top + 4), table.title, fill="black", font=font)
-    for x, label in zip(places, table.columns):
-        pen.text((x, top + 24), label, fill="black", font=font)
+    _draw_header(pen, table, places, top, font)
     top += _HEADER
     for label, row in table.rows:
         pen.text((4, top + cell_height // 2 - 8), label, fill="black", font=font)

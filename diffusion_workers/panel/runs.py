@@ -315,6 +315,19 @@ def _accepted(
         return {}
     return {name: value for name, value in extras.items() if name in names}
 
+# %% ../../nbs/73_panel/04_runs.ipynb #8d33b1c0
+def _submit(run: Run, submit: Callable[..., Any]) -> None:
+    "Submit a run, and wait for its result on a thread."
+    try:
+        run.handle = submit(run.request, on_progress=run.report, **run.extras)
+    except Exception as exc:
+        run.finish(failed_result(exc))
+        return
+    if run.cancelled.is_set():
+        run.handle.cancel()
+    follow = lambda request: run.handle.result()
+    threading.Thread(target=_call, args=(run, follow, {}), name="panel-run", daemon=True).start()
+
 # %% ../../nbs/73_panel/04_runs.ipynb #f797cdf0
 def begin(run: Run, backend: Backend) -> Run:
     "Start a run that was waiting; one that was cancelled meanwhile stays so."
@@ -322,20 +335,12 @@ def begin(run: Run, backend: Backend) -> Run:
     if run.done:
         return run
     run.pace = backend.pace
-    if backend.submit is None:
-        extras = _accepted(backend.generate, {"on_progress": run.report, "cancelled": run.cancelled})
-        run.cancellable = "cancelled" in extras
-        threading.Thread(target=_call, args=(run, backend.generate, extras), name="panel-run", daemon=True).start()
+    if backend.submit is not None:
+        _submit(run, backend.submit)
         return run
-    try:
-        run.handle = backend.submit(run.request, on_progress=run.report, **run.extras)
-    except Exception as exc:
-        run.finish(failed_result(exc))
-        return run
-    if run.cancelled.is_set():
-        run.handle.cancel()
-    follow = lambda request: run.handle.result()
-    threading.Thread(target=_call, args=(run, follow, {}), name="panel-run", daemon=True).start()
+    extras = _accepted(backend.generate, {"on_progress": run.report, "cancelled": run.cancelled})
+    run.cancellable = "cancelled" in extras
+    threading.Thread(target=_call, args=(run, backend.generate, extras), name="panel-run", daemon=True).start()
     return run
 
 # %% ../../nbs/73_panel/04_runs.ipynb #7c0becda
@@ -387,7 +392,7 @@ def _step_parts(event: ProgressEvent) -> list[str]:  # how far the denoising is
         parts.append(f"{event.seconds_left:.0f} s left")
     return parts
 
-# %% ../../nbs/73_panel/04_runs.ipynb #db8900d2
+# %% ../../nbs/73_panel/04_runs.ipynb #0cc5449e
 _PHASES = {
     Phase.queued: "queued",
     Phase.load: "loading the model",
@@ -399,7 +404,7 @@ _PHASES = {
     Phase.cancelled: "stopped",
 }
 
-
+# %% ../../nbs/73_panel/04_runs.ipynb #db8900d2
 def event_text(
     event: ProgressEvent,
 ) -> str:  # one line

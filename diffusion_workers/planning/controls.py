@@ -232,13 +232,26 @@ def check_unit(
         yield _no_control_mode(unit, at, manifest)
     yield from _check_controlnet(unit, at, manifest)
 
+# %% ../../nbs/40_planning/02_controls.ipynb #100384f5
+def _merged_map_problem(index: int, units: dict[int, ControlNetUnit], names: dict[int, str]) -> ErrorDetail | None:
+    "What is wrong with one of several units of the same union ControlNet, which merges their maps."
+    refused, at = partial(error_detail, ErrorCode.unsupported_combination), f"controlnets[{index}]"
+    mode, first = units[index].control_mode, min(names)
+    if units[index].mask_image is not None:
+        message = "the maps of one union ControlNet are merged before they act, so a mask cannot apply to one of them"
+        return refused(message, field=f"{at}.mask_image", hint="leave the mask out, or use one map")
+    if names[first] == names[index] and mode != units[first].control_mode:
+        message, allowed = "the maps of one union ControlNet share a control mode", units[first].control_mode.value
+        return refused(message, field=f"{at}.control_mode", given=mode.value, allowed=allowed)
+    return None
+
 # %% ../../nbs/40_planning/02_controls.ipynb #e5cca26b
 def _mixture_problem(
     index: int, units: dict[int, ControlNetUnit], names: dict[int, str], manifest: ModelManifest
 ) -> ErrorDetail | None:
     "What is wrong with one of several units of which at least one uses a union ControlNet."
     refused, at = partial(error_detail, ErrorCode.unsupported_combination), f"controlnets[{index}]"
-    name, mode, first = names[index], units[index].control_mode, min(names)
+    name = names[index]
     others = [other for other in names if other != index and names[other] == name]
     if not manifest.controlnets[name].union:
         message = f"{manifest.record.title} cannot use a union ControlNet and a plain ControlNet in one request"
@@ -247,13 +260,7 @@ def _mixture_problem(
     if others and len(set(names.values())) > 1 and index == min([index, *others]):
         message, hint = "with two union ControlNets, each takes one map", "use one union ControlNet for all maps"
         return refused(message, field=f"{at}.model", given=name, hint=hint)
-    if others and units[index].mask_image is not None:
-        message = "the maps of one union ControlNet are merged before they act, so a mask cannot apply to one of them"
-        return refused(message, field=f"{at}.mask_image", hint="leave the mask out, or use one map")
-    if names[first] == name and mode != units[first].control_mode:
-        message, allowed = "the maps of one union ControlNet share a control mode", units[first].control_mode.value
-        return refused(message, field=f"{at}.control_mode", given=mode.value, allowed=allowed)
-    return None
+    return _merged_map_problem(index, units, names) if others else None
 
 # %% ../../nbs/40_planning/02_controls.ipynb #2a5f29cb
 def _check_mixture(

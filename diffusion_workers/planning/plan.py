@@ -205,6 +205,62 @@ def _embedding_problems(
         reported.update(used)
         yield from check_embeddings(used, manifest, offered, field)
 
+# %% ../../nbs/40_planning/09_plan.ipynb #854e0075
+def _prompt_problems(
+    request: GenerationRequest,
+    manifest: ModelManifest,
+    made: int,  # steps that run
+    broken: Sequence[ErrorDetail],  # mistakes in the syntax of the prompts
+    offered: Embeddings,  # of the model
+) -> Iterator[ErrorDetail]:
+    "Errors about the texts of a request."
+    yield from broken
+    yield from check_prompt(request, manifest)
+    yield from check_syntax(request, manifest)
+    yield from _embedding_problems(request, manifest, made, offered)
+
+# %% ../../nbs/40_planning/09_plan.ipynb #52b7a371
+def _run_problems(
+    request: GenerationRequest,
+    manifest: ModelManifest,
+    size: tuple[int, int],  # width and height in pixels
+    call: PipelineCall | None,
+    steps: int,  # of the schedule
+    strength: float | None,
+) -> Iterator[ErrorDetail]:
+    "Errors about the task, the model, the size, the seeds and the scheduler."
+    yield from check_task(request, manifest, steps, strength, call)
+    yield from check_model(request, manifest)
+    yield from check_size(*size, manifest, call)
+    yield from check_seeds(request, manifest)
+    yield from check_scheduler(request, manifest)
+
+# %% ../../nbs/40_planning/09_plan.ipynb #6e79880b
+def _addon_problems(
+    request: GenerationRequest,
+    manifest: ModelManifest,
+    call: PipelineCall | None,
+    loras: Sequence[ResolvedLora | None],
+    references: Sequence[PlannedReference],
+) -> Iterator[ErrorDetail]:
+    "Errors about LoRAs, ControlNets and reference images, and about fields that are not supported."
+    yield from check_loras(request, manifest, loras)
+    yield from check_controls(request, manifest)
+    yield from check_support(request, manifest, call)
+    yield from check_references(request, manifest, call, references)
+    yield from check_expected_references(request, references)
+
+# %% ../../nbs/40_planning/09_plan.ipynb #c9b85184
+def _setting_problems(
+    request: GenerationRequest, manifest: ModelManifest, call: PipelineCall | None
+) -> Iterator[ErrorDetail]:
+    "Errors about guidance, the profile and the speed settings."
+    yield from check_distilled(request, manifest)
+    yield from check_profile(request, manifest)
+    yield from check_acceleration(request, manifest, plan_control_kind(request, manifest))
+    yield from _guidance_problems(request, manifest, call)
+    yield from check_seamless(request, manifest)
+
 # %% ../../nbs/40_planning/09_plan.ipynb #adb02f02
 def find_problems(
     request: GenerationRequest,
@@ -221,25 +277,10 @@ def find_problems(
     strength = plan_strength(request, manifest, plan_task(request))
     made = count_denoising_steps(call, steps, strength) if call else steps
     return [
-        *broken_prompts,
-        *check_prompt(request, manifest),
-        *check_syntax(request, manifest),
-        *_embedding_problems(request, manifest, made, offered or Embeddings()),
-        *check_task(request, manifest, steps, strength, call),
-        *check_model(request, manifest),
-        *check_size(*size, manifest, call),
-        *check_seeds(request, manifest),
-        *check_scheduler(request, manifest),
-        *check_loras(request, manifest, loras),
-        *check_controls(request, manifest),
-        *check_support(request, manifest, call),
-        *check_references(request, manifest, call, references),
-        *check_expected_references(request, references),
-        *check_distilled(request, manifest),
-        *check_profile(request, manifest),
-        *check_acceleration(request, manifest, plan_control_kind(request, manifest)),
-        *_guidance_problems(request, manifest, call),
-        *check_seamless(request, manifest),
+        *_prompt_problems(request, manifest, made, broken_prompts, offered or Embeddings()),
+        *_run_problems(request, manifest, size, call, steps, strength),
+        *_addon_problems(request, manifest, call, loras, references),
+        *_setting_problems(request, manifest, call),
     ]
 
 # %% ../../nbs/40_planning/09_plan.ipynb #072b3981
@@ -303,6 +344,26 @@ def _plan_sampling(draft: _Draft) -> dict[str, Any]:
         "eta": plan_eta(request, manifest),
     }
 
+# %% ../../nbs/40_planning/09_plan.ipynb #6d8e9837
+def _sampling_warnings(draft: _Draft, sampling: Mapping[str, Any]) -> Iterator[RequestWarning]:
+    "Warnings that depend on the steps and the scheduler of a plan."
+    request, manifest = draft.request, draft.manifest
+    steps, made = sampling["num_inference_steps"], sampling["denoising_steps"]
+    yield from scheduler_warnings(request, manifest)
+    yield from strength_warnings(sampling["strength"], steps, made)
+    yield from seed_warnings(request)
+    yield from control_warnings(request, sampling["denoiser_calls"] or made)
+    yield from prediction_warnings(manifest, sampling["scheduler"])
+
+# %% ../../nbs/40_planning/09_plan.ipynb #750ee8eb
+def _reference_image_warnings(draft: _Draft) -> Iterator[RequestWarning]:
+    "Warnings about the reference images of a request, and about a size that is taken from them."
+    request, manifest, references = draft.request, draft.manifest, draft.references
+    yield from reference_warnings(references)
+    yield from weight_warnings(request, manifest)
+    yield from expected_warnings(request, references)
+    yield from edit_size_warnings(request, size_source(manifest, references), draft.size)
+
 # %% ../../nbs/40_planning/09_plan.ipynb #91597093
 def _plan_warnings(
     draft: _Draft,
@@ -312,7 +373,6 @@ def _plan_warnings(
 ) -> list[RequestWarning]:
     "Everything that is not carried out as it was asked for."
     request, manifest = draft.request, draft.manifest
-    steps, made = sampling["num_inference_steps"], sampling["denoising_steps"]
     return [
         *size_warnings(request, image, draft.size),
         *text_warnings(request, manifest, guidance),
@@ -320,15 +380,8 @@ def _plan_warnings(
         *vocabulary_warnings(request, manifest),
         *lora_warnings(request, draft.loras),
         *draft.distilled_notes,
-        *scheduler_warnings(request, manifest),
-        *strength_warnings(sampling["strength"], steps, made),
-        *seed_warnings(request),
-        *control_warnings(request, sampling["denoiser_calls"] or made),
-        *prediction_warnings(manifest, sampling["scheduler"]),
-        *reference_warnings(draft.references),
-        *weight_warnings(request, manifest),
-        *expected_warnings(request, draft.references),
-        *edit_size_warnings(request, size_source(manifest, draft.references), draft.size),
+        *_sampling_warnings(draft, sampling),
+        *_reference_image_warnings(draft),
         *acceleration_warnings(request, manifest, _is_guided(manifest, guidance), draft.kind),
     ]
 
@@ -414,6 +467,21 @@ def _plan_prompts(
     fields = texts | told | {"embeddings": plan_embeddings(embeddings, draft.offered)}
     return fields, list(embedding_warnings(embeddings, manifest))
 
+# %% ../../nbs/40_planning/09_plan.ipynb #41545b88
+def _drafted_fields(
+    draft: _Draft,
+    written: GenerationRequest,  # the request before its prompts were drawn
+    written_default: str | None,  # the manifest's negative prompt before it was drawn
+    image: PlannedImage | None,
+) -> dict[str, Any]:
+    "The fields of a plan that follow from its draft, and all warnings."
+    request, manifest = draft.request, draft.manifest
+    sampling, guidance = _plan_sampling(draft), _plan_guidance(request, manifest, draft.call)
+    prompts, prompt_notes = _plan_prompts(draft, written, written_default, sampling["denoising_steps"])
+    notes = [*_plan_warnings(draft, image, sampling, guidance), *prompt_notes]
+    fields = _plan_model(draft) | prompts | guidance | _plan_family_fields(request, manifest) | sampling
+    return fields | _plan_settings(draft) | {"warnings": notes or None}
+
 # %% ../../nbs/40_planning/09_plan.ipynb #e94c5b1a
 def make_plan(
     request: GenerationRequest,  # checked against the specification
@@ -430,24 +498,14 @@ def make_plan(
     "Decide everything that decides the pixels; raises a `RequestError` with all mistakes."
     written, written_default = written or request, manifest.defaults.negative_prompt
     draft = _checked_draft(request, manifest, image, reference_images, loras, random_seed)
-    request, manifest = draft.request, draft.manifest
-    sampling, guidance = _plan_sampling(draft), _plan_guidance(request, manifest, draft.call)
-    prompts, prompt_notes = _plan_prompts(draft, written, written_default, sampling["denoising_steps"])
-    notes = [*_plan_warnings(draft, image, sampling, guidance), *prompt_notes]
     return GenerationPlan(
         plan_version=PLAN_VERSION,
-        **_plan_model(draft),
-        **prompts,
-        **guidance,
-        **_plan_family_fields(request, manifest),
-        **sampling,
-        seeds=plan_seeds(request, random_seed),
-        subseeds=plan_subseeds(request, random_seed),
+        **_drafted_fields(draft, written, written_default, image),
+        seeds=plan_seeds(draft.request, random_seed),
+        subseeds=plan_subseeds(draft.request, random_seed),
         image=image,
         mask_image=mask_image,
-        controlnets=plan_controls(request, manifest, controls) or None,
-        **_plan_settings(draft),
-        warnings=notes or None,
+        controlnets=plan_controls(draft.request, draft.manifest, controls) or None,
     )
 
 # %% ../../nbs/40_planning/09_plan.ipynb #329b21be

@@ -140,17 +140,12 @@ def _distilled_model(models: Iterable[ModelInfo]) -> ModelInfo | None:
     fitting = [model for model in models if _takes_distilled(model) and model.kind == ModelKind.standard]
     return next((model for model in fitting if model.loaded), fitting[0] if fitting else None)
 
-# %% ../../nbs/40_planning/11_translate.ipynb #6fef7734
-def _choose_model(reader: _Reader, settings: Sequence[Setting]) -> None:
-    given = next((setting for setting in settings if setting.meaning == "model"), None)
-    reader.distilled = any(setting.meaning == "distilled_cfg" for setting in settings)
-    if reader.models is None:
-        if given is not None:
-            _take(reader, given, "model", given.text)
-        return
-    offered = {model.name: model for model in reader.models.models}
+# %% ../../nbs/40_planning/11_translate.ipynb #bed372df
+def _choose_offered(reader: _Reader, models: ModelList, given: Setting | None) -> None:
+    "Choose among the models that are offered: the named one, the default, or one that takes distilled guidance."
+    offered = {model.name: model for model in models.models}
     named = given and _offered(given.text, list(offered))
-    reader.model = offered.get(named or reader.models.default)
+    reader.model = offered.get(named or models.default)
     reason = "not available here"
     if named:
         reader.fields["model"] = named
@@ -162,6 +157,16 @@ def _choose_model(reader: _Reader, settings: Sequence[Setting]) -> None:
             reason = f"not available here; replaced by {other.name}, which is of the same kind"
     if given and not named:
         reader.lose(given.name, given.text, reason)
+
+# %% ../../nbs/40_planning/11_translate.ipynb #6fef7734
+def _choose_model(reader: _Reader, settings: Sequence[Setting]) -> None:
+    "Choose the model of a request, before the settings that depend on it are read."
+    given = next((setting for setting in settings if setting.meaning == "model"), None)
+    reader.distilled = any(setting.meaning == "distilled_cfg" for setting in settings)
+    if reader.models is not None:
+        _choose_offered(reader, reader.models, given)
+    elif given is not None:
+        _take(reader, given, "model", given.text)
 
 # %% ../../nbs/40_planning/11_translate.ipynb #660d5aad
 def _read_side(reader: _Reader, setting: Setting, path: str, shown: str | None = None) -> None:

@@ -146,13 +146,25 @@ ask.addEventListener("submit", (event) => {
 show(sessionStorage.getItem(key) || "");
 </script></html>"""
 
+# %% ../../nbs/70_server/05_app.ipynb #2ecb6b47
+def _add_specification(app: FastAPI, settings: ServerSettings) -> None:
+    "Serve the specification, as JSON and as YAML."
+    shown = shown_specification(settings)
+
+    @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
+    async def openapi_json() -> dict:
+        return shown
+
+    @app.api_route("/openapi.yaml", methods=["GET", "HEAD"], include_in_schema=False)
+    async def openapi_yaml() -> Response:
+        return Response(specification(), media_type="application/yaml")
+
 # %% ../../nbs/70_server/05_app.ipynb #383f143a
 def add_pages(app: FastAPI, settings: ServerSettings, web: Path = WEB) -> None:
     "Serve the page, the documentation and the specification."
     import swagger_ui_bundle
 
     index = web / "index.html"
-    shown = shown_specification(settings)
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
@@ -164,14 +176,7 @@ def add_pages(app: FastAPI, settings: ServerSettings, web: Path = WEB) -> None:
     async def docs() -> Response:
         return HTMLResponse(_DOCS)
 
-    @app.api_route("/openapi.json", methods=["GET", "HEAD"], include_in_schema=False)
-    async def openapi_json() -> dict:
-        return shown
-
-    @app.api_route("/openapi.yaml", methods=["GET", "HEAD"], include_in_schema=False)
-    async def openapi_yaml() -> Response:
-        return Response(specification(), media_type="application/yaml")
-
+    _add_specification(app, settings)
     app.mount("/docs-assets", CachedFiles(86_400, directory=swagger_ui_bundle.swagger_ui_path))
     if (web / "assets").is_dir():  # the name of a file holds the hash of its content
         app.mount("/assets", CachedFiles(31_536_000, ", immutable", directory=web / "assets"))
@@ -264,8 +269,9 @@ def _lifespan(service, settings: ServerSettings) -> Callable[[FastAPI], Abstract
 
     return lifespan
 
-# %% ../../nbs/70_server/05_app.ipynb #8705102f
+# %% ../../nbs/70_server/05_app.ipynb #e2d09538
 def _add_handlers(app: FastAPI) -> None:
+    "Answer the errors of the routes and of the framework."
     handlers: dict[type[Exception], Callable[..., Awaitable[Response]]] = {
         RequestError: _on_error,
         HTTPException: _on_http_error,
@@ -274,8 +280,9 @@ def _add_handlers(app: FastAPI) -> None:
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
 
-
+# %% ../../nbs/70_server/05_app.ipynb #8705102f
 def _add_middleware(app: FastAPI, settings: ServerSettings) -> None:
+    "Put the middleware around the routes; the last one added is the outermost."
     app.add_middleware(MetricsMiddleware, metrics=app.state.server.metrics)
     app.add_middleware(CompressPages)
     app.add_middleware(RequestMiddleware, settings=settings, stopping=app.state.server.stopping)

@@ -129,7 +129,7 @@ def check_host(headers: Headers, settings: ServerSettings) -> None:
             ),
         )
 
-# %% ../../nbs/70_server/02_middleware.ipynb #56b1450d
+# %% ../../nbs/70_server/02_middleware.ipynb #4d46e9dd
 OPEN_PATHS = (
     "/",
     "/docs",
@@ -141,9 +141,14 @@ OPEN_PATHS = (
 _OPEN_FOLDERS = ("/assets/", "/docs-assets/")
 
 
+def _is_open(path: str) -> bool:
+    "Whether a path needs no token."
+    return path in OPEN_PATHS or path.startswith(_OPEN_FOLDERS)
+
+# %% ../../nbs/70_server/02_middleware.ipynb #56b1450d
 def check_token(path: str, headers: Headers, settings: ServerSettings) -> None:
     "A `RequestError` where a token is needed and the right one is missing."
-    if settings.token is None or path in OPEN_PATHS or path.startswith(_OPEN_FOLDERS):
+    if settings.token is None or _is_open(path):
         return
     scheme, _, given = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not hmac.compare_digest(
@@ -202,6 +207,20 @@ def _too_slow(settings: ServerSettings, all_of_it: bool) -> HttpError:
     error = request_error(ErrorCode.timed_out, why, field="body", hint="send the body at once")
     return HttpError(408, error, {"Connection": "close"})
 
+# %% ../../nbs/70_server/02_middleware.ipynb #b8e8d742
+async def _next_part(
+    receive: Callable[[], Awaitable[dict]],
+    settings: ServerSettings,
+    stopping: asyncio.Event | None,
+    give_up: float,  # when the whole body has to be there, as time.monotonic() counts
+) -> dict:
+    "The next part of a body; an `HttpError` where it does not come in time."
+    try:
+        left = min(settings.receive_timeout, give_up - time.monotonic())
+        return await _first_of(receive, stopping, max(0.0, left))
+    except TimeoutError:
+        raise _too_slow(settings, time.monotonic() >= give_up) from None
+
 # %% ../../nbs/70_server/02_middleware.ipynb #f80dc824
 def limited_receive(
     receive: Callable[[], Awaitable[dict]],
@@ -217,11 +236,7 @@ def limited_receive(
         nonlocal seen, complete
         if complete:  # from here on, it waits for the client to go away
             return await receive()
-        try:
-            left = min(settings.receive_timeout, give_up - time.monotonic())
-            message = await _first_of(receive, stopping, max(0.0, left))
-        except TimeoutError:
-            raise _too_slow(settings, time.monotonic() >= give_up) from None
+        message = await _next_part(receive, settings, stopping, give_up)
         seen += len(message.get("body", b""))
         complete = not message.get("more_body", False)
         if settings.max_body is not None and seen > settings.max_body:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..settings.environment import SettingsError
 from ..settings.server import ServerSettings
@@ -114,6 +115,19 @@ def _signals_ignored() -> Iterator[None]:
         for sig, handler in before.items():
             signal.signal(sig, handler)
 
+# %% ../../nbs/70_server/06_process.ipynb #ef4b13cb
+def _server_options(grace: float, head_seconds: float) -> dict[str, Any]:
+    "What uvicorn is configured with, beside the application."
+    return {
+        "http": patient_protocol(head_seconds),
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "lifespan": "on",
+        "timeout_keep_alive": 30,
+        "timeout_graceful_shutdown": int(grace) + 30,
+    }
+
 # %% ../../nbs/70_server/06_process.ipynb #3fa80097
 def run_app(
     app,
@@ -124,16 +138,7 @@ def run_app(
     "Serve an application until a signal ends it."
     import uvicorn
 
-    config = uvicorn.Config(
-        app,
-        http=patient_protocol(head_seconds),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(grace) + 30,
-    )
+    config = uvicorn.Config(app, **_server_options(grace, head_seconds))
     server = stopping_server(app)(config)
     with _signals_ignored():  # uvicorn raises the signal again when it is done
         server.run(sockets=[listening])
@@ -179,11 +184,9 @@ def manifest_folder(
         raise argparse.ArgumentTypeError(f"there is no such folder; given {text!r}; name a folder with manifests")
     return Path(text)
 
-# %% ../../nbs/70_server/06_process.ipynb #e200646f
-def add_serve_options(parser: argparse.ArgumentParser) -> None:
-    "The options of `diffusion-workers serve`."
-    parser.add_argument("--host", help="address to listen on; 127.0.0.1 by default")
-    parser.add_argument("--port", metavar="N", help="port to listen on; 8000 by default, 0 takes a free one")
+# %% ../../nbs/70_server/06_process.ipynb #289827ed
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    "The models that the server offers, and the device that runs them."
     parser.add_argument(
         "--model", metavar="NAME", help="the model of a request that names none; it is loaded at the start"
     )
@@ -195,6 +198,13 @@ def add_serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="a folder with manifests of your own; may be repeated",
     )
+
+# %% ../../nbs/70_server/06_process.ipynb #e200646f
+def add_serve_options(parser: argparse.ArgumentParser) -> None:
+    "The options of `diffusion-workers serve`."
+    parser.add_argument("--host", help="address to listen on; 127.0.0.1 by default")
+    parser.add_argument("--port", metavar="N", help="port to listen on; 8000 by default, 0 takes a free one")
+    _add_model_options(parser)
     parser.add_argument(
         "--outputs", metavar="FOLDER", help="keep every image in this folder, which the gallery of the page shows"
     )

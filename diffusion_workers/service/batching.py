@@ -125,6 +125,30 @@ def joined_texts(plans: Sequence[GenerationPlan]) -> dict[str, list[str]]:  # fi
     }
     return texts if any(len(set(values)) > 1 for values in texts.values()) else {}
 
+# %% ../../nbs/60_service/05_batching.ipynb #7a7c08e8
+def _joint_plan(plans: Sequence[GenerationPlan]) -> GenerationPlan:
+    "One plan with the seeds of plans that share a batch."
+    seeds = [seed for plan in plans for seed in plan.seeds]
+    subseeds = [subseed for plan in plans for subseed in plan.subseeds or ()] or None
+    return plans[0].model_copy(update={"seeds": seeds, "subseeds": subseeds})
+
+# %% ../../nbs/60_service/05_batching.ipynb #a9973ffa
+def _dealt_out(
+    plans: Sequence[GenerationPlan],
+    images: list[Image.Image],  # of all plans, in their order
+    own_notes: Sequence[list[RequestWarning]],  # for each plan those about its texts
+    shared: list[RequestWarning],  # about the run
+) -> list[tuple[list[Image.Image], list[RequestWarning]]]:
+    "For each plan its images and warnings."
+    total = sum(len(plan.seeds) for plan in plans)
+    made = []
+    for plan, notes in zip(plans, own_notes, strict=True):
+        own, images = images[: len(plan.seeds)], images[len(plan.seeds) :]
+        others = total - len(plan.seeds)
+        message = f"batched with {others} images from other requests; pixels are within 2/255 of those made alone"
+        made.append((own, [*notes, *shared, warning(message)]))
+    return made
+
 # %% ../../nbs/60_service/05_batching.ipynb #91e2b983
 def render_together(
     factory: PipelineFactory,
@@ -138,18 +162,9 @@ def render_together(
     "Carry out plans in one batch."
     if len(plans) == 1:
         return [render(factory, plans[0], prepared, watch, timings, lora_store, hooks=hooks)]
-    seeds = [seed for plan in plans for seed in plan.seeds]
     texts = joined_texts(plans)
     own_notes = [text_notes(factory.variant(plan.task, plan.control_kind), plan) for plan in plans]
-    subseeds = [subseed for plan in plans for subseed in plan.subseeds or ()] or None
-    joint = plans[0].model_copy(update={"seeds": seeds, "subseeds": subseeds})
-    images, shared = render(factory, joint, prepared, watch, timings, lora_store, texts)
+    images, shared = render(factory, _joint_plan(plans), prepared, watch, timings, lora_store, texts)
     if not texts:  # then `render` has noted what is cut off the one prompt
         shared = shared[len(own_notes[0]) :]
-    made = []
-    for plan, notes in zip(plans, own_notes, strict=True):
-        own, images = images[: len(plan.seeds)], images[len(plan.seeds) :]
-        others = len(seeds) - len(plan.seeds)
-        message = f"batched with {others} images from other requests; pixels are within 2/255 of those made alone"
-        made.append((own, [*notes, *shared, warning(message)]))
-    return made
+    return _dealt_out(plans, images, own_notes, shared)

@@ -107,7 +107,7 @@ def _hole_for(
         return fit_painted(hole, size, control.resize_mode)
     return hole
 
-# %% ../../nbs/60_service/03_preparation.ipynb #a82268eb
+# %% ../../nbs/60_service/03_preparation.ipynb #e7d9dfa3
 def _prepare_control(
     control: PlannedControl,
     image: Image.Image,  # of the control, cut out
@@ -128,7 +128,7 @@ def _prepare_control(
         condition = inpaint_condition(resize_image(image, *size, mode), resize_image(hole, *size, mode))
     return PreparedControl(control, made, fitted_mask, condition)
 
-
+# %% ../../nbs/60_service/03_preparation.ipynb #a82268eb
 def prepare_controls(
     plan: GenerationPlan,
     inputs: Inputs,

@@ -50,7 +50,7 @@ def _by_channel(vae: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor] | Non
         return None
     return tuple(torch.tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
 
-# %% ../../nbs/60_service/02_previews.ipynb #d882484a
+# %% ../../nbs/60_service/02_previews.ipynb #b9429d37
 def vae_latents(
     vae: torch.nn.Module,
     latents: torch.Tensor,  # (B, C, h, w), scaled as a pipeline has them
@@ -64,7 +64,7 @@ def vae_latents(
         return latents * deviation + mean
     return latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
 
-
+# %% ../../nbs/60_service/02_previews.ipynb #d882484a
 def scaled_latents(
     vae: torch.nn.Module,
     latents: torch.Tensor,  # (B, C, h, w), as the encoder gives them

@@ -439,6 +439,15 @@ class _Rendering:
     texts: Mapping[str, list[str]] | None = None  # field -> one text for each seed, where they differ
     tokens: torch.Tensor | None = None  # reference images as a part of the prompt
 
+# %% ../../nbs/60_service/04_render.ipynb #e3359304
+def _decoded(rendering: _Rendering, latents: torch.Tensor) -> list[Image.Image] | list[torch.Tensor]:
+    "The images of a run, or its latents on the CPU where the hooks ask for them; adds to the time of decoding."
+    started = time.perf_counter()
+    is_image = rendering.hooks.output_type == "pil"
+    images = decode_latents(rendering.pipe, latents) if is_image else list(latents.float().cpu())
+    rendering.timings.decode_seconds += time.perf_counter() - started
+    return images
+
 # %% ../../nbs/60_service/04_render.ipynb #72d73a33
 def _run_pipeline(
     rendering: _Rendering,
@@ -455,14 +464,6 @@ def _run_pipeline(
     watch.stop.check()
     watch.on_progress(ProgressEvent(phase=Phase.decode, step=watch.step))
     return _decoded(rendering, returned_latents(pipe, latents, rendering.plan))
-
-
-def _decoded(rendering: _Rendering, latents: torch.Tensor) -> list[Image.Image] | list[torch.Tensor]:
-    started = time.perf_counter()
-    is_image = rendering.hooks.output_type == "pil"
-    images = decode_latents(rendering.pipe, latents) if is_image else list(latents.float().cpu())
-    rendering.timings.decode_seconds += time.perf_counter() - started
-    return images
 
 # %% ../../nbs/60_service/04_render.ipynb #b635cd6a
 _ENCODED = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "clip_skip", "max_sequence_length")
@@ -826,13 +827,28 @@ def _render_chunks(rendering: _Rendering) -> list[Any]:  # images, or latents wh
         images += _render_seeds(rendering, plan.seeds[first : first + size], first)
     return images
 
-# %% ../../nbs/60_service/04_render.ipynb #480e64ac
+# %% ../../nbs/60_service/04_render.ipynb #e38ea227
+def _render_with_loras(
+    rendering: _Rendering,
+    loras: Sequence[tuple[LoadedLora, PlannedLora]],
+) -> tuple[list[Any], list[RequestWarning]]:  # an image or latents for each seed, and what had to be said
+    "Carry out all chunks of a plan with its LoRAs applied."
+    factory, pipe, plan = rendering.factory, rendering.pipe, rendering.plan
+    merge = factory.compilable and wants_compilation(plan, factory)
+    with quiet_libraries(), use_loras(pipe, loras, merge=merge) as lora_notes:
+        notes = [*([] if rendering.texts or rendering.hooks.embeds else text_notes(pipe, plan)), *lora_notes]
+        images = _render_chunks(rendering)
+        notes += [*acceleration_notes(pipe, plan, factory), *_ignored_guidance(pipe, plan, factory)]
+    return images, notes
+
+# %% ../../nbs/60_service/04_render.ipynb #0f5c26b3
 def _pasted_back(prepared: Prepared, image: Image.Image | torch.Tensor) -> Image.Image | torch.Tensor:
+    "An image with what was not masked from its canvas; latents, and images without a canvas, stay as they are."
     if prepared.canvas is None or not isinstance(image, Image.Image):
         return image
     return paste_back(prepared.canvas, image, prepared.canvas_mask, prepared.box)
 
-
+# %% ../../nbs/60_service/04_render.ipynb #480e64ac
 def render(
     factory: PipelineFactory,
     plan: GenerationPlan,
@@ -844,17 +860,11 @@ def render(
     hooks: Hooks = NO_HOOKS,  # what was handed in from Python
 ) -> tuple[list[Any], list[RequestWarning]]:  # an image or latents for each seed, and what had to be said
     "Carry out a plan."
-    pipe, loras = (
-        factory.variant(plan.task, plan.control_kind),
-        planned_loras(plan, prepared.loras, lora_store or LoraStore()),
-    )
+    pipe = factory.variant(plan.task, plan.control_kind)
+    loras = planned_loras(plan, prepared.loras, lora_store or LoraStore())
     tokens = _tokens_of_references(factory, plan, prepared)
     rendering = _Rendering(factory, pipe, plan, prepared, watch, timings, hooks, texts, tokens)
-    merge = factory.compilable and wants_compilation(plan, factory)
-    with quiet_libraries(), use_loras(pipe, loras, merge=merge) as lora_notes:
-        notes = [*([] if texts or hooks.embeds else text_notes(pipe, plan)), *lora_notes]
-        images = _render_chunks(rendering)
-        notes += [*acceleration_notes(pipe, plan, factory), *_ignored_guidance(pipe, plan, factory)]
+    images, notes = _render_with_loras(rendering, loras)
     timings.seconds_per_step = watch.seconds_per_step
     return [_pasted_back(prepared, image) for image in images], notes
 

@@ -44,7 +44,7 @@ def _peak_bytes() -> int | None:  # None where the system does not say
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-# %% ../../nbs/60_service/10_reports.ipynb #3170baa7
+# %% ../../nbs/60_service/10_reports.ipynb #ba20556c
 def model_memory(factory: PipelineFactory) -> ModelMemory | None:  # None where nothing is loaded
     "Bytes of each component of a model."
     components = factory.component_bytes()
@@ -58,7 +58,7 @@ def model_memory(factory: PipelineFactory) -> ModelMemory | None:  # None where 
         components=components,
     )
 
-
+# %% ../../nbs/60_service/10_reports.ipynb #3170baa7
 def memory_report(
     device: torch.device,
     factories: Sequence[PipelineFactory],  # of all models

@@ -157,7 +157,7 @@ def varied_fields(items: Sequence[SweepItem]) -> list[str]:
     names = dict.fromkeys(name for item in items for name in item.request)
     return [name for name in names if len({json.dumps(item.request.get(name), sort_keys=True) for item in items}) > 1]
 
-# %% ../../nbs/72_sweep/02_run.ipynb #d7cb31c2
+# %% ../../nbs/72_sweep/02_run.ipynb #b49a7788
 def _row(item: SweepItem, fields: Sequence[str]) -> dict[str, Any]:
     made = item.result.generation if item.result else None
     return {name: item.request.get(name) for name in fields} | {
@@ -170,7 +170,7 @@ def _row(item: SweepItem, fields: Sequence[str]) -> dict[str, Any]:
         "key": item.key,
     }
 
-
+# %% ../../nbs/72_sweep/02_run.ipynb #d7cb31c2
 def sweep_table(items: Sequence[SweepItem]) -> "pd.DataFrame":
     "One row a request: what it varies, how it ended, its seeds, seconds, files, error, and how often it was sent."
     try:
