@@ -206,9 +206,10 @@ def long_lines() -> list[str]:
     ]
 
 
-# Replaced term, as a pattern -> the term to use. Exported modules and the prose of notebooks are searched.
+# Replaced term, as a pattern -> the term to use.
+# Exported modules, the prose of notebooks and `WRITTEN_FILES` are searched.
 REPLACED_TERMS = {
-    r"(?<!\"whole )(?<![a-z])pictures?(?![a-z])": "image",  # a label elsewhere
+    r"(?<!\"whole )(?<!`first_)(?<![a-z])pictures?(?![a-z])": "image",  # a label elsewhere; a name that changed
     r"(?<![-\w.\"'`])nets?(?![\w=.\"'`-])": "ControlNet",
     r"number formats?": "dtype",
     r"(?<![a-z])at[ _]hand(?![a-z])": "available",
@@ -219,7 +220,7 @@ REPLACED_TERMS = {
     r"(?<!there )(?<!there, )\b(?:is|are) no (?!longer\b|more\b)": "is not",
     r"\bcomes? off\b": "removed",
     r"\bthe other side\b": "the server",
-    r"\b(?:hears?|heard|deaf)\b": "works, or is ignored",
+    r"\b(?:hears?(?!\")|heard|deaf)\b": "works, or is ignored",  # not 'heart' as it is typed
     r"\bmend(?:s|ed|ing)?\b": "fix",
     r"\bnonsense\b": "invalid",
     r"generating elsewhere": "remote generation",
@@ -240,8 +241,30 @@ REPLACED_TERMS = {
 }
 
 
+# What is written by hand beside the notebooks. test_project.py has replaced terms as its examples.
+WRITTEN_FILES = (
+    "README.md",
+    "CHANGELOG.md",
+    "docs/**/*.md",
+    "openapi/*.yaml",
+    "openapi/client_libs/python/**/*.py",
+    "openapi/client_libs/typescript/src/*.ts",
+    "web_gen_client/src/*.ts*",
+    "tests/*.py",
+)
+
+
+def written_files() -> list[Path]:
+    "The files of `WRITTEN_FILES`."
+    found = {path for pattern in WRITTEN_FILES for path in ROOT.glob(pattern)}
+    return sorted(path for path in found if path.name != "test_project.py")
+
+
 def prose_lines() -> Iterator[tuple[str, str]]:
-    "The place and text of each line of exported code and of notebook prose."
+    "The place and text of each line of exported code, of notebook prose, and of what is written beside them."
+    for path in written_files():
+        for number, line in enumerate(written_lines(path), start=1):
+            yield place(path, number), line
     for module in exported_modules():
         for number, line in enumerate(written_lines(module.path), start=1):
             yield place(module.path, number), line

@@ -502,7 +502,7 @@ def fault(case: Case, status: int, body: bytes) -> str | None:
     if status == 504 and b"timeout_seconds" in case.body and '"status":"timed_out"' in text:
         return None
     if status not in REFUSED:
-        return "is no refusal"
+        return "is not a refusal"
     if len(body) > LONGEST_ANSWER:
         return f"has {len(body)} bytes"
     if case.raw is not None and status in (400, 431) and not text.startswith("{"):
@@ -511,7 +511,7 @@ def fault(case: Case, status: int, body: bytes) -> str | None:
         said = json.loads(text)
         wordless = not (said.get("errors") and said["errors"][0]["message"])
     except (ValueError, LookupError, AttributeError):
-        return "is no OpResult"
+        return "is not an OpResult"
     return "does not say why" if wordless else None
 
 

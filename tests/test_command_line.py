@@ -98,7 +98,7 @@ def test_generate_writes_a_png(written) -> None:
 
 
 def test_replay_gives_the_same_pixels(written, folder: Path, quick_python: tuple[str, ...]) -> None:
-    "What an image says about itself is enough to make it again."
+    "The metadata of an image is enough to make it again."
     path, _ = written
     done = run("replay", str(path), "-o", "replayed.png", cwd=folder, command=[*quick_python, "-c", PROGRAM])
     assert (done.returncode, done.stdout) == (0, "the same pixels\n"), done.stderr
@@ -392,7 +392,7 @@ def read_terminal(terminal: int, until: str | None = None) -> str:
             continue
         try:
             data = os.read(terminal, 65536)
-        except OSError as error:  # Linux says so when the other side is closed
+        except OSError as error:  # on Linux, when the other end is closed
             assert error.errno == errno.EIO
             data = b""
         if not data:
@@ -406,7 +406,7 @@ def test_an_interrupt_ends_a_long_generation(folder: Path) -> None:
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
     arguments = ["generate", "a red circle", "--num-inference-steps", "150", "--num-images", "32", "-o", "never.png"]
-    heard = lambda: signal.signal(
+    accept_interrupts = lambda: signal.signal(
         signal.SIGINT, signal.SIG_DFL
     )  # a test run in the background of a shell ignores interrupts
     process = subprocess.Popen(
@@ -416,7 +416,7 @@ def test_an_interrupt_ends_a_long_generation(folder: Path) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=theirs,
-        preexec_fn=heard,
+        preexec_fn=accept_interrupts,
     )
     try:
         os.close(theirs)

@@ -90,7 +90,7 @@ def tiny(request):
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
-    # transformers attaches its own hooks for hidden states in the first call, whoever makes it
+    # transformers attaches its own hooks for hidden states in the first call, of whatever caller
     pipe(prompt="a red circle", width=64, height=64, num_inference_steps=1, output_type="latent")
     if hasattr(pipe.vae, "clear_cache"):  # a VAE for video notes what it has seen, and empties it in each call
         pipe.vae.clear_cache()

@@ -368,7 +368,7 @@ TRAPS = {
     "deep text": '{"prompt": ' + "[" * 100_000,
     "deep text that closes": '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "text of lists": "[" * 900 + "]" * 900,
-    "bytes that are no text": b"\xff\xfe{",
+    "bytes that are not text": b"\xff\xfe{",
     "no object": [1, 2, 3],
     "nothing": None,
     "a class": wire.GenerationRequest,

@@ -155,7 +155,7 @@ def test_a_line_that_was_cut_off_is_passed_over(instant: Instant, tmp_path: Path
 
 
 def test_a_task_that_is_cancelled_has_its_ids(instant: Instant, tmp_path: Path) -> None:
-    "Whoever stops the run while requests are on their way finds their jobs in the folder."
+    "A caller that stops the run while requests are on their way finds their jobs in the folder."
 
     async def stopped() -> None:
         instant.faults["run"].extend([0.5] * 4)

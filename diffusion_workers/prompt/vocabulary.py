@@ -67,6 +67,11 @@ def _known(vocabulary: Vocabulary) -> str:
     return "; ".join(f"{name}: {', '.join(words)}" for name, words in vocabulary.groups.items())
 
 
+def _listed(names: Sequence[str], word: str) -> str:
+    *first, last = names
+    return f"{', '.join(first)} {word} {last}" if first else last
+
+
 @lru_cache
 def _builtin_vocabularies() -> dict[str, Vocabulary]:
     found = {name: manifest.vocabulary for name, manifest in load_manifests().items()}
@@ -86,7 +91,7 @@ def _word_warning(word: str, field: str, manifest: ModelManifest, vocabulary: Vo
     near = nearest_name(word.lower(), sorted(word for words in vocabulary.groups.values() for word in words))
     hint = f"did you mean {near}?" if near else f"it knows {_known(vocabulary)}"
     if near != word.lower() and (others := _others_that_know(word, manifest.name)):
-        hint = f"{' and '.join(others)} {'know' if len(others) > 1 else 'knows'} it"
+        hint = f"{_listed(others, 'and')} {'know' if len(others) > 1 else 'knows'} it"
     return warning(f"{manifest.name} does not know this word; {hint}", field=field, given=word)
 
 
@@ -146,7 +151,7 @@ def phrase_warnings(words: Sequence[str], field: str, manifest: ModelManifest) -
     "What a prompt says with known words and a model was never shown."
     for given, known in _beyond(words, manifest.vocabulary) if manifest.vocabulary else ():
         others = _others_that_draw(words, manifest.name)
-        hint = f"; try {' or '.join(others)}" if others else ""
+        hint = f"; try {_listed(others, 'or')}" if others else ""
         yield warning(f"{manifest.name} {known}{hint}", field=field, given=given)
 
 # %% ../../nbs/35_prompt/11_vocabulary.ipynb #ca65e56b

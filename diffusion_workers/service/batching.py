@@ -145,7 +145,8 @@ def _dealt_out(
     for plan, notes in zip(plans, own_notes, strict=True):
         own, images = images[: len(plan.seeds)], images[len(plan.seeds) :]
         others = total - len(plan.seeds)
-        message = f"batched with {others} images from other requests; pixels are within 2/255 of those made alone"
+        counted = "1 image" if others == 1 else f"{others} images"
+        message = f"batched with {counted} from other requests; pixels are within 2/255 of those made alone"
         made.append((own, [*notes, *shared, warning(message)]))
     return made
 

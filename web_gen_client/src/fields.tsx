@@ -11,7 +11,7 @@ export interface InputProps {
   title?: string | undefined;
   /** Ends of a slider below the number; `true` takes the bounds of the field */
   slider?: [number, number] | boolean | undefined;
-  /** What is used while the field is empty; absent, the value of the dry run */
+  /** What is used while the field is empty; default: the value of the dry run */
   placeholder?: string | undefined;
   choices?: string[] | undefined;
   /** Other values than the choices may be typed */

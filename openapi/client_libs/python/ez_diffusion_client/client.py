@@ -222,7 +222,7 @@ class Client(_Base):
         timeout: float | None = None,  # seconds after which the work is told to stop and `WaitTimeout` is raised
         **fields: Unpack[RequestFields],  # of the request; images may be bytes, paths or PIL images
     ) -> OpResult:
-        """Make images and wait for them; what the other side answers is returned, whatever its status."""
+        """Make images and wait for them; the answer is returned, whatever its status."""
         body, deadline = request_body(request, {**fields}), _deadline(timeout)
         if on_progress is not None:
             return self._watched(body, on_progress, deadline)
@@ -274,7 +274,7 @@ class Client(_Base):
         *,
         timeout: float | None = None,  # seconds after which `WaitTimeout` is raised
     ) -> OpResult:
-        """Wait for a job that was submitted before; whoever stops waiting leaves the work as it is."""
+        """Wait for a job that was submitted before; a caller that stops waiting leaves the work as it is."""
         deadline, looks = _deadline(timeout), 0
         while (result := self.job(job_id).result) is None:
             left = self._left(deadline)
@@ -433,7 +433,7 @@ class AsyncClient(_Base):
         timeout: float | None = None,  # seconds after which the work is told to stop and `WaitTimeout` is raised
         **fields: Unpack[RequestFields],  # of the request; images may be bytes, paths or PIL images
     ) -> OpResult:
-        """Make images and wait for them; a task that is cancelled takes the work on the other side with it."""
+        """Make images and wait for them; a task that is cancelled cancels the work on the server too."""
         body = request_body(request, {**fields})
         try:
             async with asyncio.timeout(timeout):

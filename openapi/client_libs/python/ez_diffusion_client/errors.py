@@ -102,7 +102,7 @@ class NotFound(RequestFailed):
 
 
 class InternalError(RequestFailed):
-    """Something broke on the other side."""
+    """The server or the worker failed."""
 
 
 FAILURES: dict[OpStatus, type[RequestFailed]] = {

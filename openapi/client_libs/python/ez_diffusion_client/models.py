@@ -560,7 +560,7 @@ class GuiderOptions(CompactModel):
     norm_threshold: Annotated[
         StrictFloat | None,
         Field(
-            description="apg: largest norm of the guidance, 0 is no limit; default: 0, the paper has 15 for SDXL",
+            description="apg: largest norm of the guidance, 0 sets no limit; default: 0, the paper has 15 for SDXL",
             ge=0.0,
             le=1000.0,
         ),
@@ -1459,7 +1459,7 @@ class RestoredRequest(CompactModel):
     request: Annotated[
         dict[str, Any],
         Field(
-            description="Fields of a GenerationRequest. Metadata holds no images: the fields named by missing_images are absent, and the request is refused until they are given again; expected_references says which reference images."
+            description="Fields of a GenerationRequest. Metadata holds no images: the fields named by missing_images are left out, and the request is refused until they are given again; expected_references says which reference images."
         ),
     ]
     missing_images: Annotated[

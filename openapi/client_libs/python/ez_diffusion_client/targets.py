@@ -53,7 +53,7 @@ def ended_job(job_id: str, result: OpResult) -> Job:
 
 
 def failed_result(status: OpStatus, message: str) -> OpResult:
-    """A result for a failure that the other side tells in its own words."""
+    """A result for a failure that the server tells in its own words."""
     code = ErrorCode(status.value) if status.value in ErrorCode.__members__ else ErrorCode.internal_error
     return OpResult(status=status, message=message, errors=[ErrorDetail(code=code, message=message)])
 
@@ -190,7 +190,7 @@ def runpod_job(response: httpx.Response) -> Job:
         result = failed_result(_RUNPOD_FAILURES[status], str(told.get("error") or f"RunPod says {status}")[:1000])
     if result is None and status == "COMPLETED":
         raise UnexpectedAnswer(
-            f"the worker of this endpoint returned something that is no OpResult: {str(told.get('output'))[:200]!r}"
+            f"the worker of this endpoint returned something that is not an OpResult: {str(told.get('output'))[:200]!r}"
         )
     return (
         ended_job(told["id"], result)

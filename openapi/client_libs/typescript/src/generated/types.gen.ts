@@ -513,7 +513,7 @@ export type GuiderOptions = {
      */
     momentum?: number | null;
     /**
-     * apg: largest norm of the guidance, 0 is no limit; default: 0, the paper has 15 for SDXL
+     * apg: largest norm of the guidance, 0 sets no limit; default: 0, the paper has 15 for SDXL
      */
     norm_threshold?: number | null;
     /**
@@ -1414,7 +1414,7 @@ export type LostSetting = {
 export type RestoredRequest = {
     source: MetadataSource;
     /**
-     * Fields of a GenerationRequest. Metadata holds no images: the fields named by missing_images are absent, and the request is refused until they are given again; expected_references says which reference images.
+     * Fields of a GenerationRequest. Metadata holds no images: the fields named by missing_images are left out, and the request is refused until they are given again; expected_references says which reference images.
      */
     request: {
         [key: string]: unknown;
