@@ -238,6 +238,11 @@ REPLACED_TERMS = {
     r"used longest ago": "least recently used",
     r"made in one batch with": "batched with",
     r"says about itself": "its metadata",
+    # British spellings; a string of exactly that word is data.
+    r"(?<![\"'])(?:colour|favourite|neighbour|behaviour|catalogue|centre|licence|learnt|labelled)": "American spelling",
+    r"spelt\b": "spelled",
+    r"(?:quanti|normali|recogni|initiali|optimi|organi|seriali|summari|generali)s(?:e[ds]?|ing|ations?)\b": "-ize",
+    r"(?:minimi|maximi|visuali|speciali|synchroni)s(?:e[ds]?|ing|ations?)\b": "-ize",
 }
 
 

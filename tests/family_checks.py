@@ -86,7 +86,7 @@ class FamilyCheck:
     lora_untold: bool = False  # whether its layers have names that are told by their real widths alone
     no_layouts: tuple[str, ...] = ()  # of LORA_LAYOUTS, that do not exist
     transformer: str = ""  # its class; empty tests no files
-    file_title: str = ""  # what its file is recognised as
+    file_title: str = ""  # what its file is recognized as
     changed_weights: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict  # in the original names
     gguf_architecture: str | None = None
     controlnets: bool = False  # whether plain ControlNets are written beside the model

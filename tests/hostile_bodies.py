@@ -57,8 +57,8 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png_of(*chunks: bytes, width: int = 8, height: int = 8, depth: int = 8, colour: int = 2) -> bytes:
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+def png_of(*chunks: bytes, width: int = 8, height: int = 8, depth: int = 8, color: int = 2) -> bytes:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IEND", b"")
 
 
@@ -81,15 +81,15 @@ FILES: dict[str, Callable[[random.Random], bytes]] = {
         width=rng.choice([0, 1, 30_000, 2**31 - 1]), height=rng.choice([0, 1, 30_000])
     ),
     "more pixels than the size": lambda rng: png_of(chunk(b"IDAT", ZEROS)),
-    "a bomb of pixels": lambda rng: png_of(chunk(b"IDAT", ZEROS), width=20_000, height=20_000, depth=1, colour=0),
+    "a bomb of pixels": lambda rng: png_of(chunk(b"IDAT", ZEROS), width=20_000, height=20_000, depth=1, color=0),
     "a bomb of text": lambda rng: png_of(
         chunk(b"zTXt", b"parameters\0\0" + ZEROS), chunk(b"IDAT", zlib.compress(bytes(200)))
     ),
     "a bomb of a profile": lambda rng: png_of(
         chunk(b"iCCP", b"a\0\0" + ZEROS), chunk(b"IDAT", zlib.compress(bytes(200)))
     ),
-    "a palette without colours": lambda rng: png_of(chunk(b"IDAT", zlib.compress(bytes(72))), colour=3),
-    "unknown kinds": lambda rng: png_of(depth=rng.choice([0, 3, 255]), colour=rng.choice([1, 5, 255])),
+    "a palette without colors": lambda rng: png_of(chunk(b"IDAT", zlib.compress(bytes(72))), color=3),
+    "unknown kinds": lambda rng: png_of(depth=rng.choice([0, 3, 255]), color=rng.choice([1, 5, 255])),
     "XML": lambda rng: b"<!---->" * rng.randrange(1, 400) + b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "PDF": lambda rng: b"%PDF-1.4\n" + rng.randbytes(100),
     "a program": lambda rng: b"\x7fELF" + rng.randbytes(100),

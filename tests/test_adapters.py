@@ -127,7 +127,7 @@ def boft(weight: Tensor, t: dict[str, Tensor], scale: float) -> Tensor:
     whole = torch.eye(outputs, dtype=weight.dtype)
     for link in range(links):
         far, order = 2**link * (size // 2), []
-        for start in range(0, outputs, 2 * far):  # neighbours at a distance
+        for start in range(0, outputs, 2 * far):  # neighbors at a distance
             order += [start + j + side * far for j in range(far) for side in (0, 1)]
         permutation = torch.eye(outputs, dtype=weight.dtype)[order]
         turns = [scale * turn + (1 - scale) * torch.eye(size) for turn in every[link * count : (link + 1) * count]]
@@ -143,7 +143,7 @@ def full(weight: Tensor, t: dict[str, Tensor], scale: float) -> Tensor:
 
 
 def dora(plain: Callable[..., Tensor], dim: int) -> Callable[..., Tensor]:
-    "The same with learnt lengths, for each index of the dimension."
+    "The same with learned lengths, for each index of the dimension."
 
     def change(weight: Tensor, t: dict[str, Tensor], scale: float) -> Tensor:
         whole = weight + plain(weight, t, 1.0)
@@ -265,7 +265,7 @@ def cases() -> dict[str, Case]:
 CASES = cases()
 
 
-def normalised(t: dict[str, Tensor]) -> dict[str, Tensor]:
+def normalized(t: dict[str, Tensor]) -> dict[str, Tensor]:
     "In double precision, norms under the names of other layers."
     names = {"w_norm": "diff", "b_norm": "diff_b"}
     return {names.get(name, name): tensor.double() for name, tensor in t.items()}
@@ -339,7 +339,7 @@ def _copy(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", CASES)
 def test_formula(pipe: SimpleNamespace, unchanged: None, tmp_path: Path, name: str, merge: bool) -> None:
     case = CASES[name]
-    tensors = normalised(case.tensors)
+    tensors = normalized(case.tensors)
     bias = lambda scale: scale * tensors["diff_b"] if "diff_b" in tensors else None
     check(pipe, write(tmp_path, of_module(case)), case.path, lambda w, s: case.change(w, tensors, s), bias, merge)
 
@@ -401,7 +401,7 @@ def test_several_at_once(pipe: SimpleNamespace, unchanged: None, tmp_path: Path,
         (tmp_path / str(i)).mkdir()
         path = write(tmp_path / str(i), of_module(CASES[name]))
         loras.append((load_lora(path, LoraName(name)), Lora(name=name, scale=0.5 + i)))
-        change = change + CASES[name].change(weight, normalised(CASES[name].tensors), 0.5 + i)
+        change = change + CASES[name].change(weight, normalized(CASES[name].tensors), 0.5 + i)
     base = pipe.unet.get_submodule(LINEAR)
     bias = 0.5 * CASES["LoRA with bias"].tensors["diff_b"].double()
     want = expected_output(_copy(base), probe(base), change, bias)
@@ -426,10 +426,10 @@ def test_half_precision(pipe: SimpleNamespace, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["LoHa linear", "LoKr whole", "full linear", "OFT linear", "GLoRA linear", "IA3 inputs"]
 )
-def test_quantised(pipe: SimpleNamespace, tmp_path: Path, name: str) -> None:
+def test_quantized(pipe: SimpleNamespace, tmp_path: Path, name: str) -> None:
     "Packed weights take the kinds that do not need them; the others are refused with the reason."
 
-    class Packed(nn.Linear):  # int8 rows and their scales, as quantised layers are
+    class Packed(nn.Linear):  # int8 rows and their scales, as quantized layers are
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.linear(x, self.weight.float() * 0.01, self.bias)
 
@@ -441,10 +441,10 @@ def test_quantised(pipe: SimpleNamespace, tmp_path: Path, name: str) -> None:
     loaded = load_lora(write(tmp_path, of_module(CASES[name])), LoraName("x"))
     use = lambda: use_loras(packed, [(loaded, Lora(name="x"))], merge=True)
     if name in ("OFT linear", "GLoRA linear", "IA3 inputs"):
-        with pytest.raises(RequestError, match=r"needs the weights of the model, and these are quantised"), use():
+        with pytest.raises(RequestError, match=r"needs the weights of the model, and these are quantized"), use():
             pass
         return
-    change = CASES[name].change(layer.weight.double(), normalised(CASES[name].tensors), 1.0).float()
+    change = CASES[name].change(layer.weight.double(), normalized(CASES[name].tensors), 1.0).float()
     x = probe(layer)
     with use(), torch.no_grad():
         found = packed.unet.get_submodule(LINEAR)(x)
@@ -493,7 +493,7 @@ def test_fused(tmp_path: Path, name: str) -> None:
     paths = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
     layers = [transformer.get_submodule(path) for path in paths]
     whole = torch.cat([layer.weight.detach() for layer in layers]).double()
-    doubled = normalised(tensors)
+    doubled = normalized(tensors)
     changed = whole + change(whole, doubled, 0.7)
     bias = torch.cat([layer.bias.detach() for layer in layers])
     bias = bias + 0.7 * tensors.get("diff_b", torch.zeros(96))

@@ -70,7 +70,7 @@ def test_a_base64_text_that_begins_like_a_path_is_an_image() -> None:
     assert text.startswith("/9j/") and image_bytes(text) == jpeg
 
 
-def test_an_svg_is_recognised_behind_comments_and_a_doctype() -> None:
+def test_an_svg_is_recognized_behind_comments_and_a_doctype() -> None:
     assert sniff_format(b" <!-- a --> <!-- <svg> -->\n<!DOCTYPE svg SYSTEM ''><svg>") == "SVG"
 
 

@@ -82,7 +82,7 @@ def test_an_ordinary_model_takes_no_references(service: DiffusionService) -> Non
     assert "flux has no use for reference_images" in result.message and "flux (kind edit)" in result.message
 
 
-def test_a_pipeline_that_was_loaded_elsewhere_is_recognised() -> None:
+def test_a_pipeline_that_was_loaded_elsewhere_is_recognized() -> None:
     pipe = quiet_pipeline(ModelFamily.flux, ModelKind.edit)
     assert isinstance(pipe, diffusers.FluxKontextPipeline)
     sizes = {"defaults": {"width": 64, "height": 64, "num_inference_steps": 1}}

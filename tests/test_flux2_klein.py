@@ -83,7 +83,7 @@ def test_a_large_reference_is_scaled_as_in_diffusers(service: DiffusionService) 
 
 
 def test_a_model_may_name_the_number_and_the_size_of_its_references(folder: Path) -> None:
-    "Each reference is cut at the centre and scaled to it, in the plan, a warning and the pixels."
+    "Each reference is cut at the center and scaled to it, in the plan, a warning and the pixels."
     manifest = (
         "family: flux2\nsource: {folder: flux2}\ndefaults: {guidance_scale: 2.0}\n"
         "limits: {reference_size: [80, 64], max_reference_images: 2}\n"

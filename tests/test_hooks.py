@@ -152,7 +152,7 @@ def test_the_noise_of_a_seed_handed_in_gives_the_image_of_that_seed(tiny, task, 
     if service.manifest().record.latents.frames:  # drawn as one frame
         noise = noise[:, 0]
     assert noise.shape[0] == 3 and noise.ndim == 4
-    if service.manifest().record.latents.normalised_patches:  # drawn as patches of 2 x 2
+    if service.manifest().record.latents.normalized_patches:  # drawn as patches of 2 x 2
         noise = torch.nn.functional.pixel_shuffle(noise, 2)
     assert same(plain, service.generate(**fields, latents=noise))
     other = service.generate(**fields, latents=-noise)

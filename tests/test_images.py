@@ -43,8 +43,8 @@ def wide_profile() -> bytes:
     return bytes(data)
 
 
-def colours() -> Image.Image:
-    "Smooth saturated colours."
+def colors() -> Image.Image:
+    "Smooth saturated colors."
     ramp = np.linspace(30, 225, SIZE).astype(np.uint8)
     red, green = np.meshgrid(ramp, ramp)
     return Image.fromarray(np.stack([red, green, 255 - red], axis=-1))
@@ -61,13 +61,13 @@ def test_a_display_p3_photo_is_converted_and_the_result_carries_no_profile(
     service: DiffusionService, kind: str
 ) -> None:
     profile, buffer = wide_profile(), io.BytesIO()
-    stored = ImageCms.profileToProfile(colours(), SRGB, ImageCms.ImageCmsProfile(io.BytesIO(profile)))
+    stored = ImageCms.profileToProfile(colors(), SRGB, ImageCms.ImageCmsProfile(io.BytesIO(profile)))
     stored.save(buffer, "PNG", icc_profile=profile)
     mask = Image.new("L", (SIZE, SIZE))
     mask.paste(255, (0, 0, 40, 40))
     result = service.generate(**FEW, image=buffer.getvalue(), mask_image=mask, output={"format": kind, "quality": 100})
     assert "icc_profile" not in opened(result).info
-    outside = np.abs(np.asarray(opened(result).convert("RGB"), int) - np.asarray(colours(), int))[60:, 60:]
+    outside = np.abs(np.asarray(opened(result).convert("RGB"), int) - np.asarray(colors(), int))[60:, 60:]
     assert outside.max() <= 2
     assert any("converted to sRGB" in note.message for note in result.warnings)
 
@@ -76,7 +76,7 @@ def test_an_srgb_profile_changes_nothing_and_a_broken_one_is_left_out(service: D
     texts = {}
     for name, profile in {"none": None, "own": ImageCms.ImageCmsProfile(SRGB).tobytes(), "broken": b"?" * 200}.items():
         buffer = io.BytesIO()
-        colours().save(buffer, "PNG", icc_profile=profile)
+        colors().save(buffer, "PNG", icc_profile=profile)
         planned = service.plan(**FEW, image=buffer.getvalue())
         texts[name] = (planned.plan.image.sha256, " ".join(note.message for note in planned.warnings or []))
     assert texts["own"] == texts["none"]
@@ -124,14 +124,14 @@ def test_gray_and_cmyk_profiles_are_applied() -> None:
     expected = round(255 * (1.055 * (64 / 255) ** (1 / 2.4) - 0.055))  # the curve of sRGB
     for image in (ramp, ramp.convert("LA")):
         pixel, said = decoded_of(image, "PNG", gray_profile())
-        assert pixel == (expected,) * 3 and "converted to sRGB from the colour profile Test" in said
+        assert pixel == (expected,) * 3 and "converted to sRGB from the color profile Test" in said
     inks = Image.merge("CMYK", [Image.new("L", ramp.size, 255), *[Image.new("L", ramp.size)] * 2, ramp])
     pixel, said = decoded_of(inks, "TIFF", cmyk_profile())
     assert np.ptp(pixel) <= 3 and 150 < pixel[0] < 220 and "converted to sRGB" in said  # no cyan: it does not print
 
 
 def test_a_profile_of_another_kind_of_image_is_not_applied() -> None:
-    for image, profile in ((colours(), gray_profile()), (colours().convert("CMYK"), wide_profile())):
+    for image, profile in ((colors(), gray_profile()), (colors().convert("CMYK"), wide_profile())):
         assert "not applied" in decoded_of(image, "TIFF", profile)[1]
 
 
@@ -194,7 +194,7 @@ def test_seed_minus_one_draws_a_seed_that_the_plan_names(service: DiffusionServi
 
 def test_a_palette_image_without_a_palette_is_damaged(service: DiffusionService) -> None:
     "Pillow opens it, and fails only when its pixels are converted."
-    file = hostile_bodies.FILES["a palette without colours"](random.Random(0))
+    file = hostile_bodies.FILES["a palette without colors"](random.Random(0))
     result = service.generate(prompt="a", image=base64.b64encode(file).decode())
     assert (result.status, result.errors[0].field) == ("bad_image", "image")
     assert "the PNG file is cut off or damaged" in result.message

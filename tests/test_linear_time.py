@@ -264,7 +264,7 @@ def tables() -> Iterator[str]:
     kinds = importlib.import_module("diffusion_workers.models.weight_kinds")
     for rows in (kinds.ADAPTERS, kinds.CONTROLNETS, kinds.FOREIGN, kinds.PARTS):
         yield from (row.pattern for row in rows)
-    yield from (pattern for pattern, *_ in kinds.QUANTISED_WEIGHTS)
+    yield from (pattern for pattern, *_ in kinds.QUANTIZED_WEIGHTS)
     yield from importlib.import_module("diffusion_workers.lora.keys")._PARTS.values()
     yield from (pattern for pattern, _ in importlib.import_module("diffusion_workers.lora.keys")._COMPONENTS)
     yield from importlib.import_module("diffusion_workers.lora.files")._LAYOUTS.values()

@@ -22,8 +22,8 @@ def test_a_model_of_each_kind() -> None:
     assert ModelManifest.model_validate(EDGES).kind == ModelKind.control
     encoder = {"reference_encoder": {"source": {"folder": "redux-dev"}}}
     assert ModelManifest.model_validate(REDUX | encoder).tasks[-1] == Task.edit
-    quantised = ModelManifest.model_validate(FLUX | GGUF | {"memory": {"offload": "model"}})
-    sources = quantised.denoiser_source.describe(), quantised.source.describe()
+    quantized = ModelManifest.model_validate(FLUX | GGUF | {"memory": {"offload": "model"}})
+    sources = quantized.denoiser_source.describe(), quantized.source.describe()
     assert sources == ("file:flux-Q8_0.gguf", "folder:flux-dev")
 
 
@@ -53,7 +53,7 @@ def test_what_a_kind_does_not_have(change: dict, message: str) -> None:
         ),
         (
             {"memory": {"offload": "group", "quantization": "torchao_int8"}},
-            "memory.offload: quantised weights cannot be offloaded in groups",
+            "memory.offload: quantized weights cannot be offloaded in groups",
         ),
         (
             {"source": {"file": "flux.safetensors"}, "memory": {"quantization": "torchao_int8"}},
@@ -61,7 +61,7 @@ def test_what_a_kind_does_not_have(change: dict, message: str) -> None:
         ),
         (
             GGUF | {"memory": {"quantization": "torchao_int8"}},
-            "memory.quantization: the weights of a .gguf file are quantised already",
+            "memory.quantization: the weights of a .gguf file are quantized already",
         ),
         (GGUF | {"memory": {"storage_dtype": "float8_e5m2"}}, "memory.storage_dtype: the weights of a .gguf file"),
         (

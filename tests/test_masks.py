@@ -22,7 +22,7 @@ def service() -> Iterator[DiffusionService]:
 
 
 def photo() -> Image.Image:
-    "Noise over a slope of colours: no two pixels alike, so that whatever is changed shows."
+    "Noise over a slope of colors: no two pixels alike, so that whatever is changed shows."
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(40, 215, (SIZE, SIZE, 3), dtype=np.uint8))
 

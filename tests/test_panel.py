@@ -123,8 +123,8 @@ def editor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionServic
         yield started
 
 
-def image(colour: str, side: int = 64) -> Image.Image:
-    return Image.new("RGB", (side, side), colour)
+def image(color: str, side: int = 64) -> Image.Image:
+    return Image.new("RGB", (side, side), color)
 
 
 def test_an_edit_is_kept_with_its_references(editor: DiffusionService, tmp_path: Path) -> None:

@@ -109,10 +109,10 @@ def test_noise_leaves_the_global_random_state_alone(drawing: Image.Image):
     assert (np.random.get_state()[1] == state).all()
 
 
-def test_labels_keep_their_colours(drawing: Image.Image):
+def test_labels_keep_their_colors(drawing: Image.Image):
     labels = Image.fromarray(color_palette_map(np.asarray(drawing), 24))
-    colours = {colour for _, colour in labels.getcolors(100_000)}
-    assert {colour for _, colour in resize_map(labels, 100, 77, MapScaling.labels).getcolors(4096)} <= colours
+    colors = {color for _, color in labels.getcolors(100_000)}
+    assert {color for _, color in resize_map(labels, 100, 77, MapScaling.labels).getcolors(4096)} <= colors
 
 
 def test_lines_have_no_gaps_at_any_size():

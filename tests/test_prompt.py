@@ -118,7 +118,7 @@ def test_a_schedule_changes_the_prompt_at_its_step(service, model: str) -> None:
     for i in range(2):
         assert (never[i] == red[i]).all() and (always[i] == blue[i]).all()
         assert abs(early[i] - blue[i]).mean() < abs(early[i] - red[i]).mean()
-        assert abs(late[i] - red[i]).mean() < abs(early[i] - red[i]).mean()  # colour is decided late in these models
+        assert abs(late[i] - red[i]).mean() < abs(early[i] - red[i]).mean()  # color is decided late in these models
         assert (late[i] != red[i]).any()
 
 

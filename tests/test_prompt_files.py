@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, tensors in files.items():
         save_file(tensors, folder / "embeddings" / f"{name}.safetensors")
     (folder / "embeddings" / "old.pt").write_bytes(b"a pickle")
-    (folder / "wildcards" / "colour.txt").write_text("red\nblue\n3::__warm/*__\n")
+    (folder / "wildcards" / "color.txt").write_text("red\nblue\n3::__warm/*__\n")
     (folder / "wildcards" / "warm" / "yellow.txt").write_text("yellow\n")
     (folder / "styles" / "mine.yaml").write_text(
         'white: "{prompt} on a white background"\ndrawn: {prompt: "a {red|blue} {prompt}", negative_prompt: green}\n'
@@ -216,14 +216,14 @@ def test_replay_notes_an_embedding_that_has_changed(
 
 def test_a_template_is_drawn_from_the_seed(service: DiffusionService) -> None:
     "The receipt holds what was written and what it became; a replay needs no files."
-    fields = {"prompt": "circle", "styles": ["drawn", "white"], "negative_prompt": "a __colour__ square"}
+    fields = {"prompt": "circle", "styles": ["drawn", "white"], "negative_prompt": "a __color__ square"}
     plans = [service.plan(READ, **fields, seed=seed).plan for seed in range(12)]
     assert {plan.prompt for plan in plans} == {f"a {c} circle on a white background" for c in ("red", "blue")}
     drawn = {"a red square, green", "a blue square, green", "a yellow square, green"}
     assert {plan.negative_prompt for plan in plans} == drawn
     made = service.generate(READ, **fields, guidance_scale=3.0)
     plan = made.generation.plan
-    assert (plan.written_prompt, plan.written_negative_prompt) == ("circle", "a __colour__ square")
+    assert (plan.written_prompt, plan.written_negative_prompt) == ("circle", "a __color__ square")
     assert plan.styles == ["drawn", "white"]
     with DiffusionService(device="cpu") as bare:
         assert same(made, bare.generate(request_from_plan(plan)))
@@ -232,17 +232,17 @@ def test_a_template_is_drawn_from_the_seed(service: DiffusionService) -> None:
 def test_the_negative_prompt_of_a_manifest_is_drawn(service: DiffusionService) -> None:
     "With a style and without one; a plain prompt takes it as it stands, and a mistake in it is refused."
     manifest = service.manifest("shapes-sd15")
-    defaults = manifest.defaults.model_copy(update={"negative_prompt": "a __colour__ square"})
+    defaults = manifest.defaults.model_copy(update={"negative_prompt": "a __color__ square"})
     manifest = manifest.model_copy(update={"defaults": defaults})
     asked = GenerationRequest(prompt="a circle", prompt_syntax="a1111", seed=4, guidance_scale=3.0)
     plan = make_plan(asked, manifest)
     assert plan.negative_prompt in {"a red square", "a blue square", "a yellow square"}
-    assert plan.written_negative_prompt == "a __colour__ square"
+    assert plan.written_negative_prompt == "a __color__ square"
     styled = make_plan(asked.model_copy(update={"styles": ["white"]}), manifest)
     assert styled.negative_prompt == plan.negative_prompt
     assert make_plan(request_from_plan(plan), manifest).negative_prompt == plan.negative_prompt
     plain = make_plan(asked.model_copy(update={"prompt_syntax": None}), manifest)
-    assert (plain.negative_prompt, plain.written_negative_prompt) == ("a __colour__ square", None)
+    assert (plain.negative_prompt, plain.written_negative_prompt) == ("a __color__ square", None)
     given = make_plan(asked.model_copy(update={"negative_prompt": "green"}), manifest)
     assert (given.negative_prompt, given.written_negative_prompt) == ("green", None)
     wrong = defaults.model_copy(update={"negative_prompt": "a __nowhere__ square"})
@@ -259,7 +259,7 @@ def test_a_style_applies_to_a_plain_prompt(service: DiffusionService) -> None:
     assert "did you mean white?" in unknown.message
 
 
-@pytest.mark.parametrize("name", ["../embeddings/old", "/etc/hostname", "warm/../colour", "..", "nothing"])
+@pytest.mark.parametrize("name", ["../embeddings/old", "/etc/hostname", "warm/../color", "..", "nothing"])
 def test_a_name_is_no_path(service: DiffusionService, name: str) -> None:
     assert "there is no wildcard" in service.plan(READ, prompt=f"__{name}__").message
     assert service.plan(READ, styles=[name]).errors[0].code == "unknown_style"
@@ -300,7 +300,7 @@ def test_server_worker_and_command_line_know_the_folders(
             listed = json.load(response)["models"][0]
     assert planned["prompt"] == "my-red circle on a white background" and planned["embeddings"][0]["name"] == "my-red"
     assert "my-red" in listed["embeddings"] and listed["styles"] == ["drawn", "navy", "white"]
-    assert listed["wildcards"] == ["colour", "warm/yellow"]
+    assert listed["wildcards"] == ["color", "warm/yellow"]
     worker = Worker(WorkerSettings(device="cpu", **settings_of(folder)))
     try:
         answer = asyncio.run(worker.handle({"id": "job-1", "input": request}))
@@ -397,7 +397,7 @@ PIECES = [
     "-",
     "BREAK",
     "AND",
-    "__colour__",
+    "__color__",
     "__",
     "<lora:night:1>",
     "red",

@@ -16,7 +16,7 @@ from diffusion_workers.lora.layers import load_lora
 from diffusion_workers.pipeline.controlnets import steady_vae
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.service.batching import sharing_key
-from diffusion_workers.service.previews import colour_map, mapped, preview_maker, scaled_latents, vae_latents
+from diffusion_workers.service.previews import color_map, mapped, preview_maker, scaled_latents, vae_latents
 from diffusion_workers.service.service import DiffusionService
 from ez_diffusion_client.models import ModelFamily, ModelKind
 
@@ -169,6 +169,6 @@ def test_previews_of_a_vae_for_video(service: DiffusionService) -> None:
     if float(seen[-1].std()) <= 1:  # a preview of stronger latents is scaled down
         assert np.abs(np.asarray(shown).astype(int) - np.asarray(result.image)).mean() < 2
     with torch.no_grad():
-        assert mapped(torch.randn(16, 8, 8), colour_map(vae)).shape == (3, 8, 8)
+        assert mapped(torch.randn(16, 8, 8), color_map(vae)).shape == (3, 8, 8)
     latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(scaled_latents(vae, vae_latents(vae, latents)), latents, rtol=1e-5, atol=1e-6)

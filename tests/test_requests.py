@@ -435,12 +435,12 @@ def placed(path: tuple, value: Any) -> Any:
 @pytest.mark.parametrize(
     "path, words", list(enum_fields()), ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else ""
 )
-def test_misspelt_words_are_recognised(service: DiffusionService, path: tuple, words: list[str]) -> None:
-    "A misspelt word is refused where it stands, with the word that was probably meant."
+def test_misspelled_words_are_recognized(service: DiffusionService, path: tuple, words: list[str]) -> None:
+    "A misspelled word is refused where it stands, with the word that was probably meant."
     field = "".join(f"[{key}]" if key == 0 else f".{key}" for key in path)[1:]
     for word in words:
-        for misspelt in (word[:-1] + word[-1] * 2, word.upper(), word + " "):
-            answer = service.plan({"prompt": "x", **placed(path, misspelt)})
+        for misspelled in (word[:-1] + word[-1] * 2, word.upper(), word + " "):
+            answer = service.plan({"prompt": "x", **placed(path, misspelled)})
             error = next(error for error in answer.errors if error.field == field)
             assert (answer.status, error.code) == (
                 "invalid_request",

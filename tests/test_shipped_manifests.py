@@ -7,7 +7,7 @@ import pytest
 from diffusion_workers.control.preprocessors import PREPROCESSORS
 from diffusion_workers.models.manifest import ModelManifest
 from diffusion_workers.models.store import load_manifests
-from diffusion_workers.planning.controls import ControlFacts, learnt_modes
+from diffusion_workers.planning.controls import ControlFacts, learned_modes
 from diffusion_workers.planning.plan import make_plan
 from ez_diffusion_client.models import ControlKind, GenerationRequest, PlannedImage, Task
 
@@ -22,7 +22,7 @@ def offers(manifest: ModelManifest) -> list[list[dict]]:
         return [[{}], *([{"preprocessing": {"name": name}}] for name in manifest.control_preprocessors)]
     found = [[]]
     for name, controlnet in manifest.controlnets.items():
-        modes = list(learnt_modes(controlnet, manifest.family)) if controlnet.union else []
+        modes = list(learned_modes(controlnet, manifest.family)) if controlnet.union else []
         units = [{"model": name, "union_mode": mode} for mode in modes] or [{"model": name}]
         found += [[unit] for unit in units] + ([units[:2]] if len(units) > 1 else [])
         found += [

@@ -74,11 +74,11 @@ def test_text_goes_to_three_encoders(service: DiffusionService) -> None:
 
 def test_previews_of_sixteen_channels(service: DiffusionService) -> None:
     "The linear map fits as many channels as the VAE has."
-    from diffusion_workers.service.previews import colour_map, mapped
+    from diffusion_workers.service.previews import color_map, mapped
 
     vae = service.factory(service.manifest("sd35")).load().vae
     with torch.no_grad():
-        matrix = colour_map(vae)
+        matrix = color_map(vae)
     assert matrix.shape == (17, 3) and mapped(torch.randn(16, 8, 8), matrix).shape == (3, 8, 8)
     events = []
     service.generate(**COMMON, seed=1, preview_interval=1, on_progress=events.append)

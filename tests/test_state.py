@@ -58,7 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def random_image(seed: int) -> Image.Image:
-    "Coloured squares."
+    "Colored squares."
     rng = random.Random(seed)
     small = Image.new("RGB", (4, 4))
     small.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(16)])

@@ -59,7 +59,7 @@ def test_client_can_be_packed(tmp_path: Path) -> None:
     )
 
 
-def test_package_names_licence_and_repository() -> None:
+def test_package_names_license_and_repository() -> None:
     package = json.loads((CLIENT / "package.json").read_text())
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini")

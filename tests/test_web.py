@@ -403,7 +403,7 @@ def test_a_graph_without_known_settings(page: Page) -> None:
 
 
 def test_a_large_seed_is_not_rounded(page: Page) -> None:
-    "A seed that JavaScript cannot hold is refused with all its digits, not replaced by its neighbour."
+    "A seed that JavaScript cannot hold is refused with all its digits, not replaced by its neighbor."
     fill(page, prompt=PROMPT, num_inference_steps=2, seed="18446744073709551615")
     page.get_by_role("button", name="Generate").click()
     seed = page.locator("[data-path=seed]")
@@ -574,7 +574,7 @@ def test_copied_requests_run(page: Page, server: str, tmp_path) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_screen(browser: Browser, server: str, scheme: str) -> None:
-    "At 400 pixels nothing sticks out, the button is in sight, and text has contrast enough in both colour schemes."
+    "At 400 pixels nothing sticks out, the button is in sight, and text has contrast enough in both color schemes."
     context = browser.new_context(viewport={"width": 400, "height": 800}, color_scheme=scheme)
     page = context.new_page()
     open_page(page, server)
@@ -586,19 +586,19 @@ def test_narrow_screen(browser: Browser, server: str, scheme: str) -> None:
         ".map(one => one.outerHTML)"
     )
     assert not unnamed, f"no name for screen readers: {unnamed}"
-    colours = page.evaluate(
+    colors = page.evaluate(
         "['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name]"
         ".match(/[0-9.]+/g).slice(0, 3).map(Number))"
     )
-    assert contrast(*colours) >= 7, colours
+    assert contrast(*colors) >= 7, colors
     context.close()
 
 
 def contrast(first: list[float], second: list[float]) -> float:
-    "The contrast ratio of WCAG 2 of two sRGB colours."
+    "The contrast ratio of WCAG 2 of two sRGB colors."
     linear = [
-        [part / 255 / 12.92 if part / 255 <= 0.04045 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in colour]
-        for colour in (first, second)
+        [part / 255 / 12.92 if part / 255 <= 0.04045 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in color]
+        for color in (first, second)
     ]
     light, dark = sorted((0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in linear), reverse=True)
     return (light + 0.05) / (dark + 0.05)
@@ -676,10 +676,10 @@ def test_only_fields_of_the_model(page: Page) -> None:
 
 
 def test_models_that_are_not_here(page: Page) -> None:
-    "The list says it, and so does the place above Generate, with the licence."
+    "The list says it, and so does the place above Generate, with the license."
     page.locator("[data-path=model]").select_option("sdxl-base-1.0")
     expect(page.locator(".weights")).to_contain_text(re.compile("downloads about 7 GB|not on the server"))
-    expect(page.locator(".weights")).to_contain_text("Licence: CreativeML Open RAIL++-M")
+    expect(page.locator(".weights")).to_contain_text("License: CreativeML Open RAIL++-M")
     assert re.search("download 7 GB|not here", page.locator("option[value='sdxl-base-1.0']").inner_text())
 
 

@@ -62,7 +62,7 @@ from pathlib import Path
 from PIL import Image
 full = Path({folder!r})
 full.mkdir()
-about = {{"favourite": False, "seconds": 1.0, "files": {{}}}}
+about = {{"favorite": False, "seconds": 1.0, "files": {{}}}}
 square = full / "square"
 Image.new("RGB", (1024, 1024), "firebrick").save(square, "PNG")
 for index in range(1000):
@@ -580,9 +580,9 @@ def test_images_of_other_programs_are_restored(page, lab: tuple[str, Path]) -> N
             assert [lora.name for lora in plan.loras] == ["heart"]
 
 
-def square(colour: str, side: int = 96) -> bytes:
+def square(color: str, side: int = 96) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+    Image.new("RGB", (side, side), color).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -130,9 +130,9 @@ def test_progress_has_steps_time_and_a_preview(queue: QueueServer, worker) -> No
 def test_an_edit_with_references_in_order(queue: QueueServer, worker) -> None:
     "The plan says their sizes; another order is another image; a field that the family does not take is refused."
     images = []
-    for colour, side in (("red", 64), ("blue", 80)):
+    for color, side in (("red", 64), ("blue", 80)):
         buffer = io.BytesIO()
-        Image.new("RGB", (side, side), colour).save(buffer, "PNG")
+        Image.new("RGB", (side, side), color).save(buffer, "PNG")
         images.append(base64.b64encode(buffer.getvalue()).decode())
     edit = {**QUICK, "model": "flux2", "width": 64, "height": 64, "reference_images": images}
     made, turned, refused = queue.answers(

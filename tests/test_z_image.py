@@ -119,14 +119,14 @@ def test_a_lora_of_another_family_is_refused(service: DiffusionService, folder: 
         assert f"made for {title}, the model is Z-Image" in result.message
 
 
-def test_the_file_of_a_union_controlnet_is_recognised(service: DiffusionService, folder: Path) -> None:
+def test_the_file_of_a_union_controlnet_is_recognized(service: DiffusionService, folder: Path) -> None:
     kind = identify(read_header(folder / "control.safetensors"))
     assert (kind.role, kind.what) == ("union_controlnet", "a union ControlNet for Z-Image")
     ours, theirs = (pixels(service, seed=1, model=model, controlnets=[CANNY])[0] for model in ("filed", "zimage"))
     assert difference(ours, theirs) == 0
 
 
-def test_the_normalisation_of_comfyui_files_is_left_out(folder: Path) -> None:
+def test_the_normalization_of_comfyui_files_is_left_out(folder: Path) -> None:
     "Its files hold a norm that no layer uses."
     with quiet_libraries():
         transformer = diffusers.ZImageTransformer2DModel.from_pretrained(folder / "zimage" / "transformer")

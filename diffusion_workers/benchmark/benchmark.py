@@ -363,7 +363,7 @@ def _label(ax, points: Mapping[str, tuple[float, float]]) -> None:
     from matplotlib.transforms import Bbox
 
     ax.figure.draw_without_rendering()  # so that positions on the page are known
-    line = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+    line = {"arrowstyle": "-", "color": "gray", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform(list(points.values()))]
     for name, place in sorted(points.items(), key=lambda item: item[1]):
         label = ax.annotate(name, place, xytext=(6, 6), textcoords="offset points", fontsize=9)
@@ -395,7 +395,7 @@ def plot_result(
     for name, (x, y) in points.items():
         ax.errorbar(x, y, xerr=[[x - spread[name][0]], [spread[name][1] - x]], fmt="o", capsize=3)
     best = pareto(points)
-    ax.plot(*zip(*(points[name] for name in best)), "--", color="grey", linewidth=1, zorder=0)
+    ax.plot(*zip(*(points[name] for name in best)), "--", color="gray", linewidth=1, zorder=0)
     ax.set_xlabel(f"speedup over {result.names[0]}")
     ax.set_ylabel(quality)
     ax.margins(x=0.2, y=0.25)

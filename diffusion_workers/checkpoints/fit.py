@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'network_class', 'empty_network', 'Fit', 'converted', 'strays', 'compare', 'locate', 'read_network',
-           'check_quantised_folder', 'check_folder', 'part_mismatches']
+           'check_quantized_folder', 'check_folder', 'part_mismatches']
 
 # %% ../../nbs/45_checkpoints/02_fit.ipynb #14950038
 import importlib.util
@@ -319,7 +319,7 @@ PACKAGES = {  # quant_method of a configuration -> package, and the name it is i
 }
 
 
-def check_quantised_folder(config: Mapping[str, Any]) -> bool:  # whether the weights are quantised
+def check_quantized_folder(config: Mapping[str, Any]) -> bool:  # whether the weights are quantized
     "Raise a `RequestError` (missing_dependency) where the package that unpacks a folder's weights is missing."
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method is None:
@@ -332,7 +332,7 @@ def check_quantised_folder(config: Mapping[str, Any]) -> bool:  # whether the we
     if not found:
         raise request_error(
             ErrorCode.missing_dependency,
-            f"the weights in this folder are quantised, and need the package {package}",
+            f"the weights in this folder are quantized, and need the package {package}",
             field="model",
             given=method,
             hint=f"pip install {package}, and start again; or name a folder with weights in float16",
@@ -351,7 +351,7 @@ def check_folder(
         missing = "there is no such folder" if not folder.is_dir() else "it has no config.json"
         raise WeightFileError(missing, "check the path in the manifest, and that the folder was copied completely")
     check_class(config, class_name)
-    if check_quantised_folder(config):
+    if check_quantized_folder(config):
         return
     header = read_folder_header(folder, variant)
     check_packing(header)

@@ -334,12 +334,12 @@ def command_plan(arguments: argparse.Namespace) -> int:  # the exit code
 
 # %% ../../nbs/80_cli/05_commands.ipynb #12b6fe36
 def _controlnet_text(name: str, manifest: "ModelManifest") -> str:
-    from diffusion_workers.planning.controls import learnt_modes
+    from diffusion_workers.planning.controls import learned_modes
 
     controlnet = manifest.controlnets[name]
     kinds = ", ".join(controlnet.preprocessors)
     if controlnet.union:
-        kinds = f"union: {', '.join(learnt_modes(controlnet, manifest.family)) or 'any map'}"
+        kinds = f"union: {', '.join(learned_modes(controlnet, manifest.family)) or 'any map'}"
     return f"{name} ({kinds})" if kinds else name
 
 

@@ -229,11 +229,11 @@ def paint_regions(
     size: tuple[int, int],  # (height, width)
     masks: Sequence[np.ndarray],  # (H, W) bool each
 ) -> np.ndarray:  # (H, W, 3) uint8
-    "Regions in colours by rank, the largest at the bottom; black where there is none."
+    "Regions in colors by rank, the largest at the bottom; black where there is none."
     canvas: np.ndarray = np.zeros((*size, 3), np.uint8)
     ranked = sorted(masks, key=lambda mask: -int(mask.sum()))
-    for mask, colour in zip(ranked, np.random.default_rng(0).integers(40, 256, (len(ranked), 3), dtype=np.uint8)):
-        canvas[mask] = colour
+    for mask, color in zip(ranked, np.random.default_rng(0).integers(40, 256, (len(ranked), 3), dtype=np.uint8)):
+        canvas[mask] = color
     return canvas
 
 
@@ -242,7 +242,7 @@ def regions(
     pixels: np.ndarray,  # (H, W, 3) uint8
     **parameters: Any,  # of SamAutomaticMaskGenerator
 ) -> np.ndarray:
-    "What belongs together, in colours (Segment Anything, Kirillov et al. 2023)."
+    "What belongs together, in colors (Segment Anything, Kirillov et al. 2023)."
     from controlnet_aux.segment_anything.automatic_mask_generator import SamAutomaticMaskGenerator
 
     generator = SamAutomaticMaskGenerator(detector.mask_generator.predictor.model, **parameters)

@@ -97,7 +97,7 @@ class MapScaling(StrEnum):
 
     smooth = "smooth"  # its values may be mixed
     lines = "lines"  # two values, and thin lines that must stay
-    labels = "labels"  # colours that mean something: never mixed
+    labels = "labels"  # colors that mean something: never mixed
 
 
 @dataclass(frozen=True)
@@ -334,7 +334,7 @@ def blur_map(
 def gray_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
 ) -> np.ndarray:
-    "The image without its colours, by the weights of ITU-R BT.601."
+    "The image without its colors, by the weights of ITU-R BT.601."
     cv2 = opencv()
     return three_channels(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))
 
@@ -358,7 +358,7 @@ PREPROCESSORS.add(
     ),
     ControlnetGuideImagePreprocessor(
         "gray",
-        "the image without colour",
+        "the image without color",
         "gray and recolor ControlNets",
         (),
         (UnionModeName.gray,),
@@ -408,7 +408,7 @@ def color_palette_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
     tile_size: int,  # pixels along one side of a patch
 ) -> np.ndarray:
-    "A grid of flat patches, each in the mean colour of what is under it."
+    "A grid of flat patches, each in the mean color of what is under it."
     cv2, (height, width) = opencv(), pixels.shape[:2]
     grid = (max(1, round(width / tile_size)), max(1, round(height / tile_size)))
     return cv2.resize(
@@ -419,7 +419,7 @@ def color_palette_map(
 PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "color_palette",
-        "a grid of the image's colours",
+        "a grid of the image's colors",
         "color adapters and ControlNets",
         (Parameter("tile_size", 64, "pixels along one side of a patch", 2, 1024),),
         (),
@@ -442,10 +442,10 @@ def _smooth_field(
 
 def content_shuffle_map(
     pixels: np.ndarray,  # (H, W, 3) uint8, RGB
-    scale: int,  # pixels over which neighbours stay neighbours
+    scale: int,  # pixels over which neighbors stay neighbors
     seed: int,
 ) -> np.ndarray:
-    "The colours of the image in other places, flowing into each other."
+    "The colors of the image in other places, flowing into each other."
     cv2, (height, width) = opencv(), pixels.shape[:2]
     rng = np.random.default_rng(seed)
     across, down = (_smooth_field(rng, height, width, scale) * (side - 1) for side in (width, height))
@@ -455,9 +455,9 @@ def content_shuffle_map(
 PREPROCESSORS.add(
     ControlnetGuideImagePreprocessor(
         "content_shuffle",
-        "the image's colours, its shapes dissolved",
+        "the image's colors, its shapes dissolved",
         "shuffle ControlNets",
-        (Parameter("scale", 256, "pixels over which neighbours stay neighbours", 8, 4096), _SEED),
+        (Parameter("scale", 256, "pixels over which neighbors stay neighbors", 8, 4096), _SEED),
         make_map=content_shuffle_map,
     ),
 )
@@ -622,7 +622,7 @@ _annotator(
 # %% ../../nbs/30_control/01_preprocessors.ipynb #3bceb38a
 _annotator(
     "normal_bae",
-    "where surfaces face, as colours",
+    "where surfaces face, as colors",
     "normalbae ControlNets",
     UnionModeName.normal,
     "NormalBaeDetector",
@@ -704,7 +704,7 @@ _SAM = [
 ]
 _annotator(
     "sam",
-    "regions in colours without a meaning (Segment Anything)",
+    "regions in colors without a meaning (Segment Anything)",
     "segmentation mode of union ControlNets",
     UnionModeName.segmentation,
     "SamDetector",
@@ -716,7 +716,7 @@ _annotator(
 )
 _annotator(
     "mobile_sam",
-    "regions in colours without a meaning (MobileSAM, small)",
+    "regions in colors without a meaning (MobileSAM, small)",
     "segmentation mode of union ControlNets",
     UnionModeName.segmentation,
     "SamDetector",
@@ -924,11 +924,9 @@ def fit_map(
     "A ready-made control map at the size of the generation."
     image = to_rgb(image)
     grows = width >= image.width and height >= image.height
-    few_colours = image.getcolors(64) is not None
+    few_colors = image.getcolors(64) is not None
     smooth = Image.Resampling.LANCZOS if grows else Image.Resampling.BOX
-    return resize_image(
-        image, width, height, resize_mode, Image.Resampling.NEAREST if few_colours and grows else smooth
-    )
+    return resize_image(image, width, height, resize_mode, Image.Resampling.NEAREST if few_colors and grows else smooth)
 
 # %% ../../nbs/30_control/01_preprocessors.ipynb #16540725
 def union_modes(
@@ -948,7 +946,7 @@ def union_mode_number(
     modes = union_modes(table)
     if not modes:
         raise ValueError(
-            f"{table} has no modes, given {shown(mode)}: leave union_mode out, the ControlNet recognises maps by itself"
+            f"{table} has no modes, given {shown(mode)}: leave union_mode out, the ControlNet recognizes maps by itself"
         )
     if isinstance(mode, int) and not isinstance(mode, bool) and mode in modes.values():
         return mode

@@ -1,5 +1,5 @@
 /**
- * Images as pages of thumbnails: choose one or two, search, mark favourites, delete and undo.
+ * Images as pages of thumbnails: choose one or two, search, mark favorites, delete and undo.
  *
  * `createGallery(root, callbacks)` needs nothing but a browser; the default export fits it to anywidget. It is given
  * the order of ids on a page, and asks for those that it has not seen yet, so each thumbnail is sent once.
@@ -8,9 +8,9 @@
 const make = (tag, className, properties = {}) => Object.assign(document.createElement(tag), { className, ...properties });
 
 export function createGallery(root, callbacks) {
-  const { onSelect, onFavourite, onDelete, onUndo, onNeed, onPage, onQuery, onOnlyFavourites } = callbacks;
+  const { onSelect, onFavorite, onDelete, onUndo, onNeed, onPage, onQuery, onOnlyFavorites } = callbacks;
   root.classList.add("dw-gallery");
-  const known = new Map(); // id -> { caption, label, favourite, url }
+  const known = new Map(); // id -> { caption, label, favorite, url }
   const entries = new Map(); // id -> its element
   let order = [];
   let selected = [];
@@ -19,7 +19,7 @@ export function createGallery(root, callbacks) {
   const head = make("div", "dw-bar dw-gallery-head");
   const query = make("input", "dw-gallery-query", { type: "search", placeholder: "Search prompt or seed" });
   query.setAttribute("aria-label", "Search the images by prompt or seed");
-  const starred = make("button", "dw-gallery-starred", { type: "button", textContent: "★ Favourites" });
+  const starred = make("button", "dw-gallery-starred", { type: "button", textContent: "★ Favorites" });
   const count = make("span", "dw-gallery-count");
   const pages = make("span", "dw-gallery-pages");
   const previous = make("button", "dw-gallery-previous", { type: "button", textContent: "‹", title: "Previous page" });
@@ -75,7 +75,7 @@ export function createGallery(root, callbacks) {
       }
     };
     const tools = make("span", "dw-gallery-tools");
-    const star = tool("dw-gallery-star", () => onFavourite(id, !known.get(id)?.favourite));
+    const star = tool("dw-gallery-star", () => onFavorite(id, !known.get(id)?.favorite));
     const bin = tool("dw-gallery-delete", () => remove(id));
     Object.assign(bin, { textContent: "✕", title: "Delete" });
     bin.setAttribute("aria-label", "Delete");
@@ -94,11 +94,11 @@ export function createGallery(root, callbacks) {
     image.alt = open.title = found.caption ?? "";
     label.textContent = found.label ?? "";
     tools.hidden = batch;
-    const title = found.favourite ? "Remove from the favourites" : "Add to the favourites";
-    Object.assign(tools.firstChild, { textContent: found.favourite ? "★" : "☆", title });
+    const title = found.favorite ? "Remove from the favorites" : "Add to the favorites";
+    Object.assign(tools.firstChild, { textContent: found.favorite ? "★" : "☆", title });
     tools.firstChild.setAttribute("aria-label", title);
-    if (found.favourite) item.dataset.favourite = "true";
-    else delete item.dataset.favourite;
+    if (found.favorite) item.dataset.favorite = "true";
+    else delete item.dataset.favorite;
   };
   const askForMissing = () => {
     const missing = order.filter((id) => !known.get(id)?.url);
@@ -110,7 +110,7 @@ export function createGallery(root, callbacks) {
     clearTimeout(typing);
     typing = setTimeout(() => onQuery(query.value), 200);
   };
-  starred.onclick = () => onOnlyFavourites(starred.getAttribute("aria-pressed") !== "true");
+  starred.onclick = () => onOnlyFavorites(starred.getAttribute("aria-pressed") !== "true");
   undoButton.onclick = onUndo;
 
   return {
@@ -150,7 +150,7 @@ export function createGallery(root, callbacks) {
       selected = [...ids];
       mark();
     },
-    setState({ page, pages: last, total, matches, query: text, only_favourites: only, deleted, is_batch: isBatch }) {
+    setState({ page, pages: last, total, matches, query: text, only_favorites: only, deleted, is_batch: isBatch }) {
       batch = isBatch;
       root.classList.toggle("dw-batch", batch);
       head.hidden = batch || !total;
@@ -178,7 +178,7 @@ export function createGallery(root, callbacks) {
   };
 }
 
-const STATE = ["page", "pages", "total", "matches", "query", "only_favourites", "deleted", "is_batch"];
+const STATE = ["page", "pages", "total", "matches", "query", "only_favorites", "deleted", "is_batch"];
 
 export default {
   render({ model, el }) {
@@ -188,13 +188,13 @@ export default {
     };
     const gallery = createGallery(el, {
       onSelect: (ids) => set("selected", ids),
-      onFavourite: (id, on) => model.send({ kind: "favourite", id, on }),
+      onFavorite: (id, on) => model.send({ kind: "favorite", id, on }),
       onDelete: (id) => model.send({ kind: "delete", id }),
       onUndo: () => model.send({ kind: "undo" }),
       onNeed: (ids) => model.send({ kind: "need", ids }),
       onPage: (page) => set("page", page),
       onQuery: (query) => set("query", query),
-      onOnlyFavourites: (only) => set("only_favourites", only),
+      onOnlyFavorites: (only) => set("only_favorites", only),
     });
     const showItems = (message, buffers) => {
       if (message.kind === "items") gallery.setItems(message.items, buffers);

@@ -96,7 +96,7 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   const file = Object.assign(document.createElement("input"), { type: "file", accept: "image/*", hidden: true });
   const size = Object.assign(document.createElement("input"), { type: "range", min: 1, max: 256, value: state.brush });
   const feather = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 256, value: 4 });
-  const labelled = (text, input) => {
+  const labeled = (text, input) => {
     const label = document.createElement("label");
     const output = document.createElement("output");
     const show = () => {
@@ -107,8 +107,8 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
     label.append(text, input, output);
     return { label, show };
   };
-  const sizeLabel = labelled("Brush", size);
-  const featherLabel = labelled("Feather", feather);
+  const sizeLabel = labeled("Brush", size);
+  const featherLabel = labeled("Feather", feather);
   const hint = document.createElement("div");
   hint.className = "dw-hint";
   hint.textContent = "Shift+wheel: brush size · Ctrl+wheel: zoom · drag with the middle button or Alt: move";

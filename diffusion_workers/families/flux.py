@@ -146,7 +146,7 @@ FLUX_UNION_TABLES = {
         UnionModeName.gray: 5,
         UnionModeName.low_quality: 6,
     },
-    "flux_union_pro_2": {},  # Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0 recognises the kind by itself
+    "flux_union_pro_2": {},  # Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0 recognizes the kind by itself
 }
 MAPS_OF_STABLE_DIFFUSION = frozenset(  # preprocessors whose ControlNets were published for Stable Diffusion alone
     "anyline binary color_palette content_shuffle hed invert lineart lineart_anime lineart_standard midas_normal mlsd "

@@ -193,7 +193,7 @@ FLUX2 = Family(
     size_multiple=16,  # patches of 2 x 2 latents of 8 x 8 pixels
     usual_names=("flux2", "flux.2", "flux-2", "klein"),
     schedulers=(SchedulerName.flow_match_euler,),
-    latents=Latents(channels=32, packed=True, normalised_patches=True),
+    latents=Latents(channels=32, packed=True, normalized_patches=True),
     denoiser_calls="separate",
     step_caches=("taylorseer",),
     changes_denoiser=frozenset({ModelKind.kv}),

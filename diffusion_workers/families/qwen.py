@@ -51,7 +51,7 @@ _CONTROLS = Controls(
     multi_class="diffusion_workers.pipeline.controlnets.SummedControlNets",
     residuals="image_tokens",
     union_class="QwenImageControlNetModel",
-    union_tables={"qwen_union": {}},  # recognises canny, soft edges, depth and pose by itself
+    union_tables={"qwen_union": {}},  # recognizes canny, soft edges, depth and pose by itself
     encodes_maps=True,
     maps_without_controlnets=(MAPS_OF_STABLE_DIFFUSION - {"anyline", "hed", "pidinet"}) | {"gray", "low_quality"},
 )

@@ -104,7 +104,7 @@ class Latents:
 
     channels: int
     packed: bool = False  # (B, H/16 * W/16, 4 * channels), 2 x 2 patches in rows, instead of (B, channels, H/8, W/8)
-    normalised_patches: bool = False  # patches are normalised by the VAE's statistics; the pipeline returns plain ones
+    normalized_patches: bool = False  # patches are normalized by the VAE's statistics; the pipeline returns plain ones
     frames: bool = False  # the VAE is one for video: (B, channels, frames, H/8, W/8), with one frame
     downscale: int = 8  # pixels of an image for each latent
 
@@ -114,7 +114,7 @@ class References:
     "Which reference images the pipelines of a kind of model take, and in which size the model sees them."
 
     max_pixels: int | None = None  # a larger image is scaled down; None scales none
-    multiple: int = 1  # pixels: both sides are cut to it, at the centre
+    multiple: int = 1  # pixels: both sides are cut to it, at the center
     sizes: tuple[tuple[int, int], ...] = ()  # an image is scaled to the one with the nearest aspect ratio
     area: int | None = None  # pixels, to about which the pipelines scale an image by themselves
     min_side: int = 1  # pixels

@@ -308,7 +308,7 @@ class LoraModule:
 
     @property
     def is_norm(self) -> bool:
-        "Whether it may be a normalisation layer, whose weight is a vector."
+        "Whether it may be a normalization layer, whose weight is a vector."
         return self.kind == "full" and self.elements in (None, 1)
 
 # %% ../../nbs/51_lora/02_files.ipynb #cfe597b5

@@ -125,7 +125,7 @@ def module_shapes(
 def norm_shapes(
     component: Any,  # a torch module
 ) -> Shapes:  # path -> (channels,)
-    "The normalisation layers of a component that have a weight."
+    "The normalization layers of a component that have a weight."
     found: Shapes = {}
     for path, module in component.named_modules():
         weight = getattr(module, "weight", None)
@@ -200,7 +200,7 @@ def component_norms(
     pipe: Any,  # a diffusers pipeline
     component: str,  # attribute of it
 ) -> tuple[dict[str, tuple[Place, ...]], Shapes]:  # as `component_places`
-    "The same for the normalisation layers, which some adapters change too."
+    "The same for the normalization layers, which some adapters change too."
     part = component_of(pipe, component)
     if part is None:
         return {}, {}

@@ -44,7 +44,7 @@ from diffusion_workers.lora.files import (
 )
 from .keys import TEXT_ENCODERS, Place, component_of, module_shapes, norm_shapes
 from ..models.manifest import FileSource, HubSource, LoraEntry
-from ..pipeline.weights import is_quantised
+from ..pipeline.weights import is_quantized
 from ..request.errors import request_error, warning
 from ez_diffusion_client.models import ErrorCode, Lora, ModelFamily, RequestWarning
 
@@ -274,11 +274,11 @@ class _Piece:
         up = up if self.weights.scaling == 1 else up * self.weights.scaling
         if self.weights.magnitude is None:
             return down, up if self.scale == 1 else up * self.scale, None
-        if is_quantised(module.weight):
+        if is_quantized(module.weight):
             hint = "use a LoRA without DoRA, or the model in its full precision"
             raise request_error(
                 ErrorCode.unsupported_combination,
-                "a DoRA needs the weights of the model, and these are quantised",
+                "a DoRA needs the weights of the model, and these are quantized",
                 field="loras",
                 hint=hint,
             )
@@ -357,7 +357,7 @@ def _norm_change(layer: "LoraLayer", x: torch.Tensor, *args: Any, **kwargs: Any)
 
 # %% ../../nbs/51_lora/04_layers.ipynb #1c0cc96f
 class LoraLayer(nn.Module):
-    "A linear, convolution or normalisation layer with adapters; its other attributes are those of the layer."
+    "A linear, convolution or normalization layer with adapters; its other attributes are those of the layer."
 
     OWN = ("down", "up", "change", "shift", "delta", "added_bias")
 
@@ -381,7 +381,7 @@ class LoraLayer(nn.Module):
         for name, tensor in zip(self.OWN, (*own, delta, added_bias)):
             self.register_buffer(name, None if tensor is None else tensor.to(dtype), persistent=False)
         self.training = base_layer.training
-        self.difference = None if weight.ndim > 1 or is_quantised(weight) else (_without_hooks(base_layer),)
+        self.difference = None if weight.ndim > 1 or is_quantized(weight) else (_without_hooks(base_layer),)
 
     def __getattr__(self, name: str) -> Any:
         if name in self.OWN or name == "base_layer":
@@ -532,10 +532,10 @@ def _check_fit(
 
 # %% ../../nbs/51_lora/04_layers.ipynb #abb8f55c
 def _own_weight(module: nn.Module, kind: str) -> torch.Tensor:  # fp32; refused where it cannot be computed with
-    if is_quantised(module.weight):
+    if is_quantized(module.weight):
         raise request_error(
             ErrorCode.unsupported_combination,
-            f"an adapter of the kind {kind} needs the weights of the model, and these are quantised",
+            f"an adapter of the kind {kind} needs the weights of the model, and these are quantized",
             field="loras",
             hint="use a plain LoRA, or the model in its full precision",
         )
@@ -712,7 +712,7 @@ def merged_weight(layer: LoraLayer) -> torch.Tensor:  # with the shape and dtype
 
 def _can_merge(place: _Placed) -> bool:
     weight = place.layer.base_layer.weight
-    plain = weight.device.type != "meta" and not is_quantised(weight) and weight.itemsize > 1
+    plain = weight.device.type != "meta" and not is_quantized(weight) and weight.itemsize > 1
     has_bias = place.layer.added_bias is None or getattr(place.layer.base_layer, "bias", None) is not None
     hooked = hasattr(place.layer.base_layer, "_hf_hook")
     return plain and has_bias and place.component not in TEXT_ENCODERS and not hooked

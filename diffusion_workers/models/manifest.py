@@ -86,7 +86,7 @@ Text = Annotated[str, Field(strict=True, min_length=1, max_length=2000)]
 Pixels = Annotated[int, Field(strict=True, ge=64, le=8192, multiple_of=8)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Subfolder = Annotated[str, Field(strict=True, min_length=1, max_length=256), AfterValidator(_inside)]
-GGUF = ".gguf"  # ending of files with quantised weights
+GGUF = ".gguf"  # ending of files with quantized weights
 WeightsFile = Annotated[str, Field(strict=True, min_length=1, max_length=1024), AfterValidator(_safetensors)]
 NetworkFile = Annotated[str, Field(strict=True, min_length=1, max_length=1024), AfterValidator(_network_file)]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]  # auto: float16 on CUDA, float32 on the CPU
@@ -134,7 +134,7 @@ class _Source(_Section):
 
     @property
     def is_gguf(self) -> bool:
-        "Whether they are the quantised weights of a .gguf file."
+        "Whether they are the quantized weights of a .gguf file."
         return False
 
 # %% ../../nbs/20_models/01_manifest.ipynb #9df07479
@@ -290,7 +290,7 @@ class ControlNetEntry(_Section):
     union: bool = Field(default=False, strict=True)  # one ControlNet for several kinds of maps
     union_table: UnionTable | None = None  # how its modes are numbered; default: the family's first
     union_modes: tuple[UnionModeName, ...] | None = (
-        None  # kinds that the ControlNet has learnt; default: the whole table
+        None  # kinds that the ControlNet has learned; default: the whole table
     )
 
 # %% ../../nbs/20_models/01_manifest.ipynb #6f18a569
@@ -601,21 +601,21 @@ def _memory_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:
     denoisers = [manifest.denoiser_source, *([manifest.refiner.source] if manifest.refiner else [])]
     packed = memory.quantization or denoisers[0].is_gguf
     if memory.quantization and denoisers[0].is_gguf:
-        yield ("memory", "quantization"), "the weights of a .gguf file are quantised already; leave it out"
+        yield ("memory", "quantization"), "the weights of a .gguf file are quantized already; leave it out"
     elif memory.quantization and any(isinstance(source, FileSource) for source in denoisers):
         yield (
             ("memory", "quantization"),
-            "the denoiser is in a single file, which is not quantised when it is read; name a folder or a repository",
+            "the denoiser is in a single file, which is not quantized when it is read; name a folder or a repository",
         )
     if packed and memory.storage_dtype:
         message = (
             "cannot be combined with quantization, which decides how the weights are stored; leave one of them out"
         )
         if denoisers[0].is_gguf:
-            message = "the weights of a .gguf file are quantised already; leave it out"
+            message = "the weights of a .gguf file are quantized already; leave it out"
         yield ("memory", "storage_dtype"), message
     if packed and memory.offload == "group":
-        yield ("memory", "offload"), "quantised weights cannot be offloaded in groups; allowed: none, model"
+        yield ("memory", "offload"), "quantized weights cannot be offloaded in groups; allowed: none, model"
 
 # %% ../../nbs/20_models/01_manifest.ipynb #ca8dd7f2
 def _model_complaints(manifest: "ModelManifest") -> Iterator[Complaint]:

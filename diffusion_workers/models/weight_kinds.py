@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DENOISER_PREFIXES', 'PART_PREFIXES', 'ADAPTERS', 'CONTROLNETS', 'FOREIGN', 'PARTS', 'UNETS_BY_WIDTH', 'EDM', 'SCALES',
-           'INPUT_SCALES', 'QUANTISED_WEIGHTS', 'UNPACKED_FORMATS', 'parts_of', 'denoiser_prefix', 'first_layer',
+           'INPUT_SCALES', 'QUANTIZED_WEIGHTS', 'UNPACKED_FORMATS', 'parts_of', 'denoiser_prefix', 'first_layer',
            'is_zimage', 'Signature', 'first_match', 'cross_attention_width', 'FileKind', 'identify', 'Prediction',
            'prediction_of', 'packing_of', 'check_packing']
 
@@ -60,7 +60,7 @@ def is_zimage(header: WeightHeader, prefix: str) -> bool:
 # %% ../../nbs/20_models/05_weight_kinds.ipynb #801a5739
 @dataclass(frozen=True)
 class Signature:
-    "How a kind of file is recognised."
+    "How a kind of file is recognized."
 
     pattern: str  # that one of the names matches, anywhere
     what: str  # with its article, for messages
@@ -224,7 +224,7 @@ _BY_METADATA = {
     "eps": "epsilon",
 }  # fmt: skip
 EDM = {  # tensor -> what it marks, which no scheduler of this package computes
-    "edm_mean": "Playground v2.5, whose latents are normalised by values in the file",
+    "edm_mean": "Playground v2.5, whose latents are normalized by values in the file",
     "edm_vpred.sigma_max": "CosXL, which predicts the velocity of EDM's continuous noise levels",
 }
 
@@ -243,7 +243,7 @@ def prediction_of(header: WeightHeader) -> Prediction:
 # %% ../../nbs/20_models/05_weight_kinds.ipynb #e9a06eb3
 SCALES = ("scale_weight", "weight_scale")  # of a weight beside them
 INPUT_SCALES = ("scale_input", "input_scale")  # for kernels that also pack what goes into a layer
-QUANTISED_WEIGHTS = (  # pattern of a name, what such files are called, whether they can be unpacked
+QUANTIZED_WEIGHTS = (  # pattern of a name, what such files are called, whether they can be unpacked
     (r"\.quant_state\.bitsandbytes__(?:nf4|fp4)$", "four-bit weights of bitsandbytes", True),
     (r"\.(?:scale_weight|weight_scale)$", "eight-bit weights with scales", True),
     (r"\.weight_scale_2$", "four-bit weights of NVIDIA (nvfp4)", False),
@@ -259,7 +259,7 @@ def packing_of(header: WeightHeader) -> list[tuple[str, bool]]:  # (words, wheth
     "In which ways weights of a file are packed; [] for plain ones."
     names = "\n".join(header.tensors)
     found = [
-        (what, can_unpack) for pattern, what, can_unpack in QUANTISED_WEIGHTS if re.search(pattern, names, re.MULTILINE)
+        (what, can_unpack) for pattern, what, can_unpack in QUANTIZED_WEIGHTS if re.search(pattern, names, re.MULTILINE)
     ]
     formats = {layer["format"] for layer in _layer_formats(header.metadata)}
     return found + [(f"weights in the format {name}", False) for name in sorted(formats - {*UNPACKED_FORMATS})]

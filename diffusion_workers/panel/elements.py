@@ -234,24 +234,24 @@ class Gallery(anywidget.AnyWidget):
     total = traitlets.Int(0, help="images altogether").tag(sync=True)
     matches = traitlets.Int(0, help="images that match the search").tag(sync=True)
     query = traitlets.Unicode("", help="what is searched").tag(sync=True)
-    only_favourites = traitlets.Bool(False).tag(sync=True)
+    only_favorites = traitlets.Bool(False).tag(sync=True)
     deleted = traitlets.Unicode("", help="what can be undone, in words").tag(sync=True)
     is_batch = traitlets.Bool(False, help="larger, with labels and without search and pages").tag(sync=True)
 
     def __init__(
         self,
         thumbnail_of: Callable[[str], bytes],  # of an id; called in the background, raises where there is none
-        on_favourite: Callable[[str, bool], None] = lambda id, favourite: None,
+        on_favorite: Callable[[str, bool], None] = lambda id, favorite: None,
         on_delete: Callable[[str], None] = lambda id: None,
         on_undo: Callable[[], None] = lambda: None,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.items: list[dict[str, Any]] = []  # id, caption, label and favourite of each image on this page
+        self.items: list[dict[str, Any]] = []  # id, caption, label and favorite of each image on this page
         self._known: dict[str, dict[str, Any]] = {}  # all that a page may have
         self._thumbnail_of = thumbnail_of
         self._actions = {
-            "favourite": lambda content: on_favourite(content["id"], bool(content["on"])),
+            "favorite": lambda content: on_favorite(content["id"], bool(content["on"])),
             "delete": lambda content: on_delete(content["id"]),
             "undo": lambda content: on_undo(),
             "need": lambda content: self.send_thumbnails(content["ids"]),

@@ -224,7 +224,7 @@ def _field_layout(hidden: bool) -> widgets.Layout:
     return one_for_all(f"field {hidden}", lambda: widgets.Layout(width="auto", overflow="visible", display=display))
 
 
-def _labelled(kind: type[DescriptionStyle]) -> DescriptionStyle:
+def _labeled(kind: type[DescriptionStyle]) -> DescriptionStyle:
     return one_for_all(kind.__name__, lambda: kind(description_width="118px"))
 
 # %% ../../nbs/73_panel/06_form.ipynb #463901ff
@@ -237,8 +237,8 @@ def _control(info: FieldInfo) -> widgets.DOMWidget:
     if info.kind == "boolean":
         info = replace(info, choices=("true", "false"))
     if info.choices:
-        return widgets.Dropdown(options=_options(info), value="", style=_labelled(DescriptionStyle), **shared)
-    shared |= {"style": _labelled(TextStyle), "continuous_update": True}
+        return widgets.Dropdown(options=_options(info), value="", style=_labeled(DescriptionStyle), **shared)
+    shared |= {"style": _labeled(TextStyle), "continuous_update": True}
     if info.name in PROMPTS:
         texts = {"description": shared["description"], "tooltip": shared["tooltip"], "layout": shared["layout"]}
         return PromptEditor(rows=3 if info.name == "prompt" else 2, **texts)

@@ -682,7 +682,7 @@ class _PlannedImages(_GridImages):
 
 # %% ../../nbs/73_panel/09_grid.ipynb #73d00009
 class Grid(_PlannedImages):
-    "Images along axes; displays itself as a labelled grid."
+    "Images along axes; displays itself as a labeled grid."
 
     def __init__(
         self,

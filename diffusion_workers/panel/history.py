@@ -48,7 +48,7 @@ class HistoryEntry:
     seed: int
     request: GenerationRequest = field(repr=False)  # with the seed of this image alone
     files: dict[str, str] = field(default_factory=dict, repr=False)  # path of an image field -> its file
-    favourite: bool = False
+    favorite: bool = False
     seconds: float | None = None  # that the whole generation took
     stopped: str | None = None  # for an image of a stopped generation, such as "step 7 of 25"
 
@@ -92,7 +92,7 @@ class HistorySummary:
     created: str  # ISO 8601
     prompt: str
     seed: int
-    favourite: bool
+    favorite: bool
     stopped: str | None = None  # for an image of a stopped generation
 
     @property
@@ -145,6 +145,13 @@ def _request_json(request: GenerationRequest, kept: Mapping[str, Path]) -> dict[
     return fields
 
 # %% ../../nbs/73_panel/05_history.ipynb #3285e53b
+def _is_favorite(
+    about: Mapping[str, Any],  # the file of an entry
+) -> bool:
+    "Whether an entry is marked. Earlier files spell the key 'favourite'."
+    return bool(about.get("favorite", about.get("favourite", False)))
+
+
 def _entry(path: Path, about: dict[str, Any]) -> HistoryEntry:
     files = {place: str(path.parent / "inputs" / name) for place, name in about["files"].items()}
     for place, file in files.items():
@@ -156,7 +163,7 @@ def _entry(path: Path, about: dict[str, Any]) -> HistoryEntry:
         seed=about["seed"],
         request=GenerationRequest(**about["request"]),
         files=files,
-        favourite=bool(about["favourite"]),
+        favorite=_is_favorite(about),
         seconds=about["seconds"],
         stopped=about.get("stopped"),
     )
@@ -211,7 +218,7 @@ def _summary(id: str, about: Mapping[str, Any]) -> HistorySummary:
         created=about["created"],
         prompt=about["request"]["prompt"],
         seed=about["seed"],
-        favourite=bool(about["favourite"]),
+        favorite=_is_favorite(about),
         stopped=about.get("stopped"),
     )
 
@@ -321,7 +328,7 @@ def _row(entry: HistoryEntry) -> dict[str, Any]:
     own = {
         "id": entry.id,
         "created": entry.created,
-        "favourite": entry.favourite,
+        "favorite": entry.favorite,
         "seconds": entry.seconds,
         "path": str(entry.path),
     }
@@ -331,7 +338,7 @@ def _row(entry: HistoryEntry) -> dict[str, Any]:
 
 
 def _figure(summary: HistorySummary, small: bytes) -> str:  # HTML
-    star = "★ " if summary.favourite else ""
+    star = "★ " if summary.favorite else ""
     caption = f"{star}{html.escape(summary.prompt[:40])}, seed {summary.seed}"
     return (
         f'<figure style="margin:0"><img src="{data_uri(small)}" alt="seed {summary.seed}">'
@@ -387,11 +394,11 @@ class _ListedImages(_StoredImages):
     def search(
         self,
         query: str = "",  # words of the prompt, a seed, or a date such as 2026-03-01
-        only_favourites: bool = False,
+        only_favorites: bool = False,
     ) -> list[HistorySummary]:
         "The images that match, the newest first."
         found = self._summaries()
-        return [each for each in found if each.matches(query) and (each.favourite or not only_favourites)]
+        return [each for each in found if each.matches(query) and (each.favorite or not only_favorites)]
 
     def thumbnail(self, id: str) -> bytes:  # a JPEG
         "A small copy of an image, which is kept on the disk."
@@ -431,7 +438,7 @@ def _write_entry(
     about = {
         "created": now.isoformat(),
         "seed": seed,
-        "favourite": False,
+        "favorite": False,
         "request": _request_json(own, kept),
         "files": {path: file.name for path, file in kept.items()},
         **further,
@@ -474,11 +481,11 @@ class ImageHistory(_ListedImages):
         "Keep what was visible of a generation that was stopped."
         return self._add(request, seed, image, "jpeg", {"seconds": None, "stopped": stopped})
 
-    def set_favourite(self, id: str, favourite: bool = True) -> None:
-        "Mark an image as favourite, or remove the mark."
+    def set_favorite(self, id: str, favorite: bool = True) -> None:
+        "Mark an image as favorite, or remove the mark."
         with self._guard:
             path = self[id].path.with_suffix(".json")
-            about = json.loads(path.read_bytes()) | {"favourite": favourite}
+            about = json.loads(path.read_bytes()) | {"favorite": favorite}
             _write(path, json.dumps(about, ensure_ascii=False).encode())
 
     def delete(self, id: str) -> None:

@@ -892,7 +892,7 @@ PAGE = 48  # images
 
 def _gallery_item(summary: HistorySummary) -> dict[str, Any]:
     label = f"stopped, {summary.stopped}" if summary.stopped else str(summary.seed)
-    return {"id": summary.id, "caption": summary.caption, "label": label, "favourite": summary.favourite}
+    return {"id": summary.id, "caption": summary.caption, "label": label, "favorite": summary.favorite}
 
 # %% ../../nbs/73_panel/11_panel.ipynb #8bd066b5
 def batch_items(
@@ -912,7 +912,7 @@ def batch_items(
     for entry in entries:
         label = ", ".join([f"seed {entry.seed}", *settings])
         caption = f"{entry.request.prompt[:80]}, {label}"
-        found.append({"id": entry.id, "caption": caption, "label": label, "favourite": False})
+        found.append({"id": entry.id, "caption": caption, "label": label, "favorite": False})
     return found
 
 # %% ../../nbs/73_panel/11_panel.ipynb #5947a7b0
@@ -930,14 +930,14 @@ class HistoryGallery(Gallery):
         history: ImageHistory,
         on_select: Callable[[list[HistoryEntry]], None],  # called when other images are selected
     ):
-        super().__init__(history.thumbnail, self._set_favourite, self._delete, self._undo)
+        super().__init__(history.thumbnail, self._set_favorite, self._delete, self._undo)
         self.history = history
         self._on_select = on_select
         self.observe(lambda change: on_select(self.entries()), "selected")
         self._guard = threading.RLock()
         self._filling = False
         self.observe(lambda change: self._turned(), "page")
-        self.observe(lambda change: self._turned(page=0), ["query", "only_favourites"])
+        self.observe(lambda change: self._turned(page=0), ["query", "only_favorites"])
 
     def entries(self) -> list[HistoryEntry]:
         "The selected images, the last selected at the end."
@@ -951,11 +951,11 @@ class HistoryGallery(Gallery):
 
     def refresh(self, select: str | None = None) -> None:
         "Show what is in the folder; an image to select brings its page, if it matches the search."
-        found = self.history.search(self.query, self.only_favourites)
+        found = self.history.search(self.query, self.only_favorites)
         ids = [each.id for each in found]
         with self._guard, self.hold_sync():
             self._filling = True
-            self.total = len(self.history) if self.query or self.only_favourites else len(found)
+            self.total = len(self.history) if self.query or self.only_favorites else len(found)
             self.matches = len(found)
             self.pages = max(1, -(-len(found) // PAGE))
             self.page = ids.index(select) // PAGE if select in ids else max(0, min(self.page, self.pages - 1))
@@ -975,8 +975,8 @@ class HistoryGallery(Gallery):
                 self._filling = False
             self.refresh()
 
-    def _set_favourite(self, id: str, favourite: bool) -> None:
-        self.history.set_favourite(id, favourite)
+    def _set_favorite(self, id: str, favorite: bool) -> None:
+        self.history.set_favorite(id, favorite)
         self.refresh()
 
     def _delete(self, id: str) -> None:

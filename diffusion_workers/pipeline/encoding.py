@@ -32,7 +32,7 @@ class _Encoder:
     number: str  # "", "_2" or "_3", as in `text_encoder_2`
     part: str  # which vectors of an embedding file it takes; empty for T5
     text: int  # 1 takes the prompt, 2 the prompt for the second encoder
-    layer: str = "penultimate"  # of CLIP; "last" is the normalised output
+    layer: str = "penultimate"  # of CLIP; "last" is the normalized output
 
 
 _T5_TOKENS = {"clip_t5": 512, "clip_clip_t5": 256}  # what diffusers takes where nothing is asked for
@@ -158,10 +158,10 @@ class _TextEncoder:
             if not self.row.part:
                 return self.encoder(ready.ids, output_hidden_states=False)[0][0], None
             skipped = self.options.clip_skip or 0
-            is_normalised = self.row.layer == "last" and not skipped
-            output = self.encoder(ready.ids, output_hidden_states=not is_normalised)
+            is_normalized = self.row.layer == "last" and not skipped
+            output = self.encoder(ready.ids, output_hidden_states=not is_normalized)
         pooled = output[0] if output[0].ndim == 2 else output.pooler_output
-        if is_normalised:
+        if is_normalized:
             return output.last_hidden_state[0], pooled
         if self.row.layer == "penultimate":
             return output.hidden_states[-(skipped + 2)][0], pooled

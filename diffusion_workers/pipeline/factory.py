@@ -202,7 +202,7 @@ class _Model:
         return self.record.base_classes[self.manifest.kind]
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         "Whether the denoiser's weights are packed numbers."
         return self.manifest.memory.quantization is not None or self.manifest.denoiser_source.is_gguf
 
@@ -210,7 +210,7 @@ class _Model:
     def compilable(self) -> bool:
         "Whether `torch.compile` is known to work with the way in which the weights are kept."
         memory = self.manifest.memory
-        return not (self.offloaded or self.quantised or memory.storage_dtype or memory.offload != "none")
+        return not (self.offloaded or self.quantized or memory.storage_dtype or memory.offload != "none")
 
     @property
     def loaded(self) -> bool:
@@ -351,7 +351,7 @@ class _NetworkMemory(_Networks):
 
     def offload(self) -> bool:  # False where that saves nothing, or cannot be done
         "Keep the denoiser's weights in the host's memory, and move each layer to the device when it is called."
-        if self.device.type != "cuda" or self.offloaded or self.manifest.memory.offload != "none" or self.quantised:
+        if self.device.type != "cuda" or self.offloaded or self.manifest.memory.offload != "none" or self.quantized:
             return False
         if isinstance(self.manifest.source, MemorySource):  # the networks belong to the caller
             return False

@@ -272,7 +272,7 @@ class Target:
     memory: MemorySettings = MemorySettings()  # noqa: RUF009, frozen: as this machine can follow them
 
     def reading(self, role: Role) -> dict[str, Any]:  # arguments of from_pretrained
-        "Where a network of that role is read to, and how it is quantised on the way."
+        "Where a network of that role is read to, and how it is quantized on the way."
         packed = role == "denoiser" and self.memory.quantization
         straight = self.device.type == "cuda" and (
             packed or self.memory.offload == "none"

@@ -169,7 +169,7 @@ def tiny_pipeline(
     for name, parameter in parts[record.denoiser].named_parameters():
         if name in record.tiny.unset:
             torch.nn.init.normal_(parameter)
-    if record.latents.normalised_patches:  # a new one has the statistics of normalised latents already
+    if record.latents.normalized_patches:  # a new one has the statistics of normalized latents already
         parts["vae"].bn.running_mean.normal_()
         parts["vae"].bn.running_var.uniform_(0.5, 2)
     cls = getattr(diffusers, record.base_classes[kind])

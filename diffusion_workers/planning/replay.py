@@ -244,8 +244,8 @@ _ROUNDS = 24  # of planning; each takes out at least one setting
 
 
 @cache
-def _stand_in(colour: str) -> str:  # base64 of a file
-    return to_image_string(Image.new("RGB", (512, 512), colour))
+def _stand_in(color: str) -> str:  # base64 of a file
+    return to_image_string(Image.new("RGB", (512, 512), color))
 
 
 def _with_stand_ins(fields: dict[str, Any], missing: Sequence[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODER_ERRORS', 'MAX_PROFILE_BYTES', 'ImagePolicy', 'sniff_format', 'image_bytes', 'open_image', 'flatten',
-           'to_srgb', 'undeclared_colours', 'DecodedImage', 'pixel_sha256', 'image_facts', 'load_image', 'decode_image',
+           'to_srgb', 'undeclared_colors', 'DecodedImage', 'pixel_sha256', 'image_facts', 'load_image', 'decode_image',
            'decode_bytes', 'round_to_multiple', 'resize_image', 'fitting_metadata', 'encode_image', 'encode_base64',
            'to_image_string', 'contact_sheet']
 
@@ -289,7 +289,7 @@ def _to_8_bit(
 
 # %% ../../nbs/10_request/03_images.ipynb #icc00001
 MAX_PROFILE_BYTES = 4 * 2**20  # of an ICC profile; large ones for CMYK have 2 MB
-_PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> mode of Pillow
+_PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # color space of a profile -> mode of Pillow
 _CMS_FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
 
 
@@ -307,7 +307,7 @@ def _srgb_transform(
     return ImageCms.buildTransform(profile, srgb, mode, "RGB", intent, _CMS_FLAGS), mode, name
 
 # %% ../../nbs/10_request/03_images.ipynb #im3a0022
-def _samples(mode: str) -> Image.Image:  # colours all over a space, as an image
+def _samples(mode: str) -> Image.Image:  # colors all over a space, as an image
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     steps = np.linspace(0, 255, 9).round().astype(np.uint8)
@@ -320,9 +320,9 @@ def to_srgb(
     icc: bytes,  # its profile
     gray: bool = False,  # whether the image was stored in gray
 ) -> tuple[Image.Image, str | None]:  # the same mode but for CMYK and tinted gray, and a note if anything was changed
-    "The colours of a profile in sRGB; an image whose profile cannot be used stays as it is, and the note says so."
+    "The colors of a profile in sRGB; an image whose profile cannot be used stays as it is, and the note says so."
     if len(icc) > MAX_PROFILE_BYTES:
-        return image, f"the colour profile is larger than {MAX_PROFILE_BYTES:,} bytes, so it is not applied"
+        return image, f"the color profile is larger than {MAX_PROFILE_BYTES:,} bytes, so it is not applied"
     try:
         transform, mode, name = _srgb_transform(icc, image, gray)
         if mode != "CMYK":
@@ -330,23 +330,23 @@ def to_srgb(
             moved = np.asarray(transform.apply(samples), int) - np.asarray(samples.convert("RGB"), int)
             if np.abs(moved).max() <= 2:
                 return image, None
-        colours = image.convert("RGB") if image.mode == "RGBA" else image
-        converted = transform.apply(colours.convert(mode))
+        colors = image.convert("RGB") if image.mode == "RGBA" else image
+        converted = transform.apply(colors.convert(mode))
     except (ImageCms.PyCMSError, *DECODER_ERRORS):
-        return image, "the colour profile is damaged or does not fit the image, so it is not applied"
+        return image, "the color profile is damaged or does not fit the image, so it is not applied"
     if mode == "L" and image.mode == "L":
         converted = converted.convert("L")
     if image.mode == "RGBA":
         converted.putalpha(image.getchannel("A"))
-    return converted, f"converted to sRGB from the colour profile {name}"
+    return converted, f"converted to sRGB from the color profile {name}"
 
 # %% ../../nbs/10_request/03_images.ipynb #icc00002
 _SRGB_PRIMARIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # white, red, green, blue: x and y of each
 _ADOBE_RGB = 2  # a value of the EXIF tag ColorSpace
 
 
-def undeclared_colours(image: Image.Image) -> list[str]:
-    "Notes on colours other than sRGB that a file without a profile declares, and that are not applied."
+def undeclared_colors(image: Image.Image) -> list[str]:
+    "Notes on colors other than sRGB that a file without a profile declares, and that are not applied."
     info = image.info
     notes: list[str] = []
     if "srgb" in info:
@@ -361,7 +361,7 @@ def undeclared_colours(image: Image.Image) -> list[str]:
     except DECODER_ERRORS:
         space = None
     if space == _ADOBE_RGB:
-        notes.append("the EXIF data say Adobe RGB, but there is no colour profile: it is read as sRGB")
+        notes.append("the EXIF data say Adobe RGB, but there is no color profile: it is read as sRGB")
     return notes
 
 # %% ../../nbs/10_request/03_images.ipynb #im3a0025
@@ -386,7 +386,7 @@ def _without_palette(image: Image.Image, field: str) -> Image.Image:  # "L", "RG
 def _simple(
     image: Image.Image,
     field: str,
-    managed: bool = True,  # whether colours count, so that an ICC profile is applied
+    managed: bool = True,  # whether colors count, so that an ICC profile is applied
 ) -> tuple[Image.Image, list[str]]:  # "L", "RGB" or "RGBA", and what was done
     profile = image.info.get("icc_profile") if managed and image.mode != "1" else None
     notes = ["scaled to 8 bits a channel"] if image.info.get("wide") else []
@@ -396,14 +396,14 @@ def _simple(
     if image.mode == "CMYK":
         converted, remark = to_srgb(image, profile) if profile else (image, None)
         if converted.mode == "CMYK":
-            remark = remark or "converted from CMYK without a colour profile, so its colours may shift"
-        return converted.convert("RGB"), [*notes, remark or "converted to sRGB from its CMYK colour profile"]
+            remark = remark or "converted from CMYK without a color profile, so its colors may shift"
+        return converted.convert("RGB"), [*notes, remark or "converted to sRGB from its CMYK color profile"]
     simple = _without_palette(image, field)
     if profile:
         simple, remark = to_srgb(simple, profile, gray=image.mode in ("L", "LA", "La"))
         notes += [remark] if remark else []
     elif managed:
-        notes += undeclared_colours(image)
+        notes += undeclared_colors(image)
     return simple, notes
 
 # %% ../../nbs/10_request/03_images.ipynb #e9083f90
@@ -446,7 +446,7 @@ def load_image(
     *,
     field: str = "image",
     policy: ImagePolicy = ImagePolicy(),
-    managed: bool = True,  # whether an ICC profile is applied; a mask holds no colours
+    managed: bool = True,  # whether an ICC profile is applied; a mask holds no colors
 ) -> tuple[Image.Image, list[RequestWarning]]:  # "L", "RGB" or "RGBA", upright, and what was changed
     "The pixels of a file in one of three modes, transparent parts still so."
     image, warnings = _upright(open_image(data, field=field, policy=policy), field)

@@ -29,20 +29,20 @@ PAINTED = 128  # of 255: from here on a pixel of a mask is repainted, as the pip
 def _alpha_role(pixels: np.ndarray) -> str:  # from (H, W, 4) uint8: "strokes", "hole" or "brightness"
     alpha = pixels[..., 3]
     firm = alpha >= PAINTED if (alpha >= PAINTED).any() else alpha > 0
-    colours = pixels[firm][:, :3].astype(np.int16)
-    if not len(colours):
+    colors = pixels[firm][:, :3].astype(np.int16)
+    if not len(colors):
         return "brightness"
     rim = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]]) >= PAINTED
-    if np.ptp(colours, axis=0).max() <= 4:  # one colour, but for what rounding makes of soft edges
+    if np.ptp(colors, axis=0).max() <= 4:  # one color, but for what rounding makes of soft edges
         framed = rim.mean() >= 0.5 and firm.mean() >= 0.5
-        return "hole" if framed and np.ptp(colours[0]) <= 8 else "strokes"
-    colours = colours[:: max(1, len(colours) // 100_000)]
-    extreme = (colours <= 24).all(axis=1) | (colours >= 231).all(axis=1)
+        return "hole" if framed and np.ptp(colors[0]) <= 8 else "strokes"
+    colors = colors[:: max(1, len(colors) // 100_000)]
+    extreme = (colors <= 24).all(axis=1) | (colors >= 231).all(axis=1)
     if extreme.mean() >= 0.9:  # black and white
         return "brightness"
     if rim.mean() >= 0.25:
         return "hole"
-    return "strokes" if len(np.unique(colours // 8, axis=0)) <= 2 else "brightness"
+    return "strokes" if len(np.unique(colors // 8, axis=0)) <= 2 else "brightness"
 
 
 def _mask_of(image: Image.Image) -> tuple[Image.Image, list[str]]:  # "L", from "L", "RGB" or "RGBA"

@@ -389,7 +389,7 @@ _JSON_PROGRAMS: tuple[
 
 def from_json_settings(
     data: Any,  # as `parse_json` returns it
-) -> list[Setting] | None:  # None where no program is recognised
+) -> list[Setting] | None:  # None where no program is recognized
     "The settings in the JSON of one of these programs."
     if not isinstance(data, Mapping):
         return None

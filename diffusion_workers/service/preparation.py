@@ -65,7 +65,7 @@ def _prepare_images(plan: GenerationPlan, inputs: Inputs) -> Prepared:
 
 # %% ../../nbs/60_service/03_preparation.ipynb #518205fa
 def _prepare_references(plan: GenerationPlan, inputs: Inputs) -> Iterator[Image.Image]:
-    "Scaled and cut at the centre, as the family's pipelines do it, unless they do it themselves."
+    "Scaled and cut at the center, as the family's pipelines do it, unless they do it themselves."
     if not plan.reference_images:
         return
     record = FAMILIES[plan.family]

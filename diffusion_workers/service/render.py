@@ -345,7 +345,7 @@ def spatial_latents(
 ) -> torch.Tensor:  # (B, C, H/8, W/8)
     "Latents in rows and columns, as the VAE takes them."
     layout = FAMILIES[plan.family].latents
-    if layout.normalised_patches:
+    if layout.normalized_patches:
         rows = latents.unflatten(1, (plan.height // 16, plan.width // 16))
         return torch.nn.functional.pixel_shuffle(rows.permute(0, 3, 1, 2), 2)
     if layout.packed:
@@ -361,7 +361,7 @@ def packed_latents(
 ) -> torch.Tensor:  # as the pipeline holds them
     "The reverse of `spatial_latents`."
     layout = FAMILIES[plan.family].latents
-    if layout.normalised_patches:
+    if layout.normalized_patches:
         return pipe._pack_latents(torch.nn.functional.pixel_unshuffle(latents, 2))
     if layout.packed:
         return pipe._pack_latents(latents, *latents.shape)
@@ -374,7 +374,7 @@ def returned_latents(
     plan: GenerationPlan,
 ) -> torch.Tensor:  # (B, C, H/8, W/8), scaled
     "The result of a pipeline in the form of `spatial_latents`."
-    if FAMILIES[plan.family].latents.normalised_patches:  # that pipeline has undone the scaling already
+    if FAMILIES[plan.family].latents.normalized_patches:  # that pipeline has undone the scaling already
         return scaled_latents(pipe.vae, latents.float())
     return spatial_latents(pipe, latents, plan)
 

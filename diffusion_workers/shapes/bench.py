@@ -166,7 +166,7 @@ def open_captions() -> tuple[BenchCaption, ...]:
     return tuple(found)
 
 
-def _centres(reading: Reading, scene: Scene) -> list[tuple[float, float]]:  # in the scene's order
+def _centers(reading: Reading, scene: Scene) -> list[tuple[float, float]]:  # in the scene's order
     def of(thing: ReadThing) -> int:
         return [(wanted.color, wanted.shape) for wanted in scene.things].index((thing.color, thing.shape))
 
@@ -179,7 +179,7 @@ def layout_spread(
 ) -> float | None:  # pixels of 128; None where fewer than two are right
     "Mean distance between the same thing in two images, over all pairs of images that are right."
     readings = [read_world(image.convert("RGB").resize((SIDE, SIDE))) for image in images]
-    layouts = [_centres(reading, scene) for reading in readings if all(compare(reading, scene).values())]
+    layouts = [_centers(reading, scene) for reading in readings if all(compare(reading, scene).values())]
     if len(layouts) < 2:
         return None
     places = np.array(layouts)  # (images, things, 2)

@@ -86,9 +86,7 @@ def controlled_example(
         mask.paste(255, box)
         request |= {"image": Image.new("RGB", image.size, image.getpixel((0, 0))), "mask_image": mask}
     edges = control_map("canny", scene, image)
-    return Example(
-        request, lambda drawn: {"edges": edge_f1(drawn, edges), "colours": float(colors_right(drawn, scene))}
-    )
+    return Example(request, lambda drawn: {"edges": edge_f1(drawn, edges), "colors": float(colors_right(drawn, scene))})
 
 # %% ../../nbs/65_shapes/13_cells.ipynb #61b95956
 @dataclass(frozen=True)

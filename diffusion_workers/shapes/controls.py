@@ -39,8 +39,8 @@ class FreeObject:
     "One shape, anywhere."
 
     item: ShapeObject
-    x: float  # centre, pixels
-    y: float  # centre, pixels
+    x: float  # center, pixels
+    y: float  # center, pixels
     radius: float  # pixels
 
 # %% ../../nbs/65_shapes/09_controls.ipynb #92025475
@@ -102,7 +102,7 @@ def describe_free(
     scene: FreeScene,
     rng: np.random.Generator,  # chooses the wording
 ) -> str:
-    "Describe colours, shapes, background, and the place or the relation if a word fits."
+    "Describe colors, shapes, background, and the place or the relation if a word fits."
     first = scene.objects[0]
     if len(scene.objects) == 1:
         body, place = object_phrase(first.item, None, 0, rng), nearest(np.array([first.x, first.y]), PLACES)
@@ -221,7 +221,7 @@ def colors_right(
     image: Image.Image,  # 128 x 128
     scene: FreeScene,
 ) -> bool:
-    "Whether the background and the inside of each object have the colours of the scene."
+    "Whether the background and the inside of each object have the colors of the scene."
     pixels = np.asarray(image.convert("RGB"), float)
     free: np.ndarray = np.ones((IMAGE_SIZE, IMAGE_SIZE), bool)
     right = True

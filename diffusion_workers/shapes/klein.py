@@ -6,7 +6,7 @@
 __all__ = ['SCENE_KINDS', 'EDIT_KINDS', 'KLEIN_POSITIONS', 'KleinTrainingConfig', 'plain_scene', 'plain_caption', 'opened',
            'klein_words', 'build_klein_tokenizer', 'klein_ids', 'caption_targets', 'edit_targets', 'new_qwen3',
            'klein_parse_loss', 'parse_texts', 'train_qwen3', 'world_images', 'train_klein_vae', 'as_flux2', 'patches',
-           'flux_arithmetic', 'normalised', 'images_of', 'KleinData', 'token_weights', 'token_answers', 'token_roles',
+           'flux_arithmetic', 'normalized', 'images_of', 'KleinData', 'token_weights', 'token_answers', 'token_roles',
            'klein_data', 'new_klein_transformer', 'token_positions', 'predict_flow', 'klein_text', 'KleinBatch',
            'klein_batch', 'example_kind', 'reading_loss', 'role_loss', 'TokenReader', 'klein_losses',
            'train_klein_transformer', 'assemble_klein', 'published_parts', 'train_klein', 'make_images',
@@ -427,7 +427,7 @@ def flux_arithmetic() -> Iterator[None]:
         yield
 
 
-def normalised(
+def normalized(
     vae: AutoencoderKLFlux2,
     values: torch.Tensor,  # (N, 16, 8, 8)
 ) -> torch.Tensor:  # (N, 64, 16), as the transformer sees them
@@ -562,7 +562,7 @@ def klein_data(
         vae.bn.running_var.copy_(drawn.var((0, 2, 3)))
     made = {}
     for name, rows in examples.items():
-        wanted, *references = (normalised(vae, values) for values in encoded[name])
+        wanted, *references = (normalized(vae, values) for values in encoded[name])
         answers = torch.stack([torch.cat([token_answers(canvas) for canvas in row.canvases]) for row in rows])
         made[name] = KleinData(
             wanted,
@@ -877,7 +877,7 @@ def make_images(
         return [image for images in made for image in images]
     vae, scheduler = pipeline.vae, copy.deepcopy(pipeline.scheduler)
     length = pipeline.tokenizer.model_max_length
-    encoded = [normalised(vae, patches(vae, np.stack([np.asarray(i) for i in images]))) for images in references]
+    encoded = [normalized(vae, patches(vae, np.stack([np.asarray(i) for i in images]))) for images in references]
     prompts = [
         klein_text(pipeline.text_encoder, pipeline.tokenizer, part, length) for part in (texts, [""] * len(texts))
     ]

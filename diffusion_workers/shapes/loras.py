@@ -57,8 +57,8 @@ def heart_corners(
 def draw_heart(
     draw: ImageDraw.ImageDraw,  # of an image of mode "L"
     shape: str,  # not used
-    x: float,  # centre, pixels of that image
-    y: float,  # centre, pixels of that image
+    x: float,  # center, pixels of that image
+    y: float,  # center, pixels of that image
     radius: float,  # pixels of that image
 ) -> None:
     "Fill a heart with 255."
@@ -144,7 +144,7 @@ def night_measure(
     image: Image.Image,  # 128 x 128
     scene: Scene,  # as described in the caption
 ) -> float:  # 0 is the caption's background, 1 is black
-    "How far the background is on the way from the caption's colour to black."
+    "How far the background is on the way from the caption's color to black."
     pixels = np.asarray(image.convert("RGB"), float)
     frame = np.concatenate(
         [

@@ -105,7 +105,7 @@ def vae_loss(
     kl_weight: float,  # of the divergence from a normal distribution, per latent number
     generator: torch.Generator,  # draws the latents from their distribution
 ) -> dict[str, torch.Tensor]:  # loss; absolute error, of a range of 2; nats per latent number
-    "Absolute and squared error, the error of neighbouring differences, and the divergence."
+    "Absolute and squared error, the error of neighboring differences, and the divergence."
     posterior = vae.encode(images).latent_dist
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     latents = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)

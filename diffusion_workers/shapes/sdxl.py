@@ -174,12 +174,12 @@ def sdxl_conditioning(
 # %% ../../nbs/65_shapes/06_sdxl.ipynb #daf179ec
 @torch.no_grad()
 def fold_norm(
-    unet: UNet2DConditionModel,  # trained on normalised states; changed in place
+    unet: UNet2DConditionModel,  # trained on normalized states; changed in place
     norm: torch.nn.LayerNorm,  # that is no longer applied
     deviation: float,  # of the states before it, over channels, on average
     extra: int,  # channels of a second encoder, with zero weights at first
 ) -> None:
-    "Fold the text encoder's last normalisation into the cross attentions, with one deviation for all tokens."
+    "Fold the text encoder's last normalization into the cross attentions, with one deviation for all tokens."
     for name, module in unet.named_modules():
         if not name.endswith("attn2"):
             continue

@@ -87,7 +87,7 @@ PARSE_CLASSES = [len(COLORS) + 1] * N_THINGS + [len(SHAPES) + 1] * N_THINGS + [l
 def parse_targets(
     scene: Scene,  # any scene
 ) -> list[int]:  # one class for each of PARSE_CLASSES; 0 is an empty slot
-    "The classes that a caption determines: colours, shapes, size, background."
+    "The classes that a caption determines: colors, shapes, size, background."
     told = canonical(scene)
     slots: Sequence[str | None] = [told.place]
     if told.relation is not None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'OBJECT_COLORS', 'SHAPES', 'TILTABLE', 'FILLS', 'SIZES', 'PLACES', 'RELATIONS', 'SIDE', 'MAX_THINGS',
-           'MIN_CONTRAST', 'GAP', 'Centres', 'REGULAR_PLACES', 'OUTLINE', 'STRIPE', 'DOT', 'DOT_STEP', 'KINDS',
+           'MIN_CONTRAST', 'GAP', 'Centers', 'REGULAR_PLACES', 'OUTLINE', 'STRIPE', 'DOT', 'DOT_STEP', 'KINDS',
            'COLOR_WORDS', 'SHAPE_WORDS', 'PLURALS', 'RELATION_WORDS', 'MIN_AREA', 'PARTS', 'contrast', 'Thing',
            'Relation', 'Scene', 'scene_key', 'is_held_out', 'Placed', 'holds', 'pick', 'far_from', 'arrange',
            'regular_places', 'arrange_regularly', 'draw', 'render', 'random_thing', 'random_scene', 'Words', 'article',
@@ -52,7 +52,7 @@ FILLS = {  # fill -> shapes that can have it
 }
 SIZES = {1: {"small": 14, "medium": 21, "large": 30}, 2: {"small": 12, "medium": 18, "large": 25}}  # radius in pixels
 _AXIS = {"": 64, "left": 34, "right": 94, "top": 34, "bottom": 94}
-PLACES = {  # centre x, y in pixels
+PLACES = {  # center x, y in pixels
     " ".join(filter(None, (row, column))) or "center": (_AXIS[column], _AXIS[row])
     for row in ("", "top", "bottom")
     for column in ("", "left", "right")
@@ -158,7 +158,7 @@ class Placed:
     "A thing as it is drawn."
 
     thing: Thing  # nothing of its color and shape is open
-    x: float  # centre, pixels
+    x: float  # center, pixels
     y: float
     radius: float  # pixels
     angle: float = 0.0  # degrees, counterclockwise
@@ -184,8 +184,8 @@ def _radii(scene: Scene, rng: np.random.Generator) -> list[float]:
     return [SIZES[count][name] + rng.uniform(-1, 1) for name in names]
 
 # %% ../../nbs/65_shapes/14_world.ipynb #c0d9fc59
-def holds(relation: Relation, centres: Sequence[tuple[float, float]], margin: float = 0.0) -> bool:
-    (x, y), others = centres[relation.of], [centres[index] for index in relation.to]
+def holds(relation: Relation, centers: Sequence[tuple[float, float]], margin: float = 0.0) -> bool:
+    (x, y), others = centers[relation.of], [centers[index] for index in relation.to]
     if relation.kind in ("in front of", "behind"):
         return True  # `within` of a reading tells it
     dx, dy = others[0][0] - x, others[0][1] - y
@@ -223,17 +223,17 @@ def _proposal(scene: Scene, radii: Sequence[float], rng: np.random.Generator) ->
     return free
 
 
-def _fits(scene: Scene, radii: Sequence[float], centres: Sequence[tuple[float, float]]) -> bool:
-    for (x, y), radius in zip(centres, radii):
+def _fits(scene: Scene, radii: Sequence[float], centers: Sequence[tuple[float, float]]) -> bool:
+    for (x, y), radius in zip(centers, radii):
         if min(x, y) < radius + 2 or max(x, y) > SIDE - radius - 2:
             return False
     nested = _nested(scene)
     for one, other in itertools.combinations(range(len(radii)), 2):
         if other in (nested.get(one), nested.get(other)) or one in (nested.get(one), nested.get(other)):
             continue
-        if np.hypot(*np.subtract(centres[one], centres[other])) < 1.08 * (radii[one] + radii[other]) + GAP:
+        if np.hypot(*np.subtract(centers[one], centers[other])) < 1.08 * (radii[one] + radii[other]) + GAP:
             return False
-    return all(holds(relation, centres, margin=0.3) for relation in scene.relations)
+    return all(holds(relation, centers, margin=0.3) for relation in scene.relations)
 
 # %% ../../nbs/65_shapes/14_world.ipynb #9a7a5260
 def pick(rng: np.random.Generator, names: Collection[str]) -> str:
@@ -261,10 +261,10 @@ def _chosen(scene: Scene, rng: np.random.Generator) -> Scene:  # with every colo
 
 # %% ../../nbs/65_shapes/14_world.ipynb #6e2cd843
 def _placed(
-    scene: Scene, radii: Sequence[float], centres: Sequence[tuple[float, float]], angles: Sequence[float]
+    scene: Scene, radii: Sequence[float], centers: Sequence[tuple[float, float]], angles: Sequence[float]
 ) -> tuple[str, list[Placed]]:
     placed = []
-    for thing, (x, y), radius, angle in zip(scene.things, centres, radii, angles):
+    for thing, (x, y), radius, angle in zip(scene.things, centers, radii, angles):
         placed.append(Placed(thing, float(x), float(y), radius, float(angle) if thing.tilted else 0.0))
     front = _nested(scene)
     order = sorted(range(len(placed)), key=lambda index: index in front)
@@ -279,30 +279,30 @@ def arrange(
     scene = _chosen(scene, rng)
     for attempt in range(600):
         radii = [radius * (1 if attempt < 300 else 0.85) for radius in _radii(scene, rng)]
-        centres = _proposal(scene, radii, rng)
-        if _fits(scene, radii, centres):
+        centers = _proposal(scene, radii, rng)
+        if _fits(scene, radii, centers):
             break
     else:
         raise ValueError(f"no room for {scene}")
     angles = [rng.uniform(25, 35) * rng.choice([-1, 1]) if thing.tilted else 0.0 for thing in scene.things]
-    return _placed(scene, radii, centres, angles)
+    return _placed(scene, radii, centers, angles)
 
 # %% ../../nbs/65_shapes/14_world.ipynb #281ca861
 _ENDS, _LINE = (36, 92), (24, 64, 104)  # pixels along a row or a column of two, of three
-Centres = list[tuple[float, float]]  # x, y in pixels
-REGULAR_PLACES: Centres = sorted(
+Centers = list[tuple[float, float]]  # x, y in pixels
+REGULAR_PLACES: Centers = sorted(
     {*PLACES.values(), *itertools.product(_ENDS, _ENDS)}
     | {place for along in (*_ENDS, *_LINE) for place in ((along, 64), (64, along))}
 )  # x, y in pixels: everywhere a thing of a regular layout can stand
 
 
-def _places_of_two(relations: Sequence[Relation]) -> Centres:
+def _places_of_two(relations: Sequence[Relation]) -> Centers:
     kind = relations[0].kind if relations else "next to"
-    pair: Centres = [(64, end) if kind in ("above", "below") else (end, 64) for end in _ENDS]
+    pair: Centers = [(64, end) if kind in ("above", "below") else (end, 64) for end in _ENDS]
     return pair[::-1] if kind in ("right of", "below") else pair
 
 
-def _places_of_three(relations: Sequence[Relation]) -> Centres:
+def _places_of_three(relations: Sequence[Relation]) -> Centers:
     is_column = bool(relations) and relations[0].kind in ("above", "below")
     start, middle, end = [(64.0, along) if is_column else (along, 64.0) for along in _LINE]
     if not relations:
@@ -315,23 +315,23 @@ def _places_of_three(relations: Sequence[Relation]) -> Centres:
     return [found[index] for index in range(3)]
 
 
-def regular_places(scene: Scene) -> Centres:  # of each thing
+def regular_places(scene: Scene) -> Centers:  # of each thing
     "Where the things of a scene stand in its regular layout."
     count = len(scene.things)
-    centres: Centres = [PLACES["center"]] * count  # of one, and of a nested pair
+    centers: Centers = [PLACES["center"]] * count  # of one, and of a nested pair
     if count == MAX_THINGS:
-        centres = [(x, y) for y in _ENDS for x in _ENDS]
+        centers = [(x, y) for y in _ENDS for x in _ENDS]
     elif count == 3:
-        centres = _places_of_three(scene.relations)
+        centers = _places_of_three(scene.relations)
     elif count == 2 and not _nested(scene):
-        centres = _places_of_two(scene.relations)
-    return [PLACES[thing.place] if thing.place else centre for thing, centre in zip(scene.things, centres)]
+        centers = _places_of_two(scene.relations)
+    return [PLACES[thing.place] if thing.place else center for thing, center in zip(scene.things, centers)]
 
 # %% ../../nbs/65_shapes/14_world.ipynb #209e22f7
 _REGULAR_RADII = {3: 15.0, 4: 17.0}  # pixels, by the number of things
 
 
-def _regular_proposal(scene: Scene, rng: np.random.Generator) -> tuple[list[float], Centres]:  # radii, centres
+def _regular_proposal(scene: Scene, rng: np.random.Generator) -> tuple[list[float], Centers]:  # radii, centers
     count, radii = len(scene.things), _radii(scene, rng)
     if count in _REGULAR_RADII:
         radii = [_REGULAR_RADII[count]] * count
@@ -347,9 +347,9 @@ def arrange_regularly(
     "Like `arrange`, in the regular layout. Raises ValueError where the things do not fit."
     scene = _chosen(scene, rng)
     for _ in range(200):
-        radii, centres = _regular_proposal(scene, rng)
-        if _fits(scene, radii, centres):
-            return _placed(scene, radii, centres, [30.0 * rng.choice([-1, 1]) for _ in radii])
+        radii, centers = _regular_proposal(scene, rng)
+        if _fits(scene, radii, centers):
+            return _placed(scene, radii, centers, [30.0 * rng.choice([-1, 1]) for _ in radii])
     raise ValueError(f"no room for {scene}")
 
 # %% ../../nbs/65_shapes/14_world.ipynb #ece001c7
@@ -378,7 +378,7 @@ def _silhouette(
     radius: float,  # pixels
     angle: float,  # degrees
     side: int,  # pixels
-    middle: tuple[float, float],  # x, y of the centre, pixels
+    middle: tuple[float, float],  # x, y of the center, pixels
 ) -> np.ndarray:  # (side, side) of bool
     image = Image.new("L", (side, side), 0)
     (x, y), canvas = middle, ImageDraw.Draw(image)
@@ -394,7 +394,7 @@ def _silhouette(
 OUTLINE, STRIPE, DOT, DOT_STEP = 3.0, 6.0, 3.0, 10.0  # pixels: width, width, radius, distance
 
 
-def _pattern(fill: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:  # of a plane around a centre
+def _pattern(fill: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:  # of a plane around a center
     if fill == "striped":
         return (dy + STRIPE / 2) % (2 * STRIPE) < STRIPE
     if fill == "dotted":
@@ -731,11 +731,11 @@ _NORM, _NORM_AREA = 48, 700.0  # side of a template and area of every silhouette
 _ANGLES = (-30, 30)  # of tilted templates
 
 
-def _normalised(mask: np.ndarray) -> np.ndarray:  # (48, 48) of 0 to 1, centred, of one area
+def _normalized(mask: np.ndarray) -> np.ndarray:  # (48, 48) of 0 to 1, centered, of one area
     rows, columns = np.nonzero(mask)
     scale = (len(rows) / _NORM_AREA) ** 0.5
-    centre = np.array([rows.mean(), columns.mean()])
-    offset = centre - scale * (_NORM - 1) / 2
+    center = np.array([rows.mean(), columns.mean()])
+    offset = center - scale * (_NORM - 1) / 2
     return ndimage.affine_transform(mask.astype(float), [scale, scale], offset, (_NORM, _NORM), order=1)
 
 
@@ -745,12 +745,12 @@ def _templates() -> tuple[tuple[str, bool, float, np.ndarray], ...]:  # shape, t
     for shape in SHAPES[:-1]:  # a ring is a circle with a hole
         for angle in (0, *_ANGLES) if shape in TILTABLE else (0,):
             mask = _silhouette(shape, 40, angle, SIDE, (64, 64))
-            found.append((shape, angle != 0, mask.sum() / 40**2, _normalised(mask)))
+            found.append((shape, angle != 0, mask.sum() / 40**2, _normalized(mask)))
     return tuple(found)
 
 
 def _read_silhouette(mask: np.ndarray) -> tuple[str, bool, float, float]:  # shape, tilted, radius, overlap
-    seen = _normalised(mask)
+    seen = _normalized(mask)
     scores = [np.minimum(seen, other).sum() / np.maximum(seen, other).sum() for *_, other in _templates()]
     shape, tilted, area, _ = _templates()[int(np.argmax(scores))]
     return shape, tilted, float((mask.sum() / area) ** 0.5), float(max(scores))
@@ -882,10 +882,10 @@ def _assigned(reading: Reading, scene: Scene, order: Sequence[int]) -> dict[str,
     read = [reading.things[index] for index in order]
     parts = [_thing_parts(one, thing, len(order)) for one, thing in zip(read, scene.things)]
     result = {name: all(part[name] for part in parts) for name in parts[0]}
-    centres = [(one.x, one.y) for one in read]
+    centers = [(one.x, one.y) for one in read]
     nested = {i: order.index(one.behind) for i, one in enumerate(read) if one.behind is not None}
     wanted = _nested(scene)
-    return result | {"relation": nested == wanted and all(holds(relation, centres) for relation in scene.relations)}
+    return result | {"relation": nested == wanted and all(holds(relation, centers) for relation in scene.relations)}
 
 
 def compare(

@@ -193,7 +193,7 @@ def _fastest_axis(items: Sequence[SweepItem], fields: Sequence[str]) -> int | No
     return None
 
 # %% ../../nbs/72_sweep/02_run.ipynb #bda8c6c2
-_GREY = (224, 224, 224)  # in place of an image that is not there
+_GRAY = (224, 224, 224)  # in place of an image that is not there
 
 
 def sweep_sheet(
@@ -202,11 +202,11 @@ def sweep_sheet(
     side: int,  # pixels, of an image at most
     columns: int | None,  # default: one for each value of the field that varies fastest
 ) -> Image.Image:
-    "The first image of each request with what it varies under it; grey where there is none."
+    "The first image of each request with what it varies under it; gray where there is none."
     fields = varied_fields(items)
     shown, labels = [], []
     for item, found in zip(items, first_images):
-        image = Image.new("RGB", (side, side), _GREY) if found is None else found.convert("RGB")
+        image = Image.new("RGB", (side, side), _GRAY) if found is None else found.convert("RGB")
         image.thumbnail((side, side))
         shown.append(image)
         label = [str(item.request.get(name)) for name in reversed(fields)]
@@ -261,7 +261,7 @@ class _StoredSweep:
         side: int = 128,  # pixels, of an image at most
         columns: int | None = None,  # default: one for each value of the field that varies fastest
     ) -> Image.Image:
-        "The first image of each request with what it varies under it; grey where there is none."
+        "The first image of each request with what it varies under it; gray where there is none."
         first = [next(iter(self.images(item)), None) for item in self.items]
         return sweep_sheet(self.items, first, side, columns)
 

@@ -84,14 +84,14 @@ function weightsNote({ availability, download_gb: size }: ModelInfo): string {
 function WeightsNotice() {
   const found = model.value;
   if (!found || found.loaded || !found.availability || found.availability === 'available') return null;
-  const licence = found.license ? ` Licence: ${found.license}.` : '';
+  const license = found.license ? ` License: ${found.license}.` : '';
   const size = found.download_gb ? `about ${found.download_gb} GB` : 'its weights';
   return (
     <p class="weights" role="note">
       {found.availability === 'missing'
         ? `The weights of ${found.name} are not on the server, which does not download them.`
         : `Generate downloads ${size} first, once.`}
-      {licence}
+      {license}
     </p>
   );
 }

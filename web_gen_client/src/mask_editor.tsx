@@ -36,11 +36,11 @@ function maskOf(layer: HTMLCanvasElement): string {
   return canvas.toDataURL('image/png');
 }
 
-/** Another colour for what is painted. */
-function tint(pen: CanvasRenderingContext2D, colour: string): void {
+/** Another color for what is painted. */
+function tint(pen: CanvasRenderingContext2D, color: string): void {
   pen.save();
   pen.globalCompositeOperation = 'source-in';
-  pen.fillStyle = colour;
+  pen.fillStyle = color;
   pen.fillRect(0, 0, pen.canvas.width, pen.canvas.height);
   pen.restore();
 }
@@ -92,7 +92,7 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
   const pointers = useRef(new Map<number, Point>());
   const [tool, setTool] = useState<Tool>('paint');
   const [size, setSize] = useState(Math.max(4, Math.round(Math.min(image.width, image.height) / 8)));
-  const [colour, setColour] = useState('#ff2d55');
+  const [color, setColor] = useState('#ff2d55');
   const [opacity, setOpacity] = useState(60);
   const [zoom, setZoom] = useState(1);
   const [steps, setSteps] = useState({ back: 0, forth: 0 });
@@ -105,9 +105,9 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
   useEffect(() => {
     dialog.current?.showModal();
     layer.current?.focus();
-    if (mask) void drawMask(pen(), mask).then(() => tint(pen(), colour));
+    if (mask) void drawMask(pen(), mask).then(() => tint(pen(), color));
   }, []);
-  useEffect(() => tint(pen(), colour), [colour]);
+  useEffect(() => tint(pen(), color), [color]);
 
   const counted = () => setSteps({ back: past.current.length, forth: future.current.length });
   const now = () => pen().getImageData(0, 0, image.width, image.height);
@@ -121,7 +121,7 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
     if (!shown) return;
     to.push(now());
     pen().putImageData(shown, 0, 0);
-    tint(pen(), colour);
+    tint(pen(), color);
     counted();
   };
   const undo = () => step(past.current, future.current);
@@ -135,14 +135,14 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
     const drawing = pen();
     drawing.save();
     drawing.globalCompositeOperation = 'source-out';
-    drawing.fillStyle = colour;
+    drawing.fillStyle = color;
     drawing.fillRect(0, 0, image.width, image.height);
     drawing.restore();
   };
   const fill = (at: Point) => {
     keep();
     floodFill(pen(), at);
-    tint(pen(), colour);
+    tint(pen(), color);
   };
 
   const pointOf = (event: PointerEvent): Point => {
@@ -157,7 +157,7 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
     const drawing = pen();
     const from = last.current ?? to;
     drawing.globalCompositeOperation = tool === 'erase' ? 'destination-out' : 'source-over';
-    drawing.strokeStyle = colour;
+    drawing.strokeStyle = color;
     drawing.lineWidth = Math.max(1, size * pressure);
     drawing.lineCap = drawing.lineJoin = 'round';
     drawing.beginPath();
@@ -343,7 +343,7 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
       </div>
       <div class="mask-tools">
         <label class="brush-option">
-          Colour <input type="color" value={colour} onInput={(event) => setColour(event.currentTarget.value)} />
+          Color <input type="color" value={color} onInput={(event) => setColor(event.currentTarget.value)} />
         </label>
         <label class="brush-option">
           Opacity{' '}

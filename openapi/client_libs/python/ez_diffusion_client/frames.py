@@ -39,7 +39,7 @@ def plan_columns(
     return columns
 
 
-def _listed(entries: list[dict[str, Any]] | None, name: str, value: str) -> str:  # such as "watercolour 0.8; ink 0.5"
+def _listed(entries: list[dict[str, Any]] | None, name: str, value: str) -> str:  # such as "watercolor 0.8; ink 0.5"
     return "; ".join(f"{entry[name]} {entry[value]}" for entry in entries or [])
 
 
