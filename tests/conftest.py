@@ -1,4 +1,4 @@
-"""The command line options of the test run, its share of the processors, and what several tests share."""
+"""Pytest options, CPU thread limits, test order, and shared fixtures."""
 
 import gc
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-# Workers that run side by side share the processors: more threads than processors slow each other down many times over.
+# pytest-xdist workers share the CPU cores; more threads than cores slow each other down many times over.
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(THREADS)
 
@@ -49,10 +49,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LongestFi
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Leave what is imported out of garbage collection: it stays.
+    """Exclude imported objects from garbage collection with `gc.freeze`, as they are never freed.
 
-    The search for garbage, of which each unloaded model makes one, takes a third of a second with it, and nothing
-    without it.
+    Each unloaded model runs a collection, which takes a third of a second with them and next to nothing without them.
     """
     gc.disable()
     found = yield
@@ -70,21 +69,21 @@ def forked_kernels() -> Iterator[type]:
 
 @pytest.fixture(scope="session")
 def quick_python(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    "A command that runs `-m MODULE` or `-c CODE` as Python does, in a process that is forked with libraries imported."
-    if sys.platform != "linux":  # libraries of macOS do not survive a fork
+    "A command that runs `-m MODULE` or `-c CODE` like Python, in a forked process with the libraries already imported."
+    if sys.platform != "linux":  # macOS system libraries are not fork-safe
         return (sys.executable,)
     return request.getfixturevalue("forked_kernels").python
 
 
 @pytest.fixture(scope="session")
 def quick_kernel(quick_python: tuple[str, ...]) -> tuple[str, ...]:
-    "A command that starts a kernel in the same way."
+    "A command that starts a Jupyter kernel in the same way."
     return quick_python if len(quick_python) > 1 else (*quick_python, "-m", "ipykernel_launcher")
 
 
 @pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest, quick_python: tuple[str, ...]) -> Iterator[str]:
-    "The address of a running server."
+    "The URL of a running server: the one given by --server, or a new one."
     if given := request.config.getoption("--server"):
         yield given
         return

@@ -1,4 +1,4 @@
-"""What the tests of the model families share: images, LoRA layouts, weights in other names, a row for each family."""
+"""Helpers of the model family tests: images, LoRA layouts, weights under original names, one table row per family."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,13 +26,13 @@ from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import ModelFamily, ModelKind, OpStatus
 
-ROUNDING = 1  # of 255: a batch adds in another order than an image alone
+ROUNDING = 1  # out of 255: a batch sums in another order than a single image
 PROMPT = "a red circle on a white background"
 SMALL = {"prompt": PROMPT, "num_inference_steps": 3, "width": 64}
 
 
 def photo(width: int = 64, height: int = 64, disc: str = "red") -> Image.Image:
-    "A blue rectangle and a disc."
+    "A blue rectangle and a disc on a white background."
     image = Image.new("RGB", (64, 64), "white")
     draw = ImageDraw.Draw(image)
     draw.rectangle((8, 8, 40, 30), fill="blue")
@@ -59,41 +59,41 @@ THREE = {"reference_images": [photo(), photo(disc="green"), photo(disc="black")]
 
 @dataclass(frozen=True)
 class Ran:
-    "What a request is planned as."
+    "The expected plan of a request."
 
     fields: Mapping[str, Any]  # of the request
     task: str
     class_name: str  # in diffusers
-    steps: int = 3  # that are computed
+    steps: int = 3  # denoising steps that are computed
 
 
 @dataclass(frozen=True)
 class FamilyCheck:
-    "A row of the table of families: what the tests that all of them share need to know."
+    "A table row for one family and kind: what the shared tests need to know about it."
 
     family: ModelFamily
     tasks: Mapping[str, Ran]
     refused: tuple[tuple[dict, str], ...]  # fields of a request, a part of the message
-    guidance: Mapping[str, Any]  # fields of a request with much guidance
-    unguided: Mapping[str, Any]  # what to change in them for none
+    guidance: Mapping[str, Any]  # request fields for strong guidance
+    unguided: Mapping[str, Any]  # overrides that turn guidance off
     kind: ModelKind = ModelKind.standard
-    batch: Mapping[str, Any] = field(default_factory=dict)  # fields of every request of a batch
-    theirs: Mapping[str, Any] = field(default_factory=dict)  # further arguments of diffusers' pipeline
-    ours: Mapping[str, Any] = field(default_factory=dict)  # fields of the request that mean the same
-    guided_tasks: tuple[str, ...] = ("text to image",)  # where guidance ends early
+    batch: Mapping[str, Any] = field(default_factory=dict)  # additional fields of the requests in batch tests
+    theirs: Mapping[str, Any] = field(default_factory=dict)  # additional arguments of the diffusers pipeline
+    ours: Mapping[str, Any] = field(default_factory=dict)  # equivalent fields of the request
+    guided_tasks: tuple[str, ...] = ("text to image",)  # tasks that are tested with guidance_end
     original_names: Callable[[Any, Iterable[str]], Iterable[OriginalName]] | None = None
-    lora_ends: tuple[str, ...] = ()  # of the names of layers that a LoRA changes; empty tests no layouts
-    lora_untold: bool = False  # whether its layers have names that are told by their real widths alone
-    no_layouts: tuple[str, ...] = ()  # of LORA_LAYOUTS, that do not exist
-    transformer: str = ""  # its class; empty tests no files
+    lora_ends: tuple[str, ...] = ()  # name suffixes of the layers that a LoRA changes; empty skips the LoRA tests
+    lora_untold: bool = False  # whether the family of a tiny LoRA may be unknown: only real widths identify it
+    no_layouts: tuple[str, ...] = ()  # entries of LORA_LAYOUTS that do not exist for the family
+    transformer: str = ""  # its class; empty skips the single-file tests
     file_title: str = ""  # what its file is recognized as
-    changed_weights: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict  # in the original names
+    changed_weights: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = dict  # under original names
     gguf_architecture: str | None = None
     controlnets: bool = False  # whether plain ControlNets are written beside the model
 
     @property
     def name(self) -> str:
-        "Of the row, and of its tiny model."
+        "The name of the row and of its tiny model."
         return self.family.value if self.kind == ModelKind.standard else f"{self.family.value}-{self.kind.value}"
 
     def pixels(self, service: DiffusionService, **fields: Any) -> list[np.ndarray]:
@@ -101,7 +101,7 @@ class FamilyCheck:
         return pixels(service, **SMALL | {"model": self.name} | fields)
 
     def their_pixels(self, seed: int, pipe: Any = None, **arguments: Any) -> np.ndarray:
-        "What diffusers draws."
+        "The image that diffusers generates."
         pipe = pipe or quiet_pipeline(self.family, self.kind)
         common = {"prompt": PROMPT, "num_inference_steps": 3, "width": 64, "height": 64}
         common |= self.theirs | arguments
@@ -120,7 +120,7 @@ SMALL_SIZES = ((48, 96), (64, 64), (96, 64))
 
 @contextmanager
 def small_references(small_area: int = SMALL_AREA) -> Iterator[None]:
-    "Let reference images be seen in small sizes, where a model sees them in sizes of its own."
+    "Scale reference images to small sizes for models that scale them to sizes of their own."
     with pytest.MonkeyPatch.context() as patch:
         for name, record in list(FAMILIES.items()):
             patch.setitem(
@@ -140,7 +140,7 @@ def _small(limits: References, area: int) -> References:
 
 
 def quiet_pipeline(family: ModelFamily, kind: ModelKind = ModelKind.standard) -> diffusers.DiffusionPipeline:
-    "The model of the tests, with weights of its own."
+    "The tiny pipeline with its own weights, in eval mode, without a progress bar."
     with quiet_libraries():
         pipe = tiny_pipeline(family, kind)
     for part in pipe.components.values():
@@ -153,7 +153,7 @@ def quiet_pipeline(family: ModelFamily, kind: ModelKind = ModelKind.standard) ->
 def mixed_by_diffusers(
     pipe: Any, family: ModelFamily, kind: ModelKind, images: list[Image.Image], prompt: str
 ) -> dict[str, torch.Tensor]:
-    "A prompt and reference images in equal shares, as diffusers' own pipeline makes embeddings of them."
+    "Embeddings of a prompt and reference images in equal shares, from diffusers' own prior pipeline."
     texts = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")}
     with quiet_libraries():
         encoder = tiny_reference_encoder(family, kind)
@@ -178,7 +178,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def lora_matrices(denoiser: Any, ends: tuple[str, ...], rank: int = 2) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    "A and B for layers of every kind, by the path of the module."
+    "LoRA matrices A and B for layers of every kind, by module path."
     generator, made = torch.Generator().manual_seed(0), {}
     for name, module in denoiser.named_modules():
         if name.endswith(ends) and hasattr(module, "in_features"):
@@ -190,7 +190,7 @@ def lora_matrices(denoiser: Any, ends: tuple[str, ...], rank: int = 2) -> dict[s
 def in_original_names(
     matrices: Mapping[str, tuple[torch.Tensor, torch.Tensor]], names: Iterable[OriginalName]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    "The same deltas in the original names: query, key and value in one matrix of three times the rank."
+    "The same deltas under original names: query, key and value fused into one matrix of three times the rank."
     made, left = {}, dict(matrices)
     for row in names:
         parts = [left.pop(path) for path in row.paths if path in left]
@@ -213,7 +213,7 @@ def peft(start: str) -> Callable[[dict], dict[str, torch.Tensor]]:
 
 
 def kohya(start: str, dots: bool = False) -> Callable[[dict], dict[str, torch.Tensor]]:
-    "With an alpha of twice the rank, and matrices that make up for it."
+    "The kohya layout, with an alpha of twice the rank that the matrices compensate for."
 
     def written(matrices: dict) -> dict[str, torch.Tensor]:
         tensors = {}
@@ -226,7 +226,7 @@ def kohya(start: str, dots: bool = False) -> Callable[[dict], dict[str, torch.Te
     return written
 
 
-LORA_LAYOUTS = {  # how it is written, whether in the original names
+LORA_LAYOUTS = {  # writer function, whether it uses original names
     "diffusers": (peft("transformer."), False),
     "no prefix": (peft(""), False),
     "peft": (peft("base_model.model."), False),
@@ -240,7 +240,7 @@ LORA_LAYOUTS = {  # how it is written, whether in the original names
 
 
 def added_by(file: Path, pipe: Any, families: Iterable[ModelFamily | None]) -> dict[str, torch.Tensor]:
-    "What a LoRA file adds to each layer; all of its layers must be known, and it must be told for one of the families."
+    "The delta of a LoRA file for each layer; its family must be one of `families`, and all layers known."
     loaded = load_lora(file, LoraName("lora"))
     assert loaded.header.family in families
     fit = fits(loaded.header, pipe)
@@ -253,11 +253,11 @@ def added_by(file: Path, pipe: Any, families: Iterable[ModelFamily | None]) -> d
     return added
 
 
-# files of transformers
+# single files of transformers
 
 
 def original_weights(transformer: Any, names: Iterable[OriginalName]) -> dict[str, torch.Tensor]:
-    "The weights of a transformer in the original names."
+    "The weights of a transformer under their original names."
     weights = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
     for row in names:
         for kind in ("weight", "bias"):
@@ -270,7 +270,7 @@ def original_weights(transformer: Any, names: Iterable[OriginalName]) -> dict[st
 
 
 def norm_scales(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    "The weights of norms as Black Forest Labs, and the authors of Chroma, name them."
+    "Norm weights under the names of Black Forest Labs and of the authors of Chroma."
     named = {}
     for name, tensor in weights.items():
         ends = re.search(r"norm\.(?:query|key)_norm\.weight$|_guidance_layer\.norms\.\d+\.weight$", name)
@@ -282,7 +282,7 @@ FILES = ("original.safetensors", "prefixed.safetensors", "own.safetensors", "pac
 
 
 def write_files(folder: Path, check: FamilyCheck) -> None:
-    "The transformer of the tiny model in single files, with manifests."
+    "Write the transformer of the tiny model as single files, with manifests."
     with quiet_libraries():
         transformer = getattr(diffusers, check.transformer).from_pretrained(folder / check.name / "transformer")
     names = check.original_names(transformer, module_shapes(transformer)) if check.original_names else ()
@@ -302,7 +302,7 @@ def write_files(folder: Path, check: FamilyCheck) -> None:
 
 
 def write_models(folder: Path, check: FamilyCheck) -> None:
-    "The tiny model of a row, a twin in bfloat16, a folder for LoRAs, and its transformer in single files."
+    "Write the tiny model of a row, a bfloat16 variant, a LoRA folder, and single files of its transformer."
     write_tiny_model(folder, check.family, check.name, check.kind, changes={"lora_folders": [{"folder": "loras"}]})
     (folder / "loras").mkdir()
     (folder / "half.yaml").write_text((folder / f"{check.name}.yaml").read_text() + "dtype: bfloat16\n")

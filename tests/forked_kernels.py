@@ -1,10 +1,10 @@
-"""Processes that are forked from one with the large libraries imported, so that kernels and programs start faster.
+"""Kernels and programs that start faster: they are forked from a process that has imported the large libraries.
 
-The nursery imports third-party libraries, runs nothing, and forks a child for every kernel or program. Names, modules
-of this project and the state of the libraries are as new as in a process that was started by itself. Run as a program,
-this file is the nursery (`serve SOCKET`), the process that Jupyter starts as a kernel (`run SOCKET -f FILE`), or a
-Python (`run SOCKET -m MODULE ARGUMENTS` and `run SOCKET -c CODE ARGUMENTS`). The latter two request a child, forward
-signals to it, and end with it.
+The nursery imports third-party libraries, runs nothing, and forks a child for every kernel or program. Namespaces,
+modules of this project and library state are as fresh in a child as in a newly started process. Run as a program, this
+file is the nursery (`serve SOCKET`), the process that Jupyter starts as a kernel (`run SOCKET -f FILE`), or a stand-in
+for Python (`run SOCKET -m MODULE ARGUMENTS` and `run SOCKET -c CODE ARGUMENTS`). The latter two request a child,
+forward signals to it, and end with it.
 """
 
 import atexit
@@ -64,7 +64,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
 
 def _as_asked(connection: socket.socket, streams: list[int]) -> dict:  # in a child
-    "Take the streams, the environment and the folder of the process that requests this one; what it requests."
+    "Adopt streams, environment and working directory of the requesting process; return what it requests."
     asked = json.loads(connection.makefile("rb", buffering=0).readline())
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -106,7 +106,7 @@ def _be_kernel(connection: socket.socket, arguments: list[str]) -> None:  # in a
 
 
 def _run_program(arguments: list[str]) -> int:  # in a child
-    "Run `-m MODULE` or `-c CODE`, as Python would, to its end; its exit status."
+    "Run `-m MODULE` or `-c CODE` like Python; return the exit status."
     way, program, *rest = arguments
     sys.argv = [way, *rest]
     sys.path.insert(0, os.getcwd() if way == "-m" else "")
@@ -135,7 +135,7 @@ def _run_program(arguments: list[str]) -> int:  # in a child
 
 
 def _be_program(connection: socket.socket, arguments: list[str]) -> None:  # in a child; does not return
-    "Run the program in a child of this process, forward signals to it, report how it ends, and end it if nobody waits."
+    "Run the program in a child, forward signals, report its exit status, and kill it if the requester disconnects."
     ended, wakes = os.pipe()
     os.set_blocking(wakes, False)
     signal.set_wakeup_fd(wakes)
@@ -149,7 +149,7 @@ def _be_program(connection: socket.socket, arguments: list[str]) -> None:  # in 
         for number in (ended, wakes, connection.detach()):
             os.close(number)
         os._exit(_run_program(arguments) & 0xFF)
-    for number in (0, 1, 2):  # a reader of the program's output waits for its end, not for that of this process
+    for number in (0, 1, 2):  # readers of the program's output must not wait for this process
         os.close(number)
     while True:
         ready = select.select([connection, ended], [], [])[0]
@@ -167,7 +167,7 @@ def _be_program(connection: socket.socket, arguments: list[str]) -> None:  # in 
                 os._exit(1)
 
 
-# --- the nursery, and those who ask it --------------------------------------
+# --- the nursery and its clients --------------------------------------------
 
 
 def serve(path: str) -> None:
@@ -181,7 +181,7 @@ def serve(path: str) -> None:
         getattr(diffusers, name)
     assert threading.active_count() == 1, f"a thread does not survive a fork: {threading.enumerate()}"
     gc.collect()
-    gc.freeze()  # what is imported stays: a child does not look through it for garbage again and again
+    gc.freeze()  # children do not scan imported objects for garbage again and again
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -200,7 +200,7 @@ def serve(path: str) -> None:
 
 
 def run(path: str, arguments: list[str]) -> int:
-    "Request a kernel or a program from the nursery and act as its process; the exit status."
+    "Request a kernel or a program from the nursery, act as its process, and return the exit status."
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
     for number in FORWARDED:
@@ -213,7 +213,7 @@ def run(path: str, arguments: list[str]) -> int:
     try:
         while part := connection.recv(16):
             said += part
-    except ConnectionResetError:  # it was ended before it had read everything
+    except ConnectionResetError:  # the child was killed before it had read everything
         pass
     status = int(said or 0)
     if status < 0:  # by a signal
@@ -243,7 +243,7 @@ def nursery(environment: dict[str, str]) -> Iterator[type]:  # the environment o
             python = (sys.executable, "-S", "-E", __file__, "run", path)
             kernel_spec = KernelSpec(
                 argv=[*python, "-f", "{connection_file}"],
-                env={"QUICK_PYTHON": shlex.join(python)},  # for programs that a notebook starts with files of the tests
+                env={"QUICK_PYTHON": shlex.join(python)},  # for programs that notebooks start with test helpers
                 display_name="Python 3 (forked)",
                 language="python",
             )

@@ -1,9 +1,9 @@
-"""A corpus of hostile requests from a fixed seed, and what a server does with them; prints the result as JSON.
+"""Fuzz test of a server with a corpus of hostile requests from a fixed seed; prints the results as JSON.
 
     python tests/hostile_bodies.py [--count 10000] [--seed 0]
 
 It starts a server in its own process with a tiny model, whose limits keep every accepted request small. A request
-passes where the answer is one that the specification has, says why in words, is short, and shows nothing of the server.
+passes if the response has a status of the specification, gives a reason in words, is short, and leaks no internals.
 """
 
 import argparse
@@ -30,12 +30,12 @@ import httpx
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-PATIENCE = 300  # seconds until an answer counts as missing
+PATIENCE = 300  # seconds until a response counts as missing
 STILL_WAITING = 30  # seconds
 JSON = {"Content-Type": "application/json"}
-LONGEST_ANSWER = 100_000  # bytes of a refusal
+LONGEST_ANSWER = 100_000  # bytes of an error response
 REFUSED = {400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 431}
-EXPLAINED = {501: "missing_dependency", 503: "model_unavailable"}  # what a valid request may ask for in vain
+EXPLAINED = {501: "missing_dependency", 503: "model_unavailable"}  # errors that a valid request may get
 SECRETS = ("Traceback", "site-packages", "/home/", "/work/", 'File "')
 
 
@@ -47,10 +47,10 @@ class Case:
     path: str
     body: bytes
     headers: dict[str, str] = field(default_factory=lambda: dict(JSON))
-    raw: bytes | None = None  # the whole request, where no client would send it
+    raw: bytes | None = None  # the whole request, if HTTP clients would not send it
 
 
-# --- images that are none -------------------------------------------------------------------------------------------
+# --- invalid image files --------------------------------------------------------------------------------------------
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -107,7 +107,7 @@ def flipped(rng: random.Random, data: bytes) -> bytes:
 
 
 def image_text(rng: random.Random) -> str:
-    "What a request may have for an image: a broken file, or a text that leads elsewhere."
+    "A hostile value for an image: a broken file, or a path or URL that must not be read."
     file = FILES[rng.choice(list(FILES))](rng)
     coded = base64.b64encode(file).decode()
     forms = [
@@ -189,7 +189,7 @@ ODD_KEYS = ("__proto__", "constructor", "", " ", "prompt ", "Prompt", "a.b", "se
 
 
 def odd_value(rng: random.Random, deep: int = 0) -> object:
-    "A value that a field may not expect."
+    "A value that a field does not expect."
     kind = rng.randrange(8 if deep < 3 else 5)
     if kind == 0:
         return rng.choice(ODD_TEXTS)
@@ -209,7 +209,7 @@ def odd_value(rng: random.Random, deep: int = 0) -> object:
 
 
 def valid_bodies() -> dict[str, list[dict]]:
-    "Requests of each path that are served."
+    "Valid request bodies for each path."
     image = base64.b64encode(small_image()).decode()
     small = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2, "width": 64, "height": 64}
     generations = [
@@ -242,7 +242,7 @@ def valid_bodies() -> dict[str, list[dict]]:
 
 
 def places(value: object, before: tuple = ()) -> Iterator[tuple]:
-    "The path of every value inside of a value."
+    "The path of every value nested in a JSON value."
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield (*before, key)
@@ -250,7 +250,7 @@ def places(value: object, before: tuple = ()) -> Iterator[tuple]:
 
 
 def mutated(rng: random.Random, path: str, body: dict) -> Case:
-    "A valid body with some values exchanged, added or removed."
+    "A valid body with some values replaced, added or removed."
     body = json.loads(json.dumps(body))
     for _ in range(rng.randrange(1, 4)):
         place = rng.choice(list(places(body)) or [("image",)])
@@ -268,13 +268,13 @@ def mutated(rng: random.Random, path: str, body: dict) -> Case:
 
 
 def encoded(rng: random.Random, body: object) -> bytes:
-    "JSON, written in one of several ways."
+    "JSON, with or without ASCII escapes."
     plain = rng.random() < 0.5
     return json.dumps(body, ensure_ascii=plain).encode("utf-8", "surrogatepass")
 
 
 def wrong_type(rng: random.Random, path: str, body: dict) -> Case:
-    "One field of a type that it does not have."
+    "A valid body with a value of the wrong type in one field."
     name = rng.choice(list(body))
     return Case("wrong type", path, encoded(rng, body | {name: odd_value(rng)}))
 
@@ -288,7 +288,7 @@ def broken_image(rng: random.Random, path: str, body: dict) -> Case:
 
 
 def deep(rng: random.Random, path: str, body: dict) -> Case:
-    "Lists and objects in each other, closed or not."
+    "Deeply nested lists and objects, closed or not."
     depth = rng.choice([50, 1000, 20_000, 100_000])
     opening, closing = rng.choice([(b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]")])
     inner = opening * depth + b"1" + closing * rng.choice([0, depth // 2, depth])
@@ -321,7 +321,7 @@ def odd_text(rng: random.Random, path: str, body: dict) -> Case:
 
 
 def broken_bytes(rng: random.Random, path: str, body: dict) -> Case:
-    "JSON that was cut, changed, or written in another encoding."
+    "JSON that is truncated, corrupted or in another encoding."
     data = json.dumps(body).encode()
     forms = [
         lambda: data[: rng.randrange(len(data))],
@@ -352,7 +352,7 @@ def many(rng: random.Random, path: str, body: dict) -> Case:
 
 
 def compressed(rng: random.Random, path: str, body: dict) -> Case:
-    "A body that claims to be compressed; bombs among them."
+    "A body with a Content-Encoding, including decompression bombs."
     data = json.dumps(body).encode()
     forms = {
         "gzip": rng.choice([gzip.compress(data), gzip.compress(bytes(10_000_000)), b"\x1f\x8b", data]),
@@ -365,7 +365,7 @@ def compressed(rng: random.Random, path: str, body: dict) -> Case:
 
 
 def odd_headers(rng: random.Random, path: str, body: dict) -> Case:
-    "A valid body below odd headers that clients can send."
+    "A valid body with odd headers that clients can send."
     data = json.dumps(body).encode()
     name, value = rng.choice(
         [
@@ -424,7 +424,7 @@ def odd_headers(rng: random.Random, path: str, body: dict) -> Case:
 
 
 def odd_line(rng: random.Random, path: str, body: dict) -> Case:
-    "A broken first line, an odd path, another method."
+    "A broken request line, an odd path, another method."
     data = json.dumps(body).encode()
     method = rng.choice(["POST", "GET", "PUT", "TRACE", "CONNECT", "post", "A" * 300, "PATCH", "OPTIONS", ""])
     target = rng.choice(
@@ -452,7 +452,7 @@ def odd_line(rng: random.Random, path: str, body: dict) -> Case:
     return Case("odd line", path, data, raw=f"{method} {target} {version}\r\n{head}".encode() + data)
 
 
-KINDS: dict[Callable[[random.Random, str, dict], Case], int] = {  # and how often each is drawn
+KINDS: dict[Callable[[random.Random, str, dict], Case], int] = {  # with relative frequencies
     mutated: 30, wrong_type: 12, broken_image: 15, deep: 4, huge_number: 8, odd_text: 8, broken_bytes: 8, many: 3,
     compressed: 4, odd_headers: 5, odd_line: 3,
 }  # fmt: skip
@@ -460,7 +460,7 @@ PATHS = {"/generate": 3, "/jobs": 1, "/plan": 4, "/preprocess": 2, "/restore": 2
 
 
 def corpus(count: int, seed: int = 0) -> Iterator[Case]:
-    "The same hostile requests for the same seed; each depends on its number alone."
+    "Hostile requests, deterministic for a seed; each depends only on its index."
     valid = valid_bodies()
     for index in range(count):
         rng = random.Random(f"{seed}-{index}")
@@ -473,7 +473,7 @@ def corpus(count: int, seed: int = 0) -> Iterator[Case]:
 
 
 def send_raw(url: str, data: bytes) -> tuple[int, bytes]:
-    "Status and body of what a socket answers until it is closed; 0 where it is closed without an answer."
+    "Send raw bytes; return status and body, with status 0 if the connection closes without a response."
     host, port = url.removeprefix("http://").split(":")
     answered = b""
     with socket.create_connection((host, int(port)), timeout=STILL_WAITING) as connection:
@@ -483,7 +483,7 @@ def send_raw(url: str, data: bytes) -> tuple[int, bytes]:
                 answered += part
         except ConnectionError:
             pass
-        except TimeoutError:  # it waits for more of the body than there is
+        except TimeoutError:  # the server waits for more of the body than there is
             return (int(answered[9:12]) if answered else 408), b"{}"
     head, _, body = answered.partition(b"\r\n\r\n")
     words = head.split(b" ", 2)
@@ -491,7 +491,7 @@ def send_raw(url: str, data: bytes) -> tuple[int, bytes]:
 
 
 def fault(case: Case, status: int, body: bytes) -> str | None:
-    "What is wrong with an answer, or None."
+    "What is wrong with a response, or None."
     text = body[:LONGEST_ANSWER].decode("utf-8", "replace")
     if found := [word for word in SECRETS if word in text]:
         return f"shows {found[0]!r}"
@@ -506,7 +506,7 @@ def fault(case: Case, status: int, body: bytes) -> str | None:
     if len(body) > LONGEST_ANSWER:
         return f"has {len(body)} bytes"
     if case.raw is not None and status in (400, 431) and not text.startswith("{"):
-        return None  # not HTTP: answered before any route
+        return None  # invalid HTTP: answered before routing
     try:
         said = json.loads(text)
         wordless = not (said.get("errors") and said["errors"][0]["message"])
@@ -520,7 +520,7 @@ def memory_mb(client: httpx.Client) -> int:
 
 
 def attack(url: str, cases: Iterator[Case], at_once: int = 4) -> dict:
-    "Send all of them, and tell what came back."
+    "Send all cases, and summarize the responses."
 
     def one(case: Case) -> tuple[str, int, str | None, float]:
         started = time.monotonic()
@@ -554,7 +554,7 @@ def attack(url: str, cases: Iterator[Case], at_once: int = 4) -> dict:
     }
 
 
-BOUNDS = {  # of the tiny model, so that every accepted request is small
+BOUNDS = {  # of the tiny model; they keep every accepted request small
     "limits": {"max_width": 64, "max_height": 64, "max_num_images": 2, "max_num_inference_steps": 2},
     "defaults": {"width": 64, "height": 64, "num_inference_steps": 1, "guidance_scale": 1.0},
 }
@@ -562,7 +562,7 @@ BOUNDS = {  # of the tiny model, so that every accepted request is small
 
 @contextmanager
 def bounded_server() -> Iterator[str]:
-    "A server in its own process, with a tiny model that an operator has bounded."
+    "A server in its own process, with a tiny model that has operator limits."
     from server_process import running_server
 
     from diffusion_workers.pipeline.tiny_models import write_tiny_model
@@ -575,7 +575,7 @@ def bounded_server() -> Iterator[str]:
 
 
 def figures(url: str, count: int, seed: int) -> dict:
-    "The corpus against a server, with its memory before and after."
+    "Send the corpus to a server, and measure its memory before and after."
     plain = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2}
     with httpx.Client(base_url=url, timeout=PATIENCE) as client:
         image = lambda: client.post("/generate", json=plain).json()["generation"]["images"][0]["image"]

@@ -72,10 +72,8 @@ def running(
 
 
 @contextmanager
-def running_lab(
-    folder: Path, **options: Sequence[str]
-) -> Iterator[str]:  # a pattern of addresses, with {} for the notebook
-    "JupyterLab in a folder, without its news."
+def running_lab(folder: Path, **options: Sequence[str]) -> Iterator[str]:  # a URL template with {} for the notebook
+    "Run JupyterLab in a folder, without news notifications."
     settings = folder / ".settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(QUIET))

@@ -17,7 +17,7 @@ INPUTS = sorted((Path(__file__).resolve().parent.parent / "diffusion_workers" / 
 
 
 class KeptOpen:
-    "A service that several applications use in turn: closing an application leaves it open."
+    "A service that several applications share in turn; closing an application does not close it."
 
     def __init__(self, service):
         self._service = service
@@ -31,7 +31,7 @@ class KeptOpen:
 
 @contextmanager
 def serving(app: FastAPI, head_seconds: float = 60.0) -> Iterator[str]:  # the address
-    "An ASGI application behind a real socket."
+    "Serve an ASGI application on a real socket."
     with listening_socket("127.0.0.1", 0) as listening:
         server = uvicorn.Server(
             uvicorn.Config(
@@ -55,7 +55,7 @@ def serving(app: FastAPI, head_seconds: float = 60.0) -> Iterator[str]:  # the a
 
 @contextmanager
 def live_server(service, **settings) -> Iterator[tuple[str, FastAPI]]:  # the address, and the application
-    "The server over a service, with these settings."
+    "Run the server for a service, with these settings."
     app = create_app(KeptOpen(service), ServerSettings(**{"warm_up": False} | settings))
     with serving(app, settings.get("receive_timeout", 60.0)) as url:
         yield url, app

@@ -64,7 +64,7 @@ def round_of(url: str, clients: int, requests: int) -> list[dict]:
 
 
 def out_of_order(rows: list[dict]) -> int:
-    "The number of pairs in which the request that was surely second finished first."
+    "The number of job pairs in which one that was sent after the other was accepted finished first."
     jobs = [row for row in rows if "taken" in row]
     return sum(a["taken"] < b["sent"] and a["finished_at"] > b["finished_at"] for a in jobs for b in jobs)
 

@@ -1,4 +1,4 @@
-"""Where the parts of the project are; the tests share it."""
+"""Paths of the project, shared by the tests."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 PACKAGE = ROOT / "diffusion_workers"
 
-# What may stand at the top level.
+# Files and folders allowed at the top level.
 TOP_LEVEL = {
     "nbs",
     "diffusion_workers",
@@ -35,7 +35,7 @@ TOP_LEVEL = {
 
 
 def notebooks() -> list[Path]:
-    "Every notebook, without the copies that tools keep in hidden and underscored folders."
+    "All notebooks, except the copies that tools keep in hidden and underscored folders."
     return sorted(
         path
         for path in NBS.rglob("*.ipynb")
@@ -44,5 +44,5 @@ def notebooks() -> list[Path]:
 
 
 def name(path: Path) -> str:
-    "The path as a reader of the repository knows it."
+    "The path relative to the repository root."
     return path.relative_to(ROOT).as_posix()

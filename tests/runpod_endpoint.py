@@ -59,7 +59,7 @@ class Endpoint:
 
 
 def endpoint_app(endpoint: Endpoint) -> Starlette:
-    "The routes below https://api.runpod.ai/v2/ENDPOINT_ID."
+    "The routes under https://api.runpod.ai/v2/ENDPOINT_ID."
 
     async def handle(request: Request) -> Response:
         action, job_id = request.path_params["action"], request.path_params.get("job_id")

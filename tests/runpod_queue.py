@@ -36,7 +36,7 @@ class QueuedJob:
     updates: list[Any] = field(default_factory=list)  # progress
     stream: list[Any] = field(default_factory=list)  # items that a client has not fetched yet
     streamed: list[Any] = field(default_factory=list)  # all items
-    taken: list[str] = field(default_factory=list)  # by which worker, each time
+    taken: list[str] = field(default_factory=list)  # names of the workers that took it
     stop_pod: bool = False  # whether the worker requested its replacement
     answer_bytes: int = 0
 
@@ -104,7 +104,7 @@ class QueueServer:
         message = json.loads(body, parse_constant=_no_constants)
 
         def note() -> None:
-            if job.status in ENDED:  # an update may come late
+            if job.status in ENDED:  # an update may arrive late
                 return
             if message.get("status") == "IN_PROGRESS":
                 job.updates.append(message["output"])
@@ -187,7 +187,7 @@ class QueueServer:
         self.stop(job.id)
         return web.json_response(job.client_view)
 
-    # --- what tests do ---
+    # --- calls from tests ---
 
     def submit(self, given: Any, sync: bool = False) -> str:  # the job's id
         "Queue a job."

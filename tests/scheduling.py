@@ -1,4 +1,4 @@
-"""Which worker of the test run gets what: a module, with what it starts, stays whole; long ones go first."""
+"""pytest-xdist scheduling: a module stays on one worker, with what it starts; the longest modules run first."""
 
 from pathlib import Path
 
@@ -28,12 +28,12 @@ FIRST = (  # modules that take longest on one processor
 
 
 def by_length(path: Path) -> int:
-    "Sorts tests: the longest modules, the notebooks, and then the short modules, with which workers end together."
+    "Sort key: the longest modules, notebooks, then short modules, so that all workers finish at about the same time."
     return FIRST.index(path.name) if path.name in FIRST else len(FIRST)
 
 
 class LongestFirst(LoadScopeScheduling):
-    "Gives a worker that has nothing left the next module in the order of the tests, or the next notebook."
+    "Give an idle worker the next module in test order, or the next notebook."
 
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.partition("::")[0]

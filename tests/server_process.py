@@ -22,7 +22,7 @@ PATIENCE = 600  # seconds until something counts as stuck; never a measure of sp
 
 
 def needs(found: object, what: str) -> None:
-    "Skip the test where something it needs is not installed; fail it where nothing may be skipped."
+    "Skip the test if a requirement is not installed; fail it if skips are not allowed."
     if found:
         return
     if os.environ.get(NO_SKIPS):

@@ -1,9 +1,10 @@
-"""Soak of a local server with mixed requests; prints the results as JSON.
+"""Soak test of a local server with mixed requests; prints the results as JSON.
 
     python tests/soak_server.py [--count 10000] [--clients 4] [--seed 0]
 
-It starts a server in its own process with the built-in models, whose images have one step and 64 x 64 pixels. Every
-answer is checked: the right status, the right seeds, and the pixels that the same request had before.
+It starts a server in its own process with the built-in models. Images have 64 x 64 pixels and, unless they are
+cancelled, one step. Every response is checked: the right status, the right seeds, and the same pixels as for an earlier
+identical request.
 """
 
 import argparse
@@ -63,7 +64,7 @@ EXTRAS: list[dict] = [
 
 
 class Wrong(Exception):
-    "An answer that is not the right one."
+    "An unexpected response."
 
 
 def expect(response: httpx.Response, *wanted: int) -> httpx.Response:
@@ -73,14 +74,14 @@ def expect(response: httpx.Response, *wanted: int) -> httpx.Response:
 
 
 class Soak:
-    "What the clients share: the images of each request, which must always be the same."
+    "State shared by the clients: the pixels of each request, which must always be the same."
 
     def __init__(self) -> None:
         self.lock = Lock()
         self.pixels: dict[str, str] = {}
 
     def check(self, body: dict, result: dict) -> None:
-        "The seeds and the pixels of a success."
+        "Check the seeds and the pixels of a successful result."
         images = result["generation"]["images"]
         wanted = [body["seed"] + index for index in range(body.get("num_images", 1))]
         if [image["seed"] for image in images] != wanted:
@@ -154,7 +155,7 @@ def cancel(client: httpx.Client, rng: random.Random, soak: Soak) -> int:
 
 
 def leave(client: httpx.Client, rng: random.Random, soak: Soak) -> int:
-    "Go away in the middle: nothing may be left of it."
+    "Disconnect during a generation, which must leave nothing in the queue."
     try:
         client.post("/generate", json=body_of(rng) | {"num_inference_steps": 50}, timeout=0.02)
     except httpx.TimeoutException:
@@ -199,14 +200,14 @@ def missing(client: httpx.Client, rng: random.Random, soak: Soak) -> int:
     ).status_code
 
 
-KINDS: dict[Callable[[httpx.Client, random.Random, Soak], int], int] = {  # and how often each is drawn
+KINDS: dict[Callable[[httpx.Client, random.Random, Soak], int], int] = {  # with relative frequencies
     make: 12, make_bytes: 4, poll: 4, stream: 5, cancel: 2, leave: 2, plan: 24, preprocess: 4, restore: 8, look: 15,
     invalid: 15, missing: 5,
 }  # fmt: skip
 
 
 def one(client: httpx.Client, index: int, seed: int, soak: Soak) -> dict:
-    "The request of a number: the same for the same seed."
+    "Send the request with an index: the same for the same seed."
     rng = random.Random(f"{seed}-{index}")
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     started = time.monotonic()
@@ -220,7 +221,7 @@ def one(client: httpx.Client, index: int, seed: int, soak: Soak) -> dict:
 
 
 def idle(client: httpx.Client) -> bool:
-    "Whether nothing is left in the queue; waits for what was abandoned to end."
+    "Whether the queue is empty, once abandoned jobs have ended."
     give_up = time.monotonic() + PATIENCE
     while time.monotonic() < give_up:
         lines = client.get("/metrics").text.splitlines()
@@ -270,7 +271,7 @@ def figures(url: str, count: int, clients: int = 4, seed: int = 0) -> dict:
 
 @contextmanager
 def soaked_server() -> Iterator[str]:
-    "A server in its own process that keeps few results, so that memory shows what else it keeps."
+    "A server in its own process that keeps few results, so that its memory shows leaks elsewhere."
     from server_process import running_server
 
     with running_server(DIFFUSION_WORKERS_KEEP_BYTES="16MB") as url:

@@ -1,4 +1,4 @@
-"""Every kind of adapter changes a layer as its paper says, in double precision, and is removed bit for bit."""
+"""Adapters (LoRA, LoHa, LoKr, DoRA, OFT and others) match double-precision formulas, and are removed bit for bit."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def kohya(path: str) -> str:
     return "lora_unet_" + path.replace(".", "_")
 
 
-# The formulas, in double precision: (weight, tensors of the file, scale) -> what is added to the weight.
+# Reference formulas in double precision: (weight, tensors of the file, scale) -> delta of the weight.
 
 
 def lora(weight: Tensor, t: dict[str, Tensor], scale: float) -> Tensor:
@@ -143,7 +143,7 @@ def full(weight: Tensor, t: dict[str, Tensor], scale: float) -> Tensor:
 
 
 def dora(plain: Callable[..., Tensor], dim: int) -> Callable[..., Tensor]:
-    "The same with learned lengths, for each index of the dimension."
+    "The same with DoRA's learned magnitudes, one for each index of the dimension."
 
     def change(weight: Tensor, t: dict[str, Tensor], scale: float) -> Tensor:
         whole = weight + plain(weight, t, 1.0)
@@ -155,7 +155,7 @@ def dora(plain: Callable[..., Tensor], dim: int) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    "Tensors of one module, and the formula."
+    "The tensors of one module, and the reference formula."
 
     path: str
     tensors: dict[str, Tensor]
@@ -266,7 +266,7 @@ CASES = cases()
 
 
 def normalized(t: dict[str, Tensor]) -> dict[str, Tensor]:
-    "In double precision, norms under the names of other layers."
+    "The tensors in double precision, with norm weights under the names of other layers."
     names = {"w_norm": "diff", "b_norm": "diff_b"}
     return {names.get(name, name): tensor.double() for name, tensor in t.items()}
 
@@ -285,7 +285,7 @@ def of_module(case: Case) -> dict[str, Tensor]:
 
 @pytest.fixture
 def unchanged(pipe: SimpleNamespace) -> Iterator[None]:
-    "Every module and every bit of the model is the same afterwards."
+    "Assert that every module and every bit of the model is the same afterwards."
     modules = dict(pipe.unet.named_modules())
     before = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     yield
@@ -313,7 +313,7 @@ def probe(layer: nn.Module) -> Tensor:
 
 
 def check(pipe: SimpleNamespace, path: Path, module: str, change: Callable, bias: Callable, merge: bool) -> None:
-    "The output of a layer with an adapter, at several scales."
+    "Compare the output of a layer with an adapter to the reference, at several scales."
     loaded = load_lora(path, LoraName("x"))
     base = pipe.unet.get_submodule(module)
     reference = type(base).__new__(type(base))
@@ -337,7 +337,9 @@ def _copy(module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("merge", [False, True], ids=["layer", "written"])
 @pytest.mark.parametrize("name", CASES)
-def test_formula(pipe: SimpleNamespace, unchanged: None, tmp_path: Path, name: str, merge: bool) -> None:
+def test_adapters_match_their_reference_formula(
+    pipe: SimpleNamespace, unchanged: None, tmp_path: Path, name: str, merge: bool
+) -> None:
     case = CASES[name]
     tensors = normalized(case.tensors)
     bias = lambda scale: scale * tensors["diff_b"] if "diff_b" in tensors else None
@@ -345,8 +347,8 @@ def test_formula(pipe: SimpleNamespace, unchanged: None, tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["layer", "written"])
-def test_peft(pipe: SimpleNamespace, unchanged: None, tmp_path: Path, merge: bool) -> None:
-    "lora_B.bias is scaled as the product is; AdaLoRA has singular values and a count of them."
+def test_peft_lora_bias_and_adalora(pipe: SimpleNamespace, unchanged: None, tmp_path: Path, merge: bool) -> None:
+    "lora_B.bias is scaled like the product; AdaLoRA has singular values and their number."
     torch.manual_seed(3)
     a, b, bias, values = random(4, 16), random(128, 4), random(128), random(4, 1)
     key = f"base_model.model.{LINEAR}."
@@ -366,8 +368,8 @@ def test_peft(pipe: SimpleNamespace, unchanged: None, tmp_path: Path, merge: boo
     check(pipe, path, LINEAR, lambda w, s: s * product * 8 / 3, lambda s: None, merge)
 
 
-def test_ia3_of_peft(pipe: SimpleNamespace, unchanged: None, tmp_path: Path) -> None:
-    "Factors of outputs change the bias too, as peft multiplies what a layer returns."
+def test_peft_ia3_scales_the_bias_with_the_outputs(pipe: SimpleNamespace, unchanged: None, tmp_path: Path) -> None:
+    "peft multiplies the layer output, bias included; factors of a square layer are ambiguous and refused."
     torch.manual_seed(4)
     factors = 1 + random(128, 1)
     path = write(tmp_path, {f"base_model.model.{LINEAR}.ia3_l": factors}, config={"peft_type": "IA3"})
@@ -380,11 +382,11 @@ def test_ia3_of_peft(pipe: SimpleNamespace, unchanged: None, tmp_path: Path) -> 
         pass
 
 
-def test_bias_where_the_layer_has_none(pipe: SimpleNamespace, unchanged: None, tmp_path: Path) -> None:
+def test_adapter_bias_on_a_layer_without_bias(pipe: SimpleNamespace, unchanged: None, tmp_path: Path) -> None:
     torch.manual_seed(5)
     bias = random(16)
     path = write(tmp_path, {f"{kohya(PLAIN)}.diff": random(16, 16) * 0, f"{kohya(PLAIN)}.diff_b": bias})
-    for merge in (False, True):  # there is no bias to write into, so it is a layer both times
+    for merge in (False, True):  # without a bias to merge into, it stays a layer both times
         with use_loras(pipe, [(load_lora(path, LoraName("x")), Lora(name="x", scale=0.5))], merge=merge):
             layer = pipe.unet.get_submodule(PLAIN)
             x = probe(layer.base_layer)
@@ -392,8 +394,8 @@ def test_bias_where_the_layer_has_none(pipe: SimpleNamespace, unchanged: None, t
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["layer", "written"])
-def test_several_at_once(pipe: SimpleNamespace, unchanged: None, tmp_path: Path, merge: bool) -> None:
-    "The sum of a LoRA, a LoHa and a LoKr on one layer is the sum of their changes."
+def test_adapters_on_one_layer_are_summed(pipe: SimpleNamespace, unchanged: None, tmp_path: Path, merge: bool) -> None:
+    "A LoRA, a LoHa and a LoKr on one layer add up to the sum of their deltas."
     names = ("LoRA with bias", "LoHa linear", "LoKr whole")
     loras, change = [], 0
     weight = pipe.unet.get_submodule(LINEAR).weight.detach().double()
@@ -409,8 +411,8 @@ def test_several_at_once(pipe: SimpleNamespace, unchanged: None, tmp_path: Path,
         torch.testing.assert_close(pipe.unet.get_submodule(LINEAR)(probe(base)), want, rtol=2e-4, atol=5e-4)
 
 
-def test_half_precision(pipe: SimpleNamespace, tmp_path: Path) -> None:
-    "A bf16 model keeps its dtype, and every bit after an adapter was written into it."
+def test_bfloat16_models_keep_their_dtype_and_bits(pipe: SimpleNamespace, tmp_path: Path) -> None:
+    "A bf16 model keeps its dtype, and every bit after an adapter was merged and removed."
     half = SimpleNamespace(unet=_copy(pipe.unet).bfloat16(), transformer=None, text_encoder=None)
     before = {name: tensor.clone() for name, tensor in half.unet.state_dict().items()}
     for name in ("LoKr whole", "OFT linear", "DoRA inputs", "full layer norm"):
@@ -426,10 +428,10 @@ def test_half_precision(pipe: SimpleNamespace, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["LoHa linear", "LoKr whole", "full linear", "OFT linear", "GLoRA linear", "IA3 inputs"]
 )
-def test_quantized(pipe: SimpleNamespace, tmp_path: Path, name: str) -> None:
-    "Packed weights take the kinds that do not need them; the others are refused with the reason."
+def test_adapters_on_quantized_layers(pipe: SimpleNamespace, tmp_path: Path, name: str) -> None:
+    "Quantized layers take adapters that do not need the weights; others are refused with the reason."
 
-    class Packed(nn.Linear):  # int8 rows and their scales, as quantized layers are
+    class Packed(nn.Linear):  # int8 rows and their scales, like a quantized layer
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.linear(x, self.weight.float() * 0.01, self.bias)
 
@@ -452,11 +454,11 @@ def test_quantized(pipe: SimpleNamespace, tmp_path: Path, name: str) -> None:
     assert packed.unet.get_submodule(LINEAR) is layer
 
 
-# Flux keeps query, key and value in one matrix in the original layout: the change of the whole is cut into rows.
+# The original Flux layout fuses query, key and value into one matrix; its delta is split by rows.
 
 
 @pytest.mark.parametrize("name", ["LoKr", "GLoRA", "OFT", "DoRA inputs", "full"])
-def test_fused(tmp_path: Path, name: str) -> None:
+def test_fused_qkv_deltas_are_split_by_rows(tmp_path: Path, name: str) -> None:
     torch.manual_seed(6)
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=16,
@@ -507,7 +509,7 @@ def test_fused(tmp_path: Path, name: str) -> None:
     assert [transformer.get_submodule(path) for path in paths] == layers
 
 
-# What is left out, and what is refused.
+# Skipped modules and refused files.
 
 
 def pair(module: str, inputs: int, outputs: int, rank: int = 4) -> dict[str, Tensor]:
@@ -517,7 +519,7 @@ def pair(module: str, inputs: int, outputs: int, rank: int = 4) -> dict[str, Ten
     }
 
 
-def test_left_out_with_a_warning(pipe: SimpleNamespace, unchanged: None, tmp_path: Path) -> None:
+def test_unusable_modules_are_skipped_with_a_warning(pipe: SimpleNamespace, unchanged: None, tmp_path: Path) -> None:
     good, other = kohya(LINEAR), kohya(PLAIN)
     cases = {
         "1 of 2 modules of this LoRA have another shape": pair(other, 24, 16),
@@ -529,14 +531,14 @@ def test_left_out_with_a_warning(pipe: SimpleNamespace, unchanged: None, tmp_pat
             assert [p for p, m in pipe.unet.named_modules() if isinstance(m, LoraLayer)] == [LINEAR]
         assert [message in note.message for note in notes] == [True]
         assert "attn1" in notes[0].message
-        with pytest.raises(RequestError):  # nothing would be left
+        with pytest.raises(RequestError):  # no usable module would be left
             loaded = load_lora(write(tmp_path, bad), LoraName("x"))
             with use_loras(pipe, [(loaded, Lora(name="x"))]):
                 pass
 
 
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf])
-def test_alpha_is_finite(tmp_path: Path, alpha: float) -> None:
+def test_alpha_must_be_finite(tmp_path: Path, alpha: float) -> None:
     path = write(tmp_path, pair("lora_unet_x", 4, 4) | {"lora_unet_x.alpha": torch.tensor(alpha)})
     with pytest.raises(RequestError, match=r"alpha of x is .*not finite"):
         load_lora(path, LoraName("x"))
@@ -546,7 +548,7 @@ def test_alpha_is_finite(tmp_path: Path, alpha: float) -> None:
         load_lora(write(tmp_path, peft, config), LoraName("x"))
 
 
-def test_one_module_under_two_names(pipe: SimpleNamespace, tmp_path: Path) -> None:
+def test_duplicate_modules_are_refused(pipe: SimpleNamespace, tmp_path: Path) -> None:
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     original = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q"
     loaded = load_lora(write(tmp_path, pair(kohya(path), 16, 16) | pair(original, 16, 16)), LoraName("x"))
@@ -561,7 +563,7 @@ def test_one_module_under_two_names(pipe: SimpleNamespace, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "pattern", [r".*attn1\.to_q", "(to_q|to_k)", "to_q", PLAIN.replace(".", r"\."), r"attn\d.to_q"]
 )
-def test_alpha_pattern(pipe: SimpleNamespace, tmp_path: Path, pattern: str) -> None:
+def test_peft_alpha_pattern_selects_modules(pipe: SimpleNamespace, tmp_path: Path, pattern: str) -> None:
     a, b = random(4, 16), random(16, 4)
     written = json.dumps({"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_v": 99, pattern: 16, ".*": 1}})
     tensors = {f"unet.{PLAIN}.lora_A.weight": a, f"unet.{PLAIN}.lora_B.weight": b}
@@ -573,7 +575,7 @@ def test_alpha_pattern(pipe: SimpleNamespace, tmp_path: Path, pattern: str) -> N
 
 
 def attention(name: str, count: int, inputs: int, outputs: int) -> dict[str, Tensor]:
-    "Matrices for one module of the first blocks; they hold no memory."
+    "LoRA matrices for one module of the first blocks, expanded from single elements to save memory."
     empty = lambda *sides: torch.zeros(1).expand(*sides)
     tensors = {}
     for i in range(count):
@@ -607,8 +609,8 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("title", FAMILIES)
-def test_family(tmp_path: Path, title: str) -> None:
-    "A LoRA of attention alone is refused under the name of its family, and never taken for Flux."
+def test_the_family_is_inferred_from_attention_layers(tmp_path: Path, title: str) -> None:
+    "An attention-only LoRA of another family is refused by the name of its family, and never taken for Flux."
     name, count, inputs, outputs, family = FAMILIES[title]
     header = inspect_lora(write(tmp_path, attention(name, count, inputs, outputs)))
     assert family in header.family_words
@@ -619,8 +621,8 @@ def test_family(tmp_path: Path, title: str) -> None:
         check_family(header, ModelFamily.flux, LoraName("x"))
 
 
-def test_family_by_metadata(tmp_path: Path) -> None:
-    "Chroma has the blocks of Flux; SDXL's attention is Kolors' too: there the metadata decides."
+def test_the_family_is_inferred_from_metadata_or_t5_layers(tmp_path: Path) -> None:
+    "Chroma has the block names of Flux, so metadata decides; T5 layers mean Flux."
     tensors = attention("lora_unet_double_blocks_{}_img_attn_qkv", 19, 3072, 9216)
     header = inspect_lora(write(tmp_path, tensors, **{"modelspec.architecture": "chroma/lora"}))
     assert header.family is not ModelFamily.flux
@@ -639,14 +641,14 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_other_files_are_named(tmp_path: Path, what: str) -> None:
+def test_non_lora_files_are_named_in_the_error(tmp_path: Path, what: str) -> None:
     path = write(tmp_path, {key: torch.zeros(shape) for key, shape in OTHERS[what].items()})
     with pytest.raises(RequestError, match=f"this is {what}, which cannot be used as a LoRA"):
         inspect_lora(path)
 
 
-def test_as_lycoris(pipe: SimpleNamespace, tmp_path: Path) -> None:
-    "The same as the package that writes most of these files, where it is installed."
+def test_adapters_match_lycoris(pipe: SimpleNamespace, tmp_path: Path) -> None:
+    "The same outputs as the package that writes most of these files, if it is installed."
     modules = pytest.importorskip("lycoris.modules")
     names = {"LoHa": modules.loha.LohaModule, "OFT": modules.diag_oft.DiagOFTModule}
     names |= {"BOFT": modules.boft.ButterflyOFTModule, "GLoRA": modules.glora.GLoRAModule, "IA3": modules.ia3.IA3Module}
@@ -662,7 +664,7 @@ def test_as_lycoris(pipe: SimpleNamespace, tmp_path: Path) -> None:
             file = write(tmp_path, {f"{kohya(path)}.{k}": v.detach().float() for k, v in tensors.items()})
             for scale in SCALES:
                 module.eval().multiplier = scale
-                with torch.no_grad():  # what it computes in training; its merging multiplies by alpha / rank twice
+                with torch.no_grad():  # its training forward; its merging multiplies by alpha / rank twice
                     want = module(probe(base))
                 with (
                     use_loras(pipe, [(load_lora(file, LoraName(name)), Lora(name=name, scale=scale))]),

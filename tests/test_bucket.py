@@ -1,4 +1,4 @@
-"""Uploads to a bucket, whatever form its address has: the right host, path and region, in requests and in addresses."""
+"""Bucket uploads for every form of endpoint URL: host, path and region of requests and presigned URLs."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ def bucket_of(address: str, name: str | None = None, **variables: str) -> Bucket
     return made
 
 
-CASES = {  # address, BUCKET_NAME -> the address of an upload, and the region of its signature
+CASES = {  # endpoint URL, BUCKET_NAME -> URL of an upload, and signing region
     ("https://images.s3.eu-central-1.amazonaws.com", None): (
         "https://images.s3.eu-central-1.amazonaws.com/",
         "eu-central-1",
@@ -97,7 +97,7 @@ CASES = {  # address, BUCKET_NAME -> the address of an upload, and the region of
     ("https://images.minio.example.org", "images"): ("https://images.minio.example.org/", "us-east-1"),
     ("https://minio.example.org", "minio"): ("https://minio.example.org/minio/", "us-east-1"),
     ("https://abc.supabase.co/storage/v1/s3", "images"): ("https://abc.supabase.co/storage/v1/s3/images/", "us-east-1"),
-    # no certificate of a store fits a host name with dots in the bucket, so these are always in the path
+    # wildcard certificates do not cover bucket names with dots, so these are always in the path
     ("https://team.images.s3.eu-west-1.amazonaws.com", None): (
         "https://s3.eu-west-1.amazonaws.com/team.images/",
         "eu-west-1",
@@ -106,8 +106,8 @@ CASES = {  # address, BUCKET_NAME -> the address of an upload, and the region of
 
 
 @pytest.mark.parametrize("address, name", CASES)
-def test_an_upload_goes_where_the_address_says(address: str, name: str | None) -> None:
-    "The request as boto3 would send it, and the address that clients get, with the region of both signatures."
+def test_uploads_use_the_right_host_path_and_region(address: str, name: str | None) -> None:
+    "The request that boto3 would send, and the presigned URL for clients, with the signing region of both."
     wanted, region = CASES[address, name]
     bucket, sent = bucket_of(address, name), []
     client = bucket.client()
@@ -124,7 +124,7 @@ def test_an_upload_goes_where_the_address_says(address: str, name: str | None) -
     assert parse_qs(urlsplit(link).query)["X-Amz-Credential"][0].split("/")[2] == region
 
 
-def test_a_region_that_is_set_wins() -> None:
+def test_bucket_region_overrides_the_inferred_region() -> None:
     assert bucket_of("https://s3.example.org", "images", BUCKET_REGION="eu-9").region == "eu-9"
     assert bucket_of("https://images.s3.eu-central-1.amazonaws.com", BUCKET_REGION="eu-west-2").region == "eu-west-2"
 
@@ -145,14 +145,14 @@ def test_a_region_that_is_set_wins() -> None:
         ({"BUCKET_NAME": "dogs"}, "BUCKET_ENDPOINT_URL: missing"),
     ],
 )
-def test_an_address_that_cannot_be_used_is_refused_at_the_start(variables: dict[str, str], said: str) -> None:
+def test_unusable_bucket_settings_are_refused(variables: dict[str, str], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
         WorkerSettings.from_environment(KEYS | variables)
 
 
 @pytest.fixture
 def store() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    "A store on this machine that answers where host, path and region are right, and keeps what it was asked."
+    "A local object store, and the host, path and region of each upload to it."
     asked: list[tuple[str, str, str]] = []
     files: dict[str, bytes] = {}
 
@@ -179,8 +179,8 @@ def store() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
 
 
 @pytest.mark.parametrize("path, name", [("/images", None), ("/images/", "images"), ("", "images")])
-def test_an_image_of_a_job_is_read_back_from_its_address(store, path: str, name: str | None) -> None:
-    "From the settings of a worker to the client, through a real socket."
+def test_a_delivered_image_is_downloaded_from_its_url(store, path: str, name: str | None) -> None:
+    "From the worker settings to the client, through a real socket."
     from PIL import Image
 
     from diffusion_workers.worker.delivery import deliver

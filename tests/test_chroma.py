@@ -38,8 +38,8 @@ def service(folder: Path) -> Iterator[DiffusionService]:
         yield service
 
 
-def test_guidance_is_real(service: DiffusionService) -> None:
-    "A negative prompt counts while guidance is on, and a warning says where it does nothing."
+def test_guidance_uses_the_negative_prompt(service: DiffusionService) -> None:
+    "A negative prompt has an effect while guidance is on; otherwise a warning says that it does nothing."
     plain = pixels(service)
     assert difference(pixels(service, **NEGATIVE), plain) > 0
     off = pixels(service, guidance_scale=1.0)
@@ -48,14 +48,14 @@ def test_guidance_is_real(service: DiffusionService) -> None:
     assert "a negative prompt does nothing" in result.warnings[0].message
 
 
-def test_padding_counts_so_the_length_stands_in_the_plan(service: DiffusionService) -> None:
+def test_max_sequence_length_is_planned_and_changes_the_image(service: DiffusionService) -> None:
     assert service.plan(**COMMON).plan.max_sequence_length == 512
     assert difference(pixels(service, max_sequence_length=64), pixels(service)) > 0
     result = service.generate(**COMMON | {"prompt": "a" * 100}, max_sequence_length=64)
     assert [note.field for note in result.warnings] == ["prompt"]
 
 
-def test_taylorseer_runs_twice_alike_and_leaves_nothing_behind(service: DiffusionService) -> None:
+def test_taylorseer_is_deterministic_and_leaves_no_state(service: DiffusionService) -> None:
     for fields in (NEGATIVE, {"image": photo(), "strength": 0.9}):
         request = {"num_inference_steps": 8} | fields
         plain = pixels(service, **request)
@@ -66,7 +66,7 @@ def test_taylorseer_runs_twice_alike_and_leaves_nothing_behind(service: Diffusio
 
 
 @pytest.mark.parametrize("method", ["apg", "cfg_zero_star"])
-def test_guiders_refine_its_guidance(service: DiffusionService, method: str) -> None:
+def test_guiders_change_the_image_and_leave_no_state(service: DiffusionService, method: str) -> None:
     plain = pixels(service, guidance_scale=5.0)
     assert difference(pixels(service, guidance_scale=5.0, guider={"method": method}), plain) > 0
     assert difference(pixels(service, guidance_scale=5.0), plain) == 0
@@ -82,8 +82,8 @@ def lora(folder: Path, names: list[str], inputs: int, outputs: int, metadata: di
     return folder / "loras" / "probe.safetensors"
 
 
-def test_a_lora_is_told_by_its_layers_or_by_its_metadata(folder: Path) -> None:
-    "Attention alone has the names and widths of FLUX.1."
+def test_the_lora_family_is_inferred_from_layers_or_metadata(folder: Path) -> None:
+    "Attention-only LoRAs have the names and widths of FLUX.1."
     attention = [f"double_blocks_{i}_img_attn_proj" for i in range(19)]
     told = lambda *args: load_lora(lora(folder, *args), LoraName("probe")).header.family
     assert told(["distilled_guidance_layer_layers_0_in_layer"], 5120, 5120) == ModelFamily.chroma
@@ -91,8 +91,8 @@ def test_a_lora_is_told_by_its_layers_or_by_its_metadata(folder: Path) -> None:
     assert told(attention, 3072, 3072, {"modelspec.architecture": "chroma/lora"}) == ModelFamily.chroma
 
 
-def test_a_lora_for_flux_fits_as_far_as_the_layers_are_the_same(service: DiffusionService, folder: Path) -> None:
-    "One for another family is refused."
+def test_flux_loras_apply_to_the_shared_layers(service: DiffusionService, folder: Path) -> None:
+    "A LoRA for another family is refused."
     lora(folder, ["double_blocks_0_img_attn_proj"], 32, 32, {"modelspec.architecture": "flux-1-dev/lora"})
     plain = pixels(service)
     assert difference(pixels(service, loras=[{"name": "probe.safetensors"}]), plain) > 0

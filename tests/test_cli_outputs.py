@@ -1,4 +1,4 @@
-"Where the command line writes, what it never overwrites, batches of prompts, JSON, and the same commands on a server."
+"Command-line output: name templates, overwrite protection, prompt batches, JSON, and the same commands on a server."
 
 import io
 import json
@@ -27,7 +27,7 @@ def shared() -> DiffusionService:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: DiffusionService) -> Path:
-    "The folder that the test works in; every command of the test uses one service."
+    "The working directory of the test; all of its commands share one service."
 
     class Kept:
         def __enter__(self) -> DiffusionService:
@@ -41,8 +41,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: DiffusionServi
     return tmp_path
 
 
-def test_templates_folders_and_free_names(here: Path, capsys: pytest.CaptureFixture) -> None:
-    "Templates are filled in, a folder gets names of its own, and without -o no file is ever overwritten."
+def test_output_templates_folders_and_default_names(here: Path, capsys: pytest.CaptureFixture) -> None:
+    "Templates are filled in, files in a folder get generated names, and without -o no file is ever overwritten."
     assert main(["generate", RED, *QUICK, "-n", "2", "--seed", "5", "-o", "{model}/{index:02}-{seed}.webp"]) == 0
     assert sorted(path.name for path in Path("shapes-sd15").iterdir()) == ["01-5.webp", "02-6.webp"]
     assert Image.open("shapes-sd15/01-5.webp").format == "WEBP"
@@ -57,8 +57,8 @@ def test_templates_folders_and_free_names(here: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
 
 
-def test_names_that_nobody_typed_end_in_the_format_of_the_request(here: Path, capsys: pytest.CaptureFixture) -> None:
-    "In a folder, and without -o, WebP is written as WebP; an ending that was typed decides over a file, not an option."
+def test_generated_names_use_the_requested_format(here: Path, capsys: pytest.CaptureFixture) -> None:
+    "Generated names end in .webp for WebP; a typed extension overrides a request file, but not --output-format."
     webp = ["--output-format", "webp"]
     assert main(["generate", "A star", *QUICK, "--seed", "5", *webp, "-o", "images/"]) == 0
     assert main(["generate", RED, *QUICK, *webp]) == 0
@@ -68,11 +68,11 @@ def test_names_that_nobody_typed_end_in_the_format_of_the_request(here: Path, ca
     assert read_metadata(Path("a.png")).plan.output.format == "png"
     capsys.readouterr()
     assert main(["generate", RED, *QUICK, *webp, "-o", "b.png"]) == 4
-    assert "--output-format: the ending of the output file asks for png; given 'webp'" in capsys.readouterr().err
+    assert "--output-format: the extension of the output file means png; given 'webp'" in capsys.readouterr().err
 
 
-def test_nothing_is_overwritten_without_force_and_a_source_never(here: Path, capsys: pytest.CaptureFixture) -> None:
-    "An existing file is refused before an image is generated; --force overwrites it, but never what the request reads."
+def test_files_are_overwritten_only_by_force_and_inputs_never(here: Path, capsys: pytest.CaptureFixture) -> None:
+    "An existing file is refused before generation; --force overwrites it, unless the request reads it."
     Image.new("RGB", (128, 128), "white").save("start.png")
     before = Path("start.png").read_bytes()
     arguments = ["generate", RED, *QUICK, "-o", "start.png"]
@@ -84,13 +84,13 @@ def test_nothing_is_overwritten_without_force_and_a_source_never(here: Path, cap
     assert main([*arguments, "-f"]) == 0 and Path("start.png").read_bytes() != before
 
 
-def test_standard_output_gets_the_image_alone(here: Path, capfdbinary: pytest.CaptureFixture) -> None:
+def test_standard_output_gets_only_the_image(here: Path, capfdbinary: pytest.CaptureFixture) -> None:
     assert main(["generate", RED, *QUICK, "-o", "-"]) == 0
     written = capfdbinary.readouterr().out
     assert Image.open(io.BytesIO(written)).format == "PNG" and not list(here.iterdir())
 
 
-def test_an_image_is_not_lost_when_the_disk_fills_up(
+def test_images_are_kept_elsewhere_when_the_disk_is_full(
     here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     "The error names the folder that holds the images instead."
@@ -111,7 +111,7 @@ def test_an_image_is_not_lost_when_the_disk_fills_up(
 
 
 def test_a_batch_of_prompts_is_resumed(here: Path, capsys: pytest.CaptureFixture) -> None:
-    "Each row of a CSV is a request, a mistake in any row is found first, and a second call generates nothing."
+    "Each CSV row is a request, an error in any row is found first, and a second run generates nothing."
     Path("wrong.csv").write_text("prompt,steps\na red circle,2\na blue square,many\n")
     assert main(["generate", "--prompts", "wrong.csv", "-o", "images"]) == 2
     assert "entry 2 of wrong.csv: num_inference_steps" in capsys.readouterr().err
@@ -125,8 +125,8 @@ def test_a_batch_of_prompts_is_resumed(here: Path, capsys: pytest.CaptureFixture
     assert done.out == "" and "2 of 2 are done already" in done.err
 
 
-def test_json_of_a_success_and_of_a_failure(here: Path, capsys: pytest.CaptureFixture) -> None:
-    "Standard output holds one JSON value: files in the place of image data, or errors that name the option."
+def test_json_output_of_success_and_failure(here: Path, capsys: pytest.CaptureFixture) -> None:
+    "Standard output is one JSON value: file names instead of image data, or errors that name the option."
     assert main(["generate", RED, *QUICK, "--seed", "5", "-o", "a.png", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     image = made["generation"]["images"][0]
@@ -136,10 +136,10 @@ def test_json_of_a_success_and_of_a_failure(here: Path, capsys: pytest.CaptureFi
     assert json.loads(told.out)["errors"][0]["field"] == "--steps" and told.err == ""
 
 
-def test_the_commands_on_a_server(
+def test_commands_work_the_same_on_a_server(
     here: Path, shared: DiffusionService, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "plan, models, preprocessors, preprocess, generate and replay do the same with --url; --server auto finds it."
+    "plan, models, preprocessors, preprocess, generate and replay take --url; --server auto finds a local server."
     Image.new("RGB", (128, 128), "white").save("white.png")
     image = Image.open("white.png")
     image.paste("red", (30, 30, 90, 90))

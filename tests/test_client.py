@@ -1,4 +1,4 @@
-"""The Python client against a live server and against a RunPod endpoint: the same calls, in step and with await."""
+"""The Python client against a live server and a RunPod endpoint: the same calls, synchronous and asynchronous."""
 
 import asyncio
 import base64
@@ -70,7 +70,7 @@ def endpoint(service: DiffusionService) -> Iterator[tuple[str, Endpoint]]:
 
 @pytest.fixture(params=["server", "runpod"])
 def target(request: pytest.FixtureRequest) -> Server | RunPod:
-    "Both of them; each test below holds for both."
+    "A server and a RunPod endpoint; each test with this fixture runs against both."
     if request.param == "server":
         return Server(request.getfixturevalue("url"), token="correct-horse")
     return RunPod("tested", api_key=API_KEY, url=request.getfixturevalue("endpoint")[0])
@@ -80,7 +80,7 @@ def target(request: pytest.FixtureRequest) -> Server | RunPod:
 
 
 def test_generate(target: Server | RunPod) -> None:
-    "The image that the service makes, as bytes and as PIL; alone, watched, and with await."
+    "The image as bytes and as PIL, the same with and without progress events, synchronous and asynchronous."
     with Client(target) as client:
         alone = client.generate(SMALL)
         events: list[ProgressEvent] = []
@@ -102,8 +102,10 @@ def test_generate(target: Server | RunPod) -> None:
         assert seen[-1].phase == "done" and seen[-1].result is not None
 
 
-def test_a_panel(target: Server | RunPod, service: DiffusionService, tmp_path: Path) -> None:
-    "A panel works on both: it draws what the service draws and keeps it, and a stop ends the work at the other end."
+def test_a_panel_generates_saves_and_stops_remotely(
+    target: Server | RunPod, service: DiffusionService, tmp_path: Path
+) -> None:
+    "A panel shows and saves the image that the service generates, and a stop ends the remote job."
     from diffusion_workers.panel.panel import GenerationPanel
 
     with Client(target) as client:
@@ -121,11 +123,11 @@ def test_a_panel(target: Server | RunPod, service: DiffusionService, tmp_path: P
         panel.stop()
         assert panel.wait(PATIENCE).status == "cancelled"
         panel.close()
-        assert service.generate(SMALL).ok  # at once: nothing is left there
+        assert service.generate(SMALL).ok  # at once: no job is left there
 
 
-def test_a_request_that_fails_is_a_result(target: Server | RunPod) -> None:
-    "It names the field, and `raise_for_status` makes an exception of it that says what it is."
+def test_failed_requests_return_a_result(target: Server | RunPod) -> None:
+    "It names the field, and `raise_for_status` raises the matching exception with the errors."
     with Client(target) as client:
         for result in (
             client.generate(SMALL, model="nobody"),
@@ -137,8 +139,8 @@ def test_a_request_that_fails_is_a_result(target: Server | RunPod) -> None:
             assert caught.value.errors[0].given == "'nobody'"
 
 
-def test_submit_look_cancel(target: Server | RunPod, service: DiffusionService) -> None:
-    "A job by its id, until it is cancelled; the service is free again afterwards."
+def test_submit_poll_and_cancel(target: Server | RunPod, service: DiffusionService) -> None:
+    "A job is followed by its id until it is cancelled; the service is free again afterwards."
     with Client(target) as client:
         job = client.submit(ENDLESS)
         assert client.job(job.id).result is None
@@ -148,8 +150,8 @@ def test_submit_look_cancel(target: Server | RunPod, service: DiffusionService) 
         assert client.generate(SMALL).status == "success"
 
 
-def test_a_job_is_taken_up_again_by_its_id(target: Server | RunPod) -> None:
-    "Another client waits for a job that was submitted; one that waits no longer leaves it running."
+def test_a_job_can_be_awaited_later_by_its_id(target: Server | RunPod) -> None:
+    "Another client waits for a submitted job; giving up the wait leaves the job running."
     with Client(target) as client:
         job = client.submit(SMALL | {"num_inference_steps": 10})
         with pytest.raises(WaitTimeout):
@@ -177,8 +179,8 @@ def test_a_job_is_taken_up_again_by_its_id(target: Server | RunPod) -> None:
     assert asyncio.run(awaited()).status == "cancelled"
 
 
-def test_time_that_is_up_stops_the_work(target: Server | RunPod) -> None:
-    "Whether somebody watches or not, in step or with await; what was asked for does not go on."
+def test_a_timeout_stops_the_job(target: Server | RunPod) -> None:
+    "With and without progress events, synchronous and asynchronous; no job goes on."
     with Client(target) as client:
         with pytest.raises(WaitTimeout):
             client.generate(ENDLESS, timeout=0.5)
@@ -190,13 +192,13 @@ def test_time_that_is_up_stops_the_work(target: Server | RunPod) -> None:
             for on_progress in (None, lambda event: None):
                 with pytest.raises(WaitTimeout):
                     await client.generate(ENDLESS, timeout=0.5, on_progress=on_progress)
-            assert (await client.generate(SMALL)).status == "success"  # would wait for minutes behind work that goes on
+            assert (await client.generate(SMALL)).status == "success"  # would wait for minutes behind a running job
 
     asyncio.run(awaited())
 
 
-def test_a_callback_that_raises_and_a_task_that_is_cancelled_stop_the_work(target: Server | RunPod) -> None:
-    "Both take the job with them."
+def test_callback_errors_and_task_cancellation_stop_the_job(target: Server | RunPod) -> None:
+    "Both cancel the remote job."
 
     def broken(event: ProgressEvent) -> None:
         if event.step:
@@ -222,7 +224,7 @@ def test_a_callback_that_raises_and_a_task_that_is_cancelled_stop_the_work(targe
     asyncio.run(cancelled())
 
 
-def test_a_wrong_key_is_told(target: Server | RunPod) -> None:
+def test_wrong_credentials_are_refused_and_not_shown(target: Server | RunPod) -> None:
     wrong = (
         Server(target.url, token="battery-staple")
         if isinstance(target, Server)
@@ -239,14 +241,14 @@ def test_a_wrong_key_is_told(target: Server | RunPod) -> None:
 
 
 @pytest.mark.parametrize("secret", ["secret-12\nSet-Cookie: x", "secret-12é", "secret-12\0", "secret-12 3"])
-def test_a_secret_that_no_header_can_carry_is_refused_and_not_repeated(secret: str) -> None:
+def test_secrets_invalid_in_headers_are_refused_and_not_shown(secret: str) -> None:
     for kind in (Server("http://127.0.0.1:9", token=secret), RunPod("tested", api_key=secret)):
         with pytest.raises(ValueError, match="character 10 ") as refused:
             Client(kind)
         assert "secret" not in str(refused.value) and "secret" not in repr(kind)
 
 
-def test_the_command_line_names_the_variable_of_a_secret_that_no_header_can_carry(
+def test_the_cli_names_the_variable_of_an_invalid_secret(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for variable, where in (
@@ -259,10 +261,10 @@ def test_the_command_line_names_the_variable_of_a_secret_that_no_header_can_carr
         assert f"{variable}: character 10 " in told and "secret-12" not in told
 
 
-def test_the_command_line_sends_elsewhere(
+def test_the_cli_generates_on_a_server_or_runpod(
     target: Server | RunPod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    "The file holds the image, with its receipt; a mistake has its exit code."
+    "The file holds the image with its receipt; an error has its exit code."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DIFFUSION_WORKERS_TOKEN", "correct-horse")
     monkeypatch.setenv("RUNPOD_API_KEY", API_KEY)
@@ -274,12 +276,12 @@ def test_the_command_line_sends_elsewhere(
     assert "there is no such model" in capsys.readouterr().err
 
 
-# Characters that str.splitlines takes for ends of lines and that JSON leaves as they are.
+# Characters that str.splitlines takes for line breaks and that JSON does not escape.
 SEPARATORS = "a red\u2028circle\u2029on\u0085white"
 
 
 def test_line_separators_in_a_prompt_survive_the_stream(target: Server | RunPod) -> None:
-    "The plan that comes with the last event holds the prompt as it was sent, in step and with await."
+    "The plan in the last event holds the prompt as it was sent, synchronous and asynchronous."
     with Client(target) as client:
         watched = client.generate(SMALL, prompt=SEPARATORS, on_progress=lambda event: None)
 
@@ -305,11 +307,11 @@ def test_line_separators_in_a_prompt_survive_the_command_line(
     assert read_metadata(tmp_path / "out.png").plan.prompt == SEPARATORS
 
 
-# --- of a server alone ------------------------------------------------------
+# --- server only ------------------------------------------------------------
 
 
-def test_what_else_a_server_is_asked(url: str) -> None:
-    "Plan, control map, models, memory, health; images as bytes, as files and as PIL images."
+def test_server_only_operations(url: str) -> None:
+    "Plan, control map, models, memory and health; input images as bytes and as PIL images."
     with Client(Server(url, "correct-horse")) as client:
         red = Image.new("RGB", (64, 64), "red")
         buffer = io.BytesIO()
@@ -324,8 +326,8 @@ def test_what_else_a_server_is_asked(url: str) -> None:
         client.models()
 
 
-def test_events_are_taken_up_again(service: DiffusionService) -> None:
-    "A stream that breaks in the middle is opened again, and the result arrives."
+def test_broken_event_streams_are_reopened(service: DiffusionService) -> None:
+    "A stream that breaks is opened again, and the result arrives."
     with live_server(service) as (url, _), Client(url, retries=QUICK) as client:
         job = client.submit(SMALL | {"num_inference_steps": 40})
         broken, send = [], client._http._transport.handle_request
@@ -343,11 +345,11 @@ def test_events_are_taken_up_again(service: DiffusionService) -> None:
         assert broken and events[-1].result.status == "success"
 
 
-# --- what is sent again, and what is not ------------------------------------
+# --- retries ----------------------------------------------------------------
 
 
 def answering(*answers: httpx.Response | Exception) -> tuple[httpx.MockTransport, list[httpx.Request]]:
-    "A transport that gives these answers in turn, and the requests that it got."
+    "A mock transport that gives these responses in turn, and the requests that it got."
     left, got = list(answers), []
 
     def handle(request: httpx.Request) -> httpx.Response:
@@ -381,7 +383,7 @@ health: Callable[[Client], object] = lambda client: client.health()
         (health, httpx.Response(502, text="bad gateway"), HEALTHY, 2),
     ],
 )
-def test_what_is_safe_is_sent_again(call, first, last, sent: int) -> None:
+def test_requests_that_are_safe_to_repeat_are_retried(call, first, last, sent: int) -> None:
     transport, got = answering(first, httpx.Response(200, json=last))
     with Client(retries=QUICK, transport=transport) as client:
         call(client)
@@ -398,15 +400,15 @@ def test_what_is_safe_is_sent_again(call, first, last, sent: int) -> None:
         (health, httpx.ReadTimeout("slow"), WaitTimeout),
     ],
 )
-def test_what_is_not_safe_is_sent_once(call, first, error: type[Exception]) -> None:
+def test_other_failures_raise_without_a_retry(call, first, error: type[Exception]) -> None:
     transport, got = answering(first)
     with Client(retries=QUICK, transport=transport) as client, pytest.raises(error):
         call(client)
     assert len(got) == 1
 
 
-def test_an_answer_that_is_final_is_returned_at_once() -> None:
-    "Nothing is tried again where trying again cannot help."
+def test_final_errors_are_returned_without_a_retry() -> None:
+    "No request is retried where a retry cannot help."
     for answer in (
         refusal(503, "cancelled"),
         refusal(422, "unknown_model"),
@@ -419,8 +421,8 @@ def test_an_answer_that_is_final_is_returned_at_once() -> None:
         assert len(got) == 1
 
 
-def test_patience_ends() -> None:
-    "After the last attempt the error says what was tried."
+def test_retries_end_after_the_last_attempt() -> None:
+    "The error then names the server, or says that the queue is full."
     transport, got = answering(*[httpx.ConnectError("refused")] * 3)
     with (
         Client("http://127.0.0.1:9", retries=QUICK, transport=transport) as client,
@@ -433,11 +435,11 @@ def test_patience_ends() -> None:
         client.submit(SMALL)
 
 
-def test_every_failure_has_an_exception() -> None:
+def test_every_failure_status_has_an_exception() -> None:
     assert set(FAILURES) == set(OpStatus) - {OpStatus.success}
 
 
-def test_many_threads_share_a_client(url: str) -> None:
+def test_threads_can_share_a_client(url: str) -> None:
     results: list[OpResult] = []
     with Client(Server(url, "correct-horse")) as client:
         threads = [
@@ -462,7 +464,7 @@ with Client("http://127.0.0.1:8000") as client:
 """
 
 
-def test_a_strict_type_checker_knows_the_fields(tmp_path: Path) -> None:
+def test_request_fields_are_typed_for_mypy_strict(tmp_path: Path) -> None:
     "README's import passes `mypy --strict`; a misspelled field does not."
     (tmp_path / "right.py").write_text(PROGRAM)
     (tmp_path / "wrong.py").write_text(PROGRAM.replace("seed=3", "sede=3"))
@@ -478,7 +480,7 @@ def test_a_strict_type_checker_knows_the_fields(tmp_path: Path) -> None:
 
 @contextmanager
 def bucket_address(data: bytes) -> Iterator[str]:
-    "A web server that has one image, for anyone with the right query and no key."
+    "The URL of an image, up to its signature; the web server requires it and accepts no key."
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -496,8 +498,8 @@ def bucket_address(data: bytes) -> Iterator[str]:
         server.shutdown()
 
 
-def test_images_come_as_base64_data_uri_or_address(tmp_path: Path) -> None:
-    "All three give the same bytes and the same file; what cannot be had raises and writes nothing."
+def test_images_as_base64_data_uri_or_url(tmp_path: Path) -> None:
+    "All three give the same bytes and the same file; an unreadable image raises and writes nothing."
     from ez_diffusion_client import ClientError, image_bytes, pil_images, save_images
     from ez_diffusion_client.models import ControlMap, GeneratedImage, GenerationResponse
     from ez_diffusion_client.receipts import save_map
@@ -510,7 +512,7 @@ def test_images_come_as_base64_data_uri_or_address(tmp_path: Path) -> None:
     def result(image: str) -> OpResult:
         made = {"image": image, "seed": 1, "format": "png", "width": 8, "height": 8}
         images = [GeneratedImage.model_validate_json(json.dumps(made))]
-        generation = GenerationResponse.model_construct(images=images)  # the plan plays no part
+        generation = GenerationResponse.model_construct(images=images)  # the plan does not matter
         return OpResult.model_construct(status=OpStatus.success, generation=generation)
 
     with bucket_address(data) as address:
@@ -527,8 +529,8 @@ def test_images_come_as_base64_data_uri_or_address(tmp_path: Path) -> None:
         assert not (tmp_path / "never.png").exists()
 
 
-def test_a_failure_in_a_cell_is_wrapped_and_names_each_error_once() -> None:
-    "No line is longer than a cell of a notebook shows, and nothing is cut off."
+def test_failure_text_is_wrapped_and_names_each_error_once() -> None:
+    "No line is wider than a notebook cell, and nothing is cut off."
     long = "this LoRA does not fit this model: none of its modules is in it " * 3
     detail = ErrorDetail(code=ErrorCode.unsupported_combination, field="loras[0].name", message=long.strip())
     text = failure_text("generate", OpResult(status=OpStatus.unsupported_combination, errors=[detail]))
@@ -536,8 +538,8 @@ def test_a_failure_in_a_cell_is_wrapped_and_names_each_error_once() -> None:
     assert " ".join(text.split()).count(f"loras[0].name: {long.strip()}") == 1
 
 
-def test_a_prompt_is_read_by_a_server(url: str) -> None:
-    "The tokens, the borders and the mistakes, as the service in this process finds them."
+def test_read_prompt_on_a_server(url: str) -> None:
+    "Tokens, chunk borders and marked syntax errors of a prompt, synchronous and asynchronous."
     with Client(Server(url, token="correct-horse")) as client:
         report = client.read_prompt("a red circle AND a (ring", prompt_syntax="a1111")
         assert (report.tokens, report.chunks, report.borders) == (5, 2, [17])

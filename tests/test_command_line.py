@@ -1,4 +1,4 @@
-"""The installed command as a process of its own: what it writes, what it says on which stream, and how it exits."""
+"""The command line: files, standard output and standard error, exit codes, help and completion."""
 
 import argparse
 import errno
@@ -31,7 +31,7 @@ TRACEBACK = "Traceback (most recent call last)"
 
 
 def environment() -> dict[str, str]:
-    "What a process gets: the CPU, no network, no models but those of the package."
+    "The environment of a process: CPU, no network, only the models of the package."
     own = {key: value for key, value in os.environ.items() if not key.startswith(("DIFFUSION_WORKERS_", "DO_TORCH_"))}
     return own | {"HF_HUB_OFFLINE": "1", "DIFFUSION_WORKERS_DEVICE": "cpu"}
 
@@ -42,7 +42,7 @@ def run(
     stdin: str = "",
     command: Sequence[str] = (COMMAND,),
 ) -> subprocess.CompletedProcess:
-    "The finished command, with its output as text."
+    "Run the command to its end, with its output as text."
     return subprocess.run(
         [*command, *arguments],
         cwd=cwd,
@@ -55,7 +55,7 @@ def run(
 
 
 def assert_fails(done: subprocess.CompletedProcess, code: int, *said: str) -> None:
-    "It exits with `code`, says why on standard error without a traceback, and nothing on standard output."
+    "Assert exit code `code`, the reason on standard error without a traceback, and no standard output."
     assert (done.returncode, done.stdout) == (code, ""), done.stdout + done.stderr
     assert TRACEBACK not in done.stderr
     missing = [part for part in said if part not in done.stderr]
@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(folder: Path) -> tuple[Path, subprocess.CompletedProcess]:
-    "An image made with options, in a folder that is not there yet, and the process that wrote it."
+    "An image generated with options, in a folder that did not exist, and the process that wrote it."
     path = folder / "not" / "there" / "out.png"
     options = [
         part
@@ -84,7 +84,7 @@ def written(folder: Path) -> tuple[Path, subprocess.CompletedProcess]:
 
 
 def test_generate_writes_a_png(written) -> None:
-    "The file is where it was wanted, standard output names it, and the plan inside says what was asked for."
+    "The file is at the requested path, standard output names it, and the plan inside has the options."
     path, done = written
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1 and done.stdout.startswith(f"{path}  128 x 128, seed 7")
@@ -98,15 +98,15 @@ def test_generate_writes_a_png(written) -> None:
 
 
 def test_replay_gives_the_same_pixels(written, folder: Path, quick_python: tuple[str, ...]) -> None:
-    "The metadata of an image is enough to make it again."
+    "The metadata of an image is enough to reproduce it."
     path, _ = written
     done = run("replay", str(path), "-o", "replayed.png", cwd=folder, command=[*quick_python, "-c", PROGRAM])
     assert (done.returncode, done.stdout) == (0, "the same pixels\n"), done.stderr
     np.testing.assert_array_equal(*(np.asarray(Image.open(name)) for name in (path, folder / "replayed.png")))
 
 
-def test_a_request_on_standard_input_is_the_same_request(written, folder: Path, quick_python: tuple[str, ...]) -> None:
-    "JSON on standard input makes the pixels that options make; several images are numbered, and --quiet says nothing."
+def test_json_requests_on_standard_input(written, folder: Path, quick_python: tuple[str, ...]) -> None:
+    "JSON on standard input gives the same pixels as options; several images are numbered; --quiet prints nothing."
     path, _ = written
     done = run(
         "generate",
@@ -123,7 +123,7 @@ def test_a_request_on_standard_input_is_the_same_request(written, folder: Path, 
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     first, second = (np.asarray(Image.open(folder / f"several-{number}.png")).astype(int) for number in (1, 2))
-    assert abs(first - np.asarray(Image.open(path))).max() <= 1  # a batch of two may round its sums in another order
+    assert abs(first - np.asarray(Image.open(path))).max() <= 1  # a batch of two may sum in another order
     assert read_metadata(folder / "several-2.png").plan.seeds == [7, 8]
     assert second.shape == first.shape
 
@@ -143,7 +143,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    "The folder that the test works in, with a photo, while the tiny model is offered and taken."
+    "The working directory of the test, with a photo; the tiny model is available and the default."
     photo = Image.new("RGB", (96, 64), "white")
     photo.paste("red", (20, 10, 70, 50))
     photo.save(tmp_path / "photo, red.png")
@@ -154,8 +154,8 @@ def tiny(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_control_from_a_photo_to_a_replay(tiny: Path, capsys: pytest.CaptureFixture) -> None:
-    "The map that comes back is the one that preprocess draws, and a replay takes the photo again and no other image."
+def test_control_maps_and_replay_with_control_images(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    "The returned map is the same as from preprocess, and a replay accepts only the original control images."
     control = (
         "model=canny,image=photo, red.png,preprocessor=canny,param.low_threshold=50,scale=0.8,end=0.75,return_map=true"
     )
@@ -191,7 +191,7 @@ def test_a_control_from_a_photo_to_a_replay(tiny: Path, capsys: pytest.CaptureFi
     assert "--control-image 0=FILE: this is not the image that was used" in capsys.readouterr().err
 
 
-def test_lists_name_nets_and_preprocessors(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+def test_lists_of_models_and_preprocessors(tiny: Path, capsys: pytest.CaptureFixture) -> None:
     "Models list their ControlNets, union ControlNets their modes, and preprocessors the bounds of their parameters."
     assert main(["models"]) == 0
     listed = capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_lists_name_nets_and_preprocessors(tiny: Path, capsys: pytest.CaptureFix
         "allowed": "an integer from 0 to 255",
         "low": 0,
         "high": 255,
-        "meaning": "gradient above which an edge goes on",
+        "meaning": "gradient above which an edge continues",
     }
 
 
@@ -254,7 +254,7 @@ PHOTO = "photo, red.png"
     (["preprocess", PHOTO, "--preprocessor", "inpaint_mask"], 2, ["--mask"]),
     (["preprocess", PHOTO, "--preprocessor", "canny", "-o", "map.jpg"], 2, ["-o", "a name that ends in .png"]),
 ])  # fmt: skip
-def test_a_mistake_in_a_control_or_a_lora(
+def test_control_and_lora_errors_name_the_field(
     arguments: list[str],
     code: int,
     said: list[str],
@@ -262,7 +262,7 @@ def test_a_mistake_in_a_control_or_a_lora(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    "It is told with the name of the field, before a model is loaded, and no file is written."
+    "Errors are reported before a model is loaded, and no file is written."
     Path("text.png").write_text("no image")
     assert_fails(call(arguments, "", capsys, monkeypatch), code, *said)
     assert {path.name for path in tiny.iterdir()} == {PHOTO, "text.png"}
@@ -271,8 +271,8 @@ def test_a_mistake_in_a_control_or_a_lora(
 # --- planning without torch --------------------------------------------------
 
 
-def test_plan_is_the_plan_of_the_service(tiny: Path, capsys: pytest.CaptureFixture) -> None:
-    "The command line and the service make the same plan, with the same warnings and a drawn seed."
+def test_cli_plans_match_service_plans(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    "The command line and the service make the same plan with the same warnings, except for the random seed."
     from diffusion_workers.service.service import DiffusionService
 
     Image.open(PHOTO).convert("CMYK").save("print.tiff")
@@ -331,8 +331,8 @@ REFUSED = [  # arguments that planning refuses
 ]
 
 
-def test_what_planning_refuses_imports_no_torch(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    "A wrong name, path or value is told at once, and not after the seconds that torch and diffusers take to import."
+def test_planning_errors_do_not_import_torch(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    "A wrong name, path or value is reported without the seconds that torch and diffusers take to import."
     Path("text.png").write_text("no image")
     models = tmp_path_factory.mktemp("lora")
     gone = {"gone": {"source": {"file": str(models / "gone.safetensors")}}}
@@ -356,8 +356,8 @@ for arguments in json.loads(sys.argv[1]):
     assert [arguments for arguments, _, imported in lines if imported] == []
 
 
-def test_replay_notes_a_lora_that_has_changed(tiny: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
-    "The receipt names the file of a LoRA by its hash, so a replay with another file under that name says so."
+def test_replay_reports_a_changed_lora(tiny: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    "The receipt has the hash of a LoRA file, so a replay with another file of that name reports the change."
     import hashlib
 
     from diffusion_workers.models.manifest import builtin_path
@@ -384,7 +384,7 @@ def test_replay_notes_a_lora_that_has_changed(tiny: Path, capsys: pytest.Capture
 
 
 def read_terminal(terminal: int, until: str | None = None) -> str:
-    "What appears on a terminal, up to a text or to its end."
+    "Read the output of a terminal, up to a text or to its end."
     shown, give_up = "", time.monotonic() + PATIENCE
     while until is None or until not in shown:
         assert time.monotonic() < give_up, f"waited in vain for {until or 'the end'}:\n{shown}"
@@ -392,7 +392,7 @@ def read_terminal(terminal: int, until: str | None = None) -> str:
             continue
         try:
             data = os.read(terminal, 65536)
-        except OSError as error:  # on Linux, when the other end is closed
+        except OSError as error:  # on Linux, when the process has closed its end
             assert error.errno == errno.EIO
             data = b""
         if not data:
@@ -401,8 +401,8 @@ def read_terminal(terminal: int, until: str | None = None) -> str:
     return shown
 
 
-def test_an_interrupt_ends_a_long_generation(folder: Path) -> None:
-    "Ctrl-C in the middle of 150 steps and many images: one line, exit code 130, no file, and that soon."
+def test_ctrl_c_stops_a_long_generation(folder: Path) -> None:
+    "Ctrl-C during 150 steps of many images: one final line, exit code 130 within a minute, no file."
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
     arguments = ["generate", "a red circle", "--num-inference-steps", "150", "--num-images", "32", "-o", "never.png"]
@@ -435,18 +435,18 @@ def test_an_interrupt_ends_a_long_generation(folder: Path) -> None:
         os.close(ours)
 
 
-# --- mistakes ---------------------------------------------------------------
+# --- errors -----------------------------------------------------------------
 
 
-def test_an_error_of_the_device_names_the_option(capsys: pytest.CaptureFixture) -> None:
-    "A device that exists as a name, but not on any machine."
+def test_device_errors_name_the_option(capsys: pytest.CaptureFixture) -> None:
+    "A well-formed device name that does not exist on any machine."
     assert main(["generate", "x", "--device", "cuda:99"]) != 0
     said = capsys.readouterr().err
     assert "--device" in said and "diffusion-workers: device" not in said
 
 
 def options_with_values(command: str) -> dict[str, argparse.Action]:
-    "Every option of a command that takes a value, under every name that it has, the hidden ones included."
+    "Every option of a command that takes a value, under all of its names, including hidden ones."
     return {
         name: action
         for action in command_parsers(make_parser())[command]._actions
@@ -455,7 +455,7 @@ def options_with_values(command: str) -> dict[str, argparse.Action]:
     }
 
 
-FREE_TEXT = {  # options that take any text, or name where things go
+FREE_TEXT = {  # options that take any text or an output path
     "negative_prompt",
     "prompt_2",
     "negative_prompt_2",
@@ -469,16 +469,16 @@ FREE_TEXT = {  # options that take any text, or name where things go
 
 
 def checked_options(command: str) -> list[str]:
-    "The options whose values can be wrong."
+    "The options whose values are validated."
     found = options_with_values(command)
     return sorted(name for name, action in found.items() if action.dest.removeprefix("field.") not in FREE_TEXT)
 
 
 @pytest.mark.parametrize("name", checked_options("plan"))
-def test_a_wrong_value_names_the_option_as_it_was_typed(
+def test_value_errors_name_the_option_as_typed(
     name: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "Not the path of the field that the option sets."
+    "The error names the option, not the path of the field that it sets."
     asked = call(["plan", "a red circle", name, "no/such:thing"], "", capsys, monkeypatch)
     named = [f"diffusion-workers: {name}:", f"diffusion-workers: {name} no/such:thing:"]
     assert asked.returncode != 0 and any(text in asked.stderr for text in named), asked.stderr
@@ -489,17 +489,17 @@ def test_a_wrong_value_names_the_option_as_it_was_typed(
     (["plan", "--request", "-"], '{"prompt": "x", "num-images": 3}', 2, ["num-images", "there is no such field"]),
     (["plan", "x", "--image", "missing.png"], "", 5, ["image", "missing.png"]),
 ])  # fmt: skip
-def test_a_mistake_is_told_on_standard_error(
+def test_errors_are_reported_on_standard_error(
     arguments: list[str], stdin: str, code: int, said: list[str], tmp_path: Path
 ) -> None:
-    "A process that fails says why in words, and nothing goes to standard output."
+    "A process that fails explains the error in words, and writes nothing to standard output."
     assert_fails(run(*arguments, cwd=tmp_path, stdin=stdin), code, *said)
 
 
 def call(
     arguments: list[str], stdin: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> subprocess.CompletedProcess:
-    "The same as `run`, in this process, which spares a start."
+    "Like `run`, but in this process, which saves the startup time."
     monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
     try:
         code = main(arguments)
@@ -555,7 +555,7 @@ def call(
         ["--part", "belong to shapes-sd15"],
     ),
 ])  # fmt: skip
-def test_each_kind_of_mistake_has_its_exit_code(
+def test_each_kind_of_error_has_its_exit_code(
     arguments: list[str],
     stdin: str,
     code: int,
@@ -564,13 +564,13 @@ def test_each_kind_of_mistake_has_its_exit_code(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    "The exit code and standard error name the error; an unwritable output is found before an image is made."
+    "The exit code and standard error name the error; an unwritable output is found before generation."
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "taken.png").write_text("a file that exists")
     monkeypatch.setattr(
         "diffusion_workers.cli.commands.make_service", pytest.fail
-    )  # no mistake here is worth loading a model
+    )  # none of these errors may load a model
     assert_fails(call(arguments, stdin, capsys, monkeypatch), code, *said)
 
 
@@ -589,7 +589,7 @@ def test_help_fits_on_a_screen(
 
 
 @pytest.mark.parametrize("command", ["generate", "plan", "preprocess", "serve"])
-def test_all_options_are_listed_on_request(
+def test_help_all_lists_every_option(
     command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     "`--help-all` lists every option that has a name of its own, and the values that enumerations accept."
@@ -603,7 +603,7 @@ def test_all_options_are_listed_on_request(
 
 
 def test_bash_completes_commands_options_and_values(tmp_path: Path) -> None:
-    "The printed script completes uncommon options too."
+    "The printed completion script includes uncommon options."
     script = run("--print-completion", "bash", cwd=tmp_path).stdout
 
     def completed(*words: str) -> set[str]:
@@ -652,7 +652,7 @@ def test_errors_are_json_on_request(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    "With `--json` a mistake of any kind is a result on standard output, and standard error is empty."
+    "With `--json` an error of any kind is a result on standard output, and standard error is empty."
     monkeypatch.chdir(tmp_path)
     done = call([*arguments, "--json"], "", capsys, monkeypatch)
     result = OpResult.model_validate_json(done.stdout)
@@ -660,17 +660,17 @@ def test_errors_are_json_on_request(
     assert (result.ok, result.errors[0].field) == (False, field)
 
 
-def test_wrong_settings_are_json_on_request(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_errors_are_json_on_request(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFUSION_WORKERS_DEVICE", "abacus")
     done = call(["models", "--json"], "", capsys, monkeypatch)
     assert (done.returncode, done.stderr) == (2, "")
     assert "DIFFUSION_WORKERS_DEVICE" in OpResult.model_validate_json(done.stdout).errors[0].message
 
 
-def test_results_of_the_other_commands_are_json_on_request(
+def test_train_shapes_and_worker_print_json_on_request(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "Those without a test of their own: the parts that can be trained, and the configuration of the worker."
+    "The parts that can be trained, and the configuration of the worker."
     parts = json.loads(call(["train-shapes", "--part", "list", "--json"], "", capsys, monkeypatch).stdout)
     assert "shapes-sd15" in parts and "shapes-sdxl/canny" in parts
     monkeypatch.setenv("DIFFUSION_WORKERS_DEVICE", "cpu")
@@ -679,8 +679,8 @@ def test_results_of_the_other_commands_are_json_on_request(
     assert facts["default_model"] in facts["models"] and "weights" in facts["sources"]
 
 
-def test_replay_notes_weights_that_have_changed(tiny: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
-    "A receipt names the weights of each component by their hash, so a replay with other weights says which."
+def test_replay_reports_changed_weights(tiny: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    "The receipt has the hash of each component's weights, so a replay names the component that has changed."
     import hashlib
     import shutil
 
@@ -714,8 +714,8 @@ def test_replay_notes_weights_that_have_changed(tiny: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(("prompt", "told"), [("a blue square", False), ("two blue squares", True)])
-def test_a_plan_counts_the_things_of_a_prompt(prompt: str, told: bool, capsys, monkeypatch) -> None:
-    "A model that draws four things says so where numbers and nouns ask for five."
+def test_plan_warns_about_prompts_with_too_many_shapes(prompt: str, told: bool, capsys, monkeypatch) -> None:
+    "A model that draws at most four shapes warns if numbers and nouns in the prompt ask for five."
     done = call(["plan", f"three red circles and {prompt}", "--model", "shapes-world"], "", capsys, monkeypatch)
     assert done.returncode == 0
     assert ("draws at most 4 shapes" in done.stderr) == told

@@ -1,4 +1,4 @@
-"""Images in requests: what is an image, what is a path, and the modes of Pillow that arrive."""
+"""Decoding of images in requests: refused paths and URLs, base64, SVG detection, Pillow modes, sRGB profiles."""
 
 import base64
 import io
@@ -50,7 +50,7 @@ def file_of(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_path_is_refused_as_one(path: str) -> None:
+def test_file_paths_are_refused(path: str) -> None:
     with pytest.raises(RequestError) as caught:
         image_bytes(path, field="controlnets[0].image")
     detail = caught.value.errors[0]
@@ -58,24 +58,24 @@ def test_a_path_is_refused_as_one(path: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://169.254.169.254/a.png", "https://2130706433/a.png", "ftp://host/a.png"])
-def test_a_url_that_is_not_allowed_is_refused(url: str) -> None:
+def test_disallowed_urls_are_refused(url: str) -> None:
     with pytest.raises(RequestError) as caught:
         image_bytes(url)
     assert caught.value.errors[0].code == ErrorCode.url_not_allowed
 
 
-def test_a_base64_text_that_begins_like_a_path_is_an_image() -> None:
+def test_base64_that_starts_like_a_path_is_decoded() -> None:
     jpeg = file_of(gradient(), "JPEG")
     text = base64.b64encode(jpeg).decode()
     assert text.startswith("/9j/") and image_bytes(text) == jpeg
 
 
-def test_an_svg_is_recognized_behind_comments_and_a_doctype() -> None:
+def test_svg_is_detected_after_comments_and_a_doctype() -> None:
     assert sniff_format(b" <!-- a --> <!-- <svg> -->\n<!DOCTYPE svg SYSTEM ''><svg>") == "SVG"
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_image_of_any_mode_of_pillow_is_decoded(mode: str) -> None:
+def test_images_in_any_pillow_mode_are_decoded(mode: str) -> None:
     source = gradient()
     if mode in ("RGBa", "PA"):
         source = source.convert("RGBA")
@@ -84,7 +84,7 @@ def test_an_image_of_any_mode_of_pillow_is_decoded(mode: str) -> None:
     assert decode_image(to_image_string(source.convert(mode))).image.size == (32, 24)
 
 
-def test_a_boolean_array_is_black_and_white() -> None:
+def test_boolean_arrays_become_black_and_white() -> None:
     decoded = decode_image(to_image_string(np.asarray(gradient())[..., 0] > 99))
     assert decoded.image.getextrema() == ((0, 255),) * 3
 

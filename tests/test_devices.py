@@ -1,4 +1,4 @@
-"""A device that cannot be used is named as such, before any weight is read, wherever it was asked for."""
+"""Errors for unusable devices, before any weights are read: service, command line, worker."""
 
 import platform
 from pathlib import Path
@@ -19,7 +19,7 @@ if platform.system() == "Linux":
 
 
 @pytest.mark.parametrize("device", UNUSABLE)
-def test_a_service_says_why(device: str) -> None:
+def test_the_service_explains_an_unusable_device(device: str) -> None:
     with pytest.raises(RequestError) as refused:
         DiffusionService(device=device)
     error = refused.value.errors[0]
@@ -29,7 +29,7 @@ def test_a_service_says_why(device: str) -> None:
 
 @pytest.mark.parametrize("device", UNUSABLE)
 @pytest.mark.parametrize("command", ["generate", "serve"])
-def test_a_command_says_why_in_one_line(
+def test_commands_explain_an_unusable_device(
     command: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     from diffusion_workers.cli.main import main
@@ -43,6 +43,6 @@ def test_a_command_says_why_in_one_line(
 
 
 @pytest.mark.parametrize("device", [device for device in UNUSABLE if device != "gpu0"])
-def test_a_worker_says_why(device: str) -> None:
+def test_the_worker_explains_an_unusable_device(device: str) -> None:
     with pytest.raises(StartupError, match=UNUSABLE[device]):
         start_service(WorkerSettings(device=device), StartupClock())

@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 
 
 def instructions() -> list[list[tuple[str, str]]]:
-    "The instructions of each stage, with their lines joined."
+    "The instructions of each stage, with continuation lines joined."
     lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines))
     found = [tuple(line.split(" ", 1)) for line in joined.splitlines() if line.strip()]
@@ -36,7 +36,7 @@ def instructions() -> list[list[tuple[str, str]]]:
 
 
 def arguments(name: str) -> list[str]:
-    "What an instruction is given in any stage, each time."
+    "The arguments of each occurrence of an instruction, in all stages."
     return [text for stage in instructions() for instruction, text in stage if instruction == name]
 
 
@@ -45,16 +45,16 @@ def test_hadolint_passes() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_bases_are_pinned_and_for_one_platform() -> None:
+def test_base_images_are_pinned_to_a_version_and_platform() -> None:
     cuda = r"--platform=linux/amd64 nvidia/cuda:13\.0\.[\d.]+-runtime-ubuntu[\d.]+ AS (uv|packages)"
     for stage in instructions():
         assert re.fullmatch(rf"{cuda}|scratch AS manifests|packages( AS models)?", stage[0][1]), stage[0]
     assert hub("hub.json")["config"]["allowedCudaVersions"] == [
         "13.0"
-    ]  # what torch's wheels and the base are built for
+    ]  # the CUDA version of torch's wheels and the base image
 
 
-def test_code_comes_after_what_is_large() -> None:
+def test_code_is_copied_after_the_large_layers() -> None:
     "A code change invalidates no layer with torch, the other packages or a model."
     stages = [[f"{name} {text}" for name, text in stage] for stage in instructions()]
     at = lambda texts, part: next(i for i, text in enumerate(texts) if part in text)
@@ -64,13 +64,13 @@ def test_code_comes_after_what_is_large() -> None:
     assert at(final, "COPY --from=models") < at(final, "COPY diffusion_workers")
 
 
-def test_a_compiler_is_there_for_torch_compile() -> None:
+def test_a_c_compiler_is_installed_for_torch_compile() -> None:
     "Triton compiles its launchers with a C compiler and Python's headers."
     [installed] = [text for text in arguments("RUN") if "apt-get" in text and "python3-venv" not in text]
     assert {"gcc", "libc6-dev", "python3-dev"} <= set(installed.split())
 
 
-def test_a_token_stays_out_of_the_image() -> None:
+def test_the_hf_token_is_a_build_secret() -> None:
     text = (ROOT / "Dockerfile").read_text()
     assert "--mount=type=secret,id=hf_token" in text
     named = [value for name in ("ARG", "ENV") for value in arguments(name) if "TOKEN" in value]
@@ -80,7 +80,7 @@ def test_a_token_stays_out_of_the_image() -> None:
     assert Path("/run/secrets/hf_token") == SECRET
 
 
-def test_what_is_copied_is_there_and_not_ignored() -> None:
+def test_copied_files_exist_and_are_not_ignored() -> None:
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     copies = [text for text in arguments("COPY") if not text.startswith("--from=")]
     sources = [part for text in copies for part in text.split()[:-1]]
@@ -90,20 +90,20 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
     assert (ROOT / "diffusion_workers" / "builtin_models" / "shapes-sd15" / "model_index.json").exists()
 
 
-def test_nobody_is_root_and_health_is_checked() -> None:
+def test_the_container_is_not_root_and_has_a_health_check() -> None:
     assert arguments("USER") == ["10001"]
     health = re.search(r'CMD \["test", "-f", "([^"]+)"\]', arguments("HEALTHCHECK")[0])
     assert f"DIFFUSION_WORKERS_READY_FILE={health[1]}" in arguments("ENV")[-1]
 
 
-def test_torch_is_the_one_of_ci() -> None:
+def test_the_torch_version_matches_ci() -> None:
     pinned = re.search(r"torch==[\d.]+", (ROOT / ".ci" / "run").read_text())[0]
     assert any(pinned in text for text in arguments("RUN"))
 
 
 @pytest.mark.parametrize("extras", [(), ("controlnet", "quantization")])
 def test_requirements_are_read_from_settings(tmp_path: Path, extras: tuple[str, ...]) -> None:
-    "The line that lists the packages, as it stands, names those of settings.ini and of the extras but the client."
+    "The unchanged RUN line lists the packages of settings.ini and of the extras, except the client."
     line = next(text for text in arguments("RUN") if "requirements.txt" in text)
     command = re.sub(r"^--mount=\S+ +", "", line).split(" && ")[0]
     shutil.copy(ROOT / "settings.ini", tmp_path)
@@ -126,8 +126,8 @@ def test_requirements_are_read_from_settings(tmp_path: Path, extras: tuple[str, 
 
 
 @pytest.mark.slow
-def test_its_lines_install_a_worker_that_works(tmp_path: Path) -> None:
-    "Every RUN line except those of apt, in order, in folders of this test; then the CMD."
+def test_the_run_lines_install_a_working_worker(tmp_path: Path) -> None:
+    "Every RUN line except those with apt-get, in order, in folders of this test; then the CMD."
     places = {
         "/opt/uv": tmp_path / "uv",
         "/opt/venv": tmp_path / "venv",
@@ -186,8 +186,8 @@ def hub(name: str) -> dict:
     return json.loads((ROOT / ".runpod" / name).read_text())
 
 
-def test_the_hub_form_asks_for_variables_that_are_read() -> None:
-    "Each field is a variable of the worker or of the Hub's library, and its default is the worker's."
+def test_the_hub_form_fields_are_variables_that_are_read() -> None:
+    "Each field is a variable of the worker or HF_TOKEN, and its default is the worker's."
     config = hub("hub.json")["config"]
     keys = [entry["key"] for entry in config["env"]]
     known = {WorkerSettings.variable(name) for name in WorkerSettings.model_fields} | {"HF_TOKEN"}
@@ -203,8 +203,8 @@ def test_the_hub_form_asks_for_variables_that_are_read() -> None:
         assert chosen.default_model in load_manifests()
 
 
-def test_the_hub_form_offers_the_values_that_a_variable_can_have() -> None:
-    "A field whose variable takes a few values lists exactly these."
+def test_the_hub_form_options_are_the_allowed_values() -> None:
+    "A field whose variable has a fixed set of values lists exactly these."
     for entry in hub("hub.json")["config"]["env"]:
         names = [name for name in WorkerSettings.model_fields if WorkerSettings.variable(name) == entry["key"]]
         options = [option["value"] for option in entry["input"].get("options", ())]
@@ -214,7 +214,7 @@ def test_the_hub_form_offers_the_values_that_a_variable_can_have() -> None:
             assert choices == options, entry["key"]
 
 
-def test_the_hub_listing_has_an_icon_that_is_there() -> None:
+def test_the_hub_listing_has_a_square_png_icon() -> None:
     address = hub("hub.json")["iconUrl"]
     assert address.startswith("https://") and address.endswith("/.runpod/icon.png")
     with Image.open(ROOT / ".runpod" / "icon.png") as icon:
@@ -234,7 +234,7 @@ loras:
 
 
 class Hub(BaseHTTPRequestHandler):
-    "The Hub's answers for one repository, as far as its library asks."
+    "A stand-in for the Hugging Face Hub with one repository, as far as its library needs it."
 
     files: ClassVar[dict[str, bytes]] = {
         "model_index.json": b"{}",
@@ -276,8 +276,8 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_what_is_baked_is_what_a_worker_finds(tmp_path: Path) -> None:
-    "The command of the Dockerfile, with a server in place of the Hub; then the worker's own search, without a network."
+def test_baked_models_are_found_by_the_worker(tmp_path: Path) -> None:
+    "Bake with the Dockerfile's command and a server in place of the Hub; the worker finds the files without a network."
     (tmp_path / "manifests").mkdir()
     (tmp_path / "manifests" / "tiny.yaml").write_text(MANIFEST)
     into = tmp_path / "models"

@@ -1,4 +1,4 @@
-"""The documentation site: its reference comes from the code, and a link that leads nowhere stops the build."""
+"""The documentation site: reference generated from the code, links, diagrams, and builds that stop at broken links."""
 
 import argparse
 import subprocess
@@ -22,13 +22,13 @@ import reference
         ("request.md", ["## GenerationRequest", "`inpaint.mask_blur`", "## ControlNetUnit", "`conditioning_scale`"]),
     ],
 )
-def test_the_reference_names_what_the_code_reads(page: str, names: list[str]) -> None:
+def test_the_reference_lists_what_the_code_reads(page: str, names: list[str]) -> None:
     text = reference.PAGES[page]()
     assert [name for name in names if name not in text] == []
     assert "| |\n" not in text, "a row without a description"
 
 
-def test_what_has_no_description_stops_the_build() -> None:
+def test_a_missing_description_stops_the_build() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--fast")
     with pytest.raises(SystemExit, match="reference of paint: `--fast` has no description"):
@@ -48,25 +48,25 @@ def test_what_has_no_description_stops_the_build() -> None:
         ("```\n[a](02_files.ipynb)\n```", "```\n[a](02_files.ipynb)\n```"),
     ],
 )
-def test_links_of_a_notebook_lead_to_pages_of_the_site(link: str, on_site: str) -> None:
+def test_notebook_links_become_site_links(link: str, on_site: str) -> None:
     assert docs_site.with_site_links(link, NBS / "20_models" / "01_manifest.ipynb") == on_site
 
 
-def test_links_to_other_files_lead_to_the_repository() -> None:
+def test_links_to_other_files_point_to_the_repository() -> None:
     found = docs_site.with_site_links("[a](../LICENSE)", NBS / "index.ipynb")
     assert found.startswith("[a](https://") and found.endswith("/blob/main/LICENSE)")
     with pytest.raises(SystemExit, match=r"the link to \.\./NOTHING leads nowhere"):
         docs_site.with_site_links("[a](../NOTHING)", NBS / "index.ipynb")
 
 
-def test_diagrams_are_left_to_mermaid() -> None:
+def test_mermaid_blocks_become_pre_elements() -> None:
     found = docs_site.with_diagrams("a\n\n```mermaid\nflowchart LR\n  a --> b\n```\n\n```python\n1\n```")
     assert '<pre class="mermaid">\nflowchart LR\n  a --&gt; b\n</pre>' in found and "```python" in found
 
 
 @pytest.mark.slow
-def test_the_site_is_built_and_a_broken_link_stops_it(tmp_path: Path) -> None:
-    "The whole site; then, from the same pages, one whose link and one whose anchor leads nowhere."
+def test_the_site_builds_and_broken_links_stop_the_build(tmp_path: Path) -> None:
+    "The whole site; then one page with a broken link, and one with a broken anchor."
     done = subprocess.run([str(ROOT / "build.sh"), "docs", str(tmp_path / "site")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = (tmp_path / "site" / "reference" / "environment" / "index.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Mistakes in requests: each has its code, and the hint that helps."""
+"""Request validation errors: their codes and hints."""
 
 from typing import Any
 
@@ -29,12 +29,12 @@ def mistakes(data: Any) -> dict[str | None, ErrorDetail]:
         ({"seeds": [1, -1]}, {"seeds[1]": "out_of_range"}),
     ],
 )
-def test_each_mistake_has_its_code(fields: dict, codes: dict) -> None:
+def test_each_error_has_its_code(fields: dict, codes: dict) -> None:
     assert {field: error.code.value for field, error in mistakes({"prompt": "a"} | fields).items()} == codes
 
 
 @pytest.mark.parametrize("text", ["{not json", '{"prompt": ' + "[" * 100_000])
-def test_what_is_not_json_is_one_mistake(text: str) -> None:
+def test_malformed_json_is_one_error(text: str) -> None:
     assert [error.code.value for error in mistakes(text).values()] == ["malformed_json"]
 
 
@@ -48,17 +48,17 @@ def test_what_is_not_json_is_one_mistake(text: str) -> None:
         ("mask", "use mask_image"),
     ],
 )
-def test_an_unknown_name_gets_the_right_one(name: str, hint: str) -> None:
+def test_unknown_fields_suggest_the_right_name(name: str, hint: str) -> None:
     assert mistakes({"prompt": "a", name: 1})[name].hint == hint
 
 
-def test_a_value_gets_one_that_would_do() -> None:
+def test_errors_suggest_a_valid_value() -> None:
     found = mistakes({"prompt": "a", "width": 130, "scheduler": "eular"})
     assert found["width"].hint == "use 128 or 136"
     assert found["scheduler"].hint == "did you mean euler?"
 
 
-def test_fields_of_earlier_versions_are_answered_with_their_new_name() -> None:
+def test_renamed_fields_suggest_their_new_name() -> None:
     old = {"deepcache": {}, "acceleration": {"compute_dtype": "bfloat16", "step_cache": "mag", "batch_size": 1}}
     found = mistakes({"prompt": "a"} | old)
     assert set(found) == {"deepcache", *(f"acceleration.{name}" for name in old["acceleration"])}

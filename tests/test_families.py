@@ -1,4 +1,4 @@
-"""What every family does through the service, by a table: tasks, batches, refusals, LoRA layouts, files, dtypes."""
+"""Table-driven tests of all model families: tasks, batches, refusals, LoRA layouts, single files, dtypes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -54,7 +54,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "
 FLOW_ONLY = ({"scheduler": "ddim"}, "allowed: flow_match_euler")
 QWEN_LORA = {
     "lora_ends": (*ATTENTION, "img_mlp.net.2", "img_mod.1"),
-    "no_layouts": tuple(name for name in LORA_LAYOUTS if "original" in name),  # they are those of diffusers
+    "no_layouts": tuple(name for name in LORA_LAYOUTS if "original" in name),  # same names as in diffusers
 }
 QWEN_REFUSED = (
     FLOW_ONLY,
@@ -155,7 +155,7 @@ CHECKS = [
         unguided={"true_cfg_scale": 1.0},
         batch={"true_cfg_scale": 2.0} | NEGATIVE,
         theirs={"guidance_scale": 2.0, "true_cfg_scale": 30.0, "image": TWO["reference_images"]} | NEGATIVE,
-        ours=TWO | {"true_cfg_scale": 30.0} | NEGATIVE,  # so much that a tiny model shows what it was told
+        ours=TWO | {"true_cfg_scale": 30.0} | NEGATIVE,  # so strong that a tiny model reacts to the prompt
         guided_tasks=("text to image", "edit with two references", "inpainting with two references"),
     ),
     FamilyCheck(
@@ -180,11 +180,11 @@ CHECKS = [
             ({"seamless": "both"}, "has no use for seamless"),
             ({"guider": {"method": "apg"}}, "zimage has no apg"),
             ({"guider": {"method": "cfg_zero_star"}}, "zimage has no cfg_zero_star"),
-            ({"acceleration": {"dtype": "bfloat16"}}, "computes in the dtype of its weights alone"),
+            ({"acceleration": {"dtype": "bfloat16"}}, "computes only in the dtype of its weights"),
             ({"image": photo(), "controlnets": [CANNY]}, "no pipeline for single control with image_to_image"),
             ({"controlnets": [CANNY, UNION]}, "Z-Image takes 1 ControlNet at a time"),
             ({"controlnets": [UNION | {"control_mode": "prompt"}]}, "no control mode"),
-            (MASKED | {"controlnets": [CANNY], "strength": 0.5}, "starts from noise alone"),
+            (MASKED | {"controlnets": [CANNY], "strength": 0.5}, "starts from noise only"),
             (MASKED | {"controlnets": [UNION]}, "not trained for inpainting: its control_in_dim is 16"),
         ),
         guidance={"guidance_scale": 9.0},
@@ -374,14 +374,14 @@ Serve = Callable[[FamilyCheck], DiffusionService]
 
 @pytest.fixture(scope="module", autouse=True)
 def small_references() -> Iterator[None]:
-    "Reference images that a model sees in sizes of its own, as small as the images of these tests."
+    "Scale reference images, where a model has its own sizes for them, to the small sizes of these tests."
     with family_checks.small_references():
         yield
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[FamilyCheck], Path]:
-    "The folder of a row's models, written when it is first needed."
+    "The model folder of a table row, written on first use."
     made: dict[str, Path] = {}
 
     def folder(check: FamilyCheck) -> Path:
@@ -395,7 +395,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[FamilyCheck],
 
 @pytest.fixture(scope="module")
 def serve(folders: Callable[[FamilyCheck], Path]) -> Iterator[Serve]:
-    "The service of a row, started when it is first needed."
+    "The service of a table row, started on first use."
     running: dict[str, DiffusionService] = {}
     with ExitStack() as stack:
 
@@ -408,8 +408,8 @@ def serve(folders: Callable[[FamilyCheck], Path]) -> Iterator[Serve]:
 
 
 @pytest.mark.parametrize(("name", "task"), [(name, task) for name, check in NAMES.items() for task in check.tasks])
-def test_each_task_runs_and_a_batch_draws_what_each_seed_draws_alone(serve: Serve, name: str, task: str) -> None:
-    "Also where there are as many images as references: a reference is for all images, and not for one of them."
+def test_tasks_run_and_batches_match_single_images(serve: Serve, name: str, task: str) -> None:
+    "Also with as many images as references: each reference applies to all images, not to one of them."
     check, service = NAMES[name], serve(NAMES[name])
     ran = check.tasks[task]
     fields = dict(ran.fields) | check.batch
@@ -422,8 +422,8 @@ def test_each_task_runs_and_a_batch_draws_what_each_seed_draws_alone(serve: Serv
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_requests_with_prompts_of_other_lengths_share_a_batch(serve: Serve, name: str) -> None:
-    "Each draws what it draws alone, and no list of the caller is written to."
+def test_queued_prompts_of_different_lengths_match_single_runs(serve: Serve, name: str) -> None:
+    "Each image is the same as alone, and no list of the caller is modified."
     check, service = NAMES[name], serve(NAMES[name])
     prompts = ["a cat", "a dog in the rain, under a red umbrella, at night"]
     fields = dict(next(iter(check.tasks.values())).fields)
@@ -444,15 +444,15 @@ def test_requests_with_prompts_of_other_lengths_share_a_batch(serve: Serve, name
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_draws_what_diffusers_draws(serve: Serve, name: str) -> None:
+def test_images_match_diffusers(serve: Serve, name: str) -> None:
     check = NAMES[name]
     ours = check.pixels(serve(check), seed=6, height=64, **check.ours)[0]
     assert difference(ours, check.their_pixels(6)) <= ROUNDING
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sizes_are_kept(serve: Serve, name: str) -> None:
-    "As asked for, with a warning where they are rounded; without, the size of an image to start from."
+def test_requested_sizes_are_kept(serve: Serve, name: str) -> None:
+    "The requested size, with a warning if it is rounded; by default, the size of the input image."
     check, service = NAMES[name], serve(NAMES[name])
     first = next(iter(check.tasks.values())).fields
     draw = lambda **fields: service.generate(model=name, prompt="a", num_inference_steps=1, seed=1, **fields)
@@ -469,7 +469,7 @@ def test_sizes_are_kept(serve: Serve, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "index"), [(name, index) for name, check in NAMES.items() for index in range(len(check.refused))]
 )
-def test_what_does_not_fit_is_refused(serve: Serve, name: str, index: int) -> None:
+def test_unsupported_fields_are_refused(serve: Serve, name: str, index: int) -> None:
     fields, message = NAMES[name].refused[index]
     result = serve(NAMES[name]).generate(**SMALL | {"model": name} | fields)
     assert result.status != OpStatus.success and message in result.message + str(result.errors), result.message
@@ -477,7 +477,7 @@ def test_what_does_not_fit_is_refused(serve: Serve, name: str, index: int) -> No
 
 @pytest.mark.parametrize(("name", "task"), [(name, task) for name, c in NAMES.items() for task in c.guided_tasks])
 def test_guidance_can_end_early(serve: Serve, name: str, task: str) -> None:
-    "Without guidance in the later steps the image is another one, with guidance in all of them the same."
+    "Without guidance in the later steps the image changes; guidance_end 1.0 equals the default, 0.0 no guidance."
     check, service = NAMES[name], serve(NAMES[name])
     guided = {"seed": 5, "height": 64} | dict(check.tasks[task].fields) | check.guidance
     ends = (1.0, 0.4, 0.0)
@@ -488,8 +488,8 @@ def test_guidance_can_end_early(serve: Serve, name: str, task: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, check in NAMES.items() if check.controlnets])
-def test_controls_count_and_leave_nothing_behind(serve: Serve, name: str) -> None:
-    "Scale 0, an empty window and a mask of black are the plain image; a mask of white is the control without one."
+def test_controlnets_change_the_image_and_leave_no_state(serve: Serve, name: str) -> None:
+    "Scale 0, an empty step window and a black mask give the plain image; a white mask equals no mask."
     check, service = NAMES[name], serve(NAMES[name])
     plain, full = check.pixels(service, seed=3)[0], check.pixels(service, seed=3, controlnets=[CANNY])[0]
     assert difference(full, plain) > ROUNDING
@@ -512,8 +512,8 @@ def test_controls_count_and_leave_nothing_behind(serve: Serve, name: str) -> Non
         if check.lora_ends and layout not in check.no_layouts
     ],
 )
-def test_a_lora_adds_the_same_in_every_layout(serve: Serve, tmp_path: Path, name: str, layout: str) -> None:
-    "What each layer gets is B A of its file, to fp32 rounding, and no layer of the file is left out."
+def test_lora_deltas_are_the_same_in_every_layout(serve: Serve, tmp_path: Path, name: str, layout: str) -> None:
+    "The delta of each layer is B A of its file, to fp32 rounding, and no layer of the file is left out."
     check, service = NAMES[name], serve(NAMES[name])
     pipe = service.factory(service.manifest(name)).load()
     matrices, (write, renamed) = lora_matrices(pipe.transformer, check.lora_ends), LORA_LAYOUTS[layout]
@@ -530,9 +530,7 @@ def test_a_lora_adds_the_same_in_every_layout(serve: Serve, tmp_path: Path, name
 
 
 @pytest.mark.parametrize("name", [name for name, check in NAMES.items() if check.lora_ends])
-def test_a_lora_draws_what_diffusers_draws_with_it(
-    serve: Serve, folders: Callable[[FamilyCheck], Path], name: str
-) -> None:
+def test_lora_images_match_diffusers(serve: Serve, folders: Callable[[FamilyCheck], Path], name: str) -> None:
     check, service = NAMES[name], serve(NAMES[name])
     pipe = quiet_pipeline(check.family, check.kind)
     tensors = peft("transformer.")(lora_matrices(pipe.transformer, check.lora_ends))
@@ -549,20 +547,20 @@ def test_a_lora_draws_what_diffusers_draws_with_it(
 
 @pytest.mark.parametrize("file", ["original", "prefixed", "own"])
 @pytest.mark.parametrize("name", WITH_FILES)
-def test_a_single_file_is_the_same_model(
+def test_single_files_give_the_same_image(
     serve: Serve, folders: Callable[[FamilyCheck], Path], name: str, file: str
 ) -> None:
     check, service = NAMES[name], serve(NAMES[name])
     assert identify(read_header(folders(check) / f"{file}.safetensors")).what == check.file_title
     ours, plain = (check.pixels(service, seed=1, model=model)[0] for model in (f"file-{file}", name))
-    assert difference(ours, plain) <= ROUNDING  # equal weights that lie otherwise in memory, on some processors
+    assert difference(ours, plain) <= ROUNDING  # equal weights in another memory layout round differently on some CPUs
 
 
 @pytest.mark.parametrize("name", WITH_FILES)
-def test_a_gguf_file_is_nearly_the_same_model(serve: Serve, name: str) -> None:
+def test_gguf_files_give_nearly_the_same_image(serve: Serve, name: str) -> None:
     check, service = NAMES[name], serve(NAMES[name])
     ours, plain = (check.pixels(service, seed=1, model=model)[0] for model in ("file-packed", name))
-    assert 0 < np.abs(ours - plain).mean() < 4  # eight bits for each weight
+    assert 0 < np.abs(ours - plain).mean() < 4  # eight bits per weight
 
 
 @pytest.mark.parametrize(("name", "task"), [(name, task) for name, check in NAMES.items() for task in check.tasks])
@@ -572,8 +570,8 @@ def test_every_task_runs_in_bfloat16(serve: Serve, name: str, task: str) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_a_step_sees_decodes_to_the_image(serve: Serve, name: str) -> None:
-    "Previews are made of the same latents."
+def test_step_latents_decode_to_the_image(serve: Serve, name: str) -> None:
+    "Previews are decoded from the same latents."
     seen, service = [], serve(NAMES[name])
     fields = next(iter(NAMES[name].tasks.values())).fields
     result = service.generate(**SMALL | fields, height=64, model=name, seed=1, on_step=seen.append)

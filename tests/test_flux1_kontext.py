@@ -1,4 +1,4 @@
-"""FLUX.1 Kontext through the service: the sizes of references and results, and how it relates to FLUX.1."""
+"""FLUX.1 Kontext through the service: sizes of references and results, and its relation to FLUX.1."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,12 +33,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionServi
         yield service
 
 
-def test_the_sizes_are_those_of_diffusers() -> None:
+def test_reference_sizes_match_diffusers() -> None:
     assert list(KONTEXT_SIZES) == pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
 
 
-def test_a_reference_is_scaled_as_in_diffusers(service: DiffusionService, monkeypatch: pytest.MonkeyPatch) -> None:
-    "To the size with the nearest aspect ratio; the plan and a warning say so, and the result keeps the size asked for."
+def test_references_are_scaled_as_in_diffusers(service: DiffusionService, monkeypatch: pytest.MonkeyPatch) -> None:
+    "To the size with the nearest aspect ratio; the plan and a warning say so; the result keeps the requested size."
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", list(family_checks.SMALL_SIZES))
     wide = photo(130, 70)
     with family_checks.small_references():
@@ -52,7 +52,7 @@ def test_a_reference_is_scaled_as_in_diffusers(service: DiffusionService, monkey
     assert difference(np.asarray(pipe(**arguments).images[0]), np.asarray(result.image)) <= ROUNDING
 
 
-def test_without_a_size_the_result_has_the_one_in_which_the_reference_is_seen() -> None:
+def test_the_default_size_is_that_of_the_scaled_reference() -> None:
     with DiffusionService(device="cpu") as service:
         plan = service.plan("a", model="flux1-kontext-dev", reference_images=[photo(130, 70)]).plan
     assert (plan.width, plan.height) == (1392, 752)
@@ -66,8 +66,8 @@ def test_an_inpainted_image_keeps_its_size(service: DiffusionService) -> None:
             assert result.image.size == (96, 80)
 
 
-def test_without_references_it_is_an_ordinary_model(service: DiffusionService) -> None:
-    "Same parts, same pixels; a reference changes them, and leaves nothing behind."
+def test_kontext_without_references_matches_flux1(service: DiffusionService) -> None:
+    "Same components, same pixels; a reference changes them, and leaves no state."
     plain = pixels(service, seed=3, height=64)
     assert difference(pixels(service, model="flux", seed=3, height=64), plain) == 0
     with family_checks.small_references():
@@ -77,12 +77,12 @@ def test_without_references_it_is_an_ordinary_model(service: DiffusionService) -
     assert difference(pixels(service, seed=3, height=64), plain) == 0
 
 
-def test_an_ordinary_model_takes_no_references(service: DiffusionService) -> None:
+def test_plain_flux1_refuses_references(service: DiffusionService) -> None:
     result = service.generate(**COMMON | {"model": "flux"}, **ONE)
     assert "flux has no use for reference_images" in result.message and "flux (kind edit)" in result.message
 
 
-def test_a_pipeline_that_was_loaded_elsewhere_is_recognized() -> None:
+def test_from_pipeline_recognizes_kontext() -> None:
     pipe = quiet_pipeline(ModelFamily.flux, ModelKind.edit)
     assert isinstance(pipe, diffusers.FluxKontextPipeline)
     sizes = {"defaults": {"width": 64, "height": 64, "num_inference_steps": 1}}

@@ -1,4 +1,4 @@
-"""FLUX.2 Klein through the service: references, distilled models, TaylorSeer, sizes, latents, other front ends."""
+"""FLUX.2 Klein through the service: references, distilled models, TaylorSeer, sizes, latents, LoRAs, the CLI, jobs."""
 
 import json
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ def service(folder: Path) -> Iterator[DiffusionService]:
 
 
 def their_pixels(seed: int, distilled: bool = False, **fields) -> np.ndarray:
-    "What diffusers draws."
+    "The image that diffusers generates."
     pipe = quiet_pipeline(ModelFamily.flux2)
     pipe.register_to_config(is_distilled=distilled)
     common = {"prompt": COMMON["prompt"], "num_inference_steps": 3, "guidance_scale": 2.0, "width": 64, "height": 64}
@@ -66,14 +66,14 @@ def their_pixels(seed: int, distilled: bool = False, **fields) -> np.ndarray:
 
 
 @pytest.mark.parametrize("references", [[photo()], TWO["reference_images"], [photo(130, 70)]])
-def test_it_edits_as_diffusers_does(service: DiffusionService, references: list) -> None:
-    "With references, whose sides are cut to multiples of 16 in the same way."
+def test_edits_match_diffusers(service: DiffusionService, references: list) -> None:
+    "The sides of references are cropped to multiples of 16 in the same way."
     ours = pixels(service, seed=6, height=64, reference_images=references)[0]
     assert difference(ours, their_pixels(6, image=references)) <= ROUNDING
 
 
-def test_a_large_reference_is_scaled_as_in_diffusers(service: DiffusionService) -> None:
-    "Above a million pixels; the plan and a warning say so."
+def test_large_references_are_scaled_as_in_diffusers(service: DiffusionService) -> None:
+    "References above a million pixels; the plan and a warning give the scaled size."
     large = photo(1400, 1100)
     result = service.generate(**COMMON, height=64, seed=1, num_images=1, reference_images=[large])
     planned = result.generation.plan.reference_images[0]
@@ -82,8 +82,8 @@ def test_a_large_reference_is_scaled_as_in_diffusers(service: DiffusionService) 
     assert difference(np.asarray(result.image).astype(int), their_pixels(1, image=[large])) <= ROUNDING
 
 
-def test_a_model_may_name_the_number_and_the_size_of_its_references(folder: Path) -> None:
-    "Each reference is cut at the center and scaled to it, in the plan, a warning and the pixels."
+def test_manifests_can_set_reference_size_and_count(folder: Path) -> None:
+    "Each reference is center-cropped and scaled to the size, in the plan, a warning and the pixels."
     manifest = (
         "family: flux2\nsource: {folder: flux2}\ndefaults: {guidance_scale: 2.0}\n"
         "limits: {reference_size: [80, 64], max_reference_images: 2}\n"
@@ -122,14 +122,14 @@ def test_a_model_may_name_the_number_and_the_size_of_its_references(folder: Path
         ("family: qwen\nkind: edit\nlimits: {reference_size: [64, 64]}", "scale reference images themselves"),
     ],
 )
-def test_limits_of_references_that_cannot_be_are_refused(section: str, told: str) -> None:
+def test_invalid_reference_limits_are_refused(section: str, told: str) -> None:
     content = yaml.safe_load(section) | {"name": "odd", "source": {"folder": "odd"}}
     with pytest.raises(ValueError, match=r"limits\.(max_)?reference_") as caught:
         ModelManifest(**content)
     assert told in str(caught.value)
 
 
-def test_an_edit_in_another_size_than_its_reference_says_so(service: DiffusionService) -> None:
+def test_a_default_size_unlike_the_reference_gets_a_warning(service: DiffusionService) -> None:
     small = {"model": "flux2-klein-4b", "reference_images": [photo(128, 96)]}
     planned = service.plan("a", **small)
     assert (planned.plan.width, planned.plan.height) != (128, 96)
@@ -139,7 +139,7 @@ def test_an_edit_in_another_size_than_its_reference_says_so(service: DiffusionSe
     assert not service.plan(**COMMON, height=64, reference_images=[photo(96, 80)]).warnings
 
 
-def test_each_reference_and_their_order_count(service: DiffusionService) -> None:
+def test_each_reference_and_their_order_matter(service: DiffusionService) -> None:
     one, two = TWO["reference_images"]
     draw = lambda *images: pixels(service, seed=2, height=64, reference_images=list(images))[0]
     made = [draw(one), draw(two), draw(one, two), draw(two, one)]
@@ -150,8 +150,8 @@ def test_each_reference_and_their_order_count(service: DiffusionService) -> None
     assert difference(plain, made[0]) > 0 and difference(pixels(service, seed=2, height=64)[0], plain) == 0
 
 
-def test_sizes(service: DiffusionService) -> None:
-    "As asked for, else that of the first reference; an inpainted image keeps its size."
+def test_image_sizes(service: DiffusionService) -> None:
+    "The requested size, by default that of the first reference; an inpainted image keeps its size."
     size = lambda **fields: (
         service.generate(**{"model": "flux2", "prompt": "a", "num_inference_steps": 1} | fields).image.size
     )
@@ -172,17 +172,17 @@ def test_sizes(service: DiffusionService) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(service: DiffusionService, fields: dict, message: str) -> None:
+def test_unsupported_fields_are_refused(service: DiffusionService, fields: dict, message: str) -> None:
     result = service.generate(**COMMON | fields)
     assert result.status != OpStatus.success and message in result.message + str(result.errors)
 
 
-def test_a_reference_that_is_no_image_is_named(service: DiffusionService) -> None:
+def test_an_invalid_reference_image_is_named(service: DiffusionService) -> None:
     result = service.generate(**COMMON, reference_images=[to_image_string(photo()), "aGVsbG8="])
     assert [error.field for error in result.errors] == ["reference_images[1]"]
 
 
-def test_an_inpainted_image_may_not_be_larger_than_the_pipeline_takes() -> None:
+def test_too_large_inpainting_images_are_refused() -> None:
     "Diffusers would shrink it."
     with DiffusionService(device="cpu") as service:
         result = service.plan("a", model="flux2-klein-4b", image=photo(1200, 1200), mask_image=half())
@@ -190,7 +190,7 @@ def test_an_inpainted_image_may_not_be_larger_than_the_pipeline_takes() -> None:
 
 
 def test_the_distilled_model_stays_distilled(service: DiffusionService) -> None:
-    "In every pipeline that is made of its parts; the base model is guided against an empty prompt."
+    "In every pipeline made of its components; the base model uses guidance with an empty negative prompt."
     draw = lambda model, **fields: pixels(service, model=model, seed=3, height=64, **fields)[0]
     assert difference(draw("distilled"), their_pixels(3, distilled=True)) <= ROUNDING
     assert difference(draw("flux2"), draw("distilled")) > ROUNDING
@@ -198,7 +198,7 @@ def test_the_distilled_model_stays_distilled(service: DiffusionService) -> None:
         assert difference(draw("distilled", **fields), draw("flux2", guidance_scale=1.0, **fields)) == 0
 
 
-def test_taylorseer_runs_twice_alike_and_leaves_nothing_behind(service: DiffusionService) -> None:
+def test_taylorseer_is_deterministic_and_leaves_no_state(service: DiffusionService) -> None:
     for fields in ({}, TWO):
         request = {"seed": 5, "num_inference_steps": 8, "height": 64} | fields
         plain = pixels(service, **request)[0]
@@ -209,7 +209,7 @@ def test_taylorseer_runs_twice_alike_and_leaves_nothing_behind(service: Diffusio
         assert difference(pixels(service, **request)[0], plain) == 0
 
 
-def test_padding_counts_so_the_length_stands_in_the_plan(service: DiffusionService) -> None:
+def test_max_sequence_length_is_planned_and_changes_the_image(service: DiffusionService) -> None:
     assert service.plan(**COMMON).plan.max_sequence_length == 512
     short, usual = (pixels(service, seed=1, **fields)[0] for fields in ({"max_sequence_length": 64}, {}))
     assert difference(short, usual) > 0
@@ -217,8 +217,8 @@ def test_padding_counts_so_the_length_stands_in_the_plan(service: DiffusionServi
     assert [note.field for note in result.warnings] == ["prompt"]
 
 
-def test_latents_are_those_of_the_decoder(service: DiffusionService) -> None:
-    "What a step sees decodes to the image, and scaling and its reverse are exact."
+def test_step_latents_are_in_the_latent_space_of_the_vae(service: DiffusionService) -> None:
+    "Step latents decode to the image, and scaling them to the VAE and back gives the same latents."
     seen = []
     result = service.generate(**COMMON, seed=1, on_step=seen.append)
     assert seen[-1].latents.shape == (1, 32, 8, 8)
@@ -228,8 +228,8 @@ def test_latents_are_those_of_the_decoder(service: DiffusionService) -> None:
     torch.testing.assert_close(scaled_latents(vae, vae_latents(vae, latents)), latents, rtol=1e-5, atol=1e-6)
 
 
-def test_an_edit_is_regenerated_from_its_receipt(service: DiffusionService) -> None:
-    "The receipt holds hashes; with the same images it makes the same pixels."
+def test_edits_are_reproduced_from_their_receipt(service: DiffusionService) -> None:
+    "The receipt holds image hashes; with the same images it gives the same pixels."
     result = service.generate(**COMMON, seed=4, **TWO)
     plan = result.generation.plan
     with pytest.raises(RequestError, match="2 reference images"):
@@ -242,7 +242,7 @@ def test_an_edit_is_regenerated_from_its_receipt(service: DiffusionService) -> N
 
 
 def test_a_restored_edit_is_refused_without_its_references(service: DiffusionService) -> None:
-    "It says which ones are missing, and what to do; with others it runs and says so, and without on request."
+    "The error names the missing ones and the remedy; other references give a warning, and none run on request."
     made = service.generate(**COMMON, seed=4, **TWO)
     restored = service.restore(made.image).restored.request
     service.log_failures = False
@@ -268,7 +268,7 @@ def test_a_restored_edit_is_refused_without_its_references(service: DiffusionSer
     assert without.generation.plan.task.value == "text_to_image"
 
 
-def test_the_command_line_takes_references_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cli_takes_references_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / "first.png", tmp_path / "second.png"]
     for file, image in zip(files, TWO["reference_images"]):
         image.save(file)
@@ -282,8 +282,8 @@ def test_the_command_line_takes_references_in_order(tmp_path: Path, capsys: pyte
     assert f"--reference {str(tmp_path)[:20]}" in capsys.readouterr().err
 
 
-def test_a_server_counts_and_drops_reference_images() -> None:
-    "They are part of the size of a request, may be URLs, and a job that has ended does not hold them."
+def test_server_jobs_count_and_release_reference_images() -> None:
+    "They count toward the size of a request, may be URLs, and are released when a job has ended."
     texts = [to_image_string(image) for image in TWO["reference_images"]]
     request = GenerationRequest(prompt="a", reference_images=[*texts, "https://example.org/a.png"])
     assert request_images(request)[2:] == [*texts, "https://example.org/a.png"]
@@ -293,8 +293,8 @@ def test_a_server_counts_and_drops_reference_images() -> None:
     assert job.request.reference_images is None and job.request.prompt == "a"
 
 
-def test_files_of_klein_at_its_real_width_are_told_from_others(folder: Path) -> None:
-    "By single blocks, by feed-forward layers, and by attention alone where every block is there."
+def test_klein_loras_are_recognized_at_their_real_width(folder: Path) -> None:
+    "From the width of a single block, from the attention width of the 9B model, and from the number of blocks."
     blocks = [f"double_blocks_{i}_img_attn_proj" for i in range(5)] + [f"single_blocks_{i}_linear2" for i in range(20)]
     files = {
         "linear1": {"single_blocks_0_linear1": (3072, 27648)},
@@ -310,8 +310,8 @@ def test_files_of_klein_at_its_real_width_are_told_from_others(folder: Path) -> 
         assert load_lora(folder / "loras" / "probe.safetensors", LoraName("probe")).header.family == "flux2", title
 
 
-def test_a_model_that_keeps_references_leaves_its_twin_alone(tmp_path: Path) -> None:
-    "The pipeline changes the attention of its transformer for good; an ordinary model of the same folder has its own."
+def test_a_kv_model_does_not_change_its_plain_twin(tmp_path: Path) -> None:
+    "The KV pipeline replaces attention processors for good; a plain model from the same folder has its own."
     write_tiny_model(tmp_path, ModelFamily.flux2)
     text = (tmp_path / "flux2.yaml").read_text()
     (tmp_path / "kv.yaml").write_text(text + "kind: kv\n")

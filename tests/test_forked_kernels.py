@@ -1,4 +1,4 @@
-"""A program in a forked process is what it is in a process of its own: its streams, its end, and signals to it."""
+"""Programs in forked processes behave as in new processes: streams, exit status and signals."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ WAIT = "import time; print('up', flush=True); time.sleep(600)"
     ],
     ids=lambda arguments: arguments[1][-24:],
 )
-def test_a_forked_program_does_and_says_the_same(
+def test_forked_programs_match_new_processes(
     arguments: list[str], quick_python: tuple[str, ...], tmp_path: Path
 ) -> None:
     own, forked = (
@@ -42,16 +42,16 @@ def test_a_forked_program_does_and_says_the_same(
     assert (forked.returncode, forked.stdout, forked.stderr) == (own.returncode, own.stdout, own.stderr)
 
 
-def test_an_error_in_a_forked_program_is_told(quick_python: tuple[str, ...]) -> None:
+def test_errors_in_forked_programs_are_reported(quick_python: tuple[str, ...]) -> None:
     done = subprocess.run([*quick_python, "-c", "1 / 0"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_ends_a_forked_program(number: signal.Signals, quick_python: tuple[str, ...]) -> None:
-    "Nothing of it is left, even where the process that stands for it cannot pass the signal on."
+def test_signals_end_forked_programs(number: signal.Signals, quick_python: tuple[str, ...]) -> None:
+    "Nothing of them is left, even if the process that represents them cannot forward the signal."
     with subprocess.Popen([*quick_python, "-c", WAIT], stdout=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         process.send_signal(number)
-        assert process.stdout.read() == ""  # returns when the program has gone
+        assert process.stdout.read() == ""  # returns when the program has exited
         assert process.wait() == -number

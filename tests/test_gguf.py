@@ -17,7 +17,7 @@ Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
 def write_gguf(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    "Write matrices in eight bits, vectors unchanged."
+    "Write matrices as Q8_0, vectors unchanged."
     writer = gguf.GGUFWriter(path, "flux")
     for name, tensor in weights.items():
         array = tensor.float().numpy()
@@ -32,8 +32,8 @@ def write_gguf(path: Path, weights: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.slow
-def test_the_original_names_are_understood(tmp_path: Path) -> None:
-    "One block of each kind at the width of FLUX.1, half a billion weights: all in place, one byte each in memory."
+def test_gguf_files_with_original_flux_names_are_loaded(tmp_path: Path) -> None:
+    "One block of each kind at the width of FLUX.1, half a billion weights: all loaded, one byte each in memory."
     with torch.device("meta"):
         empty = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
     empty.save_config(tmp_path / "config")

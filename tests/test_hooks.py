@@ -1,4 +1,4 @@
-"""What a Python caller hands in: loaded pipelines, noise, embeddings, callbacks, schedulers, preprocessors, classes."""
+"""Objects passed in from Python: loaded pipelines, noise, embeddings, callbacks, schedulers, preprocessors, classes."""
 
 import dataclasses
 import os
@@ -47,7 +47,7 @@ def same(left, right) -> bool:
 
 
 def state_of(pipe) -> dict:
-    """Everything of a pipeline that a service could leave something in."""
+    """The state of a pipeline that a service could change."""
     found = {"vars": sorted(vars(pipe)), "scheduler": (id(pipe.scheduler), dict(pipe.scheduler.config))}
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
@@ -90,9 +90,9 @@ def tiny(request):
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
-    # transformers attaches its own hooks for hidden states in the first call, of whatever caller
+    # transformers attaches its own hooks for hidden states in the first call, whatever the caller
     pipe(prompt="a red circle", width=64, height=64, num_inference_steps=1, output_type="latent")
-    if hasattr(pipe.vae, "clear_cache"):  # a VAE for video notes what it has seen, and empties it in each call
+    if hasattr(pipe.vae, "clear_cache"):  # the feature cache of a video VAE, which each call clears
         pipe.vae.clear_cache()
     controlnets = {"lines": tiny_controlnet(request.param)} if RECORDS[request.param].has_controlnets else {}
     with DiffusionService.from_pipeline(
@@ -102,7 +102,7 @@ def tiny(request):
 
 
 @pytest.mark.parametrize("task", INPUTS)
-def test_a_loaded_pipeline_of_every_family_does_every_task_and_stays_as_it_was(tiny, task):
+def test_loaded_pipelines_run_every_task_and_stay_unchanged(tiny, task):
     service, pipe = tiny
     skip_missing(service, task)
     before = state_of(pipe)
@@ -124,7 +124,7 @@ def test_a_loaded_pipeline_of_every_family_does_every_task_and_stays_as_it_was(t
 
 @pytest.mark.parametrize("controlled", [False, True], ids=["plain", "controlnet"])
 @pytest.mark.parametrize("task", INPUTS)
-def test_the_noise_of_a_seed_handed_in_gives_the_image_of_that_seed(tiny, task, controlled):
+def test_initial_latents_reproduce_the_image_of_their_seed(tiny, task, controlled):
     service, _pipe = tiny
     skip_missing(service, task)
     fields = INPUTS[task] | {"prompt": "a red circle", "seeds": [1, 2, 3], "memory": {"batch_size": 2}}
@@ -163,7 +163,7 @@ def test_the_noise_of_a_seed_handed_in_gives_the_image_of_that_seed(tiny, task, 
 SCENE = {"prompt": "a red circle on a white background", "seed": 3, "num_inference_steps": 6}
 EDGES = Image.new("RGB", (128, 128))
 ImageDraw.Draw(EDGES).ellipse((40, 40, 90, 90), outline="white")
-ADDED = {  # what is applied to a pipeline and has to leave it again
+ADDED = {  # what is applied to a pipeline and must be removed again
     "plain": {},
     "lora": {"loras": [{"name": "LORA", "scale": 1.0}]},
     "controlnet": {"controlnets": [{"model": "canny", "image": EDGES}]},
@@ -182,7 +182,7 @@ ADOPTED = {  # model -> one of its LoRAs, and a step cache of its family
 
 
 @pytest.mark.parametrize("model", ADOPTED)
-def test_an_adopted_pipeline_takes_loras_controlnets_and_caches_like_the_model_itself(service, model):
+def test_adopted_pipelines_match_the_model_and_stay_unchanged(service, model):
     lora, cache = ADOPTED[model]
     known = service.manifest(model)
     pipe = service.pipeline(model)
@@ -207,7 +207,7 @@ def test_an_adopted_pipeline_takes_loras_controlnets_and_caches_like_the_model_i
             assert same(images[name], service.generate(asked | {"model": model})), name
         assert same(images["plain"], adopting.generate(SCENE))
 
-        # Interrupt in a notebook stops within a step, and the next call works
+        # an interrupt, as in a notebook, stops generation early, and the next call works
         seen = []
 
         def interrupt(step):
@@ -245,7 +245,7 @@ def test_embeddings_give_the_image_of_their_prompt(tiny):
 
 
 @pytest.mark.parametrize("task", INPUTS)
-def test_the_callback_sees_every_step_of_every_chunk_and_may_replace_the_latents(tiny, task):
+def test_on_step_sees_every_step_and_can_replace_the_latents(tiny, task):
     service, _pipe = tiny
     skip_missing(service, task)
     fields = INPUTS[task] | {"prompt": "a red circle", "seeds": [1, 2, 3], "memory": {"batch_size": 2}}
@@ -266,7 +266,7 @@ def test_the_callback_sees_every_step_of_every_chunk_and_may_replace_the_latents
     assert not same(plain, changed)
 
 
-def test_latents_come_out_and_decode_to_the_image(tiny):
+def test_latent_output_decodes_to_the_image(tiny):
     service, _pipe = tiny
     made = service.generate("a red circle", seeds=[1, 2, 3], memory={"batch_size": 2}, output_type="latent")
     channels = service.manifest().record.latents.channels
@@ -280,7 +280,7 @@ def test_latents_come_out_and_decode_to_the_image(tiny):
         _ = made.image
 
 
-def test_a_pipeline_is_handed_out_for_plain_use(tiny):
+def test_pipelines_can_be_used_directly_with_diffusers(tiny):
     service, pipe = tiny
     for task in service.manifest().tasks:
         own = service.pipeline(task=task)
@@ -307,7 +307,7 @@ def test_a_pipeline_is_handed_out_for_plain_use(tiny):
         ({"model": "nothing"}, "model"),
     ],
 )
-def test_a_wrong_argument_of_pipeline_is_named(service, arguments, field):
+def test_wrong_pipeline_arguments_are_named(service, arguments, field):
     with pytest.raises(RequestError) as caught:
         service.pipeline(**arguments)
     assert caught.value.errors[0].field == field
@@ -340,7 +340,7 @@ NOISE = torch.zeros(1, 4, 16, 16)
         ({"scheduler": "mine"}, ErrorCode.unknown_scheduler, "scheduler"),
     ],
 )
-def test_misuse_is_named_and_leaves_nothing(service, arguments, code, field):
+def test_wrong_hooks_are_named_and_leave_no_state(service, arguments, code, field):
     usual = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2}
     before = service.generate(**usual)
     error = service.generate(**(usual | arguments)).errors[0]
@@ -349,7 +349,7 @@ def test_misuse_is_named_and_leaves_nothing(service, arguments, code, field):
 
 
 class Halving(diffusers.DDIMScheduler):
-    """A scheduler of a caller."""
+    """A custom scheduler."""
 
     def step(self, model_output, timestep, sample, **kwargs):
         return super().step(model_output * 0.5, timestep, sample, **kwargs)
@@ -360,7 +360,7 @@ class Broken(diffusers.DDIMScheduler):
         raise ArithmeticError("no step")
 
 
-def test_own_schedulers_as_class_object_and_name(service):
+def test_custom_schedulers_by_class_object_and_name(service):
     usual = {"prompt": "a red circle", "seeds": [1, 2, 3], "num_inference_steps": 3, "memory": {"batch_size": 2}}
     before = service.generate(**usual)
     mine = Halving.from_config(service.pipeline().scheduler.config)
@@ -382,7 +382,7 @@ def test_own_schedulers_as_class_object_and_name(service):
     assert same(before, service.generate(**usual))
 
 
-def test_a_replay_says_what_has_to_be_handed_in_again(service):
+def test_restore_lists_custom_parts_to_pass_in_again(service):
     made = service.generate("a red circle", seed=1, num_inference_steps=2, scheduler=Halving, on_step=lambda step: None)
     lost = {setting.name: setting for setting in service.restore(made.image).restored.lost}
     assert {"scheduler", "on_step"} == set(lost)
@@ -391,13 +391,13 @@ def test_a_replay_says_what_has_to_be_handed_in_again(service):
 
 
 class Doubled(diffusers.StableDiffusionPipeline):
-    """A pipeline class of a caller."""
+    """A custom pipeline class."""
 
     def __call__(self, *args, guidance_scale=1.0, **kwargs):
         return super().__call__(*args, guidance_scale=guidance_scale * 2, **kwargs)
 
 
-def test_own_pipeline_classes():
+def test_custom_pipeline_classes():
     with DiffusionService(log_failures=False) as service:
         usual = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 3}
         double = service.generate(**usual, guidance_scale=4.0)
@@ -409,7 +409,7 @@ def test_own_pipeline_classes():
             service.register_pipeline_class(diffusers.FluxPipeline)
 
 
-def test_a_subclass_that_is_handed_in_keeps_its_call(service):
+def test_an_adopted_subclass_keeps_its_call_method(service):
     pipe = Doubled(**service.pipeline().components)
     with DiffusionService.from_pipeline(pipe, log_failures=False) as own:
         usual = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 3}
@@ -420,7 +420,7 @@ def test_a_subclass_that_is_handed_in_keeps_its_call(service):
     "cls",
     ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionControlNetPipeline"],
 )
-def test_any_class_of_the_family_can_be_handed_in(service, cls):
+def test_from_pipeline_accepts_any_class_of_the_family(service, cls):
     made = service.pipeline()
     given = dict(made.components)
     if "ControlNet" in cls:
@@ -432,7 +432,7 @@ def test_any_class_of_the_family_can_be_handed_in(service, cls):
         assert list(own.manifest().controlnets) == (["controlnet"] if "ControlNet" in cls else [])
 
 
-def test_a_callback_that_generates_is_refused_and_one_that_decodes_is_not(service):
+def test_callbacks_can_decode_but_not_generate(service):
     inner = []
 
     def callback(step):
@@ -460,7 +460,7 @@ def test_requests_with_hooks_are_never_batched_with_others():
         assert set(seen) == {(2,)}
 
 
-def test_own_preprocessors_appear_everywhere_and_in_the_receipt(service):
+def test_custom_preprocessors_are_listed_checked_and_recorded(service):
     def stripes(pixels: np.ndarray, width: int) -> np.ndarray:
         made = np.zeros_like(pixels)
         made[:, :: max(1, width)] = 255
@@ -494,7 +494,7 @@ def test_own_preprocessors_appear_everywhere_and_in_the_receipt(service):
     assert "stripes" not in [info.name for info in preprocessor_list()]
 
 
-def test_a_table_of_results_has_every_setting_and_the_image(service):
+def test_result_tables_have_settings_and_images(service):
     made = service.generate("a red circle", seeds=[1, 2], num_inference_steps=2)
     failed = service.generate("a red circle", width=130)
     frame = to_dataframe([made, failed])

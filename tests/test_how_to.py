@@ -23,7 +23,7 @@ BLOCK = re.compile(
 
 
 def run_shell(code: str) -> None:
-    "Run the lines of a block: plain calls of the command line in this process, which spares a start, others in bash."
+    "Run the lines of a block: plain CLI calls in this process, which saves the startup time, others in bash."
     for line in code.strip().splitlines():
         words = shlex.split(line, comments=True)
         if words[0] == "export":
@@ -42,8 +42,8 @@ def run_shell(code: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_examples_of_a_how_to(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    "Blocks run in order; one that cannot run here says why in a comment."
+def test_how_to_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Blocks run in order; one that cannot run here has a comment with the reason."
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
     names: dict = {"Path": Path, "__name__": "how_to"}
@@ -66,7 +66,7 @@ def test_examples_of_a_how_to(page: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("page", "written"), [("progress", 0), ("two-gpus", 4)])
-def test_examples_that_need_servers(
+def test_how_to_examples_that_need_servers(
     page: str,
     written: int,  # images
     tmp_path: Path,

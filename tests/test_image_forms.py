@@ -1,4 +1,4 @@
-"""An image of a result is base64 text, a data URI or a URL into a bucket: everything that reads one takes all three."""
+"""Result images as base64 text, data URI or bucket URL: everything that reads one accepts all three."""
 
 import asyncio
 import base64
@@ -38,7 +38,7 @@ FILE = png()
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    "The address of the file in a bucket."
+    "The presigned URL of the file in a bucket."
 
     class Bucket(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -79,7 +79,7 @@ def control_map(text: str) -> OpResult:
     return OpResult(status=OpStatus.success, control_map=found)
 
 
-def test_the_client(text: str, tmp_path: Path):
+def test_the_client_reads_every_image_form(text: str, tmp_path: Path):
     result = generation(text)
     assert result.image.size == (48, 32)
     result.save(tmp_path / "image.png")
@@ -88,7 +88,7 @@ def test_the_client(text: str, tmp_path: Path):
     assert text in shown if text.startswith("http") else "data:image/png;base64," in shown
 
 
-def test_the_command_line(text: str, tmp_path: Path):
+def test_the_cli_saves_every_image_form(text: str, tmp_path: Path):
     from diffusion_workers.cli.outputs import Output, write_images
     from ez_diffusion_client.receipts import save_map
 
@@ -97,14 +97,14 @@ def test_the_command_line(text: str, tmp_path: Path):
     assert Image.open(save_map(control_map(text).control_map, tmp_path / "map.png")).size == (48, 32)
 
 
-def test_the_server(text: str):
+def test_the_server_returns_every_image_form(text: str):
     from diffusion_workers.server.routes import image_answer
 
     answer = image_answer(generation(text))
     assert (answer.body, answer.media_type, answer.headers["X-Seed"]) == (FILE, "image/png", "7")
 
 
-def test_the_worker(text: str):
+def test_the_worker_delivers_every_image_form(text: str):
     from diffusion_workers.worker.delivery import fitted, uploaded
     from diffusion_workers.worker.worker_sdxl import to_worker_sdxl
 
@@ -127,14 +127,14 @@ def test_the_worker(text: str):
     assert address.count("data:") == (0 if text.startswith("http") else 1)
 
 
-def test_a_sweep(text: str, tmp_path: Path):
+def test_a_sweep_saves_every_image_form(text: str, tmp_path: Path):
     from diffusion_workers.sweep.folder import write_result
 
     result = asyncio.run(write_result(tmp_path, "0" * 16, generation(text)))
     assert (tmp_path / result.generation.images[0].image).read_bytes() == FILE
 
 
-def test_the_panel(text: str, tmp_path: Path):
+def test_the_panel_reads_every_image_form(text: str, tmp_path: Path):
     from diffusion_workers.panel.addon_forms import MapPreview, file_of
     from diffusion_workers.panel.history import ImageHistory
     from diffusion_workers.panel.stage import Stage
@@ -154,7 +154,7 @@ def test_the_panel(text: str, tmp_path: Path):
     assert preview.map.value == FILE
 
 
-def test_an_address_that_fails_is_named_without_its_signature(tmp_path: Path):
+def test_download_errors_do_not_show_the_signature(tmp_path: Path):
     from ez_diffusion_client.errors import ConnectionLost
 
     gone = "http://127.0.0.1:9/0.png?X-Amz-Signature=secret"

@@ -1,4 +1,4 @@
-"""Hosts of images that hang: only the requests that name them wait, and never beyond their own deadline."""
+"""Unresponsive image hosts: only the requests that name them wait, and never beyond their own deadline."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ def png() -> str:
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[str]:
-    "A host that takes connections and never answers."
+    "A host that accepts connections and never responds."
     with socket.create_server(("127.0.0.1", 0), backlog=256) as listening:
         taken = []
 
@@ -50,14 +50,14 @@ def service(host: str) -> Iterator[DiffusionService]:
         yield made
 
 
-def test_fetching_counts_against_the_deadline(service: DiffusionService, host: str):
+def test_image_downloads_count_toward_the_deadline(service: DiffusionService, host: str):
     started = time.monotonic()
     result = service.generate(FEW, image=f"http://{host}/a.png", timeout_seconds=0.5)
     assert result.status == "timed_out"
     assert time.monotonic() - started < 2.5  # the host would be waited for 3 s
 
 
-def test_all_urls_of_a_request_share_their_time(service: DiffusionService, host: str):
+def test_image_urls_of_a_request_share_one_time_limit(service: DiffusionService, host: str):
     units = [{"model": "canny", "image": f"http://{host}/{index}.png"} for index in range(8)]
     started = time.monotonic()
     result = service.plan(FEW, controlnets=units, image=f"http://{host}/a.png")
@@ -65,7 +65,7 @@ def test_all_urls_of_a_request_share_their_time(service: DiffusionService, host:
     assert time.monotonic() - started < 16  # one after the other, they would take 27 s
 
 
-def test_others_do_not_wait_for_a_host_that_hangs(service: DiffusionService, host: str):
+def test_other_requests_do_not_wait_for_an_unresponsive_host(service: DiffusionService, host: str):
     slow = f"http://{host}/a.png"
     with (
         live_server(service) as (url, _),
@@ -95,7 +95,7 @@ def test_others_do_not_wait_for_a_host_that_hangs(service: DiffusionService, hos
         assert {answer.result().json()["status"] for answer in hanging[:30]} == {"bad_image"}
 
 
-def test_a_limit_holds_for_requests_beside_the_queue_too(service: DiffusionService, host: str):
+def test_the_queue_limit_also_applies_to_restore_requests(service: DiffusionService, host: str):
     slow = {"image": f"http://{host}/a.png"}
     with live_server(service, max_queue=1) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as client:
         with ThreadPoolExecutor(4) as pool:

@@ -1,4 +1,4 @@
-"""Images and numbers as Python and other programs give them, through `service.generate` on a built-in model."""
+"""Color profiles, bit depths, arrays, NumPy and PyTorch numbers and seeds as inputs of `DiffusionService`."""
 
 import base64
 import io
@@ -57,9 +57,7 @@ def opened(result: OpResult) -> Image.Image:
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
-def test_a_display_p3_photo_is_converted_and_the_result_carries_no_profile(
-    service: DiffusionService, kind: str
-) -> None:
+def test_display_p3_is_converted_to_srgb_without_output_profile(service: DiffusionService, kind: str) -> None:
     profile, buffer = wide_profile(), io.BytesIO()
     stored = ImageCms.profileToProfile(colors(), SRGB, ImageCms.ImageCmsProfile(io.BytesIO(profile)))
     stored.save(buffer, "PNG", icc_profile=profile)
@@ -72,7 +70,7 @@ def test_a_display_p3_photo_is_converted_and_the_result_carries_no_profile(
     assert any("converted to sRGB" in note.message for note in result.warnings)
 
 
-def test_an_srgb_profile_changes_nothing_and_a_broken_one_is_left_out(service: DiffusionService) -> None:
+def test_srgb_and_broken_profiles_do_not_change_the_image(service: DiffusionService) -> None:
     texts = {}
     for name, profile in {"none": None, "own": ImageCms.ImageCmsProfile(SRGB).tobytes(), "broken": b"?" * 200}.items():
         buffer = io.BytesIO()
@@ -84,7 +82,7 @@ def test_an_srgb_profile_changes_nothing_and_a_broken_one_is_left_out(service: D
 
 
 def profile_of(space: bytes, connection: bytes, tags: dict[bytes, bytes], device: bytes) -> bytes:
-    "An ICC profile of version 4, by hand: Pillow makes none for gray or CMYK."
+    "A hand-built ICC v4 profile: Pillow creates none for gray or CMYK."
     name = b"mluc" + bytes(4) + struct.pack(">II2s2sII", 1, 12, b"en", b"US", 8, 28) + "Test".encode("utf-16-be")
     white = struct.pack(">3i", *(round(value * 65536) for value in (0.9642, 1, 0.8249)))
     tags = {b"desc": name, b"cprt": name, b"wtpt": b"XYZ " + bytes(4) + white} | tags
@@ -98,21 +96,21 @@ def profile_of(space: bytes, connection: bytes, tags: dict[bytes, bytes], device
 
 
 def gray_profile() -> bytes:
-    "Linear light."
+    "A gray profile of linear light (gamma 1)."
     return profile_of(b"GRAY", b"XYZ ", {b"kTRC": b"curv" + bytes(4) + struct.pack(">IHH", 1, 256, 0)}, b"mntr")
 
 
 def cmyk_profile() -> bytes:
-    "An ink of which only black prints, from white paper to black; the other three do nothing."
+    "A CMYK profile in which only black ink prints, from white paper to black; the other three inks have no effect."
     straight = bytes(range(256))
-    corners = b"".join(bytes([0 if index & 1 else 255, 128, 128]) for index in range(16))  # Lab; black runs fastest
+    corners = b"".join(bytes([0 if index & 1 else 255, 128, 128]) for index in range(16))  # Lab; black varies fastest
     matrix = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
     table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + straight * 4 + corners + straight * 3
     return profile_of(b"CMYK", b"Lab ", {b"A2B0": table, b"A2B1": table}, b"prtr")
 
 
 def decoded_of(image: Image.Image, kind: str, profile: bytes) -> tuple[tuple[int, int, int], str]:
-    "The pixel at (64, 0) of a file as a request gets it, and the warnings."
+    "The pixel at (64, 0) of a file after decoding for a request, and the warnings."
     buffer = io.BytesIO()
     image.save(buffer, kind, icc_profile=profile)
     planned = plan_request(request_of(image=buffer.getvalue()), load_manifests().find())
@@ -127,15 +125,15 @@ def test_gray_and_cmyk_profiles_are_applied() -> None:
         assert pixel == (expected,) * 3 and "converted to sRGB from the color profile Test" in said
     inks = Image.merge("CMYK", [Image.new("L", ramp.size, 255), *[Image.new("L", ramp.size)] * 2, ramp])
     pixel, said = decoded_of(inks, "TIFF", cmyk_profile())
-    assert np.ptp(pixel) <= 3 and 150 < pixel[0] < 220 and "converted to sRGB" in said  # no cyan: it does not print
+    assert np.ptp(pixel) <= 3 and 150 < pixel[0] < 220 and "converted to sRGB" in said  # gray: cyan does not print
 
 
-def test_a_profile_of_another_kind_of_image_is_not_applied() -> None:
+def test_profiles_for_another_color_mode_are_not_applied() -> None:
     for image, profile in ((colors(), gray_profile()), (colors().convert("CMYK"), wide_profile())):
         assert "not applied" in decoded_of(image, "TIFF", profile)[1]
 
 
-def test_gray_images_of_more_than_eight_bits_are_read_as_what_they_show(service: DiffusionService) -> None:
+def test_high_bit_depth_grayscale_is_scaled_to_8_bits(service: DiffusionService) -> None:
     ramp = np.linspace(0, 65535, SIZE * SIZE).reshape(SIZE, SIZE)
     forms = [
         Image.fromarray(ramp.astype(np.uint16)),
@@ -168,12 +166,12 @@ def request_of(**fields) -> GenerationRequest:
         (Image.new("RGB", (0, 0)), "has no pixels"),
     ],
 )
-def test_what_is_no_image_is_refused_with_the_reason(service: DiffusionService, array, reason: str) -> None:
+def test_invalid_arrays_and_images_are_refused_with_a_reason(service: DiffusionService, array, reason: str) -> None:
     error = service.generate(**FEW, image=array).errors[0]
     assert (error.code, error.field) == (ErrorCode.wrong_type, "image") and reason in error.message
 
 
-def test_numbers_of_numpy_and_torch_are_numbers(service: DiffusionService) -> None:
+def test_numpy_and_torch_numbers_are_accepted(service: DiffusionService) -> None:
     plain = service.generate(prompt="a red circle", seed=3, width=128, guidance_scale=3.0, num_inference_steps=2)
     numbers = {"seed": np.int64(3), "width": np.int32(128), "guidance_scale": np.float32(3)}
     made = service.generate(prompt="a red circle", num_inference_steps=torch.tensor(2), **numbers)
@@ -183,7 +181,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(service: DiffusionService) -> No
     assert service.plan({"prompt": "a", "seed": np.uint8(7)}).plan.seeds == [7]
 
 
-def test_seed_minus_one_draws_a_seed_that_the_plan_names(service: DiffusionService) -> None:
+def test_seed_minus_one_picks_a_random_seed_recorded_in_the_plan(service: DiffusionService) -> None:
     made = [service.plan(prompt="a", seed=-1, num_images=2).plan.seeds for _ in range(2)]
     assert made[0] != made[1] and all(seeds[1] == seeds[0] + 1 and seeds[0] >= 0 for seeds in made)
     result = service.generate(**FEW | {"seed": -1})
@@ -192,8 +190,8 @@ def test_seed_minus_one_draws_a_seed_that_the_plan_names(service: DiffusionServi
     assert service.plan(prompt="a", seeds=[-1]).errors[0].code == ErrorCode.out_of_range
 
 
-def test_a_palette_image_without_a_palette_is_damaged(service: DiffusionService) -> None:
-    "Pillow opens it, and fails only when its pixels are converted."
+def test_palette_images_without_a_palette_are_refused(service: DiffusionService) -> None:
+    "Pillow opens the file and fails only when it converts the pixels."
     file = hostile_bodies.FILES["a palette without colors"](random.Random(0))
     result = service.generate(prompt="a", image=base64.b64encode(file).decode())
     assert (result.status, result.errors[0].field) == ("bad_image", "image")

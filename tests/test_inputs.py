@@ -1,4 +1,4 @@
-"""The sample requests of the package, one for every mode: the server and the command line carry out each of them."""
+"""The sample requests of the package, at least one for every mode, run by the server and the command line."""
 
 import base64
 import json
@@ -30,13 +30,13 @@ def url(service: DiffusionService) -> Iterator[str]:
 
 
 def expected(request: GenerationRequest) -> Task:
-    "What a request does, by what it brings along."
+    "The task of a request, from the images that it contains."
     if request.reference_images:
         return Task.edit
     return Task.inpainting if request.mask_image else Task.image_to_image if request.image else Task.text_to_image
 
 
-def test_there_is_a_sample_for_every_mode() -> None:
+def test_sample_requests_cover_every_mode() -> None:
     "Each task of each built-in model, one and several controls, a union ControlNet, LoRAs, and each file format."
     requests = [GenerationRequest.model_validate_json(path.read_text()) for path in INPUTS]
     built_in = [name for name in load_manifests() if name.startswith("shapes-")]
@@ -48,10 +48,10 @@ def test_there_is_a_sample_for_every_mode() -> None:
 
 
 @pytest.mark.parametrize("path", INPUTS, ids=lambda path: path.stem)
-def test_sample(
+def test_server_and_command_line_agree_on_the_sample(
     path: Path, url: str, service: DiffusionService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "The server makes the images that were asked for; the command line makes the same ones from the same file."
+    "The server returns the requested images; the command line writes identical files from the same request file."
     request = GenerationRequest.model_validate_json(path.read_text())
     response = httpx.post(
         f"{url}/generate", content=path.read_bytes(), headers={"Content-Type": "application/json"}, timeout=PATIENCE
@@ -67,7 +67,7 @@ def test_sample(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "diffusion_workers.cli.commands.make_service", lambda arguments: nullcontext(service)
-    )  # whose models are read already
+    )  # its models are already loaded
     assert main(["generate", "--request", str(path), "--quiet", "-o", f"out.{made.images[0].format.value}"]) == 0
     written = sorted(file for file in tmp_path.iterdir() if "map" not in file.name)
     receipts = [read_metadata(file).plan for file in written]
@@ -75,8 +75,8 @@ def test_sample(
     assert [file.read_bytes() for file in written] == [base64.b64decode(image.image) for image in made.images]
 
 
-def test_the_readme_line_works(url: str) -> None:
-    "curl with -d @file sends the file without its line ends; it is the same request."
+def test_curl_without_line_breaks_works(url: str) -> None:
+    "`curl -d @file`, as in the README, strips line breaks from the file; the request stays the same."
     text = (INPUTS[0].parent / "test_data.json").read_text().replace("\n", "")
     response = httpx.post(
         f"{url}/generate", content=text, headers={"Content-Type": "application/json"}, timeout=PATIENCE

@@ -1,4 +1,4 @@
-"""The Stop button in other releases of ipykernel than the one that is installed."""
+"""The Stop button with ipykernel releases other than the installed one."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from project import NBS
 from server_process import needs
 from test_notebooks import run_notebook
 
-OTHERS = ("6.31.0", "7.0.1")  # messages on the main thread; the first release with subshells
+OTHERS = ("6.31.0", "7.0.1")  # handles messages on the main thread; the first release with subshells
 
 
 @pytest.mark.parametrize("version", [OTHERS[0], pytest.param(OTHERS[1], marks=pytest.mark.slow)])

@@ -1,7 +1,7 @@
-"""No text from outside takes more than linear time: every regular expression, and every function that reads one.
+"""Untrusted text is read in linear time (no ReDoS): every regular expression, and every function that reads text.
 
-Times are never compared with a clock's reading, only with each other: the same call on a text of eight times the
-length may take a few times eight as long. Quadratic work takes 64 times as long.
+Times are compared only with each other, never with absolute limits: the same call on a text eight times as long may
+take a few times eight as long. Quadratic work takes 64 times as long.
 """
 
 import ast
@@ -25,12 +25,12 @@ from ez_diffusion_client.models import GenerationRequest, RestoreRequest
 re_parser = importlib.import_module("re._parser")
 PACKAGES = {"diffusion_workers": "diffusion_workers", "ez_diffusion_client": "ez_diffusion_client"}
 SHORT, FACTOR = 512, 8
-SLOWER = 3  # times the factor that a longer text may take, for the noise of a shared machine
-NOISE = 2e-4  # seconds by which a call may be interrupted
+SLOWER = 3  # tolerance on FACTOR for the time of the longer text: a shared machine is noisy
+NOISE = 2e-4  # seconds that an interruption may add to a call
 
 
 def seconds(call: Callable, text, rounds: int) -> float:
-    "The shortest of some rounds, in time of the processor: other processes do not count."
+    "The shortest of several rounds, in CPU time of the thread: other processes do not count."
     best = float("inf")
     for _ in range(rounds):
         started = time.thread_time()
@@ -56,7 +56,7 @@ def grows(call: Callable, build: Callable[[int], object], short: int = SHORT) ->
 
 @pytest.fixture(autouse=True)
 def guard():
-    "An expression of exponential time never returns: fail instead."
+    "Fail after 240 seconds: an expression with exponential time would never return."
 
     def fail(*_):
         raise TimeoutError("this text is read for ever")
@@ -71,7 +71,7 @@ def guard():
 # --- every regular expression
 
 METHODS = ("match", "fullmatch", "search", "sub", "subn", "split", "findall", "finditer")
-# Bare expressions in the package, and texts that begin to match each of them. A new expression needs its line here.
+# Compiled expressions assigned at module level, each with a text that it matches. A new expression needs a line here.
 EXPRESSIONS = {
     "server.middleware._REQUEST_ID": "a:b",
     "server.jobs._URL": " https://",
@@ -143,7 +143,7 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def assigned(tree: ast.Module) -> Iterator[str]:
-    "Names that a module assigns something with `re.compile` to."
+    "Names to which a module assigns a value built with `re.compile`."
     for node in tree.body:
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
         if value is not None and any(_calls_re(inner, ("compile",)) for inner in ast.walk(value)):
@@ -159,7 +159,7 @@ def _calls_re(node: ast.AST, names: tuple[str, ...]) -> bool:
 
 @functools.cache
 def expressions() -> dict[str, tuple[re.Pattern, frozenset[str]]]:
-    "Every compiled expression of a module, and the methods that it is used by."
+    "Every compiled expression of the modules, and the methods called on it."
     found = {}
     sources = {name: path.read_text() for name, path in modules()}
     calls = rf"\b(_?[A-Z][A-Z_]*)(?:\[[^\]]*\])?\.({'|'.join(METHODS)})\("
@@ -176,7 +176,7 @@ def expressions() -> dict[str, tuple[re.Pattern, frozenset[str]]]:
 
 
 def literals() -> list[tuple[str, re.Pattern, str]]:
-    "Every expression that is written where it is used: (place, expression, method)."
+    "Every expression written inline in a call of `re`: (place, expression, method)."
     found = []
     for name, path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
@@ -206,7 +206,7 @@ def alphabet(pattern: re.Pattern) -> list[str]:
 
 
 def attacks(pattern: re.Pattern, sample: str) -> Iterator[tuple[str, str, str]]:
-    "Texts that may be read again and again, as (beginning, what is repeated, end)."
+    "Texts that may cause catastrophic backtracking, as (beginning, repeated unit, end)."
     letters = alphabet(pattern)
     units = [*letters, *map("".join, itertools.permutations(letters, 2)), *ANY]
     beginnings = [sample[:cut] for cut in range(len(sample) + 1)]
@@ -236,7 +236,7 @@ def slow_attack(pattern: re.Pattern, method: str, sample: str = "") -> str | Non
     return None
 
 
-def test_every_expression_is_listed():
+def test_every_regular_expression_is_listed():
     found = expressions()
     assert set(found) == set(EXPRESSIONS)
     for name, (pattern, _) in found.items():
@@ -250,7 +250,7 @@ def test_expressions_take_linear_time(name: str):
     assert not slow
 
 
-def test_expressions_in_place_take_linear_time():
+def test_inline_expressions_take_linear_time():
     slow = {
         place: (pattern.pattern, found)
         for place, pattern, method in literals()
@@ -260,7 +260,7 @@ def test_expressions_in_place_take_linear_time():
 
 
 def tables() -> Iterator[str]:
-    "Expressions in tables: of the names in a file of weights."
+    "Expressions in tables, which match tensor names of weight files."
     kinds = importlib.import_module("diffusion_workers.models.weight_kinds")
     for rows in (kinds.ADAPTERS, kinds.CONTROLNETS, kinds.FOREIGN, kinds.PARTS):
         yield from (row.pattern for row in rows)
@@ -282,7 +282,7 @@ def test_expressions_in_tables_take_linear_time():
 
 
 @pytest.mark.parametrize("pattern", [r"(a+)+$", r"\s*\)", r"^a*.*b$", r"(a|a)*c"])
-def test_the_measurement_finds_slow_expressions(pattern: str):
+def test_measurement_detects_slow_expressions(pattern: str):
     short = 8 if pattern.startswith("(") else SHORT
     call = re.compile(pattern).search
     if short == 8:  # exponential: a little longer is enough
@@ -295,7 +295,7 @@ def test_the_measurement_finds_slow_expressions(pattern: str):
 
 
 def quiet(call: Callable) -> Callable:
-    "The same call; that it refuses the text is fine."
+    "Wrap a call so that refusing the text is not an error."
 
     def run(text) -> None:
         try:
@@ -321,7 +321,7 @@ def png_with(text: str) -> bytes:
 
 
 def graph_of(text: str) -> dict:
-    "A ComfyUI graph of a text's length: a chain in which every node has two links to the one before."
+    "A ComfyUI graph as long as a text: a chain in which every node has several links to the next one."
     nodes = {"0": {"class_type": "KSampler", "inputs": {"steps": 5, "cfg": 7, "positive": ["1", 0], "model": ["1", 0]}}}
     for index in range(1, len(text) // 64):
         link = [str(index + 1), 0]
@@ -375,7 +375,7 @@ def told_format(text: str) -> None:
     lazily("request.images.sniff_format")(text.encode())
 
 
-BY_LENGTH = ("a ComfyUI graph", "unknown fields")  # what the text says does not matter
+BY_LENGTH = ("a ComfyUI graph", "unknown fields")  # only the length of the text matters
 READERS: dict[str, Callable] = {
     "the format of a file": told_format,
     "an image in a request": lazily("request.images.image_bytes"),
@@ -412,7 +412,7 @@ READERS: dict[str, Callable] = {
     "the name of a model": lazily("models.distilled.name_words"),
     "an image in a result": lazily("request.images.to_image_string"),
 }
-UNITS = (  # what is repeated: openings of everything that is read, without their ends
+UNITS = (  # repeated units: openings of every syntax that is read, without their ends
     "a", " ", "\n", "\\", '"', ",", ":", "(", "[", "{", "<", "((a", "[a:", "[a|", "{a|b}", "{a|", "(a:1.1)",
     "(a)", "[a]", "[a:b:5]", "a:1 ", ": 1 ", ":1", ":.1", "<lora:", "<lora:a:1>", "<a", "__", "__a", "__a__",
     "_a", "$$", "1::", "BREAK", "BREAK ", " AND ", "AND", "embedding:", "embedding:a ", "Steps:", "\nSteps:",

@@ -1,4 +1,4 @@
-"What a manifest refuses, and with which words."
+"Validation of manifests: what is refused, and the error messages."
 
 import pytest
 from pydantic import ValidationError
@@ -18,7 +18,7 @@ GGUF = {
 }
 
 
-def test_a_model_of_each_kind() -> None:
+def test_valid_manifests_are_accepted() -> None:
     assert ModelManifest.model_validate(EDGES).kind == ModelKind.control
     encoder = {"reference_encoder": {"source": {"folder": "redux-dev"}}}
     assert ModelManifest.model_validate(REDUX | encoder).tasks[-1] == Task.edit
@@ -39,7 +39,7 @@ def test_a_model_of_each_kind() -> None:
         (REDUX | {"reference_encoder": {"source": {"file": "redux.safetensors"}}}, "it is a pipeline"),
     ],
 )
-def test_what_a_kind_does_not_have(change: dict, message: str) -> None:
+def test_fields_that_do_not_fit_the_kind_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ModelManifest.model_validate(EDGES | change)
 
@@ -80,7 +80,7 @@ def test_what_a_kind_does_not_have(change: dict, message: str) -> None:
         ({"components": {"vae": {"source": {"file": "vae.gguf"}}}}, "components.vae.source.file: a .gguf file"),
     ],
 )
-def test_weights_that_cannot_be_kept_so(change: dict, message: str) -> None:
+def test_unsupported_weight_files_and_memory_options_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValidationError) as caught:
         ModelManifest.model_validate(FLUX | change)
     assert message in str(caught.value)
@@ -94,6 +94,6 @@ def test_weights_that_cannot_be_kept_so(change: dict, message: str) -> None:
         ({"wildcard_folders": [{"folder": "wildcards"}]}, False),
     ],
 )
-def test_what_changes_the_checksum(change: dict, same: bool) -> None:
+def test_checksum_depends_on_set_fields(change: dict, same: bool) -> None:
     plain = ModelManifest.model_validate(FLUX)
     assert (ModelManifest.model_validate(FLUX | change).sha256 == plain.sha256) is same

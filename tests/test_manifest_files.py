@@ -1,4 +1,4 @@
-"Sentences of `load_manifest`, each for one mistake."
+"Error messages of `load_manifest`, one for each mistake."
 
 import os
 from pathlib import Path
@@ -43,7 +43,7 @@ def refusal(folder: Path, text: str) -> str:
         (GOOD + "title: ''", "3: title: given ''; allowed: text of 1 to 2000 characters"),
     ],
 )
-def test_one_field(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_of_single_fields(tmp_path: Path, text: str, message: str) -> None:
     assert refusal(tmp_path, text) == f"mine.yaml:{message}"
 
 
@@ -81,7 +81,7 @@ def test_one_field(tmp_path: Path, text: str, message: str) -> None:
         (
             GOOD + "memory: {quantization: torchao_int8, storage_dtype: float8_e5m2}",
             "3: memory.storage_dtype: cannot be combined with quantization, which decides how the weights are stored;"
-            " leave one of them out",
+            " leave out one of them",
         ),
         (
             GOOD + "memory: {offload: modell}",
@@ -93,7 +93,7 @@ def test_one_field(tmp_path: Path, text: str, message: str) -> None:
         ),
     ],
 )
-def test_sources_and_fields_together(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_of_sources_sections_and_combinations(tmp_path: Path, text: str, message: str) -> None:
     assert refusal(tmp_path, text) == f"mine.yaml:{message}"
 
 
@@ -107,5 +107,5 @@ def test_sources_and_fields_together(tmp_path: Path, text: str, message: str) ->
         ),
     ],
 )
-def test_weight_files(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_of_weight_files(tmp_path: Path, text: str, message: str) -> None:
     assert refusal(tmp_path, text).split("; ")[0] == f"mine.yaml:{message}"

@@ -1,4 +1,4 @@
-"""What a mask means, through `service.generate` on the built-in models."""
+"""Inpainting masks on the built-in models: thin strokes, faint masks, alpha channels, empty prompts."""
 
 from collections.abc import Iterator
 
@@ -22,7 +22,7 @@ def service() -> Iterator[DiffusionService]:
 
 
 def photo() -> Image.Image:
-    "Noise over a slope of colors: no two pixels alike, so that whatever is changed shows."
+    "Random noise, so that every change shows."
     rng = np.random.default_rng(0)
     return Image.fromarray(rng.integers(40, 215, (SIZE, SIZE, 3), dtype=np.uint8))
 
@@ -41,7 +41,7 @@ def paint(service: DiffusionService, mask, seed: int = 1, **fields) -> OpResult:
 
 
 def moved(result: OpResult, other: OpResult | Image.Image) -> np.ndarray:
-    "How far each pixel of two images lies apart."
+    "The largest channel difference of two images at each pixel."
     assert result.ok, result.message
     image = other if isinstance(other, Image.Image) else other.image
     return np.abs(np.asarray(result.image, int) - np.asarray(image, int)).max(axis=-1)
@@ -56,17 +56,17 @@ def told(result: OpResult) -> str:
 
 
 @pytest.mark.parametrize("model", ["shapes-sd15", "shapes-sdxl", "shapes-flux"])
-def test_a_stroke_that_misses_the_first_pixel_of_each_cell_is_painted(service: DiffusionService, model: str) -> None:
+def test_strokes_missing_a_cells_first_pixel_are_inpainted(service: DiffusionService, model: str) -> None:
     stroke = box(57, 16, 64, 112)
     first, second = (paint(service, stroke, seed, model=model) for seed in (1, 2))
     inside = np.asarray(stroke) > 0
     assert moved(first, second)[inside].mean() > 5, "two seeds draw the same: it was not painted"
     assert moved(first, photo())[~inside].max() == 0
     filled = paint(service, cover_cells(stroke), 1, model=model)
-    assert moved(first, filled)[inside].max() == 0  # the same latents are free
+    assert moved(first, filled)[inside].max() == 0  # the same latents are regenerated
 
 
-def test_a_stroke_is_painted_with_a_controlnet_and_in_a_region_too(service: DiffusionService) -> None:
+def test_strokes_are_inpainted_with_controlnet_or_only_masked(service: DiffusionService) -> None:
     stroke = box(57, 41, 64, 88)
     inside = np.asarray(stroke) > 0
     unit = {"model": "canny", "image": photo(), "preprocessing": {"name": "canny"}}
@@ -76,9 +76,9 @@ def test_a_stroke_is_painted_with_a_controlnet_and_in_a_region_too(service: Diff
         assert moved(first, photo())[~inside].max() == 0
 
 
-def test_a_thin_stroke_of_a_large_mask_survives_shrinking(service: DiffusionService) -> None:
+def test_thin_strokes_survive_mask_downscaling(service: DiffusionService) -> None:
     large = Image.new("L", (SIZE * 4, SIZE * 4))
-    large.paste(255, (201, 100, 202, 400))  # one pixel wide, a quarter of one in the generation
+    large.paste(255, (201, 100, 202, 400))  # one pixel wide, a quarter of a pixel at the generation's size
     assert "fainter" not in told(paint(service, large))
     made = service.prepare(service_request(large))
     used = np.asarray(prepare_inputs(made.plan, made.inputs).mask)
@@ -86,7 +86,7 @@ def test_a_thin_stroke_of_a_large_mask_survives_shrinking(service: DiffusionServ
 
 
 def service_request(mask: Image.Image | np.ndarray) -> GenerationRequest:
-    "The request of `paint`, not yet carried out."
+    "An inpainting request like that of `paint`."
     fields = {"prompt": "a", "image": photo(), "mask_image": mask, "seed": 1, "inpaint": {"mask_blur": 0}}
     return as_request(fields, {})
 
@@ -97,7 +97,7 @@ def service_request(mask: Image.Image | np.ndarray) -> GenerationRequest:
 @pytest.mark.parametrize("value", [1, 100, 127])
 def test_a_faint_mask_is_refused_with_its_brightness(service: DiffusionService, value: int) -> None:
     mask = box(32, 32, 96, 96, value=value)
-    mask.putpixel((0, 0), 2)  # so that it is not one of 0 and 1
+    mask.putpixel((0, 0), 2)  # so that it is not read as a mask of zeros and ones
     result = paint(service, mask)
     assert [(error.code, error.field) for error in result.errors] == [(ErrorCode.out_of_range, "mask_image")]
     assert f"brightest value is {max(value, 2)} of 255" in result.errors[0].given and "128" in result.errors[0].allowed
@@ -112,7 +112,7 @@ def test_a_faint_stroke_and_an_empty_mask_are_refused(service: DiffusionService)
     assert paint(service, Image.new("L", (SIZE, SIZE), 255), inpaint={"invert": True}).errors[0].field == "mask_image"
 
 
-def test_faint_parts_are_named(service: DiffusionService) -> None:
+def test_partly_faint_masks_produce_a_warning(service: DiffusionService) -> None:
     mask = box(0, 0, 64, SIZE)
     mask.paste(90, (96, 0, SIZE, SIZE))
     assert "33% of the masked area is fainter than 128" in told(paint(service, mask))
@@ -120,7 +120,7 @@ def test_faint_parts_are_named(service: DiffusionService) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, bool, np.float32, np.uint16])
-def test_arrays_of_zero_and_one_mean_black_and_white(service: DiffusionService, dtype: type) -> None:
+def test_arrays_of_zeros_and_ones_are_binary_masks(service: DiffusionService, dtype: type) -> None:
     mask = box(32, 32, 96, 96)
     result = service.prepare(service_request((np.asarray(mask) // 255).astype(dtype)))
     assert result.inputs.mask_image.image.tobytes() == mask.tobytes()
@@ -129,7 +129,7 @@ def test_arrays_of_zero_and_one_mean_black_and_white(service: DiffusionService, 
 # --- alpha -------------------------------------------------------------------
 
 
-def test_what_is_erased_is_repainted_and_so_are_strokes(service: DiffusionService) -> None:
+def test_erased_areas_and_painted_strokes_are_inpainted(service: DiffusionService) -> None:
     hole = box(32, 32, 96, 96)
     alpha = hole.point(lambda value: 255 - value)
     erased, sheet, strokes = (
@@ -148,7 +148,7 @@ def test_what_is_erased_is_repainted_and_so_are_strokes(service: DiffusionServic
     assert moved(plain, photo())[np.asarray(hole) == 0].max() == 0
 
 
-def test_a_map_on_a_transparent_sheet_lies_on_black(service: DiffusionService) -> None:
+def test_transparent_control_maps_are_composited_over_black(service: DiffusionService) -> None:
     lines = Image.new("RGBA", (SIZE, SIZE))
     lines.paste((255, 255, 255, 255), (30, 30, 98, 33))
     options = {"prompt": "a red circle", "seed": 1, "num_inference_steps": 2}
@@ -164,7 +164,7 @@ def test_a_map_on_a_transparent_sheet_lies_on_black(service: DiffusionService) -
     assert "nothing is left" in told(service.plan(**options, controlnets=[{"model": "canny", "image": black}]))
 
 
-def test_an_empty_prompt_removes_an_object_and_leaves_the_control_to_decide(service: DiffusionService) -> None:
+def test_empty_prompts_require_a_mask_or_control_mode_control(service: DiffusionService) -> None:
     assert paint(service, box(32, 32, 96, 96), prompt="").ok
     unit = {"model": "canny", "image": photo(), "preprocessing": {"name": "canny"}}
     ask = {"prompt": "", "seed": 1, "num_inference_steps": 2}

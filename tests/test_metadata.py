@@ -1,4 +1,4 @@
-"""Settings of other programs in real image files: what is restored can be run, and the rest is named as lost."""
+"""Settings of other programs in PNG, JPEG and WebP files: restored ones can be planned, the rest is listed as lost."""
 
 import gzip
 import io
@@ -62,7 +62,7 @@ def png(kind: str = "tEXt", **texts: str) -> bytes:
 
 
 def with_exif(kind: str, tags: dict[int, Any], inner: bool = True) -> bytes:
-    "A JPEG or WebP with EXIF tags, in the EXIF block of their own or in the main one."
+    "A JPEG or WebP with EXIF tags, in the Exif sub-IFD or in the main IFD."
     exif, buffer = Image.Exif(), io.BytesIO()
     block = exif.get_ifd(ExifTags.IFD.Exif) if inner else exif
     for tag, value in tags.items():
@@ -76,14 +76,14 @@ def with_comment(kind: str, comment: bytes | str) -> bytes:
 
 
 def with_chunk(name: bytes, content: bytes) -> bytes:
-    "A PNG with a chunk behind its header."
+    "A PNG with a chunk inserted after its header."
     data = png()
     chunk = struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
     return data[:33] + chunk + data[33:]
 
 
 def hidden(text: bytes, signature: bytes = b"stealth_pngcomp") -> bytes:
-    "A PNG with a text in the lowest bits of its alpha channel, column by column."
+    "A PNG with text hidden in the lowest bits of its alpha channel, column by column."
     payload = signature + (8 * len(text)).to_bytes(4, "big") + text
     alpha = np.full(256 * 256, 254, np.uint8)
     alpha[: 8 * len(payload)] |= np.unpackbits(np.frombuffer(payload, np.uint8))
@@ -102,7 +102,7 @@ def service() -> Iterator[DiffusionService]:
 
 
 def runnable(service: DiffusionService, data: bytes | str) -> RestoredRequest:
-    "What is restored, after it has been planned as it is."
+    "The restored request, after planning it unchanged."
     result = service.restore(parameters=data) if isinstance(data, str) else service.restore(data)
     assert result.ok, result.errors
     assert not result.restored.missing_images
@@ -115,11 +115,11 @@ def lost(restored: RestoredRequest) -> dict[str, str | None]:
     return {entry.name: entry.given for entry in restored.lost or []}
 
 
-# --- where the text stands, and in which encoding ---------------------------
+# --- text chunks, EXIF comments and their encodings -------------------------
 
 
 @pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt"])
-def test_text_chunks(service: DiffusionService, kind: str) -> None:
+def test_png_text_chunks(service: DiffusionService, kind: str) -> None:
     assert runnable(service, png(kind, parameters=LINE)).request == LINE_REQUEST
 
 
@@ -138,7 +138,7 @@ COMMENTS = {
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
 @pytest.mark.parametrize("comment", COMMENTS.values(), ids=COMMENTS)
-def test_comments(kind: str, comment: bytes) -> None:
+def test_exif_user_comments(kind: str, comment: bytes) -> None:
     request = restore(with_comment(kind, comment)).request
     assert request["prompt"] in (PROMPT, PROMPT.replace("red", "größer"))
     assert (request["seed"], request["negative_prompt"]) == (1234, "blurry")
@@ -147,13 +147,13 @@ def test_comments(kind: str, comment: bytes) -> None:
 @pytest.mark.parametrize("prompt", ["größer", "円と四角", "круг", "🔴 circle"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-be", "utf-16-le", "utf-16"])
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
-def test_scripts(kind: str, encoding: str, prompt: str) -> None:
+def test_unicode_prompts_in_user_comments(kind: str, encoding: str, prompt: str) -> None:
     text = f"{prompt}\nSteps: 3, Seed: 5"
     assert restore(with_comment(kind, b"UNICODE\0" + text.encode(encoding))).request["prompt"] == prompt
 
 
-def test_comment_in_the_main_block() -> None:
-    "Fooocus writes the comment of a JPEG as plain text beside the other main tags."
+def test_user_comment_in_the_main_ifd() -> None:
+    "Fooocus writes the UserComment of a JPEG as plain text in the main IFD, without an encoding prefix."
     data = with_exif(
         "JPEG", {0x9286: json.dumps({"prompt": "a cat", "steps": 9, "seed": "4"}), 0x927C: "fooocus"}, False
     )
@@ -161,11 +161,11 @@ def test_comment_in_the_main_block() -> None:
 
 
 @pytest.mark.parametrize("comment", [b"ASCII\0\0\0A day at the sea", b"UNICODE\0" + b"Ferien, Tag 1: am Meer"])
-def test_words_of_a_camera(comment: bytes) -> None:
+def test_ordinary_user_comments_are_ignored(comment: bytes) -> None:
     assert restore(with_comment("JPEG", comment)).source == "none"
 
 
-# --- where the settings stand in the text -----------------------------------
+# --- layouts of the parameters text -----------------------------------------
 
 LAYOUTS = {
     "line break at the end": LINE + "\n",
@@ -190,13 +190,13 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("text", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(service: DiffusionService, text: str) -> None:
+def test_layouts_of_the_parameters_text(service: DiffusionService, text: str) -> None:
     restored = runnable(service, png(parameters=text))
     assert restored.request == LINE_REQUEST
     assert lost(restored)["Model"] == "other"
 
 
-def test_further_lines_are_named() -> None:
+def test_unknown_entries_are_listed_as_lost() -> None:
     given = lost(restore(LAYOUTS["further lines"]))
     assert (given["Template"], given["Negative Template"]) == ("a {red|blue} circle, small", "blurry")
     assert lost(restore(LAYOUTS["line break in quotes"]))["Note"] == "a\nb"
@@ -233,7 +233,7 @@ def with_value(old: str, new: str) -> str:
         (LINE + ", ENSD: 31337, RNG: NV", {}, {"ENSD": "31337", "RNG": "NV"}),
     ],
 )
-def test_values(service: DiffusionService, text: str, changed: dict[str, Any], named: dict[str, str]) -> None:
+def test_parameter_values(service: DiffusionService, text: str, changed: dict[str, Any], named: dict[str, str]) -> None:
     restored = runnable(service, text)
     expected = {key: value for key, value in (LINE_REQUEST | changed).items() if value is not None}
     assert restored.request == expected
@@ -271,7 +271,7 @@ def test_samplers(
 
 
 def test_image_to_image_and_inpainting(service: DiffusionService) -> None:
-    "The images are not in the metadata, so the request waits for them, and then runs as it is."
+    "Metadata does not contain the images, so they are listed as missing; with them, the request can be planned."
     image = service.restore(parameters=LINE + ", Denoising strength: 0.5").restored
     assert (image.request["strength"], image.missing_images) == (0.5, ["image"])
     outside = restore(LINE + ", Denoising strength: 0.5, Mask mode: Inpaint not masked, Masked content: original")
@@ -299,7 +299,7 @@ def test_loras_in_prompts(service: DiffusionService) -> None:
 
 
 def test_loras_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    "A tag names a file without its ending; where the operator allows a folder that holds it, it is used."
+    "A tag names a file without its extension; the file is used if it is in a folder that the operator allows."
     source = builtin_path("shapes-sd15") / "loras" / "outline.safetensors"
     (tmp_path / "ink").mkdir()
     (tmp_path / "ink" / "line.safetensors").write_bytes(source.read_bytes())
@@ -311,8 +311,8 @@ def test_loras_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert lost(restored)["LoRA"] == "ink/other: 1"
 
 
-def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    "It restores the same request, as JSON that it can generate."
+def test_command_line_shows_the_restored_request(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    "`replay --show-request` prints the restored request as JSON, and the lost settings to stderr."
     path = tmp_path / "image.png"
     path.write_bytes(png(parameters=LINE + ", ENSD: 31337"))
     assert main(["replay", str(path)]) != 0
@@ -326,8 +326,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None
     assert main(["replay", str(tmp_path / "none.png"), "--show-request"]) != 0
 
 
-def test_prompt_language_is_read_as_it_was() -> None:
-    "What AUTOMATIC1111 read as weights is read as weights; AND is not carried out, so such a prompt stays plain."
+def test_a1111_prompt_syntax_is_restored() -> None:
+    "Weights, BREAK and prompt editing are kept; a prompt with AND stays plain, and its syntax is listed as lost."
     line = "a (red:1.3) cat BREAK [blue:green:0.5]\nSteps: 3, Seed: 1"
     restored = restore(line)
     assert restored.request["prompt"] == "a (red:1.3) cat BREAK [blue:green:0.5]"
@@ -342,8 +342,8 @@ def test_prompt_language_is_read_as_it_was() -> None:
 # --- models -----------------------------------------------------------------
 
 
-def test_lines_of_flux(service: DiffusionService) -> None:
-    "Forge writes `Sampler: Euler` and a distilled scale; a model that takes them is found, and the line runs on it."
+def test_forge_flux_parameters(service: DiffusionService) -> None:
+    "Forge writes `Sampler: Euler` and a distilled CFG scale; a Flux model is chosen, and the request can be planned."
     line = (
         f"{PROMPT}\nSteps: 10, Sampler: Euler, Schedule type: Simple, CFG scale: 1, Distilled CFG Scale: 3.5, "
         "Seed: 5, Size: 128x128, Model: my-flux, Version: f2.0.1"
@@ -370,13 +370,13 @@ def test_lines_of_flux(service: DiffusionService) -> None:
 
 
 def test_clip_skip_of_sdxl() -> None:
-    "1 and 2 both mean the layer that SDXL reads anyway; this project writes it so that it is read again the same way."
+    "1 and 2 both select the layer that SDXL uses by default; lines of this project's own images read back the same."
     for family, skip, expected in (("sdxl", 1, 0), ("sdxl", 2, 0), ("sdxl", 3, 1), ("sd15", 1, 0), ("sd15", 2, 1)):
         models = ModelList(default="m", models=[ModelInfo(name="m", family=family, source="hub:a/b", loaded=False)])
         assert restore(f"a cat\nSteps: 3, Clip skip: {skip}", models).request["clip_skip"] == expected
 
 
-def test_own_lines_come_back(service: DiffusionService) -> None:
+def test_own_parameters_lines_round_trip(service: DiffusionService) -> None:
     for model in ("shapes-sd15", "shapes-sdxl", "shapes-flux"):
         plan = service.plan(model=model, prompt=PROMPT, seed=3, num_inference_steps=4).plan
         restored = runnable(service, parameters_line(plan))
@@ -389,8 +389,8 @@ def test_own_lines_come_back(service: DiffusionService) -> None:
     assert runnable(service, parameters_line(skipping)).request["clip_skip"] == 1
 
 
-def test_a_plan_that_no_request_can_hold(service: DiffusionService) -> None:
-    "A file of a stranger may hold a plan with any number."
+def test_invalid_embedded_plans_fall_back_to_parameters(service: DiffusionService) -> None:
+    "An untrusted file may contain a plan with out-of-range numbers."
     plan = service.plan(prompt=PROMPT, seed=3).plan
     text = plan.model_dump(mode="json", exclude_none=True) | {"seeds": [2**60], "image_index": 7}
     restored = restore(png(diffusion_workers=json.dumps(text), parameters=LINE))
@@ -565,7 +565,7 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize(("data", "scheduler", "seed", "scale", "named"), PROGRAMS.values(), ids=PROGRAMS)
-def test_programs(
+def test_settings_of_other_programs(
     service: DiffusionService, data: bytes, scheduler: str, seed: int, scale: float | None, named: str
 ) -> None:
     restored = runnable(service, data)
@@ -579,7 +579,7 @@ def test_programs(
     assert named in lost(restored)
 
 
-def test_nothing_that_is_given_is_passed_over(service: DiffusionService) -> None:
+def test_unsupported_settings_are_listed_as_lost(service: DiffusionService) -> None:
     names = lost(runnable(service, PROGRAMS["Fooocus"][0]))
     assert names["adm_guidance"] == "(1.5, 0.8, 0.3)"
     assert {"performance", "styles", "vae", "sharpness", "base_model", "loras"} <= set(names)
@@ -587,7 +587,7 @@ def test_nothing_that_is_given_is_passed_over(service: DiffusionService) -> None
 
 
 @pytest.mark.parametrize("ending", ["json", "txt"])
-def test_files_of_easy_diffusion(tmp_path: Path, ending: str) -> None:
+def test_easy_diffusion_settings_files(tmp_path: Path, ending: str) -> None:
     labels = {
         "Width": 512,
         "Height": 768,
@@ -606,7 +606,7 @@ def test_files_of_easy_diffusion(tmp_path: Path, ending: str) -> None:
     assert (request["scheduler"], request["guidance_scale"]) == ("euler_ancestral", 7.5)
 
 
-def test_old_invoke(service: DiffusionService) -> None:
+def test_legacy_invokeai_metadata(service: DiffusionService) -> None:
     image = {
         "prompt": [{"prompt": "a red circle [blurry]", "weight": 1.0}],
         "steps": 9,
@@ -655,7 +655,7 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
 
 
 def graph(**changes: Any) -> dict[str, Any]:
-    "The default graph of ComfyUI, with some nodes in place of others."
+    "The default graph of ComfyUI, with some nodes replaced or added."
     nodes = {
         "3": node(
             "KSampler",
@@ -779,24 +779,24 @@ GRAPHS = {
 
 
 @pytest.mark.parametrize("nodes", GRAPHS.values(), ids=GRAPHS)
-def test_graphs(service: DiffusionService, nodes: dict[str, Any]) -> None:
+def test_comfyui_graphs(service: DiffusionService, nodes: dict[str, Any]) -> None:
     restored = runnable(service, png(prompt=json.dumps(nodes), workflow=json.dumps({"nodes": [], "links": []})))
     assert restored.request == EXPECTED
     assert "v1-5.safetensors" in lost(restored).values()
 
 
-def test_graph_in_a_webp(service: DiffusionService) -> None:
-    "ComfyUI has no text fields in WebP, and uses two that belong to the camera."
+def test_comfyui_graph_in_webp_exif(service: DiffusionService) -> None:
+    "WebP has no text chunks, so ComfyUI writes to the EXIF camera tags Make and Model."
     texts = {ExifTags.Base.Model: "prompt:" + json.dumps(graph()), ExifTags.Base.Make: "workflow:{}"}
     assert runnable(service, with_exif("WEBP", texts, inner=False)).request == EXPECTED
 
 
-def test_later_passes_are_named() -> None:
+def test_later_sampler_passes_are_listed_as_lost() -> None:
     given = lost(restore(json.dumps(GRAPHS["later pass"])))
     assert "denoise: 0.5" in given["KSampler 21"]
 
 
-def test_loras_of_a_graph(service: DiffusionService) -> None:
+def test_loras_in_comfyui_graphs(service: DiffusionService) -> None:
     loras = {
         "n3": sampler(model=["11", 0]),
         "n10": node(
@@ -827,7 +827,7 @@ def test_loras_of_a_graph(service: DiffusionService) -> None:
     ]
 
 
-def test_image_to_image_of_a_graph() -> None:
+def test_image_to_image_in_comfyui_graphs() -> None:
     start = {"n3": sampler(denoise=0.6, latent_image=["5", 0]), "n15": node("LoadImage", image="a.png")}
     plain = restore(json.dumps(graph(**start, n5=node("VAEEncode", pixels=["15", 0], vae=["4", 2]))))
     assert (plain.request["strength"], plain.missing_images) == (0.6, ["image"])
@@ -853,7 +853,7 @@ def test_image_to_image_of_a_graph() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ControlNetApply", "ControlNetApplyAdvanced"])
-def test_controls_of_a_graph(service: DiffusionService, kind: str) -> None:
+def test_controlnets_in_comfyui_graphs(service: DiffusionService, kind: str) -> None:
     positive = (
         {"conditioning": ["6", 0]}
         if kind == "ControlNetApply"
@@ -877,7 +877,7 @@ def test_controls_of_a_graph(service: DiffusionService, kind: str) -> None:
     assert service.plan(**restored.request).ok
 
 
-def test_a_flux_graph(service: DiffusionService) -> None:
+def test_flux_comfyui_graph(service: DiffusionService) -> None:
     flux = graph(
         n3=node(
             "SamplerCustomAdvanced",
@@ -920,8 +920,8 @@ def test_a_flux_graph(service: DiffusionService) -> None:
         ("ImageScaleBy", {"image": ["8", 0], "scale_by": 2.0}),
     ],
 )
-def test_what_changes_the_image_behind_the_sampler_is_lost(kind: str, inputs: dict[str, Any]) -> None:
-    "It is listed, whether or not it stands before the first output; what only shows the image is not."
+def test_comfyui_postprocessing_nodes_are_listed_as_lost(kind: str, inputs: dict[str, Any]) -> None:
+    "Nodes that change the image are listed, before the first output or not; those that only decode or save are not."
     behind = {"n20": node(kind, **inputs), "n21": node("UpscaleModelLoader", model_name="4x.pth")}
     for ends in ({"n9": node("SaveImage", images=["20", 0])}, {"n19": node("SaveImage", images=["20", 0])}):
         restored = restore(json.dumps(graph(**behind, **ends)))
@@ -930,7 +930,7 @@ def test_what_changes_the_image_behind_the_sampler_is_lost(kind: str, inputs: di
     assert not [setting for setting in restore(json.dumps(graph())).lost or [] if "changes the image" in setting.reason]
 
 
-def test_graphs_without_a_known_sampler() -> None:
+def test_comfyui_graphs_without_a_usable_sampler() -> None:
     for text in ('{"3": {"class_type": "KSampler"}}', '{"3": {"class_type": "VideoMaker", "inputs": {}}}', '{"3": {}}'):
         restored = restore(png(prompt=text, workflow="{}"))
         assert restored.request == {}
@@ -990,15 +990,15 @@ UNITS = [
 
 @pytest.mark.parametrize("head", ["", "a cat\nSteps: 20, Seed: 5, ", '"a', "{"])
 @pytest.mark.parametrize("unit", UNITS)
-def test_long_texts(unit: str, head: str) -> None:
-    "A parser whose time grew with the square of the length would need hours for the longest one."
+def test_long_texts_yield_bounded_results(unit: str, head: str) -> None:
+    "A parser with quadratic time would need hours for the longest text."
     for size in (10_000, 100_000, 1_000_000):
         restored = from_parameters(head + (unit * (size // len(unit) + 1))[:size])
         assert len(restored.lost or []) <= 201
         assert all(len(entry.given or "") <= 1003 for entry in restored.lost or [])
 
 
-def test_large_and_deep_values() -> None:
+def test_large_and_deeply_nested_values_use_bounded_memory() -> None:
     deep = "[" * 900 + "]" * 900
     wide = {
         str(i): node(
@@ -1038,8 +1038,8 @@ def test_large_and_deep_values() -> None:
         assert len(from_parameters(text).lost or []) <= 201
 
 
-def test_bombs() -> None:
-    "Compressed texts that are many times as large: the file is refused or read without them, and memory stays small."
+def test_decompression_bombs_use_bounded_memory() -> None:
+    "Files whose text decompresses to a huge size are refused or read without it, and memory stays bounded."
     bomb = zlib.compress(bytes(200 * 2**20), 9)
     for data in (
         with_chunk(b"zTXt", b"parameters\0\0" + bomb),
@@ -1051,8 +1051,8 @@ def test_bombs() -> None:
         assert peak_memory(data) < 100 * 2**20
 
 
-def test_noise_in_files() -> None:
-    "Whatever bytes stand in the metadata, the outcome is a request, nothing, or an error that names the file."
+def test_corrupted_metadata_raises_only_request_errors() -> None:
+    "Random bytes in the metadata lead to a request, an empty result, or a RequestError for the field `image`."
     random = np.random.default_rng(0)
     for data in (value[0] for value in PROGRAMS.values()):
         start = 40
@@ -1066,8 +1066,8 @@ def test_noise_in_files() -> None:
                 assert refused.errors[0].field == "image"
 
 
-def test_the_image_is_read_once_opened(service: DiffusionService) -> None:
-    "An image that was opened before keeps what it says."
+def test_metadata_is_read_from_opened_images(service: DiffusionService) -> None:
+    "Metadata is also read from an image that Pillow has already opened."
     image = Image.open(io.BytesIO(png(parameters=LINE)))
     assert restore(image).request == LINE_REQUEST | {"model": "other"}
     plan = service.plan(prompt=PROMPT, seed=3).plan

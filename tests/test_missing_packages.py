@@ -1,4 +1,4 @@
-"""A package that is not installed is explained with the line that installs it, wherever it is needed."""
+"""Errors about missing packages contain the command that installs them."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def without(
         ("fastapi", COMMAND.format(["serve", "--port", "0"]), "pip install --upgrade diffusion-workers"),
     ],
 )
-def test_a_command_names_the_extra_in_one_line(
+def test_commands_print_the_install_command_without_traceback(
     package: str, code: str, line: str, quick_python: tuple[str, ...]
 ) -> None:
     done = without(package, code, quick_python)
@@ -56,10 +56,10 @@ def test_a_command_names_the_extra_in_one_line(
 
 @pytest.mark.parametrize("name", ["GenerationPanel", "grid", "MaskCanvas", "ControlPanel"])
 @pytest.mark.parametrize("package", ["ipywidgets", "anywidget"])
-def test_a_panel_names_the_notebook_extra(name: str, package: str) -> None:
+def test_panel_import_errors_name_the_notebook_extra(name: str, package: str) -> None:
     done = without(package, code=f"from diffusion_workers import {name}")
     if done.returncode == 0:
-        assert (name, package) in [("ControlPanel", "anywidget")]  # needs the other one alone
+        assert (name, package) in [("ControlPanel", "anywidget")]  # needs only ipywidgets
         return
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError") and package in last, done.stderr
@@ -68,7 +68,7 @@ def test_a_panel_names_the_notebook_extra(name: str, package: str) -> None:
 
 @pytest.mark.parametrize("module", ["panel", "grid", "history"])
 @pytest.mark.parametrize("package", ["ipywidgets", "anywidget"])
-def test_a_module_of_the_panel_names_the_notebook_extra(module: str, package: str) -> None:
+def test_panel_module_import_errors_name_the_notebook_extra(module: str, package: str) -> None:
     done = without(package, code=f"import diffusion_workers.panel.{module}")
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: a panel in a notebook needs the package") and package in last, done.stderr
@@ -87,7 +87,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
         ("ray", lambda: __import__("diffusion_workers.sweep.ray").sweep.ray.import_ray()),
     ],
 )
-def test_a_call_in_python_names_the_package(
+def test_python_calls_name_the_missing_package(
     package: str, need: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     __import__("diffusion_workers.sweep.ray")
@@ -96,7 +96,7 @@ def test_a_call_in_python_names_the_package(
         need()
 
 
-def test_a_plot_and_a_table_of_a_benchmark_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_plot_and_table_name_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusion_workers.benchmark.benchmark import BenchmarkResult, plot_result
 
     empty = BenchmarkResult.__new__(BenchmarkResult)
@@ -118,7 +118,7 @@ def test_a_plot_and_a_table_of_a_benchmark_name_it(monkeypatch: pytest.MonkeyPat
         ("cv2", "diffusion_workers.control.preprocessors:opencv", "pip install opencv-python-headless"),
     ],
 )
-def test_a_model_or_preprocessor_that_needs_a_package(
+def test_models_and_preprocessors_name_the_missing_package(
     package: str, need: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, _, name = need.partition(":")
@@ -129,7 +129,7 @@ def test_a_model_or_preprocessor_that_needs_a_package(
     assert refused.value.errors[0].code == ErrorCode.missing_dependency
 
 
-def test_a_request_that_needs_controlnet_aux(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preprocessing_without_controlnet_aux_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusion_workers.service.service import DiffusionService
 
     hide(monkeypatch, "controlnet_aux")
@@ -139,7 +139,7 @@ def test_a_request_that_needs_controlnet_aux(monkeypatch: pytest.MonkeyPatch) ->
     assert "pip install controlnet-aux" in result.errors[0].hint
 
 
-def test_an_upload_without_boto3_says_so_and_keeps_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upload_without_boto3_warns_and_keeps_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusion_workers.worker.delivery import Bucket, deliver
     from ez_diffusion_client.models import ControlMap
 
@@ -153,9 +153,7 @@ def test_an_upload_without_boto3_says_so_and_keeps_the_image(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("package", EXTRAS)
-def test_any_operation_explains_an_extra_instead_of_failing_unexpectedly(
-    package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_extras_become_missing_dependency_errors(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, package)
     try:
         __import__(package)
@@ -165,13 +163,13 @@ def test_any_operation_explains_an_extra_instead_of_failing_unexpectedly(
     assert f"diffusion-workers[{EXTRAS[package]}]" in result.errors[0].hint
 
 
-def test_the_extras_are_those_of_the_package() -> None:
+def test_extras_are_declared_in_settings_ini() -> None:
     text = (ROOT / "settings.ini").read_text()
     for package, extra in EXTRAS.items():
         assert f"{extra}_requirements" in text, package
 
 
-def test_a_broken_module_of_our_own_is_not_blamed_on_a_package() -> None:
+def test_missing_own_modules_are_internal_errors() -> None:
     try:
         import diffusion_workers.nothing  # noqa: F401
     except ImportError as exc:

@@ -1,4 +1,4 @@
-"""Runs every notebook in a kernel of its own, as a reader would: from its folder, from top to bottom."""
+"""Runs every notebook in its own kernel, as a reader would: in its folder, from top to bottom."""
 
 import os
 import re
@@ -44,9 +44,9 @@ def report(path: Path, index: int, cell: nbformat.NotebookNode, error: Exception
 def run_notebook(
     path: Path,
     wanted: set[str],
-    **options: object,  # further ones of the client, such as its `kernel_manager_class`
+    **options: object,  # further options of NotebookClient, such as `kernel_manager_class`
 ) -> None:
-    "Runs the notebook at `path`; fails the test with a report of the first cell that does not pass."
+    "Run the notebook at `path`; fail the test with a report of the first failing cell."
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells:
         if cell.cell_type == "code" and is_skipped(cell.source, wanted):
@@ -66,7 +66,7 @@ def run_notebook(
         client.execute(env=kernel_env(wanted))
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         failure = report(path, at["index"], nb.cells[at["index"]], error)
-    if failure:  # outside of the except, so that the report is not repeated
+    if failure:  # outside of the except block, so that the error is not reported twice
         pytest.fail(failure, pytrace=False)
 
 
@@ -75,20 +75,20 @@ def test_notebook(path: Path, request: pytest.FixtureRequest) -> None:
     wanted = set(request.config.getoption("--nb-flags").split())
     if unknown := wanted - FLAGS:
         pytest.fail(f"--nb-flags knows {sorted(FLAGS)}, not {sorted(unknown)}", pytrace=False)
-    if wanted or sys.platform != "linux":  # libraries of macOS do not survive a fork
+    if wanted or sys.platform != "linux":  # macOS libraries are not fork-safe
         run_notebook(path, wanted)
     else:
         run_notebook(
             path,
             wanted,
             kernel_manager_class=request.getfixturevalue("forked_kernels"),
-            shutdown_kernel="immediate",  # nothing happens at the end of a forked kernel, and asking for it takes 0.3 s
+            shutdown_kernel="immediate",  # a forked kernel has no cleanup to do, and a graceful shutdown takes 0.3 s
         )
 
 
 @pytest.mark.parametrize("path", [path for path in notebooks() if path.parent.name == "tutorials"], ids=name)
-def test_a_tutorial_runs_whole(path: Path) -> None:
-    "Readers press Run All: a cell that needs a GPU, the Hub or much time skips itself, and no flag hides it here."
+def test_tutorials_have_no_flagged_cells(path: Path) -> None:
+    "Readers press Run All: a cell that needs a GPU, the Hub or a lot of time must skip itself, not rely on a flag."
     cells = nbformat.read(path, as_version=4).cells
     flagged = [
         cell.id for cell in cells if cell.cell_type == "code" and directives(cell.source) & (FLAGS | {"eval: false"})
@@ -104,7 +104,7 @@ def write_notebook(folder: Path, *sources: str) -> Path:
     return path
 
 
-def test_a_failing_cell_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_cells_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("test_notebooks.name", lambda path: path.name)
     path = write_notebook(
         tmp_path,
@@ -131,5 +131,5 @@ def test_a_failing_cell_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("#| export\nslow = 1", "", False),
     ],
 )
-def test_flags(source: str, wanted: str, skipped: bool) -> None:
+def test_cells_are_skipped_by_their_flags(source: str, wanted: str, skipped: bool) -> None:
     assert is_skipped(source, set(wanted.split())) == skipped

@@ -1,4 +1,4 @@
-"""The panel without a page: what it shows of a request, and answers that come too late."""
+"""The panel without a browser: requests in its form, reference images, prompts, and results that arrive late."""
 
 import re
 import threading
@@ -39,8 +39,8 @@ def panel(service: DiffusionService) -> Iterator[GenerationPanel]:
     opened.close()
 
 
-def test_settings_of_another_program_are_shown_or_listed(panel: GenerationPanel) -> None:
-    from test_widgets import FOREIGN, png_of  # the same files, as the test in the browser drops them
+def test_settings_of_other_programs_are_shown_or_listed_as_lost(panel: GenerationPanel) -> None:
+    from test_widgets import FOREIGN, png_of  # the same files as the browser test drops
 
     for program, (texts, fields, lost) in FOREIGN.items():
         panel.restore(png_of(texts))
@@ -51,11 +51,11 @@ def test_settings_of_another_program_are_shown_or_listed(panel: GenerationPanel)
         )
 
 
-# --- what it shows of a request ----------------------------------------------
+# --- requests in the form ----------------------------------------------------
 
 
 def samples(info: FieldInfo) -> list[Any]:
-    "Valid values of a field, its bounds among them."
+    "Valid values of a field, including its bounds."
     if info.choices:
         return list(info.choices)
     if "boolean" in info.kinds:
@@ -68,7 +68,7 @@ def samples(info: FieldInfo) -> list[Any]:
 
 
 @pytest.mark.parametrize("model", ["shapes-sd15", "shapes-sdxl", "shapes-flux"])
-def test_a_value_of_a_request_is_shown_or_listed(panel: GenerationPanel, model: str) -> None:
+def test_request_values_are_shown_or_listed_as_lost(panel: GenerationPanel, model: str) -> None:
     for title, info in FIELDS:
         for value in samples(info):
             given: dict[str, Any] = {"prompt": PROMPT, "model": model}
@@ -88,7 +88,7 @@ def test_a_value_of_a_request_is_shown_or_listed(panel: GenerationPanel, model: 
                     assert info.name.rpartition(".")[2].replace("_", " ") in shown, shown
 
 
-def test_what_is_not_offered_here_is_listed(panel: GenerationPanel) -> None:
+def test_unavailable_models_and_parameters_are_listed(panel: GenerationPanel) -> None:
     unit = {
         "image": "",
         "model": "gone",
@@ -105,7 +105,7 @@ def test_what_is_not_offered_here_is_listed(panel: GenerationPanel) -> None:
     assert [found.name for found in lost] == ["controlnets[0].model", "controlnets[0].preprocessing.parameters.old"]
 
 
-def test_a_mask_softer_than_the_slider_was_is_restored(panel: GenerationPanel) -> None:
+def test_large_mask_blur_is_restored(panel: GenerationPanel) -> None:
     assert panel._show_values({"prompt": PROMPT, "inpaint": {"mask_blur": 100}}) == []
     assert panel.form.start.canvas.feather == 100
 
@@ -115,7 +115,7 @@ def test_a_mask_softer_than_the_slider_was_is_restored(panel: GenerationPanel) -
 
 @pytest.fixture(scope="module")
 def editor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionService]:
-    "A service with a tiny model that edits by instruction."
+    "A service with a tiny instruction-based editing model."
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(folder, ModelFamily.flux2)
     with DiffusionService(Settings(model_folders=(folder,)), device="cpu") as started:
@@ -127,8 +127,8 @@ def image(color: str, side: int = 64) -> Image.Image:
     return Image.new("RGB", (side, side), color)
 
 
-def test_an_edit_is_kept_with_its_references(editor: DiffusionService, tmp_path: Path) -> None:
-    "In the history, in the code, and when it is used again; a receipt alone says what is missing."
+def test_edits_keep_their_reference_images(editor: DiffusionService, tmp_path: Path) -> None:
+    "In the history, the generated code and when reused; a receipt alone lists the missing images."
     asked = {"prompt": PROMPT, "model": "flux2", "num_inference_steps": 1, "seed": 3}
     panel = GenerationPanel(editor, asked | {"reference_images": [image("red"), image("blue", 80)]}, history=tmp_path)
     wanted = panel.request.reference_images
@@ -165,7 +165,7 @@ def test_an_edit_is_kept_with_its_references(editor: DiffusionService, tmp_path:
         opened.close()
 
 
-def test_errors_of_references_stand_at_them(editor: DiffusionService) -> None:
+def test_reference_errors_appear_beside_the_references(editor: DiffusionService) -> None:
     asked = {"prompt": PROMPT, "model": "flux2", "reference_images": [image("red"), image("blue", 32)]}
     panel = GenerationPanel(editor, asked, history=None)
     panel.generate()
@@ -197,7 +197,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("model", ["shapes-sd15", "shapes-sdxl", "shapes-flux"])
-def test_tokens_are_counted_as_the_encoder_takes_them(service: DiffusionService, model: str) -> None:
+def test_token_counts_match_the_text_encoder(service: DiffusionService, model: str) -> None:
     from diffusion_workers.pipeline.encoding import _LAYOUTS, EncodingOptions, _TextEncoder
     from diffusion_workers.prompt.schedules import split_parts, text_schedule
 
@@ -216,7 +216,7 @@ def test_tokens_are_counted_as_the_encoder_takes_them(service: DiffusionService,
         assert (count.tokens, count.chunks) == (sum(len(chunk.tokens) for chunk in chunks), len(chunks)), text
 
 
-def test_a_chunk_begins_at_a_word() -> None:
+def test_chunk_borders_never_fall_on_whitespace() -> None:
     def by_words(text: str) -> list[tuple[int, int]]:
         return [(hash(found[0]), found.start()) for found in re.finditer(r"\w+|[^\w\s]", text)]
 
@@ -228,10 +228,10 @@ def test_a_chunk_begins_at_a_word() -> None:
             )
 
 
-# --- answers that come too late ----------------------------------------------
+# --- late results ------------------------------------------------------------
 
 
-def test_a_result_does_not_clear_the_errors_of_what_was_typed_meanwhile(service: DiffusionService) -> None:
+def test_results_keep_errors_of_fields_edited_meanwhile(service: DiffusionService) -> None:
     began, may_end = threading.Event(), threading.Event()
 
     def generate(request: GenerationRequest) -> OpResult:
@@ -252,7 +252,7 @@ def test_a_result_does_not_clear_the_errors_of_what_was_typed_meanwhile(service:
     panel.close()
 
 
-def test_a_map_of_other_settings_is_not_shown(service: DiffusionService) -> None:
+def test_outdated_control_maps_are_not_shown(service: DiffusionService) -> None:
     began, may_end = threading.Event(), threading.Event()
 
     def preprocess(request: PreprocessRequest) -> OpResult:
@@ -273,7 +273,7 @@ def test_a_map_of_other_settings_is_not_shown(service: DiffusionService) -> None
     assert unit.preview.map.layout.display is None and unit.preview.message.value == ""
 
 
-def test_a_closed_panel_shows_no_plan(service: DiffusionService) -> None:
+def test_closed_panels_ignore_late_plans(service: DiffusionService) -> None:
     began, may_end = threading.Event(), threading.Event()
 
     def plan(request: GenerationRequest) -> OpResult:
@@ -291,8 +291,8 @@ def test_a_closed_panel_shows_no_plan(service: DiffusionService) -> None:
     assert panel.stage.outlook.value == ""
 
 
-def test_example_prompts_of_the_model_can_be_clicked(panel: GenerationPanel) -> None:
-    "They are those of its manifest, and go once something else is typed."
+def test_clicking_an_example_fills_the_prompt(panel: GenerationPanel) -> None:
+    "The examples come from the model's manifest and disappear once another prompt is typed."
     examples, prompt = panel.form.examples, panel.form.main.fields["prompt"].control
     assert examples.layout.display is None
     assert [button.description for button in examples.children] == panel.form.model.example_prompts
@@ -302,7 +302,7 @@ def test_example_prompts_of_the_model_can_be_clicked(panel: GenerationPanel) -> 
     assert examples.layout.display == "none"
 
 
-def test_the_prompts_that_and_joins_are_counted_each_by_itself(service: DiffusionService) -> None:
+def test_prompts_joined_by_and_are_counted_separately(service: DiffusionService) -> None:
     found = tokenizer_of(service.manifest("shapes-sd15"))
     count = count_tokens("a star AND a ring", found.tokenize, found.size, with_syntax=True)
     assert (count.tokens, count.chunks, count.borders) == (4, 2, (11,))

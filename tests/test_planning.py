@@ -1,4 +1,4 @@
-"""Plans: refused requests, every family with every task and kind of control, and the way back to a request."""
+"""Planning: refused requests, every combination of family, task and control, and requests rebuilt from plans."""
 
 from typing import Any
 
@@ -93,27 +93,27 @@ def plan_of(family: str, task: Task, kind: str, **fields: Any) -> GenerationPlan
         ({"prompt": "a", "prompt_loras": True}, {"prompt_loras": "unsupported_combination"}),
     ],
 )
-def test_every_mistake_is_reported_with_its_field(fields: dict, codes: dict[str, str]) -> None:
+def test_all_validation_errors_are_reported_by_field(fields: dict, codes: dict[str, str]) -> None:
     with pytest.raises(RequestError) as caught:
         planned(**fields)
     assert {error.field: error.code.value for error in caught.value.errors} == codes
 
 
-def test_a_region_can_be_removed_with_an_empty_prompt() -> None:
+def test_inpainting_accepts_an_empty_prompt() -> None:
     assert planned(prompt="", image=(128, 128), mask=(128, 128)).prompt == ""
 
 
-def test_ordinary_brackets_are_no_syntax() -> None:
+def test_ordinary_brackets_produce_no_warnings() -> None:
     assert planned(prompt="a red circle (the large) on a beige background").warnings is None
 
 
-def test_a_drawn_prompt_is_not_drawn_again() -> None:
+def test_resolved_prompts_are_not_resolved_again() -> None:
     drawn = planned(prompt="a ({red|blue}:1.2) [circle|square]", prompt_syntax="a1111", seed=3)
     once = planned(prompt=drawn.prompt, prompt_syntax="a1111", seed=3)
     assert (once.prompt, once.written_prompt) == (drawn.prompt, None)
 
 
-def test_every_combination_that_diffusers_has_is_planned() -> None:
+def test_every_supported_combination_is_planned() -> None:
     count = 0
     for family, record in FAMILIES.items():
         for kind in UNITS:
@@ -128,7 +128,7 @@ def test_every_combination_that_diffusers_has_is_planned() -> None:
     assert count == 56
 
 
-def test_fields_that_only_some_pipelines_take() -> None:
+def test_pipeline_specific_fields_are_planned() -> None:
     text = Task.text_to_image
     assert plan_of("flux", text, "none", width=1000, height=1000).width == 1008  # a multiple of 16
     assert [control.union_mode for control in plan_of("flux", text, "union").controlnets] == [2, 0]
@@ -155,7 +155,7 @@ def test_a_field_that_would_be_ignored_is_refused(family: str, task: Task, kind:
 
 
 @pytest.mark.parametrize("family, kind", [("flux", "union"), ("sdxl", "multiple"), ("sd15", "single")])
-def test_a_plan_with_controls_is_planned_again_from_its_request(family: str, kind: str) -> None:
+def test_plans_with_controls_round_trip_through_requests(family: str, kind: str) -> None:
     once = plan_of(family, Task.text_to_image, kind, seed=5)
     facts = ControlFacts({index: control.image for index, control in enumerate(once.controlnets)})
     again = request_from_plan(once, controls={index: {"image": IMAGE} for index in facts.images})
@@ -164,7 +164,7 @@ def test_a_plan_with_controls_is_planned_again_from_its_request(family: str, kin
         request_from_plan(once)
 
 
-def test_inpainting_is_planned_again_from_its_request() -> None:
+def test_inpainting_plans_round_trip_through_requests() -> None:
     once = planned(image=(96, 96), mask=(96, 96), inpaint={"invert": True})
     again = request_from_plan(once, image=IMAGE, mask_image=IMAGE)
     model = find_manifest("shapes-sd15")

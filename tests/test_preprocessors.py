@@ -1,4 +1,4 @@
-"""ControlNet preprocessors on images of every mode and shape, and the table that clients get."""
+"""ControlNet preprocessors on images of every mode and of unusual shapes, and the preprocessor list for clients."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ WEIGHTLESS = [row.name for row in PREPROCESSORS.values() if row.make_map]
 
 @pytest.fixture(scope="module")
 def drawing() -> Image.Image:
-    "Shading, edges and a little noise."
+    "A test image with shading, edges and a little noise."
     x, y = np.meshgrid(np.linspace(0, 200, 144), np.linspace(0, 255, 96))
     noise = np.random.default_rng(0).normal(0, 4, (96, 144, 3))
     pixels = np.stack([x, y, 255 - x], axis=2) + noise
@@ -45,7 +45,7 @@ def drawing() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def samples(drawing: Image.Image) -> dict[str, Image.Image]:
-    "One image of each mode and of odd shapes."
+    "One image of each mode, and images of unusual shapes."
     clear = drawing.resize((30, 50)).convert("RGBA")
     clear.putalpha(Image.linear_gradient("L").resize((30, 50)))
     square = drawing.resize((40, 40))
@@ -63,7 +63,7 @@ def samples(drawing: Image.Image) -> dict[str, Image.Image]:
 
 
 @pytest.mark.parametrize("name", WEIGHTLESS)
-def test_a_map_has_the_size_that_was_asked_for(name: str, samples: dict[str, Image.Image]):
+def test_maps_have_the_requested_size(name: str, samples: dict[str, Image.Image]):
     for image in samples.values():
         for size, mode, resolution in (
             ((64, 64), ResizeMode.just_resize, None),
@@ -76,27 +76,27 @@ def test_a_map_has_the_size_that_was_asked_for(name: str, samples: dict[str, Ima
 
 
 @pytest.mark.parametrize("name", WEIGHTLESS)
-def test_the_same_request_makes_the_same_map(name: str, drawing: Image.Image):
+def test_maps_are_deterministic(name: str, drawing: Image.Image):
     mask, request = Image.new("L", drawing.size, 255), Preprocessing(name=name, resolution=100)
     again = {pixel_sha256(make_map(request, drawing, 128, 96, mask=mask)) for _ in range(2)}
     assert len(again) == 1
 
 
-def test_a_ready_made_map_has_the_size_of_the_generation(samples: dict[str, Image.Image]):
+def test_ready_made_maps_are_fitted_to_the_generation_size(samples: dict[str, Image.Image]):
     for image in samples.values():
         for mode in ResizeMode:
             fitted = fit_map(image, 88, 120, mode)
             assert (fitted.mode, fitted.size) == ("RGB", (88, 120))
 
 
-def test_an_empty_image_has_no_lines():
+def test_uniform_images_produce_no_lines():
     flat = np.full((64, 64, 3), 90, np.uint8)
     assert lineart_standard_map(flat, 6.0, 8).max() == 0
     assert scribble_xdog_map(flat, 32).max() == 0
     assert canny_map(flat, 1, 2).max() == 0
 
 
-def test_what_thresholds_do(drawing: Image.Image):
+def test_thresholds_affect_maps_and_inversion_is_reversible(drawing: Image.Image):
     pixels = np.asarray(drawing)
     assert scribble_xdog_map(pixels, 8).mean() > scribble_xdog_map(pixels, 48).mean()
     assert binary_map(pixels, 200).mean() > binary_map(pixels, 60).mean()
@@ -115,7 +115,7 @@ def test_labels_keep_their_colors(drawing: Image.Image):
     assert {color for _, color in resize_map(labels, 100, 77, MapScaling.labels).getcolors(4096)} <= colors
 
 
-def test_lines_have_no_gaps_at_any_size():
+def test_resized_lines_have_no_gaps():
     line = Image.new("RGB", (301, 203))
     ImageDraw.Draw(line).line([(5, 190), (290, 11)], fill="white")
     for size in ((100, 67), (900, 31)):
@@ -129,7 +129,7 @@ def test_working_sizes():
     assert working_size(8192, 8, 64) == (8192, 8)
 
 
-def test_every_row_of_the_table():
+def test_preprocessor_table_is_consistent():
     assert len(PREPROCESSORS) == 29
     for name, row in PREPROCESSORS.items():
         assert row.name == name
@@ -140,7 +140,7 @@ def test_every_row_of_the_table():
             assert isinstance(parameter.default, bool) or parameter.low < parameter.high, (name, parameter)
 
 
-def test_clients_get_the_table():
+def test_preprocessor_list_matches_the_table():
     listed = {info.name: info for info in preprocessor_list()}
     assert list(listed) == list(PREPROCESSORS)
     for name, row in PREPROCESSORS.items():
@@ -152,9 +152,9 @@ def test_clients_get_the_table():
     assert {told.kind for info in listed.values() for told in info.parameters or []} == set(ParameterKind)
 
 
-def test_union_modes_of_each_numbering():
+def test_union_mode_numbers():
     tables = [table for family in FAMILIES.values() for table in family.controls.union_tables]
-    assert list(UNION_MODE_NUMBERS) == tables  # those that a manifest may name
+    assert list(UNION_MODE_NUMBERS) == tables  # the tables that a manifest may name
     promax = [union_mode_number("sdxl_union_promax", mode) for mode in (UnionModeName.tile, UnionModeName.repaint, 0)]
     assert promax == [6, 7, 0]
     for table, mode in (

@@ -1,4 +1,4 @@
-"The progress bar of `generate`, and what a script sees of a call that failed."
+"The progress bar of `generate`, and how failed calls are logged in a script."
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ assert not failed.ok
 """
 
 
-def test_a_script_shows_a_bar_on_request_and_every_failure() -> None:
+def test_progress_bar_is_opt_in_and_failures_are_logged() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The prompt language against the answers of AUTOMATIC1111's parser, and its numbers on a built-in model."""
+"""Prompt syntax compared with AUTOMATIC1111's parser, and weighted embeddings and images of the built-in models."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ VECTORS = json.loads((Path(__file__).parent / "data" / "prompt_vectors.json").re
 
 
 def in_reference_form(prompt: str) -> list[list]:
-    "Words and weights as the reference writes them: a break is the word with the weight -1, times its brackets."
+    "Words and weights in the reference's form: BREAK is a word with the weight -1, multiplied by its brackets."
     return [["BREAK", -span.weight] if span.is_break else [span.text, span.weight] for span in weigh(prompt)]
 
 
@@ -26,7 +26,7 @@ def test_weights(prompt: str, expected: list | None) -> None:
 
 @pytest.mark.parametrize(("prompt", "steps", "second_pass_steps", "expected"), VECTORS["schedules"])
 def test_schedules(prompt: str, steps: int, second_pass_steps: int | None, expected: list) -> None:
-    "A second pass of the vectors follows a first pass of `steps`."
+    "Vectors with `second_pass_steps` describe a second pass that follows a first pass of `steps`."
     if second_pass_steps is None:
         found = text_schedule(prompt, steps)
     else:
@@ -66,7 +66,7 @@ def shapes():
 @pytest.mark.parametrize("rule", ["comfy", "a1111", "no_norm"])
 @pytest.mark.parametrize("row", VECTORS["numbers"], ids=[row["prompt"] for row in VECTORS["numbers"]])
 def test_weighted_embeddings(shapes, row: dict, rule: str) -> None:
-    "Tokens, weights, and numbers that the reference implementation of each rule gave; the samples have six decimals."
+    "Embeddings match those of each weighting rule's reference implementation, which are stored with six decimals."
     from diffusion_workers.pipeline.encoding import EncodingOptions, PromptTexts, encode_prompts
 
     found = encode_prompts(shapes, "clip", [PromptTexts(row["prompt"])], EncodingOptions(rule))[0].embeds[0]
@@ -96,8 +96,8 @@ RED = {"prompt": "a red circle on a white background", "seed": 3, "num_inference
 
 
 @pytest.mark.parametrize("model", ["shapes-sd15", "shapes-sdxl", "shapes-flux"])
-def test_words_alone_make_the_same_image_in_both_syntaxes(service, model: str) -> None:
-    "With and without a negative prompt, to the last bit."
+def test_plain_words_give_the_same_image_in_both_syntaxes(service, model: str) -> None:
+    "Bit-identical, with and without a negative prompt or `clip_skip`."
     guided = {"negative_prompt": "blue"} | ({"true_cfg_scale": 2.0} if model == "shapes-flux" else {})
     for fields in ({}, guided, {"clip_skip": 1} if model == "shapes-sd15" else {}):
         plain, read = (service.generate(RED, model=model, prompt_syntax=s, **fields) for s in ("plain", "a1111"))
@@ -107,7 +107,7 @@ def test_words_alone_make_the_same_image_in_both_syntaxes(service, model: str) -
 
 
 @pytest.mark.parametrize("model", ["shapes-sd15", "shapes-sdxl"])
-def test_a_schedule_changes_the_prompt_at_its_step(service, model: str) -> None:
+def test_prompt_schedules_switch_at_the_given_step(service, model: str) -> None:
     def at(when: int) -> list:
         prompt = f"a [red:blue:{when}] circle on a white background"
         return pixels(service.generate(RED, model=model, prompt=prompt, prompt_syntax="a1111"))
@@ -122,8 +122,8 @@ def test_a_schedule_changes_the_prompt_at_its_step(service, model: str) -> None:
         assert (late[i] != red[i]).any()
 
 
-def test_an_image_of_a_template_is_regenerated_from_its_receipt(service, tmp_path: Path) -> None:
-    "The receipt holds what was written and what was drawn, and replays without drawing again."
+def test_variants_are_regenerated_from_the_plan(service, tmp_path: Path) -> None:
+    "The plan holds the written and the resolved prompt, and a replay does not resolve it again."
     from diffusion_workers.planning.plan import request_from_plan
 
     written = "a {red|blue|green} ({circle|square}:1.2) [on:in front of:3] a white background"
@@ -135,8 +135,8 @@ def test_an_image_of_a_template_is_regenerated_from_its_receipt(service, tmp_pat
         assert (a == b).all()
 
 
-def test_state_is_left_as_it_was(service) -> None:
-    "A plain request gives the same pixels before and after requests with every part of the syntax, failed ones too."
+def test_prompt_syntax_leaves_no_state_behind(service) -> None:
+    "A plain request gives the same pixels before and after requests that use the syntax, including invalid ones."
     before = pixels(service.generate(RED))
     for prompt in ("a [red|blue] (circle:1.4) BREAK x, " * 8, "a <lora:none:1>", "a __none__", "(a:1000)", "a AND b"):
         service.generate(RED, prompt=prompt, prompt_syntax="a1111")
@@ -144,8 +144,8 @@ def test_state_is_left_as_it_was(service) -> None:
         assert (a == b).all()
 
 
-def test_the_end_of_a_long_prompt_is_seen(service) -> None:
-    "What lies beyond the encoder's length is cut off from a plain prompt, and decides the background of this one."
+def test_prompt_syntax_encodes_beyond_the_token_limit(service) -> None:
+    "A plain prompt is truncated at the text encoder's length; with the syntax, the end still sets the background."
     import numpy as np
 
     filler = "a red circle, " * 8
@@ -178,8 +178,8 @@ LONG = "a red circle and a blue square and a green star " * 5
     ],
     ids=["words", "phrase", "long", "long and weighted"],
 )
-def test_embeddings_equal_those_of_compel(written: str, for_compel: str) -> None:
-    "Weights above 1 and chunks, by another implementation of the same rule: each word's distance to an empty prompt."
+def test_weighted_embeddings_match_compel(written: str, for_compel: str) -> None:
+    "Weights above 1 and chunks, against another implementation of the rule: scale the distance to an empty prompt."
     import torch
     from compel import Compel
     from diffusers import StableDiffusionPipeline

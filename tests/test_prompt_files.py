@@ -1,4 +1,4 @@
-"""Embeddings, wildcards, styles and LoRA tags in prompts: the same images as without them, and nothing left behind."""
+"""Textual inversion embeddings, wildcards, styles, LoRA tags and AND in prompts, compared with equivalent requests."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ READ = RED | {"prompt_syntax": "a1111"}
 
 
 def rows(model: str, words: str, number: str = "") -> np.ndarray:  # (tokens, width) float32
-    "The vectors that a text encoder of a built-in model has for words."
+    "The token embeddings of words in a text encoder of a built-in model."
     import torch
     from safetensors import safe_open
     from transformers import CLIPTokenizer
@@ -48,7 +48,7 @@ def rows(model: str, words: str, number: str = "") -> np.ndarray:  # (tokens, wi
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "Embeddings in every form, wildcards and styles."
+    "A folder with embeddings in every file layout, wildcards and styles."
     folder = tmp_path_factory.mktemp("prompts")
     for name in ("embeddings/sub", "wildcards/warm", "styles"):
         (folder / name).mkdir(parents=True)
@@ -102,26 +102,26 @@ def same(a, b) -> bool:
         ("shapes-sdxl", "a xl-red circle on a white background"),
     ],
 )
-def test_a_vector_of_a_word_gives_the_image_of_the_word(service: DiffusionService, model: str, prompt: str) -> None:
-    "In every form of file, for one and for two text encoders; as whole words, in any case."
+def test_embedding_of_a_word_gives_the_image_of_the_word(service: DiffusionService, model: str, prompt: str) -> None:
+    "In every file layout, for one and two text encoders, and for whole-word names in any case."
     made = service.generate(READ, model=model, prompt=prompt)
     assert same(made, service.generate(RED, model=model)) and made.generation.plan.embeddings
 
 
-def test_an_embedding_in_the_negative_prompt(service: DiffusionService) -> None:
+def test_embeddings_in_the_negative_prompt(service: DiffusionService) -> None:
     fields = {"guidance_scale": 4.0, "negative_prompt": "single, my-red"}
     made = service.generate(READ, **fields)
     assert same(made, service.generate(READ, **fields | {"negative_prompt": "blue, red"}))
     assert [each.name for each in made.generation.plan.embeddings] == ["red circle", "single", "my-red"]
 
 
-def test_names_inside_words_are_words(service: DiffusionService) -> None:
+def test_embedding_names_inside_words_are_ignored(service: DiffusionService) -> None:
     plan = service.plan(READ, prompt="my-reds amy-red singles").plan
     assert plan.embeddings is None
 
 
-def test_nothing_is_left_behind(service: DiffusionService) -> None:
-    "Not in tokenizer, encoder or cache, also after a refusal in the middle of encoding."
+def test_embeddings_leave_the_pipeline_unchanged(service: DiffusionService) -> None:
+    "Tokenizer, text encoder and encoder cache stay unchanged, also after a refused request."
     pipe = service.pipeline("shapes-sd15")
     table = pipe.text_encoder.get_input_embeddings()
     before, size, state = service.generate(RED), len(pipe.tokenizer), table.weight.clone()
@@ -133,8 +133,8 @@ def test_nothing_is_left_behind(service: DiffusionService) -> None:
     assert not table._forward_hooks and not hasattr(table, "injected_vectors")
 
 
-def test_a_changed_file_is_read_again(service: DiffusionService, folder: Path) -> None:
-    "Under the same name and the same token ids: neither the file nor the encoder's output is stale."
+def test_changed_embedding_files_are_reloaded(service: DiffusionService, folder: Path) -> None:
+    "With the same name and the same token ids, neither the file nor the cached encoder output is stale."
     file = folder / "embeddings" / "changing.safetensors"
     prompt = "a changing circle on a white background"
     for word in ("red", "blue"):
@@ -143,8 +143,8 @@ def test_a_changed_file_is_read_again(service: DiffusionService, folder: Path) -
         assert same(made, service.generate(RED, prompt=prompt.replace("changing", word)))
 
 
-def test_a_receipt_pins_the_embeddings(service: DiffusionService, folder: Path) -> None:
-    "A replay gives the same image where the folder has another name in the meantime, and refuses one that is gone."
+def test_plans_pin_their_embeddings(service: DiffusionService, folder: Path) -> None:
+    "A replay gives the same image after another embedding was added to the folder; an unknown name is refused."
     made = service.generate(READ, prompt="a my-red square on a white background")
     (planned,) = made.generation.plan.embeddings
     assert (planned.source, len(planned.sha256)) == ("file:my-red.safetensors", 64)
@@ -172,11 +172,11 @@ def test_a_receipt_pins_the_embeddings(service: DiffusionService, folder: Path) 
         ({"prompt": "a", "prompt_syntax": "plain", "embeddings": ["my-red"]}, "embeddings does nothing with a plain"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_planning(service: DiffusionService, fields: dict, message: str) -> None:
+def test_unusable_embeddings_are_refused_during_planning(service: DiffusionService, fields: dict, message: str) -> None:
     assert message in service.plan(READ, **fields).message
 
 
-def test_names_that_are_drawn_as_words_are_reported(service: DiffusionService) -> None:
+def test_embedding_names_read_as_words_produce_warnings(service: DiffusionService) -> None:
     (missing,) = service.plan(READ, prompt="a circle, embedding:my-rde").warnings
     assert "did you mean my-red?" in missing.message and missing.given == "'my-rde'"
     (plain,) = service.plan(RED, prompt="a my-red circle").warnings
@@ -185,8 +185,8 @@ def test_names_that_are_drawn_as_words_are_reported(service: DiffusionService) -
     assert any("T5 reads their names as words" in note.message for note in flux)
 
 
-def test_encode_reads_the_syntax(service: DiffusionService) -> None:
-    "The embeddings that `encode` gives make the image of the prompt, with weights and textual inversions."
+def test_encode_supports_the_prompt_syntax(service: DiffusionService) -> None:
+    "Embeddings from `encode` give the same image as the prompt, with weights and textual inversions."
     prompt = "a (my-red:1.4) circle BREAK on a white background"
     embeds = service.encode(READ, prompt=prompt)
     fields = {name: value for name, value in RED.items() if name != "prompt"}
@@ -195,7 +195,7 @@ def test_encode_reads_the_syntax(service: DiffusionService) -> None:
         service.encode(READ, prompt="a [red:blue:0.5] circle")
 
 
-def test_replay_notes_an_embedding_that_has_changed(
+def test_replay_reports_a_changed_embedding_file(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "toy.safetensors"
@@ -214,8 +214,8 @@ def test_replay_notes_an_embedding_that_has_changed(
 # --- wildcards and styles ---------------------------------------------------
 
 
-def test_a_template_is_drawn_from_the_seed(service: DiffusionService) -> None:
-    "The receipt holds what was written and what it became; a replay needs no files."
+def test_wildcards_and_variants_are_drawn_from_the_seed(service: DiffusionService) -> None:
+    "The plan holds the written and the resolved prompt, so a replay needs no wildcard or style files."
     fields = {"prompt": "circle", "styles": ["drawn", "white"], "negative_prompt": "a __color__ square"}
     plans = [service.plan(READ, **fields, seed=seed).plan for seed in range(12)]
     assert {plan.prompt for plan in plans} == {f"a {c} circle on a white background" for c in ("red", "blue")}
@@ -229,8 +229,8 @@ def test_a_template_is_drawn_from_the_seed(service: DiffusionService) -> None:
         assert same(made, bare.generate(request_from_plan(plan)))
 
 
-def test_the_negative_prompt_of_a_manifest_is_drawn(service: DiffusionService) -> None:
-    "With a style and without one; a plain prompt takes it as it stands, and a mistake in it is refused."
+def test_wildcards_in_a_manifest_negative_prompt_are_resolved(service: DiffusionService) -> None:
+    "With and without a style; a plain prompt uses it unchanged, and an unknown wildcard in it is refused."
     manifest = service.manifest("shapes-sd15")
     defaults = manifest.defaults.model_copy(update={"negative_prompt": "a __color__ square"})
     manifest = manifest.model_copy(update={"defaults": defaults})
@@ -250,7 +250,7 @@ def test_the_negative_prompt_of_a_manifest_is_drawn(service: DiffusionService) -
         make_plan(asked, manifest.model_copy(update={"defaults": wrong}))
 
 
-def test_a_style_applies_to_a_plain_prompt(service: DiffusionService) -> None:
+def test_styles_apply_to_plain_prompts(service: DiffusionService) -> None:
     made = service.generate(RED, prompt="a red circle", styles=["white"])
     assert same(made, service.generate(RED)) and made.generation.plan.written_prompt == "a red circle"
     assert service.plan(RED, prompt="a circle", styles=["navy"]).plan.prompt == "a circle, on a navy background"
@@ -260,13 +260,13 @@ def test_a_style_applies_to_a_plain_prompt(service: DiffusionService) -> None:
 
 
 @pytest.mark.parametrize("name", ["../embeddings/old", "/etc/hostname", "warm/../color", "..", "nothing"])
-def test_a_name_is_no_path(service: DiffusionService, name: str) -> None:
+def test_wildcard_and_style_names_are_not_paths(service: DiffusionService, name: str) -> None:
     assert "there is no wildcard" in service.plan(READ, prompt=f"__{name}__").message
     assert service.plan(READ, styles=[name]).errors[0].code == "unknown_style"
 
 
-def test_a_sweep_and_a_grid_take_them_as_axes(service: DiffusionService) -> None:
-    "One variant for each seed, and a style as a column."
+def test_styles_are_axes_of_sweeps_and_grids(service: DiffusionService) -> None:
+    "Each seed draws one variant, the same for every style."
     axes = {"styles": [[], ["white"]], "seed": [1, 2, 3, 4]}
     requests = checked_requests(request_product(READ | {"prompt": "a {red|blue} circle"}, **axes)).values()
     plans = [service.plan(request).plan for request in requests]
@@ -282,7 +282,7 @@ def test_a_sweep_and_a_grid_take_them_as_axes(service: DiffusionService) -> None
     assert [by_style.label(value) for value in by_style.values] == ["styles none", "styles white, drawn"]
 
 
-def test_server_worker_and_command_line_know_the_folders(
+def test_server_worker_and_command_line_use_the_prompt_folders(
     service: DiffusionService,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -331,8 +331,8 @@ def test_server_worker_and_command_line_know_the_folders(
         ("<lora:night:0.5><lora:outline:1>", [{"name": "night", "scale": 0.5}, {"name": "outline", "scale": 1.0}]),
     ],
 )
-def test_a_tag_is_an_entry_of_loras(service: DiffusionService, tags: str, loras: list[dict]) -> None:
-    "The same plan, and the same image to the last bit."
+def test_lora_tags_are_equivalent_to_the_loras_field(service: DiffusionService, tags: str, loras: list[dict]) -> None:
+    "The plan has the same LoRAs, and the image is bit-identical."
     tagged = service.generate(READ, prompt=RED["prompt"] + tags, prompt_loras=True)
     listed = service.generate(READ, loras=loras)
     assert same(tagged, listed) and not same(tagged, service.generate(RED))
@@ -340,13 +340,13 @@ def test_a_tag_is_an_entry_of_loras(service: DiffusionService, tags: str, loras:
     assert tagged.generation.plan.written_prompt == RED["prompt"] + tags
 
 
-def test_tags_are_refused_without_permission(service: DiffusionService) -> None:
+def test_lora_tags_need_prompt_loras_and_an_offered_lora(service: DiffusionService) -> None:
     assert "set prompt_loras: true" in service.plan(READ, prompt="a <lora:night:1>").message
     assert "the model offers no such LoRA" in service.plan(READ, prompt="a <lora:nigth:1>", prompt_loras=True).message
 
 
-def test_prompts_joined_by_and_are_all_followed(service: DiffusionService) -> None:
-    "Three prompts, each of which names one thing: all of them are in each image."
+def test_and_combines_all_prompts_in_one_image(service: DiffusionService) -> None:
+    "Three prompts, each of which names one thing: at least 7 of 8 images show all of them."
     fields = {"prompt": "a circle AND a red circle AND a navy background", "seed": 100, "num_images": 8}
     made = service.generate(READ, **fields | {"num_inference_steps": 12})
     scenes = [read_scene(image.convert("RGB")) for image in pil_images(made)]
@@ -354,7 +354,7 @@ def test_prompts_joined_by_and_are_all_followed(service: DiffusionService) -> No
     assert found.count(("navy", ("red", "circle"))) >= 7, found
 
 
-def test_and_with_the_weight_zero_does_nothing_and_a_batch_equals_each_alone(service: DiffusionService) -> None:
+def test_and_with_zero_weight_has_no_effect_and_batches_match(service: DiffusionService) -> None:
     red, both = "a red circle on a white background", "a red circle on a white background AND a navy background :0.7"
     fields = {"num_inference_steps": 4, "seed": 5}
     alone = np.asarray(service.generate(READ, prompt=red, **fields).image, dtype=int)
@@ -381,12 +381,12 @@ def test_and_with_the_weight_zero_does_nothing_and_a_batch_equals_each_alone(ser
         ({"controlnets": [{"model": "canny", "image": Image.new("RGB", (64, 64))}]}, "a ControlNet sees one prompt"),
     ],
 )
-def test_and_is_refused_where_a_prompt_would_be_left_out(service: DiffusionService, changes: dict, said: str) -> None:
+def test_and_is_refused_in_unsupported_combinations(service: DiffusionService, changes: dict, said: str) -> None:
     refused = service.plan(READ, **{"prompt": "a red circle AND a blue square :0.5"} | changes)
     assert refused.errors[0].code == "unsupported_combination" and said in refused.message
 
 
-# --- any text ---------------------------------------------------------------
+# --- fuzzing ----------------------------------------------------------------
 
 PIECES = [
     *"()[]{}|:\\,<>_ \n",
@@ -419,8 +419,8 @@ PIECES += [
 
 
 @pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_any_text_is_planned_or_refused(folder: Path, count: int) -> None:
-    "A plan, or an error that names the field: no other exception, and the plan's own request gives the same plan."
+def test_fuzzed_prompts_are_planned_or_refused(folder: Path, count: int) -> None:
+    "A plan, or an error that names the field, and no other exception; a plan's own request gives the same plan."
     source = random.Random(count)
     manifest = find_manifest("shapes-sd15", Settings(**settings_of(folder)))
     planned = 0

@@ -1,4 +1,4 @@
-"How the parser reads brackets, tags and words that are written in unusual ways."
+"Edge cases of the prompt parser: unbalanced or nested brackets, tags, and keywords inside words."
 
 import pytest
 
@@ -24,22 +24,22 @@ def kinds(text: str, **options: bool) -> str:
         ("<lora:x> <b> <:x> <lora:>", "LoraTag Text"),
     ],
 )
-def test_nodes(text: str, expected: str) -> None:
+def test_node_types(text: str, expected: str) -> None:
     assert kinds(text) == expected
 
 
 @pytest.mark.parametrize("text", ["{a|b}", "__a__"])
-def test_a_drawn_text_has_no_variants(text: str) -> None:
+def test_variants_can_be_disabled(text: str) -> None:
     assert kinds(text, variants=False) == "Text"
 
 
 @pytest.mark.parametrize(("text", "count"), [("{(a|b)}", 1), ("{[a|b}", 2)])
-def test_options_of_a_variant(text: str, count: int) -> None:
+def test_number_of_variant_options(text: str, count: int) -> None:
     (variant,) = parse(text).nodes
     assert len(variant.options) == count
 
 
-def test_arguments_of_a_tag() -> None:
+def test_lora_tag_arguments() -> None:
     assert parse("<lora:a:0.5:te=1>").nodes[0].arguments == ("a", "0.5", "te=1")
 
 

@@ -1,5 +1,6 @@
-"""What the how-to on proxies promises: clients follow the variables, a public name is listed, and images go direct."""
+"""Claims of the how-to on proxies: clients follow the variables, public host names are listed, image URLs go direct."""
 
+import io
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,17 +9,19 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from live_server import live_server
+from PIL import Image
 
+from diffusion_workers.request.images import ImagePolicy
 from diffusion_workers.service.service import DiffusionService
 from ez_diffusion_client.client import Client
 
-PUBLIC = "http://diffusion.example.org"  # resolved by nobody but the proxy
+PUBLIC = "http://diffusion.example.org"  # known only to the proxy
 QUICK = {"prompt": "a red circle", "num_inference_steps": 2, "seed": 1}
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-encoding", "content-length", "proxy-connection"}
 
 
 class ForwardProxy(ThreadingHTTPServer):
-    "Sends every request to one server, under the Host header that the client gave."
+    "Forward every request to one server, with the client's Host header."
 
     def __init__(self, target: str):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -86,14 +89,43 @@ def test_a_host_in_no_proxy_is_reached_directly(proxied: ForwardProxy, monkeypat
     assert proxied.seen == []
 
 
-def test_a_public_name_that_is_not_listed_is_refused(service: DiffusionService) -> None:
+def test_unlisted_host_names_are_refused(service: DiffusionService) -> None:
     with live_server(service) as (url, _), httpx.Client(trust_env=False) as direct:
         refused = direct.get(f"{url}/models", headers={"host": "diffusion.example.org"})
     assert refused.status_code >= 400 and "DIFFUSION_WORKERS_HOSTS" in refused.text
 
 
-def test_images_by_url_never_use_the_proxy(proxied: ForwardProxy, service: DiffusionService) -> None:
-    "A proxy would reach addresses inside of the network, which a request must not name."
+class _ImageHost(BaseHTTPRequestHandler):
+    "A host whose every path is the same image."
+
+    def do_GET(self) -> None:
+        buffer = io.BytesIO()
+        Image.new("RGB", (128, 128), "red").save(buffer, "PNG")
+        self.send_response(200)
+        self.send_header("content-type", "image/png")
+        self.end_headers()
+        self.wfile.write(buffer.getvalue())
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def test_allowed_image_hosts_are_reached_without_the_proxy(proxied: ForwardProxy) -> None:
+    "A proxy could reach addresses of the internal network, which a request must not name (SSRF)."
+    with ThreadingHTTPServer(("127.0.0.1", 0), _ImageHost) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        name = f"127.0.0.1:{host.server_address[1]}"
+        policy = ImagePolicy(allowed_hosts=frozenset({name}))
+        with DiffusionService(device="cpu", image_policy=policy, log_failures=False) as service:
+            planned = service.plan(**QUICK, image=f"http://{name}/a.png", strength=0.5)
+        host.shutdown()
+    assert planned.ok and planned.plan.task == "image_to_image"
+    assert proxied.seen == []
+
+
+def test_internal_image_urls_are_refused_and_never_sent_to_the_proxy(
+    proxied: ForwardProxy, service: DiffusionService
+) -> None:
     result = service.generate(**QUICK, image=f"{proxied.target}/secret.png", strength=0.5)
     assert not result.ok and result.errors[0].field == "image"
     assert proxied.seen == []

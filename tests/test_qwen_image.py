@@ -31,7 +31,7 @@ def small_references() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "An ordinary model, and its twins that edit."
+    "A folder with a text-to-image model and the two kinds of edit models."
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(folder, ModelFamily.qwen, changes={"lora_folders": [{"folder": "loras"}]})
     write_tiny_model(folder, ModelFamily.qwen, "edit", ModelKind.edit)
@@ -51,8 +51,8 @@ def pixels(service: DiffusionService, **fields) -> np.ndarray:
     return family_checks.pixels(service, **COMMON | {"height": 64, "seed": 3} | fields)[0]
 
 
-def test_guidance_needs_no_negative_prompt(service: DiffusionService) -> None:
-    "Diffusers would leave it out without one; a space stands for none, as in the examples of its authors."
+def test_guidance_works_without_a_negative_prompt(service: DiffusionService) -> None:
+    "Diffusers skips guidance without one; here a space is used instead, as in the examples of the model's authors."
     plain = pixels(service, guidance_scale=9.0)
     assert difference(pixels(service, guidance_scale=9.0, negative_prompt=" "), plain) == 0
     assert difference(pixels(service, guidance_scale=9.0, **NEGATIVE), plain) > 0
@@ -61,15 +61,15 @@ def test_guidance_needs_no_negative_prompt(service: DiffusionService) -> None:
     assert "does nothing while guidance_scale is not above 1" in result.warnings[0].message
 
 
-def test_one_step_makes_an_image(service: DiffusionService) -> None:
-    "The schedule of diffusers divides 0 by 0 there."
+def test_a_single_step_produces_an_image(service: DiffusionService) -> None:
+    "With one step, the sigma schedule of diffusers divides 0 by 0."
     assert pixels(service, num_inference_steps=1).shape == (64, 64, 3)
     assert difference(pixels(service, num_inference_steps=1, seed=4), pixels(service, num_inference_steps=1)) > 0
 
 
 @pytest.mark.parametrize("model", ["edit", "plus"])
-def test_a_reference_is_seen_in_its_own_proportions(service: DiffusionService, model: str) -> None:
-    "The plan says in which size; without a size the result has that one."
+def test_reference_images_keep_their_aspect_ratio(service: DiffusionService, model: str) -> None:
+    "The plan reports the size used, which is also the default size of the result."
     with family_checks.small_references(128 * 128):
         result = service.generate(model=model, prompt="a", num_inference_steps=1, reference_images=[photo(96, 48)])
     planned = result.generation.plan.reference_images[0]
@@ -77,8 +77,8 @@ def test_a_reference_is_seen_in_its_own_proportions(service: DiffusionService, m
     assert [(note.field, note.used) for note in result.warnings] == [("reference_images[0]", "'192 x 96'")]
 
 
-def test_the_real_sizes_of_references() -> None:
-    "A megapixel, in multiples of 32."
+def test_references_are_resized_to_one_megapixel() -> None:
+    "About one megapixel, in multiples of 32, without the small size that the other tests use."
     with DiffusionService(device="cpu") as service, pytest.MonkeyPatch.context() as patch:
         from diffusion_workers.families.qwen import QWEN
         from diffusion_workers.families.registry import FAMILIES
@@ -89,7 +89,7 @@ def test_the_real_sizes_of_references() -> None:
     assert (plan.width, plan.height, plan.guidance_scale, plan.num_inference_steps) == (1248, 832, 4.0, 50)
 
 
-def test_each_reference_and_their_order_count(service: DiffusionService) -> None:
+def test_each_reference_and_their_order_affect_the_image(service: DiffusionService) -> None:
     one, two = TWO["reference_images"]
     draw = lambda *images: pixels(service, model="plus", reference_images=list(images))
     made = [draw(one), draw(two), draw(one, two), draw(two, one)]
@@ -98,23 +98,23 @@ def test_each_reference_and_their_order_count(service: DiffusionService) -> None
     assert difference(draw(one, two), made[2]) == 0
 
 
-def test_edits_with_other_prompts_share_no_batch(service: DiffusionService) -> None:
-    "Their pipelines take one prompt; ordinary requests share one."
+def test_edits_share_a_batch_only_with_the_same_prompt(service: DiffusionService) -> None:
+    "Edit pipelines take one prompt; text-to-image requests with different prompts share a batch."
     key = lambda **fields: sharing_key(service.plan(**COMMON | fields).plan)
     assert key(prompt="a") == key(prompt="b")
     assert key(model="plus", prompt="a", **ONE) != key(model="plus", prompt="b", **ONE)
     assert key(model="plus", prompt="a", seed=1, **ONE) == key(model="plus", prompt="a", seed=2, **ONE)
 
 
-def test_a_long_instruction_is_not_cut_off(service: DiffusionService) -> None:
-    "The pipelines that edit take prompts of any length; the others cut them at 512 tokens, with a warning."
+def test_long_prompts_produce_a_warning_except_in_edits(service: DiffusionService) -> None:
+    "Edit pipelines take prompts of any length; the others truncate them at 512 tokens, with a warning."
     for model, more, warned in (("qwen", {}, True), ("plus", {"reference_images": [photo()]}, False)):
         result = service.generate(**COMMON | {"model": model, "prompt": "a" * 600, "num_inference_steps": 1} | more)
         assert any(note.field == "prompt" for note in result.warnings or ()) == warned
 
 
-def test_a_controlnet_draws_what_diffusers_draws_with_it(service: DiffusionService, folder: Path) -> None:
-    "But the map is encoded without random numbers, of which diffusers draws some before the noise."
+def test_controlnet_output_matches_diffusers(service: DiffusionService, folder: Path) -> None:
+    "The map is encoded deterministically in both; plain diffusers draws random numbers for it before the noise."
     unit = {"model": "canny", "image": photo(), "conditioning_scale": 0.7}
     ours = pixels(service, controlnets=[unit], **NEGATIVE)
     pipe = quiet_pipeline(ModelFamily.qwen)
@@ -128,8 +128,8 @@ def test_a_controlnet_draws_what_diffusers_draws_with_it(service: DiffusionServi
     assert difference(ours, np.asarray(theirs)) <= ROUNDING
 
 
-def test_residuals_of_several_controlnets_are_added(service: DiffusionService) -> None:
-    "Each counts; a seed makes the same pixels again, and those off are left out."
+def test_multiple_controlnets_all_take_effect(service: DiffusionService) -> None:
+    "Each one changes the image, the result is reproducible, and ControlNets with scale 0 are skipped."
     one, two = (pixels(service, controlnets=units) for units in ([CANNY], [CANNY, TILE]))
     assert difference(one, two) > ROUNDING and difference(pixels(service, controlnets=[CANNY, TILE]), two) == 0
     off = TILE | {"conditioning_scale": 0}
@@ -141,7 +141,7 @@ def test_residuals_of_several_controlnets_are_added(service: DiffusionService) -
 @pytest.mark.parametrize(
     "cache", [{"method": "taylorseer", "interval": 3}, {"method": "first_block", "threshold": 0.5}]
 )
-def test_step_caches_run_twice_alike_and_leave_nothing_behind(service: DiffusionService, cache: dict) -> None:
+def test_step_caches_are_reproducible_and_leave_no_state_behind(service: DiffusionService, cache: dict) -> None:
     for fields in (NEGATIVE, {"model": "plus"} | TWO):
         request = {"num_inference_steps": 8} | fields
         plain = pixels(service, **request)
@@ -150,8 +150,8 @@ def test_step_caches_run_twice_alike_and_leave_nothing_behind(service: Diffusion
         assert difference(pixels(service, **request), plain) == 0
 
 
-def test_a_lora_of_attention_alone_is_told_by_its_blocks(folder: Path) -> None:
-    "Flux has layers of the same names and widths, but not sixty blocks."
+def test_attention_only_loras_are_identified_by_block_count(folder: Path) -> None:
+    "Flux layers have the same names and widths, but Flux does not have 60 blocks."
     tensors = {}
     for i in range(60):
         tensors[f"transformer.transformer_blocks.{i}.attn.to_q.lora_A.weight"] = torch.zeros(1, 3072)
@@ -161,8 +161,8 @@ def test_a_lora_of_attention_alone_is_told_by_its_blocks(folder: Path) -> None:
     assert header.family == ModelFamily.qwen
 
 
-def test_previews_of_a_vae_for_video(service: DiffusionService) -> None:
-    "By the decoder and by the linear map; scaling and its reverse are exact."
+def test_previews_work_with_a_video_vae(service: DiffusionService) -> None:
+    "With the VAE decoder and the linear map; scaling latents is reversible up to rounding."
     vae, seen = service.factory(service.manifest("qwen")).load().vae, []
     result = service.generate(**COMMON, seed=1, height=64, on_step=lambda step: seen.append(step.latents))
     shown = preview_maker(vae, (64, 64)).image(seen[-1][0], (64, 64))

@@ -1,4 +1,4 @@
-"""The generator of README.md, with notebooks made for the tests."""
+"""The generator of README.md, run on notebooks written by the tests."""
 
 import importlib.util
 from types import ModuleType
@@ -35,7 +35,7 @@ def test_hidden_cells_and_directives_are_dropped(readme: ModuleType) -> None:
     assert "```python\nshown = 1\n```" in text
 
 
-def test_links_hold_from_the_top_level(readme: ModuleType) -> None:
+def test_links_are_rewritten_for_the_repository_root(readme: ModuleType) -> None:
     cell = new_markdown_cell("[a](00_a.ipynb) [b](../LICENSE) [c](https://example.org/x) [d](#part)")
     text = make(readme, cell)["README.md"].decode()
     assert "[a](nbs/00_a.ipynb) [b](LICENSE) [c](https://example.org/x) [d](#part)" in text
@@ -50,7 +50,7 @@ def test_images_become_files(readme: ModuleType, data: dict[str, str]) -> None:
     assert image in files["README.md"].decode() and files[image].startswith(b"\x89PNG")
 
 
-def test_written_files_are_up_to_date_until_they_change(readme: ModuleType) -> None:
+def test_manual_edits_are_detected_and_stale_images_removed(readme: ModuleType) -> None:
     outputs = [new_output("display_data", data={"image/png": ONE_PIXEL})]
     made = make(readme, new_code_cell("show()", outputs=outputs))
     readme.write(made, readme.present_files())

@@ -1,7 +1,8 @@
 """Receipts of earlier versions are read and replayed.
 
-`receipts_v1/` contains plans of version 1, taken out of images that the code of that time made with the built-in models
-(`compute_float16` is of a dry run, because a CPU refuses it). `EQUIVALENT` has the equivalent request of today.
+`receipts_v1/` contains plans of version 1, extracted from images that the code of that time made with the built-in
+models (`compute_float16` comes from a dry run, because a CPU refuses it). `EQUIVALENT` has the equivalent current
+requests.
 """
 
 import base64
@@ -25,7 +26,7 @@ from ez_diffusion_client.models import GenerationPlan
 
 RECEIPTS = Path(__file__).parent / "receipts_v1"
 DEEP_FEATURES = {"method": "deep_features", "interval": 2}
-EQUIVALENT = {  # name of a receipt -> what the request of today has besides `COMMON`
+EQUIVALENT = {  # name of a receipt -> what its equivalent current request has besides `COMMON`
     "no_acceleration": {},
     "deepcache": {"step_cache": {"method": "deepcache"}},
     "deepcache_all_fields": {
@@ -100,7 +101,7 @@ def service() -> Iterator[DiffusionService]:
 
 
 def control_image() -> Image.Image:
-    "What the receipts with a ControlNet were made with."
+    "The control image of the receipts with a ControlNet."
     image = Image.new("RGB", (64, 64))
     ImageDraw.Draw(image).ellipse((16, 16, 48, 48), outline="white", width=2)
     return image
@@ -125,12 +126,12 @@ def request_of_today(name: str) -> dict:
     return request
 
 
-def test_every_receipt_has_its_equivalent() -> None:
+def test_every_receipt_has_an_equivalent_request() -> None:
     assert {path.stem for path in RECEIPTS.glob("*.json")} == set(EQUIVALENT)
 
 
 @pytest.mark.parametrize("name", EQUIVALENT)
-def test_a_receipt_is_read_as_the_plan_of_today(service: DiffusionService, name: str) -> None:
+def test_old_receipts_are_read_as_current_plans(service: DiffusionService, name: str) -> None:
     planned = service.plan(request_of_today(name))
     assert planned.ok, planned.message
     read = receipt(name)
@@ -141,7 +142,7 @@ def test_a_receipt_is_read_as_the_plan_of_today(service: DiffusionService, name:
 
 
 @pytest.mark.parametrize("name", [name for name in EQUIVALENT if name != "compute_float16"])
-def test_a_receipt_is_replayed_to_the_same_pixels(service: DiffusionService, name: str) -> None:
+def test_old_receipts_replay_like_equivalent_requests(service: DiffusionService, name: str) -> None:
     read = receipt(name)
     controls = {0: {"image": control_text()}} if read.controlnets else {}
     replayed = service.generate(request_from_plan(read, controls=controls))
@@ -151,8 +152,8 @@ def test_a_receipt_is_replayed_to_the_same_pixels(service: DiffusionService, nam
     assert [image.tobytes() for image in replayed.images] == [image.tobytes() for image in today.images]
 
 
-def test_caches_of_receipts_change_pixels(service: DiffusionService) -> None:
-    "What is replayed is really in force: each setting gives another image than none."
+def test_settings_of_receipts_affect_the_image(service: DiffusionService) -> None:
+    "Replayed settings take effect: each one gives a different image."
     pixels = lambda name: service.generate(request_from_plan(receipt(name))).images[0].tobytes()
     assert pixels("no_acceleration") == pixels("deepcache_interval_1") == pixels("reuse_without_cache")
     drawn = [pixels(name) for name in ("no_acceleration", "unet_step_cache", "compute_bfloat16", "guidance")]
@@ -163,7 +164,7 @@ def test_caches_of_receipts_change_pixels(service: DiffusionService) -> None:
 
 
 @pytest.mark.parametrize("ending", ["png", "webp"])
-def test_an_old_image_is_restored(ending: str) -> None:
+def test_requests_are_restored_from_old_images(ending: str) -> None:
     path = RECEIPTS / f"everything_unet.{ending}"
     restored = restore(path)
     assert (restored.source, restored.lost) == ("plan", None)
@@ -172,8 +173,8 @@ def test_an_old_image_is_restored(ending: str) -> None:
     assert restored.request["memory"] == EQUIVALENT["everything_unet"]["memory"]
 
 
-def test_an_old_image_is_replayed_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    "The image is another one on a processor that rounds bfloat16 differently, so only that there is one is checked."
+def test_command_line_replays_old_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    "CPUs round bfloat16 differently, so the plan of the new image is checked, not its pixels."
     replayed = tmp_path / "again.png"
     code = main(["replay", str(RECEIPTS / "everything_unet.png"), "-o", str(replayed), "--quiet"])
     assert code in (0, 1), capsys.readouterr().err
@@ -221,7 +222,7 @@ CORRECTED = [
 
 
 @pytest.mark.parametrize(("fields", "warned"), CORRECTED)
-def test_a_receipt_from_before_a_correction_is_restored_with_a_warning(
+def test_receipts_affected_by_a_fix_are_restored_with_a_warning(
     service: DiffusionService, tmp_path: Path, fields: dict, warned: str | None
 ) -> None:
     result = service.restore(_image_of(tmp_path, **fields))
@@ -233,7 +234,7 @@ def test_a_receipt_from_before_a_correction_is_restored_with_a_warning(
     assert not of_today.warnings
 
 
-def test_the_command_line_replays_it_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_command_line_notes_receipts_affected_by_a_fix(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = _image_of(tmp_path, clip_skip=1, negative_prompt="a blue square")
     replayed = tmp_path / "again.png"
     assert main(["replay", str(path), "-o", str(replayed), "--quiet"]) == 1
@@ -241,7 +242,7 @@ def test_the_command_line_replays_it_with_a_note(tmp_path: Path, capsys: pytest.
     assert read_metadata(replayed).plan.clip_skip == 1
 
 
-def test_a_receipt_of_a_newer_version_says_so(tmp_path: Path) -> None:
+def test_receipts_of_newer_versions_are_reported(tmp_path: Path) -> None:
     newer = json.loads((RECEIPTS / "deepcache.json").read_text()) | {"plan_version": PLAN_VERSION + 1}
     info = PngInfo()
     info.add_text(PLAN_KEY, json.dumps(newer))
@@ -264,7 +265,7 @@ def test_a_receipt_of_a_newer_version_says_so(tmp_path: Path) -> None:
         ({"acceleration": {"vae_tiling": True}}, "acceleration.vae_tiling", "memory.vae_tiling"),
     ],
 )
-def test_a_request_with_an_old_name_is_refused_with_the_new_one(
+def test_renamed_fields_are_refused_with_their_new_name(
     service: DiffusionService, tmp_path: Path, old: dict, field: str, new: str
 ) -> None:
     (error,) = service.plan(COMMON | old).errors

@@ -1,4 +1,4 @@
-"""Fields that a family does not take, refused with its name and the nearest thing that it takes, at every level."""
+"""Fields that a model family does not support: the error names the family and an alternative, in every interface."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from diffusion_workers.service.service import DiffusionService
 from ez_diffusion_client import Client, RequestFailed
 from ez_diffusion_client.errors import raise_for_status
 
-IMAGE = "an image"  # stands for one in the table
+IMAGE = "an image"  # placeholder, see `filled`
 REFUSED = {
     "guidance on a distilled model": (
         {"model": "flux2-klein-4b", "guidance_scale": 4.0},
@@ -89,14 +89,14 @@ def url(service: DiffusionService) -> Iterator[str]:
         yield address
 
 
-def filled(value: Any, image: Any) -> Any:  # with an image in the places of images
+def filled(value: Any, image: Any) -> Any:  # replaces the placeholders with an image
     if isinstance(value, list):
         return [filled(item, image) for item in value]
     return image if value == IMAGE else value
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_python(service: DiffusionService, name: str) -> None:
+def test_python_call_suggests_an_alternative(service: DiffusionService, name: str) -> None:
     fields, field, words = REFUSED[name]
     given = {key: filled(value, Image.new("RGB", (256, 256), "white")) for key, value in fields.items()}
     result = service.plan("a red circle", **given)
@@ -105,16 +105,16 @@ def test_python(service: DiffusionService, name: str) -> None:
     assert [word for word in words if word not in said] == [], result.errors
 
 
-def test_a_task_that_a_model_does_not_have_is_the_only_error(service: DiffusionService) -> None:
-    "And no ControlNet is spoken of where the request has none."
+def test_unsupported_task_is_the_only_error(service: DiffusionService) -> None:
+    "Errors do not mention ControlNets when the request has none."
     image = Image.new("RGB", (256, 256), "white")
     errors = service.plan("blue", model="flux1-kontext-dev", image=image, strength=0.5).errors
     assert [error.field for error in errors] == ["image"] and "put it into reference_images" in errors[0].hint
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_http(url: str, name: str) -> None:
-    "As JSON, and as the client raises it."
+def test_http_request_suggests_an_alternative(url: str, name: str) -> None:
+    "Check the JSON response, and the exception that the client raises."
     fields, field, words = REFUSED[name]
     image = to_image_string(Image.new("RGB", (256, 256), "white"))
     body = {"prompt": "a red circle"} | {key: filled(value, image) for key, value in fields.items()}
@@ -128,7 +128,7 @@ def test_http(url: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if "unknown" not in name])
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_command_line_suggests_an_alternative(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     fields, field, words = REFUSED[name]
     file = tmp_path / "image.png"
     Image.new("RGB", (256, 256), "white").save(file)

@@ -1,4 +1,4 @@
-"""Invalid requests: each gets an `OpResult` with its errors, and the service works as before."""
+"""Invalid requests: each gets an `OpResult` with errors, and the service keeps working."""
 
 import base64
 import inspect
@@ -42,18 +42,18 @@ SMALL = {"num_inference_steps": 2, "width": 64, "height": 64}
 PRIVATE = [
     text for text in (str(ROOT), str(Path.home()), sys.prefix, tempfile.gettempdir(), os.getcwd()) if len(text) > 1
 ]
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of schedulers beside a newer numpy
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from schedulers with newer versions of NumPy
 FIELDS = list(wire.GenerationRequest.model_fields)
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-HOOKS = ("on_step", "latents", "output_type", *EMBEDS)  # what only Python can hand in
+HOOKS = ("on_step", "latents", "output_type", *EMBEDS)  # arguments available only in Python
 
 
 # --- signatures -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["generate", "submit", "plan", "preprocess"])
-def test_signatures_follow_the_schema(method: str) -> None:
-    "Every field is a keyword argument with its type, its help names bounds and choices, and type checkers see it too."
+def test_method_signatures_match_the_request_schema(method: str) -> None:
+    "Every field is a typed keyword argument, also for type checkers; its help lists bounds and choices."
     model = wire.PreprocessRequest if method == "preprocess" else wire.GenerationRequest
     typed = PreprocessFields if method == "preprocess" else RequestFields
     function = getattr(DiffusionService, method)
@@ -72,8 +72,8 @@ def test_signatures_follow_the_schema(method: str) -> None:
     assert {name: parameters[name].annotation for name in kinds} == kinds
 
 
-def test_a_keyword_that_is_none_is_left_out(service: DiffusionService) -> None:
-    "What a signature shows as the default can be passed."
+def test_keyword_arguments_of_none_are_ignored(service: DiffusionService) -> None:
+    "The defaults shown in a signature can be passed explicitly."
     none = dict.fromkeys(set(FIELDS) - {"prompt"})
     assert service.plan(prompt="a", seed=1).plan == service.plan(prompt="a", **none | {"seed": 1}).plan
     assert service.plan({"prompt": "a", "width": 100}, width=None).ok
@@ -85,7 +85,7 @@ def test_a_keyword_that_is_none_is_left_out(service: DiffusionService) -> None:
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "jpeg", "webp"])
 def test_saved_images_keep_their_receipt(service: DiffusionService, tmp_path: Path, ending: str) -> None:
-    "Whichever way an image of a result is saved, the file says how it was made, and can be replayed."
+    "Every way to save an image embeds its metadata, from which the request can be replayed."
     result = service.generate(**REFERENCE | {"num_images": 2})
     result.save(tmp_path / f"both.{ending}")
     result.save(tmp_path / f"seed-{{seed}}.{ending}")
@@ -105,19 +105,19 @@ def test_saved_images_keep_their_receipt(service: DiffusionService, tmp_path: Pa
     assert [image.tobytes() for image in replayed.images] == [image.tobytes() for image in result.images]
 
 
-def test_an_image_without_a_receipt_stays_without(service: DiffusionService, tmp_path: Path) -> None:
-    "What a request forbids is not written by saving either."
+def test_saving_respects_embed_metadata_false(service: DiffusionService, tmp_path: Path) -> None:
+    "With `embed_metadata: false` saving writes no metadata either."
     result = service.generate(**REFERENCE | {"output": {"embed_metadata": False}})
     result.save(tmp_path / "a.png")
     result.image.save(tmp_path / "b.jpg")
     assert [read_metadata(path).plan for path in tmp_path.iterdir()] == [None, None]
 
 
-# --- what an answer has to be -----------------------------------------------
+# --- what is required of a response -----------------------------------------
 
 
 def faults(answer: Any, request: Any) -> list[str]:
-    "What is wrong with an answer to a request; nothing, as a rule."
+    "Violations of the rules for a response to a request; normally an empty list."
     if not isinstance(answer, wire.OpResult):
         return [f"the answer is a {type(answer).__name__}"]
     assert wire.OpResult.model_validate(json.loads(answer.model_dump_json())).status == answer.status
@@ -143,7 +143,7 @@ def faults(answer: Any, request: Any) -> list[str]:
 
 
 def shown(request: Any) -> str:
-    "A request in one line of an assertion, whatever it is."
+    "Any request as a single line for an assertion message."
     try:
         return ascii(request)[:400]
     except (ValueError, RecursionError) as error:
@@ -152,7 +152,7 @@ def shown(request: Any) -> str:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[DiffusionService]:
-    "The built-in model on the CPU; no URL is followed, so nothing here reaches for a network."
+    "The built-in model on the CPU; image URLs are not allowed, so the tests need no network access."
     with DiffusionService(Settings(), device="cpu", image_policy=ImagePolicy(allow_urls=False)) as service:
         yield service
 
@@ -161,7 +161,7 @@ def reference_pixels(service: DiffusionService) -> np.ndarray:
     return np.asarray(service.generate(REFERENCE).image)
 
 
-# --- invalid ----------------------------------------------------------------
+# --- fuzzing ----------------------------------------------------------------
 
 
 def image_bytes(chance: random.Random) -> bytes:
@@ -178,7 +178,7 @@ def image_bytes(chance: random.Random) -> bytes:
 
 
 def image_text(chance: random.Random) -> str:
-    "An image as text: whole, cut off, with broken bytes, or none at all."
+    "An image as base64: intact, truncated, corrupted or not an image."
     data = image_bytes(chance)
     kind = chance.randrange(6)
     if kind == 0:
@@ -204,7 +204,7 @@ def image_text(chance: random.Random) -> str:
 
 
 def unicode_text(chance: random.Random) -> str:
-    "Letters of all kinds: control characters, halves of pairs, marks that pile up, directions, emoji."
+    "Random Unicode: control characters, lone surrogates, combining marks, bidirectional controls, emoji."
     ranges = [
         (0, 32),
         (32, 127),
@@ -221,7 +221,7 @@ def unicode_text(chance: random.Random) -> str:
 
 
 def nested(chance: random.Random, depth: int) -> Any:
-    "Lists and objects in each other."
+    "Nested lists and objects."
     if not depth:
         return junk(chance)
     inner = nested(chance, depth - 1)
@@ -229,7 +229,7 @@ def nested(chance: random.Random, depth: int) -> Any:
 
 
 def number(chance: random.Random) -> Any:
-    "Numbers at the edges of what numbers are."
+    "Numeric edge cases: integer limits, infinities, NaN, denormals, booleans."
     edges = [0, -1, 1, 7, 8, 63, 64, 65, 2**31, 2**53 - 1, 2**53, 2**63, 2**64, -(2**63), 10**30, 10**400, True, False]
     return chance.choice(
         [*edges, 0.0, -0.0, 5e-324, 1e-300, 1e308, float("inf"), float("-inf"), float("nan"), 0.5, 1.5, 64.0]
@@ -237,7 +237,7 @@ def number(chance: random.Random) -> Any:
 
 
 def junk(chance: random.Random) -> Any:
-    "A value that some field may not expect."
+    "A value that may be invalid for a field."
     kind = chance.randrange(12)
     if kind < 4:
         return number(chance)
@@ -265,7 +265,7 @@ def junk(chance: random.Random) -> Any:
 
 
 def sensible(chance: random.Random) -> dict[str, Any]:
-    "A request that could be carried out."
+    "A random valid request."
     request = {"prompt": chance.choice(["a red circle", "x" * 500, "\0\t\u202e", "円"]), **SMALL}
     if chance.random() < 0.5:
         request["image"] = base64.b64encode(image_bytes(chance)).decode()
@@ -283,7 +283,7 @@ def sensible(chance: random.Random) -> dict[str, Any]:
 
 
 def mangled(chance: random.Random) -> dict[str, Any]:
-    "A sensible request after one to three accidents."
+    "A valid request with one to three random mutations."
     request = sensible(chance)
     for _ in range(chance.randrange(1, 4)):
         accident = chance.randrange(8)
@@ -303,8 +303,8 @@ def mangled(chance: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_mangled_requests_are_answered(service: DiffusionService, seed: int) -> None:
-    "Fifty mangled requests: each is answered, what still makes sense makes an image, and then all is as it was."
+def test_fuzzed_requests_get_valid_responses(service: DiffusionService, seed: int) -> None:
+    "Each of 50 mutated requests gets a valid response, small valid ones run, and reference pixels stay the same."
     chance = random.Random(seed)
     before, wrong = reference_pixels(service), []
     for _ in range(50):
@@ -324,8 +324,8 @@ def test_mangled_requests_are_answered(service: DiffusionService, seed: int) -> 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_mangled_text_is_answered(service: DiffusionService, seed: int) -> None:
-    "JSON with bytes cut off, changed, doubled or put in is refused in words, or is a request."
+def test_fuzzed_json_gets_valid_responses(service: DiffusionService, seed: int) -> None:
+    "JSON with bytes removed, replaced or inserted, or truncated, gets a plan or an error message."
     chance, wrong = random.Random(1000 + seed), []
     for _ in range(50):
         data = bytearray(json.dumps(sensible(chance)).encode())
@@ -339,11 +339,11 @@ def test_mangled_text_is_answered(service: DiffusionService, seed: int) -> None:
     assert not wrong, f"{len(wrong)} faults:\n" + "\n".join(wrong[:10])
 
 
-# --- known traps ------------------------------------------------------------
+# --- known edge cases -------------------------------------------------------
 
 
 def deep(depth: int) -> list:
-    "A list in a list in a list."
+    "Lists nested `depth` levels deep."
     inner: list = []
     for _ in range(depth):
         inner = [inner]
@@ -384,8 +384,8 @@ TRAPS = {
 
 
 @pytest.mark.parametrize("name", TRAPS)
-def test_traps(service: DiffusionService, name: str) -> None:
-    "Requests that are wrong in a way that is easy to overlook: what is wrong with them is said."
+def test_invalid_edge_cases_get_helpful_errors(service: DiffusionService, name: str) -> None:
+    "Edge cases that are easily overlooked: errors name the field, and none is an internal error."
     request = TRAPS[name]
     wrong = [
         fault for answer in (service.plan(request), service.generate(request)) for fault in faults(answer, request)
@@ -394,8 +394,8 @@ def test_traps(service: DiffusionService, name: str) -> None:
 
 
 @pytest.mark.parametrize("depth", range(700, 1000, 20))
-def test_nesting_near_the_limit(service: DiffusionService, depth: int) -> None:
-    "Where exactly nesting becomes too deep for the reader of JSON does not matter to the answer."
+def test_nesting_near_the_parser_limit_gets_valid_errors(service: DiffusionService, depth: int) -> None:
+    "Responses are valid on both sides of the depth that the JSON parser accepts."
     for request in (
         '{"prompt": ' + "[" * depth + "]" * depth + "}",
         '{"prompt": ' + '{"a":' * depth + "1" + "}" * depth + "}",
@@ -403,11 +403,11 @@ def test_nesting_near_the_limit(service: DiffusionService, depth: int) -> None:
         assert not faults(service.plan(request), request)
 
 
-# --- words that are one of a few --------------------------------------------
+# --- enum values ------------------------------------------------------------
 
 
 def enum_fields() -> Iterator[tuple[tuple, list[str]]]:
-    "Where in a request one of a few words is needed, and which ones they are; of a list, the first entry."
+    "Paths of the enum fields in a request with their values; for lists, the path of the first entry."
     schema = wire.GenerationRequest.model_json_schema()
 
     def walk(node: dict, path: tuple) -> Iterator[tuple[tuple, list[str]]]:
@@ -426,7 +426,7 @@ def enum_fields() -> Iterator[tuple[tuple, list[str]]]:
 
 
 def placed(path: tuple, value: Any) -> Any:
-    "The value inside of objects and lists, so that it lies at `path`."
+    "Nest a value in objects and lists so that it is at `path`."
     for key in reversed(path):
         value = [value] if key == 0 else {key: value}
     return value
@@ -435,8 +435,8 @@ def placed(path: tuple, value: Any) -> Any:
 @pytest.mark.parametrize(
     "path, words", list(enum_fields()), ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else ""
 )
-def test_misspelled_words_are_recognized(service: DiffusionService, path: tuple, words: list[str]) -> None:
-    "A misspelled word is refused where it stands, with the word that was probably meant."
+def test_misspelled_enum_values_get_a_suggestion(service: DiffusionService, path: tuple, words: list[str]) -> None:
+    "The error is at the path of the misspelled value and suggests the most similar valid one."
     field = "".join(f"[{key}]" if key == 0 else f".{key}" for key in path)[1:]
     for word in words:
         for misspelled in (word[:-1] + word[-1] * 2, word.upper(), word + " "):
@@ -450,7 +450,7 @@ def test_misspelled_words_are_recognized(service: DiffusionService, path: tuple,
             assert error.hint == f"did you mean {word}?", error_line(error)
 
 
-# --- what is valid ----------------------------------------------------------
+# --- valid requests ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -463,8 +463,8 @@ def test_misspelled_words_are_recognized(service: DiffusionService, path: tuple,
         if not karras or name in KARRAS_SCHEDULERS
     ],
 )
-def test_every_scheduler_makes_an_image_of_few_steps(service: DiffusionService, scheduler: str, karras: bool) -> None:
-    "One and two steps are few, but they are allowed; from an image, a part of them is left out."
+def test_every_scheduler_runs_with_one_and_two_steps(service: DiffusionService, scheduler: str, karras: bool) -> None:
+    "Text to image with one step, image to image with two steps at strength 0.5."
     for steps, more in ((1, {}), (2, {"image": PIXEL, "strength": 0.5})):
         request = (
             SMALL

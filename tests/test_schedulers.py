@@ -1,4 +1,4 @@
-"""Every scheduler, with and without Karras noise levels, draws what the prompt says."""
+"""Every scheduler, with and without Karras sigmas, generates an image that matches the prompt."""
 
 import inspect
 
@@ -24,7 +24,7 @@ from diffusion_workers.shapes.scenes import Scene, ShapeObject, matches, read_sc
 from ez_diffusion_client.models import PlannedScheduler, SchedulerName
 
 SCENE = Scene((ShapeObject("red", "circle"),), "white", place="center", size="large")
-OFTEN = ("euler", "dpmpp_2m")  # the schedulers that people use with Karras noise levels; the rest is slow
+OFTEN = ("euler", "dpmpp_2m")  # often used with Karras sigmas; the others are marked slow
 CASES = [
     pytest.param(name, karras, marks=[pytest.mark.slow] if karras and name not in OFTEN else [])
     for name in SCHEDULERS
@@ -41,8 +41,10 @@ def service():
 
 
 @pytest.mark.parametrize(("scheduler", "karras"), CASES)
-def test_the_image_shows_what_was_asked_for(service: DiffusionService, scheduler: SchedulerName, karras: bool) -> None:
-    "A property of the trained model: the scorer reads a red circle on white back from the pixels."
+def test_image_matches_the_prompt_with_every_scheduler(
+    service: DiffusionService, scheduler: SchedulerName, karras: bool
+) -> None:
+    "The built-in model is trained: the scene reader finds a red circle on white in the pixels."
     prompt = "a large red circle in the center on a white background"
     result = service.generate(
         prompt=prompt, seed=3, scheduler=scheduler.value, use_karras_sigmas=True if karras else None
@@ -56,7 +58,7 @@ SCHEDULES = ("karras", "exponential", "beta", "sgm_uniform", "ays")
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("scheduler", ["euler", pytest.param("heun", marks=pytest.mark.slow), "dpmpp_2m"])
-def test_a_noise_schedule_draws_and_is_restored(service: DiffusionService, scheduler: str, schedule: str) -> None:
+def test_noise_schedules_generate_and_are_restored(service: DiffusionService, scheduler: str, schedule: str) -> None:
     prompt = "a large red circle in the center on a white background"
     result = service.generate(prompt, seed=3, scheduler=scheduler, sigma_schedule=schedule, num_inference_steps=10)
     assert matches(read_scene(result.image), SCENE)
@@ -69,13 +71,13 @@ def test_a_noise_schedule_draws_and_is_restored(service: DiffusionService, sched
 
 
 def levels(planned: PlannedScheduler, steps: int, own: SchedulerMixin) -> list[float]:
-    "The noise levels that a scheduler stops at."
+    "The sigmas of a scheduler after `set_timesteps`."
     scheduler = make_scheduler(own, planned)
     scheduler.set_timesteps(steps)
     return scheduler.sigmas.tolist()
 
 
-def test_noise_schedules_have_the_levels_of_their_papers(service: DiffusionService) -> None:
+def test_noise_schedules_match_the_sigma_functions(service: DiffusionService) -> None:
     own = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     trained = trained_sigmas()
     smallest, largest = trained[0], trained[-1]
@@ -89,7 +91,7 @@ def test_noise_schedules_have_the_levels_of_their_papers(service: DiffusionServi
     for schedule, sigmas in wanted.items():
         planned = service.plan(**asked, sigma_schedule=schedule).plan.scheduler
         found = levels(planned, 10, own)
-        assert found == pytest.approx([*sigmas, 0.0], rel=2e-2), schedule  # diffusers' levels begin at a timestep
+        assert found == pytest.approx([*sigmas, 0.0], rel=2e-2), schedule  # sigmas in diffusers start at a timestep
     uniform = levels(service.plan(**asked, sigma_schedule="sgm_uniform").plan.scheduler, 10, own)
     assert uniform == pytest.approx([*sgm_uniform_sigmas(10, trained), 0.0], rel=2e-2)
 
@@ -105,7 +107,7 @@ def test_noise_schedules_have_the_levels_of_their_papers(service: DiffusionServi
         ({"scheduler": "euler", "sigma_schedule": "simple"}, "sigma_schedule", "not one of the known values"),
     ],
 )
-def test_a_noise_schedule_that_is_not_there_is_refused(
+def test_unsupported_noise_schedules_are_rejected(
     service: DiffusionService, fields: dict, field: str, said: str
 ) -> None:
     refused = service.plan(prompt="a red circle", **fields)
@@ -122,7 +124,9 @@ def test_a_noise_schedule_that_is_not_there_is_refused(
         ("DPM++ 2M SDE", "Automatic", "exponential"),
     ],
 )
-def test_the_schedules_of_other_programs(service: DiffusionService, sampler: str, schedule: str, wanted: str) -> None:
+def test_noise_schedules_of_other_programs_are_restored(
+    service: DiffusionService, sampler: str, schedule: str, wanted: str
+) -> None:
     settings = f"Steps: 10, Sampler: {sampler}, Schedule type: {schedule}, CFG scale: 2, Seed: 3, Size: 128x128"
     restored = service.restore(parameters=f"a red circle\n{settings}, Model: shapes-sd15").restored
     assert restored.request["sigma_schedule"] == wanted
@@ -147,7 +151,9 @@ LISTED = [
 
 
 @pytest.mark.parametrize("scheduler, fields", LISTED)
-def test_listed_levels_draw_and_are_restored(service: DiffusionService, scheduler: str, fields: dict) -> None:
+def test_custom_sigmas_and_timesteps_generate_and_are_restored(
+    service: DiffusionService, scheduler: str, fields: dict
+) -> None:
     prompt = "a large red circle in the center on a white background"
     model = "shapes-flux" if scheduler == "flow_match_euler" else "shapes-sd15"
     result = service.generate(prompt, model=model, seed=3, scheduler=scheduler, **fields)
@@ -166,14 +172,14 @@ def given_options(name: SchedulerName) -> PlannedScheduler:
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name in FAMILIES["sd15"].schedulers])
-def test_a_scheduler_stops_at_the_levels_of_a_list(name: SchedulerName) -> None:
+def test_schedulers_use_custom_sigmas_and_timesteps(name: SchedulerName) -> None:
     facts, own = SCHEDULER_FACTS[name], EulerDiscreteScheduler(beta_schedule="scaled_linear", use_karras_sigmas=True)
     takes = inspect.signature(getattr(diffusers, facts.class_name).set_timesteps).parameters
     assert facts.takes_timesteps == ("timesteps" in takes)
     if facts.takes_sigmas:
         scheduler = make_scheduler(own, given_options(name).model_copy(update={"sigmas": SIGMAS}))
         scheduler.set_timesteps(len(SIGMAS))
-        found = list(dict.fromkeys(scheduler.sigmas.tolist()))  # methods of the second order repeat them
+        found = list(dict.fromkeys(scheduler.sigmas.tolist()))  # second-order methods repeat them
         assert found == pytest.approx([*SIGMAS, 0.0], rel=1e-6)
     if facts.takes_timesteps:
         scheduler = make_scheduler(own, given_options(name).model_copy(update={"timesteps": TIMESTEPS}))
@@ -202,19 +208,19 @@ def test_a_scheduler_stops_at_the_levels_of_a_list(name: SchedulerName) -> None:
         ({"model": "shapes-flux", "timesteps": [999]}, "timesteps", "has no use for timesteps"),
     ],
 )
-def test_a_list_that_cannot_be_followed_is_refused(
+def test_invalid_custom_sigmas_and_timesteps_are_rejected(
     service: DiffusionService, fields: dict, field: str, said: str
 ) -> None:
     refused = service.plan(prompt="a red circle", **fields)
     assert refused.errors[0].field == field and said in refused.errors[0].message, refused.errors
 
 
-def test_a_list_replaces_the_steps_of_a_profile_and_of_the_manifest(service: DiffusionService) -> None:
+def test_custom_sigmas_override_steps_of_profile_and_manifest(service: DiffusionService) -> None:
     plan = service.plan(prompt="a red circle", scheduler="euler", sigmas=SIGMAS, profile="fast").plan
     assert (plan.num_inference_steps, plan.scheduler.sigmas) == (7, SIGMAS)
 
 
-# Names of AUTOMATIC1111, ComfyUI and InvokeAI; None has no counterpart in diffusers
+# Sampler names of AUTOMATIC1111, ComfyUI and InvokeAI; None: no equivalent in diffusers
 FOREIGN = {
     "Euler": "euler", "Euler a": "euler_ancestral", "Heun": "heun", "DPM2": "kdpm2", "DPM2 a": "kdpm2_ancestral",
     "LMS": "lms", "DDIM": "ddim", "PLMS": "pndm", "UniPC": "unipc", "LCM": "lcm", "DPM++ 2M": "dpmpp_2m",
@@ -236,7 +242,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_samplers_of_other_programs_are_mapped_or_lost(service: DiffusionService, name: str) -> None:
+def test_samplers_of_other_programs_are_mapped_or_reported_lost(service: DiffusionService, name: str) -> None:
     settings = f"Steps: 10, Sampler: {name}, CFG scale: 2, Seed: 3, Size: 128x128, Model: shapes-sd15"
     restored = service.restore(parameters=f"a red circle\n{settings}").restored
     assert restored.request.get("scheduler") == FOREIGN[name]

@@ -1,4 +1,4 @@
-"""Text from forms and options to typed values, and nested fields by path."""
+"""Conversion of text from forms and command-line options to typed values, and access to nested fields by path."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from diffusion_workers.request.schema import (
 from ez_diffusion_client.models import ControlNetUnit, GenerationRequest, Lora
 
 
-def test_the_facts_of_a_field_are_those_of_the_specification() -> None:
+def test_schema_fields_match_the_specification() -> None:
     fields = {info.name: info for info in schema_fields(GenerationRequest)}
     assert fields["prompt"].required and fields["prompt"].is_long_text
     assert fields["image"].is_image and not fields["image"].is_long_text
@@ -30,7 +30,7 @@ def test_the_facts_of_a_field_are_those_of_the_specification() -> None:
 
 
 @pytest.mark.parametrize("path", ["", ".", "a..b", "a.", "[0]", "a[x]", "a[0]b", "a[", "a[-1]"])
-def test_what_is_not_a_path_is_refused(path: str) -> None:
+def test_invalid_field_paths_are_rejected(path: str) -> None:
     with pytest.raises(RequestError, match="not the path of a field"):
         split_path(path)
 
@@ -42,7 +42,7 @@ def test_what_is_not_a_path_is_refused(path: str) -> None:
         ("guidance_scale", "1_0", "1_0"),
         ("seed", "9007199254740991", 9007199254740991),
         ("seed", "1_000", "1_000"),
-        ("seed", "9" * 5000, "9" * 5000),  # longer than Python converts
+        ("seed", "9" * 5000, "9" * 5000),  # exceeds Python's limit for integer conversion
         ("controlnets[0].union_mode", "3", 3),
         ("prompt", " 1 ", " 1 "),
         ("use_karras_sigmas", "yes", "yes"),
@@ -53,7 +53,7 @@ def test_what_is_not_a_path_is_refused(path: str) -> None:
         ("inpaint", "[" * 100_000, "[" * 100_000),
     ],
 )
-def test_a_text_becomes_the_value_that_it_stands_for(path: str, text: str, value: Any) -> None:
+def test_text_is_converted_to_the_field_type(path: str, text: str, value: Any) -> None:
     assert typed_value(field_at(GenerationRequest, path), text) == value
 
 
@@ -66,7 +66,7 @@ def test_a_text_becomes_the_value_that_it_stands_for(path: str, text: str, value
         ("prompt", "", ""),
     ],
 )
-def test_a_text_is_converted_and_checked(path: str, text: str, value: Any) -> None:
+def test_valid_text_is_parsed(path: str, text: str, value: Any) -> None:
     assert parse_text(GenerationRequest, path, text) == value
 
 
@@ -83,12 +83,12 @@ def test_a_text_is_converted_and_checked(path: str, text: str, value: Any) -> No
         ("width.x", "1", "there is no such field"),
     ],
 )
-def test_a_text_that_does_not_fit_is_refused(path: str, text: str, reason: str) -> None:
+def test_invalid_text_is_rejected_with_a_reason(path: str, text: str, reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
         parse_text(GenerationRequest, path, text)
 
 
-def test_values_by_path() -> None:
+def test_get_and_set_values_by_path() -> None:
     values: dict[str, Any] = {"loras": [{"name": "style", "scale": 0.5}], "inpaint": {"mask_blur": 8}, "seeds": [1, 2]}
     assert get_value(values, ("inpaint", "mask_blur")) == 8
     assert (get_value(values, "loras[1].scale"), get_value({"inpaint": None}, "inpaint.mask_blur")) == (None, None)
@@ -97,7 +97,7 @@ def test_values_by_path() -> None:
 
 
 @pytest.mark.parametrize("path", ["loras[1].scale", "prompt.x", "seeds[2]", "controlnets[0].guidance_end"])
-def test_list_entries_are_not_created(path: str) -> None:
+def test_setting_a_missing_path_is_rejected(path: str) -> None:
     values: dict[str, Any] = {"prompt": "a", "loras": [{"name": "style"}], "seeds": [1, 7]}
     with pytest.raises(RequestError, match="the request has nothing at this place"):
         set_value(values, path, 1)

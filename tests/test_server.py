@@ -1,4 +1,4 @@
-"""The server behind a real socket: it keeps its contract, survives invalid input, and stops abandoned work."""
+"""The server on a real socket: it conforms to its specification, handles invalid input and cancels abandoned work."""
 
 import base64
 import io
@@ -46,7 +46,7 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionService]:
-    "A service with a tiny untrained model, which an operator has bounded, and one that may take long."
+    "A service with two tiny untrained models: one with tight limits, and one without for long generations."
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(
         folder,
@@ -70,14 +70,14 @@ def url(service: DiffusionService, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def small_image(url: str, **headers: str) -> str:
-    "The image that a small request makes, which must succeed."
+    "Generate a small image, which must succeed, and return it."
     response = httpx.post(f"{url}/generate", json=SMALL, headers=headers, timeout=PATIENCE)
     assert response.status_code == 200, response.text
     return OpResult.model_validate_json(response.text).generation.images[0].image
 
 
 def wait_until(true: Callable[[], object], what: str) -> None:
-    "Look until something holds."
+    "Poll until a condition holds."
     give_up = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < give_up, f"waited in vain until {what}"
@@ -87,9 +87,9 @@ def wait_until(true: Callable[[], object], what: str) -> None:
 # --- the contract -----------------------------------------------------------
 
 contract = schemathesis.openapi.from_path(ROOT / "openapi" / "ez_diffusion_api.yaml")
-contract.config.update(base_url="http://127.0.0.1")  # each call names the real one
+contract.config.update(base_url="http://127.0.0.1")  # each call passes the actual URL
 LEFT_OUT = [
-    schemathesis.checks.not_a_server_error,  # a 503 or 504 is an answer here; what none may be is a 500, see below
+    schemathesis.checks.not_a_server_error,  # 503 and 504 are valid responses; 500 is checked below
     schemathesis.specs.openapi.checks.positive_data_acceptance,  # a valid request may name an unknown model
 ]
 
@@ -103,8 +103,8 @@ LEFT_OUT = [
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-def test_every_operation_keeps_the_contract(case: schemathesis.Case, url: str) -> None:
-    "A hundred requests for each operation, valid and invalid ones: the responses are those of the specification."
+def test_responses_conform_to_the_openapi_specification(case: schemathesis.Case, url: str) -> None:
+    "Schemathesis sends 100 valid and invalid requests per operation."
     response = case.call(base_url=url, timeout=PATIENCE)
     case.validate_response(response, excluded_checks=LEFT_OUT)
     assert response.status_code not in (500, 502), response.text
@@ -112,17 +112,17 @@ def test_every_operation_keeps_the_contract(case: schemathesis.Case, url: str) -
         OpResult.model_validate_json(response.text)
 
 
-def test_the_server_still_generates(url: str) -> None:
-    "After all of that."
+def test_server_still_generates_after_the_contract_tests(url: str) -> None:
+    "Generation is deterministic and /ready returns 200."
     assert small_image(url) == small_image(url)
     assert httpx.get(f"{url}/ready").status_code == 200
 
 
-# --- the folder of results ----------------------------------------------------
+# --- the output folder --------------------------------------------------------
 
 
-def test_outputs_are_listed_and_stay_inside_their_folder(url: str) -> None:
-    "Every page follows the one before it; no path that a client writes leaves the folder or is worth a 5xx."
+def test_outputs_are_paginated_and_reject_path_traversal(url: str) -> None:
+    "Pages continue where the previous one ended; paths from clients cannot leave the folder or cause a 5xx."
     for _ in range(2):
         small_image(url)
     wait_until(lambda: httpx.get(f"{url}/outputs").json()["total"] >= 2, "both images are in the folder")
@@ -194,8 +194,8 @@ BODIES = {
 
 
 @pytest.mark.parametrize("path", ["/generate", "/jobs", "/plan", "/preprocess"])
-def test_hostile_bodies_are_refused_in_words(url: str, path: str) -> None:
-    "Each gets a 4xx and an OpResult that says why; none disturbs the server."
+def test_hostile_bodies_are_rejected_with_a_message(url: str, path: str) -> None:
+    "Each gets a 4xx and an OpResult with a reason, and the server still generates the same image."
     before, wrong = small_image(url), []
     with httpx.Client(base_url=url, timeout=PATIENCE) as client:
         for name, body in BODIES.items():
@@ -215,8 +215,8 @@ def test_hostile_bodies_are_refused_in_words(url: str, path: str) -> None:
     "kind",
     ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "image/png", "json"],
 )
-def test_other_content_types_are_refused(url: str, kind: str) -> None:
-    "JSON that does not say that it is JSON could come from a web page of anyone."
+def test_other_content_types_are_rejected(url: str, kind: str) -> None:
+    "Requests without a JSON content type could be cross-site requests of any web page (CSRF)."
     response = httpx.post(
         f"{url}/generate", content=json.dumps(SMALL).encode(), headers={"Content-Type": kind}, timeout=PATIENCE
     )
@@ -225,15 +225,15 @@ def test_other_content_types_are_refused(url: str, kind: str) -> None:
 
 
 def raw(url: str, data: bytes, wait: bool = True) -> bytes:
-    "What a socket answers to some bytes."
+    "Send raw bytes over a socket and return the response."
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
         connection.sendall(data)
         return connection.recv(65536) if wait else b""
 
 
-def test_broken_http_does_not_disturb(url: str) -> None:
-    "Garbage, a body that is cut off, a wrong length, an endless header."
+def test_malformed_http_does_not_affect_the_server(url: str) -> None:
+    "Garbage, an incomplete body, an invalid Content-Length or chunk size, an oversized header."
     head = b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     assert b"400" in raw(url, b"\x00\x01\x02 not HTTP\r\n\r\n").split(b"\r\n")[0]
     assert b"400" in raw(url, head + b"Content-Length: many\r\n\r\n").split(b"\r\n")[0]
@@ -244,8 +244,8 @@ def test_broken_http_does_not_disturb(url: str) -> None:
     assert small_image(url) == small_image(url)
 
 
-def test_a_slow_sender_is_sent_away(service: DiffusionService) -> None:
-    "One that stops in the middle of its body gets a 408; others are answered meanwhile."
+def test_slow_request_body_times_out(service: DiffusionService) -> None:
+    "A client that stops in the middle of the body gets a 408; meanwhile other requests are answered."
     with live_server(service, receive_timeout=0.3) as (url, _):
         host, port = url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=PATIENCE) as slow:
@@ -259,8 +259,8 @@ def test_a_slow_sender_is_sent_away(service: DiffusionService) -> None:
         assert b"no data for 0.3 seconds" in answer + b""
 
 
-def test_half_sent_headers_are_closed(service: DiffusionService) -> None:
-    "On a new connection and after an answered request; a request under way is not disturbed."
+def test_connections_with_partial_headers_are_closed(service: DiffusionService) -> None:
+    "On a new connection and on a keep-alive connection; afterwards the server still generates."
     head = b"POST /plan HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     whole = head + b"Content-Length: 15\r\n\r\n" + b'{"prompt": "a"}'
     with live_server(service, receive_timeout=0.5) as (url, _):
@@ -277,8 +277,8 @@ def test_half_sent_headers_are_closed(service: DiffusionService) -> None:
 
 @pytest.mark.parametrize("path", ["/generate", "/plan", "/jobs", "/preprocess", "/restore", "/prompt"])
 @pytest.mark.parametrize("kind", ["unknown fields", "entries", "objects in a list", "a long text of commas"])
-def test_a_body_of_a_million_values_is_refused_before_it_is_checked(url: str, path: str, kind: str) -> None:
-    "Checking 13 MB of unknown fields takes seconds in which nobody else is answered."
+def test_bodies_with_too_many_values_are_rejected(url: str, path: str, kind: str) -> None:
+    "Validating 13 MB of unknown fields would block the server for seconds, so the number of values is limited first."
     many = {
         "unknown fields": ",".join(f'"field{index}":1' for index in range(1_000_000)),
         "entries": f'"loras":[{",".join(["1"] * 1_000_000)}]',
@@ -291,12 +291,12 @@ def test_a_body_of_a_million_values_is_refused_before_it_is_checked(url: str, pa
     assert (error["code"], "10,000 fields" in error["message"]) == ("too_long", True), error
 
 
-# --- going away, cancelling, watching ---------------------------------------
+# --- disconnects, cancellation, event streams -------------------------------
 
 
 @pytest.fixture
 def recorded(service: DiffusionService, monkeypatch: pytest.MonkeyPatch) -> list[ProgressEvent]:
-    "Every event that the service reports."
+    "Record every progress event of the service."
     events, submit = [], service.submit
 
     def recording(request, *, on_progress):
@@ -314,8 +314,8 @@ def steps(events: list[ProgressEvent]) -> int:
     return max((event.step or 0 for event in list(events)), default=0)
 
 
-def test_a_client_that_goes_away_stops_its_work(service: DiffusionService, recorded: list[ProgressEvent]) -> None:
-    "After the server has noticed, at most the step that is under way is finished."
+def test_client_disconnect_cancels_the_generation(service: DiffusionService, recorded: list[ProgressEvent]) -> None:
+    "After the server has detected the disconnect, at most the current step is completed."
     with live_server(service) as (url, app):
         host, port = url.removeprefix("http://").split(":")
         body = json.dumps(ENDLESS).encode()
@@ -335,8 +335,8 @@ def test_a_client_that_goes_away_stops_its_work(service: DiffusionService, recor
         assert small_image(url)
 
 
-def test_a_job_is_watched_and_cancelled(service: DiffusionService, recorded: list[ProgressEvent]) -> None:
-    "One runs, one waits and sees its place; both are cancelled, and both watchers get a last event."
+def test_jobs_stream_events_and_can_be_cancelled(service: DiffusionService, recorded: list[ProgressEvent]) -> None:
+    "One job runs, one is queued and reports its position; both are cancelled, and both streams get a final event."
     with live_server(service) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as client:
         jobs = [Job.model_validate_json(client.post("/jobs", json=ENDLESS).text) for _ in range(2)]
         assert jobs[0].state in ("queued", "running") and jobs[1].state == "queued"
@@ -365,8 +365,8 @@ def test_a_job_is_watched_and_cancelled(service: DiffusionService, recorded: lis
         assert small_image(url)
 
 
-def test_a_full_queue_says_when_to_come_back(service: DiffusionService) -> None:
-    "One runs, one waits, the third is told 429 with Retry-After; when they are gone there is place again."
+def test_full_queue_returns_429_with_retry_after(service: DiffusionService) -> None:
+    "One job runs, one is queued, and the third request gets a 429; once both are cancelled, requests are accepted."
     with live_server(service, max_queue=1) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as client:
         jobs = [client.post("/jobs", json=ENDLESS).json()["id"] for _ in range(2)]
         refused = client.post("/generate", json=SMALL)
@@ -378,8 +378,8 @@ def test_a_full_queue_says_when_to_come_back(service: DiffusionService) -> None:
         wait_until(lambda: client.post("/generate", json=SMALL).status_code == 200, "there is place again")
 
 
-def test_the_operators_deadline_holds(service: DiffusionService) -> None:
-    "A request that asks for more time than the server gives is stopped, running or waiting."
+def test_server_deadline_overrides_the_request_timeout(service: DiffusionService) -> None:
+    "Requests with a longer timeout than the server's deadline are stopped, whether running or queued."
     with live_server(service, deadline=1.0) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as client:
         jobs = [client.post("/jobs", json=ENDLESS | {"timeout_seconds": 600}).json()["id"] for _ in range(2)]
         ends = lambda: [Job.model_validate_json(client.get(f"/jobs/{job_id}").text).result for job_id in jobs]
@@ -387,8 +387,8 @@ def test_the_operators_deadline_holds(service: DiffusionService) -> None:
         assert [result.status for result in ends()] == ["timed_out"] * 2
 
 
-def test_metrics_count_what_happened(service: DiffusionService) -> None:
-    "In the text format that Prometheus reads."
+def test_metrics_count_requests_and_generations(service: DiffusionService) -> None:
+    "The response is in the Prometheus text format."
     with live_server(service) as (url, _):
         small_image(url)
         httpx.post(f"{url}/generate", json={"prompt": ""})
@@ -406,8 +406,8 @@ def test_metrics_count_what_happened(service: DiffusionService) -> None:
     assert samples["diffusion_workers_model_memory_bytes", "tiny"] > 0
 
 
-def test_the_page_is_served_where_it_is_built(service: DiffusionService, tmp_path: Path) -> None:
-    "With its assets; where it is not built, a note says so and the API works."
+def test_web_page_is_served_when_it_is_built(service: DiffusionService, tmp_path: Path) -> None:
+    "With its assets; when it is not built, a 404 explains how to build it, and the API works."
     from live_server import KeptOpen, serving
 
     from diffusion_workers.server.app import create_app
@@ -432,8 +432,8 @@ def test_the_page_is_served_where_it_is_built(service: DiffusionService, tmp_pat
 # --- memory, errors and log lines -------------------------------------------
 
 
-def test_a_finished_job_holds_neither_its_timer_nor_its_images(service: DiffusionService) -> None:
-    "A long deadline and an image do not stay when the result is there."
+def test_finished_jobs_release_timer_and_images(service: DiffusionService) -> None:
+    "Neither the timer of a long timeout nor the input image is kept once the result is available."
     with live_server(service) as (url, app):
         body = SMALL | {"model": "tiny", "image": small_image(url), "timeout_seconds": 3600}
         job_id = httpx.post(f"{url}/jobs", json=body, timeout=PATIENCE).json()["id"]
@@ -443,8 +443,8 @@ def test_a_finished_job_holds_neither_its_timer_nor_its_images(service: Diffusio
         assert (job.expiry, job.generation, job.request.image) == (None, None, None)
 
 
-def test_results_nobody_has_read_are_kept_and_hold_up_new_requests(service: DiffusionService) -> None:
-    "A result above the budget can be fetched; until then a request gets 429, and afterwards there is room again."
+def test_unread_results_are_kept_and_block_new_requests(service: DiffusionService) -> None:
+    "A result over the memory budget can be fetched; until then new requests get a 429, afterwards they are accepted."
     with live_server(service, keep_bytes=1000) as (url, _), httpx.Client(base_url=url, timeout=PATIENCE) as client:
         job_id = client.post("/jobs", json=SMALL).json()["id"]
         wait_until(lambda: client.get("/health").json()["queue_length"] == 0, "nothing waits")
@@ -469,8 +469,8 @@ def test_results_nobody_has_read_are_kept_and_hold_up_new_requests(service: Diff
         assert gone.status_code == 404 and "dropped" in gone.text
 
 
-def test_decoded_images_of_waiting_jobs_count(service: DiffusionService) -> None:
-    "A small file that decodes to much memory uses up the budget while its job waits."
+def test_decoded_images_of_queued_jobs_count_toward_the_budget(service: DiffusionService) -> None:
+    "A small file that decodes to a large image uses up the memory budget while its job is queued."
     white = io.BytesIO()
     Image.new("RGB", (1000, 1000), "white").save(white, "PNG")
     large = SMALL | {"model": "patient", "image": base64.b64encode(white.getvalue()).decode()}
@@ -482,10 +482,10 @@ def test_decoded_images_of_waiting_jobs_count(service: DiffusionService) -> None
             client.delete(f"/jobs/{job_id}")
 
 
-def test_an_unexpected_failure_is_a_500_with_id_and_cors(
+def test_unexpected_errors_return_500_with_id_and_cors_headers(
     service: DiffusionService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    "In the response, in the log and in the metrics."
+    "Check the response, the log and the metrics."
 
     def broken() -> None:
         raise ZeroDivisionError("broken")
@@ -504,10 +504,10 @@ def test_an_unexpected_failure_is_a_500_with_id_and_cors(
     assert any("GET /models 500" in record.getMessage() for record in caplog.records)
 
 
-def test_an_exception_cannot_forge_a_log_line(
+def test_exceptions_cannot_inject_log_lines(
     service: DiffusionService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    "What a client sent may stand in a traceback, of the server and of a worker."
+    "Text from clients in tracebacks is escaped, in the logs of the server and of a worker."
     from diffusion_workers.server import middleware
     from diffusion_workers.worker import handler
 
@@ -544,7 +544,7 @@ def test_an_exception_cannot_forge_a_log_line(
         assert not re.match(r"(2026-01-01 00:00:00,000 )?INFO:? (diffusion_workers: all|fine)", line)
 
 
-def test_a_path_cannot_forge_a_log_line(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_request_paths_cannot_inject_log_lines(url: str, caplog: pytest.LogCaptureFixture) -> None:
     "Control characters and line separators are escaped."
     with caplog.at_level(logging.INFO, "diffusion_workers.server"):
         httpx.get(url + "/x%0aERROR%1b[31m%e2%80%a8%c2%85y")
@@ -555,14 +555,14 @@ def test_a_path_cannot_forge_a_log_line(url: str, caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("path", ["/", "/health", "/ready", "/models", "/metrics", "/docs", "/openapi.yaml"])
-def test_head_answers_like_get(url: str, path: str) -> None:
-    "The same status, without a body."
+def test_head_returns_the_status_of_get(url: str, path: str) -> None:
+    "The response has the same status and an empty body."
     asked, head = httpx.get(url + path), httpx.head(url + path)
     assert (head.status_code, head.content) == (asked.status_code, b"")
 
 
-def test_ready_follows_the_device(service: DiffusionService, monkeypatch: pytest.MonkeyPatch) -> None:
-    "503 after the device has failed and a trial image fails too; 200 when an image was made again."
+def test_readiness_reflects_device_failures(service: DiffusionService, monkeypatch: pytest.MonkeyPatch) -> None:
+    "/ready returns 503 after a device failure followed by a failed test image, and 200 after a successful generation."
     generate = service.generate
     broken = lambda *_: OpResult(status="internal_error", message="the device is lost")
     submit = service.submit
@@ -586,8 +586,8 @@ def test_ready_follows_the_device(service: DiffusionService, monkeypatch: pytest
         assert httpx.get(f"{url}/ready").status_code == 200
 
 
-def test_a_stream_goes_on_after_the_last_event_id(url: str) -> None:
-    "The last event always comes, whatever the client says that it has."
+def test_event_stream_resumes_after_last_event_id(url: str) -> None:
+    "The final event is always sent, even if the client states that it has received it."
     with httpx.Client(base_url=url, timeout=PATIENCE) as client:
         job_id = client.post("/jobs", json=SMALL).json()["id"]
         first = client.get(f"/jobs/{job_id}/events").text
@@ -600,7 +600,7 @@ def test_a_stream_goes_on_after_the_last_event_id(url: str) -> None:
 
 
 def start(port: int, stderr, **variables: str) -> subprocess.Popen:
-    "run_server.sh as a process of its own."
+    "Start run_server.sh in a separate process."
     own = {key: value for key, value in os.environ.items() if not key.startswith("DIFFUSION_WORKERS_")}
     env = (
         own
@@ -629,8 +629,8 @@ def is_ready(url: str, process: subprocess.Popen) -> bool:
         return False
 
 
-def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
-    "run_server.sh warms up, makes an image, refuses a second one on its port; SIGTERM answers all; exit code 0."
+def test_sigterm_shuts_down_gracefully(tmp_path: Path) -> None:
+    "run_server.sh serves, a second server on its port fails; on SIGTERM all clients get a response, exit status 0."
     port, log = free_port(), tmp_path / "log"
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as stderr:
@@ -651,7 +651,7 @@ def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
             ]
             for client in clients:
                 client.start()
-            for _ in range(2):  # two may wait for a moment before the third is there
+            for _ in range(2):  # two may be queued for a moment before the third arrives
                 wait_until(lambda: httpx.get(f"{url}/health").json()["queue_length"] == 2, "one runs and two wait")
                 time.sleep(1)
             half = b"POST /plan HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -664,11 +664,11 @@ def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
                 with_half_a_head.sendall(half[:20])
                 wait_until(lambda: httpx.get(f"{url}/health").is_success, "both have arrived")
                 process.send_signal(signal.SIGTERM)
-                assert with_half_a_body.recv(65536).startswith(b"HTTP/1.1 503")  # at once, where a wait ends in 408
+                assert with_half_a_body.recv(65536).startswith(b"HTTP/1.1 503")  # at once; a timeout would be 408
                 assert with_half_a_head.recv(65536) == b""
             for client in clients:
                 client.join(PATIENCE)
-            assert process.wait(timeout=PATIENCE) == 0  # after the step that was under way
+            assert process.wait(timeout=PATIENCE) == 0  # after the current step
         finally:
             process.kill()
             process.wait()
@@ -693,10 +693,10 @@ def test_a_signal_ends_the_process_and_answers_everyone(tmp_path: Path) -> None:
         ({"DEFAULT_MODEL": "nobody"}, "nobody"),
     ],
 )
-def test_wrong_settings_end_in_one_line(
+def test_invalid_settings_exit_with_status_2(
     variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    "The variable is named, and the exit code says that the settings are wrong."
+    "The error output names the variable, or the value in the case of the model."
     from diffusion_workers.cli.main import main
 
     for name, value in variables.items():
@@ -706,8 +706,8 @@ def test_wrong_settings_end_in_one_line(
 
 
 @pytest.mark.parametrize("typed", [["--port", "99999"], ["--device", "gpu0"]])
-def test_a_wrong_option_is_named_as_it_was_typed(typed: list[str], capsys: pytest.CaptureFixture) -> None:
-    "Not as the variable that would set the same."
+def test_invalid_option_errors_name_the_option_as_typed(typed: list[str], capsys: pytest.CaptureFixture) -> None:
+    "The error does not name the equivalent environment variable."
     from diffusion_workers.cli.main import main
 
     assert main(["serve", "--port", "0", *typed]) == 2
@@ -715,14 +715,14 @@ def test_a_wrong_option_is_named_as_it_was_typed(typed: list[str], capsys: pytes
     assert f"{typed[0]}: given '{typed[1]}'" in said and "DIFFUSION_WORKERS_" not in said
 
 
-# --- many at once -----------------------------------------------------------
+# --- concurrency ------------------------------------------------------------
 
 
-def test_thirty_two_clients_at_once(url: str) -> None:
-    "Every request gets its own image, none overtakes one that was taken before it was sent, and memory does not grow."
+def test_32_concurrent_clients(url: str) -> None:
+    "Every client gets its own images in FIFO order, and memory stays bounded."
     found = figures(url, clients=32, requests=3)
     assert found["answered"] == found["requests"] == found["expected"] == found["right_seed"] == 96, found
     assert found["out_of_order"] == 0, found
     assert found["process_mb_after"] < found["process_mb_before"] + 50, (
         found
-    )  # results of jobs are kept for a while: 48 images of some kilobytes
+    )  # 48 results of a few kilobytes are kept for a while

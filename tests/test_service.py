@@ -1,4 +1,4 @@
-"""The service as a whole: every field changes what it should and nothing else, on real classes at tiny sizes."""
+"""Integration tests of the service with tiny models: options have an effect, and only on their own request."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -65,7 +65,7 @@ def shapes() -> Iterator[DiffusionService]:
 
 
 def made(service: DiffusionService, **fields: Any) -> OpResult:
-    "The result of a request, which must succeed."
+    "Run a request, which must succeed, and return its result."
     asked = {"prompt": PROMPT, "num_inference_steps": 2, "seed": 1, "width": 64, "height": 64} | fields
     result = service.generate(**asked)
     assert result.ok, result.message
@@ -73,7 +73,7 @@ def made(service: DiffusionService, **fields: Any) -> OpResult:
 
 
 def pixels(service: DiffusionService, **fields: Any) -> bytes:
-    "The first image of a request."
+    "The pixels of the first image of a request."
     return made(service, **fields).image.tobytes()
 
 
@@ -97,7 +97,7 @@ OPTIONS: dict[str, tuple[dict, ...]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_options_of_a_family_change_the_image_and_leave_nothing_behind(tiny: DiffusionService, family: str) -> None:
+def test_family_options_affect_only_their_own_request(tiny: DiffusionService, family: str) -> None:
     plain = pixels(tiny, model=family)
     for change in OPTIONS[family]:
         assert pixels(tiny, model=family, **change) != plain, change
@@ -105,8 +105,8 @@ def test_options_of_a_family_change_the_image_and_leave_nothing_behind(tiny: Dif
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_controls_join_every_task(tiny: DiffusionService, family: str) -> None:
-    "One ControlNet and two maps of one, without an image, from an image, and with a mask; a map returns on request."
+def test_controlnets_work_with_every_task(tiny: DiffusionService, family: str) -> None:
+    "One and two units in text to image, image to image and inpainting; maps are returned on request."
     two = TILE if family == "sd15" else UNION
     for images in ({}, {"image": scene()}, {"image": scene(), "mask_image": half()}):
         for units in ([CANNY], [two, two | {"guidance_end": 0.5}]):
@@ -115,21 +115,21 @@ def test_controls_join_every_task(tiny: DiffusionService, family: str) -> None:
             assert [m.unit for m in result.generation.control_maps or []] == ([0] if units == [CANNY] else [])
 
 
-def test_a_refiner_with_the_weights_of_the_base_makes_its_image(tiny: DiffusionService) -> None:
+def test_refiner_with_base_weights_matches_the_base_image(tiny: DiffusionService) -> None:
     half_way = {"refiner": {"switch_at": 0.5}, "num_inference_steps": 4}
     plain = pixels(tiny, model="sdxl", num_inference_steps=4)
     assert pixels(tiny, model="sdxl", **half_way) == plain
     assert pixels(tiny, model="other", **half_way) != pixels(tiny, model="other", num_inference_steps=4)
 
 
-def test_an_inpainting_controlnet_sees_its_mask(tiny: DiffusionService) -> None:
+def test_inpainting_controlnet_uses_its_mask(tiny: DiffusionService) -> None:
     hole = {"model": "canny", "image": scene(), "preprocessing": {"name": "inpaint_mask"}}
     masks = (half(), half().rotate(180))
     first, second = (pixels(tiny, model="sd15", controlnets=[hole | {"mask_image": mask}]) for mask in masks)
     assert first != second
 
 
-def test_fill_and_control_models_of_flux(tiny: DiffusionService) -> None:
+def test_flux_fill_and_control_models(tiny: DiffusionService) -> None:
     assert pixels(tiny, model="fill", image=scene(), mask_image=half())
     unit = {"image": scene(), "preprocessing": {"name": "canny"}}
     images: tuple[dict, ...] = ({}, {"image": scene()}, {"image": scene(), "mask_image": half()})
@@ -150,12 +150,12 @@ def test_fill_and_control_models_of_flux(tiny: DiffusionService) -> None:
         ({"loras": [{"name": "a"}] * 50}, "loras"),
     ],
 )
-def test_a_mistake_in_a_list_names_its_entry(tiny: DiffusionService, fields: dict, field: str) -> None:
+def test_errors_in_lists_name_the_entry(tiny: DiffusionService, fields: dict, field: str) -> None:
     result = tiny.plan(prompt="a", model="sdxl", **fields)
     assert not result.ok and result.errors[0].field == field
 
 
-def test_a_small_budget_keeps_one_model_loaded(tmp_path: Path) -> None:
+def test_small_memory_budget_keeps_one_model_loaded(tmp_path: Path) -> None:
     names = ("tiny-sd15", "tiny-sdxl")
     for family, name in zip(FAMILIES, names, strict=False):
         write_tiny_model(tmp_path, family, name)
@@ -176,21 +176,21 @@ def test_a_small_budget_keeps_one_model_loaded(tmp_path: Path) -> None:
 
 
 def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    "An image as the bytes of a file."
+    "Encode an image as a file in memory."
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def rotated(image: Image.Image) -> bytes:
-    "A JPEG that says in its metadata that it lies on its side."
+    "A JPEG with an EXIF orientation."
     exif = Image.Exif()
     exif[0x0112] = 6
     return file_of(image, "JPEG", exif=exif)
 
 
 def sixteen_bits(image: Image.Image) -> bytes:
-    "A gray image of 16 bits."
+    "A 16-bit grayscale image."
     return file_of(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257))
 
 
@@ -205,13 +205,13 @@ UNUSUAL: dict[str, tuple[Callable[[Image.Image], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_an_unusual_image_is_taken_with_a_warning(shapes: DiffusionService, name: str) -> None:
+def test_unusual_images_are_accepted_with_a_warning(shapes: DiffusionService, name: str) -> None:
     write, said = UNUSUAL[name]
     result = made(shapes, image=write(scene()), strength=0.5)
     assert any(said in note.message for note in result.warnings)
 
 
-def test_path_bytes_image_and_array_are_the_same_image(shapes: DiffusionService, tmp_path: Path) -> None:
+def test_image_as_path_bytes_pil_or_array_is_equivalent(shapes: DiffusionService, tmp_path: Path) -> None:
     path = tmp_path / "start.png"
     scene().save(path)
     ways = [path, path.read_bytes(), scene(), np.asarray(scene())]
@@ -221,7 +221,7 @@ def test_path_bytes_image_and_array_are_the_same_image(shapes: DiffusionService,
     assert codes == ["wrong_type", "wrong_type", "not_an_image"]
 
 
-def test_an_inverted_mask_is_the_same_region(shapes: DiffusionService) -> None:
+def test_inverted_mask_with_invert_selects_the_same_region(shapes: DiffusionService) -> None:
     small = Image.new("L", (128, 128))
     small.paste(255, (64, 32, 124, 96))
     region = {"image": scene(), "width": 128, "height": 128}
@@ -234,8 +234,8 @@ def test_an_inverted_mask_is_the_same_region(shapes: DiffusionService) -> None:
 # --- memory and speed ---------------------------------------------------------
 
 
-def test_a_model_that_runs_out_of_memory_is_run_again_with_less(shapes: DiffusionService) -> None:
-    "The next request starts with what was needed; a model that fails whatever is done has a status of its own."
+def test_out_of_memory_is_retried_with_memory_savings(shapes: DiffusionService) -> None:
+    "The next request starts with the savings that worked; if none suffices, the status is `out_of_memory`."
 
     def small_device(module: torch.nn.Module, inputs: tuple) -> None:
         if len(inputs[0]) > 2:
@@ -259,7 +259,7 @@ def test_a_model_that_runs_out_of_memory_is_run_again_with_less(shapes: Diffusio
         hook.remove()
         hook = first_layer.register_forward_pre_hook(no_device)
         result = tight.generate("a", num_inference_steps=1)
-        hook.remove()  # the weights of the built-in model are shared
+        hook.remove()  # the service shares the built-in weights
         assert result.status.value == "out_of_memory"
 
 
@@ -270,7 +270,7 @@ ACCELERATED: tuple[dict, ...] = (
 )
 
 
-def test_acceleration_changes_its_own_request_and_is_replayed(shapes: DiffusionService) -> None:
+def test_acceleration_affects_only_its_request_and_is_replayed(shapes: DiffusionService) -> None:
     usual = {"num_inference_steps": 4}
     plain = pixels(shapes, **usual)
     for fields in ACCELERATED:
@@ -284,7 +284,7 @@ def test_acceleration_changes_its_own_request_and_is_replayed(shapes: DiffusionS
 
 
 @pytest.mark.parametrize("method", ["preprocess", "restore"])
-def test_failed_calls_raise_where_that_is_asked_for(method: str) -> None:
+def test_failed_calls_raise_with_raise_errors(method: str) -> None:
     from ez_diffusion_client.errors import RequestFailed
 
     given = {"restore": (3,), "preprocess": ()}[method]

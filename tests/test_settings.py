@@ -1,4 +1,4 @@
-"""Settings that are handed over are the ones in force, whatever the environment says."""
+"""Settings passed as arguments take precedence over environment variables."""
 
 import ast
 import asyncio
@@ -36,7 +36,7 @@ def loras(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def misleading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    "An environment in which every setting of the service has a valid value that nobody asked for."
+    "An environment that sets every setting of the service to a valid value different from what the tests pass."
     other = tmp_path / "other"
     other.mkdir()
     builtin = "family: sd15\nsource: {builtin: shapes-sd15}\n"
@@ -61,8 +61,8 @@ def misleading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     yield other
 
 
-def test_a_service_takes_the_settings_it_is_given(loras: Path, misleading: Path) -> None:
-    "Every field of the settings decides, and the environment none: models, LoRAs, device, dtype, memory, compilation."
+def test_service_settings_override_the_environment(loras: Path, misleading: Path) -> None:
+    "Models, LoRAs, device, dtype, memory budget, compilation and preprocessors ignore the environment."
     with DiffusionService(Settings(device="cpu", lora_folders=(loras,))) as service:
         manifest = service.manifest()
         factory = service.factory(manifest)
@@ -76,10 +76,10 @@ def test_a_service_takes_the_settings_it_is_given(loras: Path, misleading: Path)
         assert str(misleading) not in repr(vars(service.preprocessors))
 
 
-def test_a_service_without_settings_reads_the_environment(
+def test_service_without_settings_reads_the_environment(
     loras: Path, misleading: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "The other way around: with no settings given, all variables count, also those of LoRAs and default model."
+    "Model folder, default model, memory budget and LoRA folder come from environment variables."
     monkeypatch.setenv("DIFFUSION_WORKERS_LORAS", str(loras))
     with DiffusionService(device="cpu") as service:
         manifest = service.manifest()
@@ -88,15 +88,15 @@ def test_a_service_without_settings_reads_the_environment(
         assert service.plan(WITH_LORA).ok
 
 
-def test_without_the_folder_the_lora_is_refused(misleading: Path) -> None:
-    "The LoRA of these tests is known only by the folder: nothing else offers it."
+def test_lora_is_rejected_without_its_folder(misleading: Path) -> None:
+    "The LoRA of these tests is found only through `lora_folders`."
     with DiffusionService(Settings(device="cpu")) as service:
         refused = service.plan(WITH_LORA)
         assert not refused.ok and "mine" in refused.message
 
 
-def test_a_server_takes_the_settings_it_is_given(loras: Path, misleading: Path) -> None:
-    "A client finds the LoRA of the folder that the settings name."
+def test_server_settings_override_the_environment(loras: Path, misleading: Path) -> None:
+    "A request can use a LoRA from the configured folder."
     given = {"device": "cpu", "lora_folders": (loras,)}
     with DiffusionService(Settings(**given)) as service, live_server(service, **given) as (url, _):
         body = json.dumps(WITH_LORA).encode()
@@ -108,8 +108,8 @@ def test_a_server_takes_the_settings_it_is_given(loras: Path, misleading: Path) 
     assert answer["status"] == "success" and models["default"] == "shapes-sd15"
 
 
-def test_a_worker_takes_the_settings_it_is_given(loras: Path, misleading: Path) -> None:
-    "A job finds the LoRA of the folder that the settings name, and --check-config shows the same models."
+def test_worker_settings_override_the_environment(loras: Path, misleading: Path) -> None:
+    "A job can use a LoRA from the configured folder, and --check-config lists the same settings."
     settings = WorkerSettings(device="cpu", lora_folders=(loras,))
     worker = Worker(settings)
     try:
@@ -122,8 +122,8 @@ def test_a_worker_takes_the_settings_it_is_given(loras: Path, misleading: Path) 
     assert not any("elsewhere" in line for line in lines) and any(str(loras) in line for line in lines)
 
 
-def test_a_worker_reads_every_model_from_the_folders_of_its_settings(tmp_path: Path) -> None:
-    "A model that is not the default one, and whose repository lies on the volume, is not downloaded."
+def test_worker_loads_models_from_its_configured_folders(tmp_path: Path) -> None:
+    "A non-default model whose Hub repository is on the volume is not downloaded."
     write_tiny_model(tmp_path / "volume" / "someone", "sd15", "tiny")
     manifests = tmp_path / "manifests"
     manifests.mkdir()
@@ -140,8 +140,8 @@ def test_a_worker_reads_every_model_from_the_folders_of_its_settings(tmp_path: P
     assert answer["status"] == "success", answer
 
 
-def test_the_environment_is_read_in_one_chapter() -> None:
-    "No module outside `settings` reads or writes environment variables, unless it hands them on to the settings."
+def test_only_settings_modules_read_environment_variables() -> None:
+    "Modules outside `settings` do not access `os.environ`; only `cli/worker.py` does, to pass it to the settings."
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
@@ -154,8 +154,8 @@ def test_the_environment_is_read_in_one_chapter() -> None:
     assert [place for place in found if not place.startswith("cli/worker.py")] == []
 
 
-def test_every_variable_of_the_project_is_in_the_table() -> None:
-    "Variables that README, notebooks, the image and RunPod's form mention are ones that exist."
+def test_mentioned_environment_variables_exist() -> None:
+    "Variables in README, notebooks, Dockerfile, scripts, package and RunPod's JSON files are in the settings table."
     import re
 
     root = Path(__file__).resolve().parent.parent

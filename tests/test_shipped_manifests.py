@@ -1,4 +1,4 @@
-"""Every shipped manifest loads, lists only what exists, and plans each task with each of its ControlNets."""
+"""Every shipped manifest loads, lists only existing preprocessors, and plans every task with every ControlNet."""
 
 from itertools import product
 
@@ -17,7 +17,7 @@ IMAGE = "aGVsbG8="
 
 
 def offers(manifest: ModelManifest) -> list[list[dict]]:
-    "Lists of units: none, each ControlNet alone with each of its modes, and two maps of each union ControlNet."
+    "Unit lists: empty, each ControlNet with each mode and preprocessor, and two units of each union ControlNet."
     if manifest.kind == "control":
         return [[{}], *([{"preprocessing": {"name": name}}] for name in manifest.control_preprocessors)]
     found = [[]]
@@ -31,14 +31,14 @@ def offers(manifest: ModelManifest) -> list[list[dict]]:
     return found
 
 
-def test_all_are_read() -> None:
+def test_all_manifests_load() -> None:
     assert not STORE.errors, STORE.errors
     assert {"shapes-sd15", "sdxl-base-1.0", "flux1-schnell", "flux1-dev", "stable-diffusion-v1-5"} <= set(STORE)
     assert {"stable-diffusion-3.5-medium", "z-image", "z-image-turbo", "flux2-klein-4b", "qwen-image"} <= set(STORE)
 
 
 @pytest.mark.parametrize("name", list(STORE))
-def test_every_offer_is_planned(name: str) -> None:
+def test_every_task_and_controlnet_can_be_planned(name: str) -> None:
     manifest = STORE[name]
     for entry in manifest.controlnets.values():
         assert set(entry.preprocessors) <= set(PREPROCESSORS)

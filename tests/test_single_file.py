@@ -1,4 +1,4 @@
-"""A single-file checkpoint in the original layout is the same model as the folder that it was made from."""
+"""Single-file checkpoints in the original layout are equivalent to the model folder that they were made from."""
 
 import os
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ BROKEN = (
 
 
 def other_sizes(folder: Path) -> None:
-    "A model of other depth and widths than the built-in one, with attention in the VAE, saved as a folder."
+    "Save a model folder with different depth and widths than the built-in model, and attention in the VAE."
     torch.manual_seed(0)
     base = StableDiffusionPipeline.from_pretrained(builtin_path("shapes-sd15"), variant="fp16", dtype=torch.float32)
     unet = UNet2DConditionModel(
@@ -65,7 +65,7 @@ def other_sizes(folder: Path) -> None:
 
 
 def write_broken(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    "Files with the ending .safetensors that hold no whole model; not-there.safetensors is not written."
+    "Write incomplete or invalid .safetensors files; not-there.safetensors is not written."
     whole = (folder / "builtin.safetensors").read_bytes()
     (folder / "cut-off.safetensors").write_bytes(whole[: len(whole) // 2])
     (folder / "no-weights.safetensors").write_bytes(bytes(range(256)) * 40)
@@ -84,7 +84,7 @@ def write_broken(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionService]:
-    "A service with two models, each as a folder and as a single file, and with files that are broken."
+    "A service with two models, each as a folder and as a single file, and with broken files."
     folder = tmp_path_factory.mktemp("models")
     other_sizes(folder / "other")
     sources = {"builtin-folder": "{builtin: shapes-sd15}", "other-folder": "{folder: other}"}
@@ -105,8 +105,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionServi
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_is_the_same(service: DiffusionService, name: str) -> None:
-    "No weight is lost, transposed or put in another's place on the way through a single file."
+def test_single_file_weights_equal_the_folder(service: DiffusionService, name: str) -> None:
+    "No weight is lost, transposed or swapped in the conversion to a single file and back."
     folder, file = (service.factory(service.manifest(f"{name}-{kind}")).load() for kind in ("folder", "file"))
     for part in ("unet", "vae", "text_encoder"):
         expected, found = getattr(folder, part).state_dict(), getattr(file, part).state_dict()
@@ -117,15 +117,15 @@ def test_every_parameter_is_the_same(service: DiffusionService, name: str) -> No
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_pixels_are_the_same(service: DiffusionService, name: str) -> None:
-    "The same request makes the same image, whichever way the weights came in."
+def test_single_file_images_equal_the_folder(service: DiffusionService, name: str) -> None:
+    "A request generates identical pixels from a folder and from a single file."
     images = [service.generate(REQUEST, model=f"{name}-{kind}").image for kind in ("folder", "file")]
     np.testing.assert_array_equal(*map(np.asarray, images))
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_named_without_its_path(service: DiffusionService, name: str) -> None:
-    "What cannot be loaded is `model_unavailable`; the answer holds the name of the file and no folder."
+def test_broken_file_errors_omit_the_path(service: DiffusionService, name: str) -> None:
+    "The status is `model_unavailable`; the response has the file name but no folder."
     result = service.generate(REQUEST, model=name)
     assert (result.status, [error.code for error in result.errors]) == (
         OpStatus.model_unavailable,
@@ -138,8 +138,8 @@ def test_a_broken_file_is_named_without_its_path(service: DiffusionService, name
     ]
 
 
-def test_a_broken_file_can_be_repaired(service: DiffusionService) -> None:
-    "Once the file is whole, the very same service loads it, and a broken one has not disturbed the other models."
+def test_repaired_file_loads_without_restart(service: DiffusionService) -> None:
+    "The same service loads the file once it is valid, and the other models are not affected."
     folder = service.settings.model_folders[0]
     before = service.generate(REQUEST, model="builtin-folder").image
     assert service.generate(REQUEST, model="not-there").status == OpStatus.model_unavailable
@@ -149,9 +149,7 @@ def test_a_broken_file_can_be_repaired(service: DiffusionService) -> None:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(before))
 
 
-def test_a_file_without_a_configuration_needs_the_hub(
-    service: DiffusionService, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    "Without `config` the configuration comes from the Hub; where there is none, the answer is `model_unavailable`."
+def test_file_without_config_needs_the_hub(service: DiffusionService, monkeypatch: pytest.MonkeyPatch) -> None:
+    "Without `config` the configuration is loaded from the Hub; offline, the status is `model_unavailable`."
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert service.generate(REQUEST, model="no-config").status == OpStatus.model_unavailable

@@ -1,4 +1,4 @@
-"""The specification is valid OpenAPI, and every type in it follows the rules of the project."""
+"""The specification is valid OpenAPI, and its schemas follow the rules of the project."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ SCHEMAS = SPEC["components"]["schemas"]
 
 
 def reachable(name: str, seen: set[str]) -> set[str]:
-    "The schemas that a schema refers to, including itself."
+    "The schemas that a schema references directly or indirectly, including itself."
     if name in seen:
         return seen
     seen.add(name)
@@ -33,13 +33,13 @@ def references(node: object) -> Iterator[str]:
             yield from references(value)
 
 
-def test_is_valid_openapi() -> None:
-    "A description with an unquoted comma would become a separate keyword, which is not valid."
+def test_specification_is_valid_openapi() -> None:
+    "For example, an unquoted comma in a description would start another keyword, which is invalid."
     validate(SPEC)
 
 
 @pytest.mark.parametrize("name", [name for name, schema in SCHEMAS.items() if schema.get("type") == "object"])
-def test_unknown_fields_are_refused(name: str) -> None:
+def test_schemas_forbid_additional_properties(name: str) -> None:
     assert SCHEMAS[name].get("additionalProperties") is False, f"{name}: say additionalProperties: false"
 
 
@@ -54,7 +54,7 @@ def test_numbers_in_requests_are_bounded(name: str) -> None:
     assert not unbounded, f"{name}: give minimum and maximum of {', '.join(unbounded)}"
 
 
-def test_every_operation_has_a_name() -> None:
+def test_operation_ids_exist_and_are_unique() -> None:
     operations = [
         operation
         for path in SPEC["paths"].values()

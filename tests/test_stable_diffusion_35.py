@@ -1,4 +1,4 @@
-"""Stable Diffusion 3.5 through the service: three text encoders, several ControlNets, LoRA layouts, previews."""
+"""Stable Diffusion 3.5 in the service: three text encoders, multiple ControlNets, LoRA layouts, previews."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,13 +26,13 @@ COMMON = SMALL | {"model": "sd35"}
 
 
 def pixels(service: DiffusionService, **fields) -> list[np.ndarray]:
-    "The images of a request."
+    "The pixels of the images of a request."
     return family_checks.pixels(service, **COMMON | fields)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A tiny model whose LoRAs a request names by their files."
+    "A folder with a tiny model and a folder for LoRA files."
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(folder, ModelFamily.sd35, changes={"lora_folders": [{"folder": "loras"}]})
     (folder / "loras").mkdir()
@@ -45,15 +45,15 @@ def service(folder: Path) -> Iterator[DiffusionService]:
         yield service
 
 
-def test_the_plan_counts_the_steps_that_run(service: DiffusionService) -> None:
-    "Diffusers rounds down what strength leaves out: of 3 steps at 0.5, two are left."
+def test_progress_counts_the_steps_left_by_strength(service: DiffusionService) -> None:
+    "Diffusers rounds down the number of steps that strength skips: of 3 steps at 0.5, 2 are run."
     events = []
     service.generate(**COMMON, image=photo(), strength=0.5, seed=1, on_progress=events.append)
     assert max(event.step or 0 for event in events) == 2
 
 
-def test_each_of_two_controls_counts(service: DiffusionService) -> None:
-    "Each of two maps changes the image; neither does where one has scale 0, and the other an empty window."
+def test_both_of_two_controlnets_affect_the_image(service: DiffusionService) -> None:
+    "Each unit changes the image; with scale 0 or an empty guidance window it does not."
     plain = pixels(service, seed=3)[0]
     off = [CANNY | {"conditioning_scale": 0}, TILE | {"guidance_start": 0.4, "guidance_end": 0.5}]
     assert difference(pixels(service, seed=3, controlnets=off)[0], plain) == 0
@@ -61,8 +61,8 @@ def test_each_of_two_controls_counts(service: DiffusionService) -> None:
     assert min(difference(one, plain), difference(two, one)) > ROUNDING
 
 
-def test_text_goes_to_three_encoders(service: DiffusionService) -> None:
-    "A negative prompt, layers left out and the length of T5's text all change the image; what T5 cuts off is named."
+def test_text_options_affect_the_image(service: DiffusionService) -> None:
+    "Negative prompt, CLIP skip, second prompt and T5 sequence length change the image; truncation is a warning."
     plain = pixels(service, seed=4)[0]
     for fields in ({"negative_prompt": "blurry"}, {"clip_skip": 1}, {"prompt_2": "a dog"}, {"max_sequence_length": 8}):
         assert difference(pixels(service, seed=4, **fields)[0], plain) > ROUNDING, fields
@@ -72,8 +72,8 @@ def test_text_goes_to_three_encoders(service: DiffusionService) -> None:
     ]
 
 
-def test_previews_of_sixteen_channels(service: DiffusionService) -> None:
-    "The linear map fits as many channels as the VAE has."
+def test_preview_color_map_has_sixteen_channels(service: DiffusionService) -> None:
+    "The linear map to RGB has as many inputs as the VAE has latent channels, and a bias."
     from diffusion_workers.service.previews import color_map, mapped
 
     vae = service.factory(service.manifest("sd35")).load().vae
@@ -85,8 +85,8 @@ def test_previews_of_sixteen_channels(service: DiffusionService) -> None:
     assert events[-1].phase == "done"
 
 
-def test_a_controlnet_without_position_embedding_runs_as_in_diffusers() -> None:
-    "Stability AI's ControlNets use the transformer's position embedding; diffusers copies it, here it is shared."
+def test_controlnet_without_position_embedding_matches_diffusers() -> None:
+    "Stability AI's ControlNets use the transformer's position embedding; diffusers copies it, the service shares it."
     from diffusion_workers.pipeline.controlnets import joint_token_view
 
     with quiet_libraries():
@@ -113,8 +113,8 @@ def test_a_controlnet_without_position_embedding_runs_as_in_diffusers() -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_kohya_names_mean_the_layers_that_diffusers_takes_them_for(tmp_path: Path) -> None:
-    "What a file in the original names adds to each layer is what diffusers' own conversion of a checkpoint puts there."
+def test_kohya_layer_names_match_the_diffusers_conversion(tmp_path: Path) -> None:
+    "The LoRA delta of each layer equals the weight in a checkpoint converted by diffusers."
     with quiet_libraries():
         pipe = tiny_pipeline(ModelFamily.sd35)
     shapes, generator = module_shapes(pipe.transformer), torch.Generator().manual_seed(0)
@@ -146,8 +146,8 @@ def test_kohya_names_mean_the_layers_that_diffusers_takes_them_for(tmp_path: Pat
     assert compared == len([path for path, shape in shapes.items() if len(shape) == 2])
 
 
-def test_kohya_files_reach_all_three_text_encoders(service: DiffusionService, folder: Path) -> None:
-    "lora_te1_, lora_te2_ and lora_te3_, the last one T5."
+def test_kohya_loras_apply_to_all_three_text_encoders(service: DiffusionService, folder: Path) -> None:
+    "Keys start with lora_te1_, lora_te2_ and lora_te3_ (T5)."
     pipe, generator = quiet_pipeline(ModelFamily.sd35), torch.Generator().manual_seed(0)
     tensors = {}
     for number, encoder in enumerate((pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3), start=1):
@@ -171,7 +171,7 @@ def test_kohya_files_reach_all_three_text_encoders(service: DiffusionService, fo
         assert difference(alone, pixels(service, seed=7)[0]) > 0, number
 
 
-def test_a_lora_of_another_family_is_refused(service: DiffusionService, folder: Path) -> None:
+def test_lora_of_another_family_is_rejected(service: DiffusionService, folder: Path) -> None:
     keys = {"double_blocks_0_img_attn_qkv": 3072}
     tensors = {f"lora_unet_{name}.lora_down.weight": torch.zeros(2, width) for name, width in keys.items()}
     tensors |= {f"lora_unet_{name}.lora_up.weight": torch.zeros(3 * width, 2) for name, width in keys.items()}
@@ -180,8 +180,8 @@ def test_a_lora_of_another_family_is_refused(service: DiffusionService, folder: 
     assert "made for Flux, the model is Stable Diffusion 3.5" in result.message
 
 
-def test_a_model_without_t5(tmp_path: Path) -> None:
-    "T5 may be missing: the prompt is then measured by CLIP."
+def test_model_without_t5_generates(tmp_path: Path) -> None:
+    "Without T5, the limit of the prompt length is that of CLIP."
     manifest = write_tiny_model(tmp_path, ModelFamily.sd35)
     with quiet_libraries():
         pipe = tiny_pipeline(ModelFamily.sd35)

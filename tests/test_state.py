@@ -1,9 +1,9 @@
-"""State never leaks: whatever ran before, was cancelled, failed or was unloaded, a fixed request gives the same pixels.
+"""No state leaks: a fixed request gives the same pixels whatever ran, failed, was cancelled or unloaded before.
 
-Random sequences of requests run through one service whose memory budget does not hold all models: all families, every
-task and kind of control, LoRAs, schedulers, step caches, guidance windows, dtypes, memory settings, errors and cancels.
-After each sequence a fixed request of each family, with or without a cache, is compared with the output of a fresh
-service. The models are tiny and untrained; the classes are the real ones.
+Random sequences of requests run in one service whose memory budget cannot hold all models: all families, every task
+and kind of control, LoRAs, schedulers, step caches, guidance windows, dtypes, memory settings, errors, cancellations.
+After each sequence a fixed request of a random family, with or without acceleration, is compared with the output of a
+fresh service. The models are tiny and untrained, but use the real classes.
 """
 
 import itertools
@@ -24,12 +24,12 @@ from diffusion_workers.service.service import DiffusionService
 from diffusion_workers.settings.service import Settings
 from ez_diffusion_client.models import Task
 
-SEQUENCES, MANY_SEQUENCES = 20, 2000  # of each seed
+SEQUENCES, MANY_SEQUENCES = 20, 2000  # for each seed
 FAMILY_NAMES = tuple(name.value for name in FAMILIES)
 
 
 def write_lora(path: Path, pipe, denoiser: str, seed: int) -> None:
-    "A LoRA of rank 2 on the query and value projections of the denoiser, in the layout of peft."
+    "Save a LoRA of rank 2 for the query and value projections of the denoiser, in the PEFT layout."
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for name, module in getattr(pipe, denoiser).named_modules():
         if name.endswith((".to_q", ".to_v")):
@@ -40,7 +40,7 @@ def write_lora(path: Path, pipe, denoiser: str, seed: int) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A folder with a tiny model of each family, and two LoRAs for each."
+    "A folder with a tiny model of each family, two LoRAs for each, and two textual inversion embeddings."
     folder = tmp_path_factory.mktemp("models")
     for family in FAMILY_NAMES:
         loras = {name: {"source": {"file": f"{family}-{name}.safetensors"}} for name in ("one", "two")}
@@ -58,7 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def random_image(seed: int) -> Image.Image:
-    "Colored squares."
+    "An image of 4 x 4 colored squares."
     rng = random.Random(seed)
     small = Image.new("RGB", (4, 4))
     small.putdata([tuple(rng.randrange(256) for _ in range(3)) for _ in range(16)])
@@ -66,7 +66,7 @@ def random_image(seed: int) -> Image.Image:
 
 
 def random_request(rng: random.Random, family: str) -> dict:
-    "Any request that the family takes."
+    "A random request that the family supports."
     record = FAMILIES[family]
     task = rng.choice(record.tasks)
     kind = rng.choice([kind for kind in ("none", "none", "single", "multiple", "union") if record.call(task, kind)])
@@ -75,7 +75,7 @@ def random_request(rng: random.Random, family: str) -> dict:
         "guidance_start": rng.choice([0.0, 0.3]),
         "guidance_end": rng.choice([0.6, 1.0]),
     }
-    if kind == "union" and record.call(task, kind).controlnet_config:  # the tiny union ControlNet is another one
+    if kind == "union" and record.call(task, kind).controlnet_config:  # the tiny union ControlNet differs
         kind = "single"
     controlnets = {
         "none": [],
@@ -125,7 +125,7 @@ def random_request(rng: random.Random, family: str) -> dict:
 
 
 def random_refinement(rng: random.Random, record: Family, faster: bool) -> dict:
-    "Prompts with schedules and embeddings, variations, seamless images and guiders of a family."
+    "Random prompt syntax, embeddings, variation seeds, seamless axes and guiders that the family supports."
     refined: dict = rng.choice([{}, {"subseed": 7, "subseed_strength": rng.choice([0.3, 1.0])}])
     if record.text_layout is not None:
         toy = "toy-two" if record.text_layout in ("clip_clip", "clip_clip_t5") else "toy"
@@ -139,7 +139,7 @@ def random_refinement(rng: random.Random, record: Family, faster: bool) -> dict:
 
 
 def random_acceleration(rng: random.Random, record: Family, controlled: bool) -> dict:
-    "Whatever makes a request of a family faster."
+    "Random acceleration, memory and step-cache options that the family supports."
     start, end = sorted(rng.choice([(0.0, 1.0), (0.0, 0.5), (0.25, 0.75), (0.5, 1.0)]))
     options = {"guidance_start": start, "guidance_end": end} | rng.choice(
         [
@@ -167,7 +167,7 @@ def random_acceleration(rng: random.Random, record: Family, controlled: bool) ->
 
 
 def disturbances() -> Iterator[dict]:
-    "Requests that fail before loading, during preparation or in the middle; each kind in turn, forever."
+    "Cycle endlessly through changes that make a request fail, before loading, in preparation or while running."
     return itertools.cycle(
         [
             {"loras": [{"name": "wrong"}]},
@@ -186,7 +186,7 @@ def disturbances() -> Iterator[dict]:
     )
 
 
-BASES = {  # family -> requests whose pixels must not change
+BASES = {  # family -> fixed requests whose pixels must not change
     family: ({"num_inference_steps": 2}, {"num_inference_steps": 5, **cached})
     for family, cached in {
         "sd15": {"step_cache": {"method": "deepcache", "interval": 2}},
@@ -202,14 +202,14 @@ BASES = {  # family -> requests whose pixels must not change
 
 
 def base_pixels(service: DiffusionService, family: str, index: int) -> bytes:
-    "What a fixed request draws."
+    "The pixels of a fixed request."
     result = service.generate({"model": family, "prompt": "a cat", "seed": 5} | BASES[family][index])
     assert result.status == "success", result.message
     return result.images[0].tobytes()
 
 
 def run_random(service: DiffusionService, rng: random.Random, wrong: Iterator[dict]) -> str:
-    "One random request, sometimes disturbed, sometimes cancelled after its first step; how it ended."
+    "Run a random request, sometimes made invalid or cancelled after its first step, and return its status."
     request = random_request(rng, rng.choice(FAMILY_NAMES))
     fate = rng.random()
     request = request | next(wrong) if fate < 0.25 else request
@@ -221,7 +221,7 @@ def run_random(service: DiffusionService, rng: random.Random, wrong: Iterator[di
 
 
 def check_sequences(models: Path, count: int, seed: int) -> dict[str, int]:
-    "Runs the sequences; how the requests ended."
+    "Run the sequences and return how many requests ended in each status."
     with DiffusionService(Settings(model_folders=(models,), embedding_folders=models / "words"), device="cpu") as fresh:
         wanted = {(family, index): base_pixels(fresh, family, index) for family in FAMILY_NAMES for index in (0, 1)}
         assert all(wanted[family, 0] != wanted[family, 1] for family in FAMILY_NAMES)
@@ -242,11 +242,11 @@ def check_sequences(models: Path, count: int, seed: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_fixed_request_never_changes(models: Path, seed: int) -> None:
+def test_fixed_requests_are_reproducible_after_random_ones(models: Path, seed: int) -> None:
     ends = check_sequences(models, SEQUENCES, seed)
     print(ends)
     assert "internal_error" not in ends
-    assert ends["success"] > SEQUENCES / 2  # the sequences did something
+    assert ends["success"] > SEQUENCES / 2  # enough requests succeeded
     assert {
         "cancelled",
         "timed_out",
@@ -258,5 +258,5 @@ def test_a_fixed_request_never_changes(models: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_fixed_request_never_changes_in_many_sequences(models: Path) -> None:
+def test_fixed_requests_are_reproducible_in_many_sequences(models: Path) -> None:
     check_sequences(models, MANY_SEQUENCES, seed=2)

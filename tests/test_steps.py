@@ -1,4 +1,4 @@
-"""Steps and denoiser calls: what the plan counts is what is made, in every family, task, scheduler and strength."""
+"""Planned steps and denoiser calls match the actual ones, in every family, task, scheduler and strength."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionServi
 
 
 class Counted:
-    "A generation, and the calls of its denoiser."
+    "A generation that records its denoiser calls and progress events."
 
     def __init__(self, service: DiffusionService, **fields):
         denoiser_slot = service.manifest(fields["model"]).record.denoiser
@@ -84,7 +84,7 @@ INPAINT = {"image": SOURCE, "mask_image": MASK}
 
 
 def _check_counts(service: DiffusionService, **fields) -> None:
-    "Calls of the denoiser, steps and progress, with a guidance scale that needs no second call."
+    "Compare planned and actual denoiser calls, steps and progress, without classifier-free guidance."
     fields |= {"seed": 1, "guidance_scale": 1.0} | SIZE
     planned = service.plan(prompt=PROMPT, **fields)
     assert planned.ok, planned
@@ -96,7 +96,7 @@ def _check_counts(service: DiffusionService, **fields) -> None:
 
 
 @pytest.mark.parametrize(("family", "scheduler", "karras"), CASES)
-def test_the_plan_counts_what_is_made(
+def test_planned_denoiser_calls_match_the_actual_calls(
     service: DiffusionService, family: ModelFamily, scheduler: str, karras: bool
 ) -> None:
     asked = {"model": family.value, "scheduler": scheduler, "use_karras_sigmas": karras or None}
@@ -109,8 +109,10 @@ def test_the_plan_counts_what_is_made(
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize("task", [IMAGE, INPAINT], ids=["image", "inpaint"])
-def test_strengths_at_the_ends_are_counted(service: DiffusionService, family: ModelFamily, task: dict) -> None:
-    "One step, a strength that rounds to all steps, and one that leaves a single step."
+def test_planned_calls_are_exact_at_extreme_strengths(
+    service: DiffusionService, family: ModelFamily, task: dict
+) -> None:
+    "A single step, a strength that rounds to all steps, and one that leaves a single step."
     if (Task.image_to_image if task is IMAGE else Task.inpainting) not in FAMILIES[family].tasks:
         pytest.skip("the family has no such task")
     for steps, strength in ((1, 1.0), (4, 0.999), (10, 0.1)):
@@ -126,8 +128,8 @@ def test_strengths_at_the_ends_are_counted(service: DiffusionService, family: Mo
 
 
 @pytest.mark.parametrize("steps", [61])
-def test_trailing_spacing_makes_no_step_too_many(service: DiffusionService, steps: int) -> None:
-    "numpy.arange rounds to one timestep more, which would be -1."
+def test_trailing_spacing_has_no_extra_step(service: DiffusionService, steps: int) -> None:
+    "Rounding in numpy.arange would add a timestep of -1."
     for scheduler in ("ddim", "heun"):
         made = Counted(
             service,
@@ -143,14 +145,14 @@ def test_trailing_spacing_makes_no_step_too_many(service: DiffusionService, step
         assert min(made.timesteps) >= 0
 
 
-def test_a_model_that_keeps_its_own_scheduler_is_counted(service: DiffusionService) -> None:
+def test_planned_calls_are_exact_with_the_model_scheduler(service: DiffusionService) -> None:
     for model in ("sd15", "sdxl", "flux", "sd35", "zimage"):
         made = Counted(service, model=model, num_inference_steps=3, guidance_scale=1.0, seed=1, **SIZE)
         assert made.plan.denoiser_calls == len(made.timesteps) == 3
 
 
-def test_a_control_window_is_judged_by_the_calls(service: DiffusionService) -> None:
-    "Heun's 11 calls for 6 steps put the first of them into a window that ends at 0.1."
+def test_empty_control_window_is_detected_by_denoiser_calls(service: DiffusionService) -> None:
+    "Heun makes 11 calls in 6 steps, so the first one is within a window that ends at 0.1."
     for scheduler, empty in (("ddim", True), ("heun", False), ("kdpm2", False)):
         plan = service.plan(
             prompt=PROMPT,
@@ -162,7 +164,7 @@ def test_a_control_window_is_judged_by_the_calls(service: DiffusionService) -> N
         assert bool(plan.warnings) == empty, (scheduler, plan.warnings)
 
 
-def test_a_strength_without_influence_of_the_image_is_a_warning(service: DiffusionService) -> None:
+def test_strength_that_ignores_the_image_gets_a_warning(service: DiffusionService) -> None:
     for strength, warned in ((0.8, True), (0.75, False), (1.0, False)):
         plan = service.plan(prompt=PROMPT, model="shapes-flux", image=SOURCE, strength=strength, num_inference_steps=4)
         assert plan.ok
@@ -176,10 +178,10 @@ def base(service: DiffusionService) -> Image.Image:
 
 @pytest.mark.parametrize("scheduler", ["lms", "pndm"])
 @pytest.mark.parametrize(("steps", "strength"), [(10, 0.1), (10, 0.2), (50, 0.06), (5, 0.5), (20, 0.95)])
-def test_multistep_methods_start_in_the_middle(
+def test_multistep_schedulers_leave_no_noise_at_low_strength(
     service: DiffusionService, base: Image.Image, scheduler: str, steps: int, strength: float
 ) -> None:
-    "Image to image keeps the source at low strengths as DDIM does, without noise left over."
+    "Image to image stays close to the result of DDIM."
 
     def image(name: str) -> np.ndarray:
         result = service.generate(
@@ -190,7 +192,7 @@ def test_multistep_methods_start_in_the_middle(
     assert np.abs(image(scheduler) - image("ddim")).mean() < 4
 
 
-def test_few_steps_for_a_method_are_a_warning(service: DiffusionService) -> None:
+def test_too_few_steps_for_a_scheduler_get_a_warning(service: DiffusionService) -> None:
     for scheduler, few, enough in (("heun", 2, 3), ("kdpm2_ancestral", 3, 5), ("pndm", 4, 6)):
         for steps, warned in ((few, True), (enough, False)):
             plan = service.plan(prompt=PROMPT, scheduler=scheduler, num_inference_steps=steps)
@@ -199,7 +201,7 @@ def test_few_steps_for_a_method_are_a_warning(service: DiffusionService) -> None
     assert [note.field for note in leading.warnings] == ["timestep_spacing"]
 
 
-def test_deis_takes_one_step_without_karras_levels(service: DiffusionService) -> None:
+def test_deis_ignores_karras_sigmas_with_one_step(service: DiffusionService) -> None:
     one = {"prompt": PROMPT, "seed": 3, "scheduler": "deis", "num_inference_steps": 1}
     karras = service.generate(use_karras_sigmas=True, **one)
     assert [note.field for note in karras.warnings] == ["use_karras_sigmas"]
@@ -210,7 +212,7 @@ def _generate_in_child(service: DiffusionService, answers) -> None:
     answers.put(service.generate(prompt=PROMPT, num_inference_steps=2, seed=1).status.value)
 
 
-def test_a_forked_child_gets_a_worker_of_its_own() -> None:
+def test_service_works_in_a_forked_child() -> None:
     with DiffusionService(device="cpu") as service:
         assert service.generate(prompt=PROMPT, num_inference_steps=2, seed=1).ok
         context = multiprocessing.get_context("fork")
@@ -224,7 +226,7 @@ def test_a_forked_child_gets_a_worker_of_its_own() -> None:
             child.join()
 
 
-def test_a_smaller_request_runs_as_before_after_an_out_of_memory(service: DiffusionService) -> None:
+def test_out_of_memory_fallback_spares_smaller_requests(service: DiffusionService) -> None:
     ask = {"prompt": PROMPT, "seed": 4, "num_inference_steps": 2, "width": 256, "height": 256}
     before = service.generate(**ask)
     large = service.plan(**(ask | {"num_images": 4})).plan
@@ -238,8 +240,10 @@ def test_a_smaller_request_runs_as_before_after_an_out_of_memory(service: Diffus
 
 @pytest.mark.parametrize("switch_at", [0.8, 0.01, 0.0])
 @pytest.mark.parametrize("scheduler", ["ddim", "heun"])
-def test_a_refiner_makes_the_steps_that_are_left(service: DiffusionService, scheduler: str, switch_at: float) -> None:
-    "Progress reaches the total once, and base and refiner together make the calls of one run."
+def test_base_and_refiner_share_the_steps_of_one_run(
+    service: DiffusionService, scheduler: str, switch_at: float
+) -> None:
+    "Progress counts each step once up to the total, and the number of denoiser calls is that of a single run."
     events: list[ProgressEvent] = []
     ask = {"prompt": PROMPT, "model": "two", "seed": 5, "scheduler": scheduler}
     result = service.generate(**ask, refiner={"switch_at": switch_at}, on_progress=events.append)
@@ -253,16 +257,16 @@ def test_a_refiner_makes_the_steps_that_are_left(service: DiffusionService, sche
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "lms", "pndm", "heun"])
-def test_a_refiner_of_the_same_weights_changes_little(service: DiffusionService, scheduler: str) -> None:
-    "What is handed over has the noise of its timestep: nothing of it is left in the image."
+def test_refiner_with_the_same_weights_changes_little(service: DiffusionService, scheduler: str) -> None:
+    "Latents passed to the refiner have the noise level of their timestep, so no noise is left in the image."
     ask = {"prompt": PROMPT, "model": "two", "seed": 5, "scheduler": scheduler, "num_inference_steps": 12}
     whole, refined = (service.generate(**ask, **more).image for more in ({}, {"refiner": {"switch_at": 0.5}}))
     assert np.abs(np.asarray(whole, dtype=int) - np.asarray(refined, dtype=int)).mean() < 4
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
-def test_clip_skip_reaches_both_prompts(service: DiffusionService, clip_skip: int) -> None:
-    "The pixels are those of diffusers with both texts encoded at that layer."
+def test_clip_skip_applies_to_both_prompts(service: DiffusionService, clip_skip: int) -> None:
+    "The image matches diffusers with both prompts encoded at that layer, within one level per pixel."
     negative = "a blue square on a navy background"
     ask = {"num_inference_steps": 4, "guidance_scale": 4.0} | SIZE
     made = service.generate(
@@ -284,8 +288,8 @@ def test_clip_skip_reaches_both_prompts(service: DiffusionService, clip_skip: in
     assert np.abs(np.asarray(made.image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
 
 
-def test_a_control_that_is_said_to_act_does(service: DiffusionService) -> None:
-    "A window that ends at 0.4 holds the first of the three steps of Flux at strength 0.6."
+def test_control_without_a_warning_affects_the_image(service: DiffusionService) -> None:
+    "A window that ends at 0.4 contains the first of Flux's three steps at strength 0.6."
     ask = {"prompt": PROMPT, "model": "shapes-flux", "seed": 4, "image": SOURCE, "strength": 0.6} | SIZE
     ask["num_inference_steps"] = 4
     unit = {"model": "canny", "image": MASK.convert("RGB"), "guidance_end": 0.4}
@@ -295,10 +299,8 @@ def test_a_control_that_is_said_to_act_does(service: DiffusionService) -> None:
     assert not np.array_equal(np.asarray(controlled.image), np.asarray(service.generate(**ask).image))
 
 
-def test_settings_of_the_scheduler_reach_the_plan_from_every_side(
-    service: DiffusionService, capsys: pytest.CaptureFixture
-) -> None:
-    "Request, command line, form, and the line of parameters that other programs read."
+def test_scheduler_options_work_in_every_interface(service: DiffusionService, capsys: pytest.CaptureFixture) -> None:
+    "Request, command line, form, and the AUTOMATIC1111-style parameters line."
     fields = {"scheduler": "tcd", "eta": 0.2, "num_inference_steps": 4}
     plan = service.plan(prompt=PROMPT, seed=5, **fields).plan
     options = ["--scheduler", "TCD", "--eta", "0.2", "--num-inference-steps", "4", "--seed", "5", "--json"]
@@ -316,6 +318,6 @@ def test_settings_of_the_scheduler_reach_the_plan_from_every_side(
 @pytest.mark.parametrize(
     ("model", "clip_skip"), [("shapes-sdxl", 0), ("sd_xl_base_1.0", 0), ("sd3.5_medium", 0), ("dreamshaper_8", 1)]
 )
-def test_clip_skip_of_a_line_follows_the_family_that_the_model_names(model: str, clip_skip: int) -> None:
+def test_clip_skip_in_parameters_depends_on_the_model_family(model: str, clip_skip: int) -> None:
     line = f"a red circle\nSteps: 12, Sampler: Euler, CFG scale: 3, Seed: 11, Model: {model}, Clip skip: 2"
     assert from_parameters(line).request["clip_skip"] == clip_skip

@@ -1,4 +1,4 @@
-"""Sweeps: carried out once, whatever happens to the process that sends the requests."""
+"""Sweeps: each request is executed exactly once, even if the sweeping process is interrupted."""
 
 import asyncio
 import json
@@ -57,16 +57,16 @@ def run(folder: Path, requests: list | None, target: RunPod | Server | str, **mo
 
 
 def times_carried_out(queue: QueueServer) -> Counter:
-    "How often each request was, by the queue's record."
+    "How often each request was executed, according to the queue."
     return Counter(json.dumps(job.input, sort_keys=True) for job in queue.jobs.values() for _ in job.taken or [None])
 
 
-# --- an endpoint that answers at once ---------------------------------------
+# --- an endpoint that answers immediately -----------------------------------
 
 
 @pytest.fixture(scope="module")
 def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    "What a worker returns."
+    "The output of a worker for a successful request."
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(folder, "sd15", "tiny")
     with DiffusionService(Settings(model_folders=(folder,), default_model="tiny"), device="cpu") as service:
@@ -76,7 +76,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 class Instant(QueueServer):
-    "A queue whose jobs are done as soon as they are there."
+    "A queue that completes jobs immediately."
 
     answer: dict[str, Any]
 
@@ -96,11 +96,11 @@ def instant(answer: dict[str, Any]) -> Iterator[Instant]:
 
 
 class PowerCut(BaseException):
-    "The process ends here."
+    "A simulated crash of the process."
 
 
 def cut_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    "Let the power fail before the write of that number, counted from 1; gives the writes that happened."
+    "Raise PowerCut before the nth write, counted from 1; the returned list collects the completed writes."
     written: list[str] = []
 
     def before(what: str) -> None:
@@ -116,7 +116,7 @@ def cut_at(number: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return written
 
 
-ONE_REQUEST = ["sending", "job", ".png", ".json"]  # the writes of one
+ONE_REQUEST = ["sending", "job", ".png", ".json"]  # the writes for one request
 
 
 def test_saved_images_keep_their_receipts(instant: Instant, tmp_path: Path) -> None:
@@ -130,10 +130,10 @@ def test_saved_images_keep_their_receipts(instant: Instant, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("number", range(1, 2 + 3 * len(ONE_REQUEST)))
-def test_a_cut_before_any_write_loses_nothing(
+def test_crash_before_any_write_loses_nothing(
     number: int, instant: Instant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "Three requests, and an end before each of the writes: only a request whose id was not written yet is made twice."
+    "With three requests and a crash before each write, only a request whose job id was not yet written runs twice."
     with monkeypatch.context() as patched:
         written = cut_at(number, patched)
         with pytest.raises(PowerCut):
@@ -146,7 +146,7 @@ def test_a_cut_before_any_write_loses_nothing(
     assert sorted(sweep.table()["sent"]) == sorted(times_carried_out(instant).values())
 
 
-def test_a_line_that_was_cut_off_is_passed_over(instant: Instant, tmp_path: Path) -> None:
+def test_truncated_journal_line_is_ignored(instant: Instant, tmp_path: Path) -> None:
     run(tmp_path, TWELVE[:2], endpoint(instant))
     with (tmp_path / "journal.jsonl").open("a") as file:
         file.write('{"key": "0123", "event": "jo')
@@ -154,8 +154,8 @@ def test_a_line_that_was_cut_off_is_passed_over(instant: Instant, tmp_path: Path
     assert sweep.counts() == {"done": 3} and len(instant.jobs) == 3
 
 
-def test_a_task_that_is_cancelled_has_its_ids(instant: Instant, tmp_path: Path) -> None:
-    "A caller that stops the run while requests are on their way finds their jobs in the folder."
+def test_cancelled_run_keeps_its_job_ids(instant: Instant, tmp_path: Path) -> None:
+    "If the run is cancelled while requests are being sent, their job ids are still written to the folder."
 
     async def stopped() -> None:
         instant.faults["run"].extend([0.5] * 4)
@@ -175,10 +175,10 @@ def test_a_task_that_is_cancelled_has_its_ids(instant: Instant, tmp_path: Path) 
 @pytest.mark.parametrize(
     "route, faults", [("run", [429, 429, 429]), ("status", [500, 502]), ("status", ["drop", 429, 429, 429])], ids=str
 )
-def test_an_endpoint_in_trouble(
+def test_transient_endpoint_errors_do_not_duplicate_jobs(
     route: str, faults: list, instant: Instant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    "Too many requests, bad gateways, broken connections: at once or with another run, each is carried out once."
+    "After 429, 500, 502 or dropped connections, within one run or the next, each request is executed once."
     monkeypatch.setattr(sweep_module, "_PAUSE", 0.05)
     instant.faults[route].extend(faults)
     for _ in range(len(faults) + 1):
@@ -191,8 +191,8 @@ def test_an_endpoint_in_trouble(
     assert set(times_carried_out(instant).values()) == {1}
 
 
-def test_a_connection_that_breaks_while_sending_ends_the_run(instant: Instant, tmp_path: Path) -> None:
-    "Whether the request arrived is not known: the run says so, the journal has it, and the next run sends it again."
+def test_connection_lost_while_sending_ends_the_run(instant: Instant, tmp_path: Path) -> None:
+    "Whether the request arrived is unknown: the run raises, the journal records it, and the next run resends it."
     instant.faults["run"].append("drop")
     with pytest.raises(ConnectionLost):
         run(tmp_path, TWELVE[:1], endpoint(instant), retries=QUICK)
@@ -200,8 +200,8 @@ def test_a_connection_that_breaks_while_sending_ends_the_run(instant: Instant, t
     assert run(tmp_path, None, endpoint(instant)).items[0].sent == 2
 
 
-def test_a_target_that_cannot_be_used_ends_the_run(tmp_path: Path, instant: Instant) -> None:
-    "Nobody there, or a wrong key: nothing counts as sent or failed, and the next run goes on."
+def test_unreachable_or_unauthorized_target_ends_the_run(tmp_path: Path, instant: Instant) -> None:
+    "With no server or an invalid API key nothing counts as sent or failed, and the next run continues."
     with pytest.raises(ServerUnreachable):
         run(tmp_path, TWELVE[:2], "http://127.0.0.1:9", retries=QUICK)
     instant.faults["run"].extend([401, 401])
@@ -213,7 +213,7 @@ def test_a_target_that_cannot_be_used_ends_the_run(tmp_path: Path, instant: Inst
     assert sweep.counts() == {"done": 2} and set(sweep.table()["sent"]) == {1}
 
 
-def test_a_job_that_is_forgotten_is_sent_again(instant: Instant, tmp_path: Path) -> None:
+def test_expired_jobs_are_resubmitted(instant: Instant, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="enough"):
         run(tmp_path, TWELVE[:2], endpoint(instant), concurrency=1, on_result=stop)
     sweep = Sweep(tmp_path)
@@ -228,7 +228,7 @@ def stop(sweep: Sweep, item: Any) -> None:
     raise RuntimeError("enough")
 
 
-def test_a_wrong_request_is_told_before_anything_is_sent(tmp_path: Path) -> None:
+def test_invalid_requests_are_rejected_before_anything_is_sent(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"requests\[1\]\.width"):
         Sweep(tmp_path / "new", [TWELVE[0], {**TWELVE[1], "width": 100}])
     assert not (tmp_path / "new").exists()
@@ -239,8 +239,8 @@ def test_a_wrong_request_is_told_before_anything_is_sent(tmp_path: Path) -> None
 # --- a server ---------------------------------------------------------------
 
 
-def test_the_same_call_for_a_server(tmp_path: Path) -> None:
-    "Images, a control map and a failure; the failure is sent again on request alone."
+def test_sweep_runs_on_a_server(tmp_path: Path) -> None:
+    "Two requests succeed and one fails; the failed one is resent only with `retry_failed`."
     folder = tmp_path / "models"
     folder.mkdir()
     write_tiny_model(folder, "sd15", "tiny")
@@ -276,12 +276,12 @@ def test_the_same_call_for_a_server(tmp_path: Path) -> None:
         assert told == ["failed"]
 
 
-# --- two worker processes, and a sweeping process that is killed ------------
+# --- two worker processes, and a killed sweeping process --------------------
 
 
 @pytest.fixture(scope="module")
 def workers(quick_python: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[QueueServer]:
-    "A queue with two workers."
+    "A queue with two worker processes."
     logs = tmp_path_factory.mktemp("workers")
     start = lambda name: running_worker(queue, name, logs / f"{name}.txt", quick_python)
     with ExitStack() as stack:
@@ -292,18 +292,18 @@ def workers(quick_python: tuple[str, ...], tmp_path_factory: pytest.TempPathFact
 
 
 def kill_when(queue: QueueServer, folder: Path, requests: list, results: int) -> None:
-    "Kill a sweeping process when it has some results and each of its jobs is in the journal."
+    "Kill a sweeping process once it has enough results and all of its job ids are in the journal."
     process = subprocess.Popen([sys.executable, "-c", SWEEPING, str(folder), json.dumps(requests), queue.url])
     try:
         deadline = time.monotonic() + PATIENCE
         while True:
             assert process.poll() is None and time.monotonic() < deadline
             if len(list(folder.glob("results/*.json"))) >= results:
-                process.send_signal(signal.SIGSTOP)  # so that nothing happens between the look and the end
+                process.send_signal(signal.SIGSTOP)  # freeze it between this check and the kill
                 ids = {
                     line["job"] for line in folder_module.read_lines(folder / "journal.jsonl") if line["event"] == "job"
                 }
-                time.sleep(0.1)  # what was sent arrives
+                time.sleep(0.1)  # requests in flight arrive
                 if ids == set(queue.jobs):
                     return
                 process.send_signal(signal.SIGCONT)
@@ -329,14 +329,14 @@ def kill_and_resume(queue: QueueServer, folder: Path, requests: list, results: i
         assert (plan.prompt, plan.guidance_scale) == (item.request["prompt"], item.request["guidance_scale"])
 
 
-def test_a_sweep_that_is_killed_goes_on(workers: QueueServer, tmp_path: Path) -> None:
-    "By the queue's record each request is carried out exactly once, by two workers."
+def test_killed_sweep_resumes(workers: QueueServer, tmp_path: Path) -> None:
+    "According to the queue, two workers execute each request exactly once."
     kill_and_resume(workers, tmp_path, TWELVE, 3)
 
 
 @pytest.mark.slow
-def test_a_large_sweep_that_is_killed_goes_on(workers: QueueServer, tmp_path: Path) -> None:
-    "200 prompts at three guidance scales."
+def test_large_killed_sweep_resumes(workers: QueueServer, tmp_path: Path) -> None:
+    "200 prompts with three guidance scales each."
     prompts = [
         f"a {color} {shape} on a {ground} background, number {number}"
         for number in range(10)
@@ -352,8 +352,8 @@ def test_a_large_sweep_that_is_killed_goes_on(workers: QueueServer, tmp_path: Pa
     )
 
 
-def test_a_second_run_of_the_same_folder_is_refused(workers: QueueServer, tmp_path: Path) -> None:
-    "And so is one in another process, until the first has ended."
+def test_folder_in_use_is_locked_for_other_processes(workers: QueueServer, tmp_path: Path) -> None:
+    "While one process writes, a sweep of another process on the same folder fails."
     sweep = Sweep(tmp_path, TWELVE)
     with sweep.writing():
         done = subprocess.run(
@@ -365,8 +365,8 @@ def test_a_second_run_of_the_same_folder_is_refused(workers: QueueServer, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "0123456789abcdef/../../secret", ""])
-def test_a_folder_of_somebody_else_stays_inside_itself(name: str, tmp_path: Path) -> None:
-    "A key or the name of an image that leads out of the folder is not read, written or deleted."
+def test_untrusted_sweep_folder_cannot_escape(name: str, tmp_path: Path) -> None:
+    "Keys with path traversal are ignored, and a result that is a symlink to an outside file is rejected."
     request = {"prompt": "a red circle"}
     secret = tmp_path / "secret.json"
     secret.write_text('{"status": "internal_error"}')

@@ -1,4 +1,4 @@
-"The tokens of a prompt are not counted by a tokenizer whose files are missing."
+"Prompt tokens are not counted when files of the tokenizer are missing."
 
 import logging
 import shutil
@@ -15,7 +15,7 @@ QUERY = PromptQuery(prompt="a red circle on a white background")
 
 
 @pytest.mark.parametrize(("model", "part"), [("shapes-sd15", "tokenizer"), ("shapes-flux", "tokenizer_2")])
-def test_a_tokenizer_without_its_vocabulary(
+def test_tokenizer_without_vocabulary_is_ignored(
     model: str, part: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     manifest = find_manifest(model).model_copy(update={"source": FolderSource(folder=str(tmp_path))})
@@ -25,5 +25,5 @@ def test_a_tokenizer_without_its_vocabulary(
     with caplog.at_level(logging.INFO):
         assert prompt_report(QUERY, manifest).tokens is None
     assert f"{part} has no vocabulary" in caplog.text
-    shutil.copytree(source, folder, dirs_exist_ok=True)  # the download was completed
+    shutil.copytree(source, folder, dirs_exist_ok=True)  # the download is complete now
     assert prompt_report(QUERY, manifest).tokens == prompt_report(QUERY, find_manifest(model)).tokens > 0

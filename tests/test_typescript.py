@@ -1,4 +1,4 @@
-"""The TypeScript client and the page are up to date, and the client works with the real server."""
+"""The TypeScript client and the web page are up to date, and the client works with a real server and worker."""
 
 import configparser
 import json
@@ -26,12 +26,12 @@ def run(*command: str, **variables: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["typescript", "page"])
-def test_is_up_to_date(part: str) -> None:
+def test_generated_files_are_up_to_date(part: str) -> None:
     run(str(ROOT / "build.sh"), "check", part)
 
 
-def test_client_works_with_a_server_and_a_worker(server: str, quick_python: tuple[str, ...], tmp_path: Path) -> None:
-    "The same calls for both; the worker is a process with RunPod's SDK behind a local queue."
+def test_client_works_with_server_and_worker(server: str, quick_python: tuple[str, ...], tmp_path: Path) -> None:
+    "Run the same client tests against both; the worker runs RunPod's SDK behind a local queue."
     run(str(ROOT / "build.sh"), "packages", "typescript")
     settings = {"DIFFUSION_WORKERS_STREAM": "1", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.05"}
     with QueueServer() as queue, running_worker(queue, "only", tmp_path / "log.txt", quick_python, **settings):
@@ -48,7 +48,7 @@ def test_client_works_with_a_server_and_a_worker(server: str, quick_python: tupl
         assert set(queue.asked) == {"run", "status", "stream", "cancel"}
 
 
-def test_client_can_be_packed(tmp_path: Path) -> None:
+def test_client_package_has_the_required_files(tmp_path: Path) -> None:
     run(str(ROOT / "build.sh"), "packages", "typescript")
     run("npm", "pack", str(CLIENT), "--pack-destination", str(tmp_path))
     listed = subprocess.run(
@@ -59,7 +59,7 @@ def test_client_can_be_packed(tmp_path: Path) -> None:
     )
 
 
-def test_package_names_license_and_repository() -> None:
+def test_package_metadata_matches_settings_ini() -> None:
     package = json.loads((CLIENT / "package.json").read_text())
     settings = configparser.ConfigParser()
     settings.read(ROOT / "settings.ini")
@@ -70,7 +70,7 @@ def test_package_names_license_and_repository() -> None:
     assert (package["license"], told["license"]) == ("Apache-2.0", "apache2")
 
 
-# Every regular expression of the page and the client, and a text that it matches. A new one needs its line here.
+# Every regular expression of the page and the client, with a matching text. Add new ones here.
 PATTERNS = {
     r"/^(?=.)/gm": "a\nb",
     r"/(^|\.|\[)[^.[]*$/": "a.b[0]",
@@ -88,7 +88,7 @@ PATTERNS = {
 
 
 def linear_time(samples: dict[str, str], tmp_path: Path, *files: Path) -> dict:
-    "The patterns of some sources, and those that take more than linear time."
+    "The regular expressions of source files, and those that take more than linear time."
     run(str(ROOT / "build.sh"), "packages", "typescript")
     given = tmp_path / "samples.json"
     given.write_text(json.dumps(samples))
@@ -99,14 +99,14 @@ def linear_time(samples: dict[str, str], tmp_path: Path, *files: Path) -> dict:
     return json.loads(done.stdout)
 
 
-def test_patterns_take_linear_time(tmp_path: Path) -> None:
+def test_regular_expressions_run_in_linear_time(tmp_path: Path) -> None:
     sources = [*(ROOT / "web_gen_client" / "src").glob("*.ts*"), *(CLIENT / "src").glob("*.ts")]
     found = linear_time(PATTERNS, tmp_path, *sorted(sources))
     assert set(found["found"]) == set(PATTERNS)
     assert not found["slow"]
 
 
-def test_the_measurement_finds_slow_patterns(tmp_path: Path) -> None:
+def test_linear_time_check_detects_slow_patterns(tmp_path: Path) -> None:
     source = tmp_path / "slow.ts"
     source.write_text("export const slow = /\\/+$/; export const built = new RegExp('a');")
     found = linear_time({r"/\/+$/": "/"}, tmp_path, source)

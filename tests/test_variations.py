@@ -1,4 +1,4 @@
-"""Variation seeds, seamless images and guiders: from a request to its pixels, its metadata and back."""
+"""Variation seeds, seamless images and guiders: pixels, metadata and restoring of requests."""
 
 from pathlib import Path
 
@@ -59,7 +59,7 @@ TASKS = {"text": {}, "image": {"strength": 0.75}, "inpainting": {"strength": 0.7
         ("shapes-flux", "flow_match_euler"),
     ],
 )
-def test_a_variation_lies_between_two_seeds(
+def test_variation_strength_interpolates_between_two_seeds(
     service: DiffusionService, start: Image.Image, task: str, model: str, scheduler: str
 ) -> None:
     fields = {"model": model, "scheduler": scheduler} | TASKS[task]
@@ -72,7 +72,7 @@ def test_a_variation_lies_between_two_seeds(
     assert 0 < near < far
 
 
-def test_variations_move_steadily_to_the_other_seed(service: DiffusionService) -> None:
+def test_distance_grows_with_variation_strength(service: DiffusionService) -> None:
     fields = {"seed": 3, "output_type": "latent"}
     plain, shares = made(service, **fields).latents, (0.05, 0.1, 0.2, 0.4, 0.7, 1)
     found = [
@@ -82,7 +82,7 @@ def test_variations_move_steadily_to_the_other_seed(service: DiffusionService) -
     assert found == sorted(found)
 
 
-def test_a_batch_of_variations_keeps_the_seed_and_counts_the_variation_seed(service: DiffusionService) -> None:
+def test_variation_batch_increments_only_the_variation_seed(service: DiffusionService) -> None:
     result = made(service, seed=3, subseed=8, subseed_strength=0.2, num_images=3)
     plan = result.generation.plan
     assert (plan.seeds, plan.subseeds) == ([3, 3, 3], [8, 9, 10])
@@ -96,13 +96,13 @@ def test_a_batch_of_variations_keeps_the_seed_and_counts_the_variation_seed(serv
     assert (several.generation.plan.seeds, several.generation.plan.subseeds) == ([3, 4], [8, 9])
 
 
-def test_a_variation_towards_the_same_seed_is_the_seed(service: DiffusionService) -> None:
+def test_variation_toward_the_same_seed_changes_nothing(service: DiffusionService) -> None:
     images = made(service, seed=8, subseed=7, subseed_strength=0.3, num_images=2).images
     assert largest_difference(images[1], made(service, seed=8).image) <= 2
     assert images[0].tobytes() != images[1].tobytes()
 
 
-def test_variation_seeds_of_automatic1111(service: DiffusionService) -> None:
+def test_automatic1111_variation_seeds_are_restored(service: DiffusionService) -> None:
     settings = "Steps: 4, Sampler: Euler, CFG scale: 2, Seed: 3, Size: 64x64, Model: shapes-sd15, "
     settings += "Variation seed: 8, Variation seed strength: 0.2, Tiling: True"
     restored = service.restore(parameters=f"{PROMPT}\n{settings}").restored
@@ -110,7 +110,7 @@ def test_variation_seeds_of_automatic1111(service: DiffusionService) -> None:
     assert restored.request["seamless"] == "both" and restored.lost is None
 
 
-def test_a_drawn_variation_seed_is_in_the_plan_and_one_without_strength_is_noted(service: DiffusionService) -> None:
+def test_variation_seed_planning_and_validation(service: DiffusionService) -> None:
     plan = service.plan(prompt=PROMPT, subseed_strength=0.5).plan
     assert plan.subseeds != plan.seeds
     unused = service.plan(prompt=PROMPT, subseed=4)
@@ -123,7 +123,7 @@ def test_a_drawn_variation_seed_is_in_the_plan_and_one_without_strength_is_noted
 
 
 @pytest.mark.parametrize("model", ["shapes-sd15", pytest.param("shapes-sdxl", marks=pytest.mark.slow)])
-def test_a_rolled_noise_gives_a_rolled_image(service: DiffusionService, model: str) -> None:
+def test_seamless_generation_is_shift_equivariant(service: DiffusionService, model: str) -> None:
     size = {"width": 128, "height": 128, "model": model}
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     plain = made(service, **size, latents=noise).image
@@ -139,7 +139,7 @@ def test_a_rolled_noise_gives_a_rolled_image(service: DiffusionService, model: s
     assert made(service, **size, latents=noise).image.tobytes() == plain.tobytes()
 
 
-def test_a_seamless_image_has_no_seam(service: DiffusionService) -> None:
+def test_seamless_images_tile_and_are_restored(service: DiffusionService) -> None:
     def seam(image: Image.Image) -> float:
         pixels = np.asarray(image, dtype=float)
         return float(np.abs(pixels[:, 0] - pixels[:, -1]).mean())
@@ -175,7 +175,9 @@ def test_a_seamless_image_has_no_seam(service: DiffusionService) -> None:
         ({"model": "shapes-flux", "guider": {"method": "apg"}, "true_cfg_scale": 3}, "guider", "negative prompt"),
     ],
 )
-def test_what_would_be_ignored_is_refused(service: DiffusionService, fields: dict, field: str, said: str) -> None:
+def test_conflicting_or_unsupported_options_are_rejected(
+    service: DiffusionService, fields: dict, field: str, said: str
+) -> None:
     refused = service.plan(prompt=PROMPT, **fields)
     assert refused.errors and refused.errors[0].field == field and said in refused.errors[0].message, refused.errors
 
@@ -191,7 +193,7 @@ NEUTRAL = {
 
 @pytest.mark.parametrize("model", ["shapes-sd15", pytest.param("shapes-sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["apg", "cfg_zero_star", "pag", "freeu"])
-def test_a_guider_draws_what_was_asked_for_and_is_restored(service: DiffusionService, model: str, method: str) -> None:
+def test_guiders_match_the_prompt_and_are_restored(service: DiffusionService, model: str, method: str) -> None:
     usual = {"model": model, "seed": 3, "width": 128, "height": 128, "num_inference_steps": 12}
     plain = made(service, **usual).image
     if method in NEUTRAL:
@@ -206,7 +208,7 @@ def test_a_guider_draws_what_was_asked_for_and_is_restored(service: DiffusionSer
 
 
 @pytest.mark.parametrize("method", ["apg", "cfg_zero_star"])
-def test_a_guider_of_flux(service: DiffusionService, method: str) -> None:
+def test_guiders_work_with_true_cfg_of_flux(service: DiffusionService, method: str) -> None:
     usual = {"model": "shapes-flux", "seed": 3, "scheduler": None, "negative_prompt": "blue", "true_cfg_scale": 2.5}
     plain = made(service, **usual).image
     neutral = {"eta": 1} if method == "apg" else {"zero_init_steps": 0}
@@ -220,21 +222,21 @@ def test_perturbed_attention_works_without_guidance(service: DiffusionService) -
     assert plain.tobytes() != moved.tobytes()
 
 
-def test_images_with_guiders_are_the_same_in_a_batch(service: DiffusionService) -> None:
+def test_guiders_give_the_same_images_in_a_batch(service: DiffusionService) -> None:
     for method in ("apg", "cfg_zero_star", "pag", "freeu"):
         both = made(service, seed=3, num_images=2, guider={"method": method}).images
         alone = made(service, seed=4, guider={"method": method}).image
         assert largest_difference(both[1], alone) <= 2, method
 
 
-def test_the_command_line_names_variations_apart(tmp_path: Path) -> None:
+def test_command_line_file_names_include_the_variation_seed(tmp_path: Path) -> None:
     command = ["generate", "a red circle", "--model", "shapes-sd15", "--steps", "1", "--seed", "3", "--num-images", "2"]
     command += ["--subseed", "8", "--subseed-strength", "0.2", "-o", str(tmp_path)]
     assert main(command) == 0
     assert sorted(path.stem[-2:] for path in tmp_path.glob("*.png")) == ["-8", "-9"]
 
 
-def test_a_variation_beside_a_control_whose_map_is_encoded(service: DiffusionService, start: Image.Image) -> None:
+def test_variations_work_with_a_vae_encoded_control_map(service: DiffusionService, start: Image.Image) -> None:
     control = {"model": "canny", "image": start, "preprocessing": {"name": "canny"}}
     fields = {"model": "shapes-flux", "scheduler": None, "controlnets": [control], "image": start, "strength": 0.8}
     shares = (0, 0.1, 1)

@@ -1,4 +1,4 @@
-"""The panel as an app: Voilà serves `nbs/tutorials/panel.ipynb`, and a visitor generates an image in Chromium."""
+"""The panel as a Voilà app: `nbs/tutorials/panel.ipynb` generates an image in Chromium."""
 
 import base64
 import io
@@ -29,8 +29,8 @@ SHOWN_FILE = """async (image) => {
 
 
 @contextmanager
-def running_voila(notebook: Path, **options: Sequence[str]) -> Iterator[str]:  # the address of the app
-    "Voilà with one notebook, on a free port of this machine."
+def running_voila(notebook: Path, **options: Sequence[str]) -> Iterator[str]:  # the URL of the app
+    "Run Voilà with a notebook on a free local port."
     port = free_port()
     base = f"http://127.0.0.1:{port}"
     command = [
@@ -41,7 +41,7 @@ def running_voila(notebook: Path, **options: Sequence[str]) -> Iterator[str]:  #
         f"--port={port}",
         "--Voila.port_retries=0",
     ]
-    static = f"{base}/voila/templates/base/static/voila.js"  # to ask for the app itself would start a kernel
+    static = f"{base}/voila/templates/base/static/voila.js"  # requesting the app itself would start a kernel
     with running(command, notebook.parent, static, **options):
         yield base
 
@@ -69,21 +69,21 @@ def page():
 
 
 def shown_file(page) -> bytes:
-    "The image file that the visitor sees."
+    "The displayed image file."
     return base64.b64decode(page.locator("img.dw-image").evaluate(SHOWN_FILE))
 
 
-def test_a_visitor_generates_an_image(page, app: str) -> None:
+def test_voila_app_generates_an_image(page, app: str) -> None:
     page.goto(app)
     expect(page.locator(".dw-panel")).to_be_visible()
     expect(page.get_by_role("heading", level=1)).to_contain_text("Shapes")
-    assert page.locator("pre, .jp-InputArea-editor").count() == 0  # no code
+    assert page.locator("pre, .jp-InputArea-editor").count() == 0  # code cells are hidden
 
     page.locator(".dw-field-prompt textarea").fill(PROMPT)
     page.locator("button.dw-generate").click()
     expect(page.locator(".dw-gallery li")).to_have_count(1)
     expect(page.locator(".dw-status")).to_contain_text("done, 1 image")
-    expect(page.locator("img.dw-image.dw-emerging")).to_have_count(0)  # no preview any more
+    expect(page.locator("img.dw-image.dw-emerging")).to_have_count(0)  # the preview has been replaced
 
     data = shown_file(page)
     reading = read_scene(Image.open(io.BytesIO(data)))

@@ -1,4 +1,4 @@
-"""The page in a real Chromium, on the real server with the built-in model."""
+"""The web page in Chromium, with a real server and the built-in model."""
 
 import base64
 import io
@@ -46,7 +46,7 @@ PROMPT = "a red circle left of a blue square on a white background"
 RECEIPTS = ROOT / "tests" / "receipts_v1"  # images of an earlier version
 
 
-# --- a browser, and hands to use it -----------------------------------------
+# --- browser helpers --------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, server: str) -> Iterator[Page]:
-    "The page with nothing in its storage; what it writes to the console as an error fails the test."
+    "The page with empty browser storage; uncaught JavaScript errors fail the test."
     context = browser.new_context(
         viewport={"width": 1280, "height": 860}, permissions=["clipboard-read", "clipboard-write"]
     )
@@ -96,14 +96,14 @@ def choose_image(page: Page, path: str, image: Image.Image) -> None:
 
 
 def generate(page: Page, count: int = 1) -> bytes:
-    "Press the button, wait until the gallery has `count` images, and give the file that is shown."
+    "Press Generate, wait until the gallery has `count` images, and return the displayed file."
     page.get_by_role("button", name="Generate").click()
     expect(page.locator(".thumbs li")).to_have_count(count)
     return shown_file(page)
 
 
 def shown_file(page: Page) -> bytes:
-    "The file of the image on the stage."
+    "The file of the image displayed on the stage."
     expect(page.locator(".frame > img[src^='blob:']")).to_be_visible()
     read = """async image => {
         const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
@@ -129,11 +129,11 @@ def scene() -> Image.Image:
     return image
 
 
-# --- what the issue asks of the page ----------------------------------------
+# --- main features ----------------------------------------------------------
 
 
-def test_make(page: Page, server: str) -> None:
-    "From a prompt to an image, with a live preview; the image shows what the prompt says, and survives a reload."
+def test_generate_shows_preview_and_image(page: Page, server: str) -> None:
+    "A prompt gives a live preview and an image that matches it; image and form survive a reload."
     fill(page, prompt=PROMPT, num_inference_steps=150, seed=3, preview_interval=1)
     page.keyboard.press("Control+Enter")
     expect(page.locator(".frame img[alt^='Preview']")).to_be_visible()
@@ -152,7 +152,7 @@ def test_make(page: Page, server: str) -> None:
     assert read_metadata(shown_file(page)).plan == plan
 
 
-def test_cancel(page: Page) -> None:
+def test_escape_cancels_a_generation(page: Page) -> None:
     fill(page, prompt=PROMPT, num_inference_steps=150, num_images=8)
     page.keyboard.press("Control+Enter")
     expect(page.locator(".progress .state")).to_have_text(re.compile(r"Step \d+ of 150"))
@@ -164,7 +164,7 @@ def test_cancel(page: Page) -> None:
     assert read_metadata(generate(page)).plan.num_inference_steps == 2
 
 
-def test_inpaint_with_a_painted_mask(page: Page) -> None:
+def test_inpainting_changes_only_the_painted_mask(page: Page) -> None:
     fill(page, prompt=PROMPT, num_inference_steps=20, seed=1)
     unfold(page, "Image and mask")
     choose_image(page, "image", scene())
@@ -190,8 +190,8 @@ def test_inpaint_with_a_painted_mask(page: Page) -> None:
     assert changed[painted == 255].mean() > 20, "what was painted has not changed"
 
 
-def test_control(page: Page) -> None:
-    "The map is shown before anything is generated, it is the one that the server makes, and it guides the image."
+def test_control_map_is_previewed_and_guides_the_image(page: Page) -> None:
+    "The control map is displayed before generation, and the circle is generated where the map has it."
     fill(page, prompt="a red circle on a white background", num_inference_steps=20, seed=1)
     unfold(page, "ControlNet")
     page.get_by_role("button", name="Add a control").click()
@@ -229,8 +229,8 @@ def bring(page: Page, data: bytes, kind: str = "png", way: str = "drop") -> None
 
 
 @pytest.mark.parametrize(("kind", "way"), [("png", "drop"), ("jpeg", "paste"), ("webp", "drop")])
-def test_restore_from_an_image(page: Page, server: str, kind: str, way: str) -> None:
-    "An image that was generated elsewhere is dropped or pasted on the page, which then makes the same pixels."
+def test_dropped_or_pasted_image_restores_its_settings(page: Page, server: str, kind: str, way: str) -> None:
+    "After an image from the API is dropped or pasted, the page generates the same pixels."
     with Client(server) as client:
         asked = dict(
             prompt="a green star on a navy background",
@@ -257,8 +257,8 @@ def test_restore_from_an_image(page: Page, server: str, kind: str, way: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])
-def test_restore_from_an_image_of_an_earlier_version(page: Page, kind: str) -> None:
-    "Settings that had other names then are in the fields of today, and the request is one of today."
+def test_image_of_an_earlier_version_restores_its_settings(page: Page, kind: str) -> None:
+    "Renamed settings are restored to the current fields, and the request uses the current schema."
     bring(page, (RECEIPTS / f"everything_unet.{kind}").read_bytes(), kind, "drop")
     expect(page.locator(".status")).to_have_text("Settings restored.")
     values = {
@@ -275,8 +275,8 @@ def test_restore_from_an_image_of_an_earlier_version(page: Page, kind: str) -> N
     assert (plan.step_cache.method.value, plan.memory.vae_tiling) == ("deep_features", True)
 
 
-def test_an_image_of_a_newer_version(page: Page) -> None:
-    "It says why its settings are not restored."
+def test_image_of_a_newer_version_shows_an_error(page: Page) -> None:
+    "The status explains why its settings are not restored."
     info, buffer = PngInfo(), io.BytesIO()
     info.add_text(PLAN_KEY, '{"plan_version": 99, "prompt": "a"}')
     Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=info)
@@ -284,8 +284,8 @@ def test_an_image_of_a_newer_version(page: Page) -> None:
     expect(page.locator(".status")).to_contain_text("newer version of diffusion_workers: plan_version is 99")
 
 
-def test_a_form_that_an_earlier_version_has_stored(page: Page) -> None:
-    "The browser keeps the form; after an update its settings are those of today."
+def test_form_stored_by_an_earlier_version_is_migrated(page: Page) -> None:
+    "After an update, settings stored in the browser are converted to the current fields."
     fill(page, prompt=PROMPT)
     old = {
         "prompt": PROMPT,
@@ -313,8 +313,8 @@ def test_a_form_that_an_earlier_version_has_stored(page: Page) -> None:
         expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
 
 
-def test_restore_from_another_program(page: Page) -> None:
-    "Settings of another program replace the form: what it held before is gone, and what cannot be restored is listed."
+def test_settings_of_another_program_replace_the_form(page: Page) -> None:
+    "Previous settings are cleared, and settings that cannot be restored are listed."
     fill(page, prompt=PROMPT, negative_prompt="blurry")
     unfold(page, "LoRA")
     page.get_by_role("button", name="Add a LoRA").or_(page.get_by_role("button", name="+ other")).first.click()
@@ -348,7 +348,7 @@ SETTINGS = (
 
 
 def foreign_file(kind: str) -> bytes:
-    "The settings in a file as other programs write it."
+    "An image file with the settings as other programs write them."
     buffer, exif = io.BytesIO(), Image.Exif()
     if kind == "png":
         settings = {"prompt": "a green star", "negative_prompt": "grain", "steps": 7, "guidance_scale": 2.5}
@@ -365,8 +365,8 @@ def foreign_file(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp", "png"])
-def test_nothing_of_the_former_form_stays(page: Page, kind: str) -> None:
-    "Whatever file the settings come in, negative prompt, LoRAs and controls of before are gone, and seeds are exact."
+def test_foreign_metadata_resets_the_previous_form(page: Page, kind: str) -> None:
+    "With each file type, previous LoRAs, controls and negative prompt are cleared, and large seeds keep every digit."
     fill(page, prompt=PROMPT, negative_prompt="blurry", num_inference_steps=30, clip_skip=1)
     unfold(page, "LoRA")
     page.get_by_role("button", name="Add a LoRA").or_(page.get_by_role("button", name="+ other")).first.click()
@@ -391,8 +391,8 @@ def test_nothing_of_the_former_form_stays(page: Page, kind: str) -> None:
         expect(page.locator(f'[data-path="{name}"]')).to_have_value(value)
 
 
-def test_a_graph_without_known_settings(page: Page) -> None:
-    "The page does not claim to have restored anything, and the form stays."
+def test_unsupported_comfyui_graph_leaves_the_form_unchanged(page: Page) -> None:
+    "The status says that no settings were restored, and the form is unchanged."
     fill(page, prompt=PROMPT)
     info, buffer = PngInfo(), io.BytesIO()
     info.add_text("prompt", '{"3": {"class_type": "VideoMaker", "inputs": {}}}')
@@ -402,8 +402,8 @@ def test_a_graph_without_known_settings(page: Page) -> None:
     expect(page.locator("[data-path=prompt]")).to_have_value(PROMPT)
 
 
-def test_a_large_seed_is_not_rounded(page: Page) -> None:
-    "A seed that JavaScript cannot hold is refused with all its digits, not replaced by its neighbor."
+def test_seed_beyond_the_javascript_limit_is_not_rounded(page: Page) -> None:
+    "A seed that JavaScript cannot represent exactly is rejected and keeps all its digits."
     fill(page, prompt=PROMPT, num_inference_steps=2, seed="18446744073709551615")
     page.get_by_role("button", name="Generate").click()
     seed = page.locator("[data-path=seed]")
@@ -411,8 +411,8 @@ def test_a_large_seed_is_not_rounded(page: Page) -> None:
     expect(seed).to_have_value("18446744073709551615")
 
 
-def test_token_is_asked_for(browser: Browser, quick_python: tuple[str, ...], tmp_path) -> None:
-    "A server with a token: the page says so, takes the token, and works, its documentation and folder too."
+def test_page_asks_for_the_server_token(browser: Browser, quick_python: tuple[str, ...], tmp_path) -> None:
+    "With a valid token the page, its API documentation and the server folder work; invalid tokens get an error."
     variables = {"DIFFUSION_WORKERS_TOKEN": "a-secret-word", "DIFFUSION_WORKERS_OUTPUTS": str(tmp_path)}
     with running_server(quick_python, **variables) as url:
         shown = browser.new_context().new_page()
@@ -438,7 +438,7 @@ def test_token_is_asked_for(browser: Browser, quick_python: tuple[str, ...], tmp
 
 
 def check_folder(page: Page, made: bytes) -> None:
-    "The folder has what was made; it is searched, starred, deleted and brought back."
+    "The server folder lists the image, which can be found, starred, deleted, restored and downloaded."
     page.get_by_role("button", name="Server folder").click()
     thumbs = page.locator(".thumbs li")
     expect(thumbs).to_have_count(1)
@@ -463,16 +463,16 @@ def check_folder(page: Page, made: bytes) -> None:
         assert [archive.read(name) for name in archive.namelist()] == [made]
 
 
-def test_profile(page: Page) -> None:
-    "The profiles of the model are offered, and what one does is in the receipt."
+def test_profile_is_recorded_in_the_metadata(page: Page) -> None:
+    "A profile of the model can be selected, and its settings are in the image metadata."
     fill(page, prompt=PROMPT)
     page.locator("[data-path=profile]").select_option("fast")
     plan = read_metadata(generate(page)).plan
     assert (plan.profile, plan.num_inference_steps, plan.acceleration.vae_dtype.value) == ("fast", 2, "bfloat16")
 
 
-def test_error_at_the_field(page: Page) -> None:
-    "An error is shown at its field, announced to screen readers, takes the focus, and disappears when it is fixed."
+def test_errors_are_shown_at_their_field(page: Page) -> None:
+    "An error is linked to its field for screen readers, moves the focus there, and disappears once fixed."
     fill(page, prompt=PROMPT, num_inference_steps=2, width=100)
     unfold(page, "Image and mask")
     page.get_by_role("button", name="Generate").click()
@@ -487,8 +487,8 @@ def test_error_at_the_field(page: Page) -> None:
     assert Image.open(io.BytesIO(generate(page))).size == (96, 128)
 
 
-def test_a_prompt_is_counted_marked_and_completed(page: Page) -> None:
-    "By the tokenizer of the chosen model; names of its LoRAs become entries, and Ctrl+Up gives a word a weight."
+def test_prompt_token_count_highlighting_and_completion(page: Page) -> None:
+    "Tokens are counted by the model's tokenizer; completed LoRA names are added to the form; Ctrl+Up weights a word."
     prompt, note = page.get_by_label("Prompt", exact=True), page.locator(".dw-prompt-note").first
     prompt.fill("a (red:1.2) circle")
     expect(note).to_contain_text("9 of 30 tokens")
@@ -511,8 +511,8 @@ def test_a_prompt_is_counted_marked_and_completed(page: Page) -> None:
     expect(prompt).to_have_value("a red (circle:1.1)")
 
 
-def test_an_example_prompt_is_a_click_away(page: Page) -> None:
-    "The prompts that the manifest of the chosen model names; they go once something else is typed."
+def test_example_prompts_fill_the_prompt(page: Page) -> None:
+    "Example prompts come from the manifest of the model and disappear once another prompt is typed."
     fill(page, prompt="")
     examples = page.get_by_role("group", name="Example prompts").get_by_role("button")
     expect(examples).to_have_count(4)
@@ -523,8 +523,8 @@ def test_an_example_prompt_is_a_click_away(page: Page) -> None:
     expect(examples).to_have_count(0)
 
 
-def test_grid_and_comparison(page: Page) -> None:
-    "A grid of two parameters with one seed; two of its images under a slider, with what differs."
+def test_xy_grid_and_image_comparison(page: Page) -> None:
+    "A grid of two parameters uses one seed; a slider compares two images and a table lists the differences."
     fill(page, prompt=PROMPT)
     page.get_by_role("button", name="X/Y grid").click()
     page.get_by_label("Values of the X axis").fill("2:4:2")
@@ -553,8 +553,8 @@ def test_grid_and_comparison(page: Page) -> None:
     ).getbbox()
 
 
-def test_copied_requests_run(page: Page, server: str, tmp_path) -> None:
-    "What is copied as JSON, as curl and as Python makes the image that the page makes."
+def test_copied_requests_reproduce_the_image(page: Page, server: str, tmp_path) -> None:
+    "Requests copied as JSON, curl and Python generate the same pixels as the page."
     fill(page, prompt='a "red" circle, it\'s on a white background', num_inference_steps=3, seed=5)
     wanted = pixels(generate(page))
     copied = {}
@@ -573,8 +573,8 @@ def test_copied_requests_run(page: Page, server: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_screen(browser: Browser, server: str, scheme: str) -> None:
-    "At 400 pixels nothing sticks out, the button is in sight, and text has contrast enough in both color schemes."
+def test_layout_fits_a_narrow_screen(browser: Browser, server: str, scheme: str) -> None:
+    "At 400 pixels nothing overflows, Generate is visible, controls have names, and text has a contrast of at least 7."
     context = browser.new_context(viewport={"width": 400, "height": 800}, color_scheme=scheme)
     page = context.new_page()
     open_page(page, server)
@@ -595,7 +595,7 @@ def test_narrow_screen(browser: Browser, server: str, scheme: str) -> None:
 
 
 def contrast(first: list[float], second: list[float]) -> float:
-    "The contrast ratio of WCAG 2 of two sRGB colors."
+    "The WCAG 2 contrast ratio of two sRGB colors."
     linear = [
         [part / 255 / 12.92 if part / 255 <= 0.04045 else ((part / 255 + 0.055) / 1.055) ** 2.4 for part in color]
         for color in (first, second)
@@ -608,7 +608,7 @@ def contrast(first: list[float], second: list[float]) -> float:
 
 
 def test_preprocessor_parameters_have_sliders(page: Page) -> None:
-    "A parameter with bounds has a slider with the server's bounds, and both ends of the pair follow each other."
+    "A parameter with bounds has a slider with the server's bounds, which updates the field."
     fill(page, prompt=PROMPT)
     unfold(page, "ControlNet")
     page.get_by_role("button", name="Add a control").click()
@@ -618,8 +618,8 @@ def test_preprocessor_parameters_have_sliders(page: Page) -> None:
     expect(page.locator('[data-path="controlnets[0].preprocessing.parameters.low_threshold"]')).to_have_value("40")
 
 
-def test_required_fields_turn_red_late(page: Page) -> None:
-    "A control without an image is not an error while it is being filled in; leaving the field or Generate shows it."
+def test_missing_required_fields_are_marked_only_on_generate(page: Page) -> None:
+    "A new control without an image is not marked as an error until Generate is pressed."
     fill(page, prompt=PROMPT)
     unfold(page, "ControlNet")
     page.get_by_role("button", name="Add a control").click()
@@ -632,8 +632,8 @@ def test_required_fields_turn_red_late(page: Page) -> None:
     expect(page.locator("details.section .badge.wrong")).to_have_count(0)
 
 
-def test_any_lora_may_be_named(page: Page) -> None:
-    "Names are suggested, others can be typed; trigger words are shown and added by a click."
+def test_lora_names_are_suggested_but_not_restricted(page: Page) -> None:
+    "LoRA names are suggested, but any can be typed; a click on a trigger word adds it to the prompt."
     fill(page, prompt=PROMPT)
     unfold(page, "LoRA")
     page.get_by_role("button", name="+ heart").click()
@@ -651,8 +651,8 @@ def test_any_lora_may_be_named(page: Page) -> None:
     page.locator('[data-path="controlnets[0].model"]').fill("someone/another-controlnet")
 
 
-def test_sizes(page: Page) -> None:
-    "Presets keep the area of the model, Swap turns them, and the buttons follow."
+def test_size_presets_and_swap(page: Page) -> None:
+    "Presets keep the model's default area, Swap exchanges width and height, and the active preset is marked."
     page.get_by_role("button", name="4:3").click()
     width, height = (page.locator(f"[data-path={name}]") for name in ("width", "height"))
     expect(width).to_have_value("144")
@@ -662,8 +662,8 @@ def test_sizes(page: Page) -> None:
     expect(page.get_by_role("button", name="3:4")).to_have_attribute("aria-pressed", "true")
 
 
-def test_only_fields_of_the_model(page: Page) -> None:
-    "A field without effect on the chosen model is not there; one that is set stays."
+def test_form_shows_only_fields_of_the_model(page: Page) -> None:
+    "Fields without effect on the selected model are hidden, unless they have a value."
     fill(page, clip_skip=1)
     page.locator("[data-path=model]").select_option("shapes-flux")
     unfold(page, "All parameters")
@@ -675,8 +675,8 @@ def test_only_fields_of_the_model(page: Page) -> None:
     expect(page.locator("[data-path=true_cfg_scale]")).to_have_count(0)
 
 
-def test_models_that_are_not_here(page: Page) -> None:
-    "The list says it, and so does the place above Generate, with the license."
+def test_models_not_downloaded_show_size_and_license(page: Page) -> None:
+    "The model list shows the download, and the note above Generate also shows the license."
     page.locator("[data-path=model]").select_option("sdxl-base-1.0")
     expect(page.locator(".weights")).to_contain_text(re.compile("downloads about 7 GB|not on the server"))
     expect(page.locator(".weights")).to_contain_text("License: CreativeML Open RAIL++-M")
@@ -696,7 +696,7 @@ DROP_FILES = """(place, files) => {
 
 @pytest.fixture(scope="module")
 def editing_server(quick_python: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    "A server that has a tiny model which edits by instruction."
+    "A server with a tiny instruction-based editing model and a tiny Redux model."
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(folder, ModelFamily.flux2)
     write_tiny_model(folder, ModelFamily.flux, "redux", ModelKind.redux)
@@ -704,8 +704,8 @@ def editing_server(quick_python: tuple[str, ...], tmp_path_factory: pytest.TempP
         yield url
 
 
-def test_reference_images(browser: Browser, editing_server: str) -> None:
-    "Several by one drop, moved by drag and by keyboard, kept over a reload, and a result is used as one."
+def test_reference_images_workflow(browser: Browser, editing_server: str) -> None:
+    "Add by drop and file chooser, reorder by drag and keyboard, reload, reuse a result, restore an edit, set weights."
     needs(AXE.is_file(), "axe-core is not installed: ./build.sh packages page")
     context = browser.new_context(viewport={"width": 1280, "height": 860}, color_scheme="light")
     context.set_default_timeout(PATIENCE * 1000)
@@ -718,7 +718,7 @@ def test_reference_images(browser: Browser, editing_server: str) -> None:
     unfold(page, "Reference images")
     expect(section.locator("summary")).to_contain_text("0 of at most 4")
     place, items = page.locator(".references"), page.locator(".references ol > li")
-    bring(page, png(Image.new("RGB", (64, 64), "gold")))  # this model starts from no image
+    bring(page, png(Image.new("RGB", (64, 64), "gold")))  # this model does not support a start image
     expect(page.locator(".status")).to_have_text("The image is reference image 1 now.")
     place.get_by_role("button", name="Remove: reference image 1").click()
     expect(items).to_have_count(0)
@@ -781,7 +781,7 @@ def test_reference_images(browser: Browser, editing_server: str) -> None:
         place.get_by_role("button", name="Remove: reference image 1").click()
     expect(section).to_have_count(0)
 
-    # an edit from elsewhere: refused without its references, the same pixels with them, text to image on request
+    # restore an edit: rejected without its references, same pixels with them, text to image on request
     with Client(editing_server) as client:
         asked = {"model": "flux2", "prompt": "blue", "num_inference_steps": 2}
         asked["reference_images"] = [file(80), file(64)]
@@ -803,7 +803,7 @@ def test_reference_images(browser: Browser, editing_server: str) -> None:
     expect(missing).to_have_count(0)
     assert read_metadata(generate(page, 3)).plan.task == "text_to_image"
 
-    # weights, where the model mixes its references
+    # weights for a model that blends its references
     page.locator("[data-path=model]").select_option("redux")
     fill(page, width=64, height=64)
     page.set_input_files('[data-image="reference_images"]', chosen)
@@ -818,11 +818,11 @@ def test_reference_images(browser: Browser, editing_server: str) -> None:
     assert not any(found.values()), json.dumps(found, indent=1)
 
 
-# --- several tabs --------------------------------------------------------------
+# --- multiple tabs -------------------------------------------------------------
 
 
-def test_two_tabs(page: Page, server: str) -> None:
-    "Each tab has its own form; galleries follow each other; a deletion takes no input of another tab."
+def test_tabs_share_the_gallery_but_not_the_form(page: Page, server: str) -> None:
+    "Each tab has its own form; galleries are synchronized; deleting an image keeps it as an input in another tab."
     other = page.context.new_page()
     open_page(other, server)
     fill(page, prompt=PROMPT, num_inference_steps=2)
@@ -841,8 +841,8 @@ def test_two_tabs(page: Page, server: str) -> None:
     expect(page.locator("img[alt^='Start image']")).to_have_count(0)
 
 
-def test_what_is_deleted_comes_back(page: Page) -> None:
-    "An image by Ctrl+Z, all images and the form by the button beside the message."
+def test_deletions_can_be_undone(page: Page) -> None:
+    "Restore one image with Ctrl+Z, and all images and the form with the Undo button."
     fill(page, prompt=PROMPT, num_inference_steps=2, num_images=2)
     page.keyboard.press("Control+Enter")
     thumbs = page.locator(".thumbs li")
@@ -867,8 +867,8 @@ def test_what_is_deleted_comes_back(page: Page) -> None:
 # --- the stage -------------------------------------------------------------------
 
 
-def test_batch_viewer_and_search(page: Page, tmp_path) -> None:
-    "A batch is a grid; one of it can be zoomed, starred and found; all that match come in one ZIP file."
+def test_batch_grid_viewer_search_and_zip_download(page: Page, tmp_path) -> None:
+    "Batch images can be zoomed, panned, starred and found; those that match are downloaded as a ZIP file."
     fill(page, prompt=PROMPT, num_inference_steps=2, num_images=2, seed=4)
     page.keyboard.press("Control+Enter")
     expect(page.locator(".batch img")).to_have_count(2)
@@ -906,7 +906,7 @@ def test_batch_viewer_and_search(page: Page, tmp_path) -> None:
     expect(page.locator(".batch img")).to_have_count(2)
 
 
-def test_a_refused_request_leaves_the_image(page: Page) -> None:
+def test_rejected_request_keeps_the_displayed_image(page: Page) -> None:
     fill(page, prompt=PROMPT, num_inference_steps=2)
     made = generate(page)
     fill(page, width=100)
@@ -915,7 +915,7 @@ def test_a_refused_request_leaves_the_image(page: Page) -> None:
     assert shown_file(page) == made
 
 
-def test_a_file_that_is_no_image(page: Page) -> None:
+def test_dropped_file_that_is_not_an_image_shows_an_error(page: Page) -> None:
     bring(page, b"some notes", "text/plain")
     expect(page.locator(".status")).to_have_text("star.plain is not an image: drop a PNG, JPEG or WebP file.")
     bring(page, b"not really a PNG")
@@ -931,8 +931,8 @@ def test_cancel_all(page: Page) -> None:
     expect(page.locator(".thumbs li")).to_have_count(0)
 
 
-def test_a_server_that_is_gone(page: Page) -> None:
-    "The page shows it without a click, and goes on when the server is back."
+def test_page_reconnects_to_an_unreachable_server(page: Page) -> None:
+    "The page shows the lost connection without user action, and recovers when the server is back."
     fill(page, prompt=PROMPT)
     page.context.set_offline(True)
     expect(page.get_by_role("alert")).to_have_text("The server does not answer. Trying again …")
@@ -942,8 +942,8 @@ def test_a_server_that_is_gone(page: Page) -> None:
     expect(page.locator(".banner")).to_have_count(0)
 
 
-def test_three_axes(page: Page) -> None:
-    "A text in the prompt is replaced by each value, and headings say what differs."
+def test_grid_with_prompt_search_and_replace_and_z_axis(page: Page) -> None:
+    "Search and replace inserts each value into the prompt; captions show the Z value."
     fill(page, prompt=PROMPT, num_inference_steps=2)
     page.get_by_role("button", name="X/Y grid").click()
     page.get_by_label("Parameter of the X axis").select_option(label="Prompt: search and replace")
@@ -964,8 +964,8 @@ def test_three_axes(page: Page) -> None:
     assert (plan.prompt, plan.num_inference_steps) == (PROMPT.replace("red", "green"), 2)
 
 
-def test_mask_by_keyboard(page: Page) -> None:
-    "Open, paint, erase, fill, undo, redo and finish without a mouse."
+def test_mask_editor_works_with_the_keyboard(page: Page) -> None:
+    "Open, paint, fill, undo, redo, change the mask color and finish without a mouse."
     fill(page, prompt=PROMPT)
     unfold(page, "Image and mask")
     choose_image(page, "image", scene())
@@ -993,7 +993,7 @@ def test_mask_by_keyboard(page: Page) -> None:
     page.keyboard.press("Control+z")
     page.locator("input[type=color]").fill("#00ff00")
     color = "document.querySelector('.mask-image canvas').getContext('2d').getImageData(80, 64, 1, 1).data"
-    page.wait_for_function(f"String({color}.slice(0, 3)) === '0,255,0'")  # it is painted with the next frame
+    page.wait_for_function(f"String({color}.slice(0, 3)) === '0,255,0'")  # redrawn in the next frame
     page.get_by_role("button", name="Done").focus()
     page.keyboard.press("Enter")
     mask = page.locator("img[alt^='Mask']")
@@ -1001,8 +1001,8 @@ def test_mask_by_keyboard(page: Page) -> None:
     assert painted[64, 80] == 255 and painted[2, 2] == 0
 
 
-def test_mask_by_touch_and_pen(browser: Browser, server: str) -> None:
-    "A finger paints, a second one takes that back and zooms, and a pen that is pressed less paints a thinner line."
+def test_mask_editor_works_with_touch_and_pen(browser: Browser, server: str) -> None:
+    "One finger paints, a second one undoes that stroke and zooms, and light pen pressure makes a smaller dab."
     context = browser.new_context(viewport={"width": 400, "height": 800}, has_touch=True)
     context.set_default_timeout(PATIENCE * 1000)
     page = context.new_page()
@@ -1049,13 +1049,13 @@ def test_mask_by_touch_and_pen(browser: Browser, server: str) -> None:
     context.close()
 
 
-# --- for everybody ------------------------------------------------------------
+# --- accessibility ------------------------------------------------------------
 
 AXE = ROOT / "web_gen_client" / "node_modules" / "axe-core" / "axe.min.js"
 
 
 def violations(page: Page) -> list[str]:
-    "What axe-core finds on the page as it is."
+    "The violations that axe-core finds in the current state of the page."
     if not page.evaluate("'axe' in window"):
         page.add_script_tag(path=AXE)
     found = page.evaluate("async () => (await axe.run({ resultTypes: ['violations'] })).violations")
@@ -1065,8 +1065,8 @@ def violations(page: Page) -> list[str]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(browser: Browser, server: str, scheme: str) -> None:
-    "In each state of the page."
+def test_axe_finds_no_accessibility_violations(browser: Browser, server: str, scheme: str) -> None:
+    "Check the main states of the page in both color schemes."
     needs(AXE.is_file(), "axe-core is not installed: ./build.sh packages page")
     context = browser.new_context(viewport={"width": 1280, "height": 860}, color_scheme=scheme)
     context.set_default_timeout(PATIENCE * 1000)
@@ -1107,7 +1107,7 @@ def test_axe_finds_nothing(browser: Browser, server: str, scheme: str) -> None:
     page.get_by_label("Values of the Y axis").fill("1")
     page.get_by_role("button", name="Make the grid").click()
     expect(page.locator("button.cell")).to_have_count(1)
-    expect(page.locator(".cell.failed")).to_have_count(1)  # one step of a start image is none
+    expect(page.locator(".cell.failed")).to_have_count(1)  # with a start image, one step leaves none to run
     found["grid"] = violations(page)
     page.set_viewport_size({"width": 400, "height": 800})
     found["narrow"] = violations(page)

@@ -1,4 +1,4 @@
-"""The panels in JupyterLab in Chromium, with the built-in model: one session, as a user goes through it."""
+"""The panels in JupyterLab in Chromium, with the built-in model."""
 
 import base64
 import io
@@ -141,7 +141,7 @@ COMFY = {
     "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0], "vae": ["1", 2]}},
     "7": {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "made"}},
 }
-FOREIGN = {  # program: its text in a PNG, what the fields show, what is listed as lost
+FOREIGN = {  # program: its PNG metadata, expected field values, settings listed as lost
     "AUTOMATIC1111": (
         {"parameters": AUTOMATIC1111},
         {
@@ -166,7 +166,7 @@ FOREIGN = {  # program: its text in a PNG, what the fields show, what is listed 
             "scheduler": "Euler a",
             "guidance_scale": "3.5",
             "seed": "7",
-            "sigma_schedule": re.compile("default"),  # that of the image before is gone
+            "sigma_schedule": re.compile("default"),  # the value of the previous image is cleared
             "clip_skip": "",
         },
         ["vae"],
@@ -223,7 +223,7 @@ def page(browser):
 
 
 def kept(folder: Path) -> list[Path]:
-    "The images of the session on the disk, the oldest first."
+    "The images saved in the session, oldest first."
     return sorted((folder / "generated").glob("*.png"))
 
 
@@ -244,7 +244,7 @@ def unfold(page, title: str) -> None:
 
 
 def paint(page, layer, start: tuple[float, float], end: tuple[float, float]) -> None:
-    "One stroke between places in shares of the image's width and height; repeated if the page moved while it loaded."
+    "Paint a stroke between points relative to the image size; repeat it if the page moved while loading."
     expect(layer).to_be_visible()
     for _ in range(5):
         layer.scroll_into_view_if_needed()
@@ -268,20 +268,20 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     panel = page.locator(".dw-panel").first
     expect(panel).to_be_visible()
 
-    # a grid of 3 x 3 fills in below
+    # the 3 x 3 grid in the cell below is completed
     expect(page.locator(".jp-OutputArea td img")).to_have_count(9)
 
-    # the service's models are a list
+    # the models of the service can be selected
     page.locator(".dw-field-model select").select_option(label="shapes-sd15")
 
-    # an invalid width is reported at the width
+    # an invalid width is reported at its field
     field(page, "prompt").fill(PROMPT)
     field(page, "width").fill("130")
     expect(page.locator(".dw-error", has_text="multiple of 8")).to_be_visible()
     field(page, "width").fill("")
     expect(page.locator(".dw-error", has_text="multiple of 8")).to_have_count(0)
 
-    # previews, and a stop in the middle
+    # a preview is shown, and the generation can be stopped
     field(page, "num_inference_steps").fill("150")
     page.locator("button.dw-generate").click()
     expect(page.locator("img.dw-emerging")).to_be_visible()
@@ -290,7 +290,7 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     expect(page.locator(".dw-status")).to_have_text(re.compile("cancelled"))
     assert kept(folder) == []
 
-    # what was visible at the stop can be kept, and deleted; the deletion can be undone
+    # the preview at the stop can be kept and deleted; the deletion can be undone
     page.locator("button.dw-keep").click()
     expect(page.locator(".dw-gallery li .dw-gallery-label")).to_have_text(re.compile(r"stopped, step \d+ of 150"))
     [partial] = (folder / "generated").glob("*.jpeg")
@@ -303,7 +303,7 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     page.locator(".dw-gallery-open").press("Delete")
     expect(page.locator(".dw-gallery li")).to_have_count(0)
 
-    # a seed that is typed counts, and the image shows what the prompt says
+    # a typed seed is used, and the image matches the prompt
     field(page, "num_inference_steps").fill("25")
     page.locator(".dw-field-seed input").fill("2")
     expect(page.locator(".dw-panel .widget-toggle-button.mod-active")).to_have_text("locked")
@@ -318,14 +318,14 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
         [("red", "circle")],
     )
 
-    # after a reload of the page, the panel works, with its form and its images
+    # after a page reload, the panel still has its form and images
     save(page)
     page.reload()
     open_notebook(page, address.format("session.ipynb"))
     expect(page.locator(".dw-gallery li")).to_have_count(1)
     expect(field(page, "prompt")).to_have_value(PROMPT)
 
-    # paint over the middle of the circle and inpaint: outside of the paint nothing changes
+    # paint a mask and inpaint: nothing changes outside the mask
     page.locator(".dw-gallery .dw-gallery-open").click()
     page.locator("button.dw-send-to-inpaint").click()
     paint(page, page.locator(".dw-mask-layer"), (0.55, circle.y / 128), (0.85, circle.y / 128))
@@ -341,10 +341,10 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     rows, columns = (
         np.flatnonzero(changed.any(axis=1)),
         np.flatnonzero(changed.any(axis=0)),
-    )  # brush of 21 pixels, softened over 4
+    )  # a brush of 21 pixels, blurred by 4
     assert row - 30 < rows.min() and rows.max() < row + 30 and columns.min() > 40, (row, rows, columns)
 
-    # drop the first image to restore its request; what the form held before is gone
+    # restore the request from the first image; the previous form is cleared
     unfold(page, "Restore from an image")
     choose_file(page, ".dw-restore", "first.png", first.read_bytes())
     expect(field(page, "prompt")).to_have_value(PROMPT)
@@ -356,11 +356,11 @@ def test_a_session_in_jupyterlab(page, lab: tuple[str, Path]) -> None:
     unfold(page, "ControlNet")
     page.locator("button.dw-add-control").click()
     preprocessor = page.locator(".dw-field-preprocessing-name select")
-    expect(preprocessor.locator("option", has_not_text="──")).to_have_count(30)  # 29, and none
+    expect(preprocessor.locator("option", has_not_text="──")).to_have_count(30)  # 29 preprocessors, and none
     preprocessor.select_option(label="scribble xdog")
     expect(page.locator(".dw-panel .widget-slider:visible").first).to_be_visible()
 
-    # a file that is not an image is refused, and the form stays
+    # a file that is not an image is rejected, and the form is unchanged
     unfold(page, "Restore from an image")
     choose_file(page, ".dw-restore", "letter.png", b"a letter")
     expect(page.locator(".dw-restore .dw-error")).to_contain_text("image: ")
@@ -381,7 +381,7 @@ def test_stop_works_while_a_cell_is_running(page, lab: tuple[str, Path]) -> None
 
 
 def until(page, holds: Callable[[], bool], what: str) -> None:
-    "Wait until something holds: a mask is decoded and drawn after the click has returned."
+    "Wait until a condition holds; for example, masks are decoded and drawn after the click returns."
     for _ in range(100):
         if holds():
             return
@@ -389,7 +389,7 @@ def until(page, holds: Callable[[], bool], what: str) -> None:
     pytest.fail(f"waited in vain: {what}")
 
 
-def test_keys_of_the_panel_stay_in_the_panel(page, lab: tuple[str, Path]) -> None:
+def test_panel_keys_do_not_trigger_notebook_shortcuts(page, lab: tuple[str, Path]) -> None:
     address, folder = lab
     write_notebook(folder / "keys.ipynb", SETUP, "'a cell that is cut'", "'another one'")
     open_notebook(page, address.format("keys.ipynb"))
@@ -406,7 +406,7 @@ def test_keys_of_the_panel_stay_in_the_panel(page, lab: tuple[str, Path]) -> Non
     assert len({re.search(r"seed (\d+)", label)[1] for label in labels}) == 4
     assert all("4 steps" in label for label in labels)
 
-    # with the focus on a thumbnail, a button, a toggle, the mask: x and d d reach nothing but the panel
+    # with the focus inside the panel, the notebook shortcuts x (cut) and d d (delete) have no effect
     page.locator("button.dw-send-to-inpaint").click()
     layer = page.locator(".dw-mask-layer")
     expect(layer).to_be_visible()
@@ -420,7 +420,7 @@ def test_keys_of_the_panel_stay_in_the_panel(page, lab: tuple[str, Path]) -> Non
             page.keyboard.press(key)
     assert page.locator(".jp-Cell").count() == count
 
-    # undo and redo of the mask
+    # mask strokes can be undone and redone
     paint(page, layer, (0.4, 0.5), (0.6, 0.5))
     undo, redo = (page.locator(".dw-mask button", has_text=text) for text in ("Undo", "Redo"))
     expect(redo).to_be_disabled()
@@ -431,13 +431,13 @@ def test_keys_of_the_panel_stay_in_the_panel(page, lab: tuple[str, Path]) -> Non
     redo.click()
     until(page, lambda: layer.evaluate(PAINTED) == painted, "redo brings it back")
 
-    # zoom keeps the width of the stage, and a stroke lands under the pointer
+    # zooming in keeps the width of the stage
     before = page.locator(".dw-mask-stage").bounding_box()["width"]
     page.locator(".dw-mask button", has_text="+").click()
     assert layer.bounding_box()["width"] > before
     assert page.locator(".dw-mask-stage").bounding_box()["width"] == before
 
-    # Generate stays in sight; another press queues, and an entry can be removed
+    # Generate stays visible; pressing it again queues a request, which can be removed
     page.locator(".dw-use-mask input").uncheck()
     field(page, "num_images").fill("1")
     field(page, "num_inference_steps").fill("150")
@@ -457,7 +457,7 @@ def test_keys_of_the_panel_stay_in_the_panel(page, lab: tuple[str, Path]) -> Non
     expect(page.locator(".dw-status")).to_have_text(re.compile("cancelled"))
 
 
-def test_a_history_of_a_thousand_images(page, lab: tuple[str, Path]) -> None:
+def test_history_with_a_thousand_images(page, lab: tuple[str, Path]) -> None:
     address, folder = lab
     make = FULL_HISTORY.format(folder=str(folder / "full"))
     panel = "panel = GenerationPanel(service, history=full)\npanel"
@@ -487,7 +487,7 @@ panel.form.main.fields["prompt"].control.names = [
 """
 
 
-def test_a_prompt_is_counted_marked_and_completed(page, lab: tuple[str, Path]) -> None:
+def test_prompt_token_count_highlighting_and_completion(page, lab: tuple[str, Path]) -> None:
     address, folder = lab
     write_notebook(folder / "prompt.ipynb", SETUP, PROMPTING)
     open_notebook(page, address.format("prompt.ipynb"))
@@ -496,14 +496,14 @@ def test_a_prompt_is_counted_marked_and_completed(page, lab: tuple[str, Path]) -
     shown = page.locator(".dw-field-prompt")
     expect(prompt).to_be_visible()
 
-    # tokens are counted, and a prompt that is too long shows where it is cut off
+    # tokens are counted, and a prompt that is too long shows where it is truncated
     prompt.fill("a red circle on a white background")
     expect(shown.locator(".dw-prompt-count")).to_have_text("7 of 30 tokens")
     prompt.fill("a red circle, " * 9)
     expect(shown.locator(".dw-prompt-count")).to_contain_text("cut off")
     expect(shown.locator(".dw-prompt-border")).to_have_count(1)
 
-    # a weight is drawn as text in a plain prompt, and read with the syntax
+    # a weight is literal text in a plain prompt, and is parsed with the a1111 syntax
     prompt.fill("a red circle")
     prompt.press("End")
     prompt.press("Control+ArrowUp")
@@ -520,13 +520,13 @@ def test_a_prompt_is_counted_marked_and_completed(page, lab: tuple[str, Path]) -
     prompt.press("Control+z")
     expect(prompt).to_have_value("a red (circle:1.1)")
 
-    # a mistake of the syntax is at its character
+    # a syntax error is reported at its character
     prompt.fill("a red) circle")
     expect(shown.locator(".dw-prompt-mistake")).to_contain_text("character 6:")
     shown.locator(".dw-prompt-mistake").click()
     assert prompt.evaluate("(area) => [area.selectionStart, area.selectionEnd]") == [5, 6]
 
-    # names are completed by the keyboard; Escape closes the menu and stops nothing
+    # names are completed with the keyboard; Escape closes the menu
     prompt.fill("")
     prompt.press_sequentially("a hear")
     expect(shown.locator("[role=option]")).to_have_count(2)
@@ -573,7 +573,7 @@ def test_images_of_other_programs_are_restored(page, lab: tuple[str, Path]) -> N
         if program == "AUTOMATIC1111":
             expect(field(page, "prompt")).to_have_value(re.compile(f"^{PROMPT}, easynegative"))
             expect(page.locator(".dw-panel")).to_contain_text("LoRA: heart 0.8")
-            page.locator("button.dw-generate").click()  # what was restored can be generated
+            page.locator("button.dw-generate").click()  # the restored request can be generated
             expect(page.locator(".dw-gallery li")).to_have_count(1)
             plan = read_metadata(kept(folder)[-1]).plan
             assert (plan.seeds, plan.width, plan.height, plan.clip_skip) == ([42], 128, 96, 1)
@@ -586,7 +586,7 @@ def square(color: str, side: int = 96) -> bytes:
     return buffer.getvalue()
 
 
-def test_reference_images_are_dropped_moved_and_used(page, lab: tuple[str, Path]) -> None:
+def test_reference_images_are_added_reordered_and_used(page, lab: tuple[str, Path]) -> None:
     address, folder = lab
     write_notebook(folder / "edits.ipynb", EDITS)
     earlier = kept(folder)
@@ -600,7 +600,7 @@ def test_reference_images_are_dropped_moved_and_used(page, lab: tuple[str, Path]
         f"Reference image {at}, {side} \N{MULTIPLICATION SIGN} {side}" for at, side in enumerate(sides, 1)
     ]
 
-    # several by one drop, of which one is not an image; several by the file chooser, of which one is too many
+    # drop several files, one of which is not an image; choose several, one of which is over the limit
     files = [("red.png", square("red", 64)), ("letter.png", b"a letter"), ("blue.png", square("blue", 80))]
     place.evaluate(DROP, [[name, base64.b64encode(data).decode()] for name, data in files])
     expect(items).to_have_count(2)
@@ -615,7 +615,7 @@ def test_reference_images_are_dropped_moved_and_used(page, lab: tuple[str, Path]
     expect(place.locator(".dw-references-add")).to_be_disabled()
     assert shown() == named(64, 80, 96, 112)
 
-    # the order by drag and by keyboard, whose focus stays with the image
+    # reorder by drag and keyboard; the focus follows the image
     items.nth(3).drag_to(items.nth(0))
     until(page, lambda: shown() == named(112, 64, 80, 96), "the dragged image comes first")
     place.get_by_role("button", name="Move later: reference image 1").press("Enter")
@@ -626,7 +626,7 @@ def test_reference_images_are_dropped_moved_and_used(page, lab: tuple[str, Path]
         place.get_by_role("button", name=f"Remove: reference image {number}").press("Enter")
     until(page, lambda: shown() == named(64, 80), "two are removed")
 
-    # an edit without a start image, and its result as a reference
+    # edit without a start image, and use the result as a reference
     page.locator("button.dw-generate").click()
     expect(page.locator(".dw-gallery li")).to_have_count(len(earlier) + 1)
     plan = read_metadata(kept(folder)[-1]).plan
@@ -637,7 +637,7 @@ def test_reference_images_are_dropped_moved_and_used(page, lab: tuple[str, Path]
     page.locator("button.dw-show-code").click()
     expect(page.locator(".dw-code")).to_contain_text("reference_images=[Path(")
 
-    # no section for a model that takes none
+    # the section is hidden for models without reference images
     for number in (3, 2, 1):
         place.get_by_role("button", name=f"Remove: reference image {number}").press("Enter")
     page.locator(".dw-field-model select").select_option(label="shapes-sd15")
@@ -645,7 +645,7 @@ def test_reference_images_are_dropped_moved_and_used(page, lab: tuple[str, Path]
     expect(page.locator("button.dw-send-to-references")).to_be_disabled()
 
 
-def test_nothing_is_cut_in_a_narrow_page_light_or_dark(page, lab: tuple[str, Path]) -> None:
+def test_layout_fits_narrow_widths_and_both_themes(page, lab: tuple[str, Path]) -> None:
     address, folder = lab
     write_notebook(folder / "narrow.ipynb", SETUP)
     open_notebook(page, address.format("narrow.ipynb"))
@@ -654,7 +654,7 @@ def test_nothing_is_cut_in_a_narrow_page_light_or_dark(page, lab: tuple[str, Pat
     unfold(page, "ControlNet")
     page.locator("button.dw-add-control").click()
     expect(page.locator(".dw-field-preprocessing-name select")).to_be_visible()
-    for width in (1400, 900, 640, 390):  # the last one is what an open sidebar leaves of 640
+    for width in (1400, 900, 640, 390):  # 390: the width left by an open sidebar at 640
         page.set_viewport_size({"width": width, "height": 1000})
         until(page, lambda: page.evaluate(BEYOND) == [], f"fits into {width} pixels")
     lefts = page.locator(".dw-field-prompt, .dw-gallery:visible, .widget-accordion").evaluate_all(
@@ -662,7 +662,7 @@ def test_nothing_is_cut_in_a_narrow_page_light_or_dark(page, lab: tuple[str, Pat
     )
     assert max(lefts) - min(lefts) < 40, "one column"
 
-    # surfaces follow the theme of the notebook
+    # surfaces follow the notebook theme
     surface = "(part) => Math.max(...getComputedStyle(part).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number))"
     light = page.locator(".dw-controls").evaluate(surface)
     page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")

@@ -1,4 +1,4 @@
-"""The worker as RunPod runs it: the SDK's own loop in a process of its own, against a stand-in queue on loopback."""
+"""The worker as RunPod runs it: RunPod's SDK in a separate process, with a local stand-in for the queue."""
 
 import base64
 import io
@@ -28,7 +28,7 @@ from ez_diffusion_client.models import ModelFamily, OpResult
 
 QUICK = {"prompt": "a red circle on a white background", "seed": 1, "num_inference_steps": 2}
 LONG = {"prompt": "a red circle on a white background", "seed": 1, "num_inference_steps": 150, "num_images": 8}
-ENDLESS = {**LONG, "num_images": 32}  # 600 steps in all
+ENDLESS = {**LONG, "num_images": 32}  # 600 steps in total
 TRACEBACK = "Traceback (most recent call last)"
 SAMPLES = sorted((ROOT / "diffusion_workers" / "test_inputs").glob("*.json"))
 
@@ -43,7 +43,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 
 
 def failure_of(job: QueuedJob) -> OpResult:
-    "The result that a failed job keeps in its error."
+    "The result in the error of a failed job."
     assert job.status == "FAILED"
     return OpResult.model_validate_json(job.error)
 
@@ -59,7 +59,7 @@ def queue() -> Iterator[QueueServer]:
 
 @pytest.fixture(scope="module")
 def worker(queue: QueueServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen, Path]]:
-    "A worker that takes four jobs at a time and has a tiny model that edits by instruction, and its log."
+    "A worker with a concurrency of four and a tiny instruction-based editing model, and its log."
     log, models = tmp_path_factory.mktemp("worker") / "log.txt", tmp_path_factory.mktemp("models")
     write_tiny_model(models, ModelFamily.flux2)
     own = {"DIFFUSION_WORKERS_CONCURRENCY": "4", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.1"}
@@ -67,8 +67,8 @@ def worker(queue: QueueServer, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield process, log
 
 
-def test_success_and_health(queue: QueueServer, worker) -> None:
-    "An image comes back with its receipt; the health says where the time of the start went; the log names the job."
+def test_generation_health_memory_and_plan_jobs(queue: QueueServer, worker) -> None:
+    "The image has its plan; health reports the seconds of each startup phase; the log names the job."
     made, health, memory, plan = queue.answers(QUICK, {"op": "health"}, {"op": "memory_info"}, {"op": "plan", **QUICK})
     assert [job.status for job in (made, health, memory, plan)] == ["COMPLETED"] * 4
     result = OpResult.model_validate(made.output)
@@ -105,8 +105,8 @@ def test_success_and_health(queue: QueueServer, worker) -> None:
     ([1, 2], "invalid_request", "input"),
     ("a red circle", "invalid_request", "input"),
 ])  # fmt: skip
-def test_bad_input_fails_with_its_field(queue: QueueServer, worker, given, status: str, field: str) -> None:
-    "The job is failed for RunPod, with a typed error and nothing about the machine; the next one is answered."
+def test_invalid_input_errors_name_the_field(queue: QueueServer, worker, given, status: str, field: str) -> None:
+    "RunPod gets a failed job with a typed error and without information about the machine."
     job = queue.answers(given)[0]
     result = failure_of(job)
     assert (result.status.value, result.errors[0].field) == (status, field)
@@ -116,8 +116,8 @@ def test_bad_input_fails_with_its_field(queue: QueueServer, worker, given, statu
     assert not job.stop_pod
 
 
-def test_progress_has_steps_time_and_a_preview(queue: QueueServer, worker) -> None:
-    "Updates say how far the work is; none of them is taken for the result."
+def test_progress_updates_have_steps_time_left_and_previews(queue: QueueServer, worker) -> None:
+    "Updates report the progress, and the final output is still the result."
     job = queue.answers({**LONG, "num_images": 2, "num_inference_steps": 60})[0]
     steps = [update for update in job.updates if update["phase"] == "denoise"]
     assert job.status == "COMPLETED" and len(job.output["generation"]["images"]) == 2
@@ -127,8 +127,8 @@ def test_progress_has_steps_time_and_a_preview(queue: QueueServer, worker) -> No
     assert previews and max(Image.open(io.BytesIO(base64.b64decode(previews[0]))).size) <= 384
 
 
-def test_an_edit_with_references_in_order(queue: QueueServer, worker) -> None:
-    "The plan says their sizes; another order is another image; a field that the family does not take is refused."
+def test_edit_respects_the_order_of_reference_images(queue: QueueServer, worker) -> None:
+    "The plan has their sizes, the order changes the image, and unsupported fields are rejected."
     images = []
     for color, side in (("red", 64), ("blue", 80)):
         buffer = io.BytesIO()
@@ -145,7 +145,7 @@ def test_an_edit_with_references_in_order(queue: QueueServer, worker) -> None:
 
 
 def test_compatible_jobs_share_a_batch(queue: QueueServer, worker) -> None:
-    "Four jobs at a time: those behind a long one are made together, each with the image it gets alone."
+    "Jobs queued behind a long one are batched, and each gets the same image as in a separate job."
     prompts = [
         "a red circle on a white background",
         "a blue square on a white background",
@@ -161,26 +161,26 @@ def test_compatible_jobs_share_a_batch(queue: QueueServer, worker) -> None:
         assert difference(images_of(output)[0], images_of(alone)[0]) <= 2
 
 
-def test_a_stop_ends_the_work_and_frees_the_worker(queue: QueueServer, worker) -> None:
-    "A job that is stopped in the middle gives no result, and the next one does not wait for the rest of it."
+def test_cancelled_job_frees_the_worker(queue: QueueServer, worker) -> None:
+    "A job cancelled while running has no output, the next job completes, and the queue is empty."
     endless = queue.submit(ENDLESS)
     queue.until(lambda: any(update.get("step") for update in queue.jobs[endless].updates), "the first step")
-    step = queue.jobs[endless].updates[-1]["step"]
     queue.stop(endless)
     assert queue.answers(QUICK)[0].status == "COMPLETED"
     job = queue.jobs[endless]
-    assert (job.status, job.output) == ("CANCELLED", None) and step < 600
+    assert (job.status, job.output) == ("CANCELLED", None)
+    assert max(update.get("step") or 0 for update in job.updates) < 600  # those after the cancellation too
     health = queue.answers({"op": "health"})[0].output["health"]
     assert health["queue_length"] == 0
 
 
-def test_a_deadline_is_a_failure_with_a_plan(queue: QueueServer, worker) -> None:
+def test_timed_out_job_names_timeout_seconds(queue: QueueServer, worker) -> None:
     result = failure_of(queue.answers({**LONG, "num_images": 32, "timeout_seconds": 0.3})[0])
     assert (result.status.value, result.errors[0].field) == ("timed_out", "timeout_seconds")
 
 
-def test_requests_of_worker_sdxl_get_their_answer(queue: QueueServer, worker) -> None:
-    "The schema and the answer of RunPod's own SDXL worker, and a failure in its way."
+def test_worker_sdxl_requests_are_supported(queue: QueueServer, worker) -> None:
+    "Input, output and errors follow the schema of RunPod's worker-sdxl."
     old = {
         "prompt": "a red circle",
         "scheduler": "K_EULER",
@@ -195,8 +195,8 @@ def test_requests_of_worker_sdxl_get_their_answer(queue: QueueServer, worker) ->
     assert refused.status == "FAILED" and refused.error.startswith("image_url:")
 
 
-def test_the_python_client_speaks_to_the_endpoint(queue: QueueServer, worker) -> None:
-    "The same call as for a server: an image, a typed failure, a job that is asked for, one that is cancelled."
+def test_python_client_works_with_the_endpoint(queue: QueueServer, worker) -> None:
+    "The same calls as for a server: an image, a typed error, a job with events, a cancelled and an unknown job."
     with Client(RunPod(ENDPOINT, api_key="stand-in", url=queue.url)) as client:
         made = client.generate(QUICK)
         assert made.status.value == "success" and made.generation.plan.seeds == [1]
@@ -212,14 +212,14 @@ def test_the_python_client_speaks_to_the_endpoint(queue: QueueServer, worker) ->
 
 
 def noise_png(side: int) -> str:
-    "An image that no format can shrink much, as base64."
+    "A barely compressible noise image as base64."
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def test_an_answer_over_10_mb_is_encoded_anew(queue: QueueServer, worker) -> None:
-    "Without a bucket, what is too large for /run is re-encoded with a warning; /runsync carries it as it is."
+def test_output_over_10_mb_is_reencoded_for_run(queue: QueueServer, worker) -> None:
+    "Without a bucket, output too large for /run is re-encoded with a warning; /runsync returns it unchanged."
     asked = {
         "op": "preprocess",
         "image": noise_png(768),
@@ -240,8 +240,8 @@ def test_an_answer_over_10_mb_is_encoded_anew(queue: QueueServer, worker) -> Non
     ("take_batch", [429]), ("take_batch", [500, 500]), ("take_batch", ["drop", "drop"]), ("take_batch", [2.0]),
     ("done", [500]), ("done", ["drop"]), ("done", [1.5]), ("stop", [500, "drop"]),
 ], ids=str)  # fmt: skip
-def test_a_queue_in_trouble_loses_nothing(queue: QueueServer, worker, route: str, faults: list) -> None:
-    "429, 500, broken connections and slow answers, where jobs are taken, results are sent and stops are asked for."
+def test_queue_errors_lose_no_jobs(queue: QueueServer, worker, route: str, faults: list) -> None:
+    "429, 500, dropped connections and slow responses while taking jobs, sending results and polling for cancellation."
     queue.met[route] = 0
     queue.faults[route].extend(faults)
     jobs = queue.answers(QUICK, {**QUICK, "seed": 2})
@@ -251,7 +251,7 @@ def test_a_queue_in_trouble_loses_nothing(queue: QueueServer, worker, route: str
 
 
 def memory_over(queue: QueueServer, process: subprocess.Popen, count: int, settle: int) -> list[int]:
-    "Resident bytes of the worker after each of `count` jobs, when it has settled for `settle` jobs."
+    "Resident memory in bytes after each of `count` jobs, following `settle` warm-up jobs."
     resident = []
     for seed in range(settle + count):
         assert queue.answers({**QUICK, "seed": seed})[0].status == "COMPLETED"
@@ -259,21 +259,21 @@ def memory_over(queue: QueueServer, process: subprocess.Popen, count: int, settl
     return resident[settle:]
 
 
-def test_memory_stays_flat_over_jobs(queue: QueueServer, worker) -> None:
-    "No job leaves anything behind: an image has 49 KB, and a leak of one a job would show in the longer test."
+def test_memory_is_stable_over_jobs(queue: QueueServer, worker) -> None:
+    "Detect large leaks; one image (49 KB) leaked per job would show in the longer test."
     resident = memory_over(queue, worker[0], 20, settle=5)
     assert max(resident) - resident[0] < 32 * 2**20
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_over_200_jobs(queue: QueueServer, worker) -> None:
-    "The later half has no more than the earlier, within the noise of an allocator."
+def test_memory_is_stable_over_200_jobs(queue: QueueServer, worker) -> None:
+    "The median of the second half is not larger than that of the first, within allocator noise."
     resident = memory_over(queue, worker[0], 200, settle=20)
     assert np.median(resident[100:]) - np.median(resident[:100]) < 8 * 2**20
 
 
-def test_sigterm_loses_nothing(quick_python: tuple[str, ...], tmp_path: Path) -> None:
-    "A running job and one beside it are answered, and then the process ends well."
+def test_sigterm_completes_taken_jobs(quick_python: tuple[str, ...], tmp_path: Path) -> None:
+    "Both concurrent jobs complete, then the process exits with status 0."
     log, more = (
         tmp_path / "log.txt",
         {"DIFFUSION_WORKERS_CONCURRENCY": "2", "DIFFUSION_WORKERS_PROGRESS_SECONDS": "0.1"},
@@ -298,7 +298,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    "An S3 server in a process of its own, as the variables that name its bucket."
+    "A local S3 server in a separate process; yields the environment variables for its bucket."
     import boto3
 
     port, log = free_port(), tmp_path_factory.mktemp("store") / "log.txt"
@@ -332,7 +332,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def streaming(
     store: dict[str, str], quick_python: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[QueueServer, Path]]:
-    "A queue with a worker that yields previews, and its log."
+    "A queue with a streaming worker, and the worker's log."
     log = tmp_path_factory.mktemp("streaming") / "log.txt"
     more = {
         "DIFFUSION_WORKERS_STREAM": "1",
@@ -343,8 +343,8 @@ def streaming(
         yield queue, log
 
 
-def test_streaming_with_a_bucket(streaming) -> None:
-    "Previews come as items, the last item has the result, whose image is in the bucket; the aggregate has them all."
+def test_streaming_uploads_the_image_to_a_bucket(streaming) -> None:
+    "Previews are stream items, the last item is the result with a link to the bucket, and the output has all items."
     queue, log = streaming
     job = queue.answers({**LONG, "num_images": 1, "num_inference_steps": 60})[0]
     assert job.status == "COMPLETED" and job.output == job.streamed
@@ -359,7 +359,7 @@ def test_streaming_with_a_bucket(streaming) -> None:
     assert "hidden-key" not in log.read_text() + json.dumps(job.output)
 
 
-def test_the_python_client_follows_a_stream(streaming) -> None:
+def test_python_client_follows_a_stream(streaming) -> None:
     queue, _ = streaming
     events = []
     with Client(RunPod(ENDPOINT, api_key="stand-in", url=queue.url)) as client:
@@ -368,12 +368,12 @@ def test_the_python_client_follows_a_stream(streaming) -> None:
     assert [event.step for event in events if event.phase.value == "denoise"] and any(event.preview for event in events)
 
 
-def test_a_stream_that_fails_is_a_failed_job(streaming) -> None:
+def test_failed_stream_is_a_failed_job(streaming) -> None:
     queue, _ = streaming
     assert failure_of(queue.answers({"prompt": ""})[0]).errors[0].code.value == "empty_prompt"
 
 
-def test_a_stream_is_stopped(streaming) -> None:
+def test_cancelled_stream_frees_the_worker(streaming) -> None:
     queue, _ = streaming
     endless = queue.submit(ENDLESS)
     queue.until(lambda: queue.jobs[endless].streamed, "the first item")
@@ -381,24 +381,24 @@ def test_a_stream_is_stopped(streaming) -> None:
     assert queue.answers(QUICK)[0].status == "COMPLETED"
 
 
-# --- starts that fail, and local runs ---------------------------------------
+# --- failed startup, and local runs -----------------------------------------
 
 
 def run_handler(
     *arguments: str,
     cwd: Path,
-    python: Sequence[str] = (sys.executable,),  # the command that runs Python
-    **more: str,  # further variables
+    python: Sequence[str] = (sys.executable,),  # the Python command
+    **more: str,  # additional environment variables
 ) -> subprocess.CompletedProcess:
-    "A worker process that ends by itself, with what it said."
+    "Run a worker process to completion and capture its output."
     command = [*python, "-m", "diffusion_workers.handler", *arguments]
     return subprocess.run(
         command, cwd=cwd, env=worker_environment(**more), capture_output=True, text=True, timeout=PATIENCE
     )
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_start(quick_python: tuple[str, ...], tmp_path: Path) -> None:
-    "One unhealthy ping, one plain sentence, exit status 1, and no job is taken."
+def test_unloadable_model_aborts_startup(quick_python: tuple[str, ...], tmp_path: Path) -> None:
+    "One unhealthy ping, one error line without a traceback, exit status 1, and no job is taken."
     (tmp_path / "mine.yaml").write_text("family: sd15\nsource: {folder: not-there}\n")
     with QueueServer() as queue:
         job = queue.submit(QUICK)
@@ -415,20 +415,20 @@ def test_a_model_that_cannot_be_loaded_ends_the_start(quick_python: tuple[str, .
         assert TRACEBACK not in said and sum("Fitness check failed" in line for line in said.splitlines()) == 1
 
 
-def test_a_wrong_setting_ends_the_start(tmp_path: Path) -> None:
+def test_invalid_setting_aborts_startup(tmp_path: Path) -> None:
     done = run_handler(cwd=tmp_path, DIFFUSION_WORKERS_CONCURRENCY="many")
     assert done.returncode == 2 and done.stderr.startswith(
         "diffusion-workers: DIFFUSION_WORKERS_CONCURRENCY: given 'many'"
     )
 
 
-def test_samples_are_there() -> None:
+def test_sample_inputs_exist() -> None:
     assert len(SAMPLES) >= 5
 
 
 @pytest.fixture(scope="module")
 def local_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    "The address of a worker that serves RunPod's local API."
+    "The URL of a worker that serves RunPod's local API."
     port, log = free_port(), tmp_path_factory.mktemp("api") / "log.txt"
     with log.open("w") as file:
         command = [
@@ -454,13 +454,13 @@ def local_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def sample_input(path: Path) -> dict:
-    "The input of a sample, which may be a request or a whole job."
+    "The input of a sample file, which may be a request or a complete job."
     given = json.loads(path.read_text())
     return given.get("input", given)
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
-def test_serve_api_answers_every_sample(local_api: str, path: Path) -> None:
+def test_local_api_runs_every_sample(local_api: str, path: Path) -> None:
     body = json.dumps({"input": sample_input(path)}).encode()
     asked = urllib.request.Request(f"{local_api}/runsync", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(asked, timeout=PATIENCE) as answer:
@@ -473,7 +473,7 @@ HUB_TESTS = json.loads((ROOT / ".runpod" / "tests.json").read_text())["tests"]
 
 
 @pytest.mark.parametrize("test", HUB_TESTS, ids=lambda test: test["name"])
-def test_the_tests_of_runpod_hub_pass(local_api: str, test: dict) -> None:
+def test_runpod_hub_tests_pass(local_api: str, test: dict) -> None:
     body = json.dumps({"input": test["input"]}).encode()
     asked = urllib.request.Request(f"{local_api}/runsync", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(asked, timeout=PATIENCE) as answer:
@@ -490,17 +490,17 @@ def local_run(path: Path, cwd: Path, as_file: bool) -> None:
     assert "completed successfully" in done.stdout
 
 
-@pytest.mark.slow  # the same by a file is tested below
-def test_test_input_runs_a_sample(tmp_path: Path) -> None:
+@pytest.mark.slow  # the same with a file is tested below
+def test_test_input_option_runs_a_sample(tmp_path: Path) -> None:
     local_run(SAMPLES[0], tmp_path, as_file=False)
 
 
-def test_test_input_json_runs_a_sample(tmp_path: Path) -> None:
+def test_test_input_file_runs_a_sample(tmp_path: Path) -> None:
     local_run(SAMPLES[-1], tmp_path, as_file=True)
 
 
-def test_test_input_that_fails_exits_1(quick_python: tuple[str, ...], tmp_path: Path) -> None:
-    "Without a model having been read: the mistake is in the input."
+def test_failed_test_input_exits_with_status_1(quick_python: tuple[str, ...], tmp_path: Path) -> None:
+    "An unknown operation is reported as an error."
     done = run_handler("--test_input", json.dumps({"input": {"op": "dance"}}), cwd=tmp_path, python=quick_python)
     assert done.returncode == 1 and "there is no such operation" in done.stdout
 
@@ -512,11 +512,11 @@ def test_every_sample_runs_locally(path: Path, as_file: bool, tmp_path: Path) ->
     local_run(path, tmp_path, as_file)
 
 
-# --- the command ------------------------------------------------------------
+# --- the command line -------------------------------------------------------
 
 
-def test_check_config_says_what_is_in_force(tmp_path: Path) -> None:
-    "Without torch, without secrets; a wrong value exits 2."
+def test_check_config_lists_effective_settings(tmp_path: Path) -> None:
+    "Secrets are not shown; an incomplete bucket configuration exits with status 2."
     command = [str(Path(sys.executable).parent / "diffusion-workers"), "worker", "--check-config"]
     more = {
         "BUCKET_ENDPOINT_URL": "https://store.example.org",
@@ -539,3 +539,34 @@ def test_check_config_says_what_is_in_force(tmp_path: Path) -> None:
         timeout=PATIENCE,
     )
     assert done.returncode == 2 and "BUCKET_ENDPOINT_URL" in done.stderr
+
+
+def modules_after(code: str, tmp_path: Path) -> set[str]:
+    "The modules that a new process has imported after running some code."
+    code += "\nimport sys\nprint(*sys.modules, sep=chr(10))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=worker_environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_startup_imports_torch_and_diffusers_before_the_service_starts(tmp_path: Path) -> None:
+    code = """
+from diffusion_workers.settings.worker import WorkerSettings
+from diffusion_workers.worker.startup import StartupClock, import_sdk
+clock = StartupClock()
+import_sdk(WorkerSettings(device="cpu"), clock)
+"""
+    assert {"torch", "diffusers", "runpod", "diffusion_workers.service.service"} <= modules_after(code, tmp_path)
+
+
+def test_check_config_does_not_import_torch(tmp_path: Path) -> None:
+    code = 'from diffusion_workers.cli.main import main\nassert main(["worker", "--check-config"]) == 0'
+    found = modules_after(code, tmp_path)
+    assert "diffusion_workers.settings.worker" in found and "torch" not in found

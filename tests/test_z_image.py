@@ -1,4 +1,4 @@
-"""Z-Image through the service: its guidance, its chat template, its ControlNets and their files."""
+"""Z-Image in the service: guidance, chat template, ControlNets and their files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +24,13 @@ COMMON = SMALL | {"model": "zimage"}
 
 
 def pixels(service: DiffusionService, **fields) -> list[np.ndarray]:
-    "The images of a request."
+    "The pixels of the images of a request."
     return family_checks.pixels(service, **COMMON | fields)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "A tiny model, and one whose ControlNet is a single file."
+    "A folder with a tiny model, and one whose ControlNet is a single file."
     folder = tmp_path_factory.mktemp("models")
     write_tiny_model(folder, ModelFamily.zimage, changes={"lora_folders": [{"folder": "loras"}]})
     (folder / "loras").mkdir()
@@ -50,20 +50,19 @@ def service(folder: Path) -> Iterator[DiffusionService]:
         yield service
 
 
-def test_guidance_is_on_above_zero(service: DiffusionService) -> None:
-    "At 0.5 a negative prompt counts; at 0 it does nothing, which a warning says, and each step has one half."
+def test_guidance_is_enabled_above_zero(service: DiffusionService) -> None:
+    "At 0.5 guidance with a negative prompt changes the image; at 0 a warning says that the prompt has no effect."
     request = COMMON | {"negative_prompt": "blurry", "seed": 1}
-    assert (
-        difference(pixels(service, guidance_scale=0.5, **request)[0], pixels(service, guidance_scale=0, seed=1)[0]) > 0
-    )
+    guided = [pixels(service, guidance_scale=0.5, seed=1, negative_prompt=text)[0] for text in ("blurry", "a cat")]
+    assert difference(*guided) > 0
     result = service.generate(**request, guidance_scale=0)
     messages = ["a negative prompt does nothing while guidance_scale is not above 0"]
     assert [note.message for note in result.warnings] == messages
     assert service.plan(**request, guidance_scale=0.5).warnings is None
 
 
-def test_a_controlnet_draws_what_diffusers_draws_with_it_and_keeps_its_own_parts(service: DiffusionService) -> None:
-    "Diffusers puts parts of the transformer into the ControlNet for good; the service's stays as it was loaded."
+def test_controlnet_matches_diffusers_without_being_modified(service: DiffusionService) -> None:
+    "Diffusers permanently adds modules of the transformer to the ControlNet; the service leaves it as loaded."
     controlnet = service.factory(service.manifest("zimage")).controlnet("canny")
     names = list(controlnet.state_dict())
     ours = pixels(service, seed=3, controlnets=[CANNY | {"conditioning_scale": 0.7, "preprocessing": None}])[0]
@@ -87,9 +86,9 @@ def test_a_controlnet_draws_what_diffusers_draws_with_it_and_keeps_its_own_parts
     assert len(fresh.state_dict()) > len(names)
 
 
-def test_a_long_prompt_is_cut_off_behind_the_template(service: DiffusionService) -> None:
-    "The chat template takes tokens from the prompt's, one for each letter; unused ones change nothing."
-    template = len("<user\n<\n<assistant\n")  # with a token for each of the three markers
+def test_token_limit_accounts_for_the_chat_template(service: DiffusionService) -> None:
+    "The chat template uses up tokens of the limit; the tiny tokenizer has one per letter. Padding has no effect."
+    template = len("<user\n<\n<assistant\n")  # each of the three markers is one token
     for letters, warned in ((64 - template, False), (65 - template, True)):
         result = service.generate(**COMMON | {"prompt": "a" * letters}, seed=1, max_sequence_length=64)
         assert bool(result.warnings) == warned, result.warnings
@@ -97,17 +96,17 @@ def test_a_long_prompt_is_cut_off_behind_the_template(service: DiffusionService)
     assert difference(pixels(service, seed=1)[0], pixels(service, seed=1, max_sequence_length=128)[0]) == 0
 
 
-def test_previews(service: DiffusionService) -> None:
-    "The preview after the last step is the image, smaller or as a JPEG."
+def test_last_preview_matches_the_image(service: DiffusionService) -> None:
+    "A preview of the final latents is close to the generated image."
     vae, seen = service.factory(service.manifest("zimage")).load().vae, []
     result = service.generate(**COMMON, seed=1, on_step=lambda step: seen.append(step.latents))
     shown = preview_maker(vae, (64, 64)).image(seen[-1][0], (64, 64))
     assert seen[-1].shape == (1, 16, 8, 8)
-    if float(seen[-1].std()) <= 1:  # a preview of stronger latents is scaled down
+    if float(seen[-1].std()) <= 1:  # previews of latents with a larger standard deviation are scaled down
         assert np.abs(np.asarray(shown).astype(int) - np.asarray(result.image)).mean() < 2
 
 
-def test_a_lora_of_another_family_is_refused(service: DiffusionService, folder: Path) -> None:
+def test_lora_of_another_family_is_rejected(service: DiffusionService, folder: Path) -> None:
     for name, module, width, title in (
         ("flux", "double_blocks_0_img_attn_qkv", 3072, "Flux"),
         ("lumina", "layers_0_attention_qkv", 2304, "Lumina 2"),
@@ -119,15 +118,15 @@ def test_a_lora_of_another_family_is_refused(service: DiffusionService, folder: 
         assert f"made for {title}, the model is Z-Image" in result.message
 
 
-def test_the_file_of_a_union_controlnet_is_recognized(service: DiffusionService, folder: Path) -> None:
+def test_union_controlnet_file_is_recognized(service: DiffusionService, folder: Path) -> None:
     kind = identify(read_header(folder / "control.safetensors"))
     assert (kind.role, kind.what) == ("union_controlnet", "a union ControlNet for Z-Image")
     ours, theirs = (pixels(service, seed=1, model=model, controlnets=[CANNY])[0] for model in ("filed", "zimage"))
     assert difference(ours, theirs) == 0
 
 
-def test_the_normalization_of_comfyui_files_is_left_out(folder: Path) -> None:
-    "Its files hold a norm that no layer uses."
+def test_unused_norm_in_comfyui_files_is_ignored(folder: Path) -> None:
+    "ComfyUI files contain a norm_final weight that no layer uses."
     with quiet_libraries():
         transformer = diffusers.ZImageTransformer2DModel.from_pretrained(folder / "zimage" / "transformer")
     weights = {f"model.diffusion_model.{name}": tensor for name, tensor in transformer.state_dict().items()}
@@ -141,8 +140,8 @@ def test_the_normalization_of_comfyui_files_is_left_out(folder: Path) -> None:
     assert difference(ours, plain) == 0
 
 
-def test_a_new_controlnet_changes_nothing() -> None:
-    "The layers that are random in a tiny one are those that a new one has at zero."
+def test_zero_initialized_layers_are_randomized_in_tiny_models() -> None:
+    "A new ControlNet has zero-initialized projections, which `tiny_controlnet` fills with random values."
     with quiet_libraries():
         controlnet = tiny_controlnet(ModelFamily.zimage)
         fresh = type(controlnet).from_config(controlnet.config)

@@ -44,11 +44,11 @@ from ez_diffusion_client.models import (
 
 # %% ../../nbs/52_acceleration/05_apply.ipynb #e56fbfa6
 class ModelState:
-    "What lives as long as the weights of a model: the encoder output cache and compiled blocks."
+    "State with the lifetime of a model's weights: the encoder output cache and compiled blocks."
 
     def __init__(self):
         self.encoder_outputs = EncoderCache()
-        self.blocks = CompiledBlocks()  # refers to blocks, never to the denoiser: that would keep the weights alive
+        self.blocks = CompiledBlocks()  # holds blocks, never the denoiser, which would keep the weights alive
 
 
 _states: weakref.WeakKeyDictionary[torch.nn.Module, ModelState] = weakref.WeakKeyDictionary()
@@ -68,7 +68,7 @@ _TORCH_DTYPES = {ComputeDtype.bfloat16: torch.bfloat16, ComputeDtype.float16: to
 
 
 def _autocast_dtype(options: AccelerationOptions, field: str, device: torch.device) -> torch.dtype | None:
-    "The dtype that a field asks for; a `RequestError` if the device cannot compute in it."
+    "Return the dtype requested in a field. Raises `RequestError` if the device cannot compute in it."
     dtype = getattr(options, field)
     if dtype == ComputeDtype.float16 and device.type == "cpu":
         raise request_error(
@@ -82,7 +82,7 @@ def _autocast_dtype(options: AccelerationOptions, field: str, device: torch.devi
 
 
 def autocast_contexts(options: AccelerationOptions, device: torch.device) -> tuple[AbstractContextManager, Arithmetic]:
-    "The context around a run, and the one around each call of a network in it, for `acceleration.dtype`."
+    "Return the context of a run and a factory of contexts for its network calls, for `acceleration.dtype`."
     dtype = _autocast_dtype(options, "dtype", device)
     if dtype is None:
         return nullcontext(), nullcontext
@@ -90,7 +90,7 @@ def autocast_contexts(options: AccelerationOptions, device: torch.device) -> tup
 
 
 def has_quick_bfloat16() -> bool:
-    "Whether this processor multiplies bfloat16 in hardware; without that it is many times slower than float32."
+    "Whether this processor multiplies bfloat16 in hardware; otherwise it is many times slower than float32."
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -98,7 +98,7 @@ def has_quick_bfloat16() -> bool:
 def options_here(
     plan: GenerationPlan,
     device: torch.device,
-    quick: bool | None = None,  # whether bfloat16 is quick on the CPU; None looks
+    quick: bool | None = None,  # whether bfloat16 is fast on the CPU; None: detect it
 ) -> tuple[AccelerationOptions, list[RequestWarning]]:
     "The acceleration of a plan without the dtypes that are slow on this machine, and a warning for each of them."
     options, notes = plan.acceleration or AccelerationOptions(), []
@@ -115,11 +115,11 @@ def options_here(
 @contextmanager
 def use_decoder(
     pipe: DiffusionPipeline,
-    dtype: torch.dtype | None = None,  # None: that of its weights
+    dtype: torch.dtype | None = None,  # None: the dtype of its weights
     tiling: bool = False,
-    slicing: bool = False,  # images of a batch are decoded one by one
+    slicing: bool = False,  # decode the images of a batch one by one
 ) -> Iterator[None]:
-    "Decode in this way inside the block."
+    "Set the VAE's decoding dtype, tiling and slicing inside the block."
     vae = pipe.vae
     with ExitStack() as stack:
         if dtype is not None:
@@ -142,7 +142,7 @@ def use_decoder(
 
 
 def uses_tiling(plan: GenerationPlan, memory: MemorySettings) -> bool:
-    "Whether the VAE decodes in tiles: the plan's setting, or else the manifest's; a seamless image is decoded whole."
+    "Whether the VAE decodes in tiles: the plan's setting, else the manifest's; seamless images are decoded whole."
     if plan.seamless is not None:
         return False
     asked = plan.memory and plan.memory.vae_tiling
@@ -154,12 +154,12 @@ TransformerCacheConfig = FirstBlockCacheConfig | TaylorSeerCacheConfig | MagCach
 
 def transformer_cache(
     cache: StepCacheOptions,  # with a method for transformers
-    steps: int,  # that are really made
-    of_steps: int | None = None,  # of the whole schedule, of which image to image makes the last ones; None is `steps`
-    mag_ratios: tuple[float, ...] | None = None,  # of the manifest; None takes those of FLUX.1-dev
+    steps: int,  # denoising steps that are run
+    of_steps: int | None = None,  # of the whole schedule, of which image-to-image runs the last ones; None is `steps`
+    mag_ratios: tuple[float, ...] | None = None,  # from the manifest; None: those of FLUX.1-dev
     dtype: torch.dtype = torch.float32,  # of the transformer
 ) -> TransformerCacheConfig:
-    "The diffusers configuration of the step cache of a request."
+    "Return the diffusers configuration for the step cache of a request."
     cache = complete(cache)
     if cache.method == StepCacheMethod.first_block:
         return FirstBlockCacheConfig(threshold=cache.threshold)
@@ -196,14 +196,14 @@ def use_transformer_cache(
             if registry is not None and not registry.hooks:  # diffusers leaves the empty registry
                 del module._diffusers_hook
                 if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
-                    del module.forward  # and the method that it had replaced
+                    del module.forward  # and the `forward` that it restored as an attribute
 
 # %% ../../nbs/52_acceleration/05_apply.ipynb #0d28e00f
 def measure_mag_ratios(
-    transformer: torch.nn.Module,  # of Flux
-    draw: Callable[[], Any],  # makes images with it, all in one batch
+    transformer: torch.nn.Module,  # a Flux transformer
+    draw: Callable[[], Any],  # generates images with it, all in one batch
 ) -> tuple[float, ...]:  # one for each step, the first is 1
-    "What a manifest's `mag_ratios` say: how much longer the change by all blocks is than in the step before."
+    "Measure a manifest's `mag_ratios`: the norm of the residual of all blocks, relative to the previous step."
     blocks = [
         block
         for name in ("transformer_blocks", "single_transformer_blocks")
@@ -259,7 +259,7 @@ def _separate_run(
 
 # %% ../../nbs/52_acceleration/05_apply.ipynb #90e90319
 def wants_compilation(plan: GenerationPlan, factory: PipelineFactory) -> bool:
-    "Whether the denoiser is to be compiled: the plan's setting, or else the installation's."
+    "Whether the denoiser is to be compiled: the plan's setting, else the installation's."
     if plan.seamless is not None or (plan.guider is not None and plan.guider.method in UNCOMPILED):
         return False  # they change layers of the denoiser
     asked = plan.acceleration and plan.acceleration.torch_compile
@@ -272,7 +272,7 @@ def accelerated(
     pipe: DiffusionPipeline,  # of the factory, configured for the plan
     plan: GenerationPlan,
 ) -> Iterator[DoubledRun | SeparateRun]:  # counts what was computed
-    "Run a pipeline as fast as its plan allows, inside the block."
+    "Apply the acceleration of a plan to a pipeline inside the block."
     options, state = options_here(plan, factory.device)[0], model_state(pipe)
     around, arithmetic = autocast_contexts(options, factory.device)
     vae_dtype, memory = _autocast_dtype(options, "vae_dtype", factory.device), factory.manifest.memory
@@ -294,19 +294,19 @@ def accelerated(
 # %% ../../nbs/52_acceleration/05_apply.ipynb #5fc2589b
 @contextmanager
 def cached_encoders(pipe: DiffusionPipeline) -> Iterator[None]:
-    "Use the encoder output cache of the model; to be entered before anything else is applied."
+    "Use the encoder output cache of the model inside the block; enter it before anything else is applied."
     with use_encoder_cache(pipe, model_state(pipe).encoder_outputs):
         yield
 
 # %% ../../nbs/52_acceleration/05_apply.ipynb #b9e1eea5
 def _compilation_note(pipe: DiffusionPipeline, factory: PipelineFactory) -> RequestWarning | None:
-    "Why a model that was to be compiled ran as it is; None if it was compiled."
+    "Return a warning that says why the model ran uncompiled; None if it was compiled."
     blocks = model_state(pipe).blocks
     note = partial(warning, field="acceleration.torch_compile")
     if blocks.problem:
         return note("torch.compile failed, so the model ran as it is", given=blocks.problem)
     if not factory.compilable:
-        message = "with its weights kept as the manifest says, the model ran without torch.compile"
+        message = "with the manifest's memory settings, the model ran without torch.compile"
         return note(message, given=True, used=False)
     if blocks.left_out:
         return note("with a LoRA the model ran without torch.compile", given=True, used=False)
@@ -314,7 +314,7 @@ def _compilation_note(pipe: DiffusionPipeline, factory: PipelineFactory) -> Requ
 
 
 def acceleration_notes(pipe: DiffusionPipeline, plan: GenerationPlan, factory: PipelineFactory) -> list[RequestWarning]:
-    "Warnings after a run: a compiler that failed, a dtype that is slow on this machine."
+    "Warnings after a run: why the model was not compiled, and dtypes that are slow on this machine."
     _, notes = options_here(plan, factory.device)
     note = _compilation_note(pipe, factory) if wants_compilation(plan, factory) else None
     return notes if note is None else [*notes, note]

@@ -46,7 +46,7 @@ _LABELS = {
 
 # %% ../../nbs/73_panel/06_form.ipynb #06a00004
 def field_label(info: FieldInfo) -> str:
-    "The name of a field as a form shows it."
+    "Return the label of a field in a form."
     name = str(info.path[-1])
     return _LABELS.get(info.name) or _LABELS.get(name, name.replace("_", " ").capitalize())
 
@@ -57,7 +57,7 @@ _ENTRIES = {"controlnets": "ControlNet unit", "loras": "LoRA", "reference_images
 def path_label(
     path: str,  # such as num_inference_steps or controlnets[0].guidance_start
 ) -> str:  # such as Steps, or ControlNet unit 1, Start
-    "The path of a field in the words of a form."
+    "Return the label of a field path in a form."
     entry, _, rest = path.partition(".")
     name, _, index = entry.partition("[")
     if name in _ENTRIES and index:
@@ -88,7 +88,7 @@ _SAMPLERS = {  # scheduler -> its name in other programs
 }
 
 # %% ../../nbs/73_panel/06_form.ipynb #06a00007
-CHOICES = {  # choices as people know them from other programs
+CHOICES = {  # choice -> its label, as known from other programs
     **_SAMPLERS,
     "sgm_uniform": "SGM uniform",
     "ays": "Align Your Steps",
@@ -106,10 +106,10 @@ CHOICES = {  # choices as people know them from other programs
 }
 
 # %% ../../nbs/73_panel/06_form.ipynb #cc83d550
-_CHOICES_OF = ("scheduler", "sigma_schedule", "step_cache.method", "guider.method")  # and booleans
+_CHOICES_OF = ("scheduler", "sigma_schedule", "step_cache.method", "guider.method")  # also booleans use `CHOICES`
 PROMPTS = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
-_NAMES = ("model", "profile")  # whose choices are names, shown as they are written
-Notes = Mapping[str, str]  # choice -> what is said about it, such as "download, about 7 GB"
+_NAMES = ("model", "profile")  # fields whose choices are names, shown unchanged
+Notes = Mapping[str, str]  # choice -> note, such as "download, about 7 GB"
 
 
 def _label(info: FieldInfo, choice: str, notes: Notes) -> str:
@@ -132,7 +132,7 @@ def _default_label(info: FieldInfo, default: str, notes: Notes) -> str:
     return _label(info, default, {default: ", ".join(filter(None, ["default", notes.get(default)]))})
 
 # %% ../../nbs/73_panel/06_form.ipynb #e34ee836
-_HEADING = "heading:"  # begins the values of headings, which are not choices
+_HEADING = "heading:"  # prefix of the values of headings, which are not choices
 Groups = Mapping[str, Iterable[str]]  # heading -> choices
 
 
@@ -155,13 +155,13 @@ def one_for_all(
     name: str,
     make: Callable[[], Any],
 ) -> Any:
-    "A layout or style that many widgets share: each is a message when a panel opens."
+    "Return a shared layout or style, since each new one costs a message when a panel opens."
     if name not in _shared or _shared[name].comm is None:  # closed by `Widget.close_all`
         _shared[name] = make()
     return _shared[name]
 
 # %% ../../nbs/73_panel/06_form.ipynb #8ae33a9f
-SLIDERS = {  # field -> lowest, highest and step of its slider; the text field takes any valid number
+SLIDERS = {  # field -> minimum, maximum and step of its slider; the text field takes any valid number
     "width": (64, 2048, 8),
     "height": (64, 2048, 8),
     "num_inference_steps": (1, 100, 1),
@@ -188,7 +188,7 @@ def _slider(info: FieldInfo) -> widgets.FloatSlider | widgets.IntSlider | None:
 
 # %% ../../nbs/73_panel/06_form.ipynb #06a00012
 class SliderRow(widgets.HBox):
-    "A text field with a slider beside it; the slider stands where the text, or the default, is."
+    "A text field with a slider beside it that follows the text, or the default of an empty field."
 
     def __init__(self, control: widgets.Text, slider: widgets.FloatSlider | widgets.IntSlider):
         self.control, self.slider = control, slider
@@ -200,7 +200,7 @@ class SliderRow(widgets.HBox):
         self.place()
 
     def place(self) -> None:
-        "Move the slider to the number in the field; text that is not a number leaves it where it is."
+        "Move the slider to the number in the field; text that is not a number is ignored."
         text = self.control.value.strip() or self.control.placeholder
         try:
             value = type(self.slider.value)(float(text))
@@ -253,20 +253,20 @@ _ERROR_STYLE = "color:var(--jp-error-color0,#c62828);line-height:1.35;white-spac
 def alert(
     message: str,  # HTML
 ) -> str:  # HTML; empty for an empty message
-    "The markup of an error below a field."
+    "Return the markup of an error below a field."
     return f'<div role="alert" class="dw-error" style="{_ERROR_STYLE}">{message}</div>' if message else ""
 
 
 def error_html(
     error: ErrorDetail,
 ) -> str:
-    "An error without the name of its field, for the place below the field."
+    "Format an error for display below its field, without the name of the field."
     parts = [error.message, f"allowed: {error.allowed}" if error.allowed else "", error.hint or ""]
     return "; ".join(html.escape(part) for part in parts if part)
 
 # %% ../../nbs/73_panel/06_form.ipynb #3ad0a7b8
 class _FieldFrame(widgets.VBox):
-    "The place of a field in a form: it can be hidden, and has an error below it."
+    "The container of a field in a form, which can be hidden and shows an error below the field."
 
     children: tuple[widgets.Widget, ...]
 
@@ -306,7 +306,7 @@ class _ValueField(_FieldFrame):
 
     def __init__(self, info: FieldInfo, on_change: Callable[[], None] | None = None):
         self.info = info
-        self._emptied = False  # whether a text is meant to be empty, which is not the default
+        self._emptied = False  # whether the text is explicitly empty instead of the default
         self._default = ""
         self._on_change = on_change
         super().__init__()
@@ -324,7 +324,7 @@ class _ValueField(_FieldFrame):
         self.children = (self._row,) if self.message is None else (self._row, self.message)
 
     def read(self) -> Any:
-        "The value for the request; None where the field is empty."
+        "Return the value for the request; None if the field is empty."
         text = self.control.value
         if text == "" and self._emptied:
             return ""
@@ -344,14 +344,14 @@ class _ValueField(_FieldFrame):
         self.control.value = text
         self._place_default()
 
-    def _place_default(self) -> None:  # in the empty field
+    def _place_default(self) -> None:  # as the placeholder
         if isinstance(self.control, widgets.Dropdown):
             return
         self.control.placeholder = "(empty)" if self._emptied else self._default
         if self.slider is not None:
             self._row.place()
 
-    def _typed(self) -> None:  # a text that was given empty is the default again once something was typed
+    def _typed(self) -> None:  # once something was typed, an empty field means the default again
         if self._emptied and self.control.value:
             self._emptied = False
             self._place_default()
@@ -365,7 +365,7 @@ class FieldWidget(_ValueField):
         super().__init__(info, on_change)
 
     def show_default(self, value: Any) -> None:
-        "Show what an empty field stands for; None where nobody knows."
+        "Show the default of the empty field; None if it is unknown."
         text = f"{value:g}" if isinstance(value, float) else "" if value is None else _text(value)
         if isinstance(self.control, widgets.Dropdown):
             self.show_none(_default_label(self.info, text, self._notes))
@@ -374,19 +374,19 @@ class FieldWidget(_ValueField):
         self._place_default()
 
     def show_none(self, label: str) -> None:
-        "Show what leaving out a choice means."
+        "Set the label of the empty choice."
         if self.control.options[0][0] != label:
             chosen = self.control.value
             self.control.options = [(label, ""), *self.control.options[1:]]
             self.control.value = chosen
 
     def offer(self, choices: Iterable[str], default: str | None = None, notes: Notes | None = None) -> None:
-        "Offer other choices; a selected one stays if it is still there. A text field becomes a dropdown."
+        "Replace the choices; a selected one stays if it is still offered. A text field becomes a dropdown."
         self._notes = notes or {}
         self._offer(tuple(choices), None, default)
 
     def offer_groups(self, groups: Groups) -> None:
-        "Offer other choices under headings."
+        "Replace the choices, grouped under headings."
         self._offer(tuple(choice for choices in groups.values() for choice in choices), groups, None)
 
     def _offer(self, choices: tuple[str, ...], groups: Groups | None, default: str | None) -> None:
@@ -400,16 +400,16 @@ class FieldWidget(_ValueField):
 
 # %% ../../nbs/73_panel/06_form.ipynb #06a00021
 class _LazyFields(widgets.VBox):
-    "The widgets of some fields, made when they are needed."
+    "The widgets of some fields, created when they are needed."
 
     def __init__(
         self,
         fields: Iterable[FieldInfo],
         on_change: Callable[[], None] | None = None,  # called after each change
-        lazy: bool = False,  # make the widgets when they are needed first
+        lazy: bool = False,  # create the widgets on first use
     ):
         self.infos = {info.name: info for info in fields}
-        self.on_made: Callable[[Any], None] = lambda form: None  # called with the form when the widgets were made
+        self.on_made: Callable[[Any], None] = lambda form: None  # called with the form once the widgets are created
         self._on_change = on_change
         self._fields: dict[str, FieldWidget] = {}
         self._making = threading.RLock()
@@ -419,17 +419,17 @@ class _LazyFields(widgets.VBox):
 
     @property
     def made(self) -> bool:
-        "Whether the widgets of the fields exist; those of a form that nobody has seen do not."
+        "Whether the widgets exist; a lazy form creates them on first use."
         return bool(self._fields)
 
     @property
     def fields(self) -> dict[str, FieldWidget]:
-        "The widgets by the name of their field."
+        "The widgets by field name."
         self.make()
         return self._fields
 
     def make(self) -> None:
-        "Make the widgets, unless they are there."
+        "Create the widgets, unless they exist."
         with self._making:
             if not self.made:
                 self._fields = {name: FieldWidget(info, self._on_change) for name, info in self.infos.items()}
@@ -437,7 +437,7 @@ class _LazyFields(widgets.VBox):
                 self.on_made(self)
 
     def show_only(self, names: Iterable[str]) -> None:
-        "Hide the fields that are not named, unless they have a value."
+        "Show these fields and hide all others, unless they have a value."
         names = set(names)
         for name, field in self._fields.items():
             field.hidden = name not in names and field.read() is None
@@ -451,12 +451,12 @@ class SchemaForm(_LazyFields):
     "The widgets of some fields of a class."
 
     def given(self) -> dict[str, Any]:
-        "The values that are not empty, by the name of their field."
+        "Return the non-empty values by field name."
         read = {name: field.read() for name, field in self._fields.items()}
         return {name: value for name, value in read.items() if value is not None}
 
     def values(self) -> dict[str, Any]:
-        "The fields that are not empty, nested as in a request."
+        "Return the non-empty values, nested as in a request."
         found: dict[str, Any] = {}
         for field in self._fields.values():
             if (value := field.read()) is not None:
@@ -464,14 +464,14 @@ class SchemaForm(_LazyFields):
         return found
 
     def set_values(self, values: Mapping[str, Any]) -> None:
-        "Show these values; fields that they do not name become empty."
+        "Show these values; all other fields become empty."
         if any(get_value(values, info.path) is not None for info in self.infos.values()):
             self.make()
         for field in self._fields.values():
             field.show(get_value(values, field.info.path))
 
     def show_errors(self, errors: Iterable[ErrorDetail]) -> list[ErrorDetail]:  # those of other fields
-        "Put each error at its field; fields without one are cleared."
+        "Show each error at its field, and clear the errors of the others."
         rest = list(errors)
         if any(_is_of(error, name) for error in rest for name in self.infos):
             self.make()
@@ -485,7 +485,7 @@ class SchemaForm(_LazyFields):
 def check(
     values: Mapping[str, Any],  # nested, as in a request
 ) -> list[ErrorDetail]:
-    "The errors in the fields of a request; an empty list where it is valid."
+    "Return the errors in the fields of a request; an empty list if it is valid."
     try:
         parse(GenerationRequest, dict(values))
     except RequestError as refused:
@@ -495,10 +495,10 @@ def check(
 # %% ../../nbs/73_panel/06_form.ipynb #844bdfd7
 def not_shown(
     given: Any,  # the fields of a request, nested
-    shown: Any,  # what the form holds of them
+    shown: Any,  # the values in the form, nested
     path: str = "",
-) -> Iterator[tuple[str, Any, Any]]:  # path, the given value, and the one in its place
-    "The values that a form does not hold as they were given."
+) -> Iterator[tuple[str, Any, Any]]:  # path, given value, value in the form
+    "Yield the given values that differ in the form."
     if isinstance(given, Mapping):
         held = shown if isinstance(shown, Mapping) else {}
         for name, value in given.items():
@@ -536,8 +536,8 @@ _ELSEWHERE = (
 )
 
 # %% ../../nbs/73_panel/06_form.ipynb #f60b1449
-def request_sections() -> dict[str, list[FieldInfo]]:  # "" is the part that is always visible
-    "The fields of a request by section, in the order of the form; those that no section names are under More."
+def request_sections() -> dict[str, list[FieldInfo]]:  # "" is the section that is always visible
+    "Return the fields of a request by section, in the order of the form; those of no other section are under More."
     known = [info for info in schema_fields(GenerationRequest) if info.path[0] not in _ELSEWHERE]
     order = {"": SIMPLE, **SECTIONS}
     found = {

@@ -25,9 +25,9 @@ ImageSource = str | bytes | Path | Image.Image | np.ndarray
 
 def image_from(
     value: ImageSource,  # an array is (H, W) or (H, W, 3 or 4), uint8 or floats from 0 to 1
-    field: str = "image",  # what it is for, in errors
+    field: str = "image",  # field name in errors
 ) -> DecodedImage:  # RGB
-    "An image from Python or from an upload, checked like one in a request; raises a `RequestError`."
+    "Decode an image from Python or an upload to RGB. Raises `RequestError` if it is not valid."
     if isinstance(value, (bytes, bytearray, memoryview)):
         return decode_bytes(bytes(value), field=field)
     return decode_image(to_image_string(value), field=field)
@@ -36,7 +36,7 @@ def image_from(
 def png_bytes(
     image: Image.Image,
 ) -> bytes:
-    "An image as the bytes of a PNG."
+    "Encode an image as PNG."
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -48,9 +48,9 @@ STYLES = "".join((ELEMENTS / name).read_text(encoding="utf-8") for name in STYLE
 
 
 def element(
-    *names: str,  # files in `elements/`, each after those that it uses
+    *names: str,  # files in `elements/`, each after its dependencies
 ) -> str:  # JavaScript for anywidget
-    "A module of the browser, with the code that keeps keys pressed in it from the notebook's shortcuts."
+    "Return a browser module, with the code that keeps its key presses from triggering notebook shortcuts."
     return "".join((ELEMENTS / part).read_text(encoding="utf-8") for part in ("keys.js", *names))
 
 # %% ../../nbs/73_panel/01_mask_canvas.ipynb #b3fbb69e
@@ -67,7 +67,7 @@ def _mask_png(
     value: ImageSource,  # an array may be boolean
     size: tuple[int, int],  # width and height in pixels
 ) -> bytes:
-    "A mask from Python, checked like one in a request, as the browser takes it."
+    "Encode a mask from Python as PNG for the browser, validated like one in a request."
     if isinstance(value, np.ndarray) and value.dtype == bool:
         value = value.astype(np.uint8) * 255
     decoded = decode_mask(to_image_string(value), field="mask_image").image
@@ -88,7 +88,7 @@ class MaskCanvas(anywidget.AnyWidget):
 
     def __init__(
         self,
-        image: ImageSource | None = None,  # what is painted over
+        image: ImageSource | None = None,  # the image to paint over
         mask: ImageSource | None = None,  # white is repainted
         **kwargs,  # further traits, such as feather or layout
     ):
@@ -112,7 +112,7 @@ class MaskCanvas(anywidget.AnyWidget):
 
     @property
     def mask(self) -> Image.Image:
-        "What is painted: `L`, 255 where the image is repainted and 0 elsewhere."
+        "The painted mask: mode `L`, 255 where the image is repainted and 0 elsewhere."
         size = (self.width, self.height)
         if not self._mask:
             return Image.new("L", size, 0)
@@ -132,7 +132,7 @@ class MaskCanvas(anywidget.AnyWidget):
         self.mask = value
 
     def invert(self) -> None:
-        "Mask what is not masked, and the other way round."
+        "Invert the mask: swap masked and unmasked areas."
         self.mask = self.mask.point(lambda value: 255 - value)
 
     def clear(self) -> None:
@@ -140,5 +140,5 @@ class MaskCanvas(anywidget.AnyWidget):
         self.mask = None
 
     def feathered(self) -> Image.Image:
-        "The mask with an edge that is `feather` pixels soft, as `inpaint.mask_blur` makes it."
+        "Return the mask with its edge softened by `feather` pixels, as `inpaint.mask_blur` does."
         return self.mask.filter(ImageFilter.GaussianBlur(self.feather))

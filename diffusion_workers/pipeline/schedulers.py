@@ -28,14 +28,14 @@ from ez_diffusion_client.models import PlannedScheduler, SigmaSchedule
 
 # %% ../../nbs/50_pipeline/04a_schedulers.ipynb #8fed3866
 class _StepCount(int):
-    "A number of steps by which a division rounds up."
+    "A step count; dividing by it rounds up."
 
     def __rtruediv__(self, other: float) -> float:
         return math.nextafter(other / int(self), math.inf)
 
 
 class _EvenTrailing(SchedulerMixin):
-    "Trailing spacing with as many timesteps as were asked for, where rounding would add one at timestep -1."
+    "Trailing spacing with exactly the requested timesteps, where rounding would add one at timestep -1."
 
     num_inference_steps: int | None
 
@@ -52,7 +52,7 @@ class _EvenTrailing(SchedulerMixin):
 
 # %% ../../nbs/50_pipeline/04a_schedulers.ipynb #d0faf7a4
 class _OrderByHistory(SchedulerMixin):
-    "LMS that starts in the middle of a schedule: its order follows the derivatives that it has seen."
+    "LMS that can start in the middle of a schedule: its order grows with the derivatives seen so far."
 
     def step(self, model_output, timestep, sample, order: int = 4, return_dict: bool = True):
         order = min(order, len(self.derivatives) + 1)
@@ -60,9 +60,9 @@ class _OrderByHistory(SchedulerMixin):
 
 # %% ../../nbs/50_pipeline/04a_schedulers.ipynb #7a1b3e47
 class _WithoutRepetition(SchedulerMixin):
-    "PNDM that starts in the middle of a schedule: no timestep is visited twice, and the order follows the history."
+    "PNDM that starts in the middle of a schedule: no timestep is visited twice, and the order grows with the history."
 
-    counter: int  # steps so far, by which diffusers tells the phases apart
+    counter: int  # steps so far, from which diffusers derives the phase
 
     def set_timesteps(self, num_inference_steps, device=None, **kwargs) -> None:
         super().set_timesteps(num_inference_steps, device=device, **kwargs)
@@ -70,22 +70,22 @@ class _WithoutRepetition(SchedulerMixin):
 
     def step_plms(self, *args, **kwargs):
         made = super().step_plms(*args, **kwargs)
-        self.counter = max(self.counter, 2)  # 1 stands for the repetition
+        self.counter = max(self.counter, 2)  # 1 marks the repeated step
         return made
 
 # %% ../../nbs/50_pipeline/04a_schedulers.ipynb #7f4c56e6
 class _OneLevel(SchedulerMixin):
-    "A schedule of one step, whose noise level is 1: stretching it to its end would divide 0 by 0."
+    "A schedule of one step at noise level 1, which is left unstretched: stretching would divide 0 by 0."
 
     def stretch_shift_to_terminal(self, t):
         return t if len(t) == 1 else super().stretch_shift_to_terminal(t)
 
 # %% ../../nbs/50_pipeline/04a_schedulers.ipynb #546d1f53
 class _PlannedLevels(SchedulerMixin):
-    "The noise levels of a plan, or the timesteps that are nearest to them."
+    "A schedule of the noise levels of a plan, or the timesteps nearest to them."
 
     planned: Sequence[float]  # the largest first
-    takes_sigmas: bool  # whether the class takes noise levels, and not only timesteps
+    takes_sigmas: bool  # whether the class accepts noise levels, not only timesteps
 
     def set_timesteps(self, num_inference_steps=None, device=None, *args, **kwargs) -> None:
         if self.takes_sigmas:
@@ -97,7 +97,7 @@ class _PlannedLevels(SchedulerMixin):
 
 
 class _GivenTimesteps(SchedulerMixin):
-    "The timesteps of a request."
+    "A schedule of the timesteps of a request."
 
     given: Sequence[int]  # the largest first
 
@@ -106,7 +106,7 @@ class _GivenTimesteps(SchedulerMixin):
 
 # %% ../../nbs/50_pipeline/04a_schedulers.ipynb #fa44c332
 class _GivenLevels(SchedulerMixin):
-    "The noise levels of a request, in place of Karras'."
+    "A schedule of the noise levels of a request, instead of the Karras ones."
 
     given: Sequence[float]  # the largest first
 
@@ -115,12 +115,12 @@ class _GivenLevels(SchedulerMixin):
 
 
 def is_listed(planned: PlannedScheduler) -> bool:
-    "Whether the noise levels are a list of the request, and not those of a schedule."
+    "Whether the noise levels were listed in the request rather than computed by a schedule."
     return planned.sigmas is not None and planned.sigma_schedule is None
 
 
 def _planned_corrections(cls: type[SchedulerMixin], planned: PlannedScheduler) -> list[type]:
-    "What gives a scheduler class the noise levels or the timesteps of a plan."
+    "Return the mixins that give a scheduler class the noise levels or the timesteps of a plan."
     if planned.timesteps is not None:
         return [type("_GivenTimesteps", (_GivenTimesteps,), {"given": tuple(planned.timesteps)})]
     if planned.sigmas is None:
@@ -133,7 +133,7 @@ def _planned_corrections(cls: type[SchedulerMixin], planned: PlannedScheduler) -
 
 # %% ../../nbs/50_pipeline/04a_schedulers.ipynb #cde8d9fc
 def _with_corrections(cls: type[SchedulerMixin], midway: bool, planned: PlannedScheduler) -> type[SchedulerMixin]:
-    "A scheduler class with what diffusers' lacks."
+    "Return a scheduler class with the corrections that diffusers' own needs."
     corrections = _planned_corrections(cls, planned)
     if issubclass(cls, LMSDiscreteScheduler):
         corrections.append(_OrderByHistory)
@@ -155,22 +155,22 @@ _LEVEL_OPTIONS = {
 
 
 def make_scheduler(
-    own: SchedulerMixin,  # the model's scheduler; left as it is
+    own: SchedulerMixin,  # the model's scheduler; is not changed
     planned: PlannedScheduler,
     midway: bool = False,  # whether sampling starts in the middle of the schedule
 ) -> SchedulerMixin:  # a fresh one, without history
-    "The scheduler of a plan: its class and options on the model's configuration."
+    "Create the scheduler of a plan: its class and options on top of the model's configuration."
     cls = type(own) if planned.name is None else getattr(diffusers, planned.class_name)
     options = dict(planned.options or {})
     schedule = SigmaSchedule.karras if options.get("use_karras_sigmas") else planned.sigma_schedule
     listed, known = is_listed(planned), inspect.signature(cls.__init__).parameters
     if schedule is not None or listed or planned.timesteps is not None:
-        used = SigmaSchedule.karras if listed else schedule  # whose noise levels are replaced by those of the list
+        used = SigmaSchedule.karras if listed else schedule  # its noise levels are replaced by those of the list
         options |= {option: key == used for key, option in _LEVEL_OPTIONS.items() if option in known}
     if schedule is not None and own.config.get("rescale_betas_zero_snr"):
         options["rescale_betas_zero_snr"] = False
     if midway and issubclass(cls, PNDMScheduler):
-        options["skip_prk_steps"] = True  # the steps of its other beginning belong to the first timesteps
+        options["skip_prk_steps"] = True  # its Runge-Kutta warm-up belongs to the first timesteps
     return _with_corrections(cls, midway, planned).from_config(own.config, **options)
 
 # %% ../../nbs/50_pipeline/04a_schedulers.ipynb #c9e4ef15
@@ -179,9 +179,9 @@ def use_scheduler(
     pipe: DiffusionPipeline,
     planned: PlannedScheduler,
     midway: bool = False,  # whether sampling starts in the middle of the schedule
-    own: Callable[[SchedulerMixin], SchedulerMixin] | None = None,  # the model's scheduler -> what takes its place
-) -> Iterator[SchedulerMixin]:  # the one that is in place meanwhile
-    "Put the plan's scheduler on a pipeline, or one that a caller handed in, and the former one back afterwards."
+    own: Callable[[SchedulerMixin], SchedulerMixin] | None = None,  # the model's scheduler -> its replacement
+) -> Iterator[SchedulerMixin]:  # the one in use inside the block
+    "Replace a pipeline's scheduler with the plan's or the caller's inside the block, and restore it afterwards."
     former = pipe.scheduler
     pipe.scheduler = make_scheduler(former, planned, midway) if own is None else own(former)
     try:

@@ -26,12 +26,12 @@ from ez_diffusion_client.models import ModelFamily, ModelKind, Task
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #fe494805
 def clip_tokenizer() -> transformers.CLIPTokenizer:
-    "The tokenizer of the built-in model."
+    "Return the tokenizer of the built-in model."
     return transformers.CLIPTokenizer.from_pretrained(builtin_path("shapes-sd15") / "tokenizer", local_files_only=True)
 
 
 def t5_tokenizer(length: int = 32) -> transformers.T5Tokenizer:
-    "A tokenizer of T5's kind: a token for each character."
+    "Create a T5 tokenizer with one token per character."
     pieces = [
         ("<pad>", 0.0),
         ("</s>", 0.0),
@@ -43,7 +43,7 @@ def t5_tokenizer(length: int = 32) -> transformers.T5Tokenizer:
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #8f14a135
 def _byte_letters() -> list[str]:
-    "The character that stands for each byte in the vocabularies of GPT-2 and its heirs."
+    "Return the character for each byte in byte-level BPE vocabularies such as GPT-2's."
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -64,7 +64,7 @@ _CHAT = """{%- for message in messages -%}
 
 
 def qwen_tokenizer(length: int = 512) -> transformers.Qwen2Tokenizer:
-    "A tokenizer of Qwen's kind: a token for each byte, and a chat template."
+    "Create a Qwen tokenizer with one token per byte, and a chat template."
     vocabulary = {letter: number for number, letter in enumerate(_byte_letters())} | {_QWEN_WORDS[0]: 256}
     made = transformers.Qwen2Tokenizer(
         vocab=vocabulary,
@@ -83,7 +83,7 @@ _TOKENIZERS = {"clip": clip_tokenizer, "t5": t5_tokenizer, "qwen_text": qwen_tok
 
 
 def _configuration(row: TinyComponent, config_class: str, tokenizer: Any) -> Any:
-    "The configuration of a text encoder for the vocabulary of its tokenizer."
+    "Return the configuration of a text encoder for the vocabulary of its tokenizer."
     cls = getattr(transformers, config_class)
     if tokenizer is None:
         return cls(**row.config)
@@ -96,7 +96,7 @@ def _configuration(row: TinyComponent, config_class: str, tokenizer: Any) -> Any
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #7c0ecddb
 def _configuration_of_two(row: TinyComponent, cls: Any, tokenizer: Any) -> Any:
-    "The configuration of a language model that sees images: of its two parts, and the tokens that stand for images."
+    "Return the configuration of a vision-language model: its two parts, and the tokens that stand for images."
     ids = {
         f"{name}_id": tokenizer.convert_tokens_to_ids(f"<|{word}|>")
         for name, word in (
@@ -112,7 +112,7 @@ def _configuration_of_two(row: TinyComponent, cls: Any, tokenizer: Any) -> Any:
 
 
 def qwen_processor(tokenizer: transformers.Qwen2Tokenizer) -> transformers.Qwen2_5_VLProcessor:
-    "What makes tokens of text and images, which it shrinks to at most 56 x 56 pixels."
+    "Create a processor that tokenizes text and images, scaling images to at most 56 x 56 pixels."
     sizes = {"min_pixels": 28 * 28, "max_pixels": 56 * 56}
     return transformers.Qwen2_5_VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(**sizes),
@@ -127,7 +127,7 @@ def tiny_component(
     parts: Mapping[str, Any],  # those made so far, by slot; a text encoder needs its tokenizer
     **changes: Any,  # to the configuration
 ) -> Any:
-    "A component with random weights."
+    "Create a component with random weights."
     if row.class_name in _TOKENIZERS:
         return _TOKENIZERS[row.class_name]()
     if row.class_name == "qwen_vl":
@@ -139,7 +139,7 @@ def tiny_component(
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #56323ccb
 def tiny_controlnet(family: ModelFamily, union: bool = False) -> torch.nn.Module:
-    "A ControlNet for the family's tiny denoiser; its first and last layers, zero in a new one, are random."
+    "Create a ControlNet for the family's tiny denoiser, with random weights in its zero-initialized layers."
     tiny = FAMILIES[family].tiny
     row = tiny.union if union else tiny.controlnet
     if row is None:
@@ -154,11 +154,10 @@ def tiny_controlnet(family: ModelFamily, union: bool = False) -> torch.nn.Module
 def tiny_pipeline(
     family: ModelFamily,
     kind: ModelKind = ModelKind.standard,
-    in_channels: int
-    | None = None,  # of the denoiser: 9 of a U-Net that was trained for inpainting; None is the kind's own
+    in_channels: int | None = None,  # of the denoiser: 9 for a U-Net trained for inpainting; None is the kind's own
     seed: int = 0,
 ) -> diffusers.DiffusionPipeline:
-    "A pipeline of the family with random weights, the same ones for the same seed."
+    "Create a pipeline of the family with random weights, reproducible by seed."
     torch.manual_seed(seed)
     record = FAMILIES[family]
     parts: dict[str, Any] = {}
@@ -169,7 +168,7 @@ def tiny_pipeline(
     for name, parameter in parts[record.denoiser].named_parameters():
         if name in record.tiny.unset:
             torch.nn.init.normal_(parameter)
-    if record.latents.normalized_patches:  # a new one has the statistics of normalized latents already
+    if record.latents.normalized_patches:  # a new VAE has the statistics of normalized latents already
         parts["vae"].bn.running_mean.normal_()
         parts["vae"].bn.running_var.uniform_(0.5, 2)
     cls = getattr(diffusers, record.base_classes[kind])
@@ -179,20 +178,20 @@ def tiny_pipeline(
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #a623676d
 def tiny_reference_encoder(
     family: ModelFamily,
-    kind: ModelKind,  # one that sees reference images as a part of its prompt
+    kind: ModelKind,  # one that takes reference images as part of its prompt
     seed: int = 0,
 ) -> diffusers.DiffusionPipeline:
-    "What turns reference images into tokens, with random weights."
+    "Create the pipeline that turns reference images into tokens, with random weights."
     torch.manual_seed(seed)
     encoder = FAMILIES[family].reference_encoders[kind]
     parts = {slot: tiny_component(row, {}) for slot, row in encoder.components.items()}
-    for parameter in parts["image_embedder"].parameters():  # a new one makes nearly the same of every image
+    for parameter in parts["image_embedder"].parameters():  # a new one maps all images to nearly the same tokens
         torch.nn.init.normal_(parameter)
     return getattr(diffusers, encoder.class_name)(**parts)
 
 # %% ../../nbs/50_pipeline/04_tiny_models.ipynb #54d825f7
 def _write_controlnets(folder: Path, name: str, family: ModelFamily) -> dict[str, dict[str, Any]]:
-    "Write the ControlNets of a family beside its model, and return their entries for the manifest."
+    "Write the ControlNets of a family next to its model, and return their entries for the manifest."
     entries: dict[str, dict[str, Any]] = {
         "canny": dict(preprocessors=["canny"]),
         "tile": dict(preprocessors=["tile"]),
@@ -208,13 +207,13 @@ def _write_controlnets(folder: Path, name: str, family: ModelFamily) -> dict[str
 def write_tiny_model(
     folder: Path | str,  # gets the repository, the ControlNets and the manifest
     family: ModelFamily,
-    name: str | None = None,  # of the model; the family's
+    name: str | None = None,  # of the model; None is the family's
     kind: ModelKind = ModelKind.standard,
     in_channels: int | None = None,  # of the denoiser; None is the kind's own
     changes: dict | None = None,  # to the manifest
     seed: int = 0,  # of the weights
 ) -> ModelManifest:
-    "Write a tiny model with what its kind needs, and the ControlNets of its family: two plain ones and a union one."
+    "Write a tiny model with what its kind needs; for the standard kind, two plain ControlNets and any union one."
     folder, family = Path(folder), ModelFamily(family)
     record = FAMILIES[family]
     name = name or family.value

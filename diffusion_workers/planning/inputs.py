@@ -59,7 +59,7 @@ def image_text(
     value: Any,  # text, or an image in any form that `to_image_string` takes
     field: str,  # path in the request, for errors
 ) -> Any:  # text; None stays None
-    "An image of this process as text for a request; a `RequestError` where it cannot be read."
+    "Return an image as text for a request. Raises `RequestError` if it cannot be read."
     if value is None or isinstance(value, str):
         return value
     try:
@@ -77,9 +77,9 @@ def image_text(
 # %% ../../nbs/40_planning/10_inputs.ipynb #ea1c9958
 def plain_value(
     value: Any,
-    depth: int = 8,  # levels of lists and objects that are looked into; no request has more
+    depth: int = 8,  # nesting levels to convert; no request has more
 ) -> Any:
-    "A value with the scalars and arrays of NumPy and torch in it as Python's numbers and lists; images stay."
+    "Convert NumPy and torch scalars and arrays in a value to Python numbers and lists; images are kept."
     if isinstance(value, (dict, list, tuple)) and depth == 0:
         return value
     if isinstance(value, dict):
@@ -94,7 +94,7 @@ def plain_value(
 
 # %% ../../nbs/40_planning/10_inputs.ipynb #f8711fc3
 def _with_texts(fields: dict[str, Any], at: str = "") -> dict[str, Any]:
-    "Fields of a request or of a unit, with their images as text and their numbers as Python's own."
+    "Return the fields of a request or unit, with images as text and numbers as Python types."
     texts = {name: image_text(fields[name], at + name) for name in IMAGE_FIELDS if name in fields}
     for name in IMAGE_LISTS:
         if isinstance(fields.get(name), (list, tuple)):
@@ -112,7 +112,7 @@ Request = TypeVar("Request", bound=BaseModel)
 
 
 def _as(model: type[Request], request: Request | dict | str | bytes | None, fields: Mapping[str, Any]) -> Request:
-    "A validated request of a class; a field that is None is left out."
+    "Validate a request of a class, overridden by `fields`; fields that are None are left out."
     if isinstance(request, str) and "prompt" in model.model_fields and not is_json_text(request):
         request = {"prompt": request}
     if request is not None and not isinstance(request, dict):
@@ -131,7 +131,7 @@ def as_request(
     request: GenerationRequest | dict | str | bytes | None,  # a prompt, an object, a dict or JSON
     fields: Mapping[str, Any],  # set or override single fields; None leaves one out
 ) -> GenerationRequest:
-    "A validated request from what a Python caller has; a `RequestError` names every mistake."
+    "Return a validated request from what a Python caller passes. Raises `RequestError` if it is invalid."
     return _as(GenerationRequest, request, fields)
 
 
@@ -139,21 +139,21 @@ def as_preprocess_request(
     request: PreprocessRequest | dict | str | bytes | None,  # as an object, a dict or JSON
     fields: Mapping[str, Any],  # set or override single fields; None leaves one out
 ) -> PreprocessRequest:
-    "A validated request for a control map from what a Python caller has."
+    "Return a validated request for a control map. Raises `RequestError` if it is invalid."
     return _as(PreprocessRequest, request, fields)
 
 # %% ../../nbs/40_planning/10_inputs.ipynb #9ec5a9f3
 @dataclass(frozen=True)
 class Inputs:
-    "What a request brings along: decoded images, and the files of its LoRAs."
+    "The inputs of a request: decoded images, LoRA files and embeddings."
 
     image: DecodedImage | None = None  # RGB
     mask_image: DecodedImage | None = None  # L, white is repainted
     controls: Mapping[int, DecodedImage] = field(default_factory=dict)  # by index of the enabled unit; RGB
-    control_masks: Mapping[int, DecodedImage] = field(default_factory=dict)  # L, white is where the control holds
+    control_masks: Mapping[int, DecodedImage] = field(default_factory=dict)  # L, white where the control applies
     references: tuple[DecodedImage, ...] = ()  # RGB, in the order of the request
     loras: tuple[ResolvedLora, ...] = ()  # one for each LoRA of the request
-    embeddings: tuple[Embedding, ...] = ()  # those that its prompts name
+    embeddings: tuple[Embedding, ...] = ()  # those named in its prompts
 
     @property
     def decoded(self) -> tuple[DecodedImage, ...]:
@@ -163,12 +163,12 @@ class Inputs:
 
     @property
     def warnings(self) -> tuple[RequestWarning, ...]:
-        "What was converted while decoding."
+        "Warnings about conversions during decoding."
         return tuple(note for decoded in self.decoded for note in decoded.warnings)
 
     @property
     def control_facts(self) -> ControlFacts:
-        "What the plan records about the images of the controls."
+        "Facts about the control images and their masks, for the plan."
         images = {index: image_facts(decoded) for index, decoded in self.controls.items()}
         masks = {index: image_facts(decoded) for index, decoded in self.control_masks.items()}
         return ControlFacts(images, masks)
@@ -177,11 +177,11 @@ class Inputs:
 def _decode_controls(
     request: GenerationRequest, policy: ImagePolicy
 ) -> tuple[dict[int, DecodedImage], dict[int, DecodedImage]]:
-    "The images of the enabled units and their masks, by the index of the unit."
+    "Decode the images of the enabled units and their masks, by unit index."
     controls: dict[int, DecodedImage] = {}
     masks: dict[int, DecodedImage] = {}
     for index, unit in enabled_units(request).items():
-        background = "black" if unit.preprocessing is None else "white"  # maps are drawn in light on black
+        background = "black" if unit.preprocessing is None else "white"  # control maps are light on black
         at = f"controlnets[{index}].image"
         controls[index] = decode_image(unit.image, field=at, policy=policy, background=background)
     for index, unit in enabled_units(request).items():
@@ -194,7 +194,7 @@ def decode_inputs(
     request: GenerationRequest,
     policy: ImagePolicy = ImagePolicy(),  # which images are accepted
 ) -> Inputs:
-    "Decode the images of a request; a `RequestError` names the field of one that cannot be used."
+    "Decode the images of a request. Raises `RequestError` naming the field of an image that cannot be used."
     policy = policy.for_request(request.timeout_seconds)
     image = None if request.image is None else decode_image(request.image, policy=policy)
     mask = None if request.mask_image is None else decode_mask(request.mask_image, policy=policy)
@@ -208,7 +208,7 @@ def decode_inputs(
 # %% ../../nbs/40_planning/10_inputs.ipynb #f88b8877
 @dataclass(frozen=True)
 class PlannedRequest:
-    "A request that can be carried out: its plan and its decoded inputs."
+    "A request that is ready to run, with its plan and its decoded inputs."
 
     request: GenerationRequest
     plan: GenerationPlan
@@ -216,7 +216,7 @@ class PlannedRequest:
 
 
 def _mask_warnings(plan: GenerationPlan, inputs: Inputs) -> Iterator[RequestWarning]:
-    "Masks, or parts of them, that paint nothing; a `RequestError` where nothing is masked."
+    "Yield warnings about masks without effect. Raises `RequestError` if an inpainting mask is empty."
     if plan.inpaint is not None:
         image = inputs.image
         size = (image.width, image.height) if plan.inpaint.only_masked else (plan.width, plan.height)
@@ -230,7 +230,7 @@ def _mask_warnings(plan: GenerationPlan, inputs: Inputs) -> Iterator[RequestWarn
 
 # %% ../../nbs/40_planning/10_inputs.ipynb #9ad4bd78
 def _custom_parts(plan: GenerationPlan, manifest: ModelManifest) -> Iterator[CustomPart]:
-    "What the plan names, and another process does not have."
+    "Yield the pipelines, ControlNets and preprocessors of a plan that were passed in from Python."
     if isinstance(manifest.source, MemorySource):
         yield CustomPart(kind=CustomKind.pipeline, name=manifest.source.memory)
     for control in plan.controlnets or []:
@@ -241,12 +241,12 @@ def _custom_parts(plan: GenerationPlan, manifest: ModelManifest) -> Iterator[Cus
             yield CustomPart(kind=CustomKind.preprocessor, name=control.preprocessing.name)
 
 # %% ../../nbs/40_planning/10_inputs.ipynb #d7f57a24
-_MOST_NAMED = 6  # models that a hint names
+_MOST_NAMED = 6  # maximum number of models that a hint names
 
 
 @contextlib.contextmanager
 def _naming_models(models: Iterable[ModelManifest]) -> Iterator[None]:
-    "Name the models that take reference images where another one refuses them."
+    "Name models that take reference images in the hints of reference image errors raised inside the block."
     try:
         yield
     except RequestError as refused:
@@ -272,7 +272,7 @@ def _plan_decoded(
     random_seed: int,
     written: GenerationRequest,  # before its prompts were drawn
 ) -> GenerationPlan:
-    "The plan of a request, from facts about its inputs."
+    "Plan a request from facts about its inputs."
     return make_plan(
         request,
         manifest,
@@ -291,12 +291,12 @@ def plan_request(
     manifest: ModelManifest,  # of the model that the request names
     policy: ImagePolicy = ImagePolicy(),  # which images are accepted
     random_seed: int | None = None,  # for a request without a seed; None draws one
-    models: Iterable[ModelManifest] = (),  # all that are offered, for error messages
+    models: Iterable[ModelManifest] = (),  # all models offered, for error messages
 ) -> PlannedRequest:
-    "Decode, look up and plan; a `RequestError` names every mistake that can be found without the model's weights."
+    "Decode the inputs of a request, look up its LoRAs and plan it. Raises `RequestError` if it cannot be carried out."
     written, inputs = request, decode_inputs(request, policy)
     random_seed = secrets.randbelow(2**32) if random_seed is None else random_seed
-    with contextlib.suppress(RequestError):  # `make_plan` names what is wrong with prompts among everything else
+    with contextlib.suppress(RequestError):  # `make_plan` reports prompt errors together with all others
         request = read_prompts(with_syntax(request, manifest), manifest, plan_seeds(request, random_seed)[0])
     resolved = resolve_loras(request, manifest)
     with _naming_models(models):
@@ -312,7 +312,7 @@ LARGEST_MAP = 8192  # pixels, each side
 
 @dataclass(frozen=True)
 class PlannedMap:
-    "A control map to be made."
+    "A control map to be made, with its decoded image and mask."
 
     request: PreprocessRequest
     image: Image.Image  # RGB
@@ -325,7 +325,7 @@ def map_size(
     request: PreprocessRequest,
     image: Image.Image,
 ) -> tuple[int, int]:  # width and height, multiples of 8
-    "The size of a map as requested; a missing side follows from the aspect ratio of the image."
+    "Return the requested size of a map; a missing side follows from the aspect ratio of the image."
     width, height = request.width, request.height
     if width is None:
         width = image.width if height is None else height * image.width / image.height
@@ -338,7 +338,7 @@ def plan_map(
     request: PreprocessRequest,
     policy: ImagePolicy = ImagePolicy(),  # which images are accepted
 ) -> PlannedMap:
-    "Decode and check a request for a control map; a `RequestError` names every mistake."
+    "Decode and check a request for a control map. Raises `RequestError` if it cannot be carried out."
     policy = policy.for_request()
     image = decode_image(request.image, policy=policy).image
     mask = decode_mask(request.mask_image, policy=policy).image if request.mask_image else None

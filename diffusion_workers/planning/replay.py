@@ -64,7 +64,7 @@ _HASH_ONLY = "the metadata keeps only the hash of this image: give the image aga
 
 
 def _image_paths(plan: GenerationPlan) -> tuple[list[str], dict[int, list[str]]]:
-    "The image fields that a plan used: of the request, and of each ControlNet unit."
+    "Return the image fields that a plan used: those of the request, and of each ControlNet unit."
     own = [name for name in IMAGE_FIELDS if getattr(plan, name) is not None]
     units = {
         index: [name for name in IMAGE_FIELDS if getattr(control, name) is not None]
@@ -74,7 +74,7 @@ def _image_paths(plan: GenerationPlan) -> tuple[list[str], dict[int, list[str]]]
 
 # %% ../../nbs/40_planning/12_replay.ipynb #059511dc
 def _fields_of_plan(plan: GenerationPlan, own: Sequence[str], units: Mapping[int, Sequence[str]]) -> dict[str, Any]:
-    "The request of a plan as JSON, without the images that the plan does not hold."
+    "Return the request of a plan as JSON values without images; reference images are placeholders."
     references = ["-"] * len(plan.reference_images or ())
     controls = {index: dict.fromkeys(names, "-") for index, names in units.items()}
     request = request_from_plan(plan, **dict.fromkeys(own, "-"), reference_images=references, controls=controls)
@@ -88,7 +88,7 @@ def _fields_of_plan(plan: GenerationPlan, own: Sequence[str], units: Mapping[int
 
 # %% ../../nbs/40_planning/12_replay.ipynb #3ab9677e
 def _fields_of_image(plan: GenerationPlan, own: Sequence[str], units: Mapping[int, Sequence[str]]) -> dict[str, Any]:
-    "The request of one image as JSON: with the seed of that image alone, and the references that it expects."
+    "Return the request of one image as JSON values: with its seed alone, and the reference images that it expects."
     fields = _fields_of_plan(plan, own, units)
     if fields.pop("reference_images", None):
         fields["expected_references"] = [
@@ -102,15 +102,15 @@ def _fields_of_image(plan: GenerationPlan, own: Sequence[str], units: Mapping[in
 
 # %% ../../nbs/40_planning/12_replay.ipynb #3c99253a
 def _custom_parts(plan: GenerationPlan) -> list[LostSetting]:
-    "What was handed in from Python when the image was made, and has to be handed in again."
+    "Return the parts that were passed in from Python when the image was made, and must be passed in again."
     reason = "it was handed in from Python, which metadata cannot hold: hand it in again"
     return [LostSetting(name=part.kind.value, given=part.name, reason=reason) for part in plan.custom or []]
 
 # %% ../../nbs/40_planning/12_replay.ipynb #dfb79e0e
 def from_plan(
-    plan: GenerationPlan,  # as it is embedded in an image
+    plan: GenerationPlan,  # as embedded in an image
 ) -> RestoredRequest:
-    "The request that made one image, with the seed of that image alone."
+    "Return the request that made one image, with the seed of that image alone."
     own, units = _image_paths(plan)
     fields = _fields_of_image(plan, own, units)
     listed = [f"reference_images[{index}]" for index in range(len(plan.reference_images or ()))]
@@ -166,8 +166,8 @@ def _graph_settings(texts: Mapping[str, str]) -> list[Setting] | None:
     return None
 
 # %% ../../nbs/40_planning/12_replay.ipynb #613ebe15
-def _file_settings(found: ImageMetadata, image: Image.Image) -> list[Setting] | None:  # None where there are none
-    "The settings of another program, wherever they stand in a file."
+def _file_settings(found: ImageMetadata, image: Image.Image) -> list[Setting] | None:  # None if there are none
+    "Return the settings of another program, from wherever a file stores them."
     texts = found.texts
     for read in (_invoke_settings, _easy_settings):
         if (settings := read(texts)) is not None:
@@ -176,7 +176,7 @@ def _file_settings(found: ImageMetadata, image: Image.Image) -> list[Setting] | 
     if parameters and not (_is_only_words(parameters) and "prompt" in texts):
         return text_settings(parameters) or from_text(parameters)
     comment = texts.get("UserComment") or texts.get("comment")
-    if comment and not _is_only_words(comment):  # a camera writes words there too
+    if comment and not _is_only_words(comment):  # cameras write plain text there too
         return text_settings(comment) or from_text(comment)
     for read in (_graph_settings, _novelai_settings):
         if (settings := read(texts)) is not None:
@@ -186,14 +186,14 @@ def _file_settings(found: ImageMetadata, image: Image.Image) -> list[Setting] | 
 
 # %% ../../nbs/40_planning/12_replay.ipynb #81d49534
 def _from_image(image: Image.Image, models: ModelList | None, find_manifest: FindManifest | None) -> RestoredRequest:
-    "The request that made an image: from its plan, or from the settings of another program."
+    "Return the request that made an image, from its plan or from the settings of another program."
     found = read_metadata(image)
     notes = [LostSetting(name="plan", reason=f"it cannot be read: {found.problem}")] if found.problem else []
     if found.plan is not None:
         try:
             return _without_unknown_model(from_plan(found.plan), models)
         except (RequestError, ValidationError, LookupError) as refused:
-            notes = [LostSetting(name="plan", reason=f"it cannot be carried out: {_first_line(refused)}")]
+            notes = [LostSetting(name="plan", reason=f"it is not a valid request: {_first_line(refused)}")]
     settings = _file_settings(found, image)
     if settings is not None:
         restored = from_settings(settings, models, find_manifest)
@@ -202,14 +202,11 @@ def _from_image(image: Image.Image, models: ModelList | None, find_manifest: Fin
 
 # %% ../../nbs/40_planning/12_replay.ipynb #3b79319e
 def restore(
-    source: bytes
-    | Path
-    | Image.Image
-    | str,  # an image file, an image that was opened from one, or a text of parameters
-    models: ModelList | None = None,  # what is offered; None takes any model and LoRA
+    source: bytes | Path | Image.Image | str,  # an image or text file, an opened image, or a text of parameters
+    models: ModelList | None = None,  # what is offered; None accepts any model and LoRA
     find_manifest: FindManifest | None = None,  # for LoRAs in folders
 ) -> RestoredRequest:
-    "The request that made an image, from the image's metadata; a `RequestError` where the file is not an image."
+    "Return the request that made an image, from its metadata. Raises `RequestError` if the file is not an image."
     if isinstance(source, str):
         return from_parameters(source, models, find_manifest)
     if isinstance(source, Path) and source.suffix.lower() in (".txt", ".json"):
@@ -240,7 +237,7 @@ def _without_unknown_model(restored: RestoredRequest, models: ModelList | None) 
     return restored.model_copy(update={"request": fields, "lost": [*(restored.lost or []), lost]})
 
 # %% ../../nbs/40_planning/12_replay.ipynb #ac3c3af7
-_ROUNDS = 24  # of planning; each takes out at least one setting
+_ROUNDS = 24  # maximum planning attempts; each removes at least one setting
 
 
 @cache
@@ -260,7 +257,7 @@ def _with_stand_ins(fields: dict[str, Any], missing: Sequence[str]) -> dict[str,
     return whole
 
 # %% ../../nbs/40_planning/12_replay.ipynb #5e1e08ba
-def _shifted(path: str, index: int) -> str | None:  # a path after a ControlNet unit is gone; None where it was there
+def _shifted(path: str, index: int) -> str | None:  # a path after a ControlNet unit was removed; None if it was in it
     found = re.match(r"controlnets\[(\d+)\]", path)
     if not found or int(found[1]) < index:
         return path
@@ -268,7 +265,7 @@ def _shifted(path: str, index: int) -> str | None:  # a path after a ControlNet 
 
 
 def _named_fields(top: Any) -> tuple[Any, ...]:
-    "The fields that go together with the one that an error names."
+    "Return the fields to remove together for the one that an error names."
     if top in ("width", "height"):
         return ("width", "height")
     if top in ("image", "mask_image"):
@@ -277,7 +274,7 @@ def _named_fields(top: Any) -> tuple[Any, ...]:
 
 # %% ../../nbs/40_planning/12_replay.ipynb #62dc9d6e
 def _named_setting(error: ErrorDetail, fields: Mapping[str, Any]) -> tuple[Any, int | None]:
-    "The field that an error names, and the index of the entry where it names one that is there."
+    "Return the field that an error names, and the index of the list entry if it names an existing one."
     steps = split_path(error.field) if error.field else ("",)
     top, entry = steps[0], steps[1] if len(steps) > 1 and isinstance(steps[1], int) else None
     listed = entry is not None and isinstance(fields.get(top), list) and entry < len(fields[top])
@@ -285,7 +282,7 @@ def _named_setting(error: ErrorDetail, fields: Mapping[str, Any]) -> tuple[Any, 
 
 
 def _pop_setting(fields: dict[str, Any], names: Sequence[Any], top: Any, entry: int | None) -> dict[str, Any]:
-    "Take an entry of a list, or fields that go together, out of a request."
+    "Remove an entry of a list, or fields that belong together, from a request, and return them."
     given = {name: fields[name] for name in names if name in fields}
     if entry is not None:
         given = {f"{top}[{entry}]": fields[top].pop(entry)}
@@ -298,23 +295,21 @@ def _pop_setting(fields: dict[str, Any], names: Sequence[Any], top: Any, entry: 
 def _without_unit(
     missing: Sequence[str], notes: Sequence[LostSetting], index: int
 ) -> tuple[list[str], list[LostSetting]]:
-    "Missing images and lost settings once a ControlNet unit is gone, with the paths that the other units have then."
+    "Return missing images and lost settings without those of a removed ControlNet unit, with later units renumbered."
     paths = [path for path in (_shifted(path, index) for path in missing) if path]
     kept = [(note, _shifted(note.name, index)) for note in notes]
     return paths, [note.model_copy(update={"name": name}) for note, name in kept if name]
 
 
 def _refused_setting(given: Mapping[str, Any], error: ErrorDetail) -> LostSetting:
-    "What was taken out, with the reason of the error."
+    "Return the lost setting for what was removed, with the error's reason."
     shown = " x ".join(text_of(value) for value in given.values()) or error.given
     reason = f"{error.message}{f'; allowed: {error.allowed}' if error.allowed else ''}"
     return LostSetting(name=" and ".join(given) or error.field, given=shown, reason=reason)
 
 # %% ../../nbs/40_planning/12_replay.ipynb #50df13da
-def _take_out(
-    restored: RestoredRequest, error: ErrorDetail
-) -> RestoredRequest | None:  # None where that is not possible
-    "The request without the setting that an error names."
+def _take_out(restored: RestoredRequest, error: ErrorDetail) -> RestoredRequest | None:  # None if that is not possible
+    "Return the request without the setting that an error names."
     fields, missing = copy.deepcopy(restored.request), list(restored.missing_images or [])
     notes = list(restored.lost or [])
     top, entry = _named_setting(error, fields)
@@ -335,9 +330,9 @@ def _take_out(
 # %% ../../nbs/40_planning/12_replay.ipynb #e1f77ca7
 def without_refused(
     restored: RestoredRequest,
-    prepare: Callable[[GenerationRequest], Any],  # plans a request, and raises a `RequestError` for what it refuses
+    prepare: Callable[[GenerationRequest], Any],  # plans a request; raises `RequestError` if it is refused
 ) -> RestoredRequest:
-    "The same request without the settings that planning refuses, which are lost."
+    "Return the request without the settings that planning refuses, which are listed as lost."
     for _ in range(_ROUNDS):
         try:
             prepare(parse(GenerationRequest, _with_stand_ins(restored.request, restored.missing_images or ())))
@@ -354,9 +349,9 @@ def without_refused(
 # %% ../../nbs/40_planning/12_replay.ipynb #8c453787
 @dataclass(frozen=True)
 class _Correction:
-    "A setting that earlier versions used in another way."
+    "A setting that earlier versions handled differently."
 
-    field: str  # of a request
+    field: str  # name of the request field
     former: str  # what earlier versions did
     concerns: Callable[[GenerationPlan, SchedulerFacts | None, str | None], bool]  # plan, scheduler, its spacing
 
@@ -404,9 +399,9 @@ _CORRECTIONS = (
 # %% ../../nbs/40_planning/12_replay.ipynb #6f6b21d8
 def corrected_since(
     plan: GenerationPlan,  # of an image
-    own: Mapping[str, Any] = MappingProxyType({}),  # configuration of the model's own scheduler, where it is known
+    own: Mapping[str, Any] = MappingProxyType({}),  # configuration of the model's own scheduler, if known
 ) -> Iterator[RequestWarning]:
-    "Settings of an image by an earlier version that have other pixels today."
+    "Yield warnings about settings that give different pixels today than in earlier versions."
     if plan.denoiser_calls is not None:
         return
     name, options = plan.scheduler.name, plan.scheduler.options or {}
@@ -424,11 +419,11 @@ def corrected_since(
 # %% ../../nbs/40_planning/12_replay.ipynb #9969a7f3
 def restore_result(
     source: bytes | Path | Image.Image | str,  # as for `restore`
-    models: ModelList | None = None,  # what is offered; None takes any model and LoRA
-    request_id: str | None = None,  # comes back with the result
-    find_manifest: FindManifest | None = None,  # where it is given, what planning refuses is lost
+    models: ModelList | None = None,  # what is offered; None accepts any model and LoRA
+    request_id: str | None = None,  # returned with the result
+    find_manifest: FindManifest | None = None,  # if given, settings that planning refuses are listed as lost
 ) -> OpResult:  # its `restored` holds the request
-    "What `restore` returns, or the errors that it raises, as a result."
+    "Return what `restore` returns, or the errors that it raises, as an `OpResult`."
     notes = []
     try:
         restored = restore(source, models, find_manifest)
@@ -450,15 +445,15 @@ def _own_scheduler(restored: RestoredRequest, find_manifest: FindManifest | None
         return {}
     try:
         return own_scheduler(find_manifest(name))
-    except RequestError:  # there is no such model
+    except RequestError:  # the model is unknown
         return {}
 
 # %% ../../nbs/40_planning/12_replay.ipynb #7a960c20
 def restore_request(
     request: RestoreRequest,
-    models: ModelList | None = None,  # what is offered; None takes any model and LoRA
+    models: ModelList | None = None,  # what is offered; None accepts any model and LoRA
     policy: ImagePolicy = ImagePolicy(),  # limits of images and of fetching them
-    find_manifest: FindManifest | None = None,  # where it is given, what planning refuses is lost
+    find_manifest: FindManifest | None = None,  # if given, settings that planning refuses are listed as lost
 ) -> OpResult:  # its `restored` holds the request
     "Restore a request from an image or from a text of parameters."
     try:
@@ -497,8 +492,8 @@ def _settings(plan: GenerationPlan) -> dict[str, Any]:
 def plan_differences(
     left: GenerationPlan,
     right: GenerationPlan,
-) -> list[tuple[str, Any, Any]]:  # (name, left, right); None where one has no such value
-    "The parameters in which two images differ."
+) -> list[tuple[str, Any, Any]]:  # (name, left, right); None if one has no such value
+    "Return the parameters in which the plans of two images differ."
     a, b = _settings(left), _settings(right)
     return [(name, a.get(name), b.get(name)) for name in dict.fromkeys([*a, *b]) if a.get(name) != b.get(name)]
 
@@ -518,9 +513,9 @@ def _literal(value: Any, path: str, files: Mapping[str, str]) -> str:
 def as_code(
     request: GenerationRequest,
     files: Mapping[str, str]
-    | None = None,  # path of a field, such as "controlnets[0].image" -> file; absent ones stand as base64
+    | None = None,  # path of a field, such as "controlnets[0].image" -> file; others stay base64
 ) -> str:  # of a notebook cell
-    "Python that carries out the request again."
+    "Return Python code that carries out the request again."
     fields = request.model_dump(mode="json", exclude_none=True, exclude_unset=True)
     files = files or {}
     lines = [f"    {name}={_literal(value, name, files)}," for name, value in fields.items()]

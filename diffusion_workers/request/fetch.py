@@ -28,32 +28,32 @@ from ez_diffusion_client.models import ErrorCode
 # %% ../../nbs/10_request/02_fetch.ipynb #75c18b44
 @dataclass
 class FetchBudget:
-    "What is left for the URLs of one request."
+    "Time and bytes left for the URLs of one request."
 
     deadline: float  # on the clock of `time.monotonic`
     bytes_left: int
-    timeout_seconds: float | None = None  # of the request, where its own deadline comes first
+    timeout_seconds: float | None = None  # of the request, if it is the shorter limit
 
 
 @dataclass(frozen=True)
 class FetchPolicy:
-    "What the URL in a request may make this process do."
+    "Limits on fetching the URLs in a request."
 
     allow_urls: bool = True  # False refuses every URL
     allowed_hosts: frozenset[str] = frozenset()  # exact "host" or "host:port" that may be private; IPv6 in brackets
-    max_bytes: int = 64 * 2**20  # of the body
-    timeout_seconds: float = 20.0  # for all of it: connecting, redirects and the body
+    max_bytes: int = 64 * 2**20  # of a response body
+    timeout_seconds: float = 20.0  # for one URL: connecting, redirects and the body
     idle_seconds: float = 5.0  # longest silence of the server
     max_redirects: int = 3
     request_seconds: float = 30.0  # for all URLs of a request together
     request_bytes: int = 256 * 2**20  # of all URLs of a request together
-    budget: FetchBudget | None = None  # of the request that is being read; see `for_request`
+    budget: FetchBudget | None = None  # of the current request; see `for_request`
 
     def for_request(
         self,
-        timeout_seconds: float | None = None,  # of the request; the time for its images counts
+        timeout_seconds: float | None = None,  # of the request; fetching its images counts toward it
     ) -> Self:
-        "The same policy for one request, whose URLs share a budget; a policy that has one keeps it."
+        "Return this policy with a budget for the URLs of one request; an existing budget is kept."
         if self.budget is not None:
             return self
         own = timeout_seconds if timeout_seconds is not None and timeout_seconds < self.request_seconds else None
@@ -64,11 +64,11 @@ class FetchPolicy:
 _PORTS = {"http": 80, "https": 443}
 
 
-def _port(url: Url) -> int:  # the one that is connected to
+def _port(url: Url) -> int:  # the port to connect to
     return url.port or _PORTS[url.scheme or ""]
 
 
-def _host(url: Url) -> str:  # as a resolver and a certificate name it
+def _host(url: Url) -> str:  # without the brackets of IPv6, as for a resolver or certificate
     return (url.host or "").strip("[]")
 
 
@@ -79,11 +79,11 @@ def _refused(code: ErrorCode, message: str, field: str, url: str, hint: str | No
 
 # %% ../../nbs/10_request/02_fetch.ipynb #e50bd9f5
 def check_url(
-    text: str,  # as it came in the request or in a redirect
+    text: str,  # from the request or a redirect
     policy: FetchPolicy = FetchPolicy(),
     field: str = "image",  # path in the request, for the error
 ) -> Url:  # with a scheme and a host
-    "The parsed URL, if its scheme, port and form are allowed; else a RequestError `url_not_allowed`."
+    "Parse a URL. Raises `RequestError` (`url_not_allowed`) if its scheme, port or form is not allowed."
 
     def refuse(why: str, hint: str | None = None) -> RequestError:
         return _refused(ErrorCode.url_not_allowed, why, field, text, hint)
@@ -112,7 +112,7 @@ _UNICAST_V6, _NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64
 def is_public_address(
     text: str,  # an IPv4 or IPv6 address, also with a zone such as fe80::1%eth0
 ) -> bool:
-    "Whether an address belongs to the public internet, judged by the IPv4 address that it carries, if any."
+    "Whether an address belongs to the public internet; an embedded IPv4 address decides, if there is one."
     address = ipaddress.ip_address(text.split("%")[0])
     if address.version == 6:
         carried = address.ipv4_mapped or address.sixtofour
@@ -127,8 +127,8 @@ def is_public_address(
 def resolve_host(
     host: str,  # a name, or an address in any notation that the system reads
     port: int,
-) -> list[str]:  # addresses, each once
-    "The addresses from the system's resolver; the timeout is the system's."
+) -> list[str]:  # addresses, without duplicates
+    "Resolve a host with the system's resolver and its timeout."
     answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
@@ -138,8 +138,8 @@ def checked_addresses(
     policy: FetchPolicy = FetchPolicy(),
     field: str = "image",
     resolve: Callable[[str, int], list[str]] = resolve_host,
-) -> list[str]:  # addresses that may be connected to
-    "The addresses of a host, if all are public or the policy names the host; else a RequestError."
+) -> list[str]:  # addresses that are safe to connect to
+    "Resolve a host. Raises `RequestError` unless all addresses are public or the policy allows the host."
     try:
         addresses = resolve(_host(url), _port(url))
     except (OSError, UnicodeError):
@@ -152,16 +152,16 @@ def checked_addresses(
     return addresses
 
 # %% ../../nbs/10_request/02_fetch.ipynb #b350f35e
-_MAX_ADDRESSES = 8  # of one host that are tried
+_MAX_ADDRESSES = 8  # tried for one host
 
 
 def _connect(
     url: Url,  # from `check_url`
     addresses: list[str],  # from `checked_addresses`, in the order of the attempts
-    idle_seconds: float,  # for each
-    deadline: float,  # for all, on the clock of `time.monotonic`
+    idle_seconds: float,  # for each attempt
+    deadline: float,  # for all attempts, on the clock of `time.monotonic`
 ) -> HTTPConnection:  # connected
-    "A connection to the first address that answers; TLS checks the certificate against the name."
+    "Connect to the first address that answers; TLS verifies the certificate against the host name."
     name = _host(url)
     problem: HTTPError | OSError = OSError("no address")
     for address in addresses[:_MAX_ADDRESSES]:
@@ -218,8 +218,8 @@ def _hop(
     policy: FetchPolicy,
     field: str,
     deadline: float,  # on the clock of `time.monotonic`
-) -> tuple[str | None, bytes]:  # (where it redirects to, the body)
-    "One GET. Raises RequestError, or what the connection raised."
+) -> tuple[str | None, bytes]:  # (redirect target, body)
+    "Send one GET request. Raises `RequestError`, or the error of the connection."
     connection = _connect(url, addresses, policy.idle_seconds, deadline)
     left = max(deadline - time.monotonic(), 0.001)
     timer = threading.Timer(left, _shut_down, [connection.sock])
@@ -247,7 +247,7 @@ def _hop(
 
 # %% ../../nbs/10_request/02_fetch.ipynb #fe7c0013
 def _late(policy: FetchPolicy, field: str, url: str) -> RequestError:
-    "The error for a deadline that has passed: the request's own, that of all its URLs, or that of one."
+    "Return the error for a deadline that has passed: of the request, of all its URLs together, or of one URL."
     budget = policy.budget
     if budget is None or time.monotonic() < budget.deadline:
         message = f"the URL took longer than {policy.timeout_seconds:g} seconds"
@@ -264,14 +264,14 @@ def _late(policy: FetchPolicy, field: str, url: str) -> RequestError:
     )
 
 # %% ../../nbs/10_request/02_fetch.ipynb #fe7c0016
-_RESOLVING = threading.BoundedSemaphore(32)  # names that are looked up at the same time
+_RESOLVING = threading.BoundedSemaphore(32)  # concurrent DNS lookups
 
 
 def _within(
     resolve: Callable[[str, int], list[str]],
     deadline: float,  # on the clock of `time.monotonic`
 ) -> Callable[[str, int], list[str]]:
-    "The same resolver with a deadline; the lookup itself cannot be stopped, and goes on in a thread of its own."
+    "Wrap a resolver with a deadline; a late lookup cannot be stopped, and continues in its own thread."
 
     def resolved(host: str, port: int) -> list[str]:
         answer: Future[list[str]] = Future()
@@ -299,7 +299,7 @@ def fetch(
     field: str = "image",  # path in the request, for the error
     resolve: Callable[[str, int], list[str]] = resolve_host,
 ) -> bytes:  # the body
-    "The body of a URL; raises a RequestError `url_not_allowed`, `url_unreachable`, `timed_out` or `image_too_large`."
+    "Fetch a URL. Raises `RequestError` (`url_not_allowed`, `url_unreachable`, `timed_out` or `image_too_large`)."
     first, deadline = text, time.monotonic() + policy.timeout_seconds
     if policy.budget is not None:
         deadline = min(deadline, policy.budget.deadline)

@@ -11,7 +11,7 @@ import traceback
 
 # %% ../../nbs/10_request/11_logs.ipynb #89e4f8dd
 def escape_controls(text: str) -> str:
-    "Text on one line: control characters, line separators and marks of writing direction as escapes."
+    "Escape control characters, line separators and bidirectional marks, so that text stays on one line."
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
@@ -21,18 +21,18 @@ _INDENT = "    "
 
 
 class PlainFormatter(logging.Formatter):
-    "A log record as one line, with its traceback indented below or its cause in brackets."
+    "Formatter for records as one line, with the traceback indented below, or the exception in parentheses."
 
     def __init__(
         self,
-        line: str,  # in the style of `logging`, such as "%(levelname)s %(name)s: %(message)s"
+        line: str,  # a format of `logging`, such as "%(levelname)s %(name)s: %(message)s"
         tracebacks: bool = True,
     ):
         super().__init__(line)
         self.tracebacks = tracebacks
 
     def format(self, record: logging.LogRecord) -> str:
-        "The record as text."
+        "Format a record as text."
         record.message = record.getMessage()
         if self.usesTime():
             record.asctime = self.formatTime(record, self.datefmt)

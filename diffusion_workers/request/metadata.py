@@ -66,7 +66,7 @@ SAMPLER_LABELS = {
 
 def _joined(
     settings: dict[str, object],
-) -> str:  # "Steps: 25, Model: ..."; None is left out, what holds a separator is quoted
+) -> str:  # "Steps: 25, Model: ..."; None is omitted, values with separators are quoted
     texts = {
         key: f"{value:g}" if isinstance(value, float) else str(value)
         for key, value in settings.items()
@@ -134,9 +134,9 @@ def _settings(plan: GenerationPlan, seed: int, subseed: int | None) -> dict[str,
 
 def parameters_line(
     plan: GenerationPlan,
-    index: int = 0,  # which image of the generation; it decides the seed
-) -> str:  # prompt, negative prompt and settings, each beginning a line
-    "How an image was made, in the form that other programs read."
+    index: int = 0,  # image of the generation; decides the seed
+) -> str:  # prompt, negative prompt and settings, each on a new line
+    "Return the parameters of an image as text, in the form that other programs read."
     negative = f"\nNegative prompt: {plan.negative_prompt}" if plan.negative_prompt else ""
     subseed = plan.subseeds[index] if plan.subseeds else None
     return f"{plan.prompt}{negative}\n{_joined(_settings(plan, plan.seeds[index], subseed))}"
@@ -149,13 +149,13 @@ _COMMON = frozenset(("steps", "sampler", "cfg scale", "seed", "size", "model", "
 _KNOWN = _COMMON | frozenset(("clip skip", "denoising strength", "version", "vae", "vae hash", "lora hashes", "loras"))
 
 
-def _holds_settings(line: str) -> bool:  # begins with a known one, and has three of the common ones
+def _holds_settings(line: str) -> bool:  # starts with a known setting, has at least three common ones
     if line.partition(":")[0].strip().lower() not in _KNOWN or len(line) >= 65_536:
         return False
     return sum(f"{name}: " in line.lower() for name in _COMMON) >= 3
 
 
-def _settings_start(text: str) -> tuple[int, bool]:  # where the settings begin, and whether that is in mid-line
+def _settings_start(text: str) -> tuple[int, bool]:  # (start of the settings, whether it is mid-line)
     starts = [found.start() for found in _CERTAIN_LINE.finditer(text)]
     starts = starts or [found.start() for found in _SETTINGS_LINE.finditer(text)]
     if starts:
@@ -191,15 +191,13 @@ def _unquoted(text: str) -> str:
 
 # %% ../../nbs/10_request/04_metadata.ipynb #me4a0017
 class _SettingsReader:
-    "Reads the part of a text that holds the settings."
+    "Parser for the part of a parameters text that holds the settings."
 
     def __init__(self, text: str):
         self.text = text
         self.separator = "|" if re.match(r"\s*+Steps:[^,|\n]*+\|", text) else ","
         self.found: dict[str, list[str]] = {}
-        self.json_budget = (
-            2 * len(text) + 100
-        )  # characters that may be decoded, whether they turn out to be JSON or not
+        self.json_budget = 2 * len(text) + 100  # characters that may be decoded, valid JSON or not
 
     def read(self) -> dict[str, str]:
         position = 0
@@ -208,7 +206,7 @@ class _SettingsReader:
             position = (self._further_line(position) if new_line else None) or self._pair(position)
         return {name: "\n".join(parts) for name, parts in self.found.items()}
 
-    def _pair(self, position: int) -> int:  # where the next one begins
+    def _pair(self, position: int) -> int:  # start of the next pair
         if end := self._json_pair(position):
             return end
         if found := _PAIR[self.separator].match(self.text, position):
@@ -234,7 +232,7 @@ class _SettingsReader:
             end += 1
         return end + 1 if end < len(self.text) and self.text[end] in (self.separator, "\n") else end
 
-    def _further_line(self, position: int) -> int | None:  # None where the line holds settings
+    def _further_line(self, position: int) -> int | None:  # None if the line holds settings
         end = self.text.find("\n", position)
         line = self.text[position : len(self.text) if end < 0 else end]
         found = _FURTHER_LINE.match(line)
@@ -251,7 +249,7 @@ class _SettingsReader:
 def parse_parameters(
     line: str,  # as `parameters_line` or another program wrote it
 ) -> dict[str, str]:  # "Prompt", "Negative prompt", and each setting under its own name
-    "The parts of a text of parameters; what is not there is not in the result."
+    "Parse a parameters text; missing parts are left out of the result."
     start, inline = _settings_start(line)
     body, settings = line[:start], _SettingsReader(line[start:]).read()
     body = body.rstrip() if inline else body.removesuffix("\n")
@@ -265,17 +263,17 @@ def parse_parameters(
 # %% ../../nbs/10_request/04_metadata.ipynb #5f8ef7ec
 @dataclass(frozen=True)
 class EncodedImage:
-    "An image as a file."
+    "An encoded image file."
 
     data: bytes
-    warnings: tuple[RequestWarning, ...] = ()  # what the file had no room for
+    warnings: tuple[RequestWarning, ...] = ()  # about metadata that did not fit
 
 
 def metadata_texts(
     plan: GenerationPlan,
     index: int = 0,  # which image of the generation
 ) -> dict[str, str]:  # for `encode_image`
-    "The metadata of an image: its plan as JSON, and its line of parameters."
+    "Return the metadata texts of an image: its plan as JSON, and its parameters."
     own = plan.model_copy(update={"image_index": index})
     text = json.dumps(own.model_dump(mode="json", exclude_none=True), ensure_ascii=True, separators=(",", ":"))
     return {PLAN_KEY: text, PARAMETERS_KEY: parameters_line(plan, index)}
@@ -287,7 +285,7 @@ def embed(
     index: int = 0,  # which image of the generation
     output: OutputOptions | None = None,  # default: the plan's
 ) -> EncodedImage:
-    "An image as a file that says how it was made, unless `output` forbids it."
+    "Encode an image with its plan and parameters as metadata, unless `output` disables them."
     output = output or plan.output or OutputOptions()
     if not output.embed_metadata:
         return EncodedImage(encode_image(image, output))
@@ -302,7 +300,7 @@ def embed(
 PLAN_VERSION = 2  # of the plans that this version writes
 _RENAMED_IN_VERSION_1 = {"cache_interval": "interval", "cache_branch_id": "branch"}  # in deepcache
 _VALUES_IN_VERSION_1 = {"step_cache": "deep_features", "bf16": "bfloat16", "full": None}
-_DEFAULTS_IN_VERSION_1 = {  # that a plan did not contain
+_DEFAULTS_IN_VERSION_1 = {  # values that a plan did not contain
     "first_block": {"threshold": 0.05},
     "taylorseer": {"interval": 5},
     "mag": {"threshold": 0.06},
@@ -314,7 +312,7 @@ def _renamed_value(value: Any) -> Any:
 
 
 def _step_cache_of_version_1(plan: dict, acceleration: dict) -> dict | None:
-    "The step cache of a plan of version 1, taken out of its two places."
+    "Remove the step cache settings from both places in a plan of version 1, and return them."
     method = acceleration.pop("step_cache", None)
     interval = acceleration.pop("step_cache_interval", None)
     threshold = acceleration.pop("step_cache_threshold", None)
@@ -331,7 +329,7 @@ def _step_cache_of_version_1(plan: dict, acceleration: dict) -> dict | None:
     return {"method": method} | defaults | given
 
 # %% ../../nbs/10_request/04_metadata.ipynb #me4a0011
-def _sections_of_version_1(plan: dict) -> dict[str, dict]:  # and take them out of the plan
+def _sections_of_version_1(plan: dict) -> dict[str, dict]:  # also removes them from the plan
     acceleration = dict(plan.pop("acceleration", None) or {})
     step_cache = _step_cache_of_version_1(plan, acceleration)
     memory = {name: acceleration.pop(name, None) for name in ("batch_size", "vae_tiling")}
@@ -345,9 +343,9 @@ def _sections_of_version_1(plan: dict) -> dict[str, dict]:  # and take them out 
 
 
 def upgrade_plan(
-    data: Any,  # a plan as JSON holds it
-) -> Any:  # in the schema of today; data that is not a plan is returned as it is
-    "A plan of any version in today's schema; a `ValueError` if it is of a newer version than this."
+    data: Any,  # a plan as parsed JSON
+) -> Any:  # in the current schema; data that is not a plan is returned unchanged
+    "Convert a plan to the current schema. Raises `ValueError` if it is from a newer version of the package."
     version = data.get("plan_version") if isinstance(data, dict) else None
     if type(version) is int and version > PLAN_VERSION:
         raise ValueError(
@@ -364,7 +362,7 @@ def upgrade_plan(
     return plan
 
 # %% ../../nbs/10_request/04_metadata.ipynb #me4a0012
-def _upgraded_warning(note: Any) -> Any:  # with the field's name of today
+def _upgraded_warning(note: Any) -> Any:  # with the current name of the field
     if not isinstance(note, dict) or not isinstance(note.get("field"), str):
         return note
     return {**note, "field": RENAMED_FIELDS.get(note["field"], note["field"])}
@@ -376,8 +374,8 @@ class ImageMetadata:
 
     plan: GenerationPlan | None = None
     parameters: str | None = None  # as `parameters_line` writes it
-    problem: str | None = None  # why there is a plan that cannot be read
-    texts: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)  # all of them, by their names
+    problem: str | None = None  # why the plan cannot be read
+    texts: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)  # all texts, by name
 
 
 def _parse_plan(text: str) -> tuple[GenerationPlan | None, str | None]:  # (plan, problem)
@@ -457,9 +455,9 @@ def _texts(image: Image.Image) -> dict[str, str]:  # under PLAN_KEY and PARAMETE
 
 
 def read_metadata(
-    source: bytes | Path | Image.Image,  # a file, its path (local callers only), or an image that was opened from one
+    source: bytes | Path | Image.Image,  # a file, its path (local callers only), or an image opened from one
 ) -> ImageMetadata:
-    "The metadata of a PNG, JPEG or WebP; a RequestError only if it cannot be read as an image."
+    "Read the metadata of a PNG, JPEG or WebP. Raises `RequestError` only if it is not a readable image."
     data = source.read_bytes() if isinstance(source, Path) else source
     image = data if isinstance(data, Image.Image) else open_image(data)
     texts = _texts(image)

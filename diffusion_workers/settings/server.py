@@ -16,7 +16,7 @@ from .values import Bytes, Entries, Origins, Token
 
 # %% ../../nbs/00_settings/04_server.ipynb #407b4d86
 class _Access(EnvironmentSettings):
-    "Where a server listens, and whose requests it takes."
+    "Address of a server, and the clients that it accepts."
 
     host: str = Field(
         "127.0.0.1",
@@ -51,14 +51,14 @@ class _Access(EnvironmentSettings):
 
     @property
     def allowed_hosts(self) -> tuple[str, ...]:
-        "Names in the Host header that are accepted; ('*',) is any."
+        "Accepted names in the Host header; ('*',) accepts any."
         if self.hosts:
             return self.hosts
         return ("localhost", "127.0.0.1", "[::1]") if self.listens_locally else ("*",)
 
 # %% ../../nbs/00_settings/04_server.ipynb #c821cd14
 class _Limits(EnvironmentSettings):
-    "How much a server takes, and how long it waits."
+    "Size limits and timeouts of a server."
 
     max_body: Bytes | None = Field(
         ByteSize(512 * 10**6),
@@ -96,7 +96,7 @@ class _Limits(EnvironmentSettings):
 
 # %% ../../nbs/00_settings/04_server.ipynb #939de719
 class _Operation(EnvironmentSettings):
-    "What a server keeps, what it logs, and what it does at its start."
+    "Retention of jobs and images, logging, and warm-up of a server."
 
     abandoned: float = Field(
         30.0,

@@ -328,7 +328,7 @@ export function References({ known }: { known: Schema }) {
         </div>
         <Missing />
         <p class="note">
-          The prompt may speak of image 1, image 2 …, in this order. Without a start image, the prompt edits them.
+          Refer to them in the prompt as image 1, image 2 …, in this order. Without a start image, the prompt edits them.
         </p>
       </div>
     </Section>

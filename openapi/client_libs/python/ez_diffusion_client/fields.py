@@ -48,7 +48,7 @@ class RequestFields(TypedDict, total=False):
     num_inference_steps: int | None
     """Denoising steps; default: the model's"""
     guidance_scale: float | None
-    """Weight of classifier-free guidance, 1 or less is none; for Flux the distilled guidance"""
+    """Strength of classifier-free guidance (CFG), 1 or less turns it off; for Flux the distilled guidance"""
     true_cfg_scale: float | None
     """Classifier-free guidance of Flux"""
     guidance_rescale: float | None
@@ -57,40 +57,40 @@ class RequestFields(TypedDict, total=False):
     num_images: int | None
     """How many images; default: one, or one for each of seeds"""
     seed: int | None
-    """Seed of the first image, image i takes seed + i; without it or with -1 one is drawn, which the plan
+    """Seed of the first image, image i takes seed + i; if omitted or -1, a random one, which the plan
     names"""
     seeds: Sequence[int] | None
     """One seed for each image"""
     subseed: int | None
-    """Variation seed: the other noise that subseed_strength moves towards; image i takes subseed + i, and all
-    images the same seed; without it or with -1 one is drawn"""
+    """Variation seed: the other noise that subseed_strength moves toward; image i takes subseed + i, and all
+    images the same seed; if omitted or -1, a random one"""
     subseed_strength: float | None
     """How far the initial noise moves from that of seed (0) to that of subseed (1), by spherical
     interpolation"""
     scheduler: models.SchedulerName | Literal['ddim', 'ddpm', 'pndm', 'euler', 'euler_ancestral', 'heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'dpmpp_3m', 'dpmpp_3m_sde', 'dpmpp_singlestep', 'unipc', 'deis', 'sa_solver', 'lms', 'kdpm2', 'kdpm2_ancestral', 'lcm', 'tcd', 'flow_match_euler'] | None
     """The sampler; default: the model's"""
     use_karras_sigmas: bool | None
-    """Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"""
+    """Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), if the scheduler supports it"""
     sigma_schedule: models.SigmaSchedule | Literal['karras', 'exponential', 'beta', 'sgm_uniform', 'ays'] | None
-    """How the noise levels are spaced, where the scheduler can; karras is the same as use_karras_sigmas,
+    """How the noise levels are spaced, if the scheduler supports it; karras is the same as use_karras_sigmas,
     sgm_uniform as trailing timestep_spacing; default: the scheduler's own"""
     timestep_spacing: models.TimestepSpacing | Literal['leading', 'trailing', 'linspace'] | None
-    """Which timesteps are sampled, where the scheduler supports it; default: the model's"""
+    """Which timesteps are sampled, if the scheduler supports it; default: the model's"""
     sigmas: Sequence[float] | None
-    """The noise level before each step, the largest first, where the scheduler takes them; the 0 at the end
-    may be left out. In place of num_inference_steps and of every spacing; for flow matching the levels after
-    the shift, at most 1"""
+    """The noise level (sigma) before each step, in descending order, if the scheduler supports it; the final
+    0 is optional. Replaces num_inference_steps and every spacing; for flow matching the levels after the
+    shift, at most 1"""
     timesteps: Sequence[int] | None
-    """The timestep of each step, the largest first, where the scheduler takes them; in place of
-    num_inference_steps and of every spacing"""
+    """The timestep of each step, in descending order, if the scheduler supports it; replaces
+    num_inference_steps and every spacing"""
     eta: float | None
     """How much new noise each step of ddim or tcd adds, 0 is none; default: 0, and 0.3 with tcd"""
     clip_skip: int | None
-    """How many of the last CLIP layers are left out, for the prompt and the negative prompt; default: none.
+    """How many of the last CLIP layers are skipped, for the prompt and the negative prompt; default: none.
     SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip
     skip 1 or 2, 1 is their 3"""
     max_sequence_length: int | None
-    """Tokens for T5"""
+    """Longest prompt for T5"""
     size_conditioning: models.SizeConditioning | dict[str, Any] | None
     refiner: models.RefinerOptions | dict[str, Any] | None
     image: ImageInput | None
@@ -99,11 +99,11 @@ class RequestFields(TypedDict, total=False):
     """Denoising strength: 0 keeps the image, 1 ignores it; needs image"""
     resize_mode: models.ResizeMode | Literal['just_resize', 'crop_and_resize', 'resize_and_fill'] | None
     mask_image: ImageInput | None
-    """White where image is repainted, black where it stays; needs image"""
+    """White where the image is repainted, black where it is kept; needs image"""
     inpaint: models.InpaintOptions | dict[str, Any] | None
     reference_images: Sequence[ImageInput] | None
-    """Images that the prompt speaks of, in order: the one to edit, or those to take something from. Alone
-    they make the task edit; with image and mask_image they guide what is painted"""
+    """Images that the prompt refers to, in order: the one to edit, or those to take something from. Without
+    image, the task is edit; with image and mask_image they guide what is painted"""
     reference_weights: Sequence[float] | None
     """How strongly each of reference_images counts, in the same order, for models that mix them (FLUX.1
     Redux); 1 in total is the strength that such a model was trained with; default: equal shares of 1"""
@@ -111,12 +111,12 @@ class RequestFields(TypedDict, total=False):
     """What reference_images have to be, by size and hash, in a request that was restored from an image: with
     fewer of them it is refused; leave it out to generate without"""
     loras: Sequence[models.Lora | dict[str, Any]] | None
-    """LoRAs put on for this request alone"""
+    """LoRAs for this request only"""
     controlnets: Sequence[models.ControlNetUnit | dict[str, Any]] | None
     """Controls of this request"""
     profile: str | None
-    """A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or
-    fast"""
+    """A profile of the manifest, such as exact, balanced or fast; its settings apply unless the request sets
+    them"""
     seamless: models.SeamlessAxes | Literal['x', 'y', 'both'] | None
     """Axes along which the image continues at its opposite edge, so that it can be tiled; U-Nets only;
     default: none"""
@@ -126,11 +126,11 @@ class RequestFields(TypedDict, total=False):
     memory: models.MemoryOptions | dict[str, Any] | None
     output: models.OutputOptions | dict[str, Any] | None
     preview_interval: int | None
-    """Steps between two previews in the progress events; 0 is none"""
+    """Steps between two previews in the progress events; 0 turns previews off"""
     timeout_seconds: float | None
-    """Seconds after which the work is stopped, time in the queue included"""
+    """Seconds after which the request is stopped, including its time in the queue"""
     request_id: str | None
-    """A name that comes back with the result and stands in the log"""
+    """An id of your own"""
 
 
 class PreprocessFields(TypedDict, total=False):
@@ -148,4 +148,4 @@ class PreprocessFields(TypedDict, total=False):
     """For preprocessors that take a mask (inpaint_mask)"""
     resize_mode: models.ResizeMode | Literal['just_resize', 'crop_and_resize', 'resize_and_fill'] | None
     request_id: str | None
-    """A name that comes back with the result and stands in the log"""
+    """An id of your own, returned with the result and written to the log"""

@@ -41,7 +41,7 @@ class Seed(RootModel[StrictInt]):
     root: Annotated[
         StrictInt,
         Field(
-            description="Starts the random numbers of one image; at most 2**53 - 1, so that JSON readers keep it",
+            description="Seed of the random numbers of one image; at most 2**53 - 1, which every JSON parser reads exactly",
             ge=0,
             le=9007199254740991,
         ),
@@ -90,7 +90,7 @@ class Task(StrEnum):
 
 class ControlKind(StrEnum):
     """
-    How a generation is controlled; one union ControlNet may carry several typed controls
+    How a generation is controlled; one union ControlNet can take several control maps of different kinds
     """
 
     none = "none"
@@ -150,7 +150,7 @@ class SigmaSchedule(StrEnum):
 
 class ResizeMode(StrEnum):
     """
-    How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
+    How an image with another aspect ratio is resized to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
     """
 
     just_resize = "just_resize"
@@ -160,7 +160,7 @@ class ResizeMode(StrEnum):
 
 class ControlMode(StrEnum):
     """
-    Whether prompt and control count alike, or one of them counts more
+    Whether prompt and control have equal weight, or one of them has more
     """
 
     balanced = "balanced"
@@ -189,7 +189,7 @@ class UnionModeName(StrEnum):
 
 class PromptSyntax(StrEnum):
     """
-    How a prompt is read: plain draws it as it stands; a1111 reads weights, schedules, BREAK, variants and LoRA tags as AUTOMATIC1111 does, at any length
+    How a prompt is read: plain takes every character literally; a1111 reads weights, schedules, BREAK, variants and LoRA tags as AUTOMATIC1111 does, at any length
     """
 
     plain = "plain"
@@ -208,7 +208,7 @@ class PromptWeighting(StrEnum):
 
 class OutputFormat(StrEnum):
     """
-    File format of the images that come back
+    File format of the returned images
     """
 
     png = "png"
@@ -241,7 +241,7 @@ class OpStatus(StrEnum):
 
 class ErrorCode(StrEnum):
     """
-    What exactly was wrong
+    Machine-readable kind of the error
     """
 
     unknown_field = "unknown_field"
@@ -302,12 +302,10 @@ class ErrorDetail(CompactModel):
     given: Annotated[
         StrictStr | None, Field(description="What was given, shortened")
     ] = None
-    allowed: Annotated[
-        StrictStr | None, Field(description="What would be accepted")
-    ] = None
-    hint: Annotated[StrictStr | None, Field(description="What to do about it")] = None
+    allowed: Annotated[StrictStr | None, Field(description="Accepted values")] = None
+    hint: Annotated[StrictStr | None, Field(description="How to fix it")] = None
     retryable: Annotated[
-        StrictBool, Field(description="Whether the very same request may succeed later")
+        StrictBool, Field(description="Whether the same request may succeed later")
     ] = False
 
 
@@ -389,7 +387,7 @@ class Lora(CompactModel):
     text_encoder_scale: Annotated[
         StrictFloat | None,
         Field(
-            description="Strength for the text encoders where it differs from scale",
+            description="Strength for the text encoders; default: scale",
             ge=-10.0,
             le=10.0,
         ),
@@ -442,19 +440,19 @@ class UnionMode(RootModel[StrictInt | None]):
 
 class ControlNetUnit(CompactModel):
     """
-    One control; several units that name the same union ControlNet become its typed controls
+    One control; several units that name the same union ControlNet are combined in it
     """
 
     model_config = ConfigDict(
         extra="forbid",
     )
-    enabled: Annotated[
-        StrictBool, Field(description="A unit that is not enabled is left out")
-    ] = True
+    enabled: Annotated[StrictBool, Field(description="A disabled unit is ignored")] = (
+        True
+    )
     model: Annotated[
         StrictStr | None,
         Field(
-            description="A ControlNet of the model; may be left out where only one fits",
+            description="A ControlNet of the model; optional if only one fits",
             max_length=256,
             min_length=1,
         ),
@@ -507,7 +505,7 @@ class ControlNetUnit(CompactModel):
         ),
     ] = None
     return_map: Annotated[
-        StrictBool, Field(description="Send the control map back with the images")
+        StrictBool, Field(description="Return the control map with the images")
     ] = False
 
 
@@ -523,7 +521,7 @@ class SeamlessAxes(StrEnum):
 
 class GuiderMethod(StrEnum):
     """
-    What takes the place of plain classifier-free guidance: adaptive projected guidance (arXiv:2410.02416), CFG-Zero* (arXiv:2503.18886), perturbed-attention guidance beside it (arXiv:2403.17377), or FreeU, which weights the features of a U-Net (arXiv:2309.11497)
+    Replacement for plain classifier-free guidance: adaptive projected guidance (arXiv:2410.02416), CFG-Zero* (arXiv:2503.18886), perturbed-attention guidance beside it (arXiv:2403.17377), or FreeU, which weights the features of a U-Net (arXiv:2309.11497)
     """
 
     apg = "apg"
@@ -764,7 +762,7 @@ class MemoryOptions(CompactModel):
     batch_size: Annotated[
         StrictInt | None,
         Field(
-            description="Images that go through the denoiser together; fewer need less memory",
+            description="Images per batch of the denoiser; fewer need less memory",
             ge=1,
             le=8,
         ),
@@ -795,7 +793,11 @@ class RefinerOptions(CompactModel):
     ] = 0.8
     num_inference_steps: Annotated[
         StrictInt | None,
-        Field(description="Steps of the refiner where they differ", ge=1, le=1000),
+        Field(
+            description="Denoising steps of the refiner; default: those of the request",
+            ge=1,
+            le=1000,
+        ),
     ] = None
 
 
@@ -825,7 +827,7 @@ class SizeConditioning(CompactModel):
 
 class OutputOptions(CompactModel):
     """
-    How the images come back
+    Format and metadata of the returned images
     """
 
     model_config = ConfigDict(
@@ -858,7 +860,7 @@ class PlannedScheduler(CompactModel):
         extra="forbid",
     )
     name: Annotated[
-        SchedulerName | None, Field(description="Absent when the model keeps its own")
+        SchedulerName | None, Field(description="Null if the model keeps its own")
     ] = None
     class_name: Annotated[
         StrictStr,
@@ -868,7 +870,7 @@ class PlannedScheduler(CompactModel):
     ]
     options: Annotated[
         dict[str, StrictBool | StrictInt | StrictFloat | StrictStr] | None,
-        Field(description="What is set on top of the configuration of the model"),
+        Field(description="Options that override the model's scheduler configuration"),
     ] = None
     sigma_schedule: Annotated[
         SigmaSchedule | None,
@@ -897,7 +899,8 @@ class PlannedImage(CompactModel):
     sha256: Annotated[
         StrictStr,
         Field(
-            description="Of the decoded RGB (or gray) pixels", pattern="^[0-9a-f]{64}$"
+            description="sha256 of the decoded RGB (or gray) pixels",
+            pattern="^[0-9a-f]{64}$",
         ),
     ]
     width: Annotated[
@@ -918,7 +921,7 @@ class PlannedReference(CompactModel):
     )
     sha256: Annotated[
         StrictStr,
-        Field(description="Of the decoded RGB pixels", pattern="^[0-9a-f]{64}$"),
+        Field(description="sha256 of the decoded RGB pixels", pattern="^[0-9a-f]{64}$"),
     ]
     width: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
     height: Annotated[StrictInt, Field(description="Pixels as given", ge=1)]
@@ -972,7 +975,7 @@ class PlannedEmbedding(CompactModel):
         StrictStr,
         Field(description="Where the file comes from, such as file:ink.safetensors"),
     ]
-    sha256: Annotated[StrictStr, Field(description="Of the file")]
+    sha256: Annotated[StrictStr, Field(description="sha256 of the file")]
 
 
 class PlannedLora(CompactModel):
@@ -995,13 +998,13 @@ class PlannedLora(CompactModel):
     ] = None
     sha256: Annotated[
         StrictStr | None,
-        Field(description="Of the file; absent in receipts of older versions"),
+        Field(description="sha256 of the file; null in receipts of older versions"),
     ] = None
 
 
 class Environment(CompactModel):
     """
-    Where the plan was carried out
+    Environment in which the plan was executed
     """
 
     model_config = ConfigDict(
@@ -1011,7 +1014,7 @@ class Environment(CompactModel):
     dtype: StrictStr | None = None
     versions: Annotated[
         dict[str, StrictStr] | None,
-        Field(description="Of the packages that decide pixels"),
+        Field(description="Versions of the packages that affect pixels"),
     ] = None
     weights: Annotated[
         dict[str, StrictStr] | None,
@@ -1023,7 +1026,7 @@ class Environment(CompactModel):
 
 class CustomKind(StrEnum):
     """
-    What was handed in from Python
+    What was given in Python
     """
 
     pipeline = "pipeline"
@@ -1038,7 +1041,7 @@ class CustomKind(StrEnum):
 
 class CustomPart(CompactModel):
     """
-    Something that was handed in from Python, and that a request cannot hold
+    An object given in Python that a request cannot hold
     """
 
     model_config = ConfigDict(
@@ -1053,13 +1056,13 @@ class CustomPart(CompactModel):
     ]
     sha256: Annotated[
         StrictStr | None,
-        Field(description="Of the numbers, for latents and prompt embeddings"),
+        Field(description="sha256 of the values, for latents and prompt embeddings"),
     ] = None
 
 
 class GenerationPlan(PlanMethods):
     """
-    Everything that decides the pixels; the receipt inside each image
+    Everything that determines the pixels; the receipt embedded in each image
     """
 
     model_config = ConfigDict(
@@ -1076,7 +1079,7 @@ class GenerationPlan(PlanMethods):
         ),
     ]
     manifest_sha256: Annotated[
-        StrictStr | None, Field(description="Of the manifest that was in force")
+        StrictStr | None, Field(description="sha256 of the manifest that was used")
     ] = None
     family: ModelFamily
     task: Task
@@ -1096,14 +1099,12 @@ class GenerationPlan(PlanMethods):
     written_prompt: Annotated[
         StrictStr | None,
         Field(
-            description="What was asked for, where prompt was drawn from it or tags were taken out"
+            description="The prompt as written, if variants were drawn or tags removed"
         ),
     ] = None
     written_negative_prompt: Annotated[
         StrictStr | None,
-        Field(
-            description="What was asked for, where negative_prompt was drawn from it"
-        ),
+        Field(description="The negative prompt as written, if variants were drawn"),
     ] = None
     styles: Annotated[
         list[StrictStr] | None,
@@ -1118,7 +1119,7 @@ class GenerationPlan(PlanMethods):
     num_inference_steps: StrictInt
     denoising_steps: Annotated[
         StrictInt,
-        Field(description="Steps that are really made after strength is applied"),
+        Field(description="Denoising steps that run after strength is applied"),
     ]
     denoiser_calls: Annotated[
         StrictInt | None,
@@ -1163,7 +1164,7 @@ class GenerationPlan(PlanMethods):
     loras: list[PlannedLora] | None = None
     controlnets: list[PlannedControl] | None = None
     profile: Annotated[
-        StrictStr | None, Field(description="The profile that settings were taken from")
+        StrictStr | None, Field(description="The profile whose settings were used")
     ] = None
     seamless: SeamlessAxes | None = None
     guider: GuiderOptions | None = None
@@ -1174,12 +1175,12 @@ class GenerationPlan(PlanMethods):
     custom: Annotated[
         list[CustomPart] | None,
         Field(
-            description="What a Python caller handed in and a request cannot hold: a replay has to hand it in again"
+            description="Objects given in Python that a request cannot hold; a replay needs them again"
         ),
     ] = None
     warnings: Annotated[
         list[RequestWarning] | None,
-        Field(description="What was rounded, ignored, converted or cut off"),
+        Field(description="Values that were rounded, ignored, converted or cut off"),
     ] = None
     environment: Environment | None = None
 
@@ -1284,7 +1285,7 @@ class PreprocessRequest(CompactModel):
     request_id: Annotated[
         StrictStr | None,
         Field(
-            description="A name that comes back with the result and stands in the log",
+            description="An id of your own, returned with the result and written to the log",
             max_length=128,
             min_length=1,
             pattern="^[A-Za-z0-9._:-]+$",
@@ -1323,7 +1324,7 @@ class PromptQuery(CompactModel):
 
 class PromptMark(CompactModel):
     """
-    A place in a prompt that needs attention
+    A part of a prompt that needs attention
     """
 
     model_config = ConfigDict(
@@ -1331,14 +1332,13 @@ class PromptMark(CompactModel):
     )
     start: Annotated[
         StrictInt,
-        Field(description="Its first character, from 0; whole characters are counted"),
-    ]
-    end: Annotated[StrictInt, Field(description="Behind its last character")]
-    message: Annotated[
-        StrictStr,
         Field(
-            description="What is wrong there, or may mean something else than intended"
+            description="Index of its first character, from 0, in Unicode code points"
         ),
+    ]
+    end: Annotated[StrictInt, Field(description="Index after its last character")]
+    message: Annotated[
+        StrictStr, Field(description="What is wrong, or may not mean what was intended")
     ]
 
 
@@ -1359,11 +1359,13 @@ class PromptReport(CompactModel):
     ] = None
     chunks: Annotated[
         StrictInt | None,
-        Field(description="How many chunks the text encoder takes the prompt in"),
+        Field(
+            description="Number of chunks in which the text encoder reads the prompt"
+        ),
     ] = None
-    chunk_tokens: Annotated[
-        StrictInt | None, Field(description="Tokens of a chunk")
-    ] = None
+    chunk_tokens: Annotated[StrictInt | None, Field(description="Tokens per chunk")] = (
+        None
+    )
     summary: Annotated[
         StrictStr | None,
         Field(description='The count in a few words, such as "11 of 30 tokens"'),
@@ -1371,13 +1373,13 @@ class PromptReport(CompactModel):
     borders: Annotated[
         list[StrictInt],
         Field(
-            description="The characters where another chunk begins, or where a plain prompt is cut off"
+            description="Indices of the characters where a chunk begins, or where a plain prompt is cut off"
         ),
     ]
     marks: Annotated[
         list[PromptMark],
         Field(
-            description="Mistakes, and what may mean something else than intended, in the order of the text"
+            description="Mistakes and possible misunderstandings, in the order of the text"
         ),
     ]
 
@@ -1409,7 +1411,7 @@ class RestoreRequest(CompactModel):
     request_id: Annotated[
         StrictStr | None,
         Field(
-            description="A name that comes back with the result and stands in the log",
+            description="An id of your own, returned with the result and written to the log",
             max_length=128,
             min_length=1,
             pattern="^[A-Za-z0-9._:-]+$",
@@ -1497,12 +1499,12 @@ class ModelMemory(CompactModel):
     )
     model: StrictStr
     bytes: Annotated[
-        StrictInt, Field(description="Of its weights, shared ones counted once")
+        StrictInt, Field(description="Bytes of its weights, shared ones counted once")
     ]
     device: StrictStr | None = None
     dtype: Annotated[
         Dtype | None,
-        Field(description="Of its arithmetic, unless a request sets another one"),
+        Field(description="Dtype of its arithmetic, unless a request sets another one"),
     ] = None
     components: Annotated[
         dict[str, StrictInt] | None, Field(description="Bytes of each component")
@@ -1551,14 +1553,12 @@ class Health(CompactModel):
     loaded_models: list[StrictStr] | None = None
     queue_length: Annotated[StrictInt, Field(ge=0)] = 0
     startup: Annotated[
-        list[PhaseTime] | None, Field(description="Where the time of the start went")
+        list[PhaseTime] | None, Field(description="Duration of each phase of the start")
     ] = None
     message: StrictStr | None = None
     outputs: Annotated[
         StrictBool | None,
-        Field(
-            description="Whether the server keeps the images that it makes in a folder"
-        ),
+        Field(description="Whether the server keeps generated images in a folder"),
     ] = None
 
 
@@ -1576,7 +1576,7 @@ class Output(CompactModel):
     seed: Annotated[
         StrictInt,
         Field(
-            description="Starts the random numbers of one image; at most 2**53 - 1, so that JSON readers keep it",
+            description="Seed of the random numbers of one image; at most 2**53 - 1, which every JSON parser reads exactly",
             ge=0,
             le=9007199254740991,
         ),
@@ -1601,7 +1601,7 @@ class OutputList(CompactModel):
         ),
     ] = None
     total: Annotated[
-        StrictInt, Field(description="How many images match, on all pages")
+        StrictInt, Field(description="Number of matching images on all pages")
     ]
 
 
@@ -1612,7 +1612,7 @@ class OutputChange(CompactModel):
     request_id: Annotated[
         StrictStr | None,
         Field(
-            description="A name that comes back with the result and stands in the log",
+            description="An id of your own, returned with the result and written to the log",
             max_length=128,
             min_length=1,
             pattern="^[A-Za-z0-9._:-]+$",
@@ -1627,7 +1627,7 @@ class OutputChange(CompactModel):
 
 class Phase(StrEnum):
     """
-    What is going on
+    Kind of the event
     """
 
     queued = "queued"
@@ -1712,7 +1712,7 @@ class PreprocessorInfo(CompactModel):
 
 class GenerationRequest(CompactModel):
     """
-    What to make
+    A request to generate images
     """
 
     model_config = ConfigDict(
@@ -1803,7 +1803,7 @@ class GenerationRequest(CompactModel):
     guidance_scale: Annotated[
         StrictFloat | None,
         Field(
-            description="Weight of classifier-free guidance, 1 or less is none; for Flux the distilled guidance",
+            description="Strength of classifier-free guidance (CFG), 1 or less turns it off; for Flux the distilled guidance",
             ge=0.0,
             le=100.0,
         ),
@@ -1831,7 +1831,7 @@ class GenerationRequest(CompactModel):
     seed: Annotated[
         StrictInt | None,
         Field(
-            description="Seed of the first image, image i takes seed + i; without it or with -1 one is drawn, which the plan names",
+            description="Seed of the first image, image i takes seed + i; if omitted or -1, a random one, which the plan names",
             ge=-1,
             le=9007199254740991,
         ),
@@ -1843,7 +1843,7 @@ class GenerationRequest(CompactModel):
     subseed: Annotated[
         StrictInt | None,
         Field(
-            description="Variation seed: the other noise that subseed_strength moves towards; image i takes subseed + i, and all images the same seed; without it or with -1 one is drawn",
+            description="Variation seed: the other noise that subseed_strength moves toward; image i takes subseed + i, and all images the same seed; if omitted or -1, a random one",
             ge=-1,
             le=9007199254740991,
         ),
@@ -1862,25 +1862,25 @@ class GenerationRequest(CompactModel):
     use_karras_sigmas: Annotated[
         StrictBool | None,
         Field(
-            description="Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can"
+            description="Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), if the scheduler supports it"
         ),
     ] = None
     sigma_schedule: Annotated[
         SigmaSchedule | None,
         Field(
-            description="How the noise levels are spaced, where the scheduler can; karras is the same as use_karras_sigmas, sgm_uniform as trailing timestep_spacing; default: the scheduler's own"
+            description="How the noise levels are spaced, if the scheduler supports it; karras is the same as use_karras_sigmas, sgm_uniform as trailing timestep_spacing; default: the scheduler's own"
         ),
     ] = None
     timestep_spacing: Annotated[
         TimestepSpacing | None,
         Field(
-            description="Which timesteps are sampled, where the scheduler supports it; default: the model's"
+            description="Which timesteps are sampled, if the scheduler supports it; default: the model's"
         ),
     ] = None
     sigmas: Annotated[
         list[Sigma] | None,
         Field(
-            description="The noise level before each step, the largest first, where the scheduler takes them; the 0 at the end may be left out. In place of num_inference_steps and of every spacing; for flow matching the levels after the shift, at most 1",
+            description="The noise level (sigma) before each step, in descending order, if the scheduler supports it; the final 0 is optional. Replaces num_inference_steps and every spacing; for flow matching the levels after the shift, at most 1",
             max_length=1001,
             min_length=1,
         ),
@@ -1888,7 +1888,7 @@ class GenerationRequest(CompactModel):
     timesteps: Annotated[
         list[Timestep] | None,
         Field(
-            description="The timestep of each step, the largest first, where the scheduler takes them; in place of num_inference_steps and of every spacing",
+            description="The timestep of each step, in descending order, if the scheduler supports it; replaces num_inference_steps and every spacing",
             max_length=1000,
             min_length=1,
         ),
@@ -1904,13 +1904,13 @@ class GenerationRequest(CompactModel):
     clip_skip: Annotated[
         StrictInt | None,
         Field(
-            description="How many of the last CLIP layers are left out, for the prompt and the negative prompt; default: none. SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip skip 1 or 2, 1 is their 3",
+            description="How many of the last CLIP layers are skipped, for the prompt and the negative prompt; default: none. SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip skip 1 or 2, 1 is their 3",
             ge=0,
             le=24,
         ),
     ] = None
     max_sequence_length: Annotated[
-        StrictInt | None, Field(description="Tokens for T5", ge=1, le=512)
+        StrictInt | None, Field(description="Longest prompt for T5", ge=1, le=512)
     ] = None
     size_conditioning: SizeConditioning | None = None
     refiner: RefinerOptions | None = None
@@ -1932,7 +1932,7 @@ class GenerationRequest(CompactModel):
     mask_image: Annotated[
         StrictStr | None,
         Field(
-            description="White where image is repainted, black where it stays; needs image",
+            description="White where the image is repainted, black where it is kept; needs image",
             max_length=134217728,
             min_length=1,
         ),
@@ -1941,7 +1941,7 @@ class GenerationRequest(CompactModel):
     reference_images: Annotated[
         list[ImageString] | None,
         Field(
-            description="Images that the prompt speaks of, in order: the one to edit, or those to take something from. Alone they make the task edit; with image and mask_image they guide what is painted",
+            description="Images that the prompt refers to, in order: the one to edit, or those to take something from. Without image, the task is edit; with image and mask_image they guide what is painted",
             max_length=10,
             min_length=1,
         ),
@@ -1964,7 +1964,7 @@ class GenerationRequest(CompactModel):
     ] = None
     loras: Annotated[
         list[Lora] | None,
-        Field(description="LoRAs put on for this request alone", max_length=16),
+        Field(description="LoRAs for this request only", max_length=16),
     ] = None
     controlnets: Annotated[
         list[ControlNetUnit] | None,
@@ -1973,7 +1973,7 @@ class GenerationRequest(CompactModel):
     profile: Annotated[
         StrictStr | None,
         Field(
-            description="A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or fast",
+            description="A profile of the manifest, such as exact, balanced or fast; its settings apply unless the request sets them",
             max_length=64,
             min_length=1,
         ),
@@ -1992,7 +1992,7 @@ class GenerationRequest(CompactModel):
     preview_interval: Annotated[
         StrictInt,
         Field(
-            description="Steps between two previews in the progress events; 0 is none",
+            description="Steps between two previews in the progress events; 0 turns previews off",
             ge=0,
             le=1000,
         ),
@@ -2000,7 +2000,7 @@ class GenerationRequest(CompactModel):
     timeout_seconds: Annotated[
         StrictFloat | None,
         Field(
-            description="Seconds after which the work is stopped, time in the queue included",
+            description="Seconds after which the request is stopped, including its time in the queue",
             gt=0.0,
             le=86400.0,
         ),
@@ -2008,7 +2008,7 @@ class GenerationRequest(CompactModel):
     request_id: Annotated[
         StrictStr | None,
         Field(
-            description="A name that comes back with the result and stands in the log",
+            description="An id of your own",
             max_length=128,
             min_length=1,
             pattern="^[A-Za-z0-9._:-]+$",
@@ -2051,11 +2051,9 @@ class ProgressEvent(CompactModel):
     phase: Phase
     job_id: StrictStr | None = None
     queue_position: Annotated[
-        StrictInt | None, Field(description="How many are before this one", ge=0)
+        StrictInt | None, Field(description="Number of jobs ahead of this one", ge=0)
     ] = None
-    step: Annotated[
-        StrictInt | None, Field(description="Steps that are done", ge=0)
-    ] = None
+    step: Annotated[StrictInt | None, Field(description="Completed steps", ge=0)] = None
     total_steps: Annotated[StrictInt | None, Field(ge=0)] = None
     seconds_per_step: StrictFloat | None = None
     seconds_left: StrictFloat | None = None
@@ -2068,7 +2066,9 @@ class ProgressEvent(CompactModel):
         ),
     ] = None
     message: StrictStr | None = None
-    result: Annotated[OpResult | None, Field(description="In the last event")] = None
+    result: Annotated[OpResult | None, Field(description="Only in the last event")] = (
+        None
+    )
 
 
 class Job(CompactModel):
@@ -2092,7 +2092,7 @@ class ControlNetInfo(CompactModel):
     union: StrictBool
     union_modes: Annotated[
         list[UnionModeName] | None,
-        Field(description="Kinds of maps that a union ControlNet takes"),
+        Field(description="Kinds of control maps that a union ControlNet takes"),
     ] = None
     preprocessors: list[StrictStr] | None = None
     availability: Availability | None = None
@@ -2111,12 +2111,14 @@ class ModelInfo(CompactModel):
     loaded: StrictBool
     availability: Annotated[
         Availability | None,
-        Field(description="Of its weights, without ControlNets, LoRAs and refiner"),
+        Field(
+            description="Bytes of its weights, without ControlNets, LoRAs and refiner"
+        ),
     ] = None
     download_gb: Annotated[
         StrictFloat | None,
         Field(
-            description="About how much is downloaded before the first image; absent where nothing is, or nobody knows"
+            description="Approximate download before the first image, in GB; null if nothing is downloaded or the size is unknown"
         ),
     ] = None
     license: StrictStr | None = None
@@ -2132,7 +2134,7 @@ class ModelInfo(CompactModel):
         ),
     ] = None
     example_prompts: Annotated[
-        list[StrictStr] | None, Field(description="Prompts to begin with")
+        list[StrictStr] | None, Field(description="Example prompts")
     ] = None
     loras: list[StrictStr] | None = None
     embeddings: Annotated[
@@ -2172,9 +2174,7 @@ class ModelList(ModelListMethods):
     model_config = ConfigDict(
         extra="forbid",
     )
-    default: Annotated[
-        StrictStr, Field(description="The model of a request that names none")
-    ]
+    default: Annotated[StrictStr, Field(description="The default model")]
     models: list[ModelInfo]
     preprocessors: Annotated[
         list[PreprocessorInfo] | None,

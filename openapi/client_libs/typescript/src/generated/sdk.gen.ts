@@ -19,7 +19,7 @@ export type Options<TData extends TDataShape = TDataShape, ThrowOnError extends 
 };
 
 /**
- * Make images and wait for them
+ * Generate images and wait for the result
  */
 export const generate = <ThrowOnError extends boolean = false>(options: Options<GenerateData, ThrowOnError>) => (options.client ?? client).post<GenerateResponses, GenerateErrors, ThrowOnError>({
     url: '/generate',
@@ -31,7 +31,7 @@ export const generate = <ThrowOnError extends boolean = false>(options: Options<
 });
 
 /**
- * Say what a request would do, without doing it
+ * Plan a request without running it (dry run)
  */
 export const plan = <ThrowOnError extends boolean = false>(options: Options<PlanData, ThrowOnError>) => (options.client ?? client).post<PlanResponses, PlanErrors, ThrowOnError>({
     url: '/plan',
@@ -55,7 +55,7 @@ export const preprocess = <ThrowOnError extends boolean = false>(options: Option
 });
 
 /**
- * Turn the metadata of an image into a request
+ * Restore the request that made an image from its metadata
  */
 export const restore = <ThrowOnError extends boolean = false>(options: Options<RestoreData, ThrowOnError>) => (options.client ?? client).post<RestoreResponses, RestoreErrors, ThrowOnError>({
     url: '/restore',
@@ -67,7 +67,7 @@ export const restore = <ThrowOnError extends boolean = false>(options: Options<R
 });
 
 /**
- * Count the tokens of a prompt and mark its mistakes
+ * Count the tokens of a prompt and find its mistakes
  */
 export const readPrompt = <ThrowOnError extends boolean = false>(options: Options<ReadPromptData, ThrowOnError>) => (options.client ?? client).post<ReadPromptResponses, ReadPromptErrors, ThrowOnError>({
     url: '/prompt',
@@ -138,12 +138,12 @@ export const listModels = <ThrowOnError extends boolean = false>(options?: Optio
 export const memoryInfo = <ThrowOnError extends boolean = false>(options?: Options<MemoryInfoData, ThrowOnError>) => (options?.client ?? client).get<MemoryInfoResponses, MemoryInfoErrors, ThrowOnError>({ url: '/memory-info', ...options });
 
 /**
- * The process is up
+ * Liveness: the process is running
  */
 export const health = <ThrowOnError extends boolean = false>(options?: Options<HealthData, ThrowOnError>) => (options?.client ?? client).get<HealthResponses, unknown, ThrowOnError>({ url: '/health', ...options });
 
 /**
- * A model is loaded and an image was generated
+ * Readiness: a model is loaded and has generated an image
  */
 export const ready = <ThrowOnError extends boolean = false>(options?: Options<ReadyData, ThrowOnError>) => (options?.client ?? client).get<ReadyResponses, ReadyErrors, ThrowOnError>({ url: '/ready', ...options });
 

@@ -10,7 +10,7 @@ export type ClientOptions = {
 export type ImageString = string;
 
 /**
- * Starts the random numbers of one image; at most 2**53 - 1, so that JSON readers keep it
+ * Seed of the random numbers of one image; at most 2**53 - 1, which every JSON parser reads exactly
  */
 export type Seed = number;
 
@@ -67,7 +67,7 @@ export const Task = {
 export type Task = typeof Task[keyof typeof Task];
 
 /**
- * How a generation is controlled; one union ControlNet may carry several typed controls
+ * How a generation is controlled; one union ControlNet can take several control maps of different kinds
  */
 export const ControlKind = {
     NONE: 'none',
@@ -77,7 +77,7 @@ export const ControlKind = {
 } as const;
 
 /**
- * How a generation is controlled; one union ControlNet may carry several typed controls
+ * How a generation is controlled; one union ControlNet can take several control maps of different kinds
  */
 export type ControlKind = typeof ControlKind[keyof typeof ControlKind];
 
@@ -143,7 +143,7 @@ export const SigmaSchedule = {
 export type SigmaSchedule = typeof SigmaSchedule[keyof typeof SigmaSchedule];
 
 /**
- * How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
+ * How an image with another aspect ratio is resized to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
  */
 export const ResizeMode = {
     JUST_RESIZE: 'just_resize',
@@ -152,12 +152,12 @@ export const ResizeMode = {
 } as const;
 
 /**
- * How an image of another shape is brought to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
+ * How an image with another aspect ratio is resized to the size of the generation: stretched, scaled to cover and cropped, or scaled to fit and filled at the edges
  */
 export type ResizeMode = typeof ResizeMode[keyof typeof ResizeMode];
 
 /**
- * Whether prompt and control count alike, or one of them counts more
+ * Whether prompt and control have equal weight, or one of them has more
  */
 export const ControlMode = {
     BALANCED: 'balanced',
@@ -166,7 +166,7 @@ export const ControlMode = {
 } as const;
 
 /**
- * Whether prompt and control count alike, or one of them counts more
+ * Whether prompt and control have equal weight, or one of them has more
  */
 export type ControlMode = typeof ControlMode[keyof typeof ControlMode];
 
@@ -194,12 +194,12 @@ export const UnionModeName = {
 export type UnionModeName = typeof UnionModeName[keyof typeof UnionModeName];
 
 /**
- * How a prompt is read: plain draws it as it stands; a1111 reads weights, schedules, BREAK, variants and LoRA tags as AUTOMATIC1111 does, at any length
+ * How a prompt is read: plain takes every character literally; a1111 reads weights, schedules, BREAK, variants and LoRA tags as AUTOMATIC1111 does, at any length
  */
 export const PromptSyntax = { PLAIN: 'plain', A1111: 'a1111' } as const;
 
 /**
- * How a prompt is read: plain draws it as it stands; a1111 reads weights, schedules, BREAK, variants and LoRA tags as AUTOMATIC1111 does, at any length
+ * How a prompt is read: plain takes every character literally; a1111 reads weights, schedules, BREAK, variants and LoRA tags as AUTOMATIC1111 does, at any length
  */
 export type PromptSyntax = typeof PromptSyntax[keyof typeof PromptSyntax];
 
@@ -218,7 +218,7 @@ export const PromptWeighting = {
 export type PromptWeighting = typeof PromptWeighting[keyof typeof PromptWeighting];
 
 /**
- * File format of the images that come back
+ * File format of the returned images
  */
 export const OutputFormat = {
     PNG: 'png',
@@ -227,7 +227,7 @@ export const OutputFormat = {
 } as const;
 
 /**
- * File format of the images that come back
+ * File format of the returned images
  */
 export type OutputFormat = typeof OutputFormat[keyof typeof OutputFormat];
 
@@ -259,7 +259,7 @@ export const OpStatus = {
 export type OpStatus = typeof OpStatus[keyof typeof OpStatus];
 
 /**
- * What exactly was wrong
+ * Machine-readable kind of the error
  */
 export const ErrorCode = {
     UNKNOWN_FIELD: 'unknown_field',
@@ -306,7 +306,7 @@ export const ErrorCode = {
 } as const;
 
 /**
- * What exactly was wrong
+ * Machine-readable kind of the error
  */
 export type ErrorCode = typeof ErrorCode[keyof typeof ErrorCode];
 
@@ -325,15 +325,15 @@ export type ErrorDetail = {
      */
     given?: string | null;
     /**
-     * What would be accepted
+     * Accepted values
      */
     allowed?: string | null;
     /**
-     * What to do about it
+     * How to fix it
      */
     hint?: string | null;
     /**
-     * Whether the very same request may succeed later
+     * Whether the same request may succeed later
      */
     retryable?: boolean;
 };
@@ -389,7 +389,7 @@ export type Lora = {
      */
     scale?: number;
     /**
-     * Strength for the text encoders where it differs from scale
+     * Strength for the text encoders; default: scale
      */
     text_encoder_scale?: number | null;
     /**
@@ -426,15 +426,15 @@ export type Preprocessing = {
 };
 
 /**
- * One control; several units that name the same union ControlNet become its typed controls
+ * One control; several units that name the same union ControlNet are combined in it
  */
 export type ControlNetUnit = {
     /**
-     * A unit that is not enabled is left out
+     * A disabled unit is ignored
      */
     enabled?: boolean;
     /**
-     * A ControlNet of the model; may be left out where only one fits
+     * A ControlNet of the model; optional if only one fits
      */
     model?: string | null;
     image: ImageString;
@@ -465,7 +465,7 @@ export type ControlNetUnit = {
      */
     union_mode?: UnionModeName | number | null;
     /**
-     * Send the control map back with the images
+     * Return the control map with the images
      */
     return_map?: boolean;
 };
@@ -485,7 +485,7 @@ export const SeamlessAxes = {
 export type SeamlessAxes = typeof SeamlessAxes[keyof typeof SeamlessAxes];
 
 /**
- * What takes the place of plain classifier-free guidance: adaptive projected guidance (arXiv:2410.02416), CFG-Zero* (arXiv:2503.18886), perturbed-attention guidance beside it (arXiv:2403.17377), or FreeU, which weights the features of a U-Net (arXiv:2309.11497)
+ * Replacement for plain classifier-free guidance: adaptive projected guidance (arXiv:2410.02416), CFG-Zero* (arXiv:2503.18886), perturbed-attention guidance beside it (arXiv:2403.17377), or FreeU, which weights the features of a U-Net (arXiv:2309.11497)
  */
 export const GuiderMethod = {
     APG: 'apg',
@@ -495,7 +495,7 @@ export const GuiderMethod = {
 } as const;
 
 /**
- * What takes the place of plain classifier-free guidance: adaptive projected guidance (arXiv:2410.02416), CFG-Zero* (arXiv:2503.18886), perturbed-attention guidance beside it (arXiv:2403.17377), or FreeU, which weights the features of a U-Net (arXiv:2309.11497)
+ * Replacement for plain classifier-free guidance: adaptive projected guidance (arXiv:2410.02416), CFG-Zero* (arXiv:2503.18886), perturbed-attention guidance beside it (arXiv:2403.17377), or FreeU, which weights the features of a U-Net (arXiv:2309.11497)
  */
 export type GuiderMethod = typeof GuiderMethod[keyof typeof GuiderMethod];
 
@@ -651,7 +651,7 @@ export type AccelerationOptions = {
  */
 export type MemoryOptions = {
     /**
-     * Images that go through the denoiser together; fewer need less memory
+     * Images per batch of the denoiser; fewer need less memory
      */
     batch_size?: number | null;
     /**
@@ -669,7 +669,7 @@ export type RefinerOptions = {
      */
     switch_at?: number;
     /**
-     * Steps of the refiner where they differ
+     * Denoising steps of the refiner; default: those of the request
      */
     num_inference_steps?: number | null;
 };
@@ -705,7 +705,7 @@ export type SizeConditioning = {
 };
 
 /**
- * How the images come back
+ * Format and metadata of the returned images
  */
 export type OutputOptions = {
     format?: OutputFormat;
@@ -720,7 +720,7 @@ export type OutputOptions = {
 };
 
 /**
- * What to make
+ * A request to generate images
  */
 export type GenerationRequest = {
     /**
@@ -776,7 +776,7 @@ export type GenerationRequest = {
      */
     num_inference_steps?: number | null;
     /**
-     * Weight of classifier-free guidance, 1 or less is none; for Flux the distilled guidance
+     * Strength of classifier-free guidance (CFG), 1 or less turns it off; for Flux the distilled guidance
      */
     guidance_scale?: number | null;
     /**
@@ -792,7 +792,7 @@ export type GenerationRequest = {
      */
     num_images?: number | null;
     /**
-     * Seed of the first image, image i takes seed + i; without it or with -1 one is drawn, which the plan names
+     * Seed of the first image, image i takes seed + i; if omitted or -1, a random one, which the plan names
      */
     seed?: number | null;
     /**
@@ -800,7 +800,7 @@ export type GenerationRequest = {
      */
     seeds?: Array<Seed> | null;
     /**
-     * Variation seed: the other noise that subseed_strength moves towards; image i takes subseed + i, and all images the same seed; without it or with -1 one is drawn
+     * Variation seed: the other noise that subseed_strength moves toward; image i takes subseed + i, and all images the same seed; if omitted or -1, a random one
      */
     subseed?: number | null;
     /**
@@ -812,23 +812,23 @@ export type GenerationRequest = {
      */
     scheduler?: SchedulerName | null;
     /**
-     * Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), where the scheduler can
+     * Space the noise levels as in Karras et al. 2022 (arXiv:2206.00364), if the scheduler supports it
      */
     use_karras_sigmas?: boolean | null;
     /**
-     * How the noise levels are spaced, where the scheduler can; karras is the same as use_karras_sigmas, sgm_uniform as trailing timestep_spacing; default: the scheduler's own
+     * How the noise levels are spaced, if the scheduler supports it; karras is the same as use_karras_sigmas, sgm_uniform as trailing timestep_spacing; default: the scheduler's own
      */
     sigma_schedule?: SigmaSchedule | null;
     /**
-     * Which timesteps are sampled, where the scheduler supports it; default: the model's
+     * Which timesteps are sampled, if the scheduler supports it; default: the model's
      */
     timestep_spacing?: TimestepSpacing | null;
     /**
-     * The noise level before each step, the largest first, where the scheduler takes them; the 0 at the end may be left out. In place of num_inference_steps and of every spacing; for flow matching the levels after the shift, at most 1
+     * The noise level (sigma) before each step, in descending order, if the scheduler supports it; the final 0 is optional. Replaces num_inference_steps and every spacing; for flow matching the levels after the shift, at most 1
      */
     sigmas?: Array<number> | null;
     /**
-     * The timestep of each step, the largest first, where the scheduler takes them; in place of num_inference_steps and of every spacing
+     * The timestep of each step, in descending order, if the scheduler supports it; replaces num_inference_steps and every spacing
      */
     timesteps?: Array<number> | null;
     /**
@@ -836,11 +836,11 @@ export type GenerationRequest = {
      */
     eta?: number | null;
     /**
-     * How many of the last CLIP layers are left out, for the prompt and the negative prompt; default: none. SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip skip 1 or 2, 1 is their 3
+     * How many of the last CLIP layers are skipped, for the prompt and the negative prompt; default: none. SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip skip 1 or 2, 1 is their 3
      */
     clip_skip?: number | null;
     /**
-     * Tokens for T5
+     * Longest prompt for T5
      */
     max_sequence_length?: number | null;
     size_conditioning?: SizeConditioning | null;
@@ -855,12 +855,12 @@ export type GenerationRequest = {
     strength?: number | null;
     resize_mode?: ResizeMode;
     /**
-     * White where image is repainted, black where it stays; needs image
+     * White where the image is repainted, black where it is kept; needs image
      */
     mask_image?: ImageString | null;
     inpaint?: InpaintOptions | null;
     /**
-     * Images that the prompt speaks of, in order: the one to edit, or those to take something from. Alone they make the task edit; with image and mask_image they guide what is painted
+     * Images that the prompt refers to, in order: the one to edit, or those to take something from. Without image, the task is edit; with image and mask_image they guide what is painted
      */
     reference_images?: Array<ImageString> | null;
     /**
@@ -872,7 +872,7 @@ export type GenerationRequest = {
      */
     expected_references?: Array<PlannedImage> | null;
     /**
-     * LoRAs put on for this request alone
+     * LoRAs for this request only
      */
     loras?: Array<Lora> | null;
     /**
@@ -880,7 +880,7 @@ export type GenerationRequest = {
      */
     controlnets?: Array<ControlNetUnit> | null;
     /**
-     * A profile of the manifest, whose settings hold where the request gives none, such as exact, balanced or fast
+     * A profile of the manifest, such as exact, balanced or fast; its settings apply unless the request sets them
      */
     profile?: string | null;
     /**
@@ -893,22 +893,22 @@ export type GenerationRequest = {
     memory?: MemoryOptions | null;
     output?: OutputOptions | null;
     /**
-     * Steps between two previews in the progress events; 0 is none
+     * Steps between two previews in the progress events; 0 turns previews off
      */
     preview_interval?: number;
     /**
-     * Seconds after which the work is stopped, time in the queue included
+     * Seconds after which the request is stopped, including its time in the queue
      */
     timeout_seconds?: number | null;
     /**
-     * A name that comes back with the result and stands in the log
+     * An id of your own
      */
     request_id?: string | null;
 };
 
 export type PlannedScheduler = {
     /**
-     * Absent when the model keeps its own
+     * Null if the model keeps its own
      */
     name?: SchedulerName | null;
     /**
@@ -916,7 +916,7 @@ export type PlannedScheduler = {
      */
     class_name: string;
     /**
-     * What is set on top of the configuration of the model
+     * Options that override the model's scheduler configuration
      */
     options?: {
         [key: string]: ParameterValue;
@@ -940,7 +940,7 @@ export type PlannedScheduler = {
  */
 export type PlannedImage = {
     /**
-     * Of the decoded RGB (or gray) pixels
+     * sha256 of the decoded RGB (or gray) pixels
      */
     sha256: string;
     /**
@@ -958,7 +958,7 @@ export type PlannedImage = {
  */
 export type PlannedReference = {
     /**
-     * Of the decoded RGB pixels
+     * sha256 of the decoded RGB pixels
      */
     sha256: string;
     /**
@@ -1010,7 +1010,7 @@ export type PlannedEmbedding = {
      */
     source: string;
     /**
-     * Of the file
+     * sha256 of the file
      */
     sha256: string;
 };
@@ -1030,19 +1030,19 @@ export type PlannedLora = {
      */
     source?: string | null;
     /**
-     * Of the file; absent in receipts of older versions
+     * sha256 of the file; null in receipts of older versions
      */
     sha256?: string | null;
 };
 
 /**
- * Where the plan was carried out
+ * Environment in which the plan was executed
  */
 export type Environment = {
     device?: string | null;
     dtype?: string | null;
     /**
-     * Of the packages that decide pixels
+     * Versions of the packages that affect pixels
      */
     versions?: {
         [key: string]: string;
@@ -1056,7 +1056,7 @@ export type Environment = {
 };
 
 /**
- * What was handed in from Python
+ * What was given in Python
  */
 export const CustomKind = {
     PIPELINE: 'pipeline',
@@ -1070,12 +1070,12 @@ export const CustomKind = {
 } as const;
 
 /**
- * What was handed in from Python
+ * What was given in Python
  */
 export type CustomKind = typeof CustomKind[keyof typeof CustomKind];
 
 /**
- * Something that was handed in from Python, and that a request cannot hold
+ * An object given in Python that a request cannot hold
  */
 export type CustomPart = {
     kind: CustomKind;
@@ -1084,13 +1084,13 @@ export type CustomPart = {
      */
     name: string;
     /**
-     * Of the numbers, for latents and prompt embeddings
+     * sha256 of the values, for latents and prompt embeddings
      */
     sha256?: string | null;
 };
 
 /**
- * Everything that decides the pixels; the receipt inside each image
+ * Everything that determines the pixels; the receipt embedded in each image
  */
 export type GenerationPlan = {
     /**
@@ -1103,7 +1103,7 @@ export type GenerationPlan = {
      */
     model_source: string;
     /**
-     * Of the manifest that was in force
+     * sha256 of the manifest that was used
      */
     manifest_sha256?: string | null;
     family: ModelFamily;
@@ -1126,11 +1126,11 @@ export type GenerationPlan = {
      */
     prompt_weighting?: PromptWeighting | null;
     /**
-     * What was asked for, where prompt was drawn from it or tags were taken out
+     * The prompt as written, if variants were drawn or tags removed
      */
     written_prompt?: string | null;
     /**
-     * What was asked for, where negative_prompt was drawn from it
+     * The negative prompt as written, if variants were drawn
      */
     written_negative_prompt?: string | null;
     /**
@@ -1151,7 +1151,7 @@ export type GenerationPlan = {
     height: number;
     num_inference_steps: number;
     /**
-     * Steps that are really made after strength is applied
+     * Denoising steps that run after strength is applied
      */
     denoising_steps: number;
     /**
@@ -1195,7 +1195,7 @@ export type GenerationPlan = {
     loras?: Array<PlannedLora> | null;
     controlnets?: Array<PlannedControl> | null;
     /**
-     * The profile that settings were taken from
+     * The profile whose settings were used
      */
     profile?: string | null;
     seamless?: SeamlessAxes | null;
@@ -1205,11 +1205,11 @@ export type GenerationPlan = {
     memory?: MemoryOptions | null;
     output?: OutputOptions;
     /**
-     * What a Python caller handed in and a request cannot hold: a replay has to hand it in again
+     * Objects given in Python that a request cannot hold; a replay needs them again
      */
     custom?: Array<CustomPart> | null;
     /**
-     * What was rounded, ignored, converted or cut off
+     * Values that were rounded, ignored, converted or cut off
      */
     warnings?: Array<RequestWarning> | null;
     environment?: Environment | null;
@@ -1286,7 +1286,7 @@ export type PreprocessRequest = {
     mask_image?: ImageString | null;
     resize_mode?: ResizeMode;
     /**
-     * A name that comes back with the result and stands in the log
+     * An id of your own, returned with the result and written to the log
      */
     request_id?: string | null;
 };
@@ -1310,19 +1310,19 @@ export type PromptQuery = {
 };
 
 /**
- * A place in a prompt that needs attention
+ * A part of a prompt that needs attention
  */
 export type PromptMark = {
     /**
-     * Its first character, from 0; whole characters are counted
+     * Index of its first character, from 0, in Unicode code points
      */
     start: number;
     /**
-     * Behind its last character
+     * Index after its last character
      */
     end: number;
     /**
-     * What is wrong there, or may mean something else than intended
+     * What is wrong, or may not mean what was intended
      */
     message: string;
 };
@@ -1337,11 +1337,11 @@ export type PromptReport = {
      */
     tokens?: number | null;
     /**
-     * How many chunks the text encoder takes the prompt in
+     * Number of chunks in which the text encoder reads the prompt
      */
     chunks?: number | null;
     /**
-     * Tokens of a chunk
+     * Tokens per chunk
      */
     chunk_tokens?: number | null;
     /**
@@ -1349,11 +1349,11 @@ export type PromptReport = {
      */
     summary?: string | null;
     /**
-     * The characters where another chunk begins, or where a plain prompt is cut off
+     * Indices of the characters where a chunk begins, or where a plain prompt is cut off
      */
     borders: Array<number>;
     /**
-     * Mistakes, and what may mean something else than intended, in the order of the text
+     * Mistakes and possible misunderstandings, in the order of the text
      */
     marks: Array<PromptMark>;
 };
@@ -1371,7 +1371,7 @@ export type RestoreRequest = {
      */
     parameters?: string | null;
     /**
-     * A name that comes back with the result and stands in the log
+     * An id of your own, returned with the result and written to the log
      */
     request_id?: string | null;
 };
@@ -1472,12 +1472,12 @@ export type DeviceMemory = {
 export type ModelMemory = {
     model: string;
     /**
-     * Of its weights, shared ones counted once
+     * Bytes of its weights, shared ones counted once
      */
     bytes: number;
     device?: string | null;
     /**
-     * Of its arithmetic, unless a request sets another one
+     * Dtype of its arithmetic, unless a request sets another one
      */
     dtype?: Dtype | null;
     /**
@@ -1528,12 +1528,12 @@ export type Health = {
     loaded_models?: Array<string> | null;
     queue_length?: number;
     /**
-     * Where the time of the start went
+     * Duration of each phase of the start
      */
     startup?: Array<PhaseTime> | null;
     message?: string | null;
     /**
-     * Whether the server keeps the images that it makes in a folder
+     * Whether the server keeps generated images in a folder
      */
     outputs?: boolean | null;
 };
@@ -1564,14 +1564,14 @@ export type OutputList = {
      */
     next?: string | null;
     /**
-     * How many images match, on all pages
+     * Number of matching images on all pages
      */
     total: number;
 };
 
 export type OutputChange = {
     /**
-     * A name that comes back with the result and stands in the log
+     * An id of your own, returned with the result and written to the log
      */
     request_id?: string | null;
     starred?: boolean | null;
@@ -1582,7 +1582,7 @@ export type OutputChange = {
 };
 
 /**
- * What is going on
+ * Kind of the event
  */
 export const Phase = {
     QUEUED: 'queued',
@@ -1596,7 +1596,7 @@ export const Phase = {
 } as const;
 
 /**
- * What is going on
+ * Kind of the event
  */
 export type Phase = typeof Phase[keyof typeof Phase];
 
@@ -1604,11 +1604,11 @@ export type ProgressEvent = {
     phase: Phase;
     job_id?: string | null;
     /**
-     * How many are before this one
+     * Number of jobs ahead of this one
      */
     queue_position?: number | null;
     /**
-     * Steps that are done
+     * Completed steps
      */
     step?: number | null;
     total_steps?: number | null;
@@ -1620,7 +1620,7 @@ export type ProgressEvent = {
     preview?: ImageString | null;
     message?: string | null;
     /**
-     * In the last event
+     * Only in the last event
      */
     result?: OpResult | null;
 };
@@ -1649,7 +1649,7 @@ export type ControlNetInfo = {
     name: string;
     union: boolean;
     /**
-     * Kinds of maps that a union ControlNet takes
+     * Kinds of control maps that a union ControlNet takes
      */
     union_modes?: Array<UnionModeName> | null;
     preprocessors?: Array<string> | null;
@@ -1679,11 +1679,11 @@ export type ModelInfo = {
     source: string;
     loaded: boolean;
     /**
-     * Of its weights, without ControlNets, LoRAs and refiner
+     * Bytes of its weights, without ControlNets, LoRAs and refiner
      */
     availability?: Availability | null;
     /**
-     * About how much is downloaded before the first image; absent where nothing is, or nobody knows
+     * Approximate download before the first image, in GB; null if nothing is downloaded or the size is unknown
      */
     download_gb?: number | null;
     license?: string | null;
@@ -1703,7 +1703,7 @@ export type ModelInfo = {
      */
     scheduler?: string | null;
     /**
-     * Prompts to begin with
+     * Example prompts
      */
     example_prompts?: Array<string> | null;
     loras?: Array<string> | null;
@@ -1790,7 +1790,7 @@ export type PreprocessorInfo = {
 
 export type ModelList = {
     /**
-     * The model of a request that names none
+     * The default model
      */
     default: string;
     models: Array<ModelInfo>;
@@ -1801,7 +1801,7 @@ export type ModelList = {
 };
 
 /**
- * The id that POST /jobs answered with
+ * The id returned by POST /jobs
  */
 export type JobId = string;
 
@@ -1828,7 +1828,7 @@ export type GenerateError = GenerateErrors[keyof GenerateErrors];
 
 export type GenerateResponses = {
     /**
-     * The images; with an Accept header of image/png, image/jpeg or image/webp, the bytes of the first one
+     * The result; with an Accept header of image/png, image/jpeg or image/webp, the bytes of the first one
      */
     200: OpResult;
 };
@@ -1853,7 +1853,7 @@ export type PlanError = PlanErrors[keyof PlanErrors];
 
 export type PlanResponses = {
     /**
-     * What was asked for
+     * The result
      */
     200: OpResult;
 };
@@ -1878,7 +1878,7 @@ export type PreprocessError = PreprocessErrors[keyof PreprocessErrors];
 
 export type PreprocessResponses = {
     /**
-     * What was asked for
+     * The result
      */
     200: OpResult;
 };
@@ -1903,7 +1903,7 @@ export type RestoreError = RestoreErrors[keyof RestoreErrors];
 
 export type RestoreResponses = {
     /**
-     * What was asked for
+     * The result
      */
     200: OpResult;
 };
@@ -1964,7 +1964,7 @@ export type CancelJobData = {
     body?: never;
     path: {
         /**
-         * The id that POST /jobs answered with
+         * The id returned by POST /jobs
          */
         job_id: string;
     };
@@ -1983,7 +1983,7 @@ export type CancelJobError = CancelJobErrors[keyof CancelJobErrors];
 
 export type CancelJobResponses = {
     /**
-     * The job as it is after the cancel was asked for
+     * The job after the cancellation request
      */
     200: Job;
 };
@@ -1994,7 +1994,7 @@ export type GetJobData = {
     body?: never;
     path: {
         /**
-         * The id that POST /jobs answered with
+         * The id returned by POST /jobs
          */
         job_id: string;
     };
@@ -2024,7 +2024,7 @@ export type StreamJobEventsData = {
     body?: never;
     path: {
         /**
-         * The id that POST /jobs answered with
+         * The id returned by POST /jobs
          */
         job_id: string;
     };
@@ -2055,7 +2055,7 @@ export type ListOutputsData = {
     path?: never;
     query?: {
         /**
-         * Words that all stand in the prompt
+         * Only images whose prompt contains all of these words
          */
         query?: string;
         /**
@@ -2063,7 +2063,7 @@ export type ListOutputsData = {
          */
         starred?: boolean;
         /**
-         * The next of the page before, to read on
+         * The value of next from the previous page
          */
         before?: string;
         limit?: number;
@@ -2099,7 +2099,7 @@ export type GetOutputData = {
     };
     query?: {
         /**
-         * A WebP of at most 256 pixels in place of the file
+         * Return a WebP of at most 256 pixels instead of the file
          */
         thumbnail?: boolean;
     };
