@@ -418,10 +418,10 @@ def test_page_asks_for_the_server_token(browser: Browser, quick_python: tuple[st
         shown = browser.new_context().new_page()
         shown.set_default_timeout(PATIENCE * 1000)
         shown.goto(url)
-        expect(shown.locator("[role=status]").first).to_have_text("The server asks for a token.")
+        expect(shown.locator("[role=status]").first).to_have_text("The server requires a token.")
         for word, answer in (
             ("a-secret-wörd", re.compile(r"^The token: character 11 \(U\+00F6\) cannot be sent in a header")),
-            ("another-word", "The server refuses this token."),
+            ("another-word", "Invalid token."),
             ("a-secret-word", re.compile("ready")),
         ):
             shown.get_by_label("Token").fill(word)
@@ -456,7 +456,7 @@ def check_folder(page: Page, made: bytes) -> None:
     expect(thumbs).to_have_count(0)
     page.get_by_role("button", name="Undo").click()
     expect(thumbs).to_have_count(1)
-    page.get_by_role("button", name="More for the gallery").click()
+    page.get_by_role("button", name="More gallery actions").click()
     with page.expect_download() as downloaded:
         page.get_by_role("button", name="Download the image as ZIP").click()
     with zipfile.ZipFile(downloaded.value.path()) as archive:
@@ -529,7 +529,7 @@ def test_xy_grid_and_image_comparison(page: Page) -> None:
     page.get_by_role("button", name="X/Y grid").click()
     page.get_by_label("Values of the X axis").fill("2:4:2")
     page.get_by_label("Values of the Y axis").fill("1, 3")
-    page.get_by_role("button", name="Make the grid").click()
+    page.get_by_role("button", name="Generate grid").click()
     expect(page.locator("button.cell")).to_have_count(4)
     expect(page.locator(".status")).to_have_text("The grid is complete.")
     page.locator("button.cell").first.click()
@@ -559,7 +559,7 @@ def test_copied_requests_reproduce_the_image(page: Page, server: str, tmp_path) 
     wanted = pixels(generate(page))
     copied = {}
     for name in ("JSON", "curl", "Python"):
-        page.get_by_role("button", name="More for the form").click()
+        page.get_by_role("button", name="More form actions").click()
         page.get_by_role("form").get_by_role("button", name=f"Copy as {name}").click()
         expect(page.locator(".status")).to_have_text(f"Copied as {name}.")
         copied[name] = page.evaluate("navigator.clipboard.readText()")
@@ -830,7 +830,7 @@ def test_tabs_share_the_gallery_but_not_the_form(page: Page, server: str) -> Non
     generate(page)
     expect(other.locator(".thumbs li")).to_have_count(1)
     other.locator(".thumbs button").click()
-    other.get_by_role("button", name="Start from it").click()
+    other.get_by_role("button", name="Use as start image").click()
     expect(other.locator("img[alt^='Start image']")).to_be_attached()
     page.get_by_role("button", name="Delete", exact=True).click()
     expect(other.locator(".thumbs li")).to_have_count(0)
@@ -852,12 +852,12 @@ def test_deletions_can_be_undone(page: Page) -> None:
     expect(thumbs).to_have_count(1)
     page.keyboard.press("Control+z")
     expect(thumbs).to_have_count(2)
-    page.get_by_role("button", name="More for the gallery").click()
+    page.get_by_role("button", name="More gallery actions").click()
     page.get_by_role("button", name="Delete all 2").click()
     expect(thumbs).to_have_count(0)
     page.get_by_role("button", name="Undo").click()
     expect(thumbs).to_have_count(2)
-    page.get_by_role("button", name="More for the form").click()
+    page.get_by_role("button", name="More form actions").click()
     page.get_by_role("button", name="Clear the form").click()
     expect(page.locator("[data-path=prompt]")).to_have_value("")
     page.get_by_role("button", name="Undo").click()
@@ -894,7 +894,7 @@ def test_batch_grid_viewer_search_and_zip_download(page: Page, tmp_path) -> None
     expect(page.locator(".thumbs li")).to_have_count(1)
     page.get_by_label("Search the prompts").fill("square RED")
     expect(page.locator(".thumbs li")).to_have_count(1)
-    page.get_by_role("button", name="More for the gallery").click()
+    page.get_by_role("button", name="More gallery actions").click()
     with page.expect_download() as downloaded:
         page.get_by_role("button", name="Download the image as ZIP").click()
     with zipfile.ZipFile(downloaded.value.path()) as archive:
@@ -935,7 +935,7 @@ def test_page_reconnects_to_an_unreachable_server(page: Page) -> None:
     "The page shows the lost connection without user action, and recovers when the server is back."
     fill(page, prompt=PROMPT)
     page.context.set_offline(True)
-    expect(page.get_by_role("alert")).to_have_text("The server does not answer. Trying again …")
+    expect(page.get_by_role("alert")).to_have_text("Server not responding. Retrying …")
     expect(page.locator("[role=status]").first).to_contain_text("does not answer")
     page.context.set_offline(False)
     expect(page.locator("[role=status]").first).to_contain_text("ready")
@@ -951,10 +951,10 @@ def test_grid_with_prompt_search_and_replace_and_z_axis(page: Page) -> None:
     page.get_by_label("Parameter of the Y axis").select_option(label="none")
     page.get_by_label("Parameter of the Z axis").select_option(label="Steps")
     page.get_by_label("Values of the Z axis").fill("1, 2")
-    page.get_by_role("button", name="Make the grid").click()
+    page.get_by_role("button", name="Generate grid").click()
     expect(page.locator(".axis.wrong")).to_contain_text("the prompt does not contain “pink”")
     page.get_by_label("Values of the X axis").fill("red, green")
-    page.get_by_role("button", name="Make the grid").click()
+    page.get_by_role("button", name="Generate grid").click()
     expect(page.locator("button.cell")).to_have_count(4)
     assert page.locator("table.grid caption").all_inner_texts() == ["Steps 1", "Steps 2"]
     last = page.locator("button.cell").last
@@ -1102,10 +1102,10 @@ def test_axe_finds_no_accessibility_violations(browser: Browser, server: str, sc
     page.get_by_role("button", name="X/Y grid").click()
     page.get_by_label("Values of the X axis").fill("1, 2")
     page.get_by_label("Values of the Y axis").fill("1, none")
-    page.get_by_role("button", name="Make the grid").click()
+    page.get_by_role("button", name="Generate grid").click()
     found["grid with an error"] = violations(page)
     page.get_by_label("Values of the Y axis").fill("1")
-    page.get_by_role("button", name="Make the grid").click()
+    page.get_by_role("button", name="Generate grid").click()
     expect(page.locator("button.cell")).to_have_count(1)
     expect(page.locator(".cell.failed")).to_have_count(1)  # with a start image, one step leaves none to run
     found["grid"] = violations(page)

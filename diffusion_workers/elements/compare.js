@@ -1,7 +1,7 @@
 /**
  * Two images under one slider, or what differs between them as a heat map.
  *
- * `createComparison(root)` needs nothing but a browser; the default export fits it to anywidget.
+ * `createComparison(root)` needs nothing but a browser; the default export adapts it to anywidget.
  */
 
 export function createComparison(root) {

@@ -1,8 +1,8 @@
 /**
  * A place to drop, paste or choose an image.
  *
- * `createDropZone(root, callbacks)` needs nothing but a browser; the default export fits it to anywidget and sends the
- * file in pieces, with `pieces.js`, which Python puts in front of this text.
+ * `createDropZone(root, callbacks)` needs nothing but a browser; the default export adapts it to anywidget and sends
+ * the file in pieces, with `pieces.js`, which Python prepends to this file.
  */
 
 export function createDropZone(root, { onFile, onRemove, onProblem, maxBytes = 64 * 2 ** 20 }) {

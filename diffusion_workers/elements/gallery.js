@@ -1,8 +1,8 @@
 /**
  * Images as pages of thumbnails: choose one or two, search, mark favorites, delete and undo.
  *
- * `createGallery(root, callbacks)` needs nothing but a browser; the default export fits it to anywidget. It is given
- * the order of ids on a page, and asks for those that it has not seen yet, so each thumbnail is sent once.
+ * `createGallery(root, callbacks)` needs nothing but a browser; the default export adapts it to anywidget. It receives
+ * the ordered ids of a page and requests only those that it has not cached, so each thumbnail is sent once.
  */
 
 const make = (tag, className, properties = {}) => Object.assign(document.createElement(tag), { className, ...properties });
@@ -94,7 +94,7 @@ export function createGallery(root, callbacks) {
     image.alt = open.title = found.caption ?? "";
     label.textContent = found.label ?? "";
     tools.hidden = batch;
-    const title = found.favorite ? "Remove from the favorites" : "Add to the favorites";
+    const title = found.favorite ? "Remove from favorites" : "Add to favorites";
     Object.assign(tools.firstChild, { textContent: found.favorite ? "★" : "☆", title });
     tools.firstChild.setAttribute("aria-label", title);
     if (found.favorite) item.dataset.favorite = "true";
@@ -168,7 +168,7 @@ export function createGallery(root, callbacks) {
       undoText.textContent = deleted;
       empty.hidden = batch || matches > 0;
       empty.replaceChildren(
-        make("b", "", { textContent: total ? "No image matches" : "No images yet" }),
+        make("b", "", { textContent: total ? "No matching images" : "No images yet" }),
         total ? "Change the search, or show all images." : "Write a prompt and press Generate, or Ctrl+Enter.",
       );
     },

@@ -1,7 +1,7 @@
 /**
- * Tables of images that fill in: a cell is sent when it is done, and once.
+ * Tables of images that fill in progressively: each cell is sent once, when it is done.
  *
- * `createGrid(root, callbacks)` needs nothing but a browser; the default export fits it to anywidget.
+ * `createGrid(root, callbacks)` needs nothing but a browser; the default export adapts it to anywidget.
  */
 
 const make = (tag, className, properties = {}) => Object.assign(document.createElement(tag), { className, ...properties });

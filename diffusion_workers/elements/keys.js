@@ -1,12 +1,12 @@
 /**
- * Keys that are pressed in a panel stay in the panel, and two of them control it.
+ * Keeps key events in a panel away from the notebook, and handles the shortcuts of the panel.
  *
- * A notebook looks for its shortcuts before the focused element gets the key: with the focus on a button, `x` would cut
- * the cell. It skips elements with `data-lm-suppress-shortcuts`, and it has to find the attribute on the focused
- * element itself. Ctrl+Enter presses Generate, Escape closes a menu or presses Stop; other keys with Ctrl or Cmd, such as Ctrl+S, stay
- * the notebook's.
+ * A notebook handles its shortcuts before the focused element gets the event: with focus on a button, `x` would cut the
+ * cell. It skips elements with `data-lm-suppress-shortcuts`, but checks only the focused element itself. Ctrl+Enter
+ * presses Generate, Escape closes a menu or presses Stop; other keys with Ctrl or Cmd, such as Ctrl+S, are left to the
+ * notebook.
  *
- * Python puts this text in front of each of its elements; whichever is loaded first installs it.
+ * Python prepends this file to each of its elements; the first one loaded installs the event listeners.
  */
 
 const OWN = ".dw-panel, .dw-prompt, .dw-mask, .dw-drop, .dw-references, .dw-compare, .dw-gallery, .dw-grid, .dw-grid-toggle, .dw-maps, .dw-code";

@@ -1,7 +1,7 @@
 /**
  * A mask that is painted over an image, at the resolution of the image.
  *
- * `createMaskEditor(root, callbacks)` needs nothing but a browser; the default export fits it to anywidget.
+ * `createMaskEditor(root, callbacks)` needs nothing but a browser; the default export adapts it to anywidget.
  * A mask is a PNG: white where the image is repainted, black where it stays.
  */
 
@@ -36,7 +36,7 @@ function fillFromMask(pen, bitmap) {
   pen.putImageData(pixels, 0, 0);
 }
 
-/** The mask as a PNG, at once: a mask that is encoded later can miss the request that was sent after the stroke. */
+/** The mask as a PNG, encoded synchronously: an async encoder can miss the request sent right after the stroke. */
 function maskBytes(layer) {
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [layer.width, layer.height];
@@ -79,12 +79,12 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   const state = { erase: false, brush: 24, undo: [], redo: [], last: null, at: null, zoom: 1, drag: null };
 
   const paint = button("Paint", "Paint the mask", "B");
-  const erase = button("Erase", "Take paint away", "E");
+  const erase = button("Erase", "Erase paint", "E");
   const undo = button("Undo", "Undo the last change", "Z");
   const redo = button("Redo", "Redo the last change", "Y");
-  const invert = button("Invert", "Paint what is not painted", "I");
-  const clear = button("Clear", "Take all paint away");
-  const upload = button("Load…", "Take a mask from a file: white is painted");
+  const invert = button("Invert", "Invert the mask", "I");
+  const clear = button("Clear", "Clear the mask");
+  const upload = button("Load…", "Load a mask file: white is painted");
   const zoomOut = button("−", "Zoom out", "-");
   const zoomIn = button("+", "Zoom in", "+");
   const fit = button("100 %", "Fit the whole image", "0");
@@ -228,7 +228,7 @@ export function createMaskEditor(root, { onMask, onFeather, onProblem }) {
   };
   const undoOne = () => step(state.undo, state.redo);
   const redoOne = () => step(state.redo, state.undo);
-  /** Zoom, keeping the place under the pointer (in pixels of the page) where it is. */
+  /** Zoom around the pointer, given in client coordinates. */
   const setZoom = (value, at) => {
     const box = stage.getBoundingClientRect();
     const x = (at?.x ?? box.left + box.width / 2) - box.left;

@@ -28,7 +28,7 @@ async function sendPieces(model, file) {
   }
 }
 
-/** Why a file is too large to be sent; empty where it is not. */
+/** The error message for a file that is too large to send; otherwise empty. */
 function tooLarge(file, maxBytes) {
   if (file.size <= maxBytes) return "";
   return (

@@ -1,15 +1,15 @@
 /**
  * A prompt: a text area with counted tokens, marked mistakes, completion and weights by Ctrl+Up and Ctrl+Down.
  *
- * Marks lie in a layer behind the text area, which has the same text at the same place. What is inserted goes through
- * the browser's own editing, so that it can be undone.
+ * Marks are drawn in a layer behind the text area that mirrors its text. Insertions go through the browser's own
+ * editing, so that they can be undone.
  */
 
 const STEP = 0.1;
 const MOST_SHOWN = 8;
 const MOST_MARKED = 10000; // characters
 
-/** Text, selection start and end after a weight was changed; null where there is nothing to weigh. */
+/** Text, selection start and end after changing a weight; null if there is nothing to weight. */
 export function weighed(text, start, end, up) {
   if (start === end) {
     const before = text.slice(0, start).match(/[^\s,()[\]{}:|<>]*$/)[0].length;
@@ -55,7 +55,7 @@ function make(tag, className, more = {}) {
   return Object.assign(document.createElement(tag), { className }, more);
 }
 
-/** An editor in `root`; with an `id`, the label is elsewhere. `area` is its text area. */
+/** An editor in `root`; with an `id`, the caller provides the label. `area` is its text area. */
 export function createPrompt(root, { onInput, onAdd, id: given }) {
   const id = given ?? freshId();
   root.classList.add("dw-prompt", "jupyter-widgets", "widget-inline-hbox");
@@ -86,7 +86,7 @@ export function createPrompt(root, { onInput, onAdd, id: given }) {
     const isOf = annotation.text === area.value && area.value.length <= MOST_MARKED;
     if (!isOf) return;
     const { marks = [], borders = [], text } = annotation;
-    const characters = [...text]; // Python counts whole characters
+    const characters = [...text]; // code points, as in Python
     const cuts = [...new Set([0, characters.length, ...borders, ...marks.flatMap((each) => [each.start, each.end])])];
     cuts.sort((one, other) => one - other);
     cuts.forEach((from, index) => {
@@ -97,7 +97,7 @@ export function createPrompt(root, { onInput, onAdd, id: given }) {
       const part = make(mark ? "mark" : "span", "", { textContent: characters.slice(from, to).join("") });
       layer.append(part);
     });
-    layer.append("\n"); // a last empty line has a height too
+    layer.append("\n"); // gives an empty last line its height
     layer.scrollTop = area.scrollTop;
     if (annotation.note) note.append(make("span", "dw-prompt-count", { textContent: annotation.note }));
     for (const each of marks.slice(0, 3)) {
@@ -176,7 +176,7 @@ export function createPrompt(root, { onInput, onAdd, id: given }) {
   area.addEventListener("scroll", () => (layer.scrollTop = area.scrollTop));
   area.addEventListener("blur", close);
   area.addEventListener("click", close);
-  // before the listener of the window, which stops a generation at Escape, sees the key only where the menu is closed
+  // runs before the window listener, so that Escape stops a generation only if the menu is closed
   area.addEventListener("keydown", (event) => {
     const isWeight = (event.ctrlKey || event.metaKey) && (event.key === "ArrowUp" || event.key === "ArrowDown");
     if (isWeight) {

@@ -1,8 +1,8 @@
 /**
- * Several images in an order: drop, paste or choose them, drag one to another place, or move and remove it by buttons.
+ * An ordered list of images: drop, paste or choose them, drag to reorder, or use the buttons to move and remove them.
  *
- * `createReferences(root, callbacks)` needs nothing but a browser; the default export fits it to anywidget and sends
- * files in pieces, with `pieces.js`, which Python puts in front of this text.
+ * `createReferences(root, callbacks)` needs nothing but a browser; the default export adapts it to anywidget and sends
+ * files in pieces, with `pieces.js`, which Python prepends to this file.
  */
 
 const DRAGGED = "application/x-dw-reference";
@@ -141,7 +141,7 @@ export function createReferences(root, { onFiles, onMove, onRemove, onWeight }) 
         entry.size.textContent = size;
         if (document.activeElement !== entry.weight) entry.weight.value = weight ?? "";
         entry.weight.placeholder = (1 / images.length).toFixed(2);
-        entry.weight.title = "Weight; empty is an equal share of 1";
+        entry.weight.title = "Weight; leave empty for an equal share";
         entry.weight.setAttribute("aria-label", `Weight of reference image ${index + 1}`);
         entry.shown.alt = `Reference image ${index + 1}, ${size}`;
         const titles = { earlier: "Move earlier", later: "Move later", remove: "Remove" };

@@ -1497,7 +1497,7 @@ class RunQueue:
         self,
         backend: Backend,
         lock: Any,  # a reentrant lock, held while anything changes
-        on_start: Callable[[], None] = lambda: None,  # before a run begins
+        on_start: Callable[[Run], None] = lambda run: None,  # before a run begins
         on_change: Callable[[], None] = lambda: None,  # when the waiting runs have changed
     ):
         self.backend, self.lock = backend, lock
@@ -1530,7 +1530,7 @@ class RunQueue:
             if free and self.waiting:
                 self.running = self.waiting.pop(0)
                 self.on_change()
-                self.on_start()
+                self.on_start(self.running)
                 begin(self.running, self.backend)
                 return
             if free:
@@ -1570,8 +1570,14 @@ class _ResultPanel(_ActionsPanel):
         self.last: OpResult | None = None
         self._before: list[str] = []  # the selection before the running generation
 
-    def _started(self) -> None:
-        self.stage.start()
+    def _width(self, request: GenerationRequest) -> int | None:  # pixels; None if an image determines it
+        info = self.form.model
+        if request.width or request.image or info is None or request.model not in (None, info.name):
+            return request.width
+        return info.width
+
+    def _started(self, run: Run) -> None:
+        self.stage.start(self._width(run.request))
         self._before = list(self.gallery.selected) or self._before
         self.gallery.selected = []
 

@@ -226,7 +226,7 @@ class _AwaitedImages(widgets.VBox):
             for number, image in enumerate(self.expected, 1)
         ]
         return (
-            f"the image was made with {len(named)} reference images, of which its metadata has the hashes alone: "
+            f"the image was made with {len(named)} reference images, but its metadata contains only their hashes: "
             f"add them again in their order: {', '.join(named)}"
         )
 

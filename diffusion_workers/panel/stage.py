@@ -36,6 +36,9 @@ def panel_line(error: ErrorDetail) -> str:
     return error_line(error.model_copy(update={"field": path_label(error.field)}) if error.field else error)
 
 # %% ../../nbs/73_panel/08_stage.ipynb #3582cd23
+_LEAST_WIDTH = 384  # pixels on the page, to which smaller images are scaled up
+
+
 class ImageView(widgets.Image):
     "The preview or the finished image."
 
@@ -43,6 +46,7 @@ class ImageView(widgets.Image):
         layout = widgets.Layout(display="none", max_width="100%", object_fit="contain", align_self="flex-start")
         super().__init__(layout=layout)
         self.add_class("dw-image")
+        self.preview_width = _LEAST_WIDTH  # pixels of the image that a preview stands for
 
     def show_file(
         self,
@@ -54,7 +58,7 @@ class ImageView(widgets.Image):
         with self.hold_sync():
             self.format = format
             self.value = data
-            self.layout.width = f"{max(384, width)}px"
+            self.layout.width = f"{max(_LEAST_WIDTH, width)}px"
             self.layout.display = None
         self.remove_class("dw-emerging")
         self.remove_class("dw-past")
@@ -67,8 +71,8 @@ class ImageView(widgets.Image):
         self,
         preview: str,  # a JPEG as base64 text or as a data URI
     ) -> None:
-        "Show a preview, 384 pixels wide."
-        self.show_file(image_data(preview), "jpeg", 256)
+        "Show a preview at the width of the final image."
+        self.show_file(image_data(preview), "jpeg", self.preview_width)
         self.add_class("dw-emerging")
 
 # %% ../../nbs/73_panel/08_stage.ipynb #f834cee3
@@ -208,8 +212,12 @@ class _StageEvents(_StageParts):
         self.reached = ""  # where the generation is, such as "step 7 of 25"
         super().__init__(on_generate, on_stop, on_keep, on_choose, thumbnail_of)
 
-    def start(self) -> None:
+    def start(
+        self,
+        width: int | None = None,  # pixels of the images, if known
+    ) -> None:
         "Show that a generation was started."
+        self.image.preview_width = width or 0
         self.show_batch([])
         with self._guard:
             self._phase = None
@@ -300,7 +308,7 @@ class Stage(_StageEvents):
     def _offer_partial(self) -> None:
         _hidden(self.keep, self.partial is None)
         if self.partial is not None:
-            self.image.show_file(self.partial, "jpeg", 256)
+            self.image.show_file(self.partial, "jpeg", self.image.preview_width)
 
     def _show_success(self, result: OpResult) -> None:
         self.bar.bar_style = "success"

@@ -125,7 +125,7 @@ async function show(token) {
   const answer = await fetch("openapi.json", { headers });
   ask.hidden = answer.status !== 401;
   if (answer.status === 401) {
-    document.getElementById("refused").textContent = token ? "The server refuses this token." : "";
+    document.getElementById("refused").textContent = token ? "Invalid token." : "";
     return document.getElementById("token").focus();
   }
   if (token) sessionStorage.setItem(key, token);

@@ -29,19 +29,19 @@ from .scenes import held_out_prompts, matches, random_scene, read_scene, render
 from ez_diffusion_client.models import ControlKind, ModelFamily, Task
 
 # %% ../../nbs/65_shapes/13_cells.ipynb #9e70ed43
-STEPS = 6  # the built-in models score as high as with more
+STEPS = 6  # denoising steps; more do not raise the scores of the built-in models
 
 
 @dataclass(frozen=True)
 class Example:
-    "A request, and the measures of its image."
+    "A generation request and the function that scores its image."
 
     request: dict[str, Any]  # fields of a GenerationRequest, without the model
     judge: Callable[[Image.Image], dict[str, float]]  # names of measures -> 0 to 1
 
 
 def plain_example(task: Task, rng: np.random.Generator) -> Example:
-    "An example without a control."
+    "Return a random example without a ControlNet."
     seed = int(rng.integers(10**6))
     scene, caption = held_out_prompts(1, 1, seed)[0]
     request = {"prompt": caption, "seed": seed, "num_inference_steps": STEPS}
@@ -63,7 +63,7 @@ UNITS: dict[ControlKind, list[tuple[str, str, str | None]]] = {  # kind -> (Cont
 def controlled_example(
     task: Task, kind: ControlKind, rng: np.random.Generator, scale: float = 1.0, summed: bool = False
 ) -> Example:
-    "An example with a control. Units whose effects are summed (several ControlNets, and Flux) share the scale."
+    "Return a random example with ControlNets. Units that are summed (several ControlNets, and Flux) share the scale."
     scene = random_free_scene(rng, 1)
     image, units = render_free(scene), UNITS[kind]
     weight = scale / len(units) if summed or kind == ControlKind.multiple else scale
@@ -111,10 +111,10 @@ def score_combination(
     task: Task,
     kind: ControlKind,
     count: int = 2,  # images
-    scale: float = 1.0,  # of the control
+    scale: float = 1.0,  # conditioning scale of the ControlNets
     seed: int = 0,  # of scenes, wording and noise
 ) -> CombinationScore:
-    "Generate and score examples of one combination. Raises RuntimeError when a generation fails."
+    "Generate and score examples of one combination. Raises `RuntimeError` if a generation fails."
     rng, images, rows = np.random.default_rng((seed, list(Task).index(task))), [], []
     summed = service.manifest(model).family == ModelFamily.flux
     for _ in range(count):
@@ -132,7 +132,7 @@ def score_combination(
 
 # %% ../../nbs/65_shapes/13_cells.ipynb #ec7bdefa
 def available_combinations(service: DiffusionService, models: tuple[str, ...]) -> list[tuple[str, Task, ControlKind]]:
-    "The combinations that built-in models have weights for."
+    "Return the combinations that the models have weights for."
     combinations = []
     for model in models:
         controlnets = service.manifest(model).controlnets
@@ -142,7 +142,7 @@ def available_combinations(service: DiffusionService, models: tuple[str, ...]) -
 
 # %% ../../nbs/65_shapes/13_cells.ipynb #6ab60c1f
 def measures_table(rows: list[dict[str, Any]]) -> str:  # Markdown
-    "Rows of measures as a table; missing measures stay empty."
+    "Format rows of measures as a table, with empty cells for missing measures."
     names = list(dict.fromkeys(name for row in rows for name in row))
     shown = lambda value: f"{value:.2f}" if isinstance(value, float) else str(value)
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]

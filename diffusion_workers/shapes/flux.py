@@ -36,9 +36,9 @@ from diffusion_workers.shapes.training_loop import (
 # %% ../../nbs/65_shapes/07_flux.ipynb #9c41f567
 @dataclass(frozen=True)
 class FluxTrainingConfig:
-    "Everything that determines the trained weights."
+    "Settings that determine the trained weights."
 
-    seed: int = 0  # of scenes, first weights and batches
+    seed: int = 0  # of scenes, initial weights and batches
     text_width: int = 128  # channels of the T5 encoder
     text_layers: int = 3
     text_length: int = 24  # T5 tokens, padding included
@@ -53,10 +53,10 @@ class FluxTrainingConfig:
     steps: int = 5580
     batch: int = 64  # latents
     matrix_learning_rate: float = 0.02  # peak, Muon
-    learning_rate: float = 3e-3  # peak, AdamW, for what is not a hidden matrix
+    learning_rate: float = 3e-3  # peak, AdamW, for all other parameters
     caption_dropout: float = 0.1  # share of captions replaced by "" for both encoders
     single_share: float = 0.7  # of scenes with one object
-    toward_noise: float = 0.5  # mean of the normal distribution behind the logit of the noise levels
+    toward_noise: float = 0.5  # mean of the logit of the noise levels (logit-normal distribution)
     ema_decay: float = 0.998  # of the averaged weights
     guided_steps: int = 450  # of guidance distillation
     guided_batch: int = 40  # latents
@@ -67,7 +67,7 @@ class FluxTrainingConfig:
 def build_t5_tokenizer(
     token_length: int,  # of a caption, padding included
 ) -> T5TokenizerFast:
-    "A T5 tokenizer: the vocabulary, and letters for all other words."
+    "Build a T5 tokenizer from the vocabulary, with single letters for all other words."
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
     pieces += [("▁" + word, -2.0) for word in dict.fromkeys(WORDS)]
     pieces += [(letter, -8.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789,.-'"]
@@ -79,15 +79,15 @@ def t5_ids(
     captions: list[str],  # B of them
     length: int,  # tokens, padding included
 ) -> torch.Tensor:  # (B, length) int64
-    "Tokens as FluxPipeline computes them."
+    "Tokenize captions as FluxPipeline does."
     return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #12f27f20
 def train_t5(
-    out_dir: Path,  # keeps `t5.pt` and the log
+    out_dir: Path,  # for `t5.pt` and the log
     config: FluxTrainingConfig,
 ) -> tuple[T5TokenizerFast, T5EncoderModel]:  # the encoder frozen
-    "Train the T5 encoder to parse, as the CLIP encoder was."
+    "Train the T5 encoder to parse captions, as the CLIP encoder was."
     torch.manual_seed(config.seed)
     tokenizer, width = build_t5_tokenizer(config.text_length), config.text_width
     model = torch.nn.ModuleDict(
@@ -129,7 +129,7 @@ def train_t5(
 def new_transformer(
     config: FluxTrainingConfig,
 ) -> FluxTransformer2DModel:
-    "Flux's transformer; its blocks and its output do nothing at first."
+    "Create a Flux transformer whose modulation and output layers are initialized to zero."
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -152,7 +152,7 @@ def new_transformer(
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #6034bf00
 def new_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    "Flow matching with dynamic shifting: larger images spend more of the steps near the noise."
+    "Create a flow-matching scheduler with dynamic shifting: larger images spend more steps at high noise levels."
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         base_image_seq_len=64,
@@ -165,15 +165,15 @@ def new_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
 def pack(
     latents: torch.Tensor,  # (B, 4, H, W)
 ) -> torch.Tensor:  # (B, H W / 4, 16)
-    "Pack squares of two by two latents into tokens."
+    "Pack 2 x 2 patches of latents into tokens."
     b, c, h, w = latents.shape
     return FluxPipeline._pack_latents(latents, b, c, h, w)
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #87f4d728
 def image_ids(
-    side: int = 8,  # tokens of a row
+    side: int = 8,  # tokens per row
 ) -> torch.Tensor:  # (side ** 2, 3)
-    "The position of each token."
+    "Return the position ids of the image tokens."
     return FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #a9cda7a1
@@ -183,7 +183,7 @@ def flux_conditioning(
     captions: list[str],  # B of them
     length: int,  # T5 tokens
 ) -> dict[str, torch.Tensor]:  # arguments of the transformer
-    "The conditioning that FluxPipeline computes from its prompts."
+    "Return the conditioning that FluxPipeline computes from its prompts."
     return {
         "pooled_projections": parts.text_encoder(token_ids(parts.tokenizer, captions)).pooler_output,
         "encoder_hidden_states": parts.text_encoder_2(t5_ids(parts.tokenizer_2, captions, length)).last_hidden_state,
@@ -209,12 +209,12 @@ class FluxBatch:
 # %% ../../nbs/65_shapes/07_flux.ipynb #2519a8c2
 def flux_batch(
     tokens: torch.Tensor,  # (N, 64, 16), of all training images
-    data: SceneData,  # their captions
+    data: SceneData,  # captions of these images
     config: FluxTrainingConfig,
-    step: int,  # decides the batch, with the seed
+    step: int,  # selects the batch, together with the seed
     batch: int,  # its size
 ) -> FluxBatch:
-    "The batch of one step; the noise levels are spread evenly over a logit-normal distribution."
+    "Return the batch of one step, with noise levels spread evenly over a logit-normal distribution."
     rng = np.random.default_rng((config.seed, 31, step))
     single = rng.random(batch) < config.single_share
     chosen = np.where(
@@ -231,7 +231,7 @@ def orthogonal(
     matrices: torch.Tensor,  # (..., rows, columns)
     iterations: int = 5,
 ) -> torch.Tensor:  # the same shape, singular values near 1
-    "The Newton-Schulz iteration of Muon, in the matrices' own precision."
+    "Orthogonalize matrices by Muon's Newton-Schulz iteration, in their own dtype."
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -254,7 +254,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        "One step, longer for matrices with more rows than columns."
+        "Perform one optimization step, scaled up for matrices with more rows than columns."
         dtype = torch.bfloat16 if has_quick_bfloat16() else torch.float32
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
@@ -269,15 +269,15 @@ class Muon(torch.optim.Optimizer):
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #888b9586
 def train_transformer(
-    out_dir: Path,  # keeps `flux.pt` and the log
+    out_dir: Path,  # for `flux.pt` and the log
     config: FluxTrainingConfig,
     parts,  # has tokenizer, text_encoder, tokenizer_2, text_encoder_2
     data: SceneData,
-    stop_after: int | None = None,  # end early, after so many steps, as if interrupted
-    on_checkpoint: Callable[[int, FluxTransformer2DModel], None] | None = None,  # gets steps and averaged weights
+    stop_after: int | None = None,  # stop at this step, as if interrupted
+    on_checkpoint: Callable[[int, FluxTransformer2DModel], None] | None = None,  # step, averaged model
     minutes: float | None = None,  # spread the schedule over this time instead of `config.steps`
-) -> FluxTransformer2DModel:  # the averaged weights
-    "Train the transformer, continuing from its checkpoint: Muon for the matrices of the blocks, AdamW for the rest."
+) -> FluxTransformer2DModel:  # with the averaged weights (EMA)
+    "Train or resume the transformer, with Muon for the weight matrices of the blocks and AdamW for the rest."
     torch.manual_seed(config.seed)
     transformer = new_transformer(config)
     averaged, tokens = copy.deepcopy(transformer).requires_grad_(False), pack(data.latents)
@@ -317,10 +317,10 @@ def train_transformer(
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #4a9bdb1c
 def distill_guidance(
-    out_dir: Path,  # keeps the log
+    out_dir: Path,  # for the log
     config: FluxTrainingConfig,
     parts,  # has tokenizer, text_encoder, tokenizer_2, text_encoder_2
-    transformer: FluxTransformer2DModel,  # trained at guidance 1; left as it is
+    transformer: FluxTransformer2DModel,  # trained at guidance 1; not modified
     data: SceneData,
 ) -> FluxTransformer2DModel:  # follows its guidance input
     "Distill the two passes of classifier-free guidance into one (Meng and others, 2023)."
@@ -347,12 +347,12 @@ def distill_guidance(
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #a29fb653
 def assemble_flux(
-    base,  # the first model's pipeline: autoencoder, CLIP
+    base,  # pipeline of shapes-sd15, for its VAE and CLIP encoder
     tokenizer_2: T5TokenizerFast,
     text_encoder_2: T5EncoderModel,
     transformer: FluxTransformer2DModel,
 ) -> FluxPipeline:
-    "Put the parts together."
+    "Assemble the pipeline from its components."
     pipeline = FluxPipeline(
         scheduler=new_flow_scheduler(),
         vae=base.vae,

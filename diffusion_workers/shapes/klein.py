@@ -87,7 +87,7 @@ class KleinTrainingConfig:
     "Everything that determines the trained weights."
 
     seed: int = 0  # of scenes, first weights and batches
-    reuse: bool = True  # the autoencoder and the text encoder of the package, instead of training them again
+    reuse: bool = True  # use the packaged VAE and text encoder instead of training them again
     vae_images: int = 8000  # training images of the autoencoder
     vae_steps: int = 3000
     vae_learning_rate: float = 6e-4  # peak; 1.5e-3 diverges, since the weights are trained already
@@ -116,13 +116,13 @@ class KleinTrainingConfig:
     high_noise: float = 0.3  # share of the noise levels drawn evenly from 0.8 to 1, where colors and shapes are decided
     thing_weight: float = 3.0  # more weight in the loss for tokens that show a thing
     edit_weight: float = 4.0  # the same in an edit, for tokens that show a thing before or after it
-    read_after: int = 3  # single blocks after which each token knows what it is to show, one more than for its role
-    read_weight: float = 0.2  # of each of these readings in the loss
+    read_after: int = 3  # single blocks before what each token will show is read; its role is read one earlier
+    read_weight: float = 0.2  # of each of these auxiliary losses
     ema_decay: float = 0.998  # of the averaged weights
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #1e9838e4
 SCENE_KINDS = {"one": 0.3, "pair": 0.25, "places": 0.15, "count": 0.12, "list": 0.18}  # kind of a scene -> its share
-EDIT_KINDS = {  # kind of an edit -> its share; what is learned last is the most frequent
+EDIT_KINDS = {  # kind of an edit -> its share; those learned last are the most frequent
     "color": 0.18,
     "shape": 0.18,
     "replace": 0.13,
@@ -134,7 +134,7 @@ EDIT_KINDS = {  # kind of an edit -> its share; what is learned last is the most
 
 
 def plain_scene(rng: np.random.Generator, held_out: bool | None = None) -> Scene:
-    "Draw a scene that the model is to know."
+    "Draw a random scene of the kinds that the model learns."
     return plain(random_scene(rng, draw_kind(rng, SCENE_KINDS), held_out))
 
 
@@ -143,12 +143,12 @@ def plain_caption(
     rng: np.random.Generator,  # chooses the wording
     held_out: bool | None = None,  # as for `describe`
 ) -> str:
-    "A caption as it is typed."
+    "Describe a scene in a caption as people type it."
     return as_typed(describe(scene, rng, held_out), rng)
 
 
 def opened(scene: Scene, rng: np.random.Generator) -> Scene:
-    "The scene, sometimes without its background."
+    "Return the scene, in 6% of cases without its background."
     return replace(scene, background=None) if rng.random() < 0.06 else scene
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #065d193b
@@ -158,9 +158,9 @@ _SPACE = "\u0120"  # how byte-level tokenizers write a space
 
 
 def klein_words(
-    count: int = 6000,  # captions and instructions that are looked at
+    count: int = 6000,  # captions to sample, and about as many instructions
 ) -> list[str]:  # in lower case, in alphabetical order
-    "Every word that a caption or an instruction can hold."
+    "Collect the vocabulary of captions and instructions by sampling them."
     rng = np.random.default_rng(0)
     texts = [describe(plain_scene(rng), rng) for _ in range(count)]
     edits = [random_edit(rng, EDITS[index % len(EDITS)]) for index in range(count // 4)]
@@ -183,7 +183,7 @@ def build_klein_tokenizer(
     words: Sequence[str],  # in lower case
     length: int,  # tokens, padding included
 ) -> Qwen2Tokenizer:
-    "A tokenizer of Qwen's class with a token for each word."
+    "Build a Qwen2 tokenizer with one token for each word."
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -213,7 +213,7 @@ def klein_ids(
     texts: Sequence[str],  # B of them
     length: int,  # tokens, padding included
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, length) tokens and mask, int64
-    "Tokens as Flux2KleinPipeline computes them."
+    "Tokenize texts as Flux2KleinPipeline does."
     chats = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False) for text in texts]
     options = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     made = tokenizer(chats, **options)
@@ -254,7 +254,7 @@ def _row_slots(scene: Scene) -> dict[int, str]:  # index of a thing -> its place
 def caption_targets(
     scene: Scene,
 ) -> list[int]:  # one class for each answer of KLEIN_POSITIONS
-    "What a caption tells."
+    "Return the parsing targets of a scene's caption."
     kind = scene.relations[0].kind if scene.relations else None
     axis = "none" if kind is None else "row" if kind in ("left of", "right of", "next to") else "column"
     found = [len(scene.things), _code([*PALETTE], scene.background), _AXES.index(axis), _code(RELATIONS, kind), 0, 0]
@@ -271,7 +271,7 @@ def caption_targets(
 def edit_targets(
     told: Told,
 ) -> list[int]:  # one class for each answer of KLEIN_POSITIONS
-    "What an instruction tells."
+    "Return the parsing targets of an edit instruction."
     whole = [0, 0, 0, 0, EDITS.index(told.kind) + 1, _code([*PALETTE], told.background)]
     looks = [*_look_codes(*told.thing), *_look_codes(*told.second), *_look_codes(told.color, told.shape)]
     return [*whole, *[0] * MAX_THINGS * len(_THING_CLASSES), *looks, _code(_WHERES, told.where)]
@@ -281,7 +281,7 @@ def new_qwen3(
     config: KleinTrainingConfig,
     tokenizer: Qwen2Tokenizer,
 ) -> Qwen3ForCausalLM:
-    "Qwen3 with random weights."
+    "Create a Qwen3 model with random weights."
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
@@ -306,7 +306,7 @@ def klein_parse_loss(
     ends: torch.Tensor,  # (B,) int64, the last token of each text
     targets: torch.Tensor,  # (B, answers) int64
 ) -> dict[str, torch.Tensor]:  # loss; share of texts with every answer right
-    "Cross entropy of every answer, each at its own position behind the text."
+    "Return the cross-entropy of the answers, each group read at its own position after the text."
     loss, right, answer = torch.zeros(()), torch.ones(len(targets), dtype=torch.bool), 0
     for position, (head, classes) in enumerate(zip(heads, KLEIN_POSITIONS)):
         behind = (ends + 1 + position).clamp(max=states.shape[1] - 1)  # a text that is too long has no room behind it
@@ -320,10 +320,10 @@ def klein_parse_loss(
 # %% ../../nbs/65_shapes/16_klein.ipynb #687b7d8d
 def parse_texts(
     rng: np.random.Generator,
-    count: int,  # texts: a caption and an instruction in turn
+    count: int,  # texts, alternating between instructions and captions
     held_out: bool = False,  # True: test scenes and phrasings
 ) -> tuple[list[str], torch.Tensor]:  # texts; (count, answers) int64
-    "Captions and instructions of fresh scenes, and what they tell."
+    "Draw captions and instructions of random scenes with their parsing targets."
     texts, targets = [], []
     for index in range(count):
         if index % 2:
@@ -342,7 +342,7 @@ def train_qwen3(
     config: KleinTrainingConfig,
     tokenizer: Qwen2Tokenizer,
 ) -> Qwen3ForCausalLM:  # frozen
-    "Train the text encoder to parse, continuing from its checkpoint."
+    "Train the text encoder to parse, resuming from its checkpoint."
     torch.manual_seed(config.seed)
     encoder, length = new_qwen3(config, tokenizer), config.text_length
     heads = torch.nn.ModuleList(torch.nn.Linear(config.text_width, sum(classes)) for classes in KLEIN_POSITIONS)
@@ -368,7 +368,7 @@ def world_images(
     rng: np.random.Generator,
     count: int,
 ) -> np.ndarray:  # (count, 128, 128, 3) uint8
-    "Images of training scenes of the richer world, all kinds in turn."
+    "Render training scenes of the richer world, cycling through all kinds."
     scenes = (random_scene(rng, KINDS[index % len(KINDS)], held_out=False) for index in range(count))
     return np.stack([np.asarray(render(scene, rng)) for scene in scenes])
 
@@ -376,11 +376,11 @@ def world_images(
 def train_klein_vae(
     out_dir: Path,  # keeps `vae.pt` and the log
     config: KleinTrainingConfig,
-) -> AutoencoderKLFlux2:  # without its statistics yet
-    "Train the autoencoder of `shapes-sd15` further, on the richer world."
+) -> AutoencoderKLFlux2:  # batch-norm statistics not yet set
+    "Fine-tune the VAE of `shapes-sd15` on the richer world."
     source = builtin_path("shapes-sd15") / "vae"
     start = AutoencoderKL.from_pretrained(source, variant="fp16", torch_dtype=torch.float32, local_files_only=True)
-    with torch.no_grad():  # whitening took the noise out of its latents: training needs it again
+    with torch.no_grad():  # whitening removed the noise of the latents, which training needs
         start.quant_conv.bias[4:] = -3.0
         start.quant_conv.weight[4:].normal_(std=0.02, generator=torch.Generator().manual_seed(config.seed))
     settings = ShapesTrainingConfig(
@@ -398,11 +398,11 @@ def train_klein_vae(
 def as_flux2(
     vae: AutoencoderKL,
 ) -> AutoencoderKLFlux2:
-    "The same weights in the autoencoder class of FLUX.2."
+    "Copy the weights of a VAE into the VAE class of FLUX.2."
     names = ["in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "act_fn"]
     names += ["layers_per_block", "latent_channels", "norm_num_groups", "sample_size", "mid_block_add_attention"]
     made = AutoencoderKLFlux2(**{name: vae.config[name] for name in names})
-    made.load_state_dict(vae.state_dict(), strict=False)  # all but the statistics
+    made.load_state_dict(vae.state_dict(), strict=False)  # all but the batch-norm statistics
     return made.eval().requires_grad_(False)
 
 # %% ../../nbs/65_shapes/16_klein.ipynb #ffb61e94
@@ -410,8 +410,8 @@ def as_flux2(
 def patches(
     vae: AutoencoderKLFlux2,
     images: np.ndarray,  # (N, 128, 128, 3) uint8
-) -> torch.Tensor:  # (N, 16, 8, 8), not yet divided by their standard deviation
-    "Latents of images, 2 x 2 of them in a patch."
+) -> torch.Tensor:  # (N, 16, 8, 8), not yet normalized
+    "Encode images to latents, packed into patches of 2 x 2."
     found = []
     for part in np.array_split(images, -(-len(images) // 64)):
         with flux_arithmetic():
@@ -422,7 +422,7 @@ def patches(
 
 @contextmanager
 def flux_arithmetic() -> Iterator[None]:
-    "bfloat16 where it is fast; attention over 100 and more tokens is fastest as torch chooses it."
+    "Use bfloat16 where it is fast, with torch's own choice of attention kernel, the fastest from 100 tokens on."
     with torch.autocast("cpu", torch.bfloat16, enabled=has_quick_bfloat16()):
         yield
 
@@ -431,7 +431,7 @@ def normalized(
     vae: AutoencoderKLFlux2,
     values: torch.Tensor,  # (N, 16, 8, 8)
 ) -> torch.Tensor:  # (N, 64, 16), as the transformer sees them
-    "Patches as tokens of mean 0 and standard deviation 1."
+    "Normalize patches to mean 0 and standard deviation 1 and pack them into tokens."
     deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
     return Flux2KleinPipeline._pack_latents((values - vae.bn.running_mean[:, None, None]) / deviation[:, None, None])
 
@@ -440,7 +440,7 @@ def images_of(
     vae: AutoencoderKLFlux2,
     tokens: torch.Tensor,  # (N, 64, 16)
 ) -> list[Image.Image]:  # 128 x 128, RGB
-    "The images of tokens."
+    "Decode tokens to images."
     deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()
     values = tokens.mT.unflatten(-1, (8, 8)) * deviation[:, None, None] + vae.bn.running_mean[:, None, None]
     decoded = vae.decode(Flux2KleinPipeline._unpatchify_latents(values)).sample
@@ -456,9 +456,9 @@ class KleinData:
     references: tuple[torch.Tensor, ...]  # like `wanted`: none, one or two
     texts: list[list[str]]  # N lists of wordings
     weights: torch.Tensor  # (N, 64), of the tokens in the loss, 1 on average
-    shown: torch.Tensor  # (N, 64, 3) int64, what `token_answers` tells of each token
-    seen: torch.Tensor  # (N, 64 * references, 3) int64, the same of the references, one behind the other
-    roles: torch.Tensor  # (N, 64 * references) int64, what `token_roles` tells of them
+    shown: torch.Tensor  # (N, 64, 3) int64, `token_answers` of the images to make
+    seen: torch.Tensor  # (N, 64 * references, 3) int64, the same for the references, concatenated
+    roles: torch.Tensor  # (N, 64 * references) int64, `token_roles` of the references
 
 
 def token_weights(
@@ -485,7 +485,7 @@ def _thing_of_tokens(canvas: Canvas) -> torch.Tensor:  # (64,) int64, index of t
 def token_answers(
     canvas: Canvas,
 ) -> torch.Tensor:  # (64, 3) int64: class of the background, and of the color and the shape there, 0 for none
-    "What each patch of 16 x 16 pixels shows."
+    "Return what each patch of 16 x 16 pixels shows."
     answers, things = torch.zeros(64, 3, dtype=torch.int64), _thing_of_tokens(canvas)
     answers[:, 0] = [*PALETTE].index(canvas.background)
     for index, placed in enumerate(canvas.things):
@@ -499,7 +499,7 @@ def token_roles(
 ) -> (
     torch.Tensor
 ):  # (64 * references,) int64: 1 for a thing that the edit changes or takes, 2 for the one beside which it adds
-    "What the edit does with what each patch of its references shows, 0 for nothing."
+    "Return the role in the edit of what each patch of its references shows, 0 for none."
     things = _thing_of_tokens(edit.before)
     roles = torch.zeros_like(things)
     if edit.kind in ("color", "shape", "replace", "remove", "swap"):
@@ -533,7 +533,7 @@ def _edit_example(rng: np.random.Generator, wordings: int, kinds: dict[str, floa
 def klein_data(
     vae: AutoencoderKLFlux2,
     config: KleinTrainingConfig,
-    statistics: bool = True,  # set those of the autoencoder to the latents of the scenes
+    statistics: bool = True,  # set the VAE's batch-norm statistics from the latents of the scenes
 ) -> dict[str, KleinData]:  # "draw", "edit" and "import"
     "Draw and encode all examples."
     examples = {
@@ -579,7 +579,7 @@ def klein_data(
 def new_klein_transformer(
     config: KleinTrainingConfig,
 ) -> Flux2Transformer2DModel:
-    "FLUX.2's transformer, whose blocks and output do nothing at first."
+    "Create FLUX.2's transformer with zero-initialized modulation and output layers."
     transformer = Flux2Transformer2DModel(
         in_channels=16,
         num_layers=config.double_blocks,
@@ -602,7 +602,7 @@ def new_klein_transformer(
 def token_positions(
     references: int,
 ) -> torch.Tensor:  # (64 * (1 + references), 4)
-    "Positions of the tokens of the noise and of the reference images."
+    "Return the position IDs of the tokens of the noise and of the reference images."
     side = torch.arange(8)
     grids = [torch.cartesian_prod(torch.tensor([10 * n]), side, side, torch.arange(1)) for n in range(1 + references)]
     return torch.cat(grids).float()
@@ -615,7 +615,7 @@ def predict_flow(
     text: torch.Tensor,  # (B, L, 3 * width)
     references: Sequence[torch.Tensor] = (),  # like `noisy`, without noise
 ) -> torch.Tensor:  # like `noisy`: noise minus image
-    "One call as Flux2KleinPipeline makes it."
+    "Call the transformer as Flux2KleinPipeline does."
     zero = torch.arange(1)
     return transformer(
         hidden_states=torch.cat([noisy, *references], 1),
@@ -635,7 +635,7 @@ def klein_text(
     texts: Sequence[str],  # B of them
     length: int,  # tokens, padding included
 ) -> torch.Tensor:  # (B, length, 3 * width)
-    "Three states of the text encoder side by side, as Flux2KleinPipeline hands them over."
+    "Return three hidden states of the text encoder, concatenated as in Flux2KleinPipeline."
     ids, mask = klein_ids(tokenizer, texts, length)
     states = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
     layers = encoder.config.num_hidden_layers
@@ -644,7 +644,7 @@ def klein_text(
 # %% ../../nbs/65_shapes/16_klein.ipynb #2498c939
 @dataclass(frozen=True)
 class KleinBatch:
-    "What one step is trained on."
+    "The training data of one step."
 
     texts: list[str]  # B of them
     wanted: torch.Tensor  # (B, 64, 16)
@@ -681,7 +681,7 @@ def example_kind(
     step: int,
     config: KleinTrainingConfig,
 ) -> str:  # "draw", "edit" or "import"
-    "What a step trains: the kinds follow each other evenly in their shares."
+    "Return the kind of example that a step trains on; kinds are interleaved evenly by share."
     position = step * 0.6180339887 % 1
     if step < config.drawing_first * config.steps or position < config.drawing_share:
         return "draw"
@@ -696,7 +696,7 @@ def reading_loss(
     shown: torch.Tensor,  # (B, N, 3) int64
     weights: torch.Tensor | float = 1.0,  # (B, N)
 ) -> torch.Tensor:  # scalar
-    "Cross entropy of the background, the color and the shape of each token."
+    "Return the cross-entropy of the background, color and shape of each token."
     parts = zip(logits.float().split(_SHOWN_CLASSES, -1), shown.unbind(-1))
     errors = [F.cross_entropy(part.mT, answer, reduction="none") for part, answer in parts]
     return (torch.stack(errors).sum(0) * weights).mean()
@@ -706,14 +706,14 @@ def role_loss(
     logits: torch.Tensor,  # (B, N, 3)
     batch: KleinBatch,
 ) -> torch.Tensor:  # scalar
-    "Cross entropy of the roles, without the examples that have no text."
+    "Return the cross-entropy of the roles, leaving out examples without text."
     told = torch.tensor([text != "" for text in batch.texts])[:, None]
-    weights = told * (1 + 3 * (batch.seen[..., 1] > 0))  # things are few
+    weights = told * (1 + 3 * (batch.seen[..., 1] > 0))  # tokens with things are rare
     return (F.cross_entropy(logits.float().mT, batch.roles, reduction="none") * weights).mean()
 
 
 class TokenReader(torch.nn.Module):
-    "Reads from a transformer in training what its references show, which roles they have, and what it will draw."
+    "Auxiliary heads that read what a transformer's references show, their roles in the edit, and what it will draw."
 
     def __init__(self, transformer: Flux2Transformer2DModel, config: KleinTrainingConfig):
         super().__init__()
@@ -746,8 +746,8 @@ def klein_losses(
     reader: TokenReader,
     text: torch.Tensor,  # (B, L, 3 * width)
     batch: KleinBatch,
-) -> dict[str, torch.Tensor]:  # scalars: squared error, the same with the weights of the tokens, and of what is read
-    "One call of the transformer on noisy images, and its errors."
+) -> dict[str, torch.Tensor]:  # scalars: squared error, the same weighted by token, and the losses of the reader
+    "Call the transformer on noisy images and return its losses."
     sigma = batch.noise_levels[:, None, None]
     with quick_arithmetic():
         noisy = (1 - sigma) * batch.wanted + sigma * batch.noise
@@ -763,12 +763,12 @@ def train_klein_transformer(
     encoder: Qwen3ForCausalLM,
     tokenizer: Qwen2Tokenizer,
     data: dict[str, KleinData],
-    stop_after: int | None = None,  # end early, after so many steps, as if interrupted
+    stop_after: int | None = None,  # stop after this step, as if interrupted
     on_checkpoint: Callable[[int, Flux2Transformer2DModel], None] | None = None,  # gets steps and averaged weights
     minutes: float | None = None,  # spread the schedule over this time instead of `config.steps`
     compiled: bool = False,  # compile the blocks, which needs a C++ compiler
 ) -> Flux2Transformer2DModel:  # the averaged weights
-    "Train the transformer, continuing from its checkpoint: Muon for the matrices of the blocks, AdamW for the rest."
+    "Train the transformer, resuming from its checkpoint: Muon for the matrices of the blocks, AdamW for the rest."
     torch.manual_seed(config.seed)
     transformer = new_klein_transformer(config)
     averaged, reader = copy.deepcopy(transformer).requires_grad_(False), TokenReader(transformer, config)
@@ -813,7 +813,7 @@ def assemble_klein(
     tokenizer: Qwen2Tokenizer,
     transformer: Flux2Transformer2DModel,
 ) -> Flux2KleinPipeline:
-    "Put the parts together, as a base checkpoint with guidance."
+    "Assemble the pipeline as a base (not distilled) checkpoint with classifier-free guidance."
     pipeline = Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),  # FLUX.2's own shift is for thousands of tokens
         vae=vae,
@@ -827,7 +827,7 @@ def assemble_klein(
 
 
 def published_parts() -> tuple[AutoencoderKLFlux2, Qwen2Tokenizer, Qwen3ForCausalLM]:
-    "The autoencoder, the tokenizer and the text encoder of the package, frozen and in float32."
+    "Load the packaged VAE, tokenizer and text encoder, frozen and in float32."
     folder, options = builtin_path("shapes-klein"), {"variant": "fp16", "torch_dtype": torch.float32}
     options |= {"local_files_only": True}
     vae = AutoencoderKLFlux2.from_pretrained(folder / "vae", **options)
@@ -864,7 +864,7 @@ def make_images(
     seed: int = 0,  # of the noise
     batch: int = 50,  # images at once
 ) -> list[Image.Image]:  # N of them, 128 x 128
-    "One image for each text."
+    "Generate one image for each text."
     if len(texts) > batch:
         parts = range(0, len(texts), batch)
         options = dict(steps=steps, guidance_scale=guidance_scale, batch=batch)
@@ -896,7 +896,7 @@ def make_images(
 # %% ../../nbs/65_shapes/16_klein.ipynb #64ae6bf1
 @dataclass(frozen=True)
 class EditEvaluation:
-    "Edited images, and what they got right."
+    "Edited images with their verdicts."
 
     edits: tuple[Edit, ...] = field(repr=False)
     texts: tuple[str, ...] = field(repr=False)
@@ -904,7 +904,7 @@ class EditEvaluation:
     verdicts: tuple[Verdict, ...] = field(repr=False)
 
     def share(self, kind: str | None = None) -> tuple[float, float]:  # 0 to 1; None is all kinds
-        "How often the change is right, and how often all else has stayed where it is."
+        "Return how often the change is right, and how often the rest is then right as well."
         own = [v for edit, v in zip(self.edits, self.verdicts) if kind in (None, edit.kind)]
         asked = [verdict for verdict in own if verdict.asked]
         kept = np.mean([verdict.kept for verdict in asked]) if asked else 0.0
@@ -922,7 +922,7 @@ def evaluate_edits(
     seed: int = 0,  # of scenes, wording and noise
     **options: Any,  # of `make_images`
 ) -> EditEvaluation:
-    "Edit test scenes by test phrasings."
+    "Edit held-out scenes with held-out phrasings and judge the results."
     rng = np.random.default_rng((seed, 50))
     edits = [random_edit(rng, EDITS[index % len(EDITS)], held_out=True) for index in range(n)]
     texts = [as_typed(instruct(edit, rng, True)[0], rng) for edit in edits]
@@ -941,11 +941,11 @@ def evaluate_edits(
 # %% ../../nbs/65_shapes/16_klein.ipynb #20421494
 @dataclass(frozen=True)
 class DrawingEvaluation:
-    "Images from captions, and which of them are right."
+    "Images drawn from captions, and which of them are right."
 
     captions: tuple[str, ...] = field(repr=False)
     images: tuple[Image.Image, ...] = field(repr=False)
-    right: dict[str, list[bool]]  # kind of a scene -> whether everything that the caption tells is right
+    right: dict[str, list[bool]]  # kind of scene -> whether each image shows everything in its caption
 
     def __str__(self) -> str:
         lines = [f"{kind:12}{np.mean(values):8.1%} of {len(values)}" for kind, values in self.right.items()]
@@ -958,7 +958,7 @@ def evaluate_drawings(
     seed: int = 0,  # of scenes, wording and noise
     **options: Any,  # of `make_images`
 ) -> DrawingEvaluation:
-    "Draw test scenes by test phrasings."
+    "Draw held-out scenes from held-out phrasings and check the images."
     rng, kinds = np.random.default_rng((seed, 51)), [*SCENE_KINDS]
     scenes = [plain(random_scene(rng, kinds[index % len(kinds)], held_out=True)) for index in range(n)]
     captions = tuple(plain_caption(scene, rng, True) for scene in scenes)

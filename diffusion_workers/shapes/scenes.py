@@ -97,7 +97,7 @@ class Scene:
 def canonical(
     scene: Scene,  # any scene
 ) -> Scene:  # the same image, a pair described from its left or upper object
-    "One fixed description of the two that a pair has."
+    "Return the canonical one of the two equivalent descriptions of a pair."
     if scene.relation not in ("right of", "below"):
         return scene
     return replace(scene, objects=scene.objects[::-1], relation=OPPOSITE[scene.relation])
@@ -106,7 +106,7 @@ def canonical(
 def scene_key(
     scene: Scene,  # any scene
 ) -> str:  # the same for both descriptions and both sizes
-    "The key of a scene, without the size."
+    "Return a key that identifies the scene, ignoring the size."
     told = canonical(scene)
     return "|".join(
         [*(f"{o.color} {o.shape}" for o in told.objects), told.place or told.relation or "", told.background]
@@ -115,7 +115,7 @@ def scene_key(
 
 def is_held_out(
     scene: Scene,  # any scene
-    one_in: int = 8,  # one scene in so many is kept from training
+    one_in: int = 8,  # hold out one scene in this many from training
 ) -> bool:
     "Whether the scene belongs to the test set."
     return int.from_bytes(hashlib.sha256(scene_key(scene).encode()).digest()[:4], "big") % one_in == 0
@@ -126,7 +126,7 @@ def random_scene(
     n_objects: int = 1,  # 1 or 2
     held_out: bool | None = None,  # True: test scenes only, False: training scenes only, None: any
 ) -> Scene:
-    "Draw a scene, every attribute uniform; the two objects of a pair differ."
+    "Draw a random scene with uniformly distributed attributes; the two objects of a pair differ."
     pick = lambda names: str(rng.choice(list(names)))
     while True:
         objects = tuple(ShapeObject(pick(COLORS), pick(SHAPES)) for _ in range(n_objects))
@@ -143,7 +143,7 @@ def random_scene(
 def polygon_corners(
     shape: str,  # one of `SHAPES` that has corners
 ) -> list[tuple[float, float]]:  # x, y in units of the radius, y down
-    "The corners of a shape around the origin."
+    "Return the corners of a shape centered on the origin."
     if shape == "star":
         angles = np.arange(10) * np.pi / 5 - np.pi / 2
         radii = np.where(np.arange(10) % 2 == 0, 1.1, 0.46)
@@ -178,7 +178,7 @@ def draw_shape(
     y: float,  # center, pixels of that image
     radius: float,  # pixels of that image
 ) -> None:
-    "Fill one shape with 255."
+    "Draw one shape, filled with 255."
     if shape not in ("circle", "ring"):
         return draw.polygon([(x + px * radius, y + py * radius) for px, py in polygon_corners(shape)], fill=255)
     draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
@@ -190,7 +190,7 @@ def draw_shape(
 def placements(
     scene: Scene,  # any scene
 ) -> list[tuple[ShapeObject, int, int, int]]:  # object, center x, center y, radius, in pixels
-    "The position and radius of each object, before the jitter."
+    "Return the position and radius of each object, without jitter."
     if scene.relation is None:
         x, y = PLACES[scene.place or ""]
         return [(scene.objects[0], x, y, SIZES[scene.size or ""])]
@@ -216,9 +216,9 @@ def render(
 def contact_sheet(
     images: list[Image.Image],  # any sizes
     columns: int = 8,  # images in a row
-    side: int = 96,  # pixels of each
+    side: int = 96,  # width and height of each image, pixels
 ) -> Image.Image:
-    "Images in a grid."
+    "Arrange images in a grid, row by row."
     sheet = Image.new("RGB", (columns * side, -(-len(images) // columns) * side), "white")
     for i, image in enumerate(images):
         sheet.paste(image.resize((side, side)), (i % columns * side, i // columns * side))
@@ -242,7 +242,7 @@ def place_phrase(
     place: str,  # a key of `PLACES`
     rng: np.random.Generator,  # random numbers
 ) -> str:
-    "Say where: `in the center`, `at the top left corner`."
+    "Phrase a place: `in the center`, `at the top left corner`."
     where = str(rng.choice(["in the {}", "at the {}", "{}"])).format(place)
     return where + " corner" if "center" not in where and rng.random() < 0.3 else where
 
@@ -252,7 +252,7 @@ def describe(
     rng: np.random.Generator,  # chooses the wording
     full: bool = False,  # True: colors, shapes, place or relation, and background are always named
 ) -> str:
-    "Describe a scene, worded differently each time."
+    "Return a caption of the scene in random wording."
     drop = 0.0 if full else 0.06
     size = None
     if scene.size and rng.random() < 0.6:
@@ -310,9 +310,9 @@ class SceneReading:
 # %% ../../nbs/65_shapes/01_scenes.ipynb #9da4bc27
 def nearest(
     value: np.ndarray,  # a color or a point
-    table: dict[str, tuple],  # names of colors or points
+    table: dict[str, tuple],  # name -> color or point
 ) -> str:
-    "The name whose entry lies nearest to a value."
+    "Return the name whose entry is nearest to the value."
     return min(table, key=lambda name: float(np.square(np.asarray(table[name], float) - value).sum()))
 
 
@@ -320,7 +320,7 @@ def nearest(
 def shape_templates(
     side: int = 48,  # pixels of the stretched mask
 ) -> dict[str, tuple[np.ndarray, float]]:  # shape -> mask, (side, side) bool, and height divided by width
-    "The outlines that `read_shape` compares with."
+    "Return the masks that `read_shape` compares against."
     result = {}
     for shape in SHAPES:
         image = Image.new("L", (400, 400), 0)
@@ -334,7 +334,7 @@ def shape_templates(
 def read_shape(
     mask: np.ndarray,  # (height, width) bool, cut to its bounding box
 ) -> tuple[str, float]:  # one of `SHAPES`, and its intersection over union
-    "The shape whose template covers a mask best."
+    "Return the shape whose template matches the mask best, in overlap and aspect ratio."
     image = Image.fromarray(mask.astype(np.uint8) * 255).resize((48, 48), Image.Resampling.BILINEAR)
     stretched = np.asarray(image) > 127
     scores: dict[str, tuple[float, float]] = {}
@@ -368,7 +368,7 @@ def read_scene(
     image: Image.Image,  # 128 x 128, RGB
     min_area: int = 60,  # pixels; smaller regions are ignored
 ) -> SceneReading:
-    "Read background and objects from pixels. Raises ValueError for an image of another size."
+    "Read the background and the objects from pixels. Raises ValueError if the image is not 128 x 128."
     if image.size != (IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"the image is {image.size}: the scorer reads {(IMAGE_SIZE, IMAGE_SIZE)}, resize it first")
     pixels = np.asarray(image.convert("RGB"), dtype=float)
@@ -385,7 +385,7 @@ def compare(
     reading: SceneReading,  # from `read_scene`
     scene: Scene,  # the requested scene
 ) -> dict[str, bool]:  # count, background, color, shape, and place and size (one object) or relation (two)
-    "Which parts of a scene the image got right."
+    "Report which parts of the scene the image got right."
     result = {"count": len(reading.objects) == len(scene.objects), "background": reading.background == scene.background}
     if not result["count"]:
         names = ("color", "shape", "place", "size") if scene.relation is None else ("color", "shape", "relation")
@@ -408,7 +408,7 @@ SCORED_PARTS = ("color", "shape", "place", "relation", "background")  # the size
 def matches(
     reading: SceneReading,  # from `read_scene`
     scene: Scene,  # the requested scene
-    parts: tuple[str, ...] = SCORED_PARTS,  # which of them must be right, as far as the scene has them
+    parts: tuple[str, ...] = SCORED_PARTS,  # parts that must be right, where the scene has them
 ) -> bool:
     "Whether the number of objects and every one of `parts` is right."
     return all(right for part, right in compare(reading, scene).items() if part in (*parts, "count"))
@@ -419,7 +419,7 @@ def held_out_prompts(
     n_objects: int = 1,  # 1 or 2
     seed: int = 0,  # of scenes and wording
 ) -> list[tuple[Scene, str]]:  # scene and caption
-    "Different captions of test scenes that name everything that is scored."
+    "Return distinct captions of test scenes that name everything that is scored."
     rng = np.random.default_rng((seed, n_objects))
     found: dict[str, Scene] = {}
     while len(found) < n:
@@ -431,7 +431,7 @@ def held_out_prompts(
 def missing_parts(
     folder: Path,  # of a built-in model
 ) -> dict[str, Path]:  # component -> folder in `shapes-sd15`
-    "Components that a built-in model shares with `shapes-sd15`, which alone contains them."
+    "Return the components that a built-in model loads from `shapes-sd15` instead of storing its own."
     index = json.loads((folder / "model_index.json").read_text())
     named = [
         name for name, value in index.items() if isinstance(value, list) and value[1] and not (folder / name).exists()
@@ -442,7 +442,7 @@ def missing_parts(
 def load_builtin_pipeline(
     name: str = "shapes-sd15",  # a folder of `diffusion_workers/builtin_models`
 ):  # -> a text-to-image pipeline of diffusers, float32, on the CPU
-    "Load a built-in model with diffusers alone, without the network. Raises ValueError for a name that does not exist."
+    "Load a built-in model offline, with diffusers alone. Raises ValueError if the name is not built in."
     folder = builtin_path(name)
     if not (folder / "model_index.json").exists():
         known = sorted(path.parent.name for path in folder.parent.glob("*/model_index.json"))

@@ -80,13 +80,13 @@ from diffusion_workers.shapes.world_parts import (
 # %% ../../nbs/65_shapes/16b_world_flux.ipynb #41267273
 @dataclass(frozen=True)
 class WorldFluxConfig:
-    "Everything that determines the transformer; the parts have a configuration of their own."
+    "Everything that determines the transformer; the VAE and text encoders have their own config."
 
     seed: int = 0  # of scenes, first weights and batches
-    parts: WorldPartsConfig | None = None  # None: take the published autoencoder and text encoders
+    parts: WorldPartsConfig | None = None  # None: use the published VAE and text encoders
     scenes: int = 36000  # drawn and encoded once
     wordings: int = 4  # captions of each
-    plain_share: float = 0.25  # of the scenes, told without a background and drawn on a plain one
+    plain_share: float = 0.25  # of the scenes, captioned without a background and drawn on a plain one
     steps: int = 24000
     batch: int = 32  # latents
     matrix_learning_rate: float = 0.02  # peak, Muon
@@ -98,21 +98,21 @@ class WorldFluxConfig:
     edge_toward_noise: float = 0.2
     edge_high_noise: float = 0.12
     thing_weight: float = 3.0  # more weight in the loss for tokens that show a thing
-    read_after: int = 2  # single blocks after which each token knows what it is to show
-    read_weight: float = 0.12  # of this reading in the loss
+    read_after: int = 2  # single blocks before what each token will show is read
+    read_weight: float = 0.12  # of this auxiliary loss
     ema_decay: float = 0.998  # of the averaged weights
     guided_steps: int = 300  # of guidance distillation
     guided_batch: int = 32  # latents
 
     def noise(self, step: int) -> tuple[float, float]:  # toward_noise and high_noise
-        "What the noise levels of a step are drawn from."
+        "Return the parameters of the noise level distribution of a step."
         if step < (1 - self.edge_share) * self.steps:
             return self.toward_noise, self.high_noise
         return self.edge_toward_noise, self.edge_high_noise
 
     @property
     def flux(self) -> FluxTrainingConfig:
-        "The settings that the functions of the first Flux take."
+        "The settings for the training functions of `shapes-flux`."
         return FluxTrainingConfig(
             seed=self.seed,
             text_length=(self.parts or WorldPartsConfig()).length,
@@ -148,7 +148,7 @@ def patch_answers(
     background: str,  # a key of `PALETTE`
     placed: Sequence[Placed],  # from the back to the front
 ) -> np.ndarray:  # (64, 5) int64, 0 for no thing
-    "What each patch of 16 x 16 pixels shows."
+    "Return what each patch of 16 x 16 pixels shows."
     things = _things_of_patches(placed)
     answers: np.ndarray = np.zeros((8, 8, 5), np.int64)
     answers[..., 0] = [*PALETTE].index(background)
@@ -167,7 +167,7 @@ class WorldData:
     captions: list[list[str]]  # N lists of wordings
     states: torch.Tensor  # (N, wordings, length, width) bfloat16, of T5
     pooled: torch.Tensor  # (N, wordings, width) bfloat16, of CLIP
-    empty: tuple[torch.Tensor, torch.Tensor]  # the same two of the caption ""
+    empty: tuple[torch.Tensor, torch.Tensor]  # the same two for the caption ""
     answers: torch.Tensor  # (N, 64, 5) int8, from `patch_answers`
 
 
@@ -177,7 +177,7 @@ def _training_scene(config: WorldFluxConfig, index: int) -> tuple[Scene, np.rand
 
 
 def on_plain(scene: Scene) -> Scene:
-    "The scene on white, or on the first background in which none of its things is lost."
+    "Return the scene on white, or on the first background that all its things stand out from."
     order = ("white", "black", "gray", *PALETTE)
     fits = (name for name in order if all(far_from(thing.color, [name]) for thing in scene.things))
     return replace(scene, background=next(fits))
@@ -213,7 +213,7 @@ def caption_states(
     captions: Sequence[str],  # B of them
     length: int,  # T5 tokens
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, length, width) and (B, width), bfloat16
-    "The states of T5 and the pooled states of CLIP."
+    "Return the hidden states of T5 and the pooled states of CLIP."
     told = flux_conditioning(parts, [*captions], length)
     return told["encoder_hidden_states"].bfloat16(), told["pooled_projections"].bfloat16()
 
@@ -222,7 +222,7 @@ def world_data(
     parts: Any,  # has vae, tokenizer, text_encoder, tokenizer_2, text_encoder_2
     config: WorldFluxConfig,
 ) -> WorldData:
-    "Draw, describe and encode the training scenes."
+    "Draw, caption and encode the training scenes."
     captions = [_training_captions(config, index) for index in range(config.scenes)]
     told = [caption_states(parts, row, config.flux.text_length) for row in captions]
     states, pooled = (torch.stack(column) for column in zip(*told))
@@ -247,7 +247,7 @@ def world_parts(
     out_dir: Path,  # keeps checkpoints, tokenizers and the log of the parts that are trained
     config: WorldFluxConfig,
 ) -> SimpleNamespace:  # vae, tokenizer, text_encoder, tokenizer_2, text_encoder_2, all frozen
-    "The autoencoder and the text encoders, published or trained again."
+    "Load the published VAE and text encoders, or train new ones."
     clip, t5 = _readers(out_dir, config.parts)
     vae = published_vae() if config.parts is None else train_world_vae(out_dir, config.parts)
     return SimpleNamespace(
@@ -273,7 +273,7 @@ def _readers(out_dir: Path, config: WorldPartsConfig | None) -> tuple[TextReader
 # %% ../../nbs/65_shapes/16b_world_flux.ipynb #b6832535
 @dataclass(frozen=True)
 class WorldBatch:
-    "What one step is trained on."
+    "The training data of one step."
 
     tokens: torch.Tensor  # (B, 64, 16), of clean images
     states: torch.Tensor  # (B, length, width), of T5
@@ -290,7 +290,7 @@ def draw_noise_levels(
     toward_noise: float,  # mean of the normal distribution
     high: float,  # share of the levels drawn evenly from 0.8 to 1
 ) -> torch.Tensor:  # (count,) of 0 to 1
-    "Levels of a logit-normal distribution, drawn evenly, and some that are high."
+    "Draw stratified noise levels from a logit-normal distribution, replacing a share with high ones."
     even = torch.from_numpy((rng.permutation(count) + rng.random(count)) / count).clamp(1e-3, 1 - 1e-3)
     levels = torch.sigmoid(1.2 * torch.special.ndtri(even) + toward_noise)
     highest = torch.from_numpy(0.8 + 0.2 * rng.random(count))
@@ -302,7 +302,7 @@ def world_batch(
     config: WorldFluxConfig,
     step: int,  # decides the batch, with the seed
 ) -> WorldBatch:
-    "The batch of one step."
+    "Draw the batch of one step."
     rng, count = np.random.default_rng((config.seed, 80, step)), config.batch
     chosen, wording = rng.integers(len(data.tokens), size=count), rng.integers(config.wordings, size=count)
     told = torch.from_numpy(rng.random(count) >= config.caption_dropout)
@@ -316,7 +316,7 @@ def world_batch(
 
 # %% ../../nbs/65_shapes/16b_world_flux.ipynb #1658ec7f
 class PatchReader(torch.nn.Module):
-    "Reads from a transformer in training what each patch is going to show."
+    "Auxiliary head that reads from the states of a transformer what each patch will show."
 
     def __init__(self, transformer: FluxTransformer2DModel, config: WorldFluxConfig):
         super().__init__()
@@ -330,7 +330,7 @@ class PatchReader(torch.nn.Module):
         answers: torch.Tensor,  # (B, 64, 5) int64
         weights: torch.Tensor,  # (B, 64)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # scalars: cross entropy; share of patches with a thing that are all right
-        "Loss and accuracy of the last call of the transformer."
+        "Return the loss and accuracy for the transformer's last call."
         pairs = [*zip(self.shown(self._states.pop()).float().split(SHOWN, -1), answers.unbind(-1))]
         errors = [F.cross_entropy(logits.mT, answer, reduction="none") for logits, answer in pairs]
         right = torch.stack([logits.argmax(-1) == answer for logits, answer in pairs]).all(0)
@@ -343,8 +343,8 @@ def world_losses(
     reader: PatchReader,
     batch: WorldBatch,
     config: WorldFluxConfig,
-) -> dict[str, torch.Tensor]:  # scalars: what is trained on, squared error, loss and accuracy of the reading
-    "One call of the transformer on noisy images, and its errors."
+) -> dict[str, torch.Tensor]:  # scalars: total loss, squared error, loss and accuracy of the reader
+    "Call the transformer on noisy images and return its losses."
     weights = 1 + config.thing_weight * (batch.answers[..., 1] > 0)
     weights = weights / weights.mean(1, keepdim=True)
     sigma = batch.noise_levels[:, None, None]
@@ -367,7 +367,7 @@ def world_losses(
 def published_flux(
     config: WorldFluxConfig,
 ) -> FluxTransformer2DModel:
-    "The weights of `shapes-flux`, without those that read its text encoders."
+    "Load the transformer of `shapes-flux` with newly initialized text projections."
     transformer = new_transformer(config.flux)
     options = dict(variant="fp16", torch_dtype=torch.float32, local_files_only=True)
     old = FluxTransformer2DModel.from_pretrained(builtin_path("shapes-flux") / "transformer", **options)
@@ -391,7 +391,7 @@ def train_world_transformer(
     data: WorldData,
     on_checkpoint: Callable[[int, FluxTransformer2DModel], None] | None = None,  # gets steps and averaged weights
 ) -> FluxTransformer2DModel:  # the averaged weights
-    "Train the transformer, continuing from its checkpoint."
+    "Train the transformer, resuming from its checkpoint."
     torch.manual_seed(config.seed)
     transformer = published_flux(config)
     averaged, reader = copy.deepcopy(transformer).requires_grad_(False), PatchReader(transformer, config)
@@ -418,7 +418,7 @@ def train_world_flux(
     out_dir: Path,  # checkpoints, the log, and the finished repository in `shapes-world`
     config: WorldFluxConfig,
 ) -> Path:  # of the repository
-    "Train `shapes-world`: the parts, unless the published ones are taken, the transformer, and its guidance."
+    "Train `shapes-world`: VAE and text encoders unless published ones are used, transformer, guidance distillation."
     parts = world_parts(out_dir, config)
     data = world_data(parts, config)
     transformer = train_world_transformer(out_dir, config, data)
@@ -433,7 +433,7 @@ def _unpacked(tokens: torch.Tensor) -> torch.Tensor:  # (N, 4, 16, 16)
     return FluxPipeline._unpack_latents(tokens, 128, 128, 8)
 
 # %% ../../nbs/65_shapes/16b_world_flux.ipynb #62a88b79
-TARGETS = {  # group -> kinds of its scenes, and the share that is to be right
+TARGETS = {  # group -> its kinds of scenes, and the target share of right images
     "one": (("one",), 0.95),
     "two": (("pair", "places"), 0.9),
     "three": (("list", "between"), 0.75),
@@ -446,7 +446,7 @@ def held_out_captions(
     count: int,
     seed: int = 0,
 ) -> list[tuple[Scene, str]]:
-    "Test scenes of a group with their captions."
+    "Draw held-out scenes of a group with their captions."
     rng, kinds = np.random.default_rng((seed, 71, len(group))), TARGETS[group][0]
     found: list[tuple[Scene, str]] = []
     while len(found) < count:
@@ -460,12 +460,12 @@ def held_out_captions(
 # %% ../../nbs/65_shapes/16b_world_flux.ipynb #3240e971
 @dataclass(frozen=True)
 class WorldEvaluation:
-    "Images of held-out captions, by group, and which of them are right."
+    "Images drawn from held-out captions, by group, and which of them are right."
 
     captions: dict[str, list[str]]
     images: dict[str, list[Image.Image]]
-    right: dict[str, list[bool]]  # everything that the caption tells
-    backgrounds: list[bool]  # of all images
+    right: dict[str, list[bool]]  # whether each image shows everything in its caption
+    backgrounds: list[bool]  # whether the background is right, for all images
 
     def share(self, group: str) -> float:  # 0 to 1
         return float(np.mean(self.right[group]))
@@ -481,7 +481,7 @@ def evaluate_world(
     seed: int = 0,  # of scenes, wording and noise
     batch: int = 50,  # captions at once
 ) -> WorldEvaluation:
-    "How often an image shows what its caption says."
+    "Measure how often an image shows what its caption says."
     captions: dict[str, list[str]] = {}
     images: dict[str, list[Image.Image]] = {}
     right, backgrounds = {}, []

@@ -36,7 +36,7 @@ function removeFrom(path: string, index: number): void {
   edit(path, rest.length ? rest : undefined);
 }
 
-/** The words that a LoRA was trained with; each button adds one to the prompt. */
+/** Trigger words of a LoRA; each button adds one to the prompt. */
 function TriggerWords({ name }: { name: Json | undefined }) {
   const words = typeof name === 'string' ? (model.value?.trigger_words?.[name] ?? []) : [];
   const prompt = String(value('prompt') ?? '');
@@ -69,7 +69,7 @@ export function Loras({ known }: { known: Schema }) {
   return (
     <Section
       title="LoRA"
-      note={units.length ? `${units.length} on` : offered.length ? `${offered.length} offered` : undefined}
+      note={units.length ? `${units.length} active` : offered.length ? `${offered.length} available` : undefined}
       paths={['loras']}
       open={units.length > 0}
     >
@@ -111,14 +111,14 @@ export function Loras({ known }: { known: Schema }) {
       </div>
       {!offered.length && (
         <p class="note">
-          This model offers none by name; where its manifest allows them, a file or a repository can be named.
+          No LoRAs are listed for this model. If its manifest allows it, enter a file or repository.
         </p>
       )}
     </Section>
   );
 }
 
-/** The control map of a unit, updated whenever the image or the preprocessing changes. */
+/** The control map of a unit, recomputed (debounced) when the image or the preprocessing changes. */
 function useMap(unit: JsonObject, size: { width: number; height: number } | null) {
   const [map, setMap] = useState<ControlMap | null>(null);
   const [problem, setProblem] = useState('');
@@ -180,7 +180,7 @@ function parameterFields(info: PreprocessorInfo | undefined, path: string): Fiel
   }));
 }
 
-/** The preprocessors: those that the ControlNet names, those without weights, and those that need weights. */
+/** Preprocessors in groups: those for the ControlNet, others without weights, others with weights. */
 function PreprocessorChoice({
   path,
   name,
@@ -213,7 +213,7 @@ function PreprocessorChoice({
           value={name}
           onChange={(event) => edit(path, event.currentTarget.value ? { name: event.currentTarget.value } : undefined)}
         >
-          <option value="">none, it is a map</option>
+          <option value="">None (already a control map)</option>
           {name && !known && <option value={name}>{name}</option>}
           {groups
             .filter(([, names]) => names.length)
@@ -236,7 +236,7 @@ function mapUri(map: ControlMap): string {
   return map.image.startsWith('data:') ? map.image : `data:image/png;base64,${map.image}`;
 }
 
-/** The size of the generation, so that the map is the one that will be used; a size that is being typed is rounded. */
+/** The size of the generation, so that the map shown is the one used; a size still being typed is rounded. */
 function plannedSize(): { width: number; height: number } | null {
   const plan = dryRun.value;
   const [width, height] = [
@@ -283,7 +283,7 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
           field={named(fields, 'model')}
           title="ControlNet"
           choices={controlnets.map((offered) => offered.name)}
-          placeholder={dryRun.value?.controlnets?.[index]?.model ?? 'the one that fits'}
+          placeholder={dryRun.value?.controlnets?.[index]?.model ?? 'automatic'}
           free
         />
         {controlnet && controlnet.availability && controlnet.availability !== 'available' && (
@@ -318,7 +318,7 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
         {unit['mask_image'] !== undefined && (
           <ImageInput
             path={`${path}.mask_image`}
-            title="Mask of the control"
+            title="Control mask"
             description={named(fields, 'mask_image').description}
           />
         )}
@@ -326,7 +326,7 @@ function ControlUnit({ known, index }: { known: Schema; index: number }) {
           <FieldInput
             field={named(fields, 'union_mode')}
             choices={controlnet.union_modes ?? []}
-            placeholder="by the preprocessor"
+            placeholder="from preprocessor"
           />
         )}
         <FieldInput field={named(fields, 'conditioning_scale')} slider={[0, 2]} />
@@ -388,7 +388,7 @@ export function Controls({ known }: { known: Schema }) {
   return (
     <Section
       title="ControlNet"
-      note={units.length ? `${units.length} on` : controlnets.length ? `${controlnets.length} offered` : 'none offered'}
+      note={units.length ? `${units.length} active` : controlnets.length ? `${controlnets.length} available` : 'none available'}
       paths={['controlnets']}
       open={units.length > 0}
     >

@@ -50,7 +50,7 @@ export function codeOf(form: JsonObject, language: Language, lockSeed: boolean):
   return language === 'curl' ? asCurl(body) : `${JSON.stringify(body, null, 2)}\n`;
 }
 
-/** Put a text on the clipboard; also where the page has no secure origin. */
+/** Copy text to the clipboard, even outside a secure context. */
 export async function copy(text: string): Promise<void> {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   const area = document.createElement('textarea');

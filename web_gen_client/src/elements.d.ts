@@ -3,7 +3,7 @@ declare module '*/elements/prompt.js' {
   export interface PromptHandle {
     area: HTMLTextAreaElement;
     note: HTMLElement;
-    /** Close the menu of completions; whether it was open */
+    /** Close the completion menu; returns whether it was open */
     close(): boolean;
     set(name: string, value: unknown): void;
   }

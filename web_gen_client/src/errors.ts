@@ -1,4 +1,4 @@
-/** Errors stand at the field that caused them; what belongs to no field that is on the page stands above the button. */
+/** Errors are shown at the field that caused them; those without a visible field appear above the button. */
 import { computed, signal } from '@preact/signals';
 import { OperationError, type ErrorDetail, type RequestWarning } from 'ez-diffusion-client';
 
@@ -6,7 +6,7 @@ export const errors = signal<readonly ErrorDetail[]>([]);
 export const warnings = signal<readonly RequestWarning[]>([]);
 const places = signal<ReadonlyMap<string, HTMLElement>>(new Map());
 
-/** Called by each field as it comes and goes. */
+/** Called by each field on mount and unmount. */
 export function register(path: string, element: HTMLElement | null): void {
   const known = new Map(places.peek());
   if (element) known.set(path, element);
@@ -14,14 +14,14 @@ export function register(path: string, element: HTMLElement | null): void {
   places.value = known;
 }
 
-/** The field on the page that is nearest to a path; '' where there is none. */
+/** The closest field on the page for a path; '' if none. */
 function placeOf(path: string | null | undefined, known: ReadonlyMap<string, HTMLElement>): string {
   let place = path ?? '';
   while (place && !known.has(place)) place = place.replace(/(^|\.|\[)[^.[]*$/, '');
   return place;
 }
 
-/** What an empty field causes. It is shown once the field was left, or after Generate. */
+/** Errors of an empty field, shown only once it has lost focus, or after Generate. */
 const CAUSED_BY_EMPTY: readonly string[] = ['missing_field', 'too_short', 'empty_prompt'];
 const touched = signal<ReadonlySet<string>>(new Set());
 
@@ -30,7 +30,7 @@ export function touch(path: string): void {
   if (!touched.peek().has(path)) touched.value = new Set(touched.peek()).add(path);
 }
 
-/** Forget which fields were left: the form is another one now, or a part of a list was removed. */
+/** Reset the touched state: the form was replaced, or a list item was removed. */
 export function forgetTouched(below = ''): void {
   touched.value = new Set([...touched.peek()].filter((path) => below !== '' && !path.startsWith(below)));
 }
@@ -50,7 +50,7 @@ export function errorsAt(path: string): readonly ErrorDetail[] {
   return placed.value.get(path) ?? [];
 }
 
-/** Whether one of the fields below a path has an error. */
+/** The number of errors at or below a path. */
 export function errorsBelow(path: string): number {
   return [...placed.value]
     .filter(([place]) => place === path || place.startsWith(`${path}.`) || place.startsWith(`${path}[`))
@@ -59,7 +59,7 @@ export function errorsBelow(path: string): number {
 
 const SAID_BY_WHAT_IS_ALLOWED: readonly string[] = ['not_a_multiple', 'out_of_range', 'wrong_type', 'not_one_of'];
 
-/** An error as it stands at its field: what is wrong, unless that follows from what is allowed, and what to do. */
+/** The text of an error at its field: what is wrong (unless the allowed values imply it), and what to do. */
 export function sentence(error: ErrorDetail): string {
   const enough = error.allowed && SAID_BY_WHAT_IS_ALLOWED.includes(error.code);
   const parts = [!enough && error.message, error.allowed && `allowed: ${error.allowed}`, error.hint];
@@ -72,7 +72,7 @@ export function clearErrors(path?: string): void {
     path === undefined ? [] : errors.peek().filter((error) => placeOf(error.field, places.peek()) !== path);
 }
 
-/** Show what went wrong, and bring the first field that is concerned into view. */
+/** Show the errors; with `reveal`, scroll to the first affected field and focus it. */
 export function showErrors(reason: unknown, reveal: boolean): void {
   errors.value = detailsOf(reason);
   if (!reveal) return;

@@ -1,4 +1,4 @@
-/** One input for each field of the schema, with its name, its description, what is allowed, and its errors. */
+/** One input per schema field, with its label, description, allowed range and errors. */
 import type { ComponentChildren } from 'preact';
 import { useEffect, useId, useLayoutEffect, useRef } from 'preact/hooks';
 import { errorsAt, errorsBelow, register, sentence, touch } from './errors';
@@ -9,17 +9,17 @@ import { dryRun, edit, value } from './state';
 export interface InputProps {
   field: Field;
   title?: string | undefined;
-  /** Ends of a slider below the number; `true` takes the bounds of the field */
+  /** Range of the slider below the number; `true` uses the field's bounds */
   slider?: [number, number] | boolean | undefined;
-  /** What is used while the field is empty; default: the value of the dry run */
+  /** The value used while the field is empty; defaults to that of the dry run */
   placeholder?: string | undefined;
   choices?: string[] | undefined;
-  /** Other values than the choices may be typed */
+  /** Allow values other than the choices */
   free?: boolean | undefined;
   wide?: boolean | undefined;
 }
 
-/** Makes a place for the errors of a path known while it is on the page. */
+/** Register an element as the place for the errors of a path while it is mounted. */
 export function usePlace(path: string) {
   const place = useRef<HTMLDivElement>(null);
   useLayoutEffect(() => {
@@ -87,7 +87,7 @@ export function Wrap({ path, title, description, wide, inline, extra, children }
   );
 }
 
-/** What the request would use where a field is empty. */
+/** What the request would use if a field is empty. */
 function planned({ path, initial }: Field): string {
   const plan = dryRun.value as unknown as JsonObject | null;
   if (path === 'num_images' && plan && Array.isArray(plan['seeds'])) return String(plan['seeds'].length);
@@ -97,7 +97,7 @@ function planned({ path, initial }: Field): string {
   return initial === null || initial === undefined ? '' : String(initial);
 }
 
-/** A text in an input that does not jump while you type: it is written only where its meaning differs. */
+/** An uncontrolled input that keeps what is being typed: it is rewritten only if its parsed value differs. */
 function useShown(text: string, same: (shown: string) => boolean) {
   const input = useRef<HTMLInputElement>(null);
   useEffect(() => {
@@ -112,7 +112,7 @@ function sliderOf(field: Field, asked: InputProps['slider']): [number, number] |
   return [field.minimum, field.maximum];
 }
 
-/** A step of a slider: the field's own, or a power of ten that gives at least fifty of them. */
+/** The slider step: the field's own, 0.05 for short ranges, or a power of ten that gives at least fifty steps. */
 function sliderStep(field: Field, [low, high]: [number, number]): number {
   if (field.step) return field.step;
   return high - low <= 2 ? 0.05 : 10 ** Math.floor(Math.log10((high - low) / 50));
@@ -332,7 +332,7 @@ function ListInput({ field, title, placeholder, wide }: InputProps) {
   );
 }
 
-/** An object that is off until it is asked for. */
+/** An optional object, enabled by a checkbox. */
 function ObjectInput({ field }: InputProps) {
   const on = isObject(value(field.path));
   const place = usePlace(field.path);
@@ -393,7 +393,7 @@ interface SectionProps {
   children: ComponentChildren;
 }
 
-/** A part of the form that can be folded; folded, it shows how many errors are in it. */
+/** A collapsible section of the form; its summary shows the number of errors inside. */
 export function Section({ title, note, paths, open, children }: SectionProps) {
   const wrong = paths.reduce((sum, path) => sum + errorsBelow(path), 0);
   return (

@@ -1,4 +1,4 @@
-/** The folder in which a server that was started with `--outputs` keeps its images. */
+/** The output folder of a server started with `--outputs`. */
 import { signal } from '@preact/signals';
 import { changeOutput, getOutput, listOutputs, orThrow, type Output, type OutputChange } from 'ez-diffusion-client';
 import { restoredFrom } from './restore';
@@ -40,7 +40,7 @@ export async function fileOf(id: string, thumbnail = false): Promise<Blob> {
   return (await orThrow(getOutput(options))) as Blob;
 }
 
-/** An image of the folder as an item, with the plan that is in its file. */
+/** An image of the folder as a gallery item, with the plan from its metadata. */
 export async function openOutput(output: Output): Promise<GalleryItem> {
   const known = itemAt(output.id);
   if (known) return known;

@@ -30,7 +30,7 @@ import {
 } from './state';
 import { warnings } from './errors';
 
-/** Shown in places of their own; what else the schema has comes under "More". */
+/** Fields with their own place in the form; the rest of the schema is under "All parameters". */
 const OWN_PLACE = new Set([
   'model',
   'prompt',
@@ -57,7 +57,7 @@ const OWN_PLACE = new Set([
 ]);
 const MAIN = ['num_inference_steps', 'guidance_scale', 'num_images', 'scheduler'];
 
-/** What the chosen model may be asked for, while nothing else is typed. */
+/** Example prompts of the chosen model, until something else is typed. */
 function Examples() {
   const examples = model.value?.example_prompts ?? [];
   const prompt = String(value('prompt') ?? '').trim();
@@ -73,14 +73,14 @@ function Examples() {
   );
 }
 
-/** Whether the weights of a model have to come first. */
+/** A note for a model whose weights are not on the server yet. */
 function weightsNote({ availability, download_gb: size }: ModelInfo): string {
-  if (availability === 'missing') return ' · not here';
+  if (availability === 'missing') return ' · not on server';
   if (availability !== 'download') return '';
   return size ? ` · download ${size} GB` : ' · download';
 }
 
-/** What will happen before the first image of a model whose weights are not here. */
+/** What Generate does first if the weights of the model are not on the server. */
 function WeightsNotice() {
   const found = model.value;
   if (!found || found.loaded || !found.availability || found.availability === 'available') return null;
@@ -90,7 +90,7 @@ function WeightsNotice() {
     <p class="weights" role="note">
       {found.availability === 'missing'
         ? `The weights of ${found.name} are not on the server, which does not download them.`
-        : `Generate downloads ${size} first, once.`}
+        : `The first Generate downloads ${size}.`}
       {license}
     </p>
   );
@@ -123,7 +123,7 @@ function ModelChoice() {
         >
           <option value="">{models.value ? `${models.value.default} (default)` : '…'}</option>
           {typeof chosen === 'string' && !models.value?.models.some((offered) => offered.name === chosen) && (
-            <option value={chosen}>{chosen} (not offered)</option>
+            <option value={chosen}>{chosen} (unavailable)</option>
           )}
           {models.value?.models.map((offered) => (
             <option key={offered.name} value={offered.name}>
@@ -159,7 +159,7 @@ function ProfileChoice({ known }: { known: Schema }) {
             </option>
           ))}
           {typeof chosen === 'string' && chosen !== 'exact' && !offered.some((profile) => profile.name === chosen) && (
-            <option value={chosen}>{chosen} (not offered)</option>
+            <option value={chosen}>{chosen} (unavailable)</option>
           )}
         </select>
       )}
@@ -272,7 +272,7 @@ function More({ known }: { known: Schema }) {
   );
 }
 
-/** What the server would do, and what it would change. */
+/** The dry run: what the server would do, and its warnings. */
 function DryRun() {
   const plan = dryRun.value;
   const facts = plan && [
@@ -316,12 +316,12 @@ export function Form() {
   }, []);
   if (!known)
     return (
-      <form class="form" aria-label="What to make" aria-busy="true">
+      <form class="form" aria-label="Generation settings" aria-busy="true">
         <p class="note">Waiting for the server …</p>
       </form>
     );
   return (
-    <form class="form" aria-label="What to make" onSubmit={(event) => (event.preventDefault(), void generate())}>
+    <form class="form" aria-label="Generation settings" onSubmit={(event) => (event.preventDefault(), void generate())}>
       <div class="form-body">
         <div class="fields prompts">
           <Prompt name="prompt" rows={5} known={known} />
@@ -355,9 +355,9 @@ export function Form() {
           <button type="submit" class="primary big">
             Generate <kbd>Ctrl Enter</kbd>
           </button>
-          <Menu label="⋯" name="More for the form">
+          <Menu label="⋯" name="More form actions">
             {copyButtons(() => ({ form: form.value, lockSeed: seedLocked.value }))}
-            <button type="button" onClick={() => replaceFormUndoably({}, false, 'The form is cleared.')}>
+            <button type="button" onClick={() => replaceFormUndoably({}, false, 'Form cleared.')}>
               Clear the form
             </button>
           </Menu>

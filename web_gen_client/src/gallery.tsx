@@ -20,7 +20,7 @@ const query = signal('');
 const onlyStarred = signal(false);
 export const source = signal<'browser' | 'folder'>('browser');
 
-/** An address under which the page can show an item. */
+/** The cached object URL of an item. */
 export function addressOf(item: GalleryItem): string {
   const known = addresses.get(item.id) ?? URL.createObjectURL(item.blob);
   addresses.set(item.id, known);
@@ -39,7 +39,7 @@ const found = computed(() => {
   });
 });
 
-/** Items that the browser had no room for live in this tab alone. */
+/** Items over the storage quota, which live only in this tab. */
 const unsaved = new Map<string, GalleryItem>();
 
 async function reload(): Promise<void> {
@@ -50,7 +50,7 @@ async function reload(): Promise<void> {
   if (now.kind === 'item' && gone(now.id)) view.value = { kind: 'live' };
 }
 
-/** Follow what other tabs add and delete, and the folder of the server. */
+/** Follow changes in other tabs, and reload the server's folder (debounced) when the filter changes. */
 export function followGalleries(): void {
   onMessage((message) => message.kind === 'gallery' && void reload());
   let timer: ReturnType<typeof setTimeout> | undefined;
@@ -62,14 +62,14 @@ export function followGalleries(): void {
   });
 }
 
-/** Put new images into the gallery; what the browser has no room for stays until a reload. */
+/** Add new images to the gallery; those over the storage quota last until a reload. */
 export async function keepItems(made: readonly GalleryItem[]): Promise<void> {
   items.value = [...made, ...items.value];
   try {
     await saveItems(made);
   } catch {
     for (const item of made) unsaved.set(item.id, item);
-    status.value = 'The browser has no room for this image: it is gone after a reload.';
+    status.value = 'Browser storage is full: this image will be lost on reload.';
   }
   if (source.value === 'folder') setTimeout(() => void readFolder(), 500);
 }
@@ -80,7 +80,7 @@ export function select(id: string): void {
   view.value = first && first !== id ? { kind: 'compare', a: first, b: id } : { kind: 'item', id };
 }
 
-/** Delete images; the message offers the way back. */
+/** Delete images and offer an undo. */
 async function removeItems(gone: readonly GalleryItem[], text: string): Promise<void> {
   const before = view.value;
   const ids = new Set(gone.map((item) => item.id));
@@ -258,7 +258,7 @@ function FolderList() {
   if (!listed) return <p class="note">Reading …</p>;
   return (
     <>
-      {listed.outputs.length === 0 && <p class="note">No image matches.</p>}
+      {listed.outputs.length === 0 && <p class="note">No matching images.</p>}
       <ul class="thumbs" onKeyDown={move}>
         {listed.outputs.map((output) => (
           <OutputThumb key={output.id} output={output} />
@@ -279,7 +279,7 @@ function BrowserList() {
   if (items.value.length === 0) return <p class="note">Generated images appear here and stay in this browser.</p>;
   return (
     <>
-      {all.length === 0 && <p class="note">No image matches.</p>}
+      {all.length === 0 && <p class="note">No matching images.</p>}
       <ul class="thumbs" onKeyDown={move}>
         {all.slice(0, shown).map((item) => (
           <Thumb
@@ -335,7 +335,7 @@ export function Gallery() {
         <span class="note">{count || ''}</span>
         <span class="spring" />
         {count > 0 && (
-          <Menu label="⋯" name="More for the gallery">
+          <Menu label="⋯" name="More gallery actions">
             <button type="button" onClick={() => void attempt(downloadAll)}>
               Download {count === 1 ? 'the image' : `all ${count}`} as ZIP
             </button>

@@ -12,10 +12,10 @@ import { loadSetting, saveSetting } from './storage';
 /** Without a path, an axis that is not used: it has a single value. */
 export interface Axis {
   path: string;
-  /** The parameter in words */
+  /** Display name of the parameter */
   title: string;
   values: Json[];
-  /** In the prompt, this text is replaced by each of the values */
+  /** Search and replace: the text in the prompt that each value replaces */
   replaces?: string | undefined;
 }
 
@@ -78,7 +78,7 @@ export function parameters(): Parameter[] {
   ];
 }
 
-/** The values that can be chosen from, where there is a list of them. */
+/** The available values, if the parameter has a list of them. */
 export function choicesOf({ path, field }: Parameter): string[] {
   if (path === 'model') return models.value?.models.map((model) => model.name) ?? [];
   return field.kind === 'boolean' ? ['true', 'false'] : field.choices;
@@ -93,7 +93,7 @@ function range(text: string): number[] {
   );
 }
 
-/** The values in a text: numbers with commas or as start:stop:step, names with commas, free text by lines. */
+/** Parse axis values: comma-separated numbers or start:stop:step, comma-separated names, or lines of free text. */
 export function parseValues(parameter: Parameter, text: string): Json[] {
   const { kind } = parameter.field;
   const free = kind === 'text' && parameter.path !== 'model';
@@ -111,14 +111,14 @@ export function parseValues(parameter: Parameter, text: string): Json[] {
   });
 }
 
-/** A form with the value of one parameter; where that is a part of something that is off, it is on then. */
+/** The form with one parameter set; this enables the section that contains it. */
 function withValue(source: JsonObject, { path, replaces }: Axis, value: Json): JsonObject {
   if (!path) return source;
   if (replaces === undefined) return set(source, path, value);
   return { ...source, prompt: String(source['prompt'] ?? '').replaceAll(replaces, String(value)) };
 }
 
-/** An axis as it was typed. The first text of search and replace is the one that is searched. */
+/** Parse an axis. In search and replace, the first value is the search text. */
 export function axisOf(parameter: Parameter, text: string): Axis {
   const axis = { path: parameter.path, title: parameter.title, values: parseValues(parameter, text) };
   if (parameter.path !== REPLACE) return axis;
@@ -177,7 +177,7 @@ export async function runGrid({ x, y, z }: Record<AxisName, Axis>): Promise<void
         ];
         const source = chosen.reduce((form, [axis, at]) => withValue(form, axis, axis.values[at] ?? null), base);
         const [item] = await submit(source, { cell: true, lockSeed: true });
-        change(next, item ? { state: 'done', itemId: item.id } : { state: 'failed', error: 'no image came' });
+        change(next, item ? { state: 'done', itemId: item.id } : { state: 'failed', error: 'no image returned' });
       } catch (error) {
         change(next, { state: 'failed', error: reasonOf(error) });
       }
@@ -194,7 +194,7 @@ export function stopGrid(): void {
   for (const job of jobs.value) if (job.cell) void cancel(job);
 }
 
-/** A grid of an earlier version had two axes, named by their paths. */
+/** Migrate a grid of an earlier version, which had two axes labeled with their paths. */
 function upgradeGrid(stored: Grid | (Omit<Grid, 'z' | 'cells'> & { cells: Cell[][] })): Grid {
   if ('z' in stored) return stored;
   const titled = (axis: Axis): Axis => ({ ...axis, title: label(axis.path) });
@@ -221,7 +221,7 @@ export function headingOf(axis: Axis, index: number): string {
     : `${axis.title} ${shownValue(value)}`;
 }
 
-/** The grid as one image, with its values at the edges, one table below the other. */
+/** Render the grid as one image: labeled tables, stacked vertically. */
 export async function gridSheet(shown: Grid): Promise<Blob> {
   const { x, y, z, cells } = shown;
   const made = cells.flat(2).map((cell) => (cell.itemId ? itemAt(cell.itemId) : undefined));

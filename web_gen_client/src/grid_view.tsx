@@ -32,8 +32,8 @@ const HINTS = {
   integer: '10, 20, 30 or 10:30:10',
   number: '1, 1.5, 3 or 1:3:0.5',
   boolean: 'true, false',
-  choice: 'names with commas',
-  text: 'one value a line',
+  choice: 'comma-separated names',
+  text: 'one value per line',
 } as const;
 
 function AxisEntry({
@@ -54,7 +54,7 @@ function AxisEntry({
   const parameter = all.find(({ path }) => path === entry.path);
   const choices = parameter ? choicesOf(parameter) : [];
   const known = parameter && parameter.field.kind in HINTS ? HINTS[parameter.field.kind as keyof typeof HINTS] : '';
-  const hint = entry.path === REPLACE ? 'red, green, blue: replaces the first by each' : known;
+  const hint = entry.path === REPLACE ? 'red, green, blue: replaces the first with each' : known;
   const choose = (path: string) => {
     const chosen = all.find((other) => other.path === path);
     change({ path, text: chosen ? choicesOf(chosen).join(', ') : '' });
@@ -182,7 +182,7 @@ export function GridView() {
     entries[name] = entry;
     setTyped({ ...entries });
   };
-  /** The axis that was typed, or what is wrong with it. */
+  /** The parsed axis, or an error message. */
   const attempt = (name: AxisName): Axis | string => {
     const { path, text } = typed[name];
     if (!path) return UNUSED;
@@ -238,7 +238,7 @@ export function GridView() {
           </button>
         ) : (
           <button type="button" class="primary" onClick={() => void run()}>
-            Make the grid
+            Generate grid
           </button>
         )}
         {cells.length > 0 && !gridRunning.value && (

@@ -8,13 +8,13 @@ import type { ComponentChildren } from 'preact';
 
 export const ITEM_TYPE = 'application/x-gallery-item';
 
-/** The image in what was dropped or pasted. */
+/** The image in a drop or paste. */
 export function blobIn(data: DataTransfer | null): Blob | undefined {
   const item = data && itemAt(data.getData(ITEM_TYPE));
   return item?.blob ?? [...(data?.files ?? [])].find((file) => file.type.startsWith('image/'));
 }
 
-/** Why nothing of what was dropped is an image. */
+/** Why a drop contains no image. */
 export function problemWith(data: DataTransfer | null): string {
   const [file] = data?.files ?? [];
   return file ? `${file.name} is not an image: drop a PNG, JPEG or WebP file.` : 'No image was dropped.';
@@ -26,7 +26,7 @@ interface ImageInputProps {
   description: string;
   /** Further buttons, once there is an image */
   actions?: ComponentChildren;
-  /** In place of the image itself, a second one beside it */
+  /** A second image, shown beside the first */
   beside?: ComponentChildren;
 }
 

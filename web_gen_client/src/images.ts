@@ -1,4 +1,4 @@
-/** Images in a request. The form holds `image:ID` in their place, and the data are sent once, with the request. */
+/** Images in a request. The form holds `image:ID` references, resolved to data only when the request is built. */
 import { signal } from '@preact/signals';
 import { mapStrings, type Json } from './paths';
 import { loadInputImages, saveInputImage } from './storage';
@@ -71,7 +71,7 @@ export async function bringBack<Value extends Json>(form: Value): Promise<Value>
   return form;
 }
 
-/** A form with the data of its images in place of their names. */
+/** The form with its image references replaced by data URIs. */
 export function withData<Value extends Json>(form: Value): Value {
   return mapStrings(form, (text) => imageAt(text)?.dataUri ?? text) as Value;
 }

@@ -1,4 +1,4 @@
-/** Generations on their way. Each is a job of the server; a reload finds the running ones again. */
+/** Running generations. Each is a job on the server; running jobs survive a reload. */
 import { signal, type Signal } from '@preact/signals';
 import {
   cancelJob,
@@ -21,14 +21,14 @@ export interface RunningJob {
   key: string;
   id: string | null;
   form: JsonObject;
-  /** Of the cell of a grid; absent for a generation of its own */
+  /** Whether the job belongs to a grid cell */
   cell: boolean;
   event: Signal<ProgressEvent>;
   preview: Signal<string | null>;
   cancelling: Signal<boolean>;
 }
 
-/** In the storage of this tab alone, so that two tabs do not follow each other's jobs. */
+/** Key in sessionStorage, so that tabs do not follow each other's jobs. */
 const RUNNING = 'running';
 export const jobs = signal<readonly RunningJob[]>([]);
 
@@ -40,7 +40,7 @@ async function keep(result: OpResult, source: JsonObject): Promise<GalleryItem[]
   const made = result.generation;
   if (!made) throw new Error('the server sent no images');
   const now = Date.now();
-  void navigator.storage?.persist?.(); // not to be cleared when the disk is short of room
+  void navigator.storage?.persist?.(); // prevent eviction when disk space runs low
   const batch = newId();
   const found = made.images.map((image, index): GalleryItem => ({
     id: newId(),
@@ -103,7 +103,7 @@ async function through<Result>(job: RunningJob, work: () => Promise<Result>): Pr
   }
 }
 
-/** Send a form and wait for its images; an OperationError where there are none. */
+/** Submit a form and wait for its images; throws an OperationError on failure. */
 export function submit(
   source: JsonObject,
   { cell = false, lockSeed = seedLocked.value, onAccepted = () => {} } = {},
@@ -129,20 +129,20 @@ function reveal(made: readonly GalleryItem[]): void {
   view.value = made.length > 1 ? { kind: 'batch', ids: made.map(({ id }) => id) } : { kind: 'item', id: first.id };
 }
 
-/** Show the images of a job when they come; after a failure, what was on the stage before. */
+/** Show the images of a job when they arrive; on failure, restore the previous view. */
 async function show(made: Promise<GalleryItem[]>, before: View = { kind: 'live' }): Promise<void> {
   const began = performance.now();
   try {
     reveal(await made);
-    status.value = `Made in ${((performance.now() - began) / 1000).toFixed(1)} s.`;
+    status.value = `Generated in ${((performance.now() - began) / 1000).toFixed(1)} s.`;
   } catch (error) {
     if (view.value.kind === 'live' && !jobs.value.some((job) => !job.cell)) view.value = before;
-    status.value = isCancelled(error) ? 'Cancelled.' : 'Not generated.';
+    status.value = isCancelled(error) ? 'Cancelled.' : 'Generation failed.';
     if (!isCancelled(error)) showErrors(error, true);
   }
 }
 
-/** Make what the form asks for; several may wait in the queue of the server. The stage changes once it is accepted. */
+/** Submit the form; the server queues further requests. The stage changes once the request is accepted. */
 export function generate(): Promise<void> {
   clearErrors();
   status.value = '';
@@ -159,7 +159,7 @@ export async function cancelAll(): Promise<void> {
   await Promise.all(jobs.value.filter((job) => !job.cancelling.value).map(cancel));
 }
 
-/** Jobs that ran when the page was left: their images come into the gallery all the same. */
+/** Resume jobs that were running before a reload, so that their images still reach the gallery. */
 export async function findRunning(): Promise<void> {
   const running = JSON.parse(sessionStorage.getItem(RUNNING) ?? '[]') as { id: string; form: JsonObject }[];
   for (const { id, form: source } of running) {

@@ -54,7 +54,7 @@ function Token() {
   );
 }
 
-/** The documentation in a new tab, which finds the token in the storage that a new tab of a page inherits. */
+/** Open the docs in a new tab, which inherits sessionStorage and finds the token there. */
 function openDocs(event: MouseEvent): void {
   if (!token.value) return;
   event.preventDefault();
@@ -94,7 +94,7 @@ function Header() {
   );
 }
 
-/** An image dropped or pasted outside of an image field: its settings are restored, or it becomes the start image. */
+/** Handle an image dropped or pasted outside an image field: restore its settings, or use it as an input image. */
 async function takeLoose(blob: Blob): Promise<void> {
   try {
     if (await restoreFile(blob)) return;
@@ -103,7 +103,7 @@ async function takeLoose(blob: Blob): Promise<void> {
       return;
     }
     edit('image', reference(await addImage(blob)));
-    status.value = 'The image has no metadata: it is the start image now.';
+    status.value = 'No metadata found; using it as the start image.';
   } catch (error) {
     status.value = error instanceof Error ? error.message : String(error);
   }

@@ -12,7 +12,7 @@ interface Point {
   y: number;
 }
 
-/** The alpha of the painted layer from the brightness of a mask. */
+/** Draw a mask into the layer, with its brightness as alpha. */
 async function drawMask(pen: CanvasRenderingContext2D, mask: InputImage): Promise<void> {
   const { width, height } = pen.canvas;
   pen.drawImage(await loadImage(mask.dataUri), 0, 0, width, height);
@@ -36,7 +36,7 @@ function maskOf(layer: HTMLCanvasElement): string {
   return canvas.toDataURL('image/png');
 }
 
-/** Another color for what is painted. */
+/** Recolor the painted area. */
 function tint(pen: CanvasRenderingContext2D, color: string): void {
   pen.save();
   pen.globalCompositeOperation = 'source-in';
@@ -45,7 +45,7 @@ function tint(pen: CanvasRenderingContext2D, color: string): void {
   pen.restore();
 }
 
-/** Fill the unpainted area around a point, up to what is painted: rows at a time. */
+/** Scanline flood fill of the unpainted area around a point. */
 function floodFill(pen: CanvasRenderingContext2D, start: Point): void {
   const { width, height } = pen.canvas;
   const image = pen.getImageData(0, 0, width, height);
@@ -162,7 +162,7 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
     drawing.lineCap = drawing.lineJoin = 'round';
     drawing.beginPath();
     drawing.moveTo(from.x, from.y);
-    drawing.lineTo(to.x + (from === to ? 0.001 : 0), to.y); // a line without length would not be drawn
+    drawing.lineTo(to.x + (from === to ? 0.001 : 0), to.y); // a zero-length line would not be drawn
     drawing.stroke();
     drawing.globalCompositeOperation = 'source-over';
     last.current = to;
@@ -183,7 +183,7 @@ export function MaskEditor({ image, mask, path, onClose }: MaskEditorProps) {
     layer.current?.setPointerCapture(event.pointerId);
     pointers.current.set(event.pointerId, { x: event.clientX, y: event.clientY });
     if (pointers.current.size === 2) {
-      if (last.current) undo(); // the first finger was not meant to paint
+      if (last.current) undo(); // drop the stroke started by the first finger of a pinch
       last.current = null;
       return;
     }

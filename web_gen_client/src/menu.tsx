@@ -4,7 +4,7 @@ import { useId, useRef, useState } from 'preact/hooks';
 
 interface MenuProps {
   label: ComponentChildren;
-  /** For screen readers, where the label is a sign */
+  /** Accessible name, if the label is a symbol */
   name?: string | undefined;
   children: ComponentChildren;
 }

@@ -26,7 +26,7 @@ export function get(value: Json | undefined, path: string): Json | undefined {
   return found;
 }
 
-/** A copy in which the value at `path` is another; `undefined` takes it out. */
+/** A copy with the value at `path` replaced; `undefined` removes it. */
 export function set(value: JsonObject, path: string, changed: Json | undefined): JsonObject {
   return put(value, steps(path), changed) as JsonObject;
 }

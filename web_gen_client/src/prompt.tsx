@@ -1,4 +1,4 @@
-/** A prompt: counted tokens, marked mistakes, completion of names, and weights by Ctrl+Up and Ctrl+Down. */
+/** Prompt input with token counts, error marks, completion, and weights by Ctrl+Up and Ctrl+Down. */
 import { readPrompt, type ModelInfo, type PromptReport } from 'ez-diffusion-client';
 import { useEffect, useLayoutEffect, useRef, useState } from 'preact/hooks';
 import { createPrompt, type PromptHandle } from '../../diffusion_workers/elements/prompt.js';
@@ -27,10 +27,10 @@ function completionsOf(info: ModelInfo | null, name: Name): Completion[] {
 }
 
 function promptPlaceholder(): string {
-  return editsOnly.value ? 'Say what to change' : 'Describe the image';
+  return editsOnly.value ? 'Describe the change' : 'Describe the image';
 }
 
-/** A LoRA or a style that was chosen from the completions becomes an entry of the request. */
+/** Add a LoRA or style chosen from the completions to the request. */
 function add(kind: string, name: string): void {
   const path = kind === 'lora' ? 'loras' : 'styles';
   const given = value(path);
@@ -39,7 +39,7 @@ function add(kind: string, name: string): void {
   if (!has) edit(path, [...list, kind === 'lora' ? { name, scale: 1 } : name]);
 }
 
-/** How the chosen model reads a text, a moment after it was typed; null until then. */
+/** The chosen model's reading of a text, fetched after a debounce; null until then. */
 function useReport(text: string, syntax: unknown): Report | null {
   const [report, setReport] = useState<Report | null>(null);
   const name = form.value['model'];
@@ -54,7 +54,7 @@ function useReport(text: string, syntax: unknown): Report | null {
       };
       readPrompt({ client: client.value, body, signal: stop.signal }).then(
         ({ data }) => data && !stop.signal.aborted && setReport({ ...data, text }),
-        () => undefined, // without the server there is no count, and the page says so elsewhere
+        () => undefined, // no count without the server; a lost connection is reported elsewhere
       );
     }, READ_DELAY_MS);
     return () => (clearTimeout(timer), stop.abort());

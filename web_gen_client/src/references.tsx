@@ -1,4 +1,4 @@
-/** Images that the prompt speaks of, in their order: several by one drop, moved by drag or by keyboard. */
+/** Reference images, numbered for the prompt: several per drop, reordered by drag or keyboard. */
 import type { ComponentChildren } from 'preact';
 import { useEffect, useRef, useState } from 'preact/hooks';
 import { forgetTouched } from './errors';
@@ -33,18 +33,18 @@ function expected(): Json[] {
 
 function change(list: Json[], weighed = weights()): void {
   forgetTouched(FIELD);
-  if (list.length < listed().length) edit(EXPECTED, undefined); // removing an image means to do without it
+  if (list.length < listed().length) edit(EXPECTED, undefined); // removing one gives up on the original list
   edit(FIELD, list.length ? list : undefined);
   edit(WEIGHTS, list.length ? weighed : undefined);
 }
 
-/** The weights with one for another image: that of the receipt, where a restored request still lacks the image. */
+/** The weights after adding an image; an image that a restored request still lacks already has one. */
 function weightsOfOneMore(): Json[] | undefined {
   const [known, count] = [weights(), listed().length];
   return known && known.length <= count ? [...known, 1 / (count + 1)] : known;
 }
 
-/** Do without the images that a restored request lacks. */
+/** Give up on the images that a restored request lacks. */
 function doWithout(): void {
   edit(EXPECTED, undefined);
   edit(WEIGHTS, weights()?.slice(0, listed().length));
@@ -59,7 +59,7 @@ function moveWeight(from: number, to: number): Json[] | undefined {
   return [...rest.slice(0, to), moved, ...rest.slice(to)];
 }
 
-/** Give an image a weight; the others keep theirs, or the equal shares that they had. */
+/** Set the weight of an image; the others keep theirs, or their equal share. */
 function weigh(index: number, typed: string): void {
   const share = 1 / listed().length;
   const next = listed().map((_, at) => weights()?.[at] ?? share);
@@ -67,7 +67,7 @@ function weigh(index: number, typed: string): void {
   edit(WEIGHTS, next.some((weight) => weight !== share) ? next : undefined);
 }
 
-/** Add images at the end, as many as the model takes; what was not added, in words. */
+/** Append images up to the model's limit; returns a message for each one not added. */
 export async function addReferences(files: readonly { name: string; blob: Blob }[]): Promise<string[]> {
   const problems: string[] = [];
   for (const { name, blob } of files) {
@@ -106,7 +106,7 @@ interface OneProps {
   remove: (index: number) => void;
 }
 
-/** One image with its place, its size, and what the model sees of it. */
+/** One image with its number, its size, and the size at which the model sees it. */
 function One({ index, count, move, remove }: OneProps) {
   const path = `${FIELD}[${index}]`;
   const place = usePlace(path);
@@ -170,7 +170,7 @@ function One({ index, count, move, remove }: OneProps) {
               max="10"
               step="0.05"
               aria-label={`Weight of reference image ${number}`}
-              title="Weight; empty is an equal share of 1"
+              title="Weight; leave empty for an equal share"
               placeholder={(1 / count).toFixed(2)}
               value={String(weights()?.[index] ?? '')}
               onChange={(event) => weigh(index, event.currentTarget.value)}
@@ -189,7 +189,7 @@ function One({ index, count, move, remove }: OneProps) {
   );
 }
 
-/** What a restored request still lacks, and how to do without it. */
+/** The images that a restored request still lacks, and a button to proceed without them. */
 function Missing() {
   const images = expected();
   if (listed().length >= images.length) return null;

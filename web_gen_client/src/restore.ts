@@ -1,4 +1,4 @@
-/** From the metadata of an image back to the form that generates it. The server reads it. */
+/** Restore the form from the metadata of an image, which the server parses. */
 import { orThrow, restore, type GenerationPlan, type LostSetting, type RestoredRequest } from 'ez-diffusion-client';
 import { asDataUri, bringBack, imageAt } from './images';
 import { get, set, type JsonObject } from './paths';
@@ -11,7 +11,7 @@ async function read(file: Blob): Promise<{ found: RestoredRequest; warnings: str
   return { found: result.restored, warnings: (result.warnings ?? []).map(({ message }) => message) };
 }
 
-/** The request of an image, with the input images that `source` still has, and the paths of these. */
+/** The restored request, with the input images that `source` still has filled in, and their paths. */
 function withInputs(found: RestoredRequest, source: JsonObject | undefined): { next: JsonObject; given: Set<string> } {
   const given = new Set<string>();
   let next = found.request as JsonObject;
@@ -23,9 +23,9 @@ function withInputs(found: RestoredRequest, source: JsonObject | undefined): { n
   }
   const references = (found.missing_images ?? []).filter((path) => path.startsWith('reference_images['));
   if (references.some((path) => !given.has(path))) {
-    next = set(next, 'reference_images', undefined); // some of them alone would stand at other places
+    next = set(next, 'reference_images', undefined); // a partial list would shift their positions
     for (const path of references) given.delete(path);
-  } else next = set(next, 'expected_references', undefined); // all of them are there
+  } else next = set(next, 'expected_references', undefined); // the list is complete
   return { next, given };
 }
 
@@ -33,13 +33,13 @@ function previewInterval(): JsonObject {
   return { preview_interval: form.value['preview_interval'] ?? 0 };
 }
 
-/** What the metadata of a file holds: its plan, and the request that makes it again. */
+/** The plan in the metadata of a file, and the request that reproduces it. */
 export async function restoredFrom(file: Blob): Promise<{ plan: GenerationPlan | null; request: JsonObject }> {
   const { found } = await read(file);
   return { plan: found.plan ?? null, request: found.request as JsonObject };
 }
 
-/** The form that generates an item of the gallery again: everything that its plan decided, with its own seed. */
+/** The form that reproduces a gallery item: every setting in its plan, and its own seed. */
 export async function formOf(item: GalleryItem): Promise<JsonObject> {
   await bringBack(item.form);
   const found = await read(item.blob)
@@ -63,7 +63,7 @@ function sentences(lost: LostSetting[]): string {
   return lost.map(sentence).join('; ');
 }
 
-/** Restore the settings of a dropped file; false where it has no metadata. What the form held before is gone. */
+/** Replace the form with the settings of a dropped file (undoable); false if it has no metadata. */
 export async function restoreFile(file: Blob): Promise<boolean> {
   const { found, warnings } = await read(file);
   const [problem] = found.lost ?? [];

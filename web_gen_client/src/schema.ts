@@ -144,7 +144,7 @@ export class Schema {
   }
 }
 
-/** A typed number. Other text, and integers that JavaScript cannot hold, stay text, which the server refuses. */
+/** Parse a typed number. Other text and unsafe integers stay strings, which the server rejects. */
 export function typedNumber(text: string, kind: Field['kind']): number | string {
   const number = Number(text);
   if (text.trim() === '' || !Number.isFinite(number)) return text;

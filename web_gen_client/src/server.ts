@@ -1,4 +1,4 @@
-/** Requests other than generations: what the server offers, what a request would do, what a control map looks like. */
+/** Requests other than generations: server info, dry runs and control maps. */
 import { effect } from '@preact/signals';
 import {
   health as askHealth,
@@ -33,10 +33,10 @@ const DRY_RUN_DELAY_MS = 500;
 const LOOK_AGAIN_MS = 2_000;
 const READ_AGAIN_MS = 15_000;
 const PATIENCE_MS = 10_000;
-export const LOST = 'The server does not answer. Trying again …';
+export const LOST = 'Server not responding. Retrying …';
 
 function notAllowed(): Error {
-  return new Error(token.value ? 'The server refuses this token.' : 'The server asks for a token.');
+  return new Error(token.value ? 'Invalid token.' : 'The server requires a token.');
 }
 
 async function askSchema(): Promise<Schema> {
@@ -76,7 +76,7 @@ export async function meetServer(): Promise<void> {
 
 let looking = false;
 
-/** A look at whether the server is up; more than that only where it was away. */
+/** Health check; reloads everything only after a lost connection. */
 async function look(): Promise<void> {
   if (looking) return;
   looking = true;
@@ -91,7 +91,7 @@ async function look(): Promise<void> {
   looking = false;
 }
 
-/** Poll the server, so that the page shows at once when it is not reachable, and continues when it is back. */
+/** Poll the server to show a lost connection promptly and to recover once it is back. */
 export function keepMeeting(): void {
   onUnreachable.call = () => void look();
   void meetServer();
@@ -101,7 +101,7 @@ export function keepMeeting(): void {
   document.addEventListener('visibilitychange', () => visible() && void look());
 }
 
-/** While nothing is typed for a moment, ask what the request would do. */
+/** Dry-run the request after each edit, debounced; a new edit aborts the pending call. */
 export function keepPlanning(): void {
   let timer: ReturnType<typeof setTimeout> | undefined;
   let asking: AbortController | undefined;

@@ -11,7 +11,7 @@ const RATIOS: [number, number][] = [
   [16, 9],
 ];
 
-/** What an empty field stands for: an edit takes the size of its first reference image. */
+/** The value used for an empty field: an edit takes the size of its first reference image. */
 function planned(name: 'width' | 'height'): number | undefined {
   return dryRun.value?.[name] ?? model.value?.[name] ?? undefined;
 }
@@ -21,7 +21,7 @@ function current(name: 'width' | 'height'): number | undefined {
   return typeof stored === 'number' ? stored : planned(name);
 }
 
-/** A size of that ratio with about the area that the model was trained for, in steps that its layers like. */
+/** A size with the given ratio and roughly the model's training area, rounded to a suitable multiple. */
 function sizeOf([across, down]: [number, number], area: number, multiple: number): [number, number] {
   const step = area >= 512 * 512 ? Math.max(64, multiple) : multiple;
   const side = (share: number) => Math.max(step, Math.round(Math.sqrt(area * share) / step) * step);

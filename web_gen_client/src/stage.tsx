@@ -40,7 +40,7 @@ function stateOf(job: RunningJob): string {
   if (job.cancelling.value) return 'Stopping …';
   switch (event.phase) {
     case 'queued':
-      return event.queue_position ? `Waiting, ${event.queue_position} before it` : 'Waiting';
+      return event.queue_position ? `Queued, ${event.queue_position} ahead` : 'Queued';
     case 'load':
       return event.message ? `Loading the model: ${event.message}` : 'Loading the model';
     case 'encode':
@@ -62,7 +62,7 @@ function Progress({ job }: { job: RunningJob }) {
       <span class="state">{stateOf(job)}</span>
       <span class="note">
         {left !== null && event.phase !== 'queued' ? `${seconds(left)} left` : ''}
-        {event.seconds_per_step ? ` · ${event.seconds_per_step.toFixed(2)} s a step` : ''}
+        {event.seconds_per_step ? ` · ${event.seconds_per_step.toFixed(2)} s/step` : ''}
       </span>
       <span class="spring" />
       <button type="button" onClick={() => void cancel(job)} disabled={job.cancelling.value}>
@@ -93,7 +93,7 @@ function Live() {
     <div class="frame empty">
       <div class="welcome">
         <p class="large">
-          {editsOnly.value ? 'Add a reference image, say what to change' : 'Describe the image'}
+          {editsOnly.value ? 'Add a reference image, describe the change' : 'Describe the image'}
           <span class="keys">
             , and press <kbd>Ctrl</kbd> <kbd>Enter</kbd>
           </span>
@@ -145,7 +145,7 @@ function Facts({ item }: { item: GalleryItem }) {
 async function asControl(item: GalleryItem): Promise<void> {
   const units = Array.isArray(form.value['controlnets']) ? form.value['controlnets'] : [];
   edit('controlnets', [...units, { image: reference(await addImage(item.blob)) }]);
-  status.value = 'The image is a control now.';
+  status.value = 'Added as a control image.';
 }
 
 function Star({ item }: { item: GalleryItem }) {
@@ -165,7 +165,7 @@ function Item({ item }: { item: GalleryItem }) {
   const use = async () => replaceFormUndoably(await formOf(item), true, 'Settings restored.');
   const start = async () => {
     edit('image', reference(await addImage(item.blob)));
-    status.value = 'The image is the start image now.';
+    status.value = 'Set as start image.';
   };
   return (
     <>
@@ -185,7 +185,7 @@ function Item({ item }: { item: GalleryItem }) {
           Reuse settings
         </button>
         <button type="button" onClick={() => void start()}>
-          Start from it
+          Use as start image
         </button>
         {maxReferences.value > 0 && (
           <button type="button" onClick={() => void useAsReference(item.blob)}>
@@ -291,7 +291,7 @@ function Compare({ a, b }: { a: GalleryItem; b: GalleryItem }) {
         <table class="differences">
           <thead>
             <tr>
-              <th scope="col">Differs</th>
+              <th scope="col">Setting</th>
               <th scope="col">Left</th>
               <th scope="col">Right</th>
             </tr>
@@ -333,7 +333,7 @@ function Shown() {
   return shownItem.value ? <Item item={shownItem.value} /> : <Live />;
 }
 
-/** The other images that were made together with the one that is shown. */
+/** The IDs of the batch on the stage, or of the batch that contains the image shown. */
 function batchOf(now: View): string[] {
   if (now.kind === 'batch') return now.ids;
   const batch = shownItem.value?.batch;

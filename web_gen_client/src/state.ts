@@ -41,11 +41,11 @@ export const view = signal<View>({ kind: 'live' });
 export const status = signal('');
 export const dryRun = signal<GenerationPlan | null>(null);
 
-/** The last step that can be taken back, while its message is the one that is shown. */
+/** The last undoable step; offered only while its message is the current status. */
 const lastStep = signal<{ text: string; undo: () => void } | null>(null);
 export const undoable = computed(() => (lastStep.value?.text === status.value ? lastStep.value : null));
 
-/** Say what was done, with a way back. */
+/** Show a status message with an undo. */
 export function announce(text: string, undo: () => void): void {
   lastStep.value = { text, undo };
   status.value = text;
@@ -60,7 +60,7 @@ export function undoLast(): boolean {
   return true;
 }
 
-/** Where the server is: it serves this page, perhaps below a path. */
+/** Base URL of the server, which serves this page, possibly under a path prefix. */
 export const serverUrl = new URL('.', location.href).href.replace(/\/$/, '');
 
 /** Called when a request got no answer at all. */
@@ -98,12 +98,12 @@ export const editsOnly = computed(() => {
   return Boolean(tasks?.includes('edit') && !tasks.includes('text_to_image'));
 });
 
-/** Whether a field means something to the chosen model; one that is set is shown all the same. */
+/** Whether the chosen model uses a field; a field that is set is always shown. */
 export function applies(name: string): boolean {
   return value(name) !== undefined || !model.value?.unused_fields?.includes(name);
 }
 
-/** What a field holds now; `undefined` takes it out of the request. */
+/** Set a field; `undefined` removes it from the request. */
 export function edit(path: string, changed: Json | undefined): void {
   let next = set(form.value, path, changed);
   if (changed === undefined && path === 'image')
@@ -122,18 +122,18 @@ export function replaceForm(next: JsonObject, lockSeed: boolean): void {
   forgetTouched();
 }
 
-/** Replace the form, and say so with a way back. */
+/** Replace the form and announce it with an undo. */
 export function replaceFormUndoably(next: JsonObject, lockSeed: boolean, text: string): void {
   const [before, locked] = [form.value, seedLocked.value];
   replaceForm(next, lockSeed);
   announce(text, () => replaceForm(before, locked));
 }
 
-/** The request that a form stands for, with the data of its images. */
+/** Build the request from a form, with its image data. */
 export function requestOf(source: JsonObject, lockSeed = seedLocked.value): GenerationRequest {
   const { seed, ...rest } = withData(source);
   const request = lockSeed && seed !== undefined ? { ...rest, seed } : rest;
-  return request as unknown as GenerationRequest; // the server checks it, and its errors stand at the fields
+  return request as unknown as GenerationRequest; // the server validates it; errors appear at the fields
 }
 
 export const request = computed(() => requestOf(form.value));
@@ -149,7 +149,7 @@ async function restoreShared(): Promise<void> {
   token.value = (await loadSetting<string>('token')) ?? '';
 }
 
-/** The settings of the last visit, and from then on each change of them. */
+/** Restore the settings of the last visit, then save every change. */
 export async function restoreSettings(): Promise<void> {
   const [stored] = await Promise.all([loadForm(), restoreShared()]);
   if (stored) {

@@ -1,4 +1,4 @@
-/** What survives a reload, in IndexedDB. Without it (a private window), everything works and nothing is kept. */
+/** Persistent storage in IndexedDB. Without it (private windows), everything works but nothing persists. */
 import type { GenerationPlan } from 'ez-diffusion-client';
 import type { InputImage } from './images';
 import { isObject, type JsonObject } from './paths';
@@ -13,9 +13,9 @@ export interface GalleryItem {
   height: number;
   seed: number;
   seconds: number | null;
-  /** Absent where the image came without */
+  /** Null if the image has none */
   plan: GenerationPlan | null;
-  /** The form it was made from, with names in place of images */
+  /** The form it was generated from, with image references instead of data */
   form: JsonObject;
   /** The same for all images of one generation */
   batch?: string | undefined;
@@ -27,7 +27,7 @@ export interface GalleryItem {
 const STORES = { images: 'id', inputs: 'id', settings: 'key' } as const;
 type Store = keyof typeof STORES;
 const UNDO_FOR_MS = 3_600_000;
-/** Other tabs may hold input images in forms that this one does not see, so none is deleted while it is young. */
+/** Grace period: forms in other tabs may use input images that this tab cannot see. */
 const INPUTS_FOR_MS = 7 * 86_400_000;
 let opened: Promise<IDBDatabase | null> | undefined;
 
@@ -64,7 +64,7 @@ async function act<Result>(
   });
 }
 
-/** An item as an earlier version of this page has stored it, in the schema of today. */
+/** Migrate an item stored by an earlier version of this page to the current schema. */
 function upgradeItem(item: GalleryItem): GalleryItem {
   return { ...item, plan: item.plan && upgradePlan(item.plan), form: upgradeSettings(item.form) };
 }
@@ -102,7 +102,7 @@ export async function loadInputImages(ids: string[]): Promise<InputImage[]> {
   return found.filter((image) => image !== undefined);
 }
 
-/** Free the room of deleted images, and of input images that no item and no form has used for a week. */
+/** Purge deleted images, and input images that no item or form has used for a week. */
 export async function sweep(inUse: (form: JsonObject) => Iterable<string>, form: JsonObject): Promise<void> {
   const now = Date.now();
   const items = ((await act('images', 'readonly', (store) => store.getAll())) ?? []) as GalleryItem[];
@@ -146,7 +146,7 @@ function isStored(value: unknown): value is StoredForm & JsonObject {
   return isObject(value) && isObject(value['form']);
 }
 
-/** The form of this tab; in a new tab, the one that was changed last in any of them. */
+/** The form of this tab; a new tab starts with the form edited last in any tab. */
 export async function loadForm(): Promise<StoredForm | undefined> {
   const earlier = await loadSetting<JsonObject>('form'); // by a version in which all tabs had one form
   if (isObject(earlier)) {

@@ -1,4 +1,4 @@
-/** The names of earlier versions in forms and plans that the browser has stored; the server reads those inside images. */
+/** Migrates forms and plans stored in the browser by earlier versions; the server migrates those inside images. */
 import type { GenerationPlan } from 'ez-diffusion-client';
 import { isObject, type Json, type JsonObject } from './paths';
 
@@ -14,7 +14,7 @@ function withoutNulls(section: JsonObject): JsonObject | undefined {
   return given.length ? Object.fromEntries(given) : undefined;
 }
 
-/** The speed and memory settings of a plan or a form of version 1 in the schema of today; others stay as they are. */
+/** Migrate the speed and memory settings of a version 1 plan or form; later ones are unchanged. */
 export function upgradeSettings(fields: JsonObject): JsonObject {
   const { deepcache, acceleration, ...others } = fields;
   const {
@@ -48,7 +48,7 @@ export function upgradeSettings(fields: JsonObject): JsonObject {
   return upgraded;
 }
 
-/** A stored plan of version 1 in the schema of today. */
+/** Migrate a stored version 1 plan to the current schema. */
 export function upgradePlan(plan: GenerationPlan): GenerationPlan {
   if (plan.plan_version !== 1) return plan;
   return { ...upgradeSettings(plan as unknown as JsonObject), plan_version: PLAN_VERSION } as unknown as GenerationPlan;

@@ -27,7 +27,7 @@ export function Viewer({ source, name, small, children }: ViewerProps) {
   const image = useRef<HTMLImageElement>(null);
   const pointers = useRef(new Map<number, { x: number; y: number }>());
   const [sight, setSight] = useState(FIT);
-  const [fitted, setFitted] = useState(1); // pixels of the screen for a pixel of the image, while it fits
+  const [fitted, setFitted] = useState(1); // screen pixels per image pixel when fitted
 
   const measure = () => {
     const [place, shown] = [frame.current, image.current];
@@ -40,7 +40,7 @@ export function Viewer({ source, name, small, children }: ViewerProps) {
     return () => watching.disconnect();
   }, []);
 
-  /** Change the zoom so that the point of the frame stays where it is; without one, the middle does. */
+  /** Zoom around a point of the frame, by default its center. */
   const zoomTo = (wanted: number, at = { x: 0, y: 0 }) =>
     setSight((now) => {
       const zoom = Math.min(MOST, Math.max(1, wanted));

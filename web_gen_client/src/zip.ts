@@ -1,4 +1,4 @@
-/** A ZIP file of files that are compressed already: each is stored as it is (APPNOTE 6.3.3, method 0). */
+/** Writes a ZIP archive of already compressed files: each is stored as is (APPNOTE 6.3.3, method 0). */
 export interface Entry {
   name: string;
   data: Uint8Array;

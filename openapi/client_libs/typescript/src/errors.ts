@@ -17,7 +17,7 @@ export class OperationError extends Error {
   }
 }
 
-/** An operation that its own signal ended; the name is that of a DOMException: AbortError, or TimeoutError of AbortSignal.timeout(). */
+/** An operation aborted by its own signal, named like the DOMException: AbortError, or TimeoutError for AbortSignal.timeout(). */
 class AbortedError extends OperationError {
   override readonly name: string;
 
@@ -36,7 +36,7 @@ export function aborted(reason: unknown, result?: OpResult): OperationError {
   return new AbortedError(result ?? { status: 'cancelled', message: 'the operation was aborted' }, reason);
 }
 
-/** Whether an answer may be another one in a moment: no answer at all, or one of a gateway or an overloaded server. */
+/** Whether a retry may succeed: no response, or one from a gateway or an overloaded server. */
 export function isTransient(answer: Answer<unknown>): boolean {
   if (wasAborted(answer)) return false;
   if (!answer.response) return answer.error !== undefined;
@@ -51,13 +51,13 @@ function errorLine(error: ErrorDetail): string {
   return error.field ? `${error.field}: ${error.message}` : error.message;
 }
 
-/** The answer of a server that is none of ours, or none at all, as an OpResult. */
+/** Wrap a missing response, or one without an OpResult, in an OpResult. */
 function strangeResult(answer: Answer<unknown>): OpResult {
   const message = answer.response ? `the server answered ${answer.response.status} and no OpResult` : unreachable(answer.error);
   return { status: 'internal_error', message, errors: [{ code: 'internal_error', message, retryable: !answer.response }] };
 }
 
-/** What fetch throws in each browser and in Node where there is no connection; none of it says more than that. */
+/** Messages of fetch for a failed connection, by browser and Node; none of them gives a reason. */
 const NO_CONNECTION = ['Failed to fetch', 'Load failed', 'fetch failed', 'network error'];
 
 function unreachable(error: unknown): string {
@@ -71,8 +71,8 @@ export function isOpResult(value: unknown): value is OpResult {
 }
 
 /**
- * The data of an answer; an OperationError where it has none, or where it is an OpResult that tells of a failure. Its name is
- * AbortError where the call's own signal ended it.
+ * The data of a response. Throws an OperationError if there is none, or if it is an OpResult that reports a failure; the error is
+ * named AbortError or TimeoutError if the call's own signal aborted it.
  */
 export async function orThrow<Data>(asked: Answer<Data> | Promise<Answer<Data>>): Promise<NonNullable<Data>> {
   const answer = await asked;

@@ -1,5 +1,5 @@
 /**
- * A typed client of diffusion_workers. `connect` makes it, for a server or for a RunPod endpoint, and every operation
+ * A typed client for diffusion_workers. `connect` creates it, for a server or a RunPod endpoint, and every operation
  * takes it: `await generate({ client, body: { prompt: 'a red circle' } })`.
  *
  * Types and operations are generated from `openapi/ez_diffusion_api.yaml`.

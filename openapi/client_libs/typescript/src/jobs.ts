@@ -5,16 +5,16 @@ import { aborted, isTransient, OperationError, orThrow, type Answer } from './er
 export interface WatchOptions {
   client: Client;
   jobId: string;
-  /** Stops the watching; the job goes on */
+  /** Stops watching; the job keeps running */
   signal?: AbortSignal | undefined;
-  /** How often in a row a connection that broke, or an answer such as 502, is tried again; 4 by default */
+  /** Maximum consecutive retries after a broken connection or a response such as 502; default: 4 */
   retries?: number;
 }
 
 const LAST_PHASES: readonly string[] = ['done', 'failed', 'cancelled'];
 const FIRST_RETRY_MS = 250;
 
-/** Whether no event comes after this one. */
+/** Whether this is the last event of a job. */
 export function isLast(event: ProgressEvent): boolean {
   return LAST_PHASES.includes(event.phase);
 }
@@ -33,7 +33,7 @@ function eventOfJob(job: Job): ProgressEvent {
   return { ...(LAST_PHASES.includes(phase) ? {} : job.progress), phase, job_id: job.id, result: job.result ?? null, message: job.result?.message ?? null };
 }
 
-/** The same bytes in pieces that end where a line does: the generated reader goes through all that it holds for each piece. */
+/** Rechunk a byte stream at line ends: the generated reader rescans its whole buffer for each chunk. */
 function wholeLines(): TransformStream<Uint8Array, Uint8Array> {
   let held: Uint8Array[] = [];
   const flush = (controller: TransformStreamDefaultController<Uint8Array>) => {
@@ -60,7 +60,7 @@ async function inWholeLines(send: typeof fetch, input: RequestInfo | URL, init?:
   return new Response(body?.pipeThrough(wholeLines()) ?? null, { status, statusText, headers });
 }
 
-/** The answer of a call that may be repeated; it is, where it was lost or came from a gateway. */
+/** Retry a repeatable call with backoff while its failures are transient. */
 async function persistently<Data>(ask: () => Promise<Answer<Data>>, retries: number, signal: AbortSignal): Promise<NonNullable<Data>> {
   for (let attempt = 0; ; attempt++) {
     const answer = await ask();
@@ -70,9 +70,9 @@ async function persistently<Data>(ask: () => Promise<Answer<Data>>, retries: num
 }
 
 /**
- * The events of a job, to the last one, which carries the result. A connection that breaks, or that ends before the last event, is
- * made again and goes on after the last event that came; where that does not help, the job itself is asked. Leaving the loop closes
- * the connection and leaves the job alone.
+ * Stream the events of a job up to the last one, which carries the result. If the connection breaks or ends early, it reconnects
+ * and resumes after the last event received; if that fails, it polls the job. Leaving the loop closes the connection but does not
+ * cancel the job.
  */
 export async function* watchJob({ client, jobId, signal, retries = 4 }: WatchOptions): AsyncGenerator<ProgressEvent, void, undefined> {
   const path = { job_id: jobId };
@@ -122,15 +122,15 @@ export interface RunOptions {
   signal?: AbortSignal | undefined;
 }
 
-/** Cancel a job; a gateway's refusal is not the end of it. */
+/** Cancel a job, with retries on transient failures. */
 function cancelPersistently(client: Client, jobId: string): void {
   const ask = () => cancelJob({ client, path: { job_id: jobId } });
   persistently(ask, 4, new AbortController().signal).catch(() => undefined);
 }
 
 /**
- * Queue a request, report its progress, and wait for its result; an OperationError where it does not succeed. Where `signal` cancelled
- * it, the error's name is AbortError.
+ * Queue a request, report its progress, and wait for its result. Throws an OperationError on failure, named AbortError or TimeoutError
+ * if `signal` cancelled the job.
  */
 export async function runJob({ client, body, onProgress, signal }: RunOptions): Promise<OpResult> {
   if (signal?.aborted) throw aborted(signal.reason);

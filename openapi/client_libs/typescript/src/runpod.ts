@@ -2,7 +2,7 @@ import type { ErrorCode, Job, JobState, OpResult, OpStatus, ProgressEvent } from
 import { isOpResult } from './errors.js';
 import { bearer } from './token.js';
 
-/** An address without the slashes at its end; an expression for them takes quadratic time. */
+/** Strip trailing slashes; a regular expression would take quadratic time. */
 export function withoutSlash(address: string): string {
   let end = address.length;
   while (address[end - 1] === '/') end -= 1;
@@ -14,7 +14,7 @@ export interface RunpodEndpoint {
   apiKey: string;
   /** https://api.runpod.ai/v2 by default */
   baseUrl?: string;
-  /** Milliseconds between two looks at a job, 500 by default */
+  /** Polling interval in milliseconds; default: 500 */
   pollInterval?: number;
 }
 
@@ -35,7 +35,7 @@ function json(body: unknown, status = 200): Response {
   return new Response(JSON.stringify(body), { status, headers: { 'Content-Type': 'application/json' } });
 }
 
-/** What has the same name as a status and as the code of an error. */
+/** Names that are both an operation status and an error code. */
 type Failing = Extract<OpStatus, ErrorCode>;
 
 function failed(status: Failing, message: string): OpResult {
@@ -46,7 +46,7 @@ function isEvent(value: unknown): value is ProgressEvent {
   return typeof value === 'object' && value !== null && typeof (value as ProgressEvent).phase === 'string';
 }
 
-/** The result in what a worker returned: a result, an event that carries one, or a list that ends with one of them. */
+/** The result in a worker's output: itself a result, an event that carries one, or a list that ends with either. */
 function resultIn(output: unknown): OpResult | undefined {
   for (const item of [output].flat().reverse()) {
     if (isEvent(item) && item.result) return item.result;
@@ -55,7 +55,7 @@ function resultIn(output: unknown): OpResult | undefined {
   return undefined;
 }
 
-/** The result of a failed job: of it RunPod keeps the error alone, in which the worker wrote the result as JSON. */
+/** The result of a failed job: RunPod keeps only its error, which holds the result as JSON written by the worker. */
 function resultInError(error: unknown): OpResult | undefined {
   if (typeof error !== 'string') return undefined;
   try {
@@ -97,7 +97,7 @@ class Endpoint {
     this.root = `${withoutSlash(endpoint.baseUrl ?? DEFAULT_BASE_URL)}/${encodeURIComponent(endpoint.endpointId)}`;
   }
 
-  /** The same call, which only reads, again where it was lost or a gateway refused it: a job goes on meanwhile. */
+  /** A GET, retried with backoff after a lost connection or a transient refusal, since the job keeps running. */
   private async ask<Answer>(path: string, signal?: AbortSignal): Promise<Answer> {
     for (let attempt = 0; ; attempt++) {
       try {
@@ -158,7 +158,7 @@ class Endpoint {
   }
 }
 
-/** What RunPod itself refused, before a worker saw it. */
+/** A request refused by RunPod itself, before it reached a worker. */
 class Refusal extends Error {
   constructor(readonly status: Failing, message: string, readonly transient = false) {
     super(message);
@@ -194,7 +194,7 @@ async function generated(endpoint: Endpoint, input: unknown, signal: AbortSignal
       await endpoint.pause(signal);
     }
   } catch (error) {
-    if (signal.aborted) await endpoint.cancel(id).catch(() => undefined); // nobody waits for it any more
+    if (signal.aborted) await endpoint.cancel(id).catch(() => undefined); // nobody is waiting for it anymore
     throw error;
   }
 }

@@ -1,4 +1,4 @@
-/** What is wrong with a secret that is to be sent in a header, in words that do not repeat it. */
+/** Why a secret cannot be sent in a header, without repeating it; undefined if it can. */
 export function tokenProblem(secret: string): string | undefined {
   const at = [...secret].findIndex((character) => character < '!' || character > '~');
   if (at < 0) return undefined;
@@ -6,7 +6,7 @@ export function tokenProblem(secret: string): string | undefined {
   return `character ${at + 1} (U+${codePoint}) cannot be sent in a header; allowed: visible ASCII characters; copy it again`;
 }
 
-/** The header that carries a secret; a RangeError names the field and the place of a wrong character. */
+/** The Authorization header for a secret; throws a RangeError with the field and the position of an invalid character. */
 export function bearer(secret: string, field: string): { Authorization: string } {
   const trimmed = secret.trim();
   const problem = tokenProblem(trimmed);
