@@ -86,7 +86,7 @@ def _read_json(
     if start[8:9] != b"{":
         raise lora.damaged("it does not begin as a safetensors file does")
     if length > MAX_HEADER_BYTES:
-        raise lora.damaged(f"it announces a header of {length:,} bytes, the most there may be is {MAX_HEADER_BYTES:,}")
+        raise lora.damaged(f"it declares a header of {length:,} bytes, but the limit is {MAX_HEADER_BYTES:,}")
     if 8 + length > size:
         raise lora.damaged(f"it is cut off in its header, which should have {length:,} bytes")
     try:
@@ -284,7 +284,7 @@ def _check_is_lora(shapes: Shapes, lora: LoraName) -> None:  # raises for other 
         raise lora.refusal(f"this is {what}, which cannot be used as a LoRA", allowed=kinds, hint=hint)
     if any((found := split_key(key)) and found[2] not in ("alpha", "rescale") for key in shapes):
         return
-    what = first(_NO_LORAS) or "no LoRA: none of its tensors is a pair of low-rank matrices"
+    what = first(_NO_LORAS) or "not a LoRA: none of its tensors is a pair of low-rank matrices"
     raise lora.refusal(f"this file is {what}", allowed=_SAFE, hint="name another file")
 
 # %% ../../nbs/51_lora/02_files.ipynb #2fb3dd01
@@ -452,7 +452,7 @@ def _modules(
     return modules, others, unusable
 
 # %% ../../nbs/51_lora/02_files.ipynb #86d11742
-UNKNOWN_FAMILY = "a family that the file does not tell"
+UNKNOWN_FAMILY = "a family that the file does not name"
 
 
 def _source(

@@ -109,7 +109,7 @@ def _header_length(start: bytes, size: int) -> int:  # bytes
     if start[8:9] != b"{":
         raise WeightFileError("it does not begin as a safetensors file does", _AGAIN)
     if length > MAX_HEADER_BYTES:
-        raise WeightFileError(f"it announces a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}", _AGAIN)
+        raise WeightFileError(f"it declares a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}", _AGAIN)
     if 8 + length > size:
         raise WeightFileError(f"it is cut off in its header, which should have {length:,} bytes", _AGAIN)
     return length
@@ -215,7 +215,7 @@ def _gguf_counts(reader: _GGUFReader) -> tuple[int, int]:  # tensors, key-value 
     if version not in (2, 3):
         raise WeightFileError(f"it is GGUF version {version}; 2 and 3 can be read", "convert it again")
     if max(count, pairs) > _LARGEST_COUNT:
-        raise WeightFileError(f"it announces {count:,} tensors and {pairs:,} values", _AGAIN)
+        raise WeightFileError(f"it declares {count:,} tensors and {pairs:,} values", _AGAIN)
     return count, pairs
 
 

@@ -294,7 +294,7 @@ def _check_schedule(
         return
     if other := _other_schedule(request):
         code, message = ErrorCode.unsupported_combination, f"{other}, which is another schedule"
-        yield error_detail(code, message, field="sigma_schedule", given=schedule.value, hint="give one of both")
+        yield error_detail(code, message, field="sigma_schedule", given=schedule.value, hint="give only one of them")
         return
     yield from _check_has_schedule(schedule, request, manifest, facts)
     yield from _check_aligned_steps(request, manifest)
@@ -376,7 +376,7 @@ def _check_list(
     refused = partial(error_detail, ErrorCode.unsupported_combination, field=field, given=_shortened(listed))
     for other in ("sigma_schedule", "use_karras_sigmas", "timestep_spacing", "timesteps"):
         if other != field and getattr(request, other):
-            yield refused(f"{field} and {other} are mutually exclusive", hint="give one of both")
+            yield refused(f"{field} and {other} are mutually exclusive", hint="give only one of them")
     yield from _check_falling(field, listed, manifest.record)
     yield from _check_list_steps(request, field, len(listed))
     if request.refiner is not None and request.refiner.num_inference_steps not in (None, len(listed)):

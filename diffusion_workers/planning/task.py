@@ -122,7 +122,7 @@ def strength_warnings(strength: float | None, steps: int, made: int) -> Iterator
     "Yield a warning if the image has next to no influence at this strength."
     if strength is not None and strength < 1 and made == steps:
         yield warning(
-            f"with {steps} steps this strength leaves none out, so the image has next to no influence",
+            f"with {steps} steps all of them run at this strength, so the image has almost no influence",
             field="strength",
             given=strength,
             used=1.0,

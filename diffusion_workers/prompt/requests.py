@@ -105,7 +105,7 @@ def _check_joined(text: str, field: str) -> None:
 def _check(text: str, field: str) -> None:
     "Raise `PromptError` if a drawn prompt is invalid."
     if is_template(text):
-        raise PromptError("what was drawn forms a new variant or wildcard", 0, "change the options, or escape a brace")
+        raise PromptError("the drawn text forms a new variant or wildcard", 0, "change the options, or escape a brace")
     _check_joined(text, field)
     for part in split_parts(text):
         for _, shown in text_schedule(part.text, 10):
@@ -269,7 +269,7 @@ def check_joined(
         yield refused(f"a model of the family {family} cannot join prompts by AND", write_one)
         return
     if not guided:
-        message = "AND adds differences to the prediction without a prompt, and without guidance there is none"
+        message = "AND adds differences to the unconditional prediction, which needs guidance"
         yield refused(message, f"set {manifest.record.guidance.needed} above 1, or {write_one}")
     if any(unit.enabled is not False for unit in request.controlnets or ()):
         yield refused("a ControlNet takes one prompt, but AND joins several", f"leave out controlnets, or {write_one}")

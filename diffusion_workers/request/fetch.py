@@ -101,7 +101,7 @@ def check_url(
     if url.auth:
         raise refuse("a URL with a user name or password is not fetched")
     if _port(url) not in _PORTS.values() and f"{url.host}:{url.port}" not in policy.allowed_hosts:
-        raise refuse(f"port {url.port} is not one that images are fetched from")
+        raise refuse(f"port {url.port} is not allowed for image URLs")
     return url
 
 # %% ../../nbs/10_request/02_fetch.ipynb #1c4f5a6b

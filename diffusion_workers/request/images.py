@@ -361,7 +361,7 @@ def undeclared_colors(image: Image.Image) -> list[str]:
     except DECODER_ERRORS:
         space = None
     if space == _ADOBE_RGB:
-        notes.append("the EXIF data say Adobe RGB, but there is no color profile: it is read as sRGB")
+        notes.append("the EXIF data says Adobe RGB, but there is no color profile: it is read as sRGB")
     return notes
 
 # %% ../../nbs/10_request/03_images.ipynb #im3a0025

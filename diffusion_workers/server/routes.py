@@ -194,7 +194,7 @@ class ServerHealth(ServerParts):
             if result.status == OpStatus.success:
                 self.trouble = None
                 return
-            self.trouble = f"no image can be made any more: {result.message}"
+            self.trouble = f"no more images can be generated: {result.message}"
             logger.error("%s", self.trouble)
             await asyncio.sleep(_TRIAL_PAUSE)
 

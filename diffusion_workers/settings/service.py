@@ -20,7 +20,7 @@ class Settings(EnvironmentSettings):
     model_folders: Folders = Field(
         (),
         validation_alias="DIFFUSION_WORKERS_MODELS",
-        description="folders with manifests of your own, the later win; separated as in PATH",
+        description="folders with manifests of your own, later ones take precedence; separated as in PATH",
     )
     default_model: str = Field(
         "shapes-sd15",
@@ -58,12 +58,12 @@ class Settings(EnvironmentSettings):
     wildcard_folders: Folders = Field(
         (),
         validation_alias="DIFFUSION_WORKERS_WILDCARDS",
-        description="folders with wildcard files, NAME.txt for __NAME__ in a prompt; the later win",
+        description="folders with wildcard files, NAME.txt for __NAME__ in a prompt; later ones take precedence",
     )
     style_folders: Folders = Field(
         (),
         validation_alias="DIFFUSION_WORKERS_STYLES",
-        description="folders with styles in .csv and .yaml files; the later win",
+        description="folders with styles in .csv and .yaml files; later ones take precedence",
     )
     torch_compile: bool = Field(
         False,

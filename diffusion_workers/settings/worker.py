@@ -199,7 +199,7 @@ class WorkerSettings(_Uploads, _Jobs, Settings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO",
         validation_alias="DIFFUSION_WORKERS_LOG_LEVEL",
-        description="what is logged; tracebacks at DEBUG alone",
+        description="what is logged; tracebacks only at DEBUG",
     )
 
 # %% ../../nbs/00_settings/05_worker.ipynb #edf477f8

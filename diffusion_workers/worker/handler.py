@@ -154,7 +154,7 @@ def answer_operation(
         return OpResult(status=OpStatus.success, memory=service.memory_report())
     health = service.health().model_copy(update={"startup": startup})
     if broken:
-        message = "the device makes no images any more; the worker is replaced"
+        message = "the device can no longer generate images; the worker is replaced"
         health = health.model_copy(update={"state": HealthState.degraded, "message": message})
     return OpResult(status=OpStatus.success, health=health)
 
@@ -243,7 +243,7 @@ class ServiceHost:
         except StartupError as exc:
             self.broken = True
             self.show_ready(False)
-            logger.error("the device makes no images any more: %s", exc)
+            logger.error("the device can no longer generate images: %s", exc)
 
     async def in_thread(self, function: Callable, *arguments: Any) -> Any:
         "Call a function in the worker's thread pool."
