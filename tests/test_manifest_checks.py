@@ -30,7 +30,7 @@ def test_valid_manifests_are_accepted() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "fill"}, "for inpainting alone"),
+        ({"kind": "fill"}, "is only for inpainting"),
         ({"family": "sdxl"}, "only flux has models of this kind"),
         ({"controlnets": {"a": {"source": {"folder": "a"}}}}, "takes no ControlNets"),
         ({"refiner": {"source": {"folder": "a"}}}, "has no refiner"),

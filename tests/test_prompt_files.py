@@ -374,11 +374,11 @@ def test_and_with_zero_weight_has_no_effect_and_batches_match(service: Diffusion
     [
         ({"model": "shapes-flux"}, "a model of the family flux cannot join prompts"),
         ({"guidance_scale": 1.0}, "set guidance_scale above 1"),
-        ({"negative_prompt": "blue AND green"}, "in the field prompt alone"),
+        ({"negative_prompt": "blue AND green"}, "only in the field prompt"),
         ({"prompt": " AND ".join("abcdefghi")}, "AND joins at most 8 prompts"),
         ({"acceleration": {"guidance_end": 0.5}}, "AND needs guidance at each step"),
-        ({"guider": {"method": "apg"}}, "the guider sees one prompt"),
-        ({"controlnets": [{"model": "canny", "image": Image.new("RGB", (64, 64))}]}, "a ControlNet sees one prompt"),
+        ({"guider": {"method": "apg"}}, "the guider takes one prompt"),
+        ({"controlnets": [{"model": "canny", "image": Image.new("RGB", (64, 64))}]}, "a ControlNet takes one prompt"),
     ],
 )
 def test_and_is_refused_in_unsupported_combinations(service: DiffusionService, changes: dict, said: str) -> None:

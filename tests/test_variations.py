@@ -167,7 +167,11 @@ def test_seamless_images_tile_and_are_restored(service: DiffusionService) -> Non
         ({"guider": {"method": "cfg_zero_star"}, "guidance_scale": 1}, "guider", "no guidance to refine"),
         ({"guider": {"method": "apg"}, "guidance_rescale": 0.5}, "guider", "guidance_rescale"),
         ({"guider": {"method": "apg", "scale": 2}}, "guider.scale", "does not use scale"),
-        ({"guider": {"method": "freeu"}, "step_cache": {"method": "deep_features"}}, "guider", "leave FreeU out"),
+        (
+            {"guider": {"method": "freeu"}, "step_cache": {"method": "deep_features"}},
+            "guider",
+            "FreeU would have no effect",
+        ),
         ({"guider": {"method": "pag"}, "step_cache": {"method": "deepcache"}}, "guider", "perturbed"),
         ({"guider": {"method": "pag"}, "acceleration": {"torch_compile": True}}, "guider", "compiled"),
         ({"model": "shapes-flux", "guider": {"method": "pag"}}, "guider", "has no pag"),
