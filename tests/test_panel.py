@@ -96,7 +96,7 @@ def test_unavailable_models_and_parameters_are_listed(panel: GenerationPanel) ->
     }
     lora = {"name": "heart", "scale": 0.5, "text_encoder_scale": 0.2}
     panel.request = {"prompt": PROMPT, "model": "gone", "loras": [lora]}
-    assert "model gone: it is not offered here" in panel.stage.message.value
+    assert "model gone: it is not available here" in panel.stage.message.value
     assert panel.form.loras.values() == [lora]
     assert panel.form.loras.rows[0].note.value == "text_encoder_scale 0.2"
     panel.request = {"prompt": PROMPT, "loras": [lora]}

@@ -495,7 +495,7 @@ def test_prompt_token_count_highlighting_and_completion(page: Page) -> None:
     note.get_by_role("button", name="character 3: a weight is drawn as text").click()
     assert prompt.evaluate("area => area.value.slice(area.selectionStart, area.selectionEnd)") == "(red:1.2)"
     prompt.fill("a red circle " * 20)
-    expect(note).to_contain_text("what is behind 30 is cut off")
+    expect(note).to_contain_text("those beyond 30 are cut off")
     prompt.fill("a red circle, outl")
     prompt.press("i")
     expect(page.locator(".dw-prompt-menu li:visible")).to_have_count(1)

@@ -90,7 +90,7 @@ class RequestFields(TypedDict, total=False):
     SDXL always reads the layer before the last one and counts from there: 0 is what other programs call Clip
     skip 1 or 2, 1 is their 3"""
     max_sequence_length: int | None
-    """Longest prompt for T5"""
+    """Longest prompt for T5, in tokens"""
     size_conditioning: models.SizeConditioning | dict[str, Any] | None
     refiner: models.RefinerOptions | dict[str, Any] | None
     image: ImageInput | None
@@ -130,7 +130,7 @@ class RequestFields(TypedDict, total=False):
     timeout_seconds: float | None
     """Seconds after which the request is stopped, including its time in the queue"""
     request_id: str | None
-    """An id of your own"""
+    """An id of your own, returned with the result and written to the log"""
 
 
 class PreprocessFields(TypedDict, total=False):

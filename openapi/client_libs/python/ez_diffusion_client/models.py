@@ -1910,7 +1910,8 @@ class GenerationRequest(CompactModel):
         ),
     ] = None
     max_sequence_length: Annotated[
-        StrictInt | None, Field(description="Longest prompt for T5", ge=1, le=512)
+        StrictInt | None,
+        Field(description="Longest prompt for T5, in tokens", ge=1, le=512),
     ] = None
     size_conditioning: SizeConditioning | None = None
     refiner: RefinerOptions | None = None
@@ -2008,7 +2009,7 @@ class GenerationRequest(CompactModel):
     request_id: Annotated[
         StrictStr | None,
         Field(
-            description="An id of your own",
+            description="An id of your own, returned with the result and written to the log",
             max_length=128,
             min_length=1,
             pattern="^[A-Za-z0-9._:-]+$",

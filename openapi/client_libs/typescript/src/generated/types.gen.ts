@@ -840,7 +840,7 @@ export type GenerationRequest = {
      */
     clip_skip?: number | null;
     /**
-     * Longest prompt for T5
+     * Longest prompt for T5, in tokens
      */
     max_sequence_length?: number | null;
     size_conditioning?: SizeConditioning | null;
@@ -901,7 +901,7 @@ export type GenerationRequest = {
      */
     timeout_seconds?: number | null;
     /**
-     * An id of your own
+     * An id of your own, returned with the result and written to the log
      */
     request_id?: string | null;
 };
