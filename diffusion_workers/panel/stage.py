@@ -212,17 +212,13 @@ class _StageEvents(_StageParts):
         self.reached = ""  # where the generation is, such as "step 7 of 25"
         super().__init__(on_generate, on_stop, on_keep, on_choose, thumbnail_of)
 
-    def start(
-        self,
-        width: int | None = None,  # pixels of the images, if known
-    ) -> None:
+    def start(self, width: int | None = None) -> None:  # width of the images in pixels, if known
         "Show that a generation was started."
         self.image.preview_width = width or 0
         self.show_batch([])
         with self._guard:
             self._phase = None
-            self.events_shown = 0
-            self.previews_shown = 0
+            self.events_shown = self.previews_shown = 0
             self.partial = None
             self.reached = ""
             self._held = False
