@@ -680,7 +680,7 @@ def test_models_not_downloaded_show_size_and_license(page: Page) -> None:
     page.locator("[data-path=model]").select_option("sdxl-base-1.0")
     expect(page.locator(".weights")).to_contain_text(re.compile("downloads about 7 GB|not on the server"))
     expect(page.locator(".weights")).to_contain_text("License: CreativeML Open RAIL++-M")
-    assert re.search("download 7 GB|not here", page.locator("option[value='sdxl-base-1.0']").inner_text())
+    assert re.search("download 7 GB|not on server", page.locator("option[value='sdxl-base-1.0']").inner_text())
 
 
 # --- reference images -----------------------------------------------------------
