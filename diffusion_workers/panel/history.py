@@ -144,14 +144,14 @@ def _request_json(request: GenerationRequest, kept: Mapping[str, Path]) -> dict[
         set_value(fields, path, "")
     return fields
 
-# %% ../../nbs/73_panel/05_history.ipynb #3285e53b
+# %% ../../nbs/73_panel/05_history.ipynb #05a00030
 def _is_favorite(
     about: Mapping[str, Any],  # the JSON of an entry
 ) -> bool:
     "Return whether an entry is a favorite. Earlier files spell the key 'favourite'."
     return bool(about.get("favorite", about.get("favourite", False)))
 
-
+# %% ../../nbs/73_panel/05_history.ipynb #3285e53b
 def _entry(path: Path, about: dict[str, Any]) -> HistoryEntry:
     files = {place: str(path.parent / "inputs" / name) for place, name in about["files"].items()}
     for place, file in files.items():
@@ -168,7 +168,7 @@ def _entry(path: Path, about: dict[str, Any]) -> HistoryEntry:
         stopped=about.get("stopped"),
     )
 
-
+# %% ../../nbs/73_panel/05_history.ipynb #05a00032
 def _of_image(request: GenerationRequest, result: OpResult, index: int) -> GenerationRequest:
     "Return the request with the variation seed of one of its images."
     subseeds = result.plan.subseeds if result.plan else None
