@@ -716,6 +716,6 @@ def test_replay_reports_changed_weights(tiny: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(("prompt", "told"), [("a blue square", False), ("two blue squares", True)])
 def test_plan_warns_about_prompts_with_too_many_shapes(prompt: str, told: bool, capsys, monkeypatch) -> None:
     "A model that draws at most four shapes warns if numbers and nouns in the prompt ask for five."
-    done = call(["plan", f"three red circles and {prompt}", "--model", "shapes-world"], "", capsys, monkeypatch)
+    done = call(["plan", f"three red circles and {prompt}", "--model", "shapes-flux"], "", capsys, monkeypatch)
     assert done.returncode == 0
     assert ("draws at most 4 shapes" in done.stderr) == told
