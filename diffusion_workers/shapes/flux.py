@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FluxTrainingConfig', 'build_t5_tokenizer', 't5_ids', 'train_t5', 'new_transformer', 'new_flow_scheduler', 'pack',
            'image_ids', 'flux_conditioning', 'FluxBatch', 'flux_batch', 'orthogonal', 'Muon', 'train_transformer',
-           'distill_guidance', 'assemble_flux']
+           'distill_guidance', 'assemble_flux', 'train_first_flux']
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #860460d8
 import copy
@@ -21,7 +21,7 @@ from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from ..acceleration.apply import has_quick_bfloat16
 from .scenes import describe, load_builtin_pipeline, random_scene
-from .sdxl import SceneData
+from .sdxl import SceneData, kept_scene_data, save_half
 from .text import PARSE_CLASSES, WORDS, parse_loss, parse_targets, token_ids
 from diffusion_workers.shapes.training_loop import (
     LOG_NAME,
@@ -364,3 +364,22 @@ def assemble_flux(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+# %% ../../nbs/65_shapes/07_flux.ipynb #c7f1a0e2
+def train_first_flux(
+    out_dir: Path,  # checkpoints, scenes, the log, and the finished repository in `first-flux`
+    config: FluxTrainingConfig,
+) -> Path:  # of the repository; VAE, CLIP and its tokenizer are those of `shapes-sd15` and are not written
+    "Train T5 and the transformer, distill guidance, and save the repository, or return it if it has been saved before."
+    repository = out_dir / "first-flux"
+    if (repository / "model_index.json").exists():
+        return repository
+    out_dir.mkdir(parents=True, exist_ok=True)
+    base = load_builtin_pipeline("shapes-sd15")
+    data = kept_scene_data(out_dir / "clean.pt", base.vae, config.singles, config.pairs, wordings=4)
+    pipeline = assemble_flux(base, *train_t5(out_dir, config), new_transformer(config))
+    transformer = train_transformer(out_dir, config, pipeline, data)
+    pipeline.transformer = distill_guidance(out_dir, config, pipeline, transformer, data)
+    save_half(pipeline, repository, shared=("vae", "text_encoder", "tokenizer"))
+    return repository
+

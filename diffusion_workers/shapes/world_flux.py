@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHOWN', 'TARGETS', 'WorldFluxConfig', 'patch_answers', 'WorldData', 'on_plain', 'caption_states', 'world_data',
            'world_parts', 'WorldBatch', 'draw_noise_levels', 'world_batch', 'PatchReader', 'world_losses',
-           'published_flux', 'train_world_transformer', 'train_world_flux', 'held_out_captions', 'WorldEvaluation',
-           'evaluate_world']
+           'starting_transformer', 'train_world_transformer', 'train_world_flux', 'held_out_captions',
+           'WorldEvaluation', 'evaluate_world']
 
 # %% ../../nbs/65_shapes/16b_world_flux.ipynb #0a85b80d
 import copy
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 
-from ..models.manifest import builtin_path
 from .edits import plain
 from diffusion_workers.shapes.flux import (
     FluxTrainingConfig,
@@ -33,6 +32,7 @@ from diffusion_workers.shapes.flux import (
     image_ids,
     new_transformer,
     pack,
+    train_first_flux,
 )
 from .sdxl import SceneData, save_half
 from .text import build_tokenizer
@@ -84,6 +84,7 @@ class WorldFluxConfig:
 
     seed: int = 0  # of scenes, first weights and batches
     parts: WorldPartsConfig | None = None  # None: use the published VAE and text encoders
+    first: FluxTrainingConfig | None = FluxTrainingConfig()  # of the first Flux; None: start from random weights
     scenes: int = 36000  # drawn and encoded once
     wordings: int = 4  # captions of each
     plain_share: float = 0.25  # of the scenes, captioned without a background and drawn on a plain one
@@ -112,7 +113,7 @@ class WorldFluxConfig:
 
     @property
     def flux(self) -> FluxTrainingConfig:
-        "The settings for the training functions of `shapes-flux`."
+        "The settings for the training functions of the first Flux."
         return FluxTrainingConfig(
             seed=self.seed,
             text_length=(self.parts or WorldPartsConfig()).length,
@@ -364,16 +365,21 @@ def world_losses(
     return {"total": loss, "loss": errors.mean(), "reading": reading, "read": read}
 
 
-def published_flux(
+def starting_transformer(
+    out_dir: Path,  # keeps the first Flux in `first`
     config: WorldFluxConfig,
 ) -> FluxTransformer2DModel:
-    "Load the transformer of `shapes-flux` with newly initialized text projections."
+    "Return the transformer of the first Flux, which is trained if it has not been, with new text projections."
     transformer = new_transformer(config.flux)
+    if config.first is None:
+        return transformer
+    repository = train_first_flux(out_dir / "first", config.first)
     options = dict(variant="fp16", torch_dtype=torch.float32, local_files_only=True)
-    old = FluxTransformer2DModel.from_pretrained(builtin_path("shapes-flux") / "transformer", **options)
-    kept = {n: v for n, v in old.state_dict().items() if "context_embedder" not in n and "text_embedder" not in n}
+    first = FluxTransformer2DModel.from_pretrained(repository / "transformer", **options)
+    kept = {n: v for n, v in first.state_dict().items() if "context_embedder" not in n and "text_embedder" not in n}
     transformer.load_state_dict(kept, strict=False)
     return transformer
+
 
 # %% ../../nbs/65_shapes/16b_world_flux.ipynb #9ee74668
 def _optimizers(
@@ -393,7 +399,7 @@ def train_world_transformer(
 ) -> FluxTransformer2DModel:  # the averaged weights
     "Train the transformer, resuming from its checkpoint."
     torch.manual_seed(config.seed)
-    transformer = published_flux(config)
+    transformer = starting_transformer(out_dir, config)
     averaged, reader = copy.deepcopy(transformer).requires_grad_(False), PatchReader(transformer, config)
     muon, adam = _optimizers(transformer, reader, config)
     parts = {"model": transformer, "ema": averaged, "reader": reader, "muon": muon, "adam": adam}
@@ -415,18 +421,18 @@ def train_world_transformer(
 
 # %% ../../nbs/65_shapes/16b_world_flux.ipynb #e14e892c
 def train_world_flux(
-    out_dir: Path,  # checkpoints, the log, and the finished repository in `shapes-world`
+    out_dir: Path,  # checkpoints, the log, and the finished repository in `shapes-flux`
     config: WorldFluxConfig,
 ) -> Path:  # of the repository
-    "Train `shapes-world`: VAE and text encoders unless published ones are used, transformer, guidance distillation."
+    "Train `shapes-flux`: VAE and text encoders unless published ones are used, transformer, guidance distillation."
     parts = world_parts(out_dir, config)
     data = world_data(parts, config)
     transformer = train_world_transformer(out_dir, config, data)
     scenes = SceneData(_unpacked(data.tokens), data.captions, torch.zeros(0, 6), len(data.captions) // 2)
     guided = distill_guidance(out_dir, config.flux, parts, transformer, scenes)
     pipeline = assemble_flux(parts, parts.tokenizer_2, parts.text_encoder_2, guided)
-    save_half(pipeline, out_dir / "shapes-world", shared=())
-    return out_dir / "shapes-world"
+    save_half(pipeline, out_dir / "shapes-flux", shared=())
+    return out_dir / "shapes-flux"
 
 
 def _unpacked(tokens: torch.Tensor) -> torch.Tensor:  # (N, 4, 16, 16)

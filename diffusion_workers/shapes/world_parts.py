@@ -396,7 +396,7 @@ def published_reader(
     kind: str,  # clip or t5
 ) -> ClipReader | T5Reader:
     "Load a published text encoder with its tokenizer, frozen and in float32."
-    folder, options = builtin_path("shapes-world"), dict(variant="fp16", torch_dtype=torch.float32)
+    folder, options = builtin_path("shapes-flux"), dict(variant="fp16", torch_dtype=torch.float32)
     options |= dict(local_files_only=True)
     if kind == "clip":
         clip = CLIPTextModel.from_pretrained(folder / "text_encoder", **options)
@@ -539,16 +539,16 @@ def _trained_further(vae: AutoencoderKL, out_dir: Path, config: WorldPartsConfig
 def published_vae() -> AutoencoderKL:
     "Load the published VAE, frozen and in float32."
     options = dict(variant="fp16", torch_dtype=torch.float32, local_files_only=True)
-    vae = AutoencoderKL.from_pretrained(builtin_path("shapes-world") / "vae", **options)
+    vae = AutoencoderKL.from_pretrained(builtin_path("shapes-flux") / "vae", **options)
     return vae.eval().requires_grad_(False)
 
 # %% ../../nbs/65_shapes/16a_world_parts.ipynb #323ad0ae
 def train_world_parts(
-    out_dir: Path,  # checkpoints, the log, and the finished parts in `shapes-world`
+    out_dir: Path,  # checkpoints, the log, and the finished parts in `shapes-flux`
     config: WorldPartsConfig,
 ) -> Path:  # of the parts
     "Train the VAE and both text encoders, and save them in half precision."
-    words, folder = world_words(), out_dir / "shapes-world"
+    words, folder = world_words(), out_dir / "shapes-flux"
     clip = new_clip(config, build_tokenizer(out_dir / "tokenizer", config.length, words))
     t5 = new_t5(config, build_world_t5_tokenizer(words, config.length))
     train_reader(out_dir, "world clip", clip, config, config.clip_steps)
