@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FluxTrainingConfig', 'build_t5_tokenizer', 't5_ids', 'train_t5', 'new_transformer', 'new_flow_scheduler', 'pack',
-           'image_ids', 'flux_conditioning', 'FluxBatch', 'flux_batch', 'orthogonal', 'Muon', 'train_transformer',
-           'distill_guidance', 'assemble_flux', 'train_first_flux']
+           'image_ids', 'trainable_conditioning', 'flux_conditioning', 'FluxBatch', 'flux_batch', 'orthogonal', 'Muon',
+           'train_transformer', 'distill_guidance', 'assemble_flux', 'train_first_flux']
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #860460d8
 import copy
@@ -177,6 +177,20 @@ def image_ids(
     return FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #a9cda7a1
+def trainable_conditioning(
+    parts,  # has tokenizer, text_encoder, tokenizer_2, text_encoder_2
+    captions: list[str],  # B of them
+    length: int,  # T5 tokens
+) -> dict[str, torch.Tensor]:  # arguments of the transformer
+    "Return the conditioning that FluxPipeline computes from its prompts, with gradients for the text encoders."
+    return {
+        "pooled_projections": parts.text_encoder(token_ids(parts.tokenizer, captions)).pooler_output,
+        "encoder_hidden_states": parts.text_encoder_2(t5_ids(parts.tokenizer_2, captions, length)).last_hidden_state,
+        "txt_ids": torch.zeros(length, 3),
+        "img_ids": image_ids(),
+    }
+
+
 @torch.no_grad()
 def flux_conditioning(
     parts,  # has tokenizer, text_encoder, tokenizer_2, text_encoder_2
@@ -184,12 +198,8 @@ def flux_conditioning(
     length: int,  # T5 tokens
 ) -> dict[str, torch.Tensor]:  # arguments of the transformer
     "Return the conditioning that FluxPipeline computes from its prompts."
-    return {
-        "pooled_projections": parts.text_encoder(token_ids(parts.tokenizer, captions)).pooler_output,
-        "encoder_hidden_states": parts.text_encoder_2(t5_ids(parts.tokenizer_2, captions, length)).last_hidden_state,
-        "txt_ids": torch.zeros(length, 3),
-        "img_ids": image_ids(),
-    }
+    return trainable_conditioning(parts, captions, length)
+
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #b38a7e84
 @dataclass(frozen=True)

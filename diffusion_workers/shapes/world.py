@@ -8,7 +8,8 @@ __all__ = ['PALETTE', 'OBJECT_COLORS', 'SHAPES', 'TILTABLE', 'FILLS', 'SIZES', '
            'COLOR_WORDS', 'SHAPE_WORDS', 'PLURALS', 'RELATION_WORDS', 'MIN_AREA', 'PARTS', 'contrast', 'Thing',
            'Relation', 'Scene', 'scene_key', 'is_held_out', 'Placed', 'holds', 'pick', 'far_from', 'arrange',
            'regular_places', 'arrange_regularly', 'draw', 'render', 'random_thing', 'random_scene', 'Words', 'article',
-           'place_phrase', 'describe', 'caption_words', 'ReadThing', 'Reading', 'read_world', 'compare', 'matches']
+           'noun_phrase', 'place_phrase', 'describe', 'caption_words', 'ReadThing', 'Reading', 'read_world', 'compare',
+           'matches']
 
 # %% ../../nbs/65_shapes/14_world.ipynb #36bbdac3
 import hashlib
@@ -620,7 +621,7 @@ def _noun(thing: Thing, words: Words, count: int) -> str:  # such as small strip
     return " ".join(filter(None, [size, tilt, *middle, shape])) + tail
 
 
-def _phrase(thing: Thing, words: Words, count: int = 1) -> str:  # with its article or number
+def noun_phrase(thing: Thing, words: Words, count: int = 1) -> str:  # with its article or number
     noun = _noun(thing, words, count)
     if count > 1:
         return f"{words.pick('count', _COUNT_WORDS[count])} {noun}"
@@ -643,7 +644,7 @@ def _join(phrases: Sequence[str], words: Words) -> str:
 
 # %% ../../nbs/65_shapes/14_world.ipynb #f41288f2
 def _related(scene: Scene, words: Words) -> str:
-    phrases = [_phrase(thing, words) for thing in scene.things]
+    phrases = [noun_phrase(thing, words) for thing in scene.things]
     first = scene.relations[0]
     if first.kind == "between":
         one, other = (phrases[index] for index in first.to)
@@ -656,7 +657,7 @@ def _grouped(scene: Scene, words: Words) -> str:  # identical things are counted
     groups = [(thing, len([*same])) for thing, same in itertools.groupby(scene.things)]
     phrases = []
     for thing, count in groups:
-        phrase = _phrase(thing, words, count)
+        phrase = noun_phrase(thing, words, count)
         if thing.place:
             where = place_phrase(thing.place, words)
             is_behind = len(groups) > 1 or words.pick("place order", ("behind", "before")) == "behind"
