@@ -200,7 +200,6 @@ def flux_conditioning(
     "Return the conditioning that FluxPipeline computes from its prompts."
     return trainable_conditioning(parts, captions, length)
 
-
 # %% ../../nbs/65_shapes/07_flux.ipynb #b38a7e84
 @dataclass(frozen=True)
 class FluxBatch:
@@ -252,11 +251,11 @@ def orthogonal(
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #10d07f5c
 class Muon(torch.optim.Optimizer):
-    "Orthogonalized momentum for the matrices of a transformer (Jordan and others, 2024), batched by shape."
+    "Orthogonalized momentum for matrices and kernels (Jordan and others, 2024), batched by shape."
 
     def __init__(
         self,
-        parameters: list[torch.nn.Parameter],  # matrices
+        parameters: list[torch.nn.Parameter],  # matrices, and kernels of convolutions: (outputs, inputs, height, width)
         lr: float,
         momentum: float = 0.95,
     ):
@@ -264,17 +263,18 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        "Perform one optimization step, scaled up for matrices with more rows than columns."
+        "Perform one optimization step, scaled up for matrices with more rows (outputs of a kernel) than columns."
         dtype = torch.bfloat16 if has_quick_bfloat16() else torch.float32
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), alike in shapes.items():
+            for shape, alike in shapes.items():
+                rows, columns = shape[0], shape.numel() // shape[0]
                 averages = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in alike]
                 torch._foreach_lerp_(averages, [p.grad for p in alike], 1 - group["momentum"])
                 ahead = torch._foreach_lerp([p.grad for p in alike], averages, group["momentum"])
-                directions = orthogonal(torch.stack(ahead).to(dtype)).float().unbind()
+                directions = orthogonal(torch.stack(ahead).flatten(2).to(dtype)).float().view(-1, *shape).unbind()
                 torch._foreach_add_(alike, directions, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 # %% ../../nbs/65_shapes/07_flux.ipynb #888b9586
@@ -392,4 +392,3 @@ def train_first_flux(
     pipeline.transformer = distill_guidance(out_dir, config, pipeline, transformer, data)
     save_half(pipeline, repository, shared=("vae", "text_encoder", "tokenizer"))
     return repository
-

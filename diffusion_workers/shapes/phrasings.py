@@ -22,7 +22,6 @@ from diffusion_workers.shapes.world import (
     COLOR_WORDS,
     RELATION_WORDS,
     Scene,
-    Thing,
     Words,
     article,
     describe,

@@ -11,7 +11,7 @@ __all__ = ['SHOWN', 'TARGETS', 'WorldFluxConfig', 'patch_answers', 'WorldData', 
 # %% ../../nbs/65_shapes/16c_world_flux.ipynb #0a85b80d
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +85,7 @@ class WorldFluxConfig:
 
     seed: int = 0  # of scenes, first weights and batches
     parts: WorldPartsConfig | None = None  # None: use the published VAE and text encoders
-    first: FluxTrainingConfig | None = FluxTrainingConfig()  # of the first Flux; None: start from random weights
+    first: FluxTrainingConfig | None = field(default_factory=FluxTrainingConfig)  # None: start from random weights
     scenes: int = 36000  # drawn and encoded once
     wordings: int = 4  # captions of each
     plain_share: float = 0.25  # of the scenes, captioned without a background and drawn on a plain one
@@ -105,7 +105,7 @@ class WorldFluxConfig:
     ema_decay: float = 0.998  # of the averaged weights
     guided_steps: int = 300  # of guidance distillation
     guided_batch: int = 32  # latents
-    phrasings: PhrasingConfig = PhrasingConfig()  # of teaching the text encoders other wordings
+    phrasings: PhrasingConfig = field(default_factory=PhrasingConfig)  # of teaching the text encoders other wordings
 
     def noise(self, step: int) -> tuple[float, float]:  # toward_noise and high_noise
         "Return the parameters of the noise level distribution of a step."
@@ -381,7 +381,6 @@ def starting_transformer(
     kept = {n: v for n, v in first.state_dict().items() if "context_embedder" not in n and "text_embedder" not in n}
     transformer.load_state_dict(kept, strict=False)
     return transformer
-
 
 # %% ../../nbs/65_shapes/16c_world_flux.ipynb #9ee74668
 def _optimizers(
