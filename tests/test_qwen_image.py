@@ -16,7 +16,7 @@ from diffusion_workers.lora.layers import load_lora
 from diffusion_workers.pipeline.controlnets import steady_vae
 from diffusion_workers.pipeline.tiny_models import write_tiny_model
 from diffusion_workers.service.batching import sharing_key
-from diffusion_workers.service.previews import color_map, mapped, preview_maker, scaled_latents, vae_latents
+from diffusion_workers.service.previews import PreviewMaker, color_map, mapped, scaled_latents, vae_latents
 from diffusion_workers.service.service import DiffusionService
 from ez_diffusion_client.models import ModelFamily, ModelKind
 
@@ -165,8 +165,12 @@ def test_previews_work_with_a_video_vae(service: DiffusionService) -> None:
     "With the VAE decoder and the linear map; scaling latents is reversible up to rounding."
     vae, seen = service.factory(service.manifest("qwen")).load().vae, []
     result = service.generate(**COMMON, seed=1, height=64, on_step=lambda step: seen.append(step.latents))
-    shown = preview_maker(vae, (64, 64)).image(seen[-1][0], (64, 64))
-    mean, deviation = (torch.tensor(values).view(1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    maker = PreviewMaker(vae, (64, 64))
+    maker.decodes = True  # however slow this machine is
+    shown = maker.image(seen[-1][0], (64, 64))
+    mean, deviation = (
+        torch.tensor(values).view(1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
 
     @torch.no_grad()
     def decoded(latents: torch.Tensor) -> np.ndarray:
