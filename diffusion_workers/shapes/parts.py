@@ -153,7 +153,7 @@ PARTS = {
     "shapes-sdxl/outline": _lora("shapes-sdxl", "outline", steps=900, rank=16),
     "shapes-flux/parts": Part(WorldPartsConfig(), train_world_parts),
     "shapes-flux": Part(WorldFluxConfig(), train_world_flux),
-    "shapes-flux/canny": _controlnet("shapes-flux", "canny", steps=1000, learning_rate=1e-3),
+    "shapes-flux/canny": _controlnet("shapes-flux", "canny", steps=1500, learning_rate=1e-3),
     "shapes-flux/union": _controlnet("shapes-flux", "union", steps=700, learning_rate=1e-3),
     "shapes-flux/heart": _lora("shapes-flux", "heart", steps=1500, scenes=3000, learning_rate=6e-3, strength=1.4),
     "shapes-klein": Part(KleinTrainingConfig(), train_klein),
