@@ -162,7 +162,7 @@ def test_attention_only_loras_are_identified_by_block_count(folder: Path) -> Non
 
 
 def test_previews_work_with_a_video_vae(service: DiffusionService) -> None:
-    "With the VAE decoder and the linear map; scaling latents is reversible up to rounding."
+    "Image and preview match the decoded latents, the linear map has their shape, and scaling is reversible."
     vae, seen = service.factory(service.manifest("qwen")).load().vae, []
     result = service.generate(**COMMON, seed=1, height=64, on_step=lambda step: seen.append(step.latents))
     maker = PreviewMaker(vae, (64, 64))

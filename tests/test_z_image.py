@@ -96,8 +96,8 @@ def test_token_limit_accounts_for_the_chat_template(service: DiffusionService) -
     assert difference(pixels(service, seed=1)[0], pixels(service, seed=1, max_sequence_length=128)[0]) == 0
 
 
-def test_last_preview_matches_the_image(service: DiffusionService) -> None:
-    "A preview of the final latents is close to the generated image."
+def test_image_and_last_preview_match_the_decoded_latents(service: DiffusionService) -> None:
+    "Both are what the VAE decodes from the final latents, which a preview scales down if they are strong."
     vae, seen = service.factory(service.manifest("zimage")).load().vae, []
     result = service.generate(**COMMON, seed=1, on_step=lambda step: seen.append(step.latents))
     maker = PreviewMaker(vae, (64, 64))
@@ -110,9 +110,7 @@ def test_last_preview_matches_the_image(service: DiffusionService) -> None:
         pixels = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample[0].clamp(-1, 1)
         return (127.5 * (pixels + 1)).permute(1, 2, 0).numpy()
 
-    scaled = seen[-1] / seen[-1].std().clamp(
-        min=1
-    )  # previews of latents with a larger standard deviation are scaled down
+    scaled = seen[-1] / seen[-1].std().clamp(min=1)  # a preview of stronger latents is scaled down
     assert np.abs(np.asarray(shown) - decoded(scaled)).mean() < 2
     assert np.abs(np.asarray(result.image) - decoded(seen[-1])).mean() < 1
 
